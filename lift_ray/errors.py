@@ -1,0 +1,47 @@
+"""Bad input: one clear line for the user and exit code 2, from whichever room finds it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import NoReturn
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used.
+
+    The message reads `where: rule, but got value; what to do`; several faults of one file are several lines.
+    """
+
+
+class RunFailed(Exception):
+    """The input was good, but the run did not finish. The message says where to look."""
+
+
+def did_you_mean(value: object, options: Iterable[object]) -> str:
+    """The tail of an error line: the nearest known name, or all of them when none is near."""
+    names = [str(option) for option in options]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    return f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(sorted(names))
+
+
+def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], NoReturn]:
+    """Wrap a verb: 0 done, 1 the run failed, 2 bad input, 130 interrupted. A traceback is for a bug."""
+
+    @wraps(main)
+    def run(argv: list[str]) -> NoReturn:
+        try:
+            sys.exit(main(argv) or 0)
+        except BadInput as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        except RunFailed as error:
+            print(error, file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return run

@@ -1,0 +1,260 @@
+"""YAML 1.2 files into strict settings, with every problem reported at once by file, line and dotted path."""
+
+from __future__ import annotations
+
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError
+
+from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.settings.run import apply_overrides
+
+Model = TypeVar("Model", bound=BaseModel)
+Path_ = tuple[str | int, ...]
+
+
+class SettingsFile:
+    """A YAML file as plain data plus the line of every key.
+
+    Args:
+        source: for messages, usually the path.
+        data: plain dicts, lists and scalars.
+        lines: dotted position -> line number, counted from 1.
+    """
+
+    def __init__(self, source: str, data: dict[str, Any], lines: dict[Path_, int]) -> None:
+        self.source, self.data, self.lines = source, data, lines
+
+    @classmethod
+    def read(cls, path: str | Path) -> SettingsFile:
+        """Read a file. Raises BadInput when it is missing, is not YAML, repeats a key, or is not a mapping."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise BadInput(f"{path}: must be a YAML file, but there is none; check the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(
+                f"{path}: must be a readable YAML file, but got {_one_line(error)}; check the path"
+            ) from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> SettingsFile:
+        """The same from a string."""
+        yaml = YAML(typ="rt")
+        try:
+            tree = yaml.load(text)
+        except MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise BadInput(
+                f"{source}:{line}: must be YAML 1.2, but got: {_one_line(error.problem)}; mend this line"
+            ) from None
+        except Exception as error:  # ruamel raises several unrelated types for broken input
+            raise BadInput(f"{source}: must be YAML 1.2, but got: {_one_line(error)}; mend the file") from None
+        if not isinstance(tree, CommentedMap):
+            raise BadInput(
+                f"{source}:1: must be a mapping of settings, but got {'a list' if isinstance(tree, list) else 'nothing' if tree is None else _short(tree)}; start with `dataset: ...`"
+            )
+        lines: dict[Path_, int] = {}
+        return cls(source, _plain(tree, (), lines), lines)
+
+    def line(self, path: Path_) -> int:
+        """The line of a position, or of the nearest one above it that the file holds."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
+
+    def where(self, path: Path_) -> str:
+        """`file.yaml:14 tuner.kind`."""
+        return f"{self.source}:{self.line(path)} {dotted(path)}".rstrip()
+
+    def validate(self, model: type[Model], data: Any = None, at: Path_ = ()) -> Model:
+        """Build `model` from the data at position `at` (or from `data` that came from there).
+
+        Raises BadInput with one line for every problem.
+        """
+        if data is None:
+            data = self.data
+            for name in at:
+                data = data[name]
+        try:
+            return model.model_validate(data)
+        except ValidationError as error:
+            problems = sorted(
+                error.errors(), key=lambda problem: self.line((*at, *_without_tags(model, problem["loc"])))
+            )
+            raise BadInput("\n".join(self.describe(model, problem, at) for problem in problems)) from None
+
+    def describe(self, model: type[BaseModel], problem: ErrorDetails, at: Path_ = ()) -> str:
+        """One line for one pydantic problem."""
+        path = _without_tags(model, problem["loc"])
+        if problem["type"] == "union_tag_invalid":
+            path = (*path, "kind")
+        return f"{self.where((*at, *path))}: {explain(model, problem, path)}"
+
+    def expand(self, *names: str) -> None:
+        """Replace `${NAME}` and `${NAME:-default}` in the named top-level texts. Raises BadInput when NAME is not set."""
+        for name in names:
+            value = self.data.get(name)
+            if isinstance(value, str):
+                self.data[name] = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: self._variable(m, name), value)
+
+    def _variable(self, match: re.Match[str], name: str) -> str:
+        value = os.environ.get(match[1]) or match[2]
+        if value is None:
+            raise BadInput(
+                f"{self.where((name,))}: the environment variable {match[1]} must be set, but is not; "
+                f"export {match[1]}=... or write ${{{match[1]}:-default}}"
+            )
+        return value
+
+
+def dotted(path: Path_) -> str:
+    """`('optim', 'lr')` -> `optim.lr`."""
+    return ".".join(str(part) for part in path)
+
+
+def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_) -> str:
+    """What rule was broken, what came, and what to do."""
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key '{path[-1]}'; {did_you_mean(path[-1], allowed_keys(model, problem['loc'][:-1]))}"
+    if kind == "union_tag_invalid":
+        tags = [tag.strip().strip("'") for tag in str(context["expected_tags"]).split(",")]
+        return f"unknown value '{context['tag']}'; {did_you_mean(context['tag'], tags)}"
+    if kind == "union_tag_not_found":
+        return f"must name its kind, but got {_short(value)}; add `kind: ...`"
+    if kind == "literal_error":
+        options = [part.strip(" '") for part in re.split(r", | or ", str(context["expected"]))]
+        return f"unknown value {_short(value)}; {did_you_mean(value, options)}"
+    if kind == "missing":
+        return "must be given, but is missing; add it"
+    rule = (
+        problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Assertion failed, ")
+    )
+    if kind in ("value_error", "assertion_error"):
+        return rule
+    return f"must be {rule}, but got {_short(value)}; change it"
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`["loss.tau=0.5"]` from a command line -> {"loss.tau": 0.5}, values read as YAML 1.2. Raises BadInput."""
+    out: dict[str, Any] = {}
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", path):
+            raise BadInput(
+                f"command line: settings must be written key=value, but got '{word}'; for example loss.tau=0.5"
+            )
+        try:
+            out[path] = _plain(YAML(typ="rt").load(text), (), {})
+        except MarkedYAMLError as error:
+            raise BadInput(
+                f"command line {path}: must be a YAML value, but got '{text}' ({_one_line(error.problem)}); quote it"
+            ) from None
+    return out
+
+
+def dump_yaml(data: Mapping[str, Any], path: Path, header: str = "") -> None:
+    """Write a mapping as YAML, to a temporary name first."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(header)
+        yaml.dump(dict(data), file)
+    temporary.replace(path)
+
+
+def allowed_keys(model: type[BaseModel], loc: Path_) -> list[str]:
+    """The field names of the model that sits at a pydantic error position (tags of unions included)."""
+    for name in loc:
+        options = _models_of(model.model_fields[str(name)].annotation) if name in model.model_fields else []
+        if len(options) == 1:
+            model = options[0]
+        elif options:
+            model = _Tagged(options)  # type: ignore[assignment]
+        elif isinstance(model, _Tagged):
+            model = model.pick(str(name))
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+class _Tagged:
+    """Stands for a union between its field's name and its tag in an error position."""
+
+    model_fields: typing.ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, options: list[type[BaseModel]]) -> None:
+        self.options = options
+
+    def pick(self, tag: str) -> type[BaseModel]:
+        return next(option for option in self.options if tag in typing.get_args(option.model_fields["kind"].annotation))
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [found for part in typing.get_args(annotation) for found in _models_of(part)]
+    return []
+
+
+def _without_tags(model: type[BaseModel], loc: Path_) -> Path_:
+    """pydantic puts a union's tag into the position (tuner, lora, blocks); users do not write it."""
+    out: list[str | int] = []
+    current: Any = model
+    for name in loc:
+        if isinstance(current, _Tagged):
+            current = current.pick(str(name))
+            continue
+        out.append(name)
+        fields = getattr(current, "model_fields", {})
+        options = _models_of(fields[name].annotation) if name in fields else []
+        current = options[0] if len(options) == 1 else _Tagged(options) if options else None
+    return tuple(out)
+
+
+def _plain(node: Any, path: Path_, lines: dict[Path_, int]) -> Any:
+    """ruamel's round-trip objects to plain Python, noting where each key stands."""
+    if isinstance(node, CommentedMap):
+        for key in node:
+            lines[(*path, key)] = node.lc.key(key)[0] + 1
+        return {key: _plain(value, (*path, key), lines) for key, value in node.items()}
+    if isinstance(node, CommentedSeq):
+        for index in range(len(node)):
+            lines[(*path, index)] = node.lc.item(index)[0] + 1
+        return [_plain(value, (*path, index), lines) for index, value in enumerate(node)]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return None if node is None else str(node)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+def apply_file_overrides(file: SettingsFile, overrides: dict[str, Any], model: type[BaseModel]) -> None:
+    """Set command-line overrides in a file's data; the first name must be one of the model's. Raises BadInput."""
+    for path in overrides:
+        first = path.split(".")[0]
+        if first not in model.model_fields:
+            raise BadInput(f"command line {path}: unknown key '{first}'; {did_you_mean(first, model.model_fields)}")
+        for key in [path[:i] for i, c in enumerate(path) if c == "."] + [path]:
+            file.lines.pop(tuple(key.split(".")), None)
+    file.data = apply_overrides(file.data, overrides)

@@ -1,0 +1,160 @@
+"""Agreement with the reference implementation: figures computed once, stored in tests/golden."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from lift_ray.methods.lift import Lift, make_optimizer
+from lift_ray.model.backbone import Backbone, rebuild
+from lift_ray.model.classifier import CosineHead
+from lift_ray.model.losses import LOSSES
+from lift_ray.model.tuners import Tuner
+from lift_ray.settings.run import Optim, derived_width
+
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = np.load(FOLDER / "lift_golden_dev.npz")
+INFO: dict[str, Any] = json.loads((FOLDER / "lift_golden_dev.json").read_text())
+CASES = {
+    "linear_probe": ("linear_probe", None),
+    "adaptformer": ("adaptformer", [0, 1, 2]),
+    "adaptformer_last1": ("adaptformer", [2]),
+    "lora": ("lora", [0, 1, 2]),
+}
+
+
+def drawn(name: str, shape: tuple[int, ...], std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    return torch.from_numpy(np.asarray(random.standard_normal(shape) * std + mean, dtype=np.float32))
+
+
+def is_norm_weight(key: str) -> bool:
+    return "ln_" in key and key.endswith("weight")
+
+
+@pytest.fixture(scope="module")
+def clip() -> open_clip.CLIP:
+    vision = {"image_size": INFO["image"], "layers": INFO["layers"], "width": INFO["width"], "patch_size": INFO["patch"]}
+    text = {
+        "context_length": INFO["text"]["context"], "vocab_size": INFO["text"]["vocab"], "width": INFO["text"]["width"],
+        "heads": INFO["text"]["heads"], "layers": INFO["text"]["layers"],
+    }  # fmt: skip
+    model = open_clip.CLIP(INFO["embed_dim"], {**vision, "head_width": 64}, text, quick_gelu=True)
+    state = {
+        key: value if key == "attn_mask" else torch.tensor(math.log(100)) if key == "logit_scale"
+        else drawn("dev/" + key, tuple(value.shape), 0.05, 1.0 if is_norm_weight(key) else 0.0)
+        for key, value in model.state_dict().items()
+    }  # fmt: skip
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def lift_model(clip: open_clip.CLIP, case: str) -> Lift:
+    kind, blocks = CASES[case]
+    options = {} if kind == "linear_probe" else {"bottleneck": 4}
+    tuner = Tuner(kind, INFO["width"], INFO["layers"], blocks, **options)
+    with torch.no_grad():
+        for name, parameter in tuner.named_parameters():
+            mean = 1.0 if name.endswith(("norm.weight", "scale")) else 0.0
+            parameter.copy_(drawn("dev/" + name, tuple(parameter.shape), 0.1, mean))
+    head = CosineHead(drawn("dev/classifier.weight", (INFO["classes"], INFO["width"]), 0.5), INFO["classifier"]["scale"])
+    return Lift(rebuild(clip.visual), tuner, head)
+
+
+IMAGES = drawn("dev/image", (8, 3, 32, 32))
+LABELS = torch.from_numpy(GOLDEN["image_label"]).long()
+COUNTS = torch.from_numpy(GOLDEN["class_counts"]).float()
+LOG_PRIOR = (COUNTS / COUNTS.sum()).log()
+
+
+def assert_close(actual: torch.Tensor, key: str, tolerance: float) -> None:
+    difference = np.abs(actual.detach().numpy() - GOLDEN[key]).max()
+    assert difference <= tolerance, f"{key}: differs by {difference:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_features_logits_loss_and_gradients(clip: open_clip.CLIP, case: str) -> None:
+    model = lift_model(clip, case)
+    feature = model.feature(IMAGES)
+    logits = model.head(feature)
+    loss = LOSSES["logit_adjusted"](logits, LABELS, LOG_PRIOR, tau=1.0)
+    assert_close(feature, f"{case}/feature", 2e-5)
+    assert_close(logits, f"{case}/logit", 2e-5)
+    assert_close(loss, f"{case}/loss", 2e-5)
+    loss.backward()
+    named = {"classifier." + n.removeprefix("head.") if n.startswith("head.") else n.removeprefix("tuner."): p
+             for n, p in model.named_parameters() if p.requires_grad}  # fmt: skip
+    assert sum(p.numel() for p in named.values()) == int(GOLDEN[f"{case}/trainable"])
+    assert set(named) == set(INFO["grad_norms"][case])
+    for name, norm in INFO["grad_norms"][case].items():
+        gradient = named[name].grad
+        assert gradient is not None
+        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-3), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_five_sgd_steps(clip: open_clip.CLIP, case: str) -> None:
+    model = lift_model(clip, case)
+    sgd = INFO["sgd"]
+    settings = Optim(lr=sgd["lr"], momentum=sgd["momentum"], weight_decay=sgd["weight_decay"])
+    optimizer = make_optimizer(model.trained(), settings)
+    trace = []
+    for _ in range(sgd["steps"]):
+        loss = LOSSES["logit_adjusted"](model(IMAGES), LABELS, LOG_PRIOR, tau=1.0)
+        trace.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_close(torch.stack(trace), f"{case}/loss_trace", 2e-4)
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), [
+    ("CE", "cross_entropy", {}), ("LA", "logit_adjusted", {"tau": 1.0}),
+    ("LA_tau0.5", "logit_adjusted", {"tau": 0.5}), ("LA_tau2", "logit_adjusted", {"tau": 2.0}),
+])  # fmt: skip
+def test_golden_losses(name: str, kind: str, options: dict[str, float]) -> None:
+    logits = torch.from_numpy(GOLDEN["losses/logit"]).requires_grad_()
+    loss = LOSSES[kind](logits, torch.from_numpy(GOLDEN["losses/label"]).long(), LOG_PRIOR, **options)
+    loss.backward()
+    assert logits.grad is not None
+    assert_close(loss, f"losses/{name}/value", 2e-5)
+    assert_close(logits.grad, f"losses/{name}/grad", 2e-5)
+
+
+def test_golden_cosine_head() -> None:
+    head = CosineHead(drawn("dev/clf_w", (10, 128), 0.5), 25.0)
+    assert_close(head(drawn("dev/clf_x", (8, 128))), "classifier/cosine/logit", 2e-5)
+
+
+def test_golden_semantic_initialisation_and_zero_shot(clip: open_clip.CLIP) -> None:
+    tokenizer = open_clip.SimpleTokenizer(context_length=77)
+    names = INFO["classnames"]
+    tokens = tokenizer(["a photo of a {}.".format(name.replace("_", " ")) for name in names])
+    assert np.array_equal(tokens.numpy(), GOLDEN["semantic/tokens"])
+
+    def text(lines: list[str]) -> torch.Tensor:
+        return clip.encode_text(tokenizer(lines), normalize=True)
+
+    projection = clip.visual.proj.detach()
+    backbone = Backbone("dev", rebuild(clip.visual), (0, 0, 0), (1, 1, 1), text, projection, 100.0)
+    weights = backbone.semantic_weights(names, "a photo of a {}.")
+    assert_close(weights, "semantic/classifier_weight", 2e-5)
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(backbone.tower(IMAGES) @ projection, dim=-1)
+        assert_close(100 * image @ text([f"a photo of a {n.replace('_', ' ')}." for n in names]).T, "zero_shot/logit", 2e-4)
+
+
+@pytest.mark.parametrize("case", [c for c in INFO["default_dims"]])
+def test_golden_derived_widths(case: str) -> None:
+    classes, layers = (int(part.split("=")[1]) for part in case.split(","))
+    expected = INFO["default_dims"][case]
+    assert derived_width(classes, 2 * layers) == expected["adaptformer"]
+    assert derived_width(classes, 4 * layers) == expected["lora"]
