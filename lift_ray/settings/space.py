@@ -123,6 +123,7 @@ class SpaceFile(Settings):
     base: dict[str, Any] = {}
     space: Annotated[dict[str, Param], Field(min_length=1)]
     start: list[dict[str, Value]] = []
+    """Tried first and never stopped early; `name` labels a point in the tables."""
     search: Search = Search()
     scale: Scale = Scale()
 
@@ -130,6 +131,21 @@ class SpaceFile(Settings):
     def objective(self) -> tuple[str, Literal["max", "min"]]:
         """(metric, max or min)."""
         return next(iter(self.objectives.items()))
+
+    def start_points(self) -> list[dict[str, Value]]:
+        """The start points without their names."""
+        return [{key: value for key, value in point.items() if key != "name"} for point in self.start]
+
+    def start_labels(self) -> list[str]:
+        """What tables call the start points."""
+        return [str(point.get("name", f"start point {index}")) for index, point in enumerate(self.start, 1)]
+
+    def most_epochs(self) -> int:
+        """The longest that a trial of this space trains."""
+        searched = self.space.get("optim.epochs")
+        if searched is None:
+            return self.config({}).optim.epochs
+        return int(max(searched.choices or searched.bounds or ()))  # type: ignore[type-var, arg-type]
 
     def config(self, values: dict[str, Any]) -> RunConfig:
         """The run that a trial's values describe. Raises pydantic's ValidationError."""
@@ -258,7 +274,7 @@ def _draw_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
 
 def _start_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
     out: list[str] = []
-    for index, point in enumerate(space.start):
+    for index, point in enumerate(space.start_points()):
         at: Path_ = ("start", index)
         bad = False
         for name, value in point.items():

@@ -1,0 +1,31 @@
+# Everything a newcomer needs. Python 3.11 or later and make are all that must be on the machine.
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+.venv/.installed: pyproject.toml
+	@echo "installing lift_ray into .venv (once; PyTorch makes it minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+quickstart: .venv/.installed  ## search for the best way to fine-tune a small CLIP, on this machine, in minutes
+	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml --out runs/quickstart
+
+test: .venv/.installed  ## run all tests
+	@$(BIN)/python -m pytest
+
+lint: .venv/.installed  ## ruff and mypy, changing nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict lift_ray
+
+format: .venv/.installed  ## rewrite the code in the house format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .

@@ -1,0 +1,117 @@
+"""The order of samples, and a stream of decoded batches that runs ahead of the training step.
+
+The order is a pure function of (seed, epoch, rows of the split), and so is the augmentation of every sample: the global
+batches are the same for any number of workers, and resuming at a step equals skipping the steps before it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lift_ray.data.augment import evaluation_picture, smallest_area, training_picture
+from lift_ray.data.catalog import Split
+from lift_ray.data.longtail import Int64s
+from lift_ray.data.shards import RowReader
+from lift_ray.errors import BadInput
+
+SHUFFLE_BUFFER = 8192
+AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch: images (b, 3, H, W) uint8 and labels (b,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def epoch_order(split: Split, seed: int, epoch: int) -> Int64s:
+    """Sample numbers of one epoch, (N,): row groups permuted, then samples shuffled inside a bounded buffer."""
+    random = np.random.default_rng([seed, epoch])
+    ends = np.cumsum([rows for shard in split.shards for rows in shard.row_groups])
+    group = np.searchsorted(ends, split.rows, side="right")
+    order = np.argsort(random.permutation(len(ends))[group], kind="stable")
+    for start in range(0, len(order), SHUFFLE_BUFFER):
+        random.shuffle(order[start : start + SHUFFLE_BUFFER])
+    return order
+
+
+def training_batches(
+    reader: RowReader, split: Split, *, size_px: int, global_batch_size: int, seed: int, epoch: int, epochs: int,
+    schedule: str, start_step: int = 0, rank: int = 0, world_size: int = 1, num_threads: int = 1,
+) -> Iterator[Batch]:  # fmt: skip
+    """This rank's share of every global batch of an epoch; the incomplete last batch is left out.
+
+    Args:
+        size_px: side of the square pictures.
+        epoch: from 0, of `epochs` in the run; sets the augmentation's schedule.
+        schedule: a key of augment.GROWTH.
+        start_step: steps of this epoch that are done already.
+    """
+    order = epoch_order(split, seed, epoch)
+    smallest = smallest_area(schedule, epoch, epochs)
+
+    def make(step: int) -> Batch:
+        at = slice(step * global_batch_size + rank, (step + 1) * global_batch_size, world_size)
+        samples = order[at]
+        draws = np.random.default_rng([seed, epoch, step]).random((global_batch_size, 3))[rank::world_size]
+        return _batch(reader, split, samples, lambda data, i: training_picture(data, size_px, smallest, draws[i]))
+
+    return _ahead(make, range(start_step, steps_per_epoch(split, global_batch_size)), num_threads)
+
+
+def evaluation_batches(
+    reader: RowReader, split: Split, *, size_px: int, batch_size: int = 250, rank: int = 0, world_size: int = 1,
+    num_threads: int = 1,
+) -> Iterator[Batch]:  # fmt: skip
+    """This rank's share of a split; over all ranks every sample comes exactly once."""
+    mine = np.arange(rank, split.num_samples, world_size)
+
+    def make(step: int) -> Batch:
+        samples = mine[step * batch_size : (step + 1) * batch_size]
+        return _batch(reader, split, samples, lambda data, i: evaluation_picture(data, size_px))
+
+    return _ahead(make, range(-(-len(mine) // batch_size)), num_threads)
+
+
+def steps_per_epoch(split: Split, global_batch_size: int) -> int:
+    """Whole global batches in one epoch."""
+    return split.num_samples // global_batch_size
+
+
+def _batch(reader: RowReader, split: Split, samples: Int64s, picture: Callable[[bytes, int], np.ndarray]) -> Batch:
+    pictures = []
+    for index, data in enumerate(reader.read(samples)):
+        try:
+            pictures.append(picture(data, index))
+        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken images
+            row = int(split.rows[samples[index]])
+            raise BadInput(
+                f"{split.shards[0].url.rsplit('/', 1)[0]}: row {row} of {split.name} must be a readable image, "
+                f"but got {' '.join(str(error).split())}; convert again with --skip-bad"
+            ) from None
+    return Batch(torch.from_numpy(np.stack(pictures)), torch.from_numpy(split.labels[samples]))
+
+
+def _ahead(make: Callable[[int], Batch], steps: range, num_threads: int) -> Iterator[Batch]:
+    """Batches in order, a few made ahead by threads."""
+    with ThreadPoolExecutor(num_threads, "lift-data") as pool:
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for step in steps:
+                waiting.append(pool.submit(make, step))
+                if len(waiting) > AHEAD + num_threads - 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

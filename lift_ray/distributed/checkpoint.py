@@ -1,0 +1,98 @@
+"""A run on disk: trained tensors as safetensors, everything else as JSON. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lift_ray
+from lift_ray.errors import BadInput
+from lift_ray.methods.lift import Lift
+
+WEIGHTS, OPTIMIZER, RECORD = "weights.safetensors", "optimizer.safetensors", "run.json"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Record:
+    """What a checkpoint says of its run.
+
+    Args:
+        config: the resolved settings.
+        dataset: its URI, class_names and class_counts (K,) of the training split.
+        epoch, step: what is done.
+        metrics: of the last evaluation, by `split/name`.
+    """
+
+    config: dict[str, Any]
+    digest: str
+    dataset: str
+    class_names: list[str]
+    class_counts: list[int]
+    epoch: int
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    lift_ray_version: str = lift_ray.__version__
+
+
+def save(folder: Path, model: Lift, optimizer: torch.optim.Optimizer | None, record: Record) -> None:
+    """Write a checkpoint, whole or not at all: to a temporary name, then renamed over what was there."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({n: t.detach().cpu().contiguous() for n, t in model.stored().items()}, temporary / WEIGHTS)
+    if optimizer is not None:
+        momenta = {n: optimizer.state[p]["momentum_buffer"] for n, p in model.trained().items() if optimizer.state.get(p)}
+        save_file({n: t.detach().cpu().contiguous() for n, t in momenta.items()}, temporary / OPTIMIZER)
+    (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, folder)
+
+
+def read_record(folder: Path) -> Record:
+    """The JSON part of a checkpoint. Raises BadInput when the folder does not hold one."""
+    try:
+        data = json.loads((folder / RECORD).read_text())
+        if data.get("format_version") != FORMAT_VERSION:
+            raise BadInput(f"{folder}: must be a checkpoint of format {FORMAT_VERSION}, but got {data.get('format_version')}; "
+                           "use the version of lift_ray that wrote it")
+        return Record(**data)
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: must be a checkpoint folder, but there is no {RECORD}; give the folder that holds it") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder / RECORD}: must be a checkpoint's record, but got {error}; copy the folder again") from None
+
+
+def load_weights(folder: Path, model: Lift) -> None:
+    """Load tuner and head, strictly. Raises BadInput when they do not fit."""
+    try:
+        model.load_stored(load_file(folder / WEIGHTS))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"{folder / WEIGHTS}: must fit the settings beside it, but got: {error}; copy the folder again") from None
+
+
+def load_optimizer(folder: Path, model: Lift, optimizer: torch.optim.Optimizer) -> None:
+    """Load SGD's momentum. Raises BadInput when it is unreadable."""
+    try:
+        momenta: dict[str, Tensor] = load_file(folder / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{folder / OPTIMIZER}: must be readable, but got: {error}; start from another checkpoint") from None
+    for name, parameter in model.trained().items():
+        if name in momenta:
+            optimizer.state[parameter]["momentum_buffer"] = momenta[name].to(parameter.device)

@@ -1,0 +1,55 @@
+"""This process among those that train one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank, number of processes, device, and threads for decoding; `alone()` for one process without a group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    num_threads: int = 1
+
+    @classmethod
+    def alone(cls, *, use_gpu: bool = False, num_cpus: int = 1) -> Ranks:
+        """One process; its torch threads are set to `num_cpus`."""
+        torch.set_num_threads(num_cpus)
+        return cls(0, 1, torch.device("cuda" if use_gpu else "cpu"), max(1, num_cpus - 1))
+
+    @property
+    def is_first(self) -> bool:
+        """True for the rank that writes files and reports."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Mean of all gradients over ranks, in one message: only trained parameters travel, 0.1 to 5 million numbers."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        bucket = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(bucket)
+        bucket /= self.world_size
+        for gradient, part in zip(gradients, bucket.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def join_group(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
+    """Form the process group of a slot with several workers (Ray Train forms its own)."""
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)

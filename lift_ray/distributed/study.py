@@ -1,0 +1,222 @@
+"""A search: Ray Tune drives warm slots, Optuna chooses the settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.monitor import Monitor
+from lift_ray.distributed.slot import FOLDER, Slot, evaluate_all
+from lift_ray.errors import BadInput, RunFailed
+from lift_ray.results.rows import TrialRow, best_row, describe
+from lift_ray.settings.run import apply_overrides
+from lift_ray.settings.space import Asha, Draw, SpaceFile
+
+MAX_FAILURES = 2
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    Args:
+        best: the finished trial with the best objective.
+        checkpoint: its folder.
+        compared: (label, metrics of validation and test) for zero-shot, the start points and the best.
+    """
+
+    rows: list[TrialRow]
+    best: TrialRow
+    checkpoint: Path
+    compared: list[tuple[str, dict[str, float]]]
+    time_s: dict[str, float]
+
+
+class Search(OptunaSearch):  # type: ignore[misc]
+    """Ray's Optuna search, but trials that were stopped early reach Optuna as pruned with their last value.
+
+    Ray tells them as complete, which makes the sampler take one epoch's value for the final one.
+    """
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell Optuna how a trial ended."""
+        if result and not error and not result.get("done") and trial_id not in self._completed_trials:
+            self._ot_study.tell(self._ot_trials[trial_id], state=TrialState.PRUNED)
+            self._completed_trials.add(trial_id)
+        else:
+            super().on_trial_complete(trial_id, result, error)
+
+
+class KeepStart(AsyncHyperBandScheduler):  # type: ignore[misc]
+    """ASHA that lets the start points run to their end: they are what the search is compared with."""
+
+    def __init__(self, start: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(**options)
+        self.start = start
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """ASHA's decision, unless this is a start point that is not done."""
+        action: str = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if matching_start(self.start, trial.config) is not None else action
+
+
+def matching_start(start: list[dict[str, Any]], values: dict[str, Any]) -> int | None:
+    """The number of the start point that these values are; None for a drawn trial."""
+    return next((i for i, point in enumerate(start) if all(values.get(k) == v for k, v in point.items())), None)
+
+
+def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Path) -> Found:
+    """Search, then compare the best with zero-shot and the start points on the test split.
+
+    Args:
+        dataset: URI, absolute.
+        slots: trials at a time.
+        out: existing folder for Tune's state, Optuna's journal and the trials table.
+
+    Raises:
+        BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
+        RunFailed: no trial finished.
+    """
+    for name in ("ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    metric, mode = space.objective
+    began = time.monotonic()
+    monitor = Monitor(space, lambda values: space.config(values).optim.epochs, out)
+    bundles = tune.PlacementGroupFactory([need.bundle()] * need.workers)
+    trainable = tune.with_resources(tune.with_parameters(Slot, space=space, dataset=dataset, need=need), bundles)
+    stopper = StopOnBadInput()
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            num_samples=space.search.trials, max_concurrent_trials=slots, reuse_actors=True, metric=metric, mode=mode,
+            search_alg=searcher(space, out), scheduler=scheduler(space),
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(out), verbose=0, callbacks=[monitor, stopper],
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES), stop=stopper.stopper,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True, num_to_keep=1),
+        ),
+    )  # fmt: skip
+    with monitor:
+        grid = tuner.fit()
+    if stopper.message:
+        raise BadInput(stopper.message)
+    rows = list(monitor.rows.values())
+    best = best_row(rows, metric, mode)
+    if best is None:
+        errors = [row.error for row in rows if row.error]
+        raise RunFailed(f"{out}: at least one trial must finish, but none of {len(rows)} did"
+                        + (f"; the last error: {errors[-1]}" if errors else "") + f"; see {out / 'tune'}")
+    searched_s = time.monotonic() - began
+    checkpoints = {r.metrics["trial_id"]: Path(r.checkpoint.path) / FOLDER for r in grid if r.checkpoint and r.metrics}
+    compared = compare(space, dataset, need, rows, best, checkpoints)
+    times = where_time_went(rows, monitor, slots, searched_s, time.monotonic() - began)
+    return Found(rows, best, checkpoints[best.trial_id], compared, times)
+
+
+def searcher(space: SpaceFile, out: Path) -> Search:
+    """Optuna behind Ray's interface; every report is in the journal the moment it is made."""
+    seed = space.search.seed
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, warn_independent_sampling=False),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    metric, mode = space.objective
+    return Search(
+        Draw(space.space), metric=metric, mode=mode, sampler=samplers[space.search.sampler](), study_name=space.name,
+        storage=JournalStorage(JournalFileBackend(str(out / "optuna.journal"))),
+        points_to_evaluate=[dict(point) for point in space.start_points()] or None,
+    )  # fmt: skip
+
+
+def scheduler(space: SpaceFile) -> Any:
+    """The rule that stops trials early."""
+    chosen = space.search.scheduler
+    if not isinstance(chosen, Asha):
+        return FIFOScheduler()
+    return KeepStart(space.start_points(), time_attr="epoch", max_t=space.most_epochs(), grace_period=chosen.grace_epochs,
+                     reduction_factor=chosen.reduction_factor)  # fmt: skip
+
+
+class StopOnBadInput(tune.Callback):
+    """Ends the search at once when a worker finds the user's input bad: every other trial would fail the same way."""
+
+    def __init__(self) -> None:
+        self.message = ""
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Look for BadInput behind a trial's error."""
+        error = trial.get_error()
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, BadInput):
+            self.message = str(cause)
+
+    def stopper(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Tune asks this of every result."""
+        return bool(self.message)
+
+
+def compare(
+    space: SpaceFile, dataset: str, need: Need, rows: list[TrialRow], best: TrialRow, checkpoints: dict[str, Path]
+) -> list[tuple[str, dict[str, float]]]:
+    """Validation and test metrics of zero-shot, of every start point, and of the best."""
+    zero_shot = apply_overrides(space.base, {"tuner.kind": "zero_shot"})
+    named: list[tuple[str, dict[str, Any], str | None]] = [("zero-shot", zero_shot, None)]
+    for index, label in enumerate(space.start_labels()):
+        for row in rows:
+            if matching_start(space.start_points(), row.values) == index and row.state == "finished":
+                named.append((label, space.config(row.values).to_dict(), str(checkpoints[row.trial_id])))
+                break
+    named.append(("best found", space.config(best.values).to_dict(), str(checkpoints[best.trial_id])))
+    task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(evaluate_all)
+    found: list[tuple[str, dict[str, float]]] = ray.get(task.remote(dataset, need, named, ["validation", "test"]))
+    return found
+
+
+def where_time_went(rows: list[TrialRow], monitor: Monitor, slots: int, searched_s: float, total_s: float) -> dict[str, float]:
+    """Seconds of wall time; the slots' own time is divided by their number."""
+    search_s = max(0.0, monitor.last_result_s - (monitor.first_step_s or 0.0))
+    per_slot = {name: sum(row.seconds(name) for row in rows) / slots for name in ("train_s", "data_wait_s", "evaluate_s")}
+    first_loads = sum(row.seconds("load_s") for row in rows) / slots
+    return {
+        "start": monitor.first_step_s or 0.0,
+        "of which loading": first_loads,
+        "training steps": per_slot["train_s"] - per_slot["data_wait_s"],
+        "waiting for data": per_slot["data_wait_s"],
+        "evaluation": per_slot["evaluate_s"],
+        "between trials and idle": max(0.0, search_s - per_slot["train_s"] - per_slot["evaluate_s"]),
+        "final comparison": total_s - searched_s,
+        "total": total_s,
+    }
+
+
+def prepare_out(out: Path) -> None:
+    """Make the output folder. Raises BadInput when it already holds a search."""
+    if (out / "study.json").exists() or (out / "optuna.journal").exists():
+        raise BadInput(f"{out}: must be a new folder, but it holds a search already; give another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def keep_best(found: Found, out: Path) -> Path:
+    """Copy the best trial's checkpoint to OUT/best, whole or not at all."""
+    target, temporary = out / "best", out / "best.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(found.checkpoint, temporary)
+    os.replace(temporary, target)
+    return target

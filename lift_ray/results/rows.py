@@ -1,0 +1,87 @@
+"""Trials as rows: what a search did, for tables, files and people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+STATES = ("running", "finished", "pruned", "failed")
+
+
+@dataclass
+class TrialRow:
+    """One trial of a search.
+
+    Args:
+        number: from 0, in the order of starting.
+        values: the searched settings.
+        state: running, finished (trained to its end), pruned (stopped early) or failed.
+        history: the figures of each epoch, in order.
+    """
+
+    number: int
+    trial_id: str
+    values: dict[str, Any]
+    num_epochs: int
+    state: str = "running"
+    history: list[dict[str, float]] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The figures of the last epoch done."""
+        return self.history[-1] if self.history else {}
+
+    def seconds(self, name: str) -> float:
+        """Sum of one time/ figure over the epochs."""
+        return sum(figures.get(f"time/{name}", 0.0) for figures in self.history)
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """`adaptformer, bottleneck 8, tau 1, lr 0.02`: a trial's settings in a line."""
+    parts = [str(values["tuner.kind"])] if "tuner.kind" in values else []
+    parts += [f"{name.rsplit('.', 1)[-1]} {short(value)}" for name, value in values.items() if name != "tuner.kind"]
+    return ", ".join(parts)
+
+
+def short(value: Any) -> str:
+    """A value for a narrow column."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def best_row(rows: Iterable[TrialRow], metric: str, mode: str) -> TrialRow | None:
+    """The finished trial with the best value; None when none has finished."""
+    finished = [row for row in rows if row.state == "finished" and metric in row.last]
+    sign = 1 if mode == "max" else -1
+    return max(finished, key=lambda row: sign * row.last[metric], default=None)
+
+
+def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:
+    """trials.parquet and trials.csv: a row for each trial, settings and last figures as columns, renamed into place."""
+    records = [
+        {"number": row.number, "trial_id": row.trial_id, "state": row.state, "epochs": len(row.history), **row.values,
+         **{k: v for k, v in row.last.items() if "/" in k and not k.startswith("time/")},
+         "trained_parameters": row.last.get("trained_parameters"),
+         "train_s": row.seconds("train_s"), "evaluate_s": row.seconds("evaluate_s"), "error": row.error}
+        for row in rows
+    ]  # fmt: skip
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    table = pa.table({name: [record.get(name) for record in records] for name in columns})
+    for name, write in (("trials.parquet", pq.write_table), ("trials.csv", pyarrow.csv.write_csv)):
+        temporary = folder / (name + ".tmp")
+        write(table, temporary)
+        temporary.replace(folder / name)
+
+
+def write_json(data: Mapping[str, Any], path: Path) -> None:
+    """JSON, renamed into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,62 @@
+"""Tables that fit a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.table
+from rich.console import Console
+
+from lift_ray.results.rows import TrialRow, short
+
+ACCURACIES = ("accuracy", "mean_class_accuracy", "many", "medium", "few")
+HEADINGS = ("overall", "mean class", "many", "medium", "few")
+STYLES = {"running": "cyan", "finished": "green", "pruned": "dim", "failed": "red"}
+
+
+def console() -> Console:
+    """Where people read: the terminal's width, or 110 columns when there is none."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=110)
+
+
+def percent(value: float | None) -> str:
+    """0.4567 -> 45.7."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> rich.table.Table:
+    """Accuracy in percent for each named model, overall and by group; the best of each column stands out."""
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
+    best = {name: max((figures.get(f"{split}/{name}", -1.0) for _, figures in rows), default=-1.0) for name in ACCURACIES}
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, figures in rows:
+        values = [(figures.get(f"{split}/{name}"), best[name]) for name in ACCURACIES]
+        table.add_row(label, *(f"[bold]{percent(v)}[/bold]" if v == top else percent(v) for v, top in values))
+    return table
+
+
+def trial_table(rows: Sequence[TrialRow], names: Sequence[str], metric: str, title: str, limit: int = 20) -> rich.table.Table:
+    """The running trials and the latest others; settings that a trial does not have stay empty."""
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table.add_column("trial", justify="right")
+    for name in names:
+        table.add_column(name if name == "tuner.kind" else name.rsplit(".", 1)[-1], justify="left" if name.endswith("kind") else "right")
+    for heading in ("epoch", metric.rsplit("/", 1)[-1].replace("_", " "), "many", "medium", "few", "images/s"):
+        table.add_column(heading, justify="right")
+    table.add_column("state")
+    for row in rows[-limit:]:
+        figures: Mapping[str, Any] = row.last
+        split = metric.split("/")[0]
+        value = figures.get(metric)
+        shown = [percent(figures.get(f"{split}/{group}")) for group in ("many", "medium", "few")]
+        table.add_row(
+            str(row.number), *(short(row.values.get(name, "")) for name in names), f"{len(row.history)}/{row.num_epochs}",
+            ("-" if value is None else f"{value:.3f}") if metric.endswith("loss") else percent(value), *shown,
+            short(round(figures["train/images_per_s"])) if "train/images_per_s" in figures else "-", row.state,
+            style=STYLES[row.state],
+        )  # fmt: skip
+    return table

@@ -1,0 +1,317 @@
+"""Opening data sets: the embedded one, folders, memory://, and every broken one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lift_ray.data.catalog import open_dataset, schema_metadata
+from lift_ray.data.longtail import longtail_counts
+from lift_ray.errors import BadInput
+
+EMBEDDED = Path(str(files("lift_ray"))) / "assets" / "caltech101"
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write_shard(
+    path: Path, labels: list[int | None], class_names: list[str] | None = None, label_type: pa.DataType | None = None
+) -> None:
+    """A shard whose images are one byte each: opening reads labels only."""
+    images = [{"bytes": b"x", "path": f"{row}.jpg"} for row in range(len(labels))]
+    names = ["cat", "dog"] if class_names is None else class_names
+    schema = pa.schema([("image", IMAGE), ("label", label_type or pa.int64())], metadata=schema_metadata(names))
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"image": images, "label": labels}, schema=schema), path, row_group_size=2)
+
+
+def small(folder: Path) -> Path:
+    write_shard(folder / "train-00000-of-00002.parquet", [0, 1, 0])
+    write_shard(folder / "train-00001-of-00002.parquet", [1, 1])
+    write_shard(folder / "test-00000-of-00001.parquet", [1])
+    return folder
+
+
+def test_the_embedded_data_is_caltech101_with_its_natural_tail() -> None:
+    dataset = open_dataset("embedded:caltech101")
+    counts = dataset.split("train").class_counts(dataset.num_classes)
+    assert dataset.num_classes == 100
+    assert [dataset.split(name).num_samples for name in ("train", "validation", "test")] == [6742, 500, 1000]
+    assert (counts.max(), counts.min()) == (785, 16)
+    assert [(counts > 100).sum(), ((counts >= 20) & (counts <= 100)).sum(), (counts < 20).sum()] == [7, 86, 7]
+    assert set(dataset.split("validation").class_counts(100)) == {5}
+    assert set(dataset.split("test").class_counts(100)) == {10}
+    assert len(dataset.split("train").shards) == 4
+
+
+def test_the_embedded_data_fits_the_package_and_says_where_it_is_from() -> None:
+    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) <= 12_000_000
+    readme = (EMBEDDED / "README.md").read_text()
+    assert "CC BY 4.0" in readme
+    assert "10.22002/D1.20086" in readme
+
+
+def test_the_harder_cut_is_made_by_rule_from_the_same_files() -> None:
+    whole, cut = open_dataset("embedded:caltech101"), open_dataset("embedded:caltech101-lt")
+    natural = whole.split("train").class_counts(100)
+    train = cut.split("train")
+    assert train.class_counts(100).tolist() == longtail_counts(natural, 200, 50.0).tolist()
+    assert train.shards == whole.split("train").shards
+    assert (np.diff(train.rows) > 0).all()
+    assert (train.labels == whole.split("train").labels[train.rows]).all()
+    for name in ("validation", "test"):
+        assert (cut.split(name).rows == whole.split(name).rows).all()
+
+
+def test_row_groups_and_rows_are_counted_through_the_shards(tmp_path: Path) -> None:
+    train = open_dataset(str(small(tmp_path))).split("train")
+    assert [shard.row_groups for shard in train.shards] == [(2, 1), (2,)]
+    assert [shard.num_rows for shard in train.shards] == [3, 2]
+    assert train.labels.tolist() == [0, 1, 0, 1, 1]
+    assert train.rows.tolist() == [0, 1, 2, 3, 4]
+    assert train.labels.dtype == train.rows.dtype == np.int64
+
+
+def test_a_data_subfolder_and_hashes_in_names_work_as_in_hugging_face_repositories(tmp_path: Path) -> None:
+    write_shard(tmp_path / "data" / "train-00000-of-00001-a09b74b3ef9c3b56.parquet", [0, 1])
+    assert open_dataset(str(tmp_path)).split("train").num_samples == 2
+
+
+def test_a_relative_path_starts_at_the_base(tmp_path: Path) -> None:
+    small(tmp_path / "pets")
+    assert open_dataset("pets", base=tmp_path).uri == str(tmp_path / "pets")
+    assert open_dataset("../pets", base=tmp_path / "spaces").num_classes == 2
+
+
+def test_any_fsspec_url_works(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").put(str(small(tmp_path / "m")) + "/", "/catalog-any/", recursive=True)
+    for uri in ("memory://catalog-any", f"file://{tmp_path}/m", f"simplecache::file://{tmp_path}/m"):
+        dataset = open_dataset(uri)
+        assert dataset.split("train").num_samples == 5
+        assert dataset.split("train").shards[0].url == f"{uri}/train-00000-of-00002.parquet"
+
+
+def test_a_set_without_a_training_split_opens_for_evaluation(tmp_path: Path) -> None:
+    write_shard(tmp_path / "test-00000-of-00001.parquet", [1, 1])
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.split("test").num_samples == 2
+    with pytest.raises(BadInput) as caught:
+        dataset.split("train")
+    assert str(caught.value) == f"{tmp_path}: must hold the split 'train', but got only test; choose one of these"
+
+
+def manifest(folder: Path, **changes: object) -> None:
+    record = {"format_version": 1, "class_names": ["cat", "dog"], "splits": {"train": {"rows": 5}, "test": {"rows": 1}}}
+    (folder / "manifest.json").write_text(json.dumps({**record, **changes}))
+
+
+def test_a_manifest_that_agrees_is_accepted(tmp_path: Path) -> None:
+    manifest(small(tmp_path))
+    assert open_dataset(str(tmp_path)).split("train").num_samples == 5
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def other_files(folder: Path) -> None:
+    empty(folder)
+    (folder / "cat.jpg").write_bytes(b"x")
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "train-00000-of-00002.parquet").unlink()
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "train-00001-of-00002.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def no_label_column(folder: Path) -> None:
+    pq.write_table(pa.table({"image": ["x"], "y": [1]}), folder / "train-00001-of-00002.parquet")
+
+
+def text_labels(folder: Path) -> None:
+    write_shard(folder / "train-00001-of-00002.parquet", ["0"], label_type=pa.string())  # type: ignore[list-item]
+
+
+def paths_for_images(folder: Path) -> None:
+    schema = pa.schema([("image", pa.string()), ("label", pa.int64())], metadata=schema_metadata(["cat", "dog"]))
+    pq.write_table(pa.table({"image": ["a.jpg"], "label": [1]}, schema=schema), folder / "train-00001-of-00002.parquet")
+
+
+def no_class_names(folder: Path) -> None:
+    path = folder / "train-00001-of-00002.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+
+
+def empty_shards(folder: Path) -> None:
+    for number in range(2):
+        write_shard(folder / f"train-0000{number}-of-00002.parquet", [])
+
+
+BROKEN: list[tuple[Callable[[Path], object], str]] = [
+    (remove, "{0}: must be a folder of Parquet shards, but nothing is there; check the path"),
+    (
+        empty,
+        "{0}: must hold shards named train-00000-of-00001.parquet, but got an empty folder; "
+        "make it with python -m lift_ray.convert",
+    ),
+    (
+        other_files,
+        "{0}: must hold shards named train-00000-of-00001.parquet, but got 1 other names (cat.jpg); "
+        "make it with python -m lift_ray.convert",
+    ),
+    (
+        lose_a_shard,
+        "{0}/train: the names say 2 shards, but 1 are there (train-00001-of-00002.parquet to "
+        "train-00001-of-00002.parquet); copy the missing ones, or run convert again",
+    ),
+    (
+        truncate,
+        "{0}/train-00001-of-00002.parquet: must be readable Parquet, but got 'Parquet magic bytes not found in footer. "
+        "Either the file is corrupted or this is not a parquet file'; copy it again, or run convert again",
+    ),
+    (
+        no_label_column,
+        "{0}/train-00001-of-00002.parquet: must have the columns image and label, but got image, y; "
+        "rename them, or run convert again",
+    ),
+    (
+        text_labels,
+        "{0}/train-00001-of-00002.parquet: the column label must be int64, but got string; run convert again",
+    ),
+    (
+        paths_for_images,
+        "{0}/train-00001-of-00002.parquet: the column image must be struct<bytes: binary, path: string>, "
+        "but got string; run convert again",
+    ),
+    (
+        no_class_names,
+        "{0}/train-00001-of-00002.parquet: must name its classes in the schema metadata, as Hugging Face ClassLabel "
+        "does, but got none; make it with python -m lift_ray.convert",
+    ),
+    (
+        lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1, 0, 2]),
+        "{0}/train-00001-of-00002.parquet: labels must be 0 to 1 (2 class names), but got 2 in row 2; "
+        "mend the label or the class names",
+    ),
+    (
+        lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1, None]),
+        "{0}/train-00001-of-00002.parquet: every row must have a label, but got 1 without; run convert again",
+    ),
+    (
+        lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1], ["cat", "cow"]),
+        "{0}/train-00001-of-00002.parquet: every shard must have the same class names, but got others than "
+        "{0}/train-00000-of-00002.parquet; run convert again",
+    ),
+    (
+        lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1], label_type=pa.int32()),
+        "{0}/train-00001-of-00002.parquet: every shard must have the same columns, but got others than "
+        "{0}/train-00000-of-00002.parquet; run convert again",
+    ),
+    (
+        lambda folder: write_shard(folder / "train-00000-of-00002.parquet", [1], ["cat", "cat"]),
+        "{0}/train-00000-of-00002.parquet: class names must differ, but got 'cat' twice; rename one",
+    ),
+    (
+        empty_shards,
+        "{0}/train: must hold images, but got 0 rows; run convert again",
+    ),
+    (
+        lambda folder: write_shard(folder / "train-00000-of-00002.parquet", [1, 1, 1]),
+        "{0}/train: every class must have an image, but 1 of 2 have none ('cat'); "
+        "add images, or drop these class names",
+    ),
+    (
+        lambda folder: manifest(folder, splits={"train": {"rows": 7}, "test": {"rows": 1}}),
+        "{0}/train: the manifest says 7 rows, but the shards hold 5; run convert again",
+    ),
+    (
+        lambda folder: manifest(folder, splits={"train": {"rows": 5}, "validation": {"rows": 3}, "test": {"rows": 1}}),
+        "{0}/validation: the manifest says 3 rows, but the shards hold 0; run convert again",
+    ),
+    (
+        lambda folder: manifest(folder, class_names=["dog", "cat"]),
+        "{0}: the manifest and the shards must name the same classes, but got 2 and 2 that differ; run convert again",
+    ),
+    (
+        lambda folder: manifest(folder, format_version=2),
+        "{0}/manifest.json: must be a manifest of format 1, but got format 2; use the lift_ray that wrote it",
+    ),
+    (
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        "{0}/manifest.json: must be a manifest of format 1, but got 'Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1)'; run convert again",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN)
+def test_a_broken_data_set_is_one_line_of_bad_input(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    folder = small(tmp_path / "pets")
+    damage(folder)
+    with pytest.raises(BadInput) as caught:
+        open_dataset(str(folder))
+    assert str(caught.value) == message.format(folder)
+
+
+def test_at_most_three_classes_without_images_are_named(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [5], list("abcdef"))
+    with pytest.raises(BadInput, match=r"but 5 of 6 have none \('a', 'b', 'c', \.\.\.\); add images"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("", "dataset: must be a path or URL, but got nothing; give a folder, or embedded:caltech101"),
+        (
+            "embedded:caltech102",
+            "embedded:caltech102: must name data in the package, but got 'caltech102'; did you mean 'caltech101'?",
+        ),
+        (
+            "nowhere://x",
+            "nowhere://x: must be a path or an fsspec URL, but got 'Protocol not known: nowhere'; check the protocol",
+        ),
+        (
+            "memory://absent",
+            "memory://absent: must be a folder of Parquet shards, but nothing is there; check the path",
+        ),
+        (
+            f"{EMBEDDED}/manifest.json",
+            f"{EMBEDDED}/manifest.json: must be a folder of Parquet shards, but got a file; give the folder it is in",
+        ),
+    ],
+)
+def test_a_uri_that_leads_nowhere_is_one_line_of_bad_input(uri: str, message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        open_dataset(uri)
+    assert str(caught.value) == message
+
+
+def test_a_store_whose_package_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(BadInput) as caught:
+        open_dataset("s3://bucket/pets")
+    assert str(caught.value) == (
+        "s3://bucket/pets: s3 needs a package, but got 'Install s3fs to access S3'; pip install 'lift_ray[s3]'"
+    )

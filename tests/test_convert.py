@@ -1,0 +1,274 @@
+"""python -m lift_ray.convert folder: real images in, a data set out, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lift_ray import convert as verb
+from lift_ray.data.catalog import open_dataset
+from lift_ray.data.conversion import convert, stratified_split
+from lift_ray.data.folder import scan_folder
+from lift_ray.data.shards import RowReader
+from lift_ray.errors import BadInput
+
+VALIDATION = open_dataset("embedded:caltech101").split("validation")
+IMAGES = RowReader(VALIDATION).read(np.arange(60))
+CLASSES = ("accordion", "car_side", "yin_yang")
+
+
+def photos(folder: Path, per_class: tuple[int, ...] = (12, 8, 1)) -> Path:
+    """A directory of class directories with real images."""
+    rest = iter(IMAGES)
+    for name, count in zip(CLASSES, per_class, strict=True):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            (folder / name / f"image_{number:04d}.jpg").write_bytes(next(rest))
+    return folder
+
+
+def contents(uri: str) -> dict[str, list[tuple[int, bytes]]]:
+    """(label, image) pairs of every split."""
+    splits = open_dataset(uri).splits
+    read = {name: RowReader(split).read(np.arange(split.num_samples)) for name, split in splits.items()}
+    return {name: list(zip(split.labels.tolist(), read[name], strict=True)) for name, split in splits.items()}
+
+
+def test_a_folder_of_real_images_keeps_every_byte_and_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = photos(tmp_path / "photos")
+    assert not verb.main(["folder", str(source), f"{tmp_path}/out", "--validation-frac", "0.25"])
+    dataset = open_dataset(f"{tmp_path}/out")
+    assert dataset.class_names == ("accordion", "car side", "yin yang")
+    assert dataset.split("train").class_counts(3).tolist() == [9, 6, 1]
+    assert dataset.split("validation").class_counts(3).tolist() == [3, 2, 0]
+    expected = [(label, path.read_bytes()) for label, name in enumerate(CLASSES) for path in (source / name).iterdir()]
+    assert sorted(chain(*contents(f"{tmp_path}/out").values())) == sorted(expected)
+    printed = capsys.readouterr().out
+    assert [line.split("│")[1:3] for line in printed.splitlines() if "validation" in line] == [
+        [" validation ", "      5 "]
+    ]
+
+
+def test_split_directories_are_kept_apart_and_nested_images_count(tmp_path: Path) -> None:
+    photos(tmp_path / "p" / "train", (4, 4, 2))
+    photos(tmp_path / "p" / "val", (2, 1, 1))
+    (tmp_path / "p" / "train" / "accordion" / "more").mkdir()
+    (tmp_path / "p" / "train" / "accordion" / "more" / "x.jpeg").write_bytes(IMAGES[50])
+    index = scan_folder(f"{tmp_path}/p")
+    assert {name: len(rows) for name, rows in index.splits.items()} == {"train": 11, "validation": 4}
+    convert(index, "memory://convert-splits")
+    dataset = open_dataset("memory://convert-splits")
+    assert dataset.split("train").class_counts(3).tolist() == [5, 4, 2]
+    assert dataset.split("validation").class_counts(3).tolist() == [2, 1, 1]
+
+
+def test_source_and_destination_may_be_any_fsspec_url(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").put(f"{photos(tmp_path / 'photos')}/", "/convert-source/", recursive=True)
+    assert not verb.main(["folder", "memory://convert-source", "memory://convert-target/deep"])
+    assert sum(map(len, contents("memory://convert-target/deep").values())) == 21
+
+
+def test_the_seed_decides_the_split_and_the_order(tmp_path: Path) -> None:
+    index = scan_folder(str(photos(tmp_path / "photos")))
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        convert(index, f"{tmp_path}/{name}", seed=seed)
+    assert contents(f"{tmp_path}/a") == contents(f"{tmp_path}/b") != contents(f"{tmp_path}/c")
+    labels = open_dataset(f"{tmp_path}/a").split("train").labels
+    assert labels.tolist() != sorted(labels.tolist())
+
+
+def test_short_side_shrinks_larger_images_only_and_keeps_them_upright(tmp_path: Path) -> None:
+    (tmp_path / "p" / "a").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (200, 100)).save(tmp_path / "p" / "a" / "1.jpg", exif=exif)
+    Image.new("P", (100, 64)).save(tmp_path / "p" / "a" / "2.png")
+    Image.new("L", (40, 20)).save(tmp_path / "p" / "a" / "3.webp")
+    verb.main(["folder", f"{tmp_path}/p", f"{tmp_path}/out", "--short-side", "32", "--validation-frac", "0"])
+    decoded = [Image.open(io.BytesIO(data)) for _, data in contents(f"{tmp_path}/out")["train"]]
+    assert {image.size for image in decoded} == {(32, 64), (50, 32), (40, 20)}
+    assert {(image.format, image.mode) for image in decoded} == {("JPEG", "RGB")}
+
+
+def test_a_bad_image_stops_with_its_path_unless_it_is_to_be_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = photos(tmp_path / "photos"), tmp_path / "out"
+    bad = source / "accordion" / "bad.jpg"
+    bad.write_bytes(b"no image")
+    (source / "car_side" / "cut.jpg").write_bytes(IMAGES[0][: len(IMAGES[0]) // 2])
+    (source / "car_side" / "notes.txt").write_text("left out")
+    with pytest.raises(BadInput, match=r"must be a whole image, but got .*; remove it or pass --skip-bad$"):
+        verb.main(["folder", str(source), str(out)])
+    assert not out.exists()
+    verb.main(["folder", str(source), str(out), "--skip-bad"])
+    lines = sorted((out / "skipped.txt").read_text().splitlines())
+    assert lines[0] == f"{bad}: must be a whole image, but got bytes of no known format"
+    assert lines[1].startswith(f"{source}/car_side/cut.jpg: must be a whole image, but got image file is truncated")
+    assert len(lines) == 2
+    printed = capsys.readouterr().out
+    assert f"2 bad images were skipped: {out}/skipped.txt" in printed
+    assert "1 files that are not images by name were left out" in printed
+    assert sum(map(len, contents(str(out)).values())) == 21
+
+
+def test_overwrite_replaces_the_whole_set(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    verb.main(["folder", str(photos(tmp_path / "a")), out, "--rows-per-shard", "4"])
+    verb.main(["folder", str(photos(tmp_path / "b", (2, 2, 2))), out, "--overwrite", "--validation-frac", "0"])
+    assert sorted(path.name for path in Path(out).iterdir()) == ["manifest.json", "train-00000-of-00001.parquet"]
+
+
+def no_classes(folder: Path) -> list[str]:
+    empty = folder / "none"
+    empty.mkdir()
+    (empty / "x.jpg").write_bytes(IMAGES[0])
+    return [str(empty)]
+
+
+def no_images(folder: Path) -> list[str]:
+    (folder / "none" / "cat").mkdir(parents=True)
+    return [f"{folder}/none"]
+
+
+def one_empty_class(folder: Path) -> list[str]:
+    (folder / "photos" / "dodo").mkdir()
+    return [f"{folder}/photos"]
+
+
+def stray_directory(folder: Path) -> list[str]:
+    photos(folder / "p" / "train", (1, 1, 1))
+    (folder / "p" / "meta").mkdir()
+    return [f"{folder}/p"]
+
+
+def new_class_in_test(folder: Path) -> list[str]:
+    photos(folder / "p" / "train", (1, 1, 1))
+    (folder / "p" / "test" / "dodo").mkdir(parents=True)
+    return [f"{folder}/p"]
+
+
+def own_validation(folder: Path) -> list[str]:
+    photos(folder / "p" / "train", (1, 1, 1))
+    photos(folder / "p" / "val", (1, 1, 1))
+    return [f"{folder}/p", "--validation-frac", "0.2"]
+
+
+def same_names(folder: Path) -> list[str]:
+    (folder / "photos" / "car side").mkdir()
+    return [f"{folder}/photos"]
+
+
+def taken(folder: Path) -> list[str]:
+    convert(scan_folder(f"{folder}/photos"), f"{folder}/out")
+    return [f"{folder}/photos"]
+
+
+def only_bad(folder: Path) -> list[str]:
+    (folder / "photos" / "yin_yang" / "image_0000.jpg").write_bytes(b"")
+    return [f"{folder}/photos", "--skip-bad"]
+
+
+BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
+    (
+        lambda folder: [f"{folder}/no"],
+        "{0}/no: must be a folder of class directories, but nothing is there; check the path",
+    ),
+    (no_classes, "{0}/none: must be a folder of class directories, but got none; give each class a directory"),
+    (
+        no_images,
+        "{0}/none: must hold images (.bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp), but got none; check the path",
+    ),
+    (
+        one_empty_class,
+        "{0}/photos: every class must have an image, but 'dodo' have none; add images or remove them",
+    ),
+    (stray_directory, "{0}/p: must hold only train, val and test beside each other, but got 'meta'; move it"),
+    (new_class_in_test, "{0}/p/test: must hold only classes of train, but got 'dodo'; add it to train"),
+    (own_validation, "validation-frac: must be left out, but {0}/p has its own validation images; drop it"),
+    (same_names, "{0}/photos: class names must differ, but got 'car side' twice; rename a directory"),
+    (taken, "{0}/out: must be free, but got a data set there; pass --overwrite or choose another"),
+    (only_bad, "{0}/photos: every class must keep a training image, but 'yin yang' has no good one; add one"),
+    (
+        lambda folder: [f"{folder}/photos", "--validation-frac", "1.5"],
+        "validation-frac: must be at least 0 and below 1, but got 1.5; give 0.1, for instance",
+    ),
+    (
+        lambda folder: [f"{folder}/photos", "--quality", "80"],
+        "--quality: must come with --short-side, but got it alone (bytes are kept); add --short-side",
+    ),
+]
+
+
+@pytest.mark.parametrize(("prepare", "message"), BROKEN)
+def test_bad_input_is_one_line(tmp_path: Path, prepare: Callable[[Path], list[str]], message: str) -> None:
+    photos(tmp_path / "photos")
+    source, *options = prepare(tmp_path)
+    with pytest.raises(BadInput) as caught:
+        verb.main(["folder", source, f"{tmp_path}/out", *options])
+    assert str(caught.value) == message.format(tmp_path)
+
+
+def test_a_destination_inside_the_source_is_bad_input(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos")
+    with pytest.raises(BadInput, match="must lie outside the source"):
+        verb.main(["folder", str(source), f"{source}/out"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["folder"], ["foldr", "a", "b"], ["folder", "a", "b", "--sead", "1"], ["folder", "a", "b", "--seed", "x"]],
+)
+def test_wrong_usage_is_one_line_of_bad_input(argv: list[str]) -> None:
+    with pytest.raises(BadInput, match=r"^convert: .* See python -m lift_ray\.convert --help$"):
+        verb.main(argv)
+
+
+@settings(deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=1, max_size=80),
+    fracs=st.tuples(st.floats(0, 0.9), st.floats(0, 0.9)).filter(lambda pair: sum(pair) < 1),
+    seed=st.integers(0, 3),
+)
+def test_a_stratified_split_deals_out_every_image_once_and_keeps_each_class_in_training(
+    labels: list[int], fracs: tuple[float, float], seed: int
+) -> None:
+    rows = np.array(labels, dtype=np.int64)
+    parts = stratified_split(rows, *fracs, seed)
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(labels)))
+    assert set(rows[parts["train"]]) == set(labels)
+    for label in set(labels):
+        count = labels.count(label)
+        assert (rows[parts["validation"]] == label).sum() == min(round(fracs[0] * count), count - 1)
+
+
+def test_the_process_ends_with_2_and_one_line_for_bad_input(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "lift_ray.convert", "folder", f"{tmp_path}/no", f"{tmp_path}/out"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"{tmp_path}/no: must be a folder of class directories, but nothing is there; check the path\n"
+    )
+
+
+def test_help_gives_an_example_and_loads_nothing_heavy() -> None:
+    code = "import sys; from lift_ray.convert import main; main(['folder', '--help']); print(sorted(sys.modules))"
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+    assert "python -m lift_ray.convert folder photos/" in done.stdout
+    for heavy in ("'pyarrow'", "'numpy'", "'PIL'", "'torch'", "'ray'"):
+        assert heavy not in done.stdout
