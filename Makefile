@@ -16,7 +16,7 @@ help:  ## show this list
 	@touch $@
 
 quickstart: .venv/.installed  ## search for the best way to fine-tune a small CLIP, on this machine, in minutes
-	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml --out runs/quickstart
+	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml
 
 test: .venv/.installed  ## run all tests
 	@$(BIN)/python -m pytest

@@ -40,7 +40,14 @@ CONFIG = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 56, "heads": 2, "layers": 2},
 }
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-TEMPLATES = ["{}", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a close-up of a {}.", "a drawing of a {}."]
+TEMPLATES = [
+    "{}",
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "a close-up of a {}.",
+    "a drawing of a {}.",
+]
 
 
 def build() -> open_clip.CLIP:
@@ -109,8 +116,11 @@ def fit_text(model: open_clip.CLIP, steps: int, batch: int = 512) -> None:
                 z = F.normalize(model.encode_text(tokens[1, check]), dim=-1)
                 cosine = (z * target[check]).sum(-1).mean().item()
                 top1 = ((z @ target[check].T).argmax(1) == torch.arange(len(check))).float().mean().item()
-            print(f"text {step:5d} loss {loss.item():.3f}  held-out nouns: cosine {cosine:.3f}, "
-                  f"found among 1000 {top1:.3f}  {time.time() - began:.0f} s", flush=True)
+            print(
+                f"text {step:5d} loss {loss.item():.3f}  held-out nouns: cosine {cosine:.3f}, "
+                f"found among 1000 {top1:.3f}  {time.time() - began:.0f} s",
+                flush=True,
+            )
 
 
 def read_images(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
@@ -123,8 +133,11 @@ def read_images(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
         rows = table["image"].combine_chunks().field("bytes").to_pylist()
         images.append(np.stack([np.asarray(Image.open(io.BytesIO(b)).convert("RGB")) for b in rows]))
         labels.append(table["label"].to_numpy())
-    return (torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous(),
-            torch.from_numpy(np.concatenate(labels)), features["label"]["names"])
+    return (
+        torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(np.concatenate(labels)),
+        features["label"]["names"],
+    )
 
 
 def augment(images: Tensor, size: int) -> Tensor:
@@ -153,16 +166,28 @@ def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, batch: int = 
     images, labels, names = read_images(folder)
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad():
-        prototypes = torch.stack([
-            F.normalize(F.normalize(model.encode_text(tokenizer([TEMPLATES[1].format(s) for s in split_names(n)])), dim=-1).mean(0), dim=0)
-            for n in names])
+        prototypes = torch.stack(
+            [
+                F.normalize(
+                    F.normalize(
+                        model.encode_text(tokenizer([TEMPLATES[1].format(s) for s in split_names(n)])), dim=-1
+                    ).mean(0),
+                    dim=0,
+                )
+                for n in names
+            ]
+        )
         related = (prototypes @ prototypes.T / 0.1).fill_diagonal_(-math.inf).softmax(1)
         targets = 0.9 * torch.eye(len(names)) + 0.1 * related
     scale = torch.nn.Parameter(torch.tensor(math.log(20.0)))
     named = [(n, p) for n, p in model.visual.named_parameters()]
-    optimiser = torch.optim.AdamW([
-        {"params": [p for n, p in named if p.ndim > 1 and "embedding" not in n], "weight_decay": 0.05},
-        {"params": [p for n, p in named if p.ndim <= 1 or "embedding" in n] + [scale], "weight_decay": 0.0}], betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if p.ndim > 1 and "embedding" not in n], "weight_decay": 0.05},
+            {"params": [p for n, p in named if p.ndim <= 1 or "embedding" in n] + [scale], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+    )
     model.visual.train()
     began, step, seen, order = time.time(), 0, 0, torch.randperm(len(images))
     while (progress := (time.time() - began) / (60 * minutes)) < 1:
@@ -186,8 +211,11 @@ def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, batch: int = 
         step, seen = step + 1, seen + batch
         if step % 100 == 0:
             top1 = (logits.argmax(1) == labels[rows]).float().mean().item()
-            print(f"image {step:5d} epoch {seen / len(images):.2f} loss {loss.item():.3f} top1 {top1:.3f} scale {scale.exp().item():.1f} "
-                  f"{seen / (time.time() - began):.0f} images/s  {progress:.1%}", flush=True)
+            print(
+                f"image {step:5d} epoch {seen / len(images):.2f} loss {loss.item():.3f} top1 {top1:.3f} scale {scale.exp().item():.1f} "
+                f"{seen / (time.time() - began):.0f} images/s  {progress:.1%}",
+                flush=True,
+            )
     with torch.no_grad():
         model.logit_scale.copy_(scale)
     model.eval()
@@ -198,14 +226,29 @@ def save(model: open_clip.CLIP, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}
     save_file(weights, out / "open_clip_model.safetensors", {"format": "pt"})
-    (out / "open_clip_config.json").write_text(json.dumps(
-        {"model_cfg": CONFIG, "preprocess_cfg": {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest"}}, indent=2) + "\n")
+    (out / "open_clip_config.json").write_text(
+        json.dumps(
+            {
+                "model_cfg": CONFIG,
+                "preprocess_cfg": {
+                    "mean": list(MEAN),
+                    "std": list(STD),
+                    "interpolation": "bicubic",
+                    "resize_mode": "shortest",
+                },
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     print(f"{out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.2f} MB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder with Tiny ImageNet as Parquet (train-*.parquet)")
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder with Tiny ImageNet as Parquet (train-*.parquet)"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text-steps", type=int, default=1500, help="0: go on from the text tower in --out")
     parser.add_argument("--minutes", type=float, default=65, help="wall time of the image stage")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lift_ray.errors import BadInput, exit_codes
+from lift_ray.errors import BadInput, exit_codes, run_verb
 
 if TYPE_CHECKING:
     from lift_ray.data.conversion import Converted
@@ -105,15 +105,7 @@ def _report(destination: str, converted: Converted, num_ignored: int) -> None:
 
 def main(argv: list[str]) -> int | None:
     """Parse the words after `python -m lift_ray.convert` and run them. Raises BadInput for wrong usage."""
-    try:
-        result = typer.main.get_command(app).main(
-            args=argv, prog_name="python -m lift_ray.convert", standalone_mode=False
-        )
-    except Exception as error:  # the class of usage errors moved between versions of typer; their method did not
-        if not hasattr(error, "format_message"):
-            raise
-        raise BadInput(f"convert: {error.format_message()} See python -m lift_ray.convert --help") from None
-    return result if isinstance(result, int) else None
+    return run_verb(app, "convert", argv)
 
 
 if __name__ == "__main__":

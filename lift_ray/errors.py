@@ -6,7 +6,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class BadInput(Exception):
@@ -45,3 +45,17 @@ def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]],
             sys.exit(130)
 
     return run
+
+
+def run_verb(app: Any, verb: str, argv: list[str]) -> int | None:
+    """Parse the words after `python -m lift_ray.VERB` with a typer app and run it. Raises BadInput for wrong usage."""
+    import typer
+
+    prog = f"python -m lift_ray.{verb}"
+    try:
+        result = typer.main.get_command(app).main(args=argv, prog_name=prog, standalone_mode=False)
+    except Exception as error:  # the class of usage errors moved between versions of typer; their method did not
+        if not hasattr(error, "format_message"):
+            raise
+        raise BadInput(f"{verb}: {error.format_message()} See {prog} --help") from None
+    return result if isinstance(result, int) else None

@@ -42,7 +42,12 @@ def is_norm_weight(key: str) -> bool:
 
 @pytest.fixture(scope="module")
 def clip() -> open_clip.CLIP:
-    vision = {"image_size": INFO["image"], "layers": INFO["layers"], "width": INFO["width"], "patch_size": INFO["patch"]}
+    vision = {
+        "image_size": INFO["image"],
+        "layers": INFO["layers"],
+        "width": INFO["width"],
+        "patch_size": INFO["patch"],
+    }
     text = {
         "context_length": INFO["text"]["context"], "vocab_size": INFO["text"]["vocab"], "width": INFO["text"]["width"],
         "heads": INFO["text"]["heads"], "layers": INFO["text"]["layers"],
@@ -65,7 +70,9 @@ def lift_model(clip: open_clip.CLIP, case: str) -> Lift:
         for name, parameter in tuner.named_parameters():
             mean = 1.0 if name.endswith(("norm.weight", "scale")) else 0.0
             parameter.copy_(drawn("dev/" + name, tuple(parameter.shape), 0.1, mean))
-    head = CosineHead(drawn("dev/classifier.weight", (INFO["classes"], INFO["width"]), 0.5), INFO["classifier"]["scale"])
+    head = CosineHead(
+        drawn("dev/classifier.weight", (INFO["classes"], INFO["width"]), 0.5), INFO["classifier"]["scale"]
+    )
     return Lift(rebuild(clip.visual), tuner, head)
 
 
@@ -149,10 +156,12 @@ def test_golden_semantic_initialisation_and_zero_shot(clip: open_clip.CLIP) -> N
     assert_close(weights, "semantic/classifier_weight", 2e-5)
     with torch.no_grad():
         image = torch.nn.functional.normalize(backbone.tower(IMAGES) @ projection, dim=-1)
-        assert_close(100 * image @ text([f"a photo of a {n.replace('_', ' ')}." for n in names]).T, "zero_shot/logit", 2e-4)
+        assert_close(
+            100 * image @ text([f"a photo of a {n.replace('_', ' ')}." for n in names]).T, "zero_shot/logit", 2e-4
+        )
 
 
-@pytest.mark.parametrize("case", [c for c in INFO["default_dims"]])
+@pytest.mark.parametrize("case", list(INFO["default_dims"]))
 def test_golden_derived_widths(case: str) -> None:
     classes, layers = (int(part.split("=")[1]) for part in case.split(","))
     expected = INFO["default_dims"][case]

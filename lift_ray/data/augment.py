@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 SMALLEST_AREA = 0.08
-GROWTH = {
+GROWTH: dict[str, Callable[[float], float]] = {
     "convex": lambda t: 1 - math.sqrt(1 - t * t),
     "linear": lambda t: t,
     "concave": lambda t: math.sqrt(1 - (1 - t) ** 2),

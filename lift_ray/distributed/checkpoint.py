@@ -52,7 +52,9 @@ def save(folder: Path, model: Lift, optimizer: torch.optim.Optimizer | None, rec
     temporary.mkdir(parents=True)
     save_file({n: t.detach().cpu().contiguous() for n, t in model.stored().items()}, temporary / WEIGHTS)
     if optimizer is not None:
-        momenta = {n: optimizer.state[p]["momentum_buffer"] for n, p in model.trained().items() if optimizer.state.get(p)}
+        momenta = {
+            n: optimizer.state[p]["momentum_buffer"] for n, p in model.trained().items() if optimizer.state.get(p)
+        }
         save_file({n: t.detach().cpu().contiguous() for n, t in momenta.items()}, temporary / OPTIMIZER)
     (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
     if folder.exists():
@@ -65,18 +67,30 @@ def save(folder: Path, model: Lift, optimizer: torch.optim.Optimizer | None, rec
         os.replace(temporary, folder)
 
 
+def find(folder: Path) -> Path:
+    """The checkpoint meant by a folder: itself, or the best/ of a search or the checkpoint/ of a run inside it."""
+    inside = (folder / name for name in ("best", "checkpoint"))
+    return next((f for f in inside if (f / RECORD).is_file() and not (folder / RECORD).is_file()), folder)
+
+
 def read_record(folder: Path) -> Record:
     """The JSON part of a checkpoint. Raises BadInput when the folder does not hold one."""
     try:
         data = json.loads((folder / RECORD).read_text())
         if data.get("format_version") != FORMAT_VERSION:
-            raise BadInput(f"{folder}: must be a checkpoint of format {FORMAT_VERSION}, but got {data.get('format_version')}; "
-                           "use the version of lift_ray that wrote it")
+            raise BadInput(
+                f"{folder}: must be a checkpoint of format {FORMAT_VERSION}, but got {data.get('format_version')}; "
+                "use the version of lift_ray that wrote it"
+            )
         return Record(**data)
     except FileNotFoundError:
-        raise BadInput(f"{folder}: must be a checkpoint folder, but there is no {RECORD}; give the folder that holds it") from None
+        raise BadInput(
+            f"{folder}: must be a checkpoint folder, but there is no {RECORD}; give the folder that holds it"
+        ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder / RECORD}: must be a checkpoint's record, but got {error}; copy the folder again") from None
+        raise BadInput(
+            f"{folder / RECORD}: must be a checkpoint's record, but got {error}; copy the folder again"
+        ) from None
 
 
 def load_weights(folder: Path, model: Lift) -> None:
@@ -84,7 +98,9 @@ def load_weights(folder: Path, model: Lift) -> None:
     try:
         model.load_stored(load_file(folder / WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"{folder / WEIGHTS}: must fit the settings beside it, but got: {error}; copy the folder again") from None
+        raise BadInput(
+            f"{folder / WEIGHTS}: must fit the settings beside it, but got: {error}; copy the folder again"
+        ) from None
 
 
 def load_optimizer(folder: Path, model: Lift, optimizer: torch.optim.Optimizer) -> None:
@@ -92,7 +108,9 @@ def load_optimizer(folder: Path, model: Lift, optimizer: torch.optim.Optimizer) 
     try:
         momenta: dict[str, Tensor] = load_file(folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{folder / OPTIMIZER}: must be readable, but got: {error}; start from another checkpoint") from None
+        raise BadInput(
+            f"{folder / OPTIMIZER}: must be readable, but got: {error}; start from another checkpoint"
+        ) from None
     for name, parameter in model.trained().items():
         if name in momenta:
             optimizer.state[parameter]["momentum_buffer"] = momenta[name].to(parameter.device)

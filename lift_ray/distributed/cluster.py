@@ -34,7 +34,9 @@ def connected(address: str | None = None, *, dashboard: bool = True) -> Iterator
                 **({} if address else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}),
             )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RunFailed(f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}") from None
+            raise RunFailed(
+                f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}"
+            ) from None
     try:
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
@@ -43,8 +45,8 @@ def connected(address: str | None = None, *, dashboard: bool = True) -> Iterator
 
 
 def dashboard_url() -> str | None:
-    """Where the dashboard of this session is served; None without one."""
+    """Where the dashboard of the connected session is served; None without one."""
     import ray
 
-    url = ray.get_runtime_context().gcs_address and ray._private.worker.global_worker.node and ray.worker.get_dashboard_url()  # type: ignore[attr-defined]
+    url = ray._private.worker.get_dashboard_url()
     return f"http://{url}" if url else None

@@ -17,7 +17,7 @@ from lift_ray.results.tables import console, trial_table
 from lift_ray.settings.space import SpaceFile
 
 
-class Monitor(tune.Callback):
+class Monitor(tune.Callback):  # type: ignore[misc]
     """Keeps the rows of a search, shows them, and rewrites the trials table whenever a trial ends.
 
     Args:
@@ -64,7 +64,9 @@ class Monitor(tune.Callback):
         self.row(trial).state = "running"
         self._show()
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """An epoch is done."""
         now = time.monotonic() - self.began
         if self.first_step_s is None:
@@ -92,17 +94,23 @@ class Monitor(tune.Callback):
         write_rows(self.rows.values(), self.out)
         if not self.live and self.console:
             value = row.last.get(self.space.objective[0])
-            self.console.print(f"{time.monotonic() - self.began:5.0f} s  trial {row.number:3d} {state:8s} "
-                               f"epoch {len(row.history)}/{row.num_epochs}  "
-                               f"{'' if value is None else f'{value:.4f}'}  {describe(row.values)} {row.error}")
+            self.console.print(
+                f"{time.monotonic() - self.began:5.0f} s  trial {row.number:3d} {state:8s} "
+                f"epoch {len(row.history)}/{row.num_epochs}  "
+                f"{'' if value is None else f'{value:.4f}'}  {describe(row.values)} {row.error}"
+            )
         self._show()
 
     def _show(self) -> None:
         if self.live:
-            self.live.update(Group(self._table(limit=max(5, self.console.height - 10)), Text(self._status())), refresh=True)
+            self.live.update(
+                Group(self._table(limit=max(5, self.console.height - 10)), Text(self._status())), refresh=True
+            )
 
     def _table(self, limit: int) -> Any:
-        return trial_table(list(self.rows.values()), list(self.space.space), self.space.objective[0], self.space.name, limit)
+        return trial_table(
+            list(self.rows.values()), list(self.space.space), self.space.objective[0], self.space.name, limit
+        )
 
     def _status(self) -> str:
         rows, seconds = list(self.rows.values()), time.monotonic() - self.began

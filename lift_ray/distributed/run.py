@@ -23,7 +23,7 @@ from lift_ray.model.classifier import CosineHead, random_weights
 from lift_ray.model.losses import LOSSES
 from lift_ray.model.tuners import Tuner
 from lift_ray.results.metrics import summarise
-from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run import RunConfig, check_global_batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,8 +45,10 @@ class Warm:
         key = (wanted.model, wanted.pretrained, wanted.precision)
         if key not in self._backbones:
             if wanted.precision != "fp32" and self.ranks.device.type == "cpu":
-                raise BadInput(f"backbone.precision: must be fp32 on a CPU, but got {wanted.precision}; "
-                               "set backbone.precision=fp32, or use a GPU")
+                raise BadInput(
+                    f"backbone.precision: must be fp32 on a CPU, but got {wanted.precision}; "
+                    "set backbone.precision=fp32, or use a GPU"
+                )
             began = time.monotonic()
             self._backbones[key] = load_backbone(wanted.model, wanted.pretrained, device=self.ranks.device)
             self.load_s += time.monotonic() - began
@@ -69,10 +71,18 @@ class Warm:
         options = config.tuner.model_dump(exclude={"kind", "blocks"})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            tuner = Tuner(config.tuner.kind, backbone.tower.width, backbone.tower.num_blocks,
-                          getattr(config.tuner, "blocks", None), **options)
-            weights = (backbone.semantic_weights(names, config.head.template) if config.head.init == "semantic"
-                       else random_weights(len(names), backbone.tower.width))
+            tuner = Tuner(
+                config.tuner.kind,
+                backbone.tower.width,
+                backbone.tower.num_blocks,
+                getattr(config.tuner, "blocks", None),
+                **options,
+            )
+            weights = (
+                backbone.semantic_weights(names, config.head.template)
+                if config.head.init == "semantic"
+                else random_weights(len(names), backbone.tower.width)
+            )
         return Lift(backbone.tower, tuner, CosineHead(weights, config.head.scale)).to(self.ranks.device)
 
 
@@ -82,36 +92,47 @@ class Run:
     Args:
         config: settings; derived values are filled in here.
         warm: the loaded tower and data.
+        class_counts: (K,) of the data it was trained on, for a run that is only evaluated; the data set then needs no
+            training split.
     """
 
-    def __init__(self, config: RunConfig, warm: Warm) -> None:
+    def __init__(self, config: RunConfig, warm: Warm, class_counts: list[int] | None = None) -> None:
         self.config = config = warm.resolve(config)
         self.warm, self.ranks = warm, warm.ranks
-        self.train = warm.dataset.split("train")
-        batch, world = config.optim.global_batch_size, self.ranks.world_size
-        if batch % world:
-            fits = max(world, round(batch / world) * world)
-            workers = max(w for w in range(1, world) if batch % w == 0)
-            raise BadInput(f"optim.global_batch_size: must be divisible by {world} workers, but got {batch}; "
-                           f"use {fits}, or {workers} workers")
-        self.steps_per_epoch = steps_per_epoch(self.train, batch)
         self.model = warm.build(config)
         self.trained = self.model.trained()
-        if self.trained and not self.steps_per_epoch:
-            raise BadInput(f"optim.global_batch_size: must be at most the {self.train.num_samples} training images, "
-                           f"but got {batch}; lower it")
-        self.optimizer = make_optimizer(self.trained, config.optim) if self.trained else None
-        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=config.backbone.precision == "fp16")
-        self.epoch = 0
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.epoch = self.steps_per_epoch = 0
         self.metrics: dict[str, float] = {}
-        counts = self.train.class_counts(warm.dataset.num_classes)
-        self.class_counts = counts
-        device = self.ranks.device
-        self.log_prior = torch.from_numpy(np.log(counts / counts.sum())).float().to(device)
-        backbone = warm.backbone(config)
+        if class_counts is None:
+            self._prepare_training()
+        else:
+            self.class_counts = np.array(class_counts)
+        backbone, device = warm.backbone(config), self.ranks.device
         std = torch.tensor(backbone.std, device=device).view(1, 3, 1, 1)
         self._gain = 1 / (255 * std)
         self._offset = -torch.tensor(backbone.mean, device=device).view(1, 3, 1, 1) / std
+
+    def _prepare_training(self) -> None:
+        self.train = self.warm.dataset.split("train")
+        self.class_counts = self.train.class_counts(self.warm.dataset.num_classes)
+        prior = self.class_counts / self.class_counts.sum()
+        self.log_prior = torch.from_numpy(np.log(prior)).float().to(self.ranks.device)
+        if not self.trained:
+            return
+        batch = self.config.optim.global_batch_size
+        try:
+            check_global_batch(batch, self.ranks.world_size)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        self.steps_per_epoch = steps_per_epoch(self.train, batch)
+        if not self.steps_per_epoch:
+            raise BadInput(
+                f"optim.global_batch_size: must be at most the {self.train.num_samples} training images, "
+                f"but got {batch}; lower it"
+            )
+        self.optimizer = make_optimizer(self.trained, self.config.optim)
+        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self.config.backbone.precision == "fp16")
 
     @property
     def num_epochs(self) -> int:
@@ -154,8 +175,10 @@ class Run:
         loss_mean = float(ranks.sum(loss_sum)) / (self.steps_per_epoch * ranks.world_size)
         self.epoch += 1
         if not math.isfinite(loss_mean):
-            raise RunFailed(f"epoch {self.epoch}: the training loss must be finite, but got {loss_mean} with "
-                            f"optim.lr={config.optim.lr:g} in {config.backbone.precision}; lower optim.lr")
+            raise RunFailed(
+                f"epoch {self.epoch}: the training loss must be finite, but got {loss_mean} with "
+                f"optim.lr={config.optim.lr:g} in {config.backbone.precision}; lower optim.lr"
+            )
         seconds = time.monotonic() - began
         images_seen = self.steps_per_epoch * config.optim.global_batch_size
         return {"train/loss": loss_mean, "time/train_s": seconds, "time/data_wait_s": wait_s,
@@ -212,8 +235,10 @@ class Run:
         here = self.config.to_dict()
         for section in here:
             if record.config.get(section) != here[section]:
-                raise BadInput(f"{folder}: must be of the same settings, but {section} was {record.config.get(section)} "
-                               f"and is {here[section]}; use another --out, or the settings it began with")
+                raise BadInput(
+                    f"{folder}: must be of the same settings, but {section} was {record.config.get(section)} "
+                    f"and is {here[section]}; use another --out, or the settings it began with"
+                )
         checkpoint.load_weights(folder, self.model)
         if self.optimizer is not None:
             checkpoint.load_optimizer(folder, self.model, self.optimizer)
@@ -224,7 +249,9 @@ class Run:
         device = self.ranks.device
         if device.type == "cuda":
             images, labels = batch.images.pin_memory(), batch.labels.pin_memory()
-            return images.to(device, non_blocking=True) * self._gain + self._offset, labels.to(device, non_blocking=True)
+            return images.to(device, non_blocking=True) * self._gain + self._offset, labels.to(
+                device, non_blocking=True
+            )
         return batch.images * self._gain + self._offset, batch.labels
 
     def _autocast(self) -> torch.autocast:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -55,13 +54,14 @@ class Worker:
         self.run.load(folder)
 
 
-class Slot(tune.Trainable):
+class Slot(tune.Trainable):  # type: ignore[misc]
     """Tune's side of a slot: settings in, an epoch's figures out."""
 
     def setup(self, config: dict[str, Any], space: SpaceFile, dataset: str, need: Need) -> None:
         """Load everything that trials share, then take up the first trial."""
         began = time.monotonic()
-        self.space, self.peers = space, []
+        self.space = space
+        self.peers: list[Any] = []
         self.worker = Worker(dataset, need, 0)
         if need.workers > 1:
             self._gather(dataset, need)
@@ -85,7 +85,11 @@ class Slot(tune.Trainable):
         """One epoch on every worker; `done` with the last."""
         figures = self._all("epoch")
         assert figures is not None
-        figures |= {"time/begin_s": self.begin_s, "time/load_s": self.load_s, "done": figures["epoch"] >= self.num_epochs}
+        figures |= {
+            "time/begin_s": self.begin_s,
+            "time/load_s": self.load_s,
+            "done": figures["epoch"] >= self.num_epochs,
+        }
         self.begin_s = self.load_s = 0.0
         return dict(figures)
 
@@ -125,23 +129,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def evaluate_all(
-    dataset: str, need: Need, named: list[tuple[str, dict[str, Any], str | None]], splits: list[str]
-) -> list[tuple[str, dict[str, float]]]:
-    """Metrics of several models of one data set in one process, for the end of a search.
-
-    Args:
-        named: (label, settings, checkpoint folder or None for an untrained model).
-    """
-    warm = Warm(dataset, Ranks.alone(use_gpu=bool(need.gpus), num_cpus=max(1, need.cpus)))
-    out = []
-    for label, config, folder in named:
-        run = Run(RunConfig.model_validate(config), warm)
-        if folder is not None:
-            run.load(Path(folder))
-        figures = {k: v for split in splits for k, v in run.evaluate(split).items() if not k.startswith("time/")}
-        out.append((label, figures | {"trained_parameters": run.num_trained}))
-    torch.set_num_threads(1)
-    return out

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search.optuna import OptunaSearch
 
 from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.evaluation import evaluate_all
 from lift_ray.distributed.monitor import Monitor
-from lift_ray.distributed.slot import FOLDER, Slot, evaluate_all
+from lift_ray.distributed.slot import FOLDER, Slot
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.results.rows import TrialRow, best_row, describe
+from lift_ray.results.rows import TrialRow, best_row
 from lift_ray.settings.run import apply_overrides
 from lift_ray.settings.space import Asha, Draw, SpaceFile
 
@@ -95,6 +98,7 @@ def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Path)
     for name in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # TPE's `group`
     metric, mode = space.objective
     began = time.monotonic()
     monitor = Monitor(space, lambda values: space.config(values).optim.epochs, out)
@@ -121,11 +125,14 @@ def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Path)
     best = best_row(rows, metric, mode)
     if best is None:
         errors = [row.error for row in rows if row.error]
-        raise RunFailed(f"{out}: at least one trial must finish, but none of {len(rows)} did"
-                        + (f"; the last error: {errors[-1]}" if errors else "") + f"; see {out / 'tune'}")
+        raise RunFailed(
+            f"{out}: at least one trial must finish, but none of {len(rows)} did"
+            + (f"; the last error: {errors[-1]}" if errors else "")
+            + f"; see {out / 'tune'}"
+        )
     searched_s = time.monotonic() - began
     checkpoints = {r.metrics["trial_id"]: Path(r.checkpoint.path) / FOLDER for r in grid if r.checkpoint and r.metrics}
-    compared = compare(space, dataset, need, rows, best, checkpoints)
+    compared = compare(space, dataset, need, slots, rows, best, checkpoints)
     times = where_time_went(rows, monitor, slots, searched_s, time.monotonic() - began)
     return Found(rows, best, checkpoints[best.trial_id], compared, times)
 
@@ -133,8 +140,8 @@ def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Path)
 def searcher(space: SpaceFile, out: Path) -> Search:
     """Optuna behind Ray's interface; every report is in the journal the moment it is made."""
     seed = space.search.seed
-    samplers = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, warn_independent_sampling=False),
+    samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
     metric, mode = space.objective
@@ -154,7 +161,7 @@ def scheduler(space: SpaceFile) -> Any:
                      reduction_factor=chosen.reduction_factor)  # fmt: skip
 
 
-class StopOnBadInput(tune.Callback):
+class StopOnBadInput(tune.Callback):  # type: ignore[misc]
     """Ends the search at once when a worker finds the user's input bad: every other trial would fail the same way."""
 
     def __init__(self) -> None:
@@ -173,26 +180,43 @@ class StopOnBadInput(tune.Callback):
 
 
 def compare(
-    space: SpaceFile, dataset: str, need: Need, rows: list[TrialRow], best: TrialRow, checkpoints: dict[str, Path]
+    space: SpaceFile,
+    dataset: str,
+    need: Need,
+    slots: int,
+    rows: list[TrialRow],
+    best: TrialRow,
+    checkpoints: dict[str, Path],
 ) -> list[tuple[str, dict[str, float]]]:
     """Validation and test metrics of zero-shot, of every start point, and of the best."""
-    zero_shot = apply_overrides(space.base, {"tuner.kind": "zero_shot"})
-    named: list[tuple[str, dict[str, Any], str | None]] = [("zero-shot", zero_shot, None)]
+    shown: list[tuple[str, TrialRow]] = []
     for index, label in enumerate(space.start_labels()):
-        for row in rows:
-            if matching_start(space.start_points(), row.values) == index and row.state == "finished":
-                named.append((label, space.config(row.values).to_dict(), str(checkpoints[row.trial_id])))
-                break
-    named.append(("best found", space.config(best.values).to_dict(), str(checkpoints[best.trial_id])))
+        shown += [(label, row) for row in rows if matching_start(space.start_points(), row.values) == index][:1]
+    shown = [(label, row) for label, row in shown if row.state == "finished"] + [("best found", best)]
+    jobs: list[tuple[dict[str, Any], str | None, list[str]]] = [
+        (apply_overrides(space.base, {"tuner.kind": "zero_shot"}), None, ["validation", "test"])
+    ]
+    unique = list({row.trial_id: row for _, row in shown}.values())
+    jobs += [(space.config(row.values).to_dict(), str(checkpoints[row.trial_id]), ["test"]) for row in unique]
+    # The slots are gone, so on a CPU their cores are free.
+    num_cpus = need.cpus if need.gpus else need.cpus * min(slots, int(os.cpu_count() or 1) // need.cpus or 1)
     task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(evaluate_all)
-    found: list[tuple[str, dict[str, float]]] = ray.get(task.remote(dataset, need, named, ["validation", "test"]))
-    return found
+    zero_shot, *tested = ray.get(task.remote(dataset, bool(need.gpus), num_cpus, jobs))
+    by_trial = {row.trial_id: figures for row, figures in zip(unique, tested, strict=True)}
+    validated = {row.trial_id: {k: v for k, v in row.last.items() if k.startswith("validation/")} for row in unique}
+    return [("zero-shot", zero_shot)] + [
+        (label, validated[row.trial_id] | by_trial[row.trial_id]) for label, row in shown
+    ]
 
 
-def where_time_went(rows: list[TrialRow], monitor: Monitor, slots: int, searched_s: float, total_s: float) -> dict[str, float]:
+def where_time_went(
+    rows: list[TrialRow], monitor: Monitor, slots: int, searched_s: float, total_s: float
+) -> dict[str, float]:
     """Seconds of wall time; the slots' own time is divided by their number."""
     search_s = max(0.0, monitor.last_result_s - (monitor.first_step_s or 0.0))
-    per_slot = {name: sum(row.seconds(name) for row in rows) / slots for name in ("train_s", "data_wait_s", "evaluate_s")}
+    per_slot = {
+        name: sum(row.seconds(name) for row in rows) / slots for name in ("train_s", "data_wait_s", "evaluate_s")
+    }
     first_loads = sum(row.seconds("load_s") for row in rows) / slots
     return {
         "start": monitor.first_step_s or 0.0,

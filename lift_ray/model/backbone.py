@@ -45,7 +45,9 @@ class Attention(nn.Module):
         q, v = tuner.query(first, q), tuner.value(h, v)
         heads = (self.num_heads, width // self.num_heads)
         out = F.scaled_dot_product_attention(
-            q.unflatten(-1, heads).transpose(1, 2), k.unflatten(-1, heads).transpose(1, 2), v.unflatten(-1, heads).transpose(1, 2)
+            q.unflatten(-1, heads).transpose(1, 2),
+            k.unflatten(-1, heads).transpose(1, 2),
+            v.unflatten(-1, heads).transpose(1, 2),
         )
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return projected
@@ -69,7 +71,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block with places for a tuner."""
 
-    def __init__(self, width: int, num_heads: int, hidden: int, activation: Callable[[Tensor], Tensor], eps: float) -> None:
+    def __init__(
+        self, width: int, num_heads: int, hidden: int, activation: Callable[[Tensor], Tensor], eps: float
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, num_heads)
@@ -172,7 +176,9 @@ def load_backbone(model: str, pretrained: str | None, *, device: torch.device | 
         clip = open_clip.create_model(source, pretrained=pretrained, force_quick_gelu=quick_gelu, weights_only=True)
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # open_clip raises RuntimeError, OSError, hub and safetensors errors
-        raise BadInput(f"backbone.model: {model} could not be loaded ({' '.join(str(error).split())}); check name and network") from None
+        raise BadInput(
+            f"backbone.model: {model} could not be loaded ({' '.join(str(error).split())}); check name and network"
+        ) from None
     clip.eval().requires_grad_(False)
     tower = rebuild(clip.visual, model).to(device)
     config = clip.visual.preprocess_cfg
@@ -190,10 +196,14 @@ def rebuild(visual: Any, name: str = "this tower") -> Tower:
     """open_clip's VisionTransformer as a Tower with the same weights, frozen. Raises BadInput for other towers."""
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 
-    plain = isinstance(visual, VisionTransformer) and all(type(b) is ResidualAttentionBlock for b in visual.transformer.resblocks)
+    plain = isinstance(visual, VisionTransformer) and all(
+        type(b) is ResidualAttentionBlock for b in visual.transformer.resblocks
+    )
     if not plain or visual.attn_pool is not None or visual.pool_type != "tok":
-        raise BadInput(f"backbone.model: must be a plain vision transformer with a class token, but {name} is a {type(visual).__name__}; "
-                       "use one of CLIP's ViT models")
+        raise BadInput(
+            f"backbone.model: must be a plain vision transformer with a class token, but {name} is a {type(visual).__name__}; "
+            "use one of CLIP's ViT models"
+        )
     blocks = visual.transformer.resblocks
     act = blocks[0].mlp.gelu
     activation: Callable[[Tensor], Tensor] = quick_gelu if isinstance(act, QuickGELU) else F.gelu
@@ -242,7 +252,9 @@ def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
         raise BadInput(f"backbone.model: unknown model '{model}'; {did_you_mean(model, open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
-        raise BadInput(f"backbone.pretrained: must be a tag of {model} or a weights file, but got {pretrained!r}; "
-                       f"known: {', '.join(tags)}")
+        raise BadInput(
+            f"backbone.pretrained: must be a tag of {model} or a weights file, but got {pretrained!r}; "
+            f"known: {', '.join(tags)}"
+        )
     # open_clip only warns when OpenAI's weights meet a config with plain GELU; the features would be wrong.
     return model, bool((open_clip.pretrained.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu", False))

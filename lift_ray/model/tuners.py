@@ -53,7 +53,8 @@ class Adaptformer(BlockTuner):
 
     def beside_mlp(self, a: Tensor, out: Tensor) -> Tensor:
         """Adds the bottleneck's output."""
-        return out + self.scale * self.up(F.relu(self.down(self.norm(a))))
+        added: Tensor = self.scale * self.up(F.relu(self.down(self.norm(a))))
+        return out + added
 
 
 class LowRank(nn.Module):
@@ -80,11 +81,13 @@ class Lora(BlockTuner):
 
     def query(self, h: Tensor, q: Tensor) -> Tensor:
         """q + h A_q B_q / R."""
-        return q + self.q(h)
+        changed: Tensor = q + self.q(h)
+        return changed
 
     def value(self, h: Tensor, v: Tensor) -> Tensor:
         """v + h A_v B_v / R."""
-        return v + self.v(h)
+        changed: Tensor = v + self.v(h)
+        return changed
 
 
 class Tuner(nn.Module):

@@ -30,7 +30,9 @@ def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str
     """Accuracy in percent for each named model, overall and by group; the best of each column stands out."""
     table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("", overflow="fold")
-    best = {name: max((figures.get(f"{split}/{name}", -1.0) for _, figures in rows), default=-1.0) for name in ACCURACIES}
+    best = {
+        name: max((figures.get(f"{split}/{name}", -1.0) for _, figures in rows), default=-1.0) for name in ACCURACIES
+    }
     for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for label, figures in rows:
@@ -39,12 +41,17 @@ def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str
     return table
 
 
-def trial_table(rows: Sequence[TrialRow], names: Sequence[str], metric: str, title: str, limit: int = 20) -> rich.table.Table:
+def trial_table(
+    rows: Sequence[TrialRow], names: Sequence[str], metric: str, title: str, limit: int = 20
+) -> rich.table.Table:
     """The running trials and the latest others; settings that a trial does not have stay empty."""
     table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("trial", justify="right")
     for name in names:
-        table.add_column(name if name == "tuner.kind" else name.rsplit(".", 1)[-1], justify="left" if name.endswith("kind") else "right")
+        table.add_column(
+            name if name == "tuner.kind" else name.rsplit(".", 1)[-1],
+            justify="left" if name.endswith("kind") else "right",
+        )
     for heading in ("epoch", metric.rsplit("/", 1)[-1].replace("_", " "), "many", "medium", "few", "images/s"):
         table.add_column(heading, justify="right")
     table.add_column("state")

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,7 +18,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
 
 from lift_ray.errors import BadInput, did_you_mean
-from lift_ray.settings.run import apply_overrides
+from lift_ray.settings.run import RunFile, apply_overrides
 
 Model = TypeVar("Model", bound=BaseModel)
 Path_ = tuple[str | int, ...]
@@ -62,9 +63,8 @@ class SettingsFile:
         except Exception as error:  # ruamel raises several unrelated types for broken input
             raise BadInput(f"{source}: must be YAML 1.2, but got: {_one_line(error)}; mend the file") from None
         if not isinstance(tree, CommentedMap):
-            raise BadInput(
-                f"{source}:1: must be a mapping of settings, but got {'a list' if isinstance(tree, list) else 'nothing' if tree is None else _short(tree)}; start with `dataset: ...`"
-            )
+            got = "a list" if isinstance(tree, list) else "nothing" if tree is None else _short(tree)
+            raise BadInput(f"{source}:1: must be a mapping of settings, but got {got}; start with `dataset: ...`")
         lines: dict[Path_, int] = {}
         return cls(source, _plain(tree, (), lines), lines)
 
@@ -107,9 +107,10 @@ class SettingsFile:
         for name in names:
             value = self.data.get(name)
             if isinstance(value, str):
-                self.data[name] = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: self._variable(m, name), value)
+                fill = partial(self._variable, name)
+                self.data[name] = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", fill, value)
 
-    def _variable(self, match: re.Match[str], name: str) -> str:
+    def _variable(self, name: str, match: re.Match[str]) -> str:
         value = os.environ.get(match[1]) or match[2]
         if value is None:
             raise BadInput(
@@ -117,6 +118,14 @@ class SettingsFile:
                 f"export {match[1]}=... or write ${{{match[1]}:-default}}"
             )
         return value
+
+
+def read_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunFile:
+    """Read and check a run file. Raises BadInput with every problem found, one line each."""
+    file = SettingsFile.read(path)
+    apply_file_overrides(file, overrides or {}, RunFile)
+    file.expand("dataset", "out")
+    return file.validate(RunFile)
 
 
 def dotted(path: Path_) -> str:

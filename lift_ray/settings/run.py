@@ -161,9 +161,34 @@ class RunConfig(Settings):
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
+class RunFile(RunConfig):
+    """A run file: the settings of one run, and the data it runs on."""
+
+    name: str = "run"
+    dataset: str
+    """Any fsspec URL or path of Parquet shards, or embedded:NAME."""
+    out: str | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings alone."""
+        return RunConfig.model_validate(self.model_dump(include=set(RunConfig.model_fields)))
+
+
 def derived_width(num_classes: int, divisor: int) -> int:
     """2^max(0, floor(log2(K / divisor))): LIFT's rule for bottlenecks (arXiv 2309.10019)."""
     return 1 << max(0, math.floor(math.log2(num_classes / divisor)))
+
+
+def check_global_batch(size: int, workers: int) -> None:
+    """Raises ValueError, with what would fit, when a global batch cannot be shared evenly."""
+    if size % workers:
+        fits = max(1, round(size / workers)) * workers
+        fewer = max(w for w in range(1, workers) if size % w == 0)
+        raise ValueError(
+            f"optim.global_batch_size: must be divisible by {workers} workers, but got {size}; "
+            f"use {fits}, or {fewer} worker{'s' if fewer > 1 else ''}"
+        )
 
 
 def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

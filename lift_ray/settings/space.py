@@ -145,7 +145,7 @@ class SpaceFile(Settings):
         searched = self.space.get("optim.epochs")
         if searched is None:
             return self.config({}).optim.epochs
-        return int(max(searched.choices or searched.bounds or ()))  # type: ignore[type-var, arg-type]
+        return int(max(searched.choices or searched.bounds or ()))
 
     def config(self, values: dict[str, Any]) -> RunConfig:
         """The run that a trial's values describe. Raises pydantic's ValidationError."""
