@@ -196,9 +196,9 @@ def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, batch: int = 
             order = torch.randperm(len(images))
             step += 1
             continue
-        model.visual.patch_dropout = PatchDropout(0.5) if progress < 0.65 else torch.nn.Identity()
+        model.visual.patch_dropout = PatchDropout(0.25) if progress < 0.65 else torch.nn.Identity()
         for group in optimiser.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 150) * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = 4e-4 * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * progress))
         rows = order[at : at + batch]
         x = augment(images[rows], 48)
         z = F.normalize(model.encode_image(x), dim=-1)

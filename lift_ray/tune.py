@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lift_ray.errors import exit_codes, run_verb
+from lift_ray.errors import BadInput, exit_codes, run_verb
 
 if TYPE_CHECKING:
     from lift_ray.data.catalog import Dataset
@@ -79,7 +79,19 @@ def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
     data = open_dataset(space.dataset)
     for split in ("train", "validation", "test"):
         data.split(split)
+    _check_objective(space, data)
     return data.uri, data
+
+
+def _check_objective(space: SpaceFile, data: Dataset) -> None:
+    """A group without classes has no accuracy to search for."""
+    from lift_ray.results.metrics import RULES, class_groups
+
+    metric = space.objective[0]
+    group = metric.split("/")[-1]
+    if group in RULES and group not in class_groups(data.split("train").class_counts(data.num_classes)):
+        raise BadInput(f"objectives: {metric} needs classes with {RULES[group]} training images, but {data.uri} has none; "
+                       "choose validation/mean_class_accuracy")  # fmt: skip
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:

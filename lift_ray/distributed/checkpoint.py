@@ -1,4 +1,7 @@
-"""A run on disk: trained tensors as safetensors, everything else as JSON. Nothing is pickled."""
+"""A run on disk: trained tensors as safetensors, everything else as JSON. Nothing is pickled.
+
+torch is imported by the functions that need it: the driver of a search reads records without it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,18 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import lift_ray
 from lift_ray.errors import BadInput
-from lift_ray.methods.lift import Lift
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lift_ray.methods.lift import Lift
 
 WEIGHTS, OPTIMIZER, RECORD = "weights.safetensors", "optimizer.safetensors", "run.json"
 FORMAT_VERSION = 1
@@ -47,6 +52,8 @@ class Record:
 
 def save(folder: Path, model: Lift, optimizer: torch.optim.Optimizer | None, record: Record) -> None:
     """Write a checkpoint, whole or not at all: to a temporary name, then renamed over what was there."""
+    from safetensors.torch import save_file
+
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -95,6 +102,8 @@ def read_record(folder: Path) -> Record:
 
 def load_weights(folder: Path, model: Lift) -> None:
     """Load tuner and head, strictly. Raises BadInput when they do not fit."""
+    from safetensors.torch import load_file
+
     try:
         model.load_stored(load_file(folder / WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
@@ -105,6 +114,8 @@ def load_weights(folder: Path, model: Lift) -> None:
 
 def load_optimizer(folder: Path, model: Lift, optimizer: torch.optim.Optimizer) -> None:
     """Load SGD's momentum. Raises BadInput when it is unreadable."""
+    from safetensors.torch import load_file
+
     try:
         momenta: dict[str, Tensor] = load_file(folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:

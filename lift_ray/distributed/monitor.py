@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from lift_ray.distributed.slot import DIVERGED, PROBLEM
 from lift_ray.results.rows import TrialRow, best_row, describe, write_rows
 from lift_ray.results.tables import console, trial_table
 from lift_ray.settings.space import SpaceFile
@@ -21,12 +21,11 @@ class Monitor(tune.Callback):  # type: ignore[misc]
     """Keeps the rows of a search, shows them, and rewrites the trials table whenever a trial ends.
 
     Args:
-        num_epochs: of a trial with these values.
         out: folder of trials.parquet and trials.csv.
     """
 
-    def __init__(self, space: SpaceFile, num_epochs: Callable[[dict[str, Any]], int], out: Path) -> None:
-        self.space, self.num_epochs, self.out = space, num_epochs, out
+    def __init__(self, space: SpaceFile, out: Path) -> None:
+        self.space, self.out = space, out
         self.rows: dict[str, TrialRow] = {}
         self.began = time.monotonic()
         self.first_step_s: float | None = None
@@ -56,7 +55,9 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         """The row of a Tune trial, made when it is first seen."""
         if trial.trial_id not in self.rows:
             values = {k: v for k, v in trial.config.items() if k in self.space.space}
-            self.rows[trial.trial_id] = TrialRow(len(self.rows), trial.trial_id, values, self.num_epochs(values))
+            epochs = self.space.config(values).optim.epochs
+            self.rows[trial.trial_id] = TrialRow(trial_number(trial), trial.trial_id, values, epochs)
+            self.rows = dict(sorted(self.rows.items(), key=lambda item: item[1].number))
         return self.rows[trial.trial_id]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -75,13 +76,17 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         figures = {k: v for k, v in result.items() if k in ("epoch", "trained_parameters") or k.split("/")[0] in
                    ("train", "validation", "time")}  # fmt: skip
         row = self.row(trial)
+        row.error = result.get(DIVERGED) or result.get(PROBLEM) or ""
+        if row.error:
+            return
+        row.num_epochs = result["num_epochs"]
         row.history = [f for f in row.history if f["epoch"] < figures["epoch"]] + [figures]
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ran to its end or was stopped early."""
         row = self.row(trial)
-        self._end(row, "finished" if len(row.history) >= row.num_epochs else "pruned")
+        self._end(row, "failed" if row.error else "finished" if row.is_done else "pruned")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for good."""
@@ -123,6 +128,11 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         if best:
             parts.append(f"best {best.last[self.space.objective[0]]:.4f}: {describe(best.values)}")
         return "  |  ".join(parts) if rows else "starting Ray and loading the tower ..."
+
+
+def trial_number(trial: Any) -> int:
+    """From 0, in the order in which the search made the trials."""
+    return int(trial.experiment_tag.split("_")[0]) - 1
 
 
 def error_line(trial: Any) -> str:

@@ -208,7 +208,13 @@ class Run:
         }
 
     def epochs(self) -> Iterator[dict[str, float]]:
-        """Train to the end from wherever the run stands; yields the figures of each epoch, validation included."""
+        """Train to the end from wherever the run stands; yields the figures of each epoch, validation included.
+
+        Where nothing is trained, validation is the one thing to yield, as epoch 0.
+        """
+        if not self.trained:
+            self.metrics = self.evaluate("validation")
+            yield {"epoch": 0, **self.metrics, "trained_parameters": 0}
         while self.epoch < self.num_epochs:
             figures = self.train_epoch()
             self.metrics = self.evaluate("validation")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -17,18 +17,28 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.ranks import Ranks, join_group
-from lift_ray.distributed.run import Run, Warm
+from lift_ray.errors import BadInput, RunFailed
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
 
+if TYPE_CHECKING:
+    from lift_ray.distributed.run import Run
+
 FOLDER = "lift"  # inside a Tune checkpoint
+PROBLEM, DIVERGED = "problem", "diverged"  # keys of a result that is no epoch
+WORST = 1e9
 
 
 class Worker:
-    """One rank of a slot."""
+    """One rank of a slot.
+
+    torch is imported here and not with the module: the driver, which names Slot, has no use for it.
+    """
 
     def __init__(self, dataset: str, need: Need, rank: int) -> None:
+        from lift_ray.distributed.ranks import Ranks
+        from lift_ray.distributed.run import Warm
+
         self.need, self.rank = need, rank
         self.ranks = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
         self.warm = Warm(dataset, self.ranks)
@@ -36,11 +46,15 @@ class Worker:
 
     def join(self, address: str, port: int) -> None:
         """Form the slot's process group."""
+        from lift_ray.distributed.ranks import Ranks, join_group
+
         join_group(self.rank, self.need.workers, address, port, self.ranks.device)
         self.ranks = self.warm.ranks = Ranks(self.rank, self.need.workers, self.ranks.device, self.ranks.num_threads)
 
     def begin(self, config: dict[str, Any]) -> None:
         """Take up a trial."""
+        from lift_ray.distributed.run import Run
+
         self.run = Run(RunConfig.model_validate(config), self.warm)
         self.epochs = self.run.epochs()
 
@@ -62,18 +76,27 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         began = time.monotonic()
         self.space = space
         self.peers: list[Any] = []
-        self.worker = Worker(dataset, need, 0)
-        if need.workers > 1:
-            self._gather(dataset, need)
+        self.problem, self.startup_s = "", 0.0
+        try:
+            self.worker = Worker(dataset, need, 0)
+            if need.workers > 1:
+                self._gather(dataset, need)
+        except BadInput as error:
+            self.problem = str(error)
         self.startup_s = time.monotonic() - began
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take up the next trial in the same processes."""
+        if self.problem:
+            return True
         began, loaded = time.monotonic(), self.worker.warm.load_s
         values = {name: value for name, value in new_config.items() if name in self.space.space}
-        self.num_epochs = 0
-        self._all("begin", self.space.config(values).to_dict())
+        try:
+            self._all("begin", self.space.config(values).to_dict())
+        except BadInput as error:
+            self.problem = str(error)
+            return True
         assert self.worker.run is not None
         self.num_epochs = self.worker.run.num_epochs
         self.begin_s = time.monotonic() - began + self.startup_s
@@ -82,12 +105,25 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        """One epoch on every worker; `done` with the last."""
-        figures = self._all("epoch")
+        """One epoch on every worker; `done` with the last.
+
+        A trial whose loss diverges ends with the worst value, so that the sampler keeps away; input that no trial could
+        use is handed to the driver, which ends the search.
+        """
+        metric, mode = self.space.objective
+        ended = {metric: 0.0 if mode == "max" else WORST, "epoch": 0, "done": True}
+        if self.problem:
+            return ended | {PROBLEM: self.problem}
+        try:
+            figures = self._all("epoch")
+        except RunFailed as error:
+            assert self.worker.run is not None
+            return ended | {"epoch": self.worker.run.epoch, DIVERGED: str(error)}
         assert figures is not None
         figures |= {
             "time/begin_s": self.begin_s,
             "time/load_s": self.load_s,
+            "num_epochs": self.num_epochs,
             "done": figures["epoch"] >= self.num_epochs,
         }
         self.begin_s = self.load_s = 0.0
@@ -95,8 +131,9 @@ class Slot(tune.Trainable):  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """The trial's trained parameters, optimiser and position."""
-        assert self.worker.run is not None
-        self.worker.run.save(Path(checkpoint_dir) / FOLDER)
+        if not self.problem:
+            assert self.worker.run is not None
+            self.worker.run.save(Path(checkpoint_dir) / FOLDER)
 
     def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
         """Go on where a lost slot's trial stood."""

@@ -22,9 +22,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search.optuna import OptunaSearch
 
 from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.evaluation import evaluate_all
-from lift_ray.distributed.monitor import Monitor
-from lift_ray.distributed.slot import FOLDER, Slot
+from lift_ray.distributed.monitor import Monitor, trial_number
+from lift_ray.distributed.slot import FOLDER, PROBLEM, Slot
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.results.rows import TrialRow, best_row
 from lift_ray.settings.run import apply_overrides
@@ -58,8 +57,12 @@ class Search(OptunaSearch):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how a trial ended."""
-        if result and not error and not result.get("done") and trial_id not in self._completed_trials:
-            self._ot_study.tell(self._ot_trials[trial_id], state=TrialState.PRUNED)
+        # Tune sets `done` itself, so the epochs tell whether the trial came to its end.
+        early = (result or {}).get("epoch", 0) < (result or {}).get("num_epochs", 0)
+        if result and early and not error and trial_id not in self._completed_trials:
+            trial = self._ot_trials[trial_id]
+            trial.report(result[self.metric], result["training_iteration"])  # Tune hands the last result only to us
+            self._ot_study.tell(trial, state=TrialState.PRUNED)
             self._completed_trials.add(trial_id)
         else:
             super().on_trial_complete(trial_id, result, error)
@@ -95,32 +98,34 @@ def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Path)
         BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
         RunFailed: no trial finished.
     """
-    for name in ("ray.tune", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # what fails is in the table, and in each trial's error.txt
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # TPE's `group`
     metric, mode = space.objective
     began = time.monotonic()
-    monitor = Monitor(space, lambda values: space.config(values).optim.epochs, out)
+    monitor = Monitor(space, out)
     bundles = tune.PlacementGroupFactory([need.bundle()] * need.workers)
     trainable = tune.with_resources(tune.with_parameters(Slot, space=space, dataset=dataset, need=need), bundles)
-    stopper = StopOnBadInput()
+    stopper = StopOnProblem()
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             num_samples=space.search.trials, max_concurrent_trials=slots, reuse_actors=True, metric=metric, mode=mode,
             search_alg=searcher(space, out), scheduler=scheduler(space),
+            trial_dirname_creator=lambda trial: f"trial-{trial_number(trial):04d}",
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(out), verbose=0, callbacks=[monitor, stopper],
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES), stop=stopper.stopper,
+            name="tune", storage_path=str(out), verbose=0, callbacks=[monitor],
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES), stop=stopper,
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True, num_to_keep=1),
         ),
     )  # fmt: skip
     with monitor:
         grid = tuner.fit()
-    if stopper.message:
-        raise BadInput(stopper.message)
+    if stopper.problem:
+        raise BadInput(stopper.problem)
     rows = list(monitor.rows.values())
     best = best_row(rows, metric, mode)
     if best is None:
@@ -161,22 +166,20 @@ def scheduler(space: SpaceFile) -> Any:
                      reduction_factor=chosen.reduction_factor)  # fmt: skip
 
 
-class StopOnBadInput(tune.Callback):  # type: ignore[misc]
-    """Ends the search at once when a worker finds the user's input bad: every other trial would fail the same way."""
+class StopOnProblem(tune.Stopper):  # type: ignore[misc]
+    """Ends the search at once when a slot finds the user's input bad: every other trial would fail the same way."""
 
     def __init__(self) -> None:
-        self.message = ""
+        self.problem = ""
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Look for BadInput behind a trial's error."""
-        error = trial.get_error()
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, BadInput):
-            self.message = str(cause)
-
-    def stopper(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tune asks this of every result."""
-        return bool(self.message)
+        self.problem = result.get(PROBLEM, "") or self.problem
+        return bool(self.problem)
+
+    def stop_all(self) -> bool:
+        """Tune asks this between results."""
+        return bool(self.problem)
 
 
 def compare(
@@ -200,13 +203,19 @@ def compare(
     jobs += [(space.config(row.values).to_dict(), str(checkpoints[row.trial_id]), ["test"]) for row in unique]
     # The slots are gone, so on a CPU their cores are free.
     num_cpus = need.cpus if need.gpus else need.cpus * min(slots, int(os.cpu_count() or 1) // need.cpus or 1)
-    task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(evaluate_all)
+    task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(_evaluate)
     zero_shot, *tested = ray.get(task.remote(dataset, bool(need.gpus), num_cpus, jobs))
     by_trial = {row.trial_id: figures for row, figures in zip(unique, tested, strict=True)}
     validated = {row.trial_id: {k: v for k, v in row.last.items() if k.startswith("validation/")} for row in unique}
     return [("zero-shot", zero_shot)] + [
         (label, validated[row.trial_id] | by_trial[row.trial_id]) for label, row in shown
     ]
+
+
+def _evaluate(*job: Any) -> list[dict[str, float]]:
+    from lift_ray.distributed.evaluation import evaluate_all  # brings torch, which the driver does not need
+
+    return evaluate_all(*job)
 
 
 def where_time_went(

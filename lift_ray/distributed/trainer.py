@@ -41,9 +41,6 @@ def train_worker(settings: dict[str, Any]) -> None:
                 run.load(Path(folder) / FOLDER)
         for figures in run.epochs():
             _report(run, figures)
-        if not run.trained:
-            run.metrics = run.evaluate("validation")
-            _report(run, {"epoch": 0, **run.metrics})
         if "test" in run.warm.dataset.splits:
             ray.train.report({"epoch": run.epoch, **run.evaluate("test")})
     except (BadInput, RunFailed) as error:

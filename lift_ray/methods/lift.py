@@ -33,8 +33,10 @@ class Lift(nn.Module):
         return feature
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, K) raw logits."""
-        logits: Tensor = self.head(self.feature(images).float())
+        """(B, 3, H, W) normalised images -> (B, K) raw logits, in fp32 also when the tower computes in less."""
+        feature = self.feature(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            logits: Tensor = self.head(feature)
         return logits
 
     def trained(self) -> dict[str, nn.Parameter]:

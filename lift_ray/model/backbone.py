@@ -154,7 +154,7 @@ class Backbone:
             raise BadInput(f"head.template: must hold {{}} for the class name, but got {template!r}; add it")
         key = (template, tuple(class_names))
         if key not in self._classifiers:
-            embedded = self.text([template.format(name.replace("_", " ")) for name in class_names])
+            embedded = self.text([template.replace("{}", name.replace("_", " ")) for name in class_names])
             self._classifiers[key] = F.normalize(embedded @ self.projection.T, dim=-1)
         return self._classifiers[key]
 
@@ -173,7 +173,9 @@ def load_backbone(model: str, pretrained: str | None, *, device: torch.device | 
 
     source, quick_gelu = _source(model, pretrained)
     try:
-        clip = open_clip.create_model(source, pretrained=pretrained, force_quick_gelu=quick_gelu, weights_only=True)
+        clip = open_clip.create_model(
+            source, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True, weights_only=True
+        )
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # open_clip raises RuntimeError, OSError, hub and safetensors errors
         raise BadInput(
@@ -199,13 +201,16 @@ def rebuild(visual: Any, name: str = "this tower") -> Tower:
     plain = isinstance(visual, VisionTransformer) and all(
         type(b) is ResidualAttentionBlock for b in visual.transformer.resblocks
     )
+    refused = BadInput(
+        f"backbone.model: must be a plain vision transformer with a class token, but {name} is a {type(visual).__name__}"
+        f"{' with other parts' if plain else ''}; use one of CLIP's ViT models"
+    )
     if not plain or visual.attn_pool is not None or visual.pool_type != "tok":
-        raise BadInput(
-            f"backbone.model: must be a plain vision transformer with a class token, but {name} is a {type(visual).__name__}; "
-            "use one of CLIP's ViT models"
-        )
+        raise refused
     blocks = visual.transformer.resblocks
     act = blocks[0].mlp.gelu
+    if not isinstance(act, QuickGELU) and getattr(act, "approximate", "") != "none":
+        raise refused
     activation: Callable[[Tensor], Tensor] = quick_gelu if isinstance(act, QuickGELU) else F.gelu
     tower = Tower(
         width=visual.conv1.out_channels, num_blocks=len(blocks), num_heads=blocks[0].attn.num_heads,
@@ -224,7 +229,10 @@ def rebuild(visual: Any, name: str = "this tower") -> Tower:
         for old, new in renamed.items():
             key = key.replace(old, new)
         state[key] = value
-    tower.load_state_dict(state, strict=True)
+    try:
+        tower.load_state_dict(state, strict=True)
+    except RuntimeError:  # layer scale, no first norm, pictures that are not square
+        raise refused from None
     return tower.eval().requires_grad_(False)
 
 
@@ -254,7 +262,7 @@ def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
         raise BadInput(
             f"backbone.pretrained: must be a tag of {model} or a weights file, but got {pretrained!r}; "
-            f"known: {', '.join(tags)}"
+            f"{did_you_mean(pretrained, tags)}"
         )
     # open_clip only warns when OpenAI's weights meet a config with plain GELU; the features would be wrong.
     return model, bool((open_clip.pretrained.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu", False))

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 MANY_ABOVE = 100
 FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
+RULES = {"many": f"over {MANY_ABOVE}", "medium": f"{FEW_BELOW} to {MANY_ABOVE}", "few": f"under {FEW_BELOW}"}
 
 
 def class_groups(train_counts: NDArray[np.int64]) -> NDArray[np.str_]:

@@ -39,6 +39,11 @@ class TrialRow:
         """The figures of the last epoch done."""
         return self.history[-1] if self.history else {}
 
+    @property
+    def is_done(self) -> bool:
+        """Trained to its end; a run that trains nothing is done with its one evaluation, epoch 0."""
+        return bool(self.history) and self.last["epoch"] >= self.num_epochs
+
     def seconds(self, name: str) -> float:
         """Sum of one time/ figure over the epochs."""
         return sum(figures.get(f"time/{name}", 0.0) for figures in self.history)

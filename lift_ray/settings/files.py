@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.settings.run import RunFile, apply_overrides
@@ -35,6 +36,7 @@ class SettingsFile:
 
     def __init__(self, source: str, data: dict[str, Any], lines: dict[Path_, int]) -> None:
         self.source, self.data, self.lines = source, data, lines
+        self.overridden: set[Path_] = set()
 
     @classmethod
     def read(cls, path: str | Path) -> SettingsFile:
@@ -75,8 +77,10 @@ class SettingsFile:
         return self.lines.get(path, 1)
 
     def where(self, path: Path_) -> str:
-        """`file.yaml:14 tuner.kind`."""
-        return f"{self.source}:{self.line(path)} {dotted(path)}".rstrip()
+        """`file.yaml:14 tuner.kind`, or `command line tuner.kind` for what was set there."""
+        on_command_line = any(path[: len(setting)] == setting for setting in self.overridden)
+        source = "command line" if on_command_line else f"{self.source}:{self.line(path)}"
+        return f"{source} {_one_line(dotted(path))}".rstrip()
 
     def validate(self, model: type[Model], data: Any = None, at: Path_ = ()) -> Model:
         """Build `model` from the data at position `at` (or from `data` that came from there).
@@ -90,17 +94,15 @@ class SettingsFile:
         try:
             return model.model_validate(data)
         except ValidationError as error:
-            problems = sorted(
-                error.errors(), key=lambda problem: self.line((*at, *_without_tags(model, problem["loc"])))
-            )
+            problems = sorted(error.errors(), key=lambda problem: self.line((*at, *_walk(model, problem["loc"])[0])))
             raise BadInput("\n".join(self.describe(model, problem, at) for problem in problems)) from None
 
     def describe(self, model: type[BaseModel], problem: ErrorDetails, at: Path_ = ()) -> str:
         """One line for one pydantic problem."""
-        path = _without_tags(model, problem["loc"])
+        path = _walk(model, problem["loc"])[0]
         if problem["type"] == "union_tag_invalid":
             path = (*path, "kind")
-        return f"{self.where((*at, *path))}: {explain(model, problem, path)}"
+        return f"{self.where((*at, *path))}: {_one_line(explain(model, problem, path))}"
 
     def expand(self, *names: str) -> None:
         """Replace `${NAME}` and `${NAME:-default}` in the named top-level texts. Raises BadInput when NAME is not set."""
@@ -148,11 +150,16 @@ def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_) -> str:
         return f"unknown value {_short(value)}; {did_you_mean(value, options)}"
     if kind == "missing":
         return "must be given, but is missing; add it"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        write = f"{{kind: {value}}}" if kind == "model_attributes_type" and isinstance(value, str) else "{key: value}"
+        return f"must be a mapping, but got {_short(value)}; write {write}"
     rule = (
         problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Assertion failed, ")
     )
     if kind in ("value_error", "assertion_error"):
         return rule
+    if wrong_size := re.match(r"(?:Dictionary|List|String) should (have at (?:least|most) \d+ items?|match .*)", rule):
+        return f"must {wrong_size[1].removesuffix(' after validation')}, but got {_short(value)}; change it"
     return f"must be {rule}, but got {_short(value)}; change it"
 
 
@@ -167,9 +174,10 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
             )
         try:
             out[path] = _plain(YAML(typ="rt").load(text), (), {})
-        except MarkedYAMLError as error:
+        except Exception as error:  # ruamel raises several unrelated types for broken input
+            problem = error.problem if isinstance(error, MarkedYAMLError) else error
             raise BadInput(
-                f"command line {path}: must be a YAML value, but got '{text}' ({_one_line(error.problem)}); quote it"
+                f"command line {path}: must be a YAML value, but got '{text}' ({_one_line(problem)}); quote it"
             ) from None
     return out
 
@@ -187,62 +195,55 @@ def dump_yaml(data: Mapping[str, Any], path: Path, header: str = "") -> None:
 
 def allowed_keys(model: type[BaseModel], loc: Path_) -> list[str]:
     """The field names of the model that sits at a pydantic error position (tags of unions included)."""
-    for name in loc:
-        options = _models_of(model.model_fields[str(name)].annotation) if name in model.model_fields else []
-        if len(options) == 1:
-            model = options[0]
-        elif options:
-            model = _Tagged(options)  # type: ignore[assignment]
-        elif isinstance(model, _Tagged):
-            model = model.pick(str(name))
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return [
+        field.alias or name for found in models_of(_walk(model, loc)[1]) for name, field in found.model_fields.items()
+    ]
 
 
-class _Tagged:
-    """Stands for a union between its field's name and its tag in an error position."""
-
-    model_fields: typing.ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, options: list[type[BaseModel]]) -> None:
-        self.options = options
-
-    def pick(self, tag: str) -> type[BaseModel]:
-        return next(option for option in self.options if tag in typing.get_args(option.model_fields["kind"].annotation))
-
-
-def _models_of(annotation: Any) -> list[type[BaseModel]]:
+def models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field of this type can hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
-        return [found for part in typing.get_args(annotation) for found in _models_of(part)]
+        return [found for part in typing.get_args(annotation) for found in models_of(part)]
     return []
 
 
-def _without_tags(model: type[BaseModel], loc: Path_) -> Path_:
-    """pydantic puts a union's tag into the position (tuner, lora, blocks); users do not write it."""
-    out: list[str | int] = []
-    current: Any = model
+def _walk(model: type[BaseModel], loc: Path_) -> tuple[Path_, Any]:
+    """A pydantic error position as the user wrote it, and the type of what stands there.
+
+    pydantic puts the tag of a union of kinds into the position (tuner, lora, blocks); users do not write it.
+    """
+    path: list[str | int] = []
+    here: Any = model
     for name in loc:
-        if isinstance(current, _Tagged):
-            current = current.pick(str(name))
+        options = models_of(here)
+        if len(options) > 1:
+            here = next(o for o in options if name in typing.get_args(o.model_fields["kind"].annotation))
             continue
-        out.append(name)
-        fields = getattr(current, "model_fields", {})
-        options = _models_of(fields[name].annotation) if name in fields else []
-        current = options[0] if len(options) == 1 else _Tagged(options) if options else None
-    return tuple(out)
+        path.append(name)
+        if options:
+            here = next((f.annotation for n, f in options[0].model_fields.items() if name in (n, f.alias)), None)
+        else:
+            here = typing.get_args(here)[-1] if typing.get_origin(here) in (list, dict) else None
+    return tuple(path), here
 
 
 def _plain(node: Any, path: Path_, lines: dict[Path_, int]) -> Any:
-    """ruamel's round-trip objects to plain Python, noting where each key stands."""
-    if isinstance(node, CommentedMap):
-        for key in node:
-            lines[(*path, key)] = node.lc.key(key)[0] + 1
-        return {key: _plain(value, (*path, key), lines) for key, value in node.items()}
-    if isinstance(node, CommentedSeq):
-        for index in range(len(node)):
-            lines[(*path, index)] = node.lc.item(index)[0] + 1
-        return [_plain(value, (*path, index), lines) for index, value in enumerate(node)]
+    """ruamel's round-trip objects to plain Python, noting where each key stands; keys become text."""
+    if isinstance(node, CommentedMap | CommentedSeq):
+        keys = list(node) if isinstance(node, CommentedMap) else list(range(len(node)))
+        places = node.lc.data or {}  # keys that a merge (<<) brought in have none
+        found: dict[Any, Any] = {}
+        for key in keys:
+            name = key if isinstance(node, CommentedSeq) or isinstance(key, str) else str(key)
+            lines[(*path, name)] = (places[key][0] if key in places else node.lc.line or 0) + 1
+            found[name] = _plain(node[key], (*path, name), lines)
+        return found if isinstance(node, CommentedMap) else list(found.values())
+    if isinstance(node, ScalarBoolean):  # a bool with an anchor
+        return bool(node)
+    if isinstance(node, int) and not -(2**63) <= node < 2**63:
+        return hex(node)  # as text it fails with a plain message wherever a number is wanted
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
@@ -264,6 +265,5 @@ def apply_file_overrides(file: SettingsFile, overrides: dict[str, Any], model: t
         first = path.split(".")[0]
         if first not in model.model_fields:
             raise BadInput(f"command line {path}: unknown key '{first}'; {did_you_mean(first, model.model_fields)}")
-        for key in [path[:i] for i, c in enumerate(path) if c == "."] + [path]:
-            file.lines.pop(tuple(key.split(".")), None)
-    file.data = apply_overrides(file.data, overrides)
+        file.overridden.add(tuple(path.split(".")))
+    file.data = apply_overrides(file.data, overrides, model)

@@ -6,12 +6,13 @@ it before anything is built. Defaults are LIFT+ (arXiv 2504.13282).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 TunerKind = Literal["adaptformer", "lora", "linear_probe", "zero_shot"]
 TUNER_KINDS: tuple[str, ...] = ("adaptformer", "lora", "linear_probe", "zero_shot")
@@ -20,7 +21,9 @@ TUNER_KINDS: tuple[str, ...] = ("adaptformer", "lora", "linear_probe", "zero_sho
 class Settings(BaseModel):
     """Strict, frozen, no unknown keys."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +88,12 @@ class ZeroShot(Settings):
     kind: Literal["zero_shot"] = "zero_shot"
 
 
+def _holds_place(template: str) -> str:
+    if "{}" not in template:
+        raise ValueError(f"must hold {{}} for the class name, but got {template!r}; add it")
+    return template
+
+
 class CosineHead(Settings):
     """z_k = scale * cos(f, w_k)."""
 
@@ -92,7 +101,7 @@ class CosineHead(Settings):
     scale: Annotated[float, Field(gt=0)] = 25.0
     init: Literal["semantic", "random"] = "semantic"
     """semantic: from the class names through the text tower; random: Kaiming uniform."""
-    template: str = "a photo of a {}."
+    template: Annotated[str, AfterValidator(_holds_place)] = "a photo of a {}."
     """Text around the class name for the semantic initialisation."""
 
 
@@ -127,7 +136,7 @@ Loss = Annotated[LogitAdjusted | CrossEntropy, Field(discriminator="kind")]
 class RunConfig(Settings):
     """Everything that decides what a run computes, and nothing else."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: Backbone = Backbone()
     augment: Augment = Augment()
     tuner: Tuner = Adaptformer()
@@ -191,13 +200,18 @@ def check_global_batch(size: int, workers: int) -> None:
         )
 
 
-def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def apply_overrides(
+    tree: dict[str, Any], overrides: dict[str, Any], model: type[BaseModel] = RunConfig
+) -> dict[str, Any]:
     """A copy of a settings tree with dotted overrides (`{"loss.tau": 0.5}`) set in it.
 
     Setting the `kind` of a section to another kind drops that section's other keys, which belonged to the old kind;
     kinds are therefore set first.
+
+    Args:
+        model: what the tree describes; it says which kind a section without `kind` is of.
     """
-    out: dict[str, Any] = json.loads(json.dumps(tree))
+    out = copy.deepcopy(tree)
     for path in sorted(overrides, key=lambda p: (not p.endswith(".kind"), p)):
         *parents, leaf = path.split(".")
         node = out
@@ -205,7 +219,16 @@ def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str
             child = node.get(name)
             node[name] = child if isinstance(child, dict) else {}
             node = node[name]
-        if leaf == "kind" and node.get("kind", overrides[path]) != overrides[path]:
+        if leaf == "kind" and node.get("kind", _default_kind(model, parents)) != overrides[path]:
             node.clear()
         node[leaf] = overrides[path]
     return out
+
+
+def _default_kind(model: type[BaseModel], section: list[str]) -> str | None:
+    """The kind that a section has when the file does not say; a `base` holds a RunConfig."""
+    default: Any = None
+    for name in section:
+        default = model.model_fields[name].default if name in model.model_fields else None
+        model = type(default) if isinstance(default, BaseModel) else RunConfig
+    return getattr(default, "kind", None)

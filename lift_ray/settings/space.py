@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
-from lift_ray.errors import BadInput, did_you_mean
-from lift_ray.settings.files import Path_, SettingsFile, _models_of, apply_file_overrides, explain
+from lift_ray.errors import BadInput
+from lift_ray.settings.files import SettingsFile, apply_file_overrides
 from lift_ray.settings.run import RunConfig, Settings, apply_overrides
 
 if TYPE_CHECKING:
     import optuna
 
-METRICS = ("mean_class_accuracy", "accuracy", "many", "medium", "few", "loss")
-NUM_CHECK_DRAWS = 64
-Value = bool | int | float | str | None
+LARGEST_BOUND = 1e15  # beyond it the samplers lose whole numbers
+
+
+class OneOf:
+    """One message for a union of plain types, in place of one for each of its members."""
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The union's own schema with this message."""
+        return core_schema.custom_error_schema(handler(source), "one_of", custom_error_message=self.rule)
+
+
+Value = Annotated[bool | int | float | str | None, OneOf("text, a number, true, false or null")]
+Values = Annotated[bool | int | float | str | list[Value] | None, OneOf("one value or a list of values")]
 
 
 class Param(Settings):
@@ -27,7 +42,7 @@ class Param(Settings):
     floats: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(None, alias="float")
     log: bool = False
     step: Annotated[float, Field(gt=0)] | None = None
-    when: dict[str, Value | list[Value]] = {}
+    when: dict[str, Values] = {}
     """Draw this setting only when these others have one of these values."""
 
     @model_validator(mode="after")
@@ -41,11 +56,22 @@ class Param(Settings):
         if self.log and self.step:
             raise ValueError("must not have both log and step, but got both; remove one")
         bounds = self.bounds
+        if bounds and max(map(abs, bounds)) > LARGEST_BOUND:
+            raise ValueError(f"bounds must lie within -1e15 ... 1e15, but got {list(bounds)}; narrow them")
         if bounds and bounds[0] > bounds[1]:
             raise ValueError(f"low <= high must hold, but got {list(bounds)}; swap them")
         if bounds and self.log and bounds[0] <= 0:
             raise ValueError(f"log needs low > 0, but got {bounds[0]}; raise it")
+        if self.ints and self.step and self.step % 1:
+            raise ValueError(f"step must be a whole number with int, but got {self.step}; round it")
+        if bounds and not self._on_step(bounds[1]):
+            raise ValueError(
+                f"high - low must be a whole number of steps, but got {list(bounds)} with step {self.step:g}; change one"
+            )
         return self
+
+    def _on_step(self, value: Any) -> bool:
+        return not self.step or not (Decimal(str(value)) - Decimal(str(self.bounds[0]))) % Decimal(str(self.step))  # type: ignore[index]
 
     @property
     def bounds(self) -> tuple[Any, Any] | None:
@@ -59,7 +85,7 @@ class Param(Settings):
             return value in self.choices
         number = isinstance(value, int) if self.ints else isinstance(value, int | float)
         low, high = self.bounds  # type: ignore[misc]
-        return number and not isinstance(value, bool) and low <= value <= high
+        return number and not isinstance(value, bool) and low <= value <= high and self._on_step(value)
 
     def suggest(self, trial: optuna.trial.BaseTrial, name: str) -> Value:
         """Ask Optuna for a value."""
@@ -99,7 +125,7 @@ class Search(Settings):
     trials: Annotated[int, Field(ge=1)] = 32
     sampler: Literal["tpe", "random"] = "tpe"
     scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = Asha()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class Scale(Settings):
@@ -107,8 +133,10 @@ class Scale(Settings):
 
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    use_gpu: Literal["auto"] | bool = "auto"
-    max_concurrent: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    use_gpu: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
+    max_concurrent: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or a whole number of at least 1")
+    ] = "auto"
 
 
 class SpaceFile(Settings):
@@ -156,7 +184,7 @@ class Draw:
     """The space as Optuna's define-by-run function; an object, because Ray pickles it with the search's state."""
 
     def __init__(self, space: dict[str, Param]) -> None:
-        self.space = {name: space[name] for name in _parents_first(space)}
+        self.space = {name: space[name] for name in parents_first(space)}
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> dict[str, Value]:
         """All values drawn; settings whose `when` does not hold are left out."""
@@ -167,159 +195,49 @@ class Draw:
         return values
 
 
+def seeded_draws(space: dict[str, Param], number: int) -> list[dict[str, Value]]:
+    """What a random search would try first, always the same."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study, draw = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), Draw(space)
+    return [draw(study.ask()) for _ in range(number)]
+
+
 def is_active(param: Param, values: dict[str, Any]) -> bool:
     """Does every `when` of a setting hold for the values drawn so far?"""
-    return all(name in values and values[name] in _listed(wanted) for name, wanted in param.when.items())
+    return all(name in values and values[name] in listed(wanted) for name, wanted in param.when.items())
 
 
 def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> SpaceFile:
     """Read and check a search-space file. Raises BadInput with every problem found, one line each."""
+    from lift_ray.settings.checks import problems_of
+
     file = SettingsFile.read(path)
     apply_file_overrides(file, overrides or {}, SpaceFile)
     file.expand("dataset", "out")
     space = file.validate(SpaceFile)
-    problems = [*_objective_problems(file, space), *_base_problems(file, space), *_name_problems(file, space)]
-    if not problems:
-        problems = [*_draw_problems(file, space), *_when_problems(file, space), *_start_problems(file, space)]
-    if problems:
-        first_at_each_place = {line.split(": ")[0]: line for line in reversed(problems)}
-        raise BadInput("\n".join(reversed(first_at_each_place.values())))
+    if problems := problems_of(file, space):
+        raise BadInput("\n".join(problems))
     return space
 
 
-def known_paths(model: Any = RunConfig, prefix: str = "") -> set[str]:
-    """Every dotted path to a single setting, over all kinds of every section."""
-    out: set[str] = set()
-    for name, field in model.model_fields.items():
-        below = _models_of(field.annotation)
-        out |= {path for option in below for path in known_paths(option, f"{prefix}{name}.")} or {prefix + name}
-    return out
-
-
-def _listed(wanted: Value | list[Value]) -> list[Value]:
+def listed(wanted: Value | list[Value]) -> list[Value]:
+    """One value or a list of values, as a list."""
     return wanted if isinstance(wanted, list) else [wanted]
 
 
-def _parents_first(space: dict[str, Param]) -> list[str]:
-    """Names ordered so that every `when` parent comes first. Raises ValueError on a cycle."""
+def parents_first(space: dict[str, Param]) -> list[str]:
+    """Names ordered so that every `when` parent comes first. Raises ValueError, with the circle, when there is none."""
     order: list[str] = []
     waiting = list(space)
     while waiting:
         ready = [name for name in waiting if all(parent in order for parent in space[name].when if parent in space)]
         if not ready:
-            raise ValueError(" -> ".join([*waiting, waiting[0]]))
+            circle = [waiting[0]]
+            while circle.count(circle[-1]) == 1:
+                circle.append(next(parent for parent in space[circle[-1]].when if parent in waiting))
+            raise ValueError(" -> ".join(circle[circle.index(circle[-1]) :]))
         order += ready
         waiting = [name for name in waiting if name not in ready]
     return order
-
-
-def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    metric, options = space.objective[0], [f"validation/{name}" for name in METRICS]
-    if metric in options:
-        return []
-    return [f"{file.where(('objectives', metric))}: unknown metric '{metric}'; {did_you_mean(metric, options)}"]
-
-
-def _base_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    try:
-        file.validate(RunConfig, space.base, ("base",))
-    except BadInput as error:
-        return str(error).splitlines()
-    return []
-
-
-def _name_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    """Names that nothing in the settings or the space bears, and circles of `when`."""
-    out: list[str] = []
-    paths = known_paths()
-    for name, param in space.space.items():
-        if name not in paths:
-            out.append(f"{file.where(('space', name))}: unknown setting '{name}'; {did_you_mean(name, paths)}")
-        out += [
-            f"{file.where(('space', name, 'when', parent))}: `when` must name a setting of the space, but got '{parent}'; "
-            f"{did_you_mean(parent, space.space)}"
-            for parent in param.when
-            if parent not in space.space
-        ]
-    if not out:
-        try:
-            _parents_first(space.space)
-        except ValueError as error:
-            out.append(f"{file.where(('space',))}: `when` must not go in a circle, but got {error}; break it")
-    return out
-
-
-def _when_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    """Values of `when` that the named setting never takes."""
-    return [
-        f"{file.where(('space', name, 'when', parent))}: {parent} never takes the value {value!r}; "
-        f"{did_you_mean(value, space.space[parent].choices or [str(space.space[parent])])}"
-        for name, param in space.space.items()
-        for parent, wanted in param.when.items()
-        for value in _listed(wanted)
-        if not space.space[parent].holds(value)
-    ]
-
-
-def _draw_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    draw = Draw(space.space)
-    return [
-        line for _ in range(NUM_CHECK_DRAWS) for line in _config_problems(file, space, draw(study.ask()), ("space",))
-    ]
-
-
-def _start_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    out: list[str] = []
-    for index, point in enumerate(space.start_points()):
-        at: Path_ = ("start", index)
-        bad = False
-        for name, value in point.items():
-            if name not in space.space:
-                problem = f"must name a setting of the space, but got '{name}'; {did_you_mean(name, space.space)}"
-            elif not space.space[name].holds(value):
-                problem = f"must lie inside the space ({space.space[name]}), but got {value!r}; widen the space or move the point"
-            elif not is_active(space.space[name], point):
-                problem = f"has no effect here, because its `when` {space.space[name].when} does not hold; remove it"
-            else:
-                continue
-            bad = True
-            out.append(f"{file.where((*at, name))}: {problem}")
-        if not bad:
-            out += _config_problems(file, space, point, at)
-    return out
-
-
-def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any], at: Path_) -> list[str]:
-    """Lines for a set of values that does not build a valid run; each says which searched setting is to blame."""
-    try:
-        space.config(values)
-    except ValidationError as error:
-        out = []
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"]) + (
-                ".kind" if problem["type"] == "union_tag_invalid" else ""
-            )
-            blamed = next(
-                (
-                    v
-                    for v in values
-                    if v.split(".")[0] == name.split(".")[0] and v.split(".")[-1] == name.split(".")[-1]
-                ),
-                "",
-            )
-            kind = f"{name.split('.')[0]}.kind"
-            if problem["type"] == "extra_forbidden" and blamed:
-                out.append(
-                    f"{file.where((*at, blamed))}: has no effect with {kind} {values.get(kind)}; "
-                    f"add when: {{{kind}: [the kinds it belongs to]}}"
-                )
-            else:
-                out.append(
-                    f"{file.where((*at, blamed) if blamed else at)}: {explain(RunConfig, problem, tuple(name.split('.')))}"
-                )
-        return out
-    return []

@@ -1,0 +1,156 @@
+"""What can be wrong with a search-space file beyond the type of each value, found without a cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.settings.files import Path_, SettingsFile, explain, models_of
+from lift_ray.settings.run import RunConfig, check_global_batch
+from lift_ray.settings.space import Asha, SpaceFile, is_active, listed, parents_first, seeded_draws
+
+METRICS = ("mean_class_accuracy", "accuracy", "many", "medium", "few", "loss")
+NUM_CHECK_DRAWS = 64
+
+
+def problems_of(file: SettingsFile, space: SpaceFile) -> list[str]:
+    """One line for every place where the file cannot be used: names, `when`, seeded draws, start points."""
+    problems = [*_objective_problems(file, space), *_base_problems(file, space), *_name_problems(file, space)]
+    if not problems:
+        problems = [*_draw_problems(file, space), *_when_problems(file, space), *_start_problems(file, space)]
+    if not problems:
+        problems = _grace_problems(file, space)
+    first_at_each_place = {line.split(": ")[0]: " ".join(line.split()) for line in reversed(problems)}
+    return list(reversed(first_at_each_place.values()))
+
+
+def known_paths(model: Any = RunConfig, prefix: str = "") -> set[str]:
+    """Every dotted path to a single setting, over all kinds of every section."""
+    out: set[str] = set()
+    for name, field in model.model_fields.items():
+        below = models_of(field.annotation)
+        out |= {path for option in below for path in known_paths(option, f"{prefix}{name}.")} or {prefix + name}
+    return out
+
+
+def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    metric, options = space.objective[0], [f"validation/{name}" for name in METRICS]
+    if metric in options:
+        return []
+    return [f"{file.where(('objectives', metric))}: unknown metric '{metric}'; {did_you_mean(metric, options)}"]
+
+
+def _base_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    try:
+        file.validate(RunConfig, space.base, ("base",))
+    except BadInput as error:
+        return str(error).splitlines()
+    return []
+
+
+def _name_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    """Names that nothing in the settings or the space bears, and circles of `when`."""
+    out: list[str] = []
+    paths = known_paths()
+    for name, param in space.space.items():
+        if name not in paths:
+            out.append(f"{file.where(('space', name))}: unknown setting '{name}'; {did_you_mean(name, paths)}")
+        out += [
+            f"{file.where(('space', name, 'when', parent))}: `when` must name a setting of the space, but got '{parent}'; "
+            f"{did_you_mean(parent, space.space)}"
+            for parent in param.when
+            if parent not in space.space
+        ]
+    if not out:
+        try:
+            parents_first(space.space)
+        except ValueError as error:
+            out.append(f"{file.where(('space',))}: `when` must not go in a circle, but got {error}; break it")
+    return out
+
+
+def _when_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    """Values of `when` that the named setting never takes."""
+    return [
+        f"{file.where(('space', name, 'when', parent))}: {parent} never takes the value {value!r}; "
+        f"{did_you_mean(value, space.space[parent].choices or [str(space.space[parent])])}"
+        for name, param in space.space.items()
+        for parent, wanted in param.when.items()
+        for value in listed(wanted)
+        if not space.space[parent].holds(value)
+    ]
+
+
+def _draw_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    draws = seeded_draws(space.space, NUM_CHECK_DRAWS)
+    return [line for values in draws for line in _config_problems(file, space, values, ("space",))]
+
+
+def _start_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    out: list[str] = []
+    for index, point in enumerate(space.start_points()):
+        at: Path_ = ("start", index)
+        bad = not point
+        if not point:
+            out.append(f"{file.where(at)}: must set at least one setting of the space, but got none; add them")
+        for name, value in point.items():
+            if name not in space.space:
+                problem = f"must name a setting of the space, but got '{name}'; {did_you_mean(name, space.space)}"
+            elif not space.space[name].holds(value):
+                problem = f"must lie inside the space ({space.space[name]}), but got {value!r}; widen the space or move the point"
+            elif not is_active(space.space[name], point):
+                problem = f"has no effect here, because its `when` {space.space[name].when} does not hold; remove it"
+            else:
+                continue
+            bad = True
+            out.append(f"{file.where((*at, name))}: {problem}")
+        if not bad:
+            out += _config_problems(file, space, point, at)
+    return out
+
+
+def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any], at: Path_) -> list[str]:
+    """Lines for a set of values that does not build a valid run; each says which searched setting is to blame."""
+    batch = "optim.global_batch_size"
+    try:
+        check_global_batch(space.config(values).optim.global_batch_size, space.scale.workers_per_trial)
+    except ValidationError as error:
+        out = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]) + (
+                ".kind" if problem["type"] == "union_tag_invalid" else ""
+            )
+            blamed = next(
+                (
+                    v
+                    for v in values
+                    if v.split(".")[0] == name.split(".")[0] and v.split(".")[-1] == name.split(".")[-1]
+                ),
+                "",
+            )
+            kind = f"{name.split('.')[0]}.kind"
+            if problem["type"] == "extra_forbidden" and blamed:
+                todo = f"add when: {{{kind}: [the kinds it belongs to]}}" if kind in space.space else "remove it"
+                out.append(f"{file.where((*at, blamed))}: has no effect with {kind} {problem['loc'][1]}; {todo}")
+            else:
+                out.append(
+                    f"{file.where((*at, blamed) if blamed else at)}: {explain(RunConfig, problem, tuple(name.split('.')))}"
+                )
+        return out
+    except ValueError as error:
+        place = (*at, batch) if batch in values else ("base", *batch.split("."))
+        return [f"{file.where(place)}: {str(error).removeprefix(batch + ': ')}"]
+    return []
+
+
+def _grace_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    """ASHA that could stop nothing; Ray would refuse it with a traceback."""
+    scheduler, most = space.search.scheduler, space.most_epochs()
+    if not isinstance(scheduler, Asha) or scheduler.grace_epochs <= most:
+        return []
+    return [
+        f"{file.where(('search', 'scheduler', 'grace_epochs'))}: must be at most the {most} epochs of a trial, "
+        f"but got {scheduler.grace_epochs}; lower it, or set search.scheduler.kind=none"
+    ]

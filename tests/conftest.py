@@ -1,0 +1,69 @@
+"""A small data set of real images and a small CLIP, for every test that trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
+EVALUATION_COUNT = 3
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with 8 classes of the embedded pictures: 96 training, 24 validation and 24 test images."""
+    import numpy as np
+
+    from lift_ray.data.catalog import open_dataset
+    from lift_ray.data.shards import RowReader, publish, write_split
+
+    source = open_dataset("embedded:caltech101")
+    classes = np.argsort(-source.split("train").class_counts(source.num_classes), kind="stable")[: len(TRAIN_COUNTS)]
+    names = [source.class_names[c] for c in classes]
+    folder = str(tmp_path_factory.mktemp("small-data") / "data")
+    records = {}
+    for split in ("train", "validation", "test"):
+        here = source.split(split)
+        counts = TRAIN_COUNTS if split == "train" else [EVALUATION_COUNT] * len(classes)
+        rows = [(row, label) for label, (c, n) in enumerate(zip(classes, counts, strict=True))
+                for row in np.flatnonzero(here.labels == c)[:n]]  # fmt: skip
+        rows.sort(key=lambda pair: pair[0] * 31 % 97)  # classes mixed, as in real shards
+        with RowReader(here) as reader:
+            images = reader.read(np.array([row for row, _ in rows]))
+        samples = [(data, f"{row}.jpg", label) for data, (row, label) in zip(images, rows, strict=True)]
+        records[split] = write_split(folder, split, samples, names, rows_per_shard=50, row_group_rows=8)
+    publish(folder, names, records)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random CLIP of 2 blocks at 32 px, as open_clip loads it: `local-dir:...`."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text},
+              "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic",
+                                 "resize_mode": "shortest"}}  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CLIP(32, vision, text)
+    folder: Path = tmp_path_factory.mktemp("small-clip")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray on this machine, started once for every test that uses it in this process."""
+    from lift_ray.distributed.cluster import connected
+
+    with connected(dashboard=False):
+        yield

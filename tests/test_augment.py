@@ -1,0 +1,147 @@
+"""Encoded images to pictures: minimalist augmentation, and the crop for evaluation."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lift_ray.data.augment import (
+    GROWTH,
+    SMALLEST_AREA,
+    evaluation_picture,
+    smallest_area,
+    square_crop,
+    training_picture,
+)
+from lift_ray.data.catalog import open_dataset
+from lift_ray.data.shards import RowReader
+
+SPLIT = open_dataset("embedded:caltech101-lt").split("train")
+ENCODED = RowReader(SPLIT).read(np.arange(0, 60, 5))
+SIDES = st.integers(1, 3000)
+DRAWS = st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3).map(np.array)
+
+
+@pytest.mark.parametrize(("schedule", "at_quarter", "at_end"), [
+    ("convex", 1 - math.sqrt(1 - 0.25**2), 1.0), ("linear", 0.25, 1.0), ("concave", math.sqrt(1 - 0.75**2), 1.0),
+    ("min", 0.0, 0.0), ("max", 1.0, 1.0),
+])  # fmt: skip
+def test_the_smallest_area_grows_by_its_schedule(schedule: str, at_quarter: float, at_end: float) -> None:
+    first = 1.0 if schedule == "max" else 0.0
+    expected = [0.08 + 0.92 * growth for growth in (first, at_quarter, at_end)]
+    assert [smallest_area(schedule, epoch, 9) for epoch in (0, 2, 8)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", GROWTH)
+def test_a_run_of_one_epoch_stands_at_the_start_of_its_schedule(schedule: str) -> None:
+    assert smallest_area(schedule, 0, 1) == pytest.approx(1.0 if schedule == "max" else SMALLEST_AREA)
+
+
+@given(schedule=st.sampled_from(sorted(GROWTH)), epochs=st.integers(1, 50))
+def test_the_smallest_area_never_falls(schedule: str, epochs: int) -> None:
+    areas = [smallest_area(schedule, epoch, epochs) for epoch in range(epochs)]
+    assert areas == sorted(areas)
+    assert SMALLEST_AREA - 1e-12 <= areas[0] <= areas[-1] <= 1 + 1e-12
+
+
+def test_convex_lies_below_linear_and_concave_above() -> None:
+    for epoch in range(1, 9):
+        convex, linear, concave = (smallest_area(name, epoch, 10) for name in ("convex", "linear", "concave"))
+        assert convex < linear < concave
+
+
+@settings(max_examples=300)
+@given(width=SIDES, height=SIDES, smallest=st.floats(SMALLEST_AREA, 1), draw=DRAWS)
+def test_a_crop_is_a_square_inside_the_picture(width: int, height: int, smallest: float, draw: np.ndarray) -> None:
+    left, top, side = square_crop(width, height, smallest, draw)
+    assert 1 <= side <= min(width, height)
+    assert 0 <= left <= width - side
+    assert 0 <= top <= height - side
+    largest = min(width, height) ** 2
+    low, high = min(smallest * width * height, largest), largest
+    assert math.sqrt(low) - 0.5001 <= side <= math.sqrt(high) + 0.5001
+
+
+@given(short=st.integers(1, 500), long=st.integers(1, 500))
+def test_a_picture_too_long_for_the_smallest_area_gives_its_largest_square(short: int, long: int) -> None:
+    long += 2 * short  # the largest square holds at most half the picture
+    for area in (0.0, 0.5, 0.999):
+        assert square_crop(short, long, 0.5, np.array([area, 0.0, 0.0]))[2] == short
+
+
+@pytest.mark.parametrize(("draw", "expected"), [
+    ([0.0, 0.0, 0.0], (0, 0, 28)), ([0.999999, 0.0, 0.0], (0, 0, 100)), ([0.0, 0.999999, 0.999999], (72, 72, 28)),
+    ([0.5, 0.5, 0.5], (14, 14, 73)),
+])  # fmt: skip
+def test_the_draw_sets_area_left_and_top(draw: list[float], expected: tuple[int, int, int]) -> None:
+    assert square_crop(100, 100, SMALLEST_AREA, np.array(draw)) == expected
+
+
+def test_the_area_is_uniform() -> None:
+    random = np.random.default_rng(0)
+    areas = np.array([square_crop(1000, 1000, 0.08, random.random(3))[2] ** 2 / 1e6 for _ in range(4000)])
+    quantiles = np.quantile(areas, [0.25, 0.5, 0.75])
+    assert quantiles == pytest.approx([0.08 + 0.92 * q for q in (0.25, 0.5, 0.75)], abs=0.03)
+
+
+def test_the_same_draw_gives_the_same_training_picture_and_another_another() -> None:
+    for data in ENCODED:
+        one = training_picture(data, 48, 0.08, np.array([0.3, 0.2, 0.9]))
+        assert one.shape == (3, 48, 48)
+        assert one.dtype == np.uint8
+        assert np.array_equal(one, training_picture(data, 48, 0.08, np.array([0.3, 0.2, 0.9])))
+        assert not np.array_equal(one, training_picture(data, 48, 0.08, np.array([0.3, 0.9, 0.9])))
+
+
+def test_a_crop_of_the_wanted_size_keeps_the_pixels() -> None:
+    picture = training_picture(png(60, 48), 48, 1.0, np.array([0.0, 0.999, 0.0]))
+    assert np.array_equal(picture, pixels(60, 48)[:, :, 12:])
+
+
+def pixels(width: int, height: int) -> np.ndarray:
+    random = np.random.default_rng(width * height)
+    return random.integers(0, 256, (3, height, width), dtype=np.uint8)
+
+
+def png(width: int, height: int, mode: str = "RGB") -> bytes:
+    """Lossless, so that pixels can be followed."""
+    out = io.BytesIO()
+    Image.fromarray(pixels(width, height).transpose(1, 2, 0)).convert(mode).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("size_px", "resized"), [(48, 55), (224, 256), (32, 37)])
+def test_evaluation_takes_the_centre_of_eight_sevenths(size_px: int, resized: int) -> None:
+    for width, height in ((resized, resized), (resized + 20, resized), (resized, resized + 9)):
+        left, top = round((width - size_px) / 2), round((height - size_px) / 2)
+        whole = pixels(width, height)
+        got = evaluation_picture(png(width, height), size_px)
+        assert np.array_equal(got, whole[:, top : top + size_px, left : left + size_px])
+
+
+@pytest.mark.parametrize(("width", "height"), [(96, 48), (48, 96), (300, 200), (20, 31)])
+def test_evaluation_keeps_the_aspect(width: int, height: int) -> None:
+    x = np.linspace(0, 255, width)[None, :].repeat(height, 0)
+    y = np.linspace(0, 255, height)[:, None].repeat(width, 1)
+    out = io.BytesIO()
+    Image.fromarray(np.stack([x, y, y], -1).round().astype(np.uint8)).save(out, "PNG")
+    red, green, _ = evaluation_picture(out.getvalue(), 48).astype(float)
+    scale = 55 / min(width, height)
+    slope_x = (red[24, 40] - red[24, 8]) / 32 * width * scale / 255
+    slope_y = (green[40, 24] - green[8, 24]) / 32 * height * scale / 255
+    assert (slope_x, slope_y) == (pytest.approx(1, abs=0.08), pytest.approx(1, abs=0.08))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
+    out = io.BytesIO()
+    image = Image.fromarray(pixels(60, 50).transpose(1, 2, 0)).convert(mode)
+    image.save(out, "JPEG" if mode == "CMYK" else "PNG")
+    assert evaluation_picture(out.getvalue(), 48).shape == (3, 48, 48)
+    assert training_picture(out.getvalue(), 48, 0.08, np.array([0.5, 0.5, 0.5])).shape == (3, 48, 48)

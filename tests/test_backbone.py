@@ -1,0 +1,221 @@
+"""The rebuilt tower equals open_clip's, and every name that cannot be loaded gives one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lift_ray.errors import BadInput
+from lift_ray.model.backbone import Backbone, Tower, load_backbone, quick_gelu, rebuild
+from lift_ray.model.tuners import Adaptformer, BlockTuner, Lora
+
+torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
+TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
+SIZES = {
+    "one block": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "three blocks, one head": {"image_size": 24, "layers": 3, "width": 48, "head_width": 48, "patch_size": 8},
+    "wide MLP": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 16, "mlp_ratio": 3.0},
+}
+
+
+def clip_of(vision: dict[str, Any], quick: bool = False) -> open_clip.CLIP:
+    torch.manual_seed(0)
+    model = open_clip.CLIP(24, vision, TEXT, quick_gelu=quick).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms away from 0 and 1, so that none can be forgotten
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def images(size_px: int, number: int = 3) -> torch.Tensor:
+    return torch.randn(number, 3, size_px, size_px, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["gelu", "quick_gelu"])
+@pytest.mark.parametrize("name", SIZES)
+def test_the_rebuilt_tower_equals_open_clips(name: str, quick: bool) -> None:
+    clip = clip_of(SIZES[name], quick)
+    tower, batch = rebuild(clip.visual), images(SIZES[name]["image_size"])
+    with torch.inference_mode():
+        expected, got = clip.encode_image(batch), tower(batch) @ clip.visual.proj
+    assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+    assert tower.blocks[0].mlp.activation is (quick_gelu if quick else F.gelu)
+
+
+def test_the_two_activations_give_different_features() -> None:
+    clip, batch = clip_of(SIZES["one block"], False), images(16)
+    other = clip_of(SIZES["one block"], True)
+    with torch.inference_mode():
+        assert float((rebuild(clip.visual)(batch) - rebuild(other.visual)(batch)).abs().max()) > 1e-3
+
+
+def test_a_rebuilt_tower_is_frozen_and_shares_nothing_with_the_original() -> None:
+    clip = clip_of(SIZES["one block"])
+    tower, batch = rebuild(clip.visual), images(16)
+    assert not tower.training
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    before = tower(batch)
+    with torch.no_grad():
+        clip.visual.conv1.weight.zero_()
+    assert torch.equal(tower(batch), before)
+
+
+def plain_features(tower: Tower, batch: torch.Tensor, tuners: list[BlockTuner]) -> torch.Tensor:
+    """The same features with all tokens computed in every block, written out."""
+    x = F.conv2d(batch, tower.patch.weight, stride=tower.patch.stride).flatten(2).transpose(1, 2)
+    x = torch.cat([tower.class_token.expand(len(x), 1, -1), x], 1) + tower.positions
+    x = tower.norm_pre(x)
+    for block, tuner in zip(tower.blocks, tuners, strict=True):
+        h = block.norm1(x)
+        q, k, v = block.attn.in_proj(h).chunk(3, -1)
+        q, v = tuner.query(h, q), tuner.value(h, v)
+        heads = block.attn.num_heads
+        size = x.shape[-1] // heads
+        parts = []
+        for i in range(heads):
+            at = slice(i * size, (i + 1) * size)
+            weights = torch.softmax(q[..., at] @ k[..., at].transpose(1, 2) / size**0.5, -1)
+            parts.append(weights @ v[..., at])
+        a = x + block.attn.out_proj(torch.cat(parts, -1))
+        hidden = block.mlp.activation(block.mlp.in_proj(block.norm2(a)))
+        x = tuner.beside_mlp(a, a + block.mlp.out_proj(hidden))
+    return tower.norm_post(x)[:, 0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "make", [BlockTuner, lambda: Lora(48, 3), lambda: Adaptformer(48, 3)], ids=["none", "lora", "adaptformer"]
+)
+def test_the_class_token_alone_gives_what_all_tokens_give(make: Callable[[], BlockTuner]) -> None:
+    tower = rebuild(clip_of(SIZES["three blocks, one head"]).visual)
+    tuners = [make() for _ in range(3)]
+    with torch.no_grad():
+        for tuner in tuners:
+            for parameter in tuner.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        got, expected = tower(images(24), tuners), plain_features(tower, images(24), tuners)
+    assert float((got - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("model", "pretrained", "message"), [
+    ("ViT-B-61", "openai", "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
+    ("embedded:lift-tyni", None, "backbone.model: unknown embedded model 'embedded:lift-tyni'; did you mean 'lift-tiny'?"),
+    ("embedded:lift-tiny", "openai", "backbone.pretrained: must not be given with local-dir:"),
+    ("hf-hub:nobody/nothing", "openai",
+     "backbone.pretrained: must not be given with hf-hub:nobody/nothing, but got 'openai'; remove it"),
+    ("ViT-B-16", None, "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got None; known: "),
+    ("ViT-B-16", "opnai", "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got 'opnai'; did you mean 'openai'?"),
+    ("local-dir:/nowhere/at/all", None, "backbone.model: local-dir:/nowhere/at/all could not be loaded ("),
+])  # fmt: skip
+def test_a_backbone_that_cannot_be_named_is_one_line(model: str, pretrained: str | None, message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        load_backbone(model, pretrained)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path, small_clip: str) -> None:
+    config = Path(small_clip.removeprefix("local-dir:")) / "open_clip_config.json"
+    (tmp_path / config.name).write_text(config.read_text())
+    with pytest.raises(BadInput, match="Required pretrained weights"):
+        load_backbone(f"local-dir:{tmp_path}", None)
+
+
+def test_a_tower_that_is_no_vision_transformer_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
+    resnet = open_clip.CLIP(16, vision, TEXT)
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: resnet)
+    with pytest.raises(BadInput) as caught:
+        load_backbone("RN50", "openai")
+    assert str(caught.value) == (
+        "backbone.model: must be a plain vision transformer with a class token, but RN50 is a ModifiedResNet; "
+        "use one of CLIP's ViT models"
+    )
+
+
+@pytest.mark.parametrize("option", [{"pool_type": "avg"}, {"attentional_pool": True, "attn_pooler_queries": 4},
+                                    {"block_type": "custom", "scale_attn": True}, {"no_ln_pre": True}, {"ls_init_value": 0.1},
+                                    {"image_size": [16, 24]}, {"act_kwargs": {"approximate": "tanh"}}])  # fmt: skip
+def test_a_vision_transformer_of_another_make_is_refused(option: dict[str, Any]) -> None:
+    visual = clip_of({**SIZES["one block"], **option}).visual
+    with pytest.raises(BadInput, match="must be a plain vision transformer with a class token, but this tower is a"):
+        rebuild(visual)
+
+
+@pytest.mark.parametrize(
+    ("model", "tag", "quick"), [("ViT-B-16", "openai", True), ("ViT-B-16", "laion2b_s34b_b88k", False)]
+)
+def test_weights_trained_with_quick_gelu_get_it(
+    model: str, tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def create_model(name: str, **options: Any) -> open_clip.CLIP:
+        asked.append({"name": name, **options})
+        clip = clip_of(SIZES["one block"], options["force_quick_gelu"])
+        clip.visual.preprocess_cfg = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+        return clip
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    backbone = load_backbone(model, tag)
+    assert asked == [{"name": model, "pretrained": tag, "force_quick_gelu": quick, "require_pretrained": True,
+                      "weights_only": True}]  # fmt: skip
+    assert backbone.tower.blocks[0].mlp.activation is (quick_gelu if quick else F.gelu)
+
+
+def test_a_local_folder_loads_frozen_with_its_text_tower(small_clip: str) -> None:
+    backbone = load_backbone(small_clip, None)
+    assert (backbone.tower.width, backbone.tower.num_blocks, backbone.tower.resolution_px) == (64, 2, 32)
+    assert (backbone.mean, backbone.std) == ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    assert backbone.logit_scale == pytest.approx(1 / 0.07, rel=1e-5)
+    weights = backbone.semantic_weights(["cat", "dog", "sea_horse"], "a photo of a {}.")
+    assert weights.shape == (3, 64)
+    assert torch.allclose(weights.norm(dim=-1), torch.ones(3), atol=1e-5)
+    assert not weights.requires_grad
+
+
+def backbone_of(text: Callable[[list[str]], torch.Tensor] | None) -> Backbone:
+    clip = clip_of(SIZES["one block"])
+    projection = clip.visual.proj.detach() if text else None
+    return Backbone("mine", rebuild(clip.visual), (0, 0, 0), (1, 1, 1), text, projection, 100.0)
+
+
+def test_class_names_are_embedded_once_for_a_template() -> None:
+    asked: list[list[str]] = []
+
+    def text(lines: list[str]) -> torch.Tensor:
+        asked.append(lines)
+        return F.normalize(torch.arange(1.0, 24 * len(lines) + 1).view(len(lines), 24), dim=-1)
+
+    backbone = backbone_of(text)
+    one = backbone.semantic_weights(["sea_horse", "cat"], "a {}.")
+    assert backbone.semantic_weights(("sea_horse", "cat"), "a {}.") is one
+    assert asked == [["a sea horse.", "a cat."]]
+    backbone.semantic_weights(["cat"], "a {}.")
+    backbone.semantic_weights(["sea_horse", "cat"], "the {}.")
+    assert len(asked) == 3
+    assert backbone.projection is not None
+    embedded = F.normalize(torch.arange(1.0, 49).view(2, 24), dim=-1)
+    assert torch.allclose(one, F.normalize(embedded @ backbone.projection.T, dim=-1))
+
+
+def test_only_empty_braces_of_a_template_are_the_name() -> None:
+    asked: list[str] = []
+    backbone = backbone_of(lambda lines: (asked.extend(lines), torch.ones(len(lines), 24))[1])
+    backbone.semantic_weights(["cat"], "{}: a {} of {kind} {0} {")
+    assert asked == ["cat: a cat of {kind} {0} {"]
+    with pytest.raises(BadInput) as caught:
+        backbone.semantic_weights(["cat"], "a photo")
+    assert str(caught.value) == "head.template: must hold {} for the class name, but got 'a photo'; add it"
+
+
+def test_a_tower_without_text_cannot_start_from_names() -> None:
+    with pytest.raises(BadInput) as caught:
+        backbone_of(None).semantic_weights(["cat"], "{}")
+    assert str(caught.value) == "head.init: semantic needs a text tower, but mine has none; use head.init=random"

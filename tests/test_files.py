@@ -1,0 +1,244 @@
+"""Run files: reading, overriding, and one exact line for everything that can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lift_ray.errors import BadInput
+from lift_ray.settings.files import SettingsFile, dump_yaml, parse_overrides, read_run
+from lift_ray.settings.run import RunConfig, RunFile
+
+D = "dataset: d\n"
+SECTIONS = "augment, backbone, dataset, head, loss, name, optim, out, seed, tuner"
+
+
+def check(text: str) -> RunFile:
+    return SettingsFile.parse(text, "run.yaml").validate(RunFile)
+
+
+def problem(text: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        check(text)
+    return str(caught.value)
+
+
+BROKEN = {
+    "a missing data set": ("seed: 1\n", "run.yaml:1 dataset: must be given, but is missing; add it"),
+    "an unknown section": (D + "optm: {lr: 1}", "run.yaml:2 optm: unknown key 'optm'; did you mean 'optim'?"),
+    "an unknown key": (D + "optim:\n  lr: 0.1\n  epoch: 3",
+                       "run.yaml:4 optim.epoch: unknown key 'epoch'; did you mean 'epochs'?"),
+    "nothing near": (D + "zebra: 1", f"run.yaml:2 zebra: unknown key 'zebra'; known: {SECTIONS}"),
+    "a key that is a number": (D + "1: 2", f"run.yaml:2 1: unknown key '1'; known: {SECTIONS}"),
+    "an unknown tuner": (D + "tuner:\n  kind: lorra", "run.yaml:3 tuner.kind: unknown value 'lorra'; did you mean 'lora'?"),
+    "a field of another kind": (D + "tuner: {kind: linear_probe, bottleneck: 4}",
+                                "run.yaml:2 tuner.bottleneck: unknown key 'bottleneck'; known: kind"),
+    "a name in place of a section": (D + "tuner: lora",
+                                     "run.yaml:2 tuner: must be a mapping, but got 'lora'; write {kind: lora}"),
+    "a number in place of a section": (D + "optim: 3",
+                                       "run.yaml:2 optim: must be a mapping, but got 3; write {key: value}"),
+    "an empty section": (D + "loss:\n", "run.yaml:2 loss: must be a mapping, but got None; write {key: value}"),
+    "a width of 0": (D + "tuner: {bottleneck: 0}",
+                     "run.yaml:2 tuner.bottleneck: must be greater than or equal to 1, but got 0; change it"),
+    "a block below 0": (D + "tuner:\n  kind: lora\n  blocks:\n    - 0\n    - -1",
+                        "run.yaml:6 tuner.blocks.1: must be greater than or equal to 0, but got -1; change it"),
+    "a block that is text": (D + "tuner: {blocks: [one]}",
+                             "run.yaml:2 tuner.blocks.0: must be a valid integer, but got 'one'; change it"),
+    "an unknown precision": (D + "backbone: {precision: fp17}",
+                             "run.yaml:2 backbone.precision: unknown value 'fp17'; did you mean 'fp16'?"),
+    "an unknown schedule": (D + "augment: {schedule: linaer}",
+                            "run.yaml:2 augment.schedule: unknown value 'linaer'; did you mean 'linear'?"),
+    "a negative tau": (D + "loss: {tau: -1}",
+                       "run.yaml:2 loss.tau: must be greater than or equal to 0, but got -1; change it"),
+    "tau without its loss": (D + "loss: {kind: cross_entropy, tau: 1.0}",
+                             "run.yaml:2 loss.tau: unknown key 'tau'; known: kind"),
+    "a number as text": (D + "optim: {lr: '0.1'}", "run.yaml:2 optim.lr: must be a valid number, but got '0.1'; change it"),
+    "half an epoch": (D + "optim: {epochs: 1.5}", "run.yaml:2 optim.epochs: must be a valid integer, but got 1.5; change it"),
+    "a truth as a number": (D + "seed: true", "run.yaml:2 seed: must be a valid integer, but got True; change it"),
+    "full momentum": (D + "optim: {momentum: 1}", "run.yaml:2 optim.momentum: must be less than 1, but got 1; change it"),
+    "an endless rate": (D + "optim: {lr: .inf}", "run.yaml:2 optim.lr: must be a finite number, but got inf; change it"),
+    "no number": (D + "head: {scale: .nan}", "run.yaml:2 head.scale: must be a finite number, but got nan; change it"),
+    "a seed too large": (D + "seed: 4294967296",
+                         "run.yaml:2 seed: must be less than 4294967296, but got 4294967296; change it"),
+    "a huge number": (D + "optim: {epochs: 0x1" + 5000 * "0" + "}",
+                      f"run.yaml:2 optim.epochs: must be a valid integer, but got '0x1{53 * '0'}...; change it"),
+    "an unknown initialisation": (D + "head: {init: semantics}",
+                                  "run.yaml:2 head.init: unknown value 'semantics'; did you mean 'semantic'?"),
+    "a template without a place": (D + "head: {template: a photo}",
+                                   "run.yaml:2 head.template: must hold {} for the class name, but got 'a photo'; add it"),
+    "a data set that is a number": ("dataset: 3", "run.yaml:1 dataset: must be a valid string, but got 3; change it"),
+    "a key with a line break": (D + '"a\\nb": 1', f"run.yaml:2 a b: unknown key 'a b'; known: {SECTIONS}"),
+    "a merged key": (D + "optim:\n  <<: {lrr: 1}", "run.yaml:3 optim.lrr: unknown key 'lrr'; did you mean 'lr'?"),
+    "a list": ("- 1", "run.yaml:1: must be a mapping of settings, but got a list; start with `dataset: ...`"),
+    "an empty file": ("", "run.yaml:1: must be a mapping of settings, but got nothing; start with `dataset: ...`"),
+    "a repeated key": ("dataset: d\ndataset: e", 'run.yaml:2: must be YAML 1.2, but got: found duplicate key "dataset" with '
+                       'value "e" (original value: "d"); mend this line'),
+    "a broken line": (D + "optim: {lr: 1", "run.yaml:2: must be YAML 1.2, but got: expected ',' or '}', but got '<stream end>'; "
+                      "mend this line"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_run_file_gives_one_exact_line(name: str) -> None:
+    text, message = BROKEN[name]
+    assert problem(text) == message
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
+    text = "seed: -1\ndataset: d\nloss:\n  tau: x\noptim:\n  lr: 0\n  epochs: 0\ntuner: {kind: lorra}\n"
+    lines = problem(text).splitlines()
+    places = [("1", "seed"), ("4", "loss.tau"), ("6", "optim.lr"), ("7", "optim.epochs"), ("8", "tuner.kind")]
+    assert [line.split(": ")[0] for line in lines] == [f"run.yaml:{number} {path}" for number, path in places]
+
+
+def test_yaml_is_1_2() -> None:
+    run = check("dataset: off\nname: no\noptim: {lr: 3e-4}\n")
+    assert (run.dataset, run.name, run.optim.lr) == ("off", "no", 3e-4)
+
+
+def test_a_file_that_is_missing_or_no_text_is_one_line(tmp_path: Path) -> None:
+    for path, got in ((tmp_path / "none.yaml", "there is none"), (tmp_path, "Is a directory")):
+        with pytest.raises(BadInput, match=got) as caught:
+            SettingsFile.read(path)
+        assert str(caught.value).startswith(f"{path}: must be a ")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="must be a readable YAML file"):
+        SettingsFile.read(tmp_path / "bytes.yaml")
+
+
+def test_environment_variables_fill_dataset_and_out_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIFT_TEST_DATA", "/pictures")
+    monkeypatch.delenv("LIFT_TEST_NONE", raising=False)
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset: ${LIFT_TEST_DATA}/birds\nout: ${LIFT_TEST_NONE:-runs/x}\nname: ${LIFT_TEST_DATA}\n")
+    run = read_run(path)
+    assert (run.dataset, run.out, run.name) == ("/pictures/birds", "runs/x", "${LIFT_TEST_DATA}")
+    path.write_text("name: n\ndataset: ${LIFT_TEST_NONE}\n")
+    with pytest.raises(BadInput) as caught:
+        read_run(path)
+    assert str(caught.value) == (
+        f"{path}:2 dataset: the environment variable LIFT_TEST_NONE must be set, but is not; "
+        "export LIFT_TEST_NONE=... or write ${LIFT_TEST_NONE:-default}"
+    )
+
+
+def test_command_line_settings_are_yaml_values() -> None:
+    words = [
+        "loss.tau=0.5",
+        "tuner.kind=lora",
+        "tuner.blocks=[0, 1]",
+        "out=",
+        "backbone.pretrained=a=b",
+        "optim.lr=3e-4",
+    ]
+    assert parse_overrides(words) == {"loss.tau": 0.5, "tuner.kind": "lora", "tuner.blocks": [0, 1], "out": None,
+                                      "backbone.pretrained": "a=b", "optim.lr": 3e-4}  # fmt: skip
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("loss.tau", "command line: settings must be written key=value, but got 'loss.tau'; for example loss.tau=0.5"),
+    ("--tau=1", "command line: settings must be written key=value, but got '--tau=1'; for example loss.tau=0.5"),
+    ("loss.tau=[", "command line loss.tau: must be a YAML value, but got '[' (expected the node content, but found "
+                   "'<stream end>'); quote it"),
+    ("name=\x07", "command line name: must be a YAML value, but got '\x07' (unacceptable character #x0007: special characters "
+                  "are not allowed in \"<unicode string>\", position 0); quote it"),
+])  # fmt: skip
+def test_a_broken_command_line_setting_is_one_line(word: str, message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        parse_overrides([word])
+    assert str(caught.value) == message
+
+
+def test_overrides_reach_the_run_and_their_faults_name_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset: d\ntuner: {kind: adaptformer, bottleneck: 4}\nloss: {tau: 0.5}\n")
+    run = read_run(path, {"tuner.kind": "lora", "optim.lr": 0.1})
+    assert run.to_dict()["tuner"] == {"kind": "lora", "bottleneck": None, "blocks": None}
+    assert run.optim.lr == 0.1
+    for overrides, message in (
+        ({"optm.lr": 1}, "command line optm.lr: unknown key 'optm'; did you mean 'optim'?"),
+        ({"loss.tau": -1}, "command line loss.tau: must be greater than or equal to 0, but got -1; change it"),
+        ({"loss.kind": "CE"}, "command line loss.kind: unknown value 'CE'; known: cross_entropy, logit_adjusted"),
+        ({"loss": 3}, "command line loss: must be a mapping, but got 3; write {key: value}"),
+        ({"tuner.kind": "linear_probe", "tuner.bottleneck": 4},
+         "command line tuner.bottleneck: unknown key 'bottleneck'; known: kind"),
+        ({"loss.kind": "cross_entropy", "optim.lr": 0}, "command line optim.lr: must be greater than 0, but got 0; change it"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput) as caught:
+            read_run(path, overrides)
+        assert str(caught.value) == message
+
+
+def test_name_data_and_out_of_a_run_file_are_not_in_its_digest() -> None:
+    one = check("dataset: a\nname: x\nout: y\nseed: 3\n")
+    assert one.config == check("dataset: b\nseed: 3\n").config
+    assert one.config.digest() == RunConfig(seed=3).digest()
+
+
+def test_a_run_file_reads_back_what_was_dumped(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"tuner": {"kind": "lora"}, "head": {"template": "a: {} # 'x'"}}).resolve(9, 2)
+    dump_yaml({"name": "again", "dataset": "d", **config.to_dict()}, tmp_path / "run.yaml", "# a header\n")
+    assert read_run(tmp_path / "run.yaml").config == config
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+GOOD = """\
+name: mine
+dataset: embedded:caltech101-lt
+seed: 3
+backbone: {model: ViT-B-16, pretrained: openai, precision: bf16}
+tuner:
+  kind: lora
+  blocks: [0, 1]
+loss: {kind: logit_adjusted, tau: 1.0}
+optim: &o {epochs: 5, lr: 3e-4}
+"""
+PIECES = [
+    "dataset", "tuner", "kind", "lora", "loss", "tau", "optim", "lr", "blocks", "seed", "name", "a", "1", "-1", "0.5", "1e9",
+    "0x1f", ".inf", ".nan", "null", "true", "~", "2001-01-01", "''", '""', '"', "'", ":", ": ", "\n", "\n  ", "\n- ", "- ",
+    ", ", "{", "}", "[", "]", "<<: ", "<<: *x", "&x ", "*x", "!!set ", "!!omap ", "!!binary ", "!!float ", "!!int ",
+    "!!python/x ", "!t ", "? ", "| ", "> ", "# ", "%YAML 1.1\n---\n", "---\n", "...\n", "\t", "\x07", "\x85", "\u2028",
+    "\ufeff", "${X}", "@", "`",
+]  # fmt: skip
+CUTS = st.tuples(
+    st.integers(0, len(GOOD)), st.integers(0, 12), st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
+)
+
+
+def validates_or_is_bad_input(text: str) -> None:
+    try:
+        run = check(text)
+    except BadInput as error:
+        lines = str(error).splitlines()
+        assert lines
+        assert all(line.startswith("run.yaml:") and "; " in line for line in lines), lines
+    else:
+        assert RunConfig.model_validate(run.config.to_dict()).digest() == run.config.digest()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text() | st.lists(st.sampled_from(PIECES), max_size=30).map("".join).map(("dataset: d\n").__add__))
+def test_any_text_validates_or_is_bad_input(text: str) -> None:
+    validates_or_is_bad_input(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(CUTS, min_size=1, max_size=3))
+def test_any_change_of_a_good_file_validates_or_is_bad_input(cuts: list[tuple[int, int, str]]) -> None:
+    text = GOOD
+    for start, length, piece in cuts:
+        text = text[:start] + piece + text[start + length :]
+    validates_or_is_bad_input(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=8) | st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
+def test_any_word_on_the_command_line_is_a_value_or_bad_input(text: str) -> None:
+    try:
+        got = str(list(parse_overrides(["name=" + text])))
+    except BadInput as error:
+        got = str(error)
+    assert got == "['name']" or got.startswith("command line name: must be a YAML value, but got")

@@ -1,0 +1,301 @@
+"""One run without Ray: it learns, repeats itself, goes on from a checkpoint, and is the same on two ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from lift_ray import evaluate
+from lift_ray.data.catalog import open_dataset
+from lift_ray.distributed import checkpoint
+from lift_ray.distributed.evaluation import evaluate_all, evaluate_checkpoint
+from lift_ray.distributed.ranks import Ranks, join_group
+from lift_ray.distributed.run import Run, Warm
+from lift_ray.errors import BadInput, RunFailed
+from lift_ray.settings.run import RunConfig, apply_overrides
+
+EPOCHS = 3
+Figures = list[dict[str, float]]
+
+
+def settings(clip: str, **overrides: Any) -> RunConfig:
+    tree = {"backbone": {"model": clip}, "optim": {"epochs": EPOCHS, "global_batch_size": 16, "lr": 0.01}}
+    return RunConfig.model_validate(apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}))
+
+
+def untimed(figures: Figures) -> Figures:
+    return [{k: v for k, v in f.items() if not k.startswith("time/") and k != "train/images_per_s"} for f in figures]
+
+
+@pytest.fixture(scope="module")
+def warm(small_data: str) -> Warm:
+    return Warm(small_data, Ranks.alone())
+
+
+@pytest.fixture(scope="module")
+def trained(warm: Warm, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Figures, list[Path], Run]:
+    """The undisturbed run: the figures and the checkpoint of every epoch."""
+    run, figures, folders = Run(settings(small_clip), warm), [], []
+    for epoch, found in enumerate(run.epochs(), 1):
+        figures.append(found)
+        folders.append(tmp_path_factory.mktemp("epoch") / f"checkpoint-{epoch}")
+        run.save(folders[-1])
+    return untimed(figures), folders, run
+
+
+@pytest.mark.parametrize("kind", ["adaptformer", "lora", "linear_probe"])
+def test_the_loss_falls_and_the_figures_are_complete(warm: Warm, small_clip: str, kind: str) -> None:
+    run = Run(settings(small_clip, tuner__kind=kind), warm)
+    figures = list(run.epochs())
+    assert [f["epoch"] for f in figures] == [1, 2, 3]
+    assert figures[-1]["train/loss"] < 0.9 * figures[0]["train/loss"]
+    assert set(figures[0]) == {
+        "epoch", "trained_parameters", "train/loss", "train/images_per_s", "time/train_s", "time/data_wait_s", "time/evaluate_s",
+        *(f"validation/{name}" for name in ("accuracy", "mean_class_accuracy", "loss", "medium", "few")),
+    }  # fmt: skip
+    assert figures[0]["trained_parameters"] == sum(p.numel() for p in run.model.trained().values())
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_seed_others(
+    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run]
+) -> None:
+    assert untimed(list(Run(settings(small_clip), warm).epochs())) == trained[0]
+    assert untimed(list(Run(settings(small_clip, seed=1), warm).epochs())) != trained[0]
+
+
+def test_a_run_does_not_disturb_the_random_numbers_of_others(warm: Warm, small_clip: str) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    warm.build(warm.resolve(settings(small_clip)))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_going_on_from_a_checkpoint_equals_the_undisturbed_run_exactly(
+    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run], done: int
+) -> None:
+    figures, folders, whole = trained
+    run = Run(settings(small_clip), warm)
+    run.load(folders[done - 1])
+    assert run.epoch == done
+    assert run.metrics == {k: v for k, v in figures[done - 1].items() if k.startswith("validation/")}
+    assert untimed(list(run.epochs())) == figures[done:]
+    for name, value in whole.model.stored().items():
+        assert torch.equal(run.model.stored()[name], value), name
+
+
+def test_a_checkpoint_holds_its_run_and_replaces_the_one_before(
+    trained: tuple[Figures, list[Path], Run], small_data: str, tmp_path: Path
+) -> None:
+    _, folders, run = trained
+    record = checkpoint.read_record(folders[0])
+    assert (record.epoch, record.step, record.dataset) == (1, 6, small_data)
+    assert record.class_counts == [24, 18, 14, 12, 10, 8, 6, 4]
+    assert RunConfig.model_validate(record.config).digest() == record.digest == run.config.digest()
+    for _ in range(2):
+        run.save(tmp_path / "here")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
+        "optimizer.safetensors", "run.json", "weights.safetensors"
+    ]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def train_as_rank(rank: int, port: int, data: str, config: dict[str, Any], out: str) -> None:
+    torch.set_num_threads(1)
+    join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
+    run = Run(RunConfig.model_validate(config), Warm(data, Ranks(rank, 2, torch.device("cpu"))))
+    figures = list(run.epochs())
+    Path(out, f"{rank}.json").write_text(json.dumps(untimed(figures)))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_what_one_does(
+    small_data: str, small_clip: str, trained: tuple[Figures, list[Path], Run], tmp_path: Path
+) -> None:
+    config = settings(small_clip).to_dict()
+    torch.multiprocessing.spawn(train_as_rank, (free_port(), small_data, config, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    for alone, together in zip(trained[0], first, strict=True):
+        assert together["train/loss"] == pytest.approx(alone["train/loss"], abs=1e-4)
+        assert together["validation/loss"] == pytest.approx(alone["validation/loss"], abs=1e-4)
+        for name in ("accuracy", "mean_class_accuracy", "medium", "few"):
+            assert together[f"validation/{name}"] == pytest.approx(alone[f"validation/{name}"], abs=1e-12)
+
+
+def test_a_linear_probe_trains_the_classifier_alone(warm: Warm, small_clip: str) -> None:
+    run = Run(settings(small_clip, tuner__kind="linear_probe"), warm)
+    assert list(run.trained) == ["head.weight"]
+    assert run.num_trained == 8 * 64
+
+
+def test_zero_shot_trains_nothing_and_is_evaluated(warm: Warm, small_clip: str, tmp_path: Path) -> None:
+    run = Run(settings(small_clip, tuner__kind="zero_shot"), warm)
+    assert (run.num_trained, run.num_epochs, list(run.epochs())) == (0, 0, [])
+    before = run.evaluate("test")
+    run.save(tmp_path / "zero")
+    figures = evaluate_checkpoint(tmp_path / "zero", warm.dataset.uri, "test")
+    assert figures.pop("trained_parameters") == 0
+    assert figures == {k: v for k, v in before.items() if not k.startswith("time/")}
+
+
+def test_several_models_are_evaluated_at_once(
+    small_data: str, small_clip: str, trained: tuple[Figures, list[Path], Run]
+) -> None:
+    jobs = [(settings(small_clip, tuner__kind="zero_shot").to_dict(), None, ["validation", "test"]),
+            (settings(small_clip).to_dict(), str(trained[1][-1]), ["validation"])]  # fmt: skip
+    nothing, last = evaluate_all(small_data, False, 1, jobs)
+    assert "test/accuracy" in nothing
+    assert {k: v for k, v in last.items() if "/" in k} == {
+        k: v for k, v in trained[0][-1].items() if k.startswith("validation/")
+    }
+
+
+def test_a_run_at_random_start_and_plain_loss_learns_too(warm: Warm, small_clip: str) -> None:
+    run = Run(settings(small_clip, head__init="random", loss__kind="cross_entropy", tuner__blocks=[1]), warm)
+    losses = [figures["train/loss"] for figures in run.epochs()]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"optim__global_batch_size": 97},
+     "optim.global_batch_size: must be at most the 96 training images, but got 97; lower it"),
+    ({"backbone__precision": "bf16"},
+     "backbone.precision: must be fp32 on a CPU, but got bf16; set backbone.precision=fp32, or use a GPU"),
+    ({"tuner__blocks": [0, 2]}, "tuner.blocks: must lie in 0 ... 1, but got [0, 2]; name at least one"),
+    ({"backbone__model": "ViT-B-61"}, "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_data_or_machine_are_one_line(
+    warm: Warm, small_clip: str, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        Run(settings(small_clip, **overrides), warm)
+    assert str(caught.value) == message
+
+
+def test_a_batch_that_ranks_cannot_share_is_one_line(small_data: str, small_clip: str) -> None:
+    warm = Warm(small_data, Ranks(0, 3, torch.device("cpu")))
+    with pytest.raises(BadInput) as caught:
+        Run(settings(small_clip), warm)
+    assert str(caught.value) == (
+        "optim.global_batch_size: must be divisible by 3 workers, but got 16; use 15, or 2 workers"
+    )
+
+
+def test_the_whole_training_split_can_be_one_batch(warm: Warm, small_clip: str) -> None:
+    run = Run(settings(small_clip, optim__global_batch_size=96, optim__epochs=1), warm)
+    assert run.steps_per_epoch == 1
+    assert len(list(run.epochs())) == 1
+
+
+@pytest.mark.parametrize("lr", [1e9, 1e300])
+def test_a_run_that_diverges_fails_in_one_line(warm: Warm, small_clip: str, lr: float) -> None:
+    run = Run(settings(small_clip, optim__lr=lr), warm)
+    with pytest.raises(RunFailed) as caught:
+        list(run.epochs())
+    assert str(caught.value).startswith("epoch 1: the training loss must be finite, but got ")
+    assert str(caught.value).endswith(f" with optim.lr={lr:g} in fp32; lower optim.lr")
+
+
+def broken(folder: Path, file: str, data: bytes | None) -> None:
+    if data is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(data)
+
+
+@pytest.mark.parametrize(("file", "data", "message"), [
+    ("run.json", None, "{folder}: must be a checkpoint folder, but there is no run.json; give the folder that holds it"),
+    ("run.json", b"{", "{folder}/run.json: must be a checkpoint's record, but got "),
+    ("run.json", b"[]", "{folder}/run.json: must be a checkpoint's record, but got "),
+    ("run.json", b"\xff\xfe", "{folder}/run.json: must be a checkpoint's record, but got "),
+    ("run.json", b'{"format_version": 1}', "{folder}/run.json: must be a checkpoint's record, but got "),
+    ("run.json", b'{"format_version": 9}',
+     "{folder}: must be a checkpoint of format 1, but got 9; use the version of lift_ray that wrote it"),
+    ("weights.safetensors", None, "{folder}/weights.safetensors: must fit the settings beside it, but got: "),
+    ("weights.safetensors", b"x" * 100, "{folder}/weights.safetensors: must fit the settings beside it, but got: "),
+    ("optimizer.safetensors", None, "{folder}/optimizer.safetensors: must be readable, but got: "),
+    ("optimizer.safetensors", b"", "{folder}/optimizer.safetensors: must be readable, but got: "),
+])  # fmt: skip
+def test_a_checkpoint_that_cannot_be_read_is_one_line(
+    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run], tmp_path: Path, file: str, data: bytes | None,
+    message: str,
+) -> None:  # fmt: skip
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(trained[1][0], folder)
+    broken(folder, file, data)
+    with pytest.raises(BadInput) as caught:
+        Run(settings(small_clip), warm).load(folder)
+    assert str(caught.value).startswith(message.format(folder=folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(
+    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run]
+) -> None:
+    with pytest.raises(
+        BadInput, match="must be of the same settings, but loss was {'kind': 'logit_adjusted', 'tau': 1.0} and is"
+    ):
+        Run(settings(small_clip, loss__tau=0.5), warm).load(trained[1][0])
+
+
+def test_weights_of_another_shape_are_refused(
+    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run]
+) -> None:
+    run = Run(settings(small_clip, tuner__bottleneck=2), warm)
+    with pytest.raises(BadInput, match=r"but got: the checkpoint does not fit the model: tuner.adaptformer.0.down"):
+        checkpoint.load_weights(trained[1][0], run.model)
+
+
+def test_evaluate_prints_the_figures_of_the_run_as_json_and_as_a_table(
+    trained: tuple[Figures, list[Path], Run], small_data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(trained[1][-1])
+    assert evaluate.main([folder, "--split", "validation", "--json"]) is None
+    figures = json.loads(capsys.readouterr().out)
+    assert {k: v for k, v in figures.items() if "/" in k} == {
+        k: v for k, v in trained[0][-1].items() if k.startswith("validation/")
+    }
+    assert evaluate.main([folder, "--data", small_data, "--split", "validation"]) is None
+    table = capsys.readouterr().out
+    assert f"{100 * figures['validation/accuracy']:.1f}" in table
+    assert "24 images, accuracy in %" in table
+
+
+def test_evaluate_refuses_a_data_set_of_other_classes(trained: tuple[Figures, list[Path], Run]) -> None:
+    with pytest.raises(BadInput) as caught:
+        evaluate.main([str(trained[1][0]), "--data", "embedded:caltech101"])
+    assert str(caught.value).startswith(
+        "embedded:caltech101: must have the 8 classes of the checkpoint, but got 100 that differ ("
+    )
+
+
+def test_evaluate_works_on_a_data_set_with_a_test_split_alone(
+    trained: tuple[Figures, list[Path], Run], small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shard in Path(small_data).glob("test-*.parquet"):
+        shutil.copy(shard, tmp_path)
+    assert list(open_dataset(str(tmp_path)).splits) == ["test"]
+    seen = []
+    for data in (small_data, str(tmp_path)):
+        evaluate.main([str(trained[1][-1]), "--data", data, "--json"])
+        seen.append(json.loads(capsys.readouterr().out))
+    assert seen[0] == seen[1]
+    assert {"test/medium", "test/few"} <= set(seen[0])
+    with pytest.raises(BadInput, match="must hold the split 'validation', but got only test; choose one of these"):
+        evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])

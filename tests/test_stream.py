@@ -1,0 +1,197 @@
+"""The order of samples and the batches: the same for any number of ranks, threads and resumed steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lift_ray.data import stream
+from lift_ray.data.augment import evaluation_picture
+from lift_ray.data.catalog import Shard, Split, open_dataset
+from lift_ray.data.shards import RowReader, publish, write_split
+from lift_ray.data.stream import Batch, epoch_order, evaluation_batches, steps_per_epoch, training_batches
+from lift_ray.errors import BadInput
+
+CUT = open_dataset("embedded:caltech101-lt").split("train")
+TEST = open_dataset("embedded:caltech101-lt").split("test")
+
+
+@pytest.fixture(scope="module")
+def small(small_data: str) -> Split:
+    return open_dataset(small_data).split("train")
+
+
+def train(split: Split, *, size_px: int = 16, batch: int = 16, seed: int = 0, epoch: int = 0, start_step: int = 0,
+          rank: int = 0, world_size: int = 1, num_threads: int = 1) -> list[Batch]:  # fmt: skip
+    with RowReader(split) as reader:
+        return list(training_batches(
+            reader, split, size_px=size_px, global_batch_size=batch, seed=seed, epoch=epoch, epochs=4, schedule="convex",
+            start_step=start_step, rank=rank, world_size=world_size, num_threads=num_threads,
+        ))  # fmt: skip
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def made_up(row_groups: list[list[int]], keep: list[bool]) -> Split:
+    """A split without files: only its numbers matter here."""
+    shards = tuple(Shard(f"train-{i}", tuple(rows)) for i, rows in enumerate(row_groups))
+    rows = np.flatnonzero(np.resize(keep, sum(map(sum, row_groups))))
+    return Split("train", shards, rows % 3, rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    row_groups=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=4),
+    keep=st.lists(st.booleans(), min_size=1, max_size=7), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 99),
+)  # fmt: skip
+def test_an_epoch_is_a_permutation(row_groups: list[list[int]], keep: list[bool], seed: int, epoch: int) -> None:
+    split = made_up(row_groups, keep)
+    assert sorted(epoch_order(split, seed, epoch)) == list(range(split.num_samples))
+
+
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    orders = {(seed, epoch): epoch_order(CUT, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)}
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert all(epoch_order(CUT, *key).tolist() == order for key, order in orders.items())
+    again = open_dataset("embedded:caltech101-lt").split("train")
+    assert epoch_order(again, 1, 1).tolist() == orders[1, 1]
+
+
+def test_an_epoch_reads_one_row_group_after_another_within_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SHUFFLE_BUFFER", 40)
+    split = made_up([[20] * 6, [20] * 4], [True])
+    groups = epoch_order(split, 3, 0) // 20
+    for start in range(0, 200, 40):
+        assert len(set(groups[start : start + 40])) == 2
+    assert groups[:40].tolist() != sorted(groups[:40].tolist())
+
+
+def test_an_epoch_mixes_classes_and_differs_from_storage() -> None:
+    labels = CUT.labels[epoch_order(CUT, 0, 0)]
+    first, second = np.bincount(labels[: len(labels) // 2], minlength=100), np.bincount(labels, minlength=100)
+    assert np.corrcoef(first, second)[0, 1] > 0.9
+    assert not np.array_equal(epoch_order(CUT, 0, 0), np.arange(CUT.num_samples))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_global_batches_are_the_same_for_any_number_of_ranks(small: Split, world_size: int) -> None:
+    alone = train(small)
+    ranks = [train(small, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {len(alone)} == {6}
+    for step, whole in enumerate(alone):
+        for rank in range(world_size):
+            assert torch.equal(ranks[rank][step].images, whole.images[rank::world_size])
+            assert torch.equal(ranks[rank][step].labels, whole.labels[rank::world_size])
+
+
+def test_an_epoch_holds_the_samples_of_its_order_and_leaves_the_incomplete_batch_out(small: Split) -> None:
+    labels = torch.cat([batch.labels for batch in train(small, batch=20)])
+    assert steps_per_epoch(small, 20) == 4
+    assert labels.tolist() == small.labels[epoch_order(small, 0, 0)[:80]].tolist()
+
+
+@pytest.mark.parametrize("start_step", [1, 4, 6])
+def test_starting_at_a_step_equals_skipping_the_steps_before(small: Split, start_step: int) -> None:
+    assert_same(train(small, start_step=start_step, world_size=2), train(small, world_size=2)[start_step:])
+
+
+def test_pictures_change_with_seed_and_epoch(small: Split) -> None:
+    first = [train(small, seed=seed, epoch=epoch)[0].images for seed, epoch in ((0, 0), (1, 0), (0, 1))]
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_change_nothing(small: Split, num_threads: int) -> None:
+    assert_same(train(small, num_threads=num_threads), train(small))
+
+
+class NoFiles:
+    """A reader whose images are never looked at."""
+
+    def read(self, samples: np.ndarray) -> list[bytes]:
+        return [b""] * len(samples)
+
+
+@settings(max_examples=40, deadline=None)
+@given(samples=st.integers(1, 200), share=st.integers(1, 16), world_size=st.sampled_from([1, 2, 4, 8]))
+def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int, share: int, world_size: int) -> None:
+    split, batch = made_up([[samples]], [True]), share * world_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "training_picture", lambda *_: np.zeros((3, 1, 1), np.uint8))
+        sizes = {
+            tuple(len(part.labels) for part in training_batches(
+                NoFiles(), split, size_px=1, global_batch_size=batch, seed=0, epoch=0, epochs=1, schedule="min",  # type: ignore[arg-type]
+                rank=rank, world_size=world_size,
+            )) for rank in range(world_size)
+        }  # fmt: skip
+    assert sizes == {(share,) * (samples // batch)}
+    assert steps_per_epoch(split, batch) == samples // batch
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: int) -> None:
+    test = TEST if world_size == 1 else small
+    images = torch.zeros(test.num_samples, 3, 16, 16, dtype=torch.uint8)
+    labels = torch.full((test.num_samples,), -1)
+    with RowReader(test) as reader:
+        for rank in range(world_size):
+            parts = list(evaluation_batches(reader, test, size_px=16, batch_size=25, rank=rank, world_size=world_size,
+                                            num_threads=2))  # fmt: skip
+            images[rank::world_size] = torch.cat([part.images for part in parts])
+            labels[rank::world_size] = torch.cat([part.labels for part in parts])
+        encoded = reader.read(np.arange(test.num_samples))
+    assert labels.tolist() == test.labels.tolist()
+    for index in range(0, test.num_samples, 7):
+        assert np.array_equal(images[index].numpy(), evaluation_picture(encoded[index], 16))
+
+
+def test_more_ranks_than_samples_leave_some_without_work(small: Split) -> None:
+    few = Split("test", small.shards, small.labels[:2], small.rows[:2])
+    with RowReader(few) as reader:
+        sizes = [sum(len(b.labels) for b in evaluation_batches(reader, few, size_px=16, rank=rank, world_size=3))
+                 for rank in range(3)]  # fmt: skip
+    assert sizes == [1, 1, 0]
+
+
+def test_batches_are_made_only_a_few_ahead() -> None:
+    asked: list[int] = []
+
+    def make(step: int) -> Batch:
+        asked.append(step)
+        return Batch(torch.zeros(1), torch.tensor([step]))
+
+    batches = stream._ahead(make, range(100), 2)
+    assert [int(next(batches).labels) for _ in range(3)] == [0, 1, 2]
+    batches.close()  # type: ignore[attr-defined]
+    assert len(asked) <= 3 + stream.AHEAD + 2
+    assert [int(batch.labels) for batch in stream._ahead(make, range(20), 4)] == list(range(20))
+
+
+def test_a_broken_image_is_one_line_that_names_row_and_split(tmp_path: Path, small: Split) -> None:
+    with RowReader(small) as reader:
+        good = reader.read(np.arange(8))
+    samples = [(data, f"{i}.jpg", i % 2) for i, data in enumerate(good)]
+    samples[5] = (good[5][: len(good[5]) // 3], "5.jpg", 1)
+    folder = str(tmp_path / "broken")
+    publish(folder, ["a", "b"], {"train": write_split(folder, "train", samples, ["a", "b"], rows_per_shard=4)})
+    split = open_dataset(folder).split("train")
+    message = rf"^{folder}: row 5 of train must be a readable image, but got .*; convert again with --skip-bad$"
+    with pytest.raises(BadInput, match=message):
+        train(split, batch=8)
+    with RowReader(split) as reader, pytest.raises(BadInput, match=message):
+        list(evaluation_batches(reader, split, size_px=16))
+    samples[5] = (b"not an image", "5.jpg", 1)
+    publish(folder, ["a", "b"], {"train": write_split(folder, "train", samples, ["a", "b"], rows_per_shard=4)})
+    with pytest.raises(BadInput, match=message):
+        train(open_dataset(folder).split("train"), batch=8)

@@ -1,0 +1,210 @@
+"""python -m lift_ray.tune on real Ray processes: warm slots, what is written, a killed slot, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from lift_ray import evaluate, train, tune
+from lift_ray.errors import BadInput
+from lift_ray.settings.files import read_run
+
+TRIALS = 8
+SPACE = """\
+name: e2e
+dataset: {data}
+base:
+  backbone: {{model: '{clip}'}}
+  optim: {{epochs: 3, global_batch_size: 16}}
+space:
+  tuner.kind:       {{choices: [adaptformer, lora, linear_probe]}}
+  tuner.bottleneck: {{int: [2, 16], log: true, when: {{tuner.kind: [adaptformer, lora]}}}}
+  loss.tau:         {{float: [0.0, 2.0]}}
+  optim.lr:         {{float: [1.0e-3, 3.0e-1], log: true}}
+start:
+  - {{name: the recipe, tuner.kind: adaptformer, tuner.bottleneck: 4, loss.tau: 1.0, optim.lr: 0.02}}
+search: {{trials: {trials}, scheduler: {{kind: asha, grace_epochs: 1, reduction_factor: 3}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
+    path = tmp_path_factory.mktemp("space") / "e2e.yaml"
+    path.write_text(SPACE.format(data=small_data, clip=small_clip, trials=TRIALS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def searched(space_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    out = tmp_path_factory.mktemp("searched") / "out"
+    assert not tune.main([str(space_file), "--out", str(out)])
+    return out
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """Everything that Tune was told, over all trials."""
+    files = sorted(out.glob("tune/trial-*/result.json"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_a_search_writes_what_it_promises(searched: Path) -> None:
+    table = pq.read_table(searched / "trials.parquet").to_pylist()
+    assert [row["number"] for row in table] == list(range(TRIALS))
+    assert {row["state"] for row in table} <= {"finished", "pruned"}
+    finished = [row for row in table if row["state"] == "finished"]
+    assert all(row["epochs"] == 3 for row in finished)
+    assert table[0]["tuner.kind"] == "adaptformer"
+    assert table[0]["state"] == "finished", "a start point must never be stopped early"
+    assert all((row["tuner.bottleneck"] is None) == (row["tuner.kind"] == "linear_probe") for row in table)
+    study = json.loads((searched / "study.json").read_text())
+    best = max(finished, key=lambda row: row["validation/mean_class_accuracy"])
+    assert study["best"]["trial"] == best["number"]
+    assert [row["label"] for row in study["compared"]] == ["zero-shot", "the recipe", "best found"]
+    assert study["compared"][-1]["validation/mean_class_accuracy"] == best["validation/mean_class_accuracy"]
+
+
+def test_trials_share_the_processes_of_their_slots(searched: Path) -> None:
+    assert len({line["pid"] for line in results(searched)}) <= (os.cpu_count() or 1) < TRIALS
+    assert sum(line["time/load_s"] > 0 for line in results(searched)) <= (os.cpu_count() or 1)
+
+
+def test_early_stopped_trials_reach_optuna_as_pruned(searched: Path) -> None:
+    storage = JournalStorage(JournalFileBackend(str(searched / "optuna.journal")))
+    trials = optuna.load_study(study_name="e2e", storage=storage).trials
+    table = pq.read_table(searched / "trials.parquet").to_pylist()
+    states = {"finished": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}
+    assert len(trials) == TRIALS
+    for row in table:
+        match = next(t for t in trials if t.params["optim.lr"] == row["optim.lr"])
+        assert match.state == states[row["state"]]
+        assert match.value == pytest.approx(row["validation/mean_class_accuracy"])
+
+
+def test_the_best_run_file_and_checkpoint_can_be_used(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = json.loads((searched / "study.json").read_text())
+    config = read_run(searched / "best.yaml").config
+    assert config.digest() == study["best"]["digest"]
+    assert not train.main([str(searched / "best.yaml"), "--dry-run"])
+    assert config.tuner.kind in capsys.readouterr().out
+    assert not evaluate.main([str(searched), "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["test/accuracy"] == pytest.approx(study["compared"][-1]["test/accuracy"])
+
+
+def test_a_second_search_into_the_same_folder_is_refused(searched: Path, space_file: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        tune.main([str(space_file), "--out", str(searched)])
+    assert str(caught.value) == (
+        f"{searched}: must be a new folder, but it holds a search already; give another --out, or delete it"
+    )
+
+
+def test_two_workers_a_trial_find_what_one_finds(
+    searched: Path, space_file: Path, tmp_path: Path, ray_session: None
+) -> None:
+    out = tmp_path / "out"
+    words = ["search.trials=1", "scale.workers_per_trial=2", "search.scheduler.kind=none"]
+    assert not tune.main([str(space_file), *words, "--out", str(out)])
+    alone, together = (pq.read_table(folder / "trials.parquet").to_pylist()[0] for folder in (searched, out))
+    assert together["optim.lr"] == alone["optim.lr"] == 0.02
+    assert together["train/loss"] == pytest.approx(alone["train/loss"], abs=1e-4)
+    assert together["validation/loss"] == pytest.approx(alone["validation/loss"], abs=1e-4)
+
+
+def test_a_killed_slot_is_replaced_and_its_trial_goes_on(small_clip: str, tmp_path: Path, ray_session: None) -> None:
+    space, out = tmp_path / "space.yaml", tmp_path / "out"
+    text = SPACE.format(data="embedded:caltech101-lt", clip=small_clip, trials=2)
+    space.write_text(text.replace("epochs: 3", "epochs: 6").replace("_size: 16", "_size: 128"))
+    killed: list[int] = []
+
+    def kill_one_slot() -> None:
+        ends = time.monotonic() + 120
+        while not (reports := results(out)):
+            if time.monotonic() > ends:
+                return
+            time.sleep(0.1)
+        killed.append(reports[0]["pid"])
+        psutil.Process(reports[0]["pid"]).send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one_slot)
+    killer.start()
+    assert not tune.main([str(space), "search.scheduler.kind=none", "--out", str(out)])
+    killer.join()
+    assert killed
+    table = pq.read_table(out / "trials.parquet").to_pylist()
+    assert [(row["state"], row["epochs"]) for row in table] == [("finished", 6)] * 2
+    reports = results(out)
+    hit = next(line["trial_id"] for line in reports if line["pid"] == killed[0])
+    epochs = [line["epoch"] for line in reports if line["trial_id"] == hit]
+    assert sorted(set(epochs)) == list(range(1, 7))
+    assert epochs.count(1) == 1, "the trial began anew instead of going on from its checkpoint"
+
+
+def test_input_that_only_a_slot_finds_bad_ends_the_search(space_file: Path, tmp_path: Path, ray_session: None) -> None:
+    with pytest.raises(BadInput) as caught:
+        tune.main([str(space_file), "base.backbone.model=ViT-B-61", "--out", str(tmp_path / "out")])
+    assert str(caught.value) == "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"
+
+
+def test_a_trial_that_fits_no_node_is_said_before_anything_starts(
+    space_file: Path, tmp_path: Path, ray_session: None
+) -> None:
+    with pytest.raises(BadInput, match=r"^scale: a trial must fit the cluster, but got 64 x \(1 CPU\) for 1 node"):
+        tune.main(
+            [
+                str(space_file),
+                "scale.workers_per_trial=64",
+                "base.optim.global_batch_size=64",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+    assert not list(tmp_path.glob("out/tune*"))
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (
+        ["base.optim.global_batch_size=15", "scale.workers_per_trial=2"],
+        "command line base.optim.global_batch_size: must be divisible by 2 workers, but got 15; use 16, or 1 worker",
+    ),
+    (
+        ["dataset=embedded:caltech102"],
+        "embedded:caltech102: must name data in the package, but got 'caltech102'; did you mean 'caltech101'?",
+    ),
+    (
+        ["search.trails=4"],
+        "command line search.trails: unknown key 'trails'; did you mean 'trials'?",
+    ),
+    (
+        ["serch.trials=4"],
+        "command line serch.trials: unknown key 'serch'; did you mean 'search'?",
+    ),
+    (
+        ["trials"],
+        "command line: settings must be written key=value, but got 'trials'; for example loss.tau=0.5",
+    ),
+])  # fmt: skip
+def test_bad_input_is_found_without_ray(words: list[str], message: str, space_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        tune.main([str(space_file), *words, "--out", str(tmp_path / "out")])
+    assert str(caught.value) == message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_objective_over_an_empty_group_is_refused(space_file: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(space_file.read_text() + "objectives: {validation/many: max}\n")
+    with pytest.raises(BadInput, match=r"objectives: validation/many needs classes with over 100 training images, but"):
+        tune.main([str(space), "--out", str(tmp_path / "out")])
