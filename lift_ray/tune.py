@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +13,7 @@ from lift_ray.errors import BadInput, exit_codes, run_verb
 if TYPE_CHECKING:
     from lift_ray.data.catalog import Dataset
     from lift_ray.distributed.study import Found
+    from lift_ray.results.output import Output
     from lift_ray.settings.space import SpaceFile
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -23,7 +23,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def tune(
     space_file: Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The search space.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Change the file.")] = None,
-    out: Annotated[str | None, typer.Option(help="New folder for the results.  [runs/NAME-DATE-TIME]")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="New folder for the results, or s3:// or gs:// URL.  [runs/NAME-DATE-TIME]")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; train nothing.")
     ] = False,
@@ -47,10 +49,11 @@ def tune(
         _print_plan(space, dataset, data)
         return
     from lift_ray.distributed.cluster import connected, dashboard_url
-    from lift_ray.distributed.study import prepare_out, run_study
+    from lift_ray.distributed.study import run_study, write_found
+    from lift_ray.results.output import Output
 
-    folder = Path(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    prepare_out(folder)
+    target = Output(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    target.must_be_new()
     began = time.monotonic()
     with connected(dashboard=dashboard) as nodes:
         from lift_ray.distributed.capacity import num_slots
@@ -58,16 +61,14 @@ def tune(
         need, slots = num_slots(space.scale, nodes)
         slots = min(slots, space.search.trials)
         started_s = time.monotonic() - began
-        print(
-            f"{space.name}: {space.search.trials} trials, {slots} at a time, each {need}; results in {_shown(folder)}"
-        )
+        print(f"{space.name}: {space.search.trials} trials, {slots} at a time, each {need}; results in {target}")
         if url := dashboard_url():
             print(f"dashboard: {url}")
-        found = run_study(space, dataset, need, slots, folder)
+        found = run_study(space, dataset, need, slots, target)
     found.time_s["start"] += started_s
     found.time_s["total"] += started_s
-    _write(space, dataset, found, folder)
-    _print_found(space, found, folder)
+    write_found(space, dataset, found, target)
+    _print_found(space, found, target)
 
 
 def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
@@ -133,62 +134,23 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     print("checked: the file is in order")
 
 
-def _write(space: SpaceFile, dataset: str, found: Found, folder: Path) -> None:
-    """study.json, best.yaml and best/; the trials table is there already. study.json comes last: its presence means done."""
-    import os
-    import platform
-
-    import optuna
-    import ray
-
-    import lift_ray
-    from lift_ray.distributed.checkpoint import read_record
-    from lift_ray.distributed.study import keep_best
-    from lift_ray.results.rows import write_json
-    from lift_ray.settings.files import dump_yaml
-
-    best = keep_best(found, folder)
-    record = read_record(best)
-    write_json(dict(found.compared[-1][1]), best / "metrics.json")
-    header = f"# Best of the search {space.name} (trial {found.best.number}); python -m lift_ray.train best.yaml trains it again.\n"
-    dump_yaml({"name": f"{space.name}-best", "dataset": dataset, **record.config}, folder / "best.yaml", header)
-    about: dict[str, Any] = {
-        "name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True),
-        "best": {"trial": found.best.number, "values": found.best.values, "digest": record.digest, "config": record.config},
-        "compared": [{"label": label, **figures} for label, figures in found.compared],
-        "time_s": {name: round(seconds, 2) for name, seconds in found.time_s.items()},
-        "versions": {"lift_ray": lift_ray.__version__, "ray": ray.__version__, "optuna": optuna.__version__,
-                     "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
-    }  # fmt: skip
-    write_json(about, folder / "study.json")
-
-
-def _print_found(space: SpaceFile, found: Found, folder: Path) -> None:
+def _print_found(space: SpaceFile, found: Found, out: Output) -> None:
     from lift_ray.results.rows import describe
     from lift_ray.results.tables import accuracy_table, console
 
-    out = console()
+    screen = console()
     states = [row.state for row in found.rows]
-    out.print(
+    screen.print(
         f"\n{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
         f"{states.count('failed')} failed"
     )
-    out.print(f"best settings: {describe(found.best.values)}")
-    out.print(accuracy_table("validation (the search saw this), accuracy in %", "validation", found.compared))
-    out.print(accuracy_table("test (it did not), accuracy in %", "test", found.compared))
+    screen.print(f"best settings: {describe(found.best.values)}")
+    screen.print(accuracy_table("validation (the search saw this), accuracy in %", "validation", found.compared))
+    screen.print(accuracy_table("test (it did not), accuracy in %", "test", found.compared))
     times = dict(found.time_s)
     total = times.pop("total")
-    out.print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
-    where = _shown(folder)
-    out.print(
-        f"files: {where}/best.yaml (settings), {where}/best/ (checkpoint), {where}/trials.csv, {where}/study.json"
-    )
-
-
-def _shown(folder: Path) -> str:
-    """The folder as the user would type it."""
-    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
+    screen.print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
+    screen.print(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
 
 
 def main(argv: list[str]) -> int | None:

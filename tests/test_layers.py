@@ -31,8 +31,8 @@ ROOMS = {
 }
 # library -> the places that may import it anywhere, and those that may only inside a function
 LIBRARIES = {
-    "ray": ({"lift_ray/distributed/"}, {"lift_ray/tune"}),
-    "optuna": ({"lift_ray/distributed/study"}, {"lift_ray/settings/space", "lift_ray/tune"}),
+    "ray": ({"lift_ray/distributed/"}, set()),
+    "optuna": ({"lift_ray/distributed/study"}, {"lift_ray/settings/space"}),
     "open_clip": (set(), {"lift_ray/model/backbone"}),
     "timm": (set(), {"lift_ray/model/backbone"}),
     "pydantic": ({"lift_ray/settings/"}, set()),

@@ -22,7 +22,7 @@ def evaluate_checkpoint(folder: Path, dataset: str, split: str) -> dict[str, flo
 
 
 def evaluate_all(
-    dataset: str, use_gpu: bool, num_cpus: int, jobs: list[tuple[dict[str, Any], str | None, list[str]]]
+    dataset: str, use_gpu: bool, num_cpus: int, jobs: list[tuple[dict[str, Any], Path | None, list[str]]]
 ) -> list[dict[str, float]]:
     """Metrics of several models of one data set, the tower loaded once.
 
@@ -30,7 +30,7 @@ def evaluate_all(
         jobs: for each model its settings, its checkpoint folder (None when nothing was trained) and the splits.
     """
     warm = Warm(dataset, Ranks.alone(use_gpu=use_gpu, num_cpus=num_cpus))
-    return [_evaluate(warm, config, Path(folder) if folder else None, splits) for config, folder, splits in jobs]
+    return [_evaluate(warm, config, folder, splits) for config, folder, splits in jobs]
 
 
 def _evaluate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -12,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lift_ray.distributed.slot import DIVERGED, PROBLEM
+from lift_ray.results.output import Output
 from lift_ray.results.rows import TrialRow, best_row, describe, write_rows
 from lift_ray.results.tables import console, trial_table
 from lift_ray.settings.space import SpaceFile
@@ -21,10 +21,10 @@ class Monitor(tune.Callback):  # type: ignore[misc]
     """Keeps the rows of a search, shows them, and rewrites the trials table whenever a trial ends.
 
     Args:
-        out: folder of trials.parquet and trials.csv.
+        out: for trials.parquet and trials.csv.
     """
 
-    def __init__(self, space: SpaceFile, out: Path) -> None:
+    def __init__(self, space: SpaceFile, out: Output) -> None:
         self.space, self.out = space, out
         self.rows: dict[str, TrialRow] = {}
         self.began = time.monotonic()
@@ -49,7 +49,7 @@ class Monitor(tune.Callback):  # type: ignore[misc]
             self.live = None
             self.console.print(self._table(limit=10_000))
         if self.rows:
-            write_rows(self.rows.values(), self.out)
+            self._write()
 
     def row(self, trial: Any) -> TrialRow:
         """The row of a Tune trial, made when it is first seen."""
@@ -94,9 +94,13 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         row.error = error_line(trial)
         self._end(row, "failed")
 
+    def _write(self) -> None:
+        write_rows(self.rows.values(), self.out.folder)
+        self.out.publish()
+
     def _end(self, row: TrialRow, state: str) -> None:
         row.state = state
-        write_rows(self.rows.values(), self.out)
+        self._write()
         if not self.live and self.console:
             value = row.last.get(self.space.objective[0])
             self.console.print(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,15 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+import lift_ray
 from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.checkpoint import read_record
 from lift_ray.distributed.monitor import Monitor, trial_number
 from lift_ray.distributed.slot import FOLDER, PROBLEM, Slot
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.results.rows import TrialRow, best_row
+from lift_ray.results.output import Output
+from lift_ray.results.rows import TrialRow, best_row, write_json
+from lift_ray.settings.files import dump_yaml
 from lift_ray.settings.run import apply_overrides
 from lift_ray.settings.space import Asha, Draw, SpaceFile
 
@@ -38,13 +44,13 @@ class Found:
 
     Args:
         best: the finished trial with the best objective.
-        checkpoint: its folder.
+        checkpoint: Tune's, of the best trial.
         compared: (label, metrics of validation and test) for zero-shot, the start points and the best.
     """
 
     rows: list[TrialRow]
     best: TrialRow
-    checkpoint: Path
+    checkpoint: Any
     compared: list[tuple[str, dict[str, float]]]
     time_s: dict[str, float]
 
@@ -86,13 +92,13 @@ def matching_start(start: list[dict[str, Any]], values: dict[str, Any]) -> int |
     return next((i for i, point in enumerate(start) if all(values.get(k) == v for k, v in point.items())), None)
 
 
-def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Path) -> Found:
+def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Output) -> Found:
     """Search, then compare the best with zero-shot and the start points on the test split.
 
     Args:
         dataset: URI, absolute.
         slots: trials at a time.
-        out: existing folder for Tune's state, Optuna's journal and the trials table.
+        out: for Tune's state, Optuna's journal and the trials table.
 
     Raises:
         BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
@@ -113,11 +119,11 @@ def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Path)
         trainable,
         tune_config=tune.TuneConfig(
             num_samples=space.search.trials, max_concurrent_trials=slots, reuse_actors=True, metric=metric, mode=mode,
-            search_alg=searcher(space, out), scheduler=scheduler(space),
+            search_alg=searcher(space, out.folder), scheduler=scheduler(space),
             trial_dirname_creator=lambda trial: f"trial-{trial_number(trial):04d}",
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(out), verbose=0, callbacks=[monitor],
+            name="tune", storage_path=out.url, verbose=0, callbacks=[monitor],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES), stop=stopper,
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True, num_to_keep=1),
         ),
@@ -133,10 +139,10 @@ def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Path)
         raise RunFailed(
             f"{out}: at least one trial must finish, but none of {len(rows)} did"
             + (f"; the last error: {errors[-1]}" if errors else "")
-            + f"; see {out / 'tune'}"
+            + f"; see {out.url}/tune"
         )
     searched_s = time.monotonic() - began
-    checkpoints = {r.metrics["trial_id"]: Path(r.checkpoint.path) / FOLDER for r in grid if r.checkpoint and r.metrics}
+    checkpoints = {r.metrics["trial_id"]: r.checkpoint for r in grid if r.checkpoint and r.metrics}
     compared = compare(space, dataset, need, slots, rows, best, checkpoints)
     times = where_time_went(rows, monitor, slots, searched_s, time.monotonic() - began)
     return Found(rows, best, checkpoints[best.trial_id], compared, times)
@@ -189,18 +195,18 @@ def compare(
     slots: int,
     rows: list[TrialRow],
     best: TrialRow,
-    checkpoints: dict[str, Path],
+    checkpoints: dict[str, Any],
 ) -> list[tuple[str, dict[str, float]]]:
     """Validation and test metrics of zero-shot, of every start point, and of the best."""
     shown: list[tuple[str, TrialRow]] = []
     for index, label in enumerate(space.start_labels()):
         shown += [(label, row) for row in rows if matching_start(space.start_points(), row.values) == index][:1]
     shown = [(label, row) for label, row in shown if row.state == "finished"] + [("best found", best)]
-    jobs: list[tuple[dict[str, Any], str | None, list[str]]] = [
+    jobs: list[tuple[dict[str, Any], Any, list[str]]] = [
         (apply_overrides(space.base, {"tuner.kind": "zero_shot"}), None, ["validation", "test"])
     ]
     unique = list({row.trial_id: row for _, row in shown}.values())
-    jobs += [(space.config(row.values).to_dict(), str(checkpoints[row.trial_id]), ["test"]) for row in unique]
+    jobs += [(space.config(row.values).to_dict(), checkpoints[row.trial_id], ["test"]) for row in unique]
     # The slots are gone, so on a CPU their cores are free.
     num_cpus = need.cpus if need.gpus else need.cpus * min(slots, int(os.cpu_count() or 1) // need.cpus or 1)
     task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(_evaluate)
@@ -212,10 +218,18 @@ def compare(
     ]
 
 
-def _evaluate(*job: Any) -> list[dict[str, float]]:
+def _evaluate(
+    dataset: str, use_gpu: bool, num_cpus: int, jobs: list[tuple[dict[str, Any], Any, list[str]]]
+) -> list[dict[str, float]]:
+    """evaluate_all in a worker; checkpoints are fetched from where Tune stored them."""
     from lift_ray.distributed.evaluation import evaluate_all  # brings torch, which the driver does not need
 
-    return evaluate_all(*job)
+    with ExitStack() as fetched:
+        local = [
+            (config, Path(fetched.enter_context(stored.as_directory())) / FOLDER if stored else None, splits)
+            for config, stored, splits in jobs
+        ]
+        return evaluate_all(dataset, use_gpu, num_cpus, local)
 
 
 def where_time_went(
@@ -239,17 +253,25 @@ def where_time_went(
     }
 
 
-def prepare_out(out: Path) -> None:
-    """Make the output folder. Raises BadInput when it already holds a search."""
-    if (out / "study.json").exists() or (out / "optuna.journal").exists():
-        raise BadInput(f"{out}: must be a new folder, but it holds a search already; give another --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def keep_best(found: Found, out: Path) -> Path:
-    """Copy the best trial's checkpoint to OUT/best, whole or not at all."""
-    target, temporary = out / "best", out / "best.tmp"
+def write_found(space: SpaceFile, dataset: str, found: Found, out: Output) -> None:
+    """best/, best.yaml and study.json; the trials table is there already. study.json comes last: its presence means done."""
+    best, temporary = out.folder / "best", out.folder / "best.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(found.checkpoint, temporary)
-    os.replace(temporary, target)
-    return target
+    with found.checkpoint.as_directory() as stored:
+        shutil.copytree(Path(stored) / FOLDER, temporary)
+    os.replace(temporary, best)
+    record = read_record(best)
+    write_json(dict(found.compared[-1][1]), best / "metrics.json")
+    header = f"# Best of the search {space.name} (trial {found.best.number}); python -m lift_ray.train best.yaml trains it again.\n"
+    dump_yaml({"name": f"{space.name}-best", "dataset": dataset, **record.config}, out.folder / "best.yaml", header)
+    about: dict[str, Any] = {
+        "name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True),
+        "best": {"trial": found.best.number, "values": found.best.values, "digest": record.digest, "config": record.config},
+        "compared": [{"label": label, **figures} for label, figures in found.compared],
+        "time_s": {name: round(seconds, 2) for name, seconds in found.time_s.items()},
+        "versions": {"lift_ray": lift_ray.__version__, "ray": ray.__version__, "optuna": optuna.__version__,
+                     "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+    }  # fmt: skip
+    write_json(about, out.folder / "study.json")
+    out.publish()

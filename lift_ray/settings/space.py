@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,7 +70,9 @@ class Param(Settings):
         return self
 
     def _on_step(self, value: Any) -> bool:
-        return not self.step or not (Decimal(str(value)) - Decimal(str(self.bounds[0]))) % Decimal(str(self.step))  # type: ignore[index]
+        """As Optuna checks it: the steps from low may be off by rounding."""
+        steps = (value - self.bounds[0]) / self.step if self.bounds and self.step else 0.0
+        return bool(abs(steps - round(steps)) < 1e-8)
 
     @property
     def bounds(self) -> tuple[Any, Any] | None:
