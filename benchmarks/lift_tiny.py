@@ -66,9 +66,9 @@ def linear_probe(backbone: Backbone) -> float:
 
 def zero_shot(backbone: Backbone) -> float:
     """Test accuracy of the classifier made from the class names."""
-    weight = backbone.semantic_weights(open_dataset("embedded:caltech101").class_names, "a photo of a {}.")
+    head = backbone.zero_shot_head(open_dataset("embedded:caltech101").class_names, "a photo of a {}.")
     f, y = features(backbone, "test")
-    return (F.normalize(f, dim=-1) @ weight.T).argmax(1).eq(y).float().mean().item()
+    return head(f).argmax(1).eq(y).float().mean().item()
 
 
 def untrained(backbone: Backbone, seed: int) -> Backbone:

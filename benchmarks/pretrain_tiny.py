@@ -162,7 +162,7 @@ def augment(images: Tensor, size: int) -> Tensor:
     return (x.clamp(0, 1) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, batch: int = 128) -> dict[str, float]:
+def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, top_lr: float, batch: int = 128) -> dict[str, float]:
     images, labels, names = read_images(folder)
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad():
@@ -198,7 +198,7 @@ def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, batch: int = 
             continue
         model.visual.patch_dropout = PatchDropout(0.25) if progress < 0.65 else torch.nn.Identity()
         for group in optimiser.param_groups:
-            group["lr"] = 4e-4 * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = top_lr * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * progress))
         rows = order[at : at + batch]
         x = augment(images[rows], 48)
         z = F.normalize(model.encode_image(x), dim=-1)
@@ -252,6 +252,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text-steps", type=int, default=1500, help="0: go on from the text tower in --out")
     parser.add_argument("--minutes", type=float, default=65, help="wall time of the image stage")
+    parser.add_argument("--go-on", action="store_true", help="with --text-steps 0: go on from the image tower too")
+    parser.add_argument("--lr", type=float, default=4e-4, help="highest rate of the image stage")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -263,8 +265,9 @@ def main() -> None:
         save(model, args.out)
     else:
         trained = load_file(args.out / "open_clip_model.safetensors")
-        model.load_state_dict({k: v for k, v in trained.items() if not k.startswith("visual.")}, strict=False)
-    print(json.dumps(fit_image(model, args.images, args.minutes)))
+        keep = {k: v for k, v in trained.items() if args.go_on or not k.startswith("visual.")}
+        model.load_state_dict(keep, strict=False)
+    print(json.dumps(fit_image(model, args.images, args.minutes, args.lr)))
     save(model, args.out)
 
 

@@ -19,7 +19,7 @@ from lift_ray.distributed.ranks import Ranks
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.methods.lift import Lift, make_optimizer
 from lift_ray.model.backbone import Backbone, load_backbone
-from lift_ray.model.classifier import CosineHead, random_weights
+from lift_ray.model.classifier import CosineHead, ZeroShotHead, random_weights
 from lift_ray.model.losses import LOSSES
 from lift_ray.model.tuners import Tuner
 from lift_ray.results.metrics import summarise
@@ -78,12 +78,13 @@ class Warm:
                 getattr(config.tuner, "blocks", None),
                 **options,
             )
-            weights = (
-                backbone.semantic_weights(names, config.head.template)
-                if config.head.init == "semantic"
-                else random_weights(len(names), backbone.tower.width)
-            )
-        return Lift(backbone.tower, tuner, CosineHead(weights, config.head.scale)).to(self.ranks.device)
+            if config.tuner.kind == "zero_shot":
+                head: CosineHead | ZeroShotHead = backbone.zero_shot_head(names, config.head.template)
+            elif config.head.init == "semantic":
+                head = CosineHead(backbone.semantic_weights(names, config.head.template), config.head.scale)
+            else:
+                head = CosineHead(random_weights(len(names), backbone.tower.width), config.head.scale)
+        return Lift(backbone.tower, tuner, head).to(self.ranks.device)
 
 
 class Run:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lift_ray.model.backbone import Tower
-from lift_ray.model.classifier import CosineHead
+from lift_ray.model.classifier import CosineHead, ZeroShotHead
 from lift_ray.model.tuners import Tuner
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Lift(nn.Module):
     The tower is shared by all trials of a process and never changes; only `tuner` and `head` are trained and stored.
     """
 
-    def __init__(self, tower: Tower, tuner: Tuner, head: CosineHead) -> None:
+    def __init__(self, tower: Tower, tuner: Tuner, head: CosineHead | ZeroShotHead) -> None:
         super().__init__()
         self.tower, self.tuner, self.head = tower, tuner, head
         if tuner.kind == "zero_shot":

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.model.classifier import ZeroShotHead
 from lift_ray.model.tuners import BlockTuner, Identity
 
 EMBEDDED = "embedded:"
@@ -140,23 +141,34 @@ class Backbone:
     text: Callable[[list[str]], Tensor] | None
     projection: Tensor | None
     logit_scale: float
-    _classifiers: dict[tuple[str, tuple[str, ...]], Tensor] = field(default_factory=dict)
+    _embedded: dict[tuple[str, tuple[str, ...]], Tensor] = field(default_factory=dict)
 
-    def semantic_weights(self, class_names: Sequence[str], template: str) -> Tensor:
-        """Classifier weights from class names: w_k = normalise(normalise(text_k) @ projection^T), (K, D).
+    def text_embeddings(self, class_names: Sequence[str], template: str) -> Tensor:
+        """Normalised text embeddings of the classes, (K, E); computed once for a list of names and a template.
 
-        Underscores in names become spaces (arXiv 2309.10019). Computed once for a list of names and a template. Raises
-        BadInput for a tower without text and a template without a place for the name.
+        Underscores in names become spaces (arXiv 2309.10019). Raises BadInput for a tower without text and a template
+        without a place for the name.
         """
         if self.text is None or self.projection is None:
             raise BadInput(f"head.init: semantic needs a text tower, but {self.name} has none; use head.init=random")
         if "{}" not in template:
             raise BadInput(f"head.template: must hold {{}} for the class name, but got {template!r}; add it")
         key = (template, tuple(class_names))
-        if key not in self._classifiers:
-            embedded = self.text([template.replace("{}", name.replace("_", " ")) for name in class_names])
-            self._classifiers[key] = F.normalize(embedded @ self.projection.T, dim=-1)
-        return self._classifiers[key]
+        if key not in self._embedded:
+            self._embedded[key] = self.text([template.replace("{}", name.replace("_", " ")) for name in class_names])
+        return self._embedded[key]
+
+    def semantic_weights(self, class_names: Sequence[str], template: str) -> Tensor:
+        """Classifier weights from class names: w_k = normalise(text_k @ projection^T), (K, D) (arXiv 2309.10019)."""
+        text = self.text_embeddings(class_names, template)
+        assert self.projection is not None
+        return F.normalize(text @ self.projection.T, dim=-1)
+
+    def zero_shot_head(self, class_names: Sequence[str], template: str) -> ZeroShotHead:
+        """CLIP's own classifier for these classes."""
+        text = self.text_embeddings(class_names, template)
+        assert self.projection is not None
+        return ZeroShotHead(self.projection, text, self.logit_scale)
 
 
 def load_backbone(model: str, pretrained: str | None, *, device: torch.device | str = "cpu") -> Backbone:

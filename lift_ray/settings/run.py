@@ -83,7 +83,7 @@ class LinearProbe(Settings):
 
 
 class ZeroShot(Settings):
-    """Nothing is trained: the classifier as its initialisation leaves it."""
+    """Nothing is trained: CLIP's own classifier, cosines with the class names in the shared space."""
 
     kind: Literal["zero_shot"] = "zero_shot"
 
