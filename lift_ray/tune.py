@@ -63,7 +63,7 @@ def tune(
         started_s = time.monotonic() - began
         print(f"{space.name}: {space.search.trials} trials, {slots} at a time, each {need}; results in {target}")
         if url := dashboard_url():
-            print(f"dashboard: {url}")
+            print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)")
         found = run_study(space, dataset, need, slots, target)
     found.time_s["start"] += started_s
     found.time_s["total"] += started_s
