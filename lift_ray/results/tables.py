@@ -45,14 +45,24 @@ def trial_table(
     rows: Sequence[TrialRow], names: Sequence[str], metric: str, title: str, limit: int = 20
 ) -> rich.table.Table:
     """The running trials and the latest others; settings that a trial does not have stay empty."""
-    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table = rich.table.Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
     table.add_column("trial", justify="right")
     for name in names:
         table.add_column(
-            name if name == "tuner.kind" else name.rsplit(".", 1)[-1],
+            "tuner" if name == "tuner.kind" else name.rsplit(".", 1)[-1],
             justify="left" if name.endswith("kind") else "right",
+            no_wrap=name.endswith("kind"),
         )
-    for heading in ("epoch", metric.rsplit("/", 1)[-1].replace("_", " "), "many", "medium", "few", "images/s"):
+    for heading in (
+        "epoch",
+        metric.rsplit("/", 1)[-1].removesuffix("_accuracy").replace("_", " "),
+        "many",
+        "medium",
+        "few",
+        "images/s",
+    ):
         table.add_column(heading, justify="right")
     table.add_column("state")
     for row in rows[-limit:]:
