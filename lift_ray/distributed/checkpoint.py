@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, OPTIMIZER, RECORD = "weights.safetensors", "optimizer.safetensors", "run.json"
 FORMAT_VERSION = 1
+FOLDER = "lift"  # inside a checkpoint of Ray Tune or Ray Train
 
 
 @dataclass
@@ -72,6 +73,16 @@ def save(folder: Path, model: Lift, optimizer: torch.optim.Optimizer | None, rec
         shutil.rmtree(old)
     else:
         os.replace(temporary, folder)
+
+
+def keep(stored: Any, target: Path) -> None:
+    """Copy the checkpoint inside one of Ray's, wherever it is stored, to `target`: whole or not at all."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with stored.as_directory() as folder:
+        shutil.copytree(Path(folder) / FOLDER, temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
 
 
 def find(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.checkpoint import FOLDER
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
@@ -24,7 +25,6 @@ from lift_ray.settings.space import SpaceFile
 if TYPE_CHECKING:
     from lift_ray.distributed.run import Run
 
-FOLDER = "lift"  # inside a Tune checkpoint
 PROBLEM, DIVERGED = "problem", "diverged"  # keys of a result that is no epoch
 WORST = 1e9
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -25,9 +24,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 import lift_ray
 from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.checkpoint import read_record
+from lift_ray.distributed.checkpoint import FOLDER, keep, read_record
 from lift_ray.distributed.monitor import Monitor, trial_number
-from lift_ray.distributed.slot import FOLDER, PROBLEM, Slot
+from lift_ray.distributed.slot import PROBLEM, Slot
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.results.output import Output
 from lift_ray.results.rows import TrialRow, best_row, write_json
@@ -255,11 +254,8 @@ def where_time_went(
 
 def write_found(space: SpaceFile, dataset: str, found: Found, out: Output) -> None:
     """best/, best.yaml and study.json; the trials table is there already. study.json comes last: its presence means done."""
-    best, temporary = out.folder / "best", out.folder / "best.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with found.checkpoint.as_directory() as stored:
-        shutil.copytree(Path(stored) / FOLDER, temporary)
-    os.replace(temporary, best)
+    best = out.folder / "best"
+    keep(found.checkpoint, best)
     record = read_record(best)
     write_json(dict(found.compared[-1][1]), best / "metrics.json")
     header = f"# Best of the search {space.name} (trial {found.best.number}); python -m lift_ray.train best.yaml trains it again.\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -15,9 +14,9 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.checkpoint import FOLDER, keep
 from lift_ray.errors import BadInput, RunFailed
 
-FOLDER = "lift"  # inside a Ray Train checkpoint
 MAX_FAILURES = 3
 METRICS = "metrics.jsonl"
 
@@ -125,11 +124,8 @@ def run_training(
     if "problem" in last:
         metrics.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(metrics)[:-1]))
         raise (BadInput if last["bad_input"] else RunFailed)(last["problem"])
-    target, temporary = out / "checkpoint", out / "checkpoint.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(Path(result.checkpoint.path) / FOLDER, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+    target = out / "checkpoint"
+    keep(result.checkpoint, target)
     return target, last
 
 

@@ -12,8 +12,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-STATES = ("running", "finished", "pruned", "failed")
-
 
 @dataclass
 class TrialRow:
