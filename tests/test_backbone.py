@@ -48,6 +48,30 @@ def test_the_rebuilt_tower_equals_open_clips(name: str, quick: bool) -> None:
     assert tower.blocks[0].mlp.activation is (quick_gelu if quick else F.gelu)
 
 
+class Keep(torch.nn.Module):
+    """In the place of open_clip's random patch dropout: known patches."""
+
+    def __init__(self, patches: torch.Tensor) -> None:
+        super().__init__()
+        self.patches = patches
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.cat([row[:1], row[1:][kept]]) for row, kept in zip(x, self.patches, strict=True)])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_looking_at_some_patches_equals_open_clips_patch_dropout(name: str) -> None:
+    clip, batch = clip_of(SIZES[name]), images(SIZES[name]["image_size"])
+    tower = rebuild(clip.visual)
+    patches = torch.stack([torch.tensor([i, 3]) for i in range(3)])
+    clip.visual.patch_dropout = Keep(patches)
+    with torch.inference_mode():
+        expected, got = clip.encode_image(batch), tower(batch, patches=patches) @ clip.visual.proj
+        assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+        everything = torch.arange(tower.num_patches).expand(3, -1)
+        assert torch.equal(tower(batch, patches=everything), tower(batch))
+
+
 def test_the_two_activations_give_different_features() -> None:
     clip, batch = clip_of(SIZES["one block"], False), images(16)
     other = clip_of(SIZES["one block"], True)

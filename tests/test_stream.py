@@ -27,11 +27,12 @@ def small(small_data: str) -> Split:
 
 
 def train(split: Split, *, size_px: int = 16, batch: int = 16, seed: int = 0, epoch: int = 0, start_step: int = 0,
-          rank: int = 0, world_size: int = 1, num_threads: int = 1) -> list[Batch]:  # fmt: skip
+          rank: int = 0, world_size: int = 1, num_threads: int = 1, patch_dropout: float = 0.0) -> list[Batch]:  # fmt: skip
     with RowReader(split) as reader:
         return list(training_batches(
             reader, split, size_px=size_px, global_batch_size=batch, seed=seed, epoch=epoch, epochs=4, schedule="convex",
-            start_step=start_step, rank=rank, world_size=world_size, num_threads=num_threads,
+            num_patches=9, patch_dropout=patch_dropout, start_step=start_step, rank=rank, world_size=world_size,
+            num_threads=num_threads,
         ))  # fmt: skip
 
 
@@ -114,6 +115,26 @@ def test_pictures_change_with_seed_and_epoch(small: Split) -> None:
 @pytest.mark.parametrize("num_threads", [2, 5])
 def test_threads_change_nothing(small: Split, num_threads: int) -> None:
     assert_same(train(small, num_threads=num_threads), train(small))
+
+
+def patches(batch: Batch) -> torch.Tensor:
+    assert batch.patches is not None
+    return batch.patches
+
+
+def test_every_picture_keeps_its_own_patches_whatever_the_number_of_ranks(small: Split) -> None:
+    assert all(batch.patches is None for batch in train(small))
+    alone = train(small, patch_dropout=0.5)
+    assert_same(alone, train(small))  # pictures do not depend on it
+    seen = torch.cat([patches(batch) for batch in alone])
+    assert seen.shape == (96, 4)
+    assert sorted(seen.unique().tolist()) == list(range(9))
+    assert bool((seen.diff(dim=1) > 0).all())
+    assert len(seen.unique(dim=0)) > 48
+    for rank in range(2):
+        for whole, part in zip(alone, train(small, patch_dropout=0.5, rank=rank, world_size=2), strict=True):
+            assert torch.equal(patches(part), patches(whole)[rank::2])
+    assert patches(train(small, patch_dropout=0.99)[0]).shape == (16, 1)
 
 
 class NoFiles:

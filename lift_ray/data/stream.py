@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,10 +27,17 @@ AHEAD = 3
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a global batch: images (b, 3, H, W) uint8 and labels (b,) int64."""
+    """One rank's part of a global batch.
+
+    Args:
+        images: (b, 3, H, W) uint8.
+        labels: (b,) int64.
+        patches: (b, P) int64, the patches that are looked at; None for all.
+    """
 
     images: Tensor
     labels: Tensor
+    patches: Tensor | None = None
 
 
 def epoch_order(split: Split, seed: int, epoch: int) -> Int64s:
@@ -46,7 +53,8 @@ def epoch_order(split: Split, seed: int, epoch: int) -> Int64s:
 
 def training_batches(
     reader: RowReader, split: Split, *, size_px: int, global_batch_size: int, seed: int, epoch: int, epochs: int,
-    schedule: str, start_step: int = 0, rank: int = 0, world_size: int = 1, num_threads: int = 1,
+    schedule: str, num_patches: int = 0, patch_dropout: float = 0.0, start_step: int = 0, rank: int = 0,
+    world_size: int = 1, num_threads: int = 1,
 ) -> Iterator[Batch]:  # fmt: skip
     """This rank's share of every global batch of an epoch; the incomplete last batch is left out.
 
@@ -54,6 +62,8 @@ def training_batches(
         size_px: side of the square pictures.
         epoch: from 0, of `epochs` in the run; sets the augmentation's schedule.
         schedule: a key of augment.GROWTH.
+        num_patches: patches in a picture; only patch_dropout needs it.
+        patch_dropout: share of them to leave out, in [0, 1); at least one stays.
         start_step: steps of this epoch that are done already.
     """
     order = epoch_order(split, seed, epoch)
@@ -62,8 +72,13 @@ def training_batches(
     def make(step: int) -> Batch:
         at = slice(step * global_batch_size + rank, (step + 1) * global_batch_size, world_size)
         samples = order[at]
-        draws = np.random.default_rng([seed, epoch, step]).random((global_batch_size, 3))[rank::world_size]
-        return _batch(reader, split, samples, lambda data, i: training_picture(data, size_px, smallest, draws[i]))
+        random = np.random.default_rng([seed, epoch, step])
+        draws = random.random((global_batch_size, 3))[rank::world_size]
+        batch = _batch(reader, split, samples, lambda data, i: training_picture(data, size_px, smallest, draws[i]))
+        if not patch_dropout:
+            return batch
+        kept = kept_patches(random, global_batch_size, num_patches, patch_dropout)[rank::world_size]
+        return replace(batch, patches=torch.from_numpy(kept))
 
     return _ahead(make, range(start_step, steps_per_epoch(split, global_batch_size)), num_threads)
 
@@ -85,6 +100,13 @@ def evaluation_batches(
 def steps_per_epoch(split: Split, global_batch_size: int) -> int:
     """Whole global batches in one epoch."""
     return split.num_samples // global_batch_size
+
+
+def kept_patches(random: np.random.Generator, batch_size: int, num_patches: int, dropout: float) -> Int64s:
+    """(B, P) patch numbers, for each picture another choice of the share that stays, in ascending order."""
+    kept = max(1, int(num_patches * (1 - dropout)))
+    order = np.argsort(random.random((batch_size, num_patches), dtype=np.float32), axis=1)
+    return np.sort(order[:, :kept], axis=1)
 
 
 def _batch(reader: RowReader, split: Split, samples: Int64s, picture: Callable[[bytes, int], np.ndarray]) -> Batch:

@@ -154,18 +154,19 @@ class Run:
         batches = training_batches(
             self.warm.reader(self.train), self.train, size_px=self.model.tower.resolution_px,
             global_batch_size=config.optim.global_batch_size, seed=config.seed, epoch=self.epoch,
-            epochs=config.optim.epochs, schedule=config.augment.schedule, rank=ranks.rank, world_size=ranks.world_size,
+            epochs=config.optim.epochs, schedule=config.augment.schedule, num_patches=self.model.tower.num_patches,
+            patch_dropout=config.augment.patch_dropout, rank=ranks.rank, world_size=ranks.world_size,
             num_threads=ranks.num_threads,
         )  # fmt: skip
         for step in range(self.steps_per_epoch):
             asked = time.monotonic()
-            images, labels = self._to_device(next(batches))
+            images, labels, patches = self._to_device(next(batches))
             wait_s += time.monotonic() - asked
             done = (self.epoch * self.steps_per_epoch + step) / total_steps
             for group in optimizer.param_groups:
                 group["lr"] = config.optim.lr * 0.5 * (1 + math.cos(math.pi * done))
             with self._autocast():
-                logits = self.model(images)
+                logits = self.model(images, patches)
             loss = loss_of(logits, labels, self.log_prior, **options)
             optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
@@ -196,7 +197,7 @@ class Run:
             world_size=ranks.world_size, num_threads=ranks.num_threads,
         )  # fmt: skip
         with torch.inference_mode(), self._autocast():
-            for images, labels in map(self._to_device, batches):
+            for images, labels, _ in map(self._to_device, batches):
                 logits = self.model(images)
                 hits = labels[logits.argmax(1) == labels]
                 counts[0] += torch.bincount(hits, minlength=num_classes)
@@ -251,15 +252,15 @@ class Run:
             checkpoint.load_optimizer(folder, self.model, self.optimizer)
         self.epoch, self.metrics = record.epoch, record.metrics
 
-    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised float images and labels on the device; copied without waiting on a GPU."""
+    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Normalised float images, labels and kept patches on the device; copied without waiting on a GPU."""
         device = self.ranks.device
-        if device.type == "cuda":
-            images, labels = batch.images.pin_memory(), batch.labels.pin_memory()
-            return images.to(device, non_blocking=True) * self._gain + self._offset, labels.to(
-                device, non_blocking=True
-            )
-        return batch.images * self._gain + self._offset, batch.labels
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+        patches = None if batch.patches is None else move(batch.patches)
+        return move(batch.images) * self._gain + self._offset, move(batch.labels), patches
 
     def _autocast(self) -> torch.autocast:
         dtype = DTYPES[self.config.backbone.precision]

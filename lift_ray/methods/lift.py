@@ -27,14 +27,14 @@ class Lift(nn.Module):
         if tuner.kind == "zero_shot":
             head.requires_grad_(False)
 
-    def feature(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, D) features before CLIP's projection."""
-        feature: Tensor = self.tower(images, self.tuner.per_block)
+    def feature(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) normalised images, (B, P) patches to look at (None for all) -> (B, D) before CLIP's projection."""
+        feature: Tensor = self.tower(images, self.tuner.per_block, patches)
         return feature
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, K) raw logits, in fp32 also when the tower computes in less."""
-        feature = self.feature(images).float()
+    def forward(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
+        """As `feature`, to (B, K) raw logits, in fp32 also when the tower computes in less."""
+        feature = self.feature(images, patches).float()
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self.head(feature)
         return logits

@@ -109,12 +109,27 @@ class Tower(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads, hidden, activation, eps) for _ in range(num_blocks))
         self.norm_post = nn.LayerNorm(width, eps)
 
-    def forward(self, images: Tensor, tuners: Sequence[BlockTuner] | None = None) -> Tensor:
-        """Features before CLIP's projection: (B, 3, H, W) normalised images -> (B, D)."""
+    @property
+    def num_patches(self) -> int:
+        """Patches in a picture."""
+        return len(self.positions) - 1
+
+    def forward(
+        self, images: Tensor, tuners: Sequence[BlockTuner] | None = None, patches: Tensor | None = None
+    ) -> Tensor:
+        """Features before CLIP's projection: (B, 3, H, W) normalised images -> (B, D).
+
+        Args:
+            tuners: one for each block.
+            patches: (B, P), the patches to look at; all when not given.
+        """
         tuners = tuners or [Identity()] * self.num_blocks
         x = self.patch(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positions.to(x.dtype)
-        x = self.norm_pre(x)
+        x = x + self.positions[1:].to(x.dtype)
+        if patches is not None:
+            x = x.gather(1, patches[..., None].expand(-1, -1, x.shape[2]))
+        first = (self.class_token + self.positions[0]).to(x.dtype)
+        x = self.norm_pre(torch.cat([first.expand(len(x), 1, -1), x], dim=1))
         for index, (block, tuner) in enumerate(zip(self.blocks, tuners, strict=True)):
             x = block(x, tuner, class_token_only=index == self.num_blocks - 1)
         feature: Tensor = self.norm_post(x[:, 0])

@@ -54,6 +54,8 @@ class Augment(Settings):
     """Minimalist data augmentation (MDA): a random square crop whose smallest area grows over the run (arXiv 2504.13282)."""
 
     schedule: Literal["convex", "linear", "concave", "min", "max"] = "convex"
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the patches that are left out in training, others for each picture; all are used in evaluation (arXiv 2212.00794)."""
 
 
 class Adaptformer(Settings):
