@@ -1,7 +1,8 @@
-"""The rebuilt tower equals open_clip's, and every name that cannot be loaded gives one line."""
+"""The rebuilt vision transformer equals open_clip's, and every name that cannot be loaded gives one line."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from lift_ray.errors import BadInput
-from lift_ray.model.backbone import Backbone, Tower, load_backbone, quick_gelu, rebuild
+from lift_ray.model.backbone import Backbone, load_backbone
+from lift_ray.model.loading import quick_gelu, rebuild
+from lift_ray.model.tower import Tower
 from lift_ray.model.tuners import Adaptformer, BlockTuner, Lora
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
@@ -68,7 +71,7 @@ def test_looking_at_some_patches_equals_open_clips_patch_dropout(name: str) -> N
     with torch.inference_mode():
         expected, got = clip.encode_image(batch), tower(batch, patches=patches) @ clip.visual.proj
         assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
-        everything = torch.arange(tower.num_patches).expand(3, -1)
+        everything = torch.arange(tower.num_patches(tower.resolution_px)).expand(3, -1)
         assert torch.equal(tower(batch, patches=everything), tower(batch))
 
 
@@ -113,7 +116,7 @@ def plain_features(tower: Tower, batch: torch.Tensor, tuners: list[BlockTuner]) 
 
 
 @pytest.mark.parametrize(
-    "make", [BlockTuner, lambda: Lora(48, 3), lambda: Adaptformer(48, 3)], ids=["none", "lora", "adaptformer"]
+    "make", [BlockTuner, lambda: Lora(48, 192, 3), lambda: Adaptformer(48, 3)], ids=["none", "lora", "adaptformer"]
 )
 def test_the_class_token_alone_gives_what_all_tokens_give(make: Callable[[], BlockTuner]) -> None:
     tower = rebuild(clip_of(SIZES["three blocks, one head"]).visual)
@@ -151,14 +154,13 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, small_clip: str) ->
 
 
 def test_a_tower_that_is_no_vision_transformer_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
-    resnet = open_clip.CLIP(16, vision, TEXT)
-    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: resnet)
+    vision = {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "linear"}
+    clip = open_clip.CLIP(16, vision, TEXT)
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: clip)
     with pytest.raises(BadInput) as caught:
         load_backbone("RN50", "openai")
     assert str(caught.value) == (
-        "backbone.model: must be a plain vision transformer with a class token, but RN50 is a ModifiedResNet; "
+        "backbone.model: must be a plain vision transformer with a class token, but RN50 is a TimmModel; "
         "use one of CLIP's ViT models"
     )
 
@@ -239,7 +241,68 @@ def test_only_empty_braces_of_a_template_are_the_name() -> None:
     assert str(caught.value) == "head.template: must hold {} for the class name, but got 'a photo'; add it"
 
 
+def numbered(asked: list[list[str]]) -> Callable[[list[str]], torch.Tensor]:
+    """Text embeddings that tell lines apart, and are normalised but for rounding as real ones are."""
+
+    def text(lines: list[str]) -> torch.Tensor:
+        asked.append(lines)
+        rows = [torch.randn(24, generator=torch.Generator().manual_seed(zlib.crc32(line.encode()))) for line in lines]
+        return F.normalize(torch.stack(rows), dim=-1)
+
+    return text
+
+
+def test_several_templates_give_the_normalised_mean_of_their_embeddings() -> None:
+    asked: list[list[str]] = []
+    backbone, text = backbone_of(numbered(asked)), numbered([])
+    got = backbone.text_embeddings(["sea_horse", "cat"], ["a {}.", "the {}.", "{}"])
+    parts = [text(["a sea horse.", "a cat."]), text(["the sea horse.", "the cat."]), text(["sea horse", "cat"])]
+    expected = torch.stack(parts).mean(0)
+    assert torch.allclose(got, expected / expected.norm(dim=-1, keepdim=True), atol=1e-6)
+    assert torch.equal(backbone.text_embeddings(["sea_horse", "cat"], ["a {}.", "the {}.", "{}"]), got)
+    assert len(asked) == 3
+    assert not torch.allclose(backbone.text_embeddings(["sea_horse", "cat"], ["a {}.", "the {}."]), got, atol=1e-3)
+
+
+def test_the_ensemble_is_clips_own_eighty_templates() -> None:
+    asked: list[list[str]] = []
+    backbone = backbone_of(numbered(asked))
+    got = backbone.zero_shot_head(["sea_horse", "cat"], "ensemble").text
+    assert len(asked) == 80
+    assert asked[0] == ["a bad photo of a sea horse.", "a bad photo of a cat."]
+    assert asked[-1] == ["a tattoo of the sea horse.", "a tattoo of the cat."]
+    parts = [numbered([])([template(name) for name in ("sea horse", "cat")])
+             for template in open_clip.OPENAI_IMAGENET_TEMPLATES]  # fmt: skip
+    assert torch.allclose(got, F.normalize(torch.stack(parts).mean(0), dim=-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("template", ["a {}.", ["a {}."]])
+def test_one_template_gives_the_text_towers_own_embeddings(template: str | list[str]) -> None:
+    rough = torch.full((1, 24), 0.3)  # normalised again, it would change
+    assert torch.equal(backbone_of(lambda lines: rough).text_embeddings(["cat"], template), rough)
+
+
+def test_every_template_of_a_list_needs_a_place_for_the_name() -> None:
+    asked: list[list[str]] = []
+    with pytest.raises(BadInput) as caught:
+        backbone_of(numbered(asked)).semantic_weights(["cat"], ["a {}.", "a photo"])
+    assert str(caught.value) == "head.template: must hold {} for the class name, but got 'a photo'; add it"
+    assert asked == []
+
+
+@pytest.mark.parametrize("missing", ["", " ", "_"])
+def test_a_class_without_a_name_cannot_start_from_names(missing: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        backbone_of(numbered([])).semantic_weights(["cat", "dog", "cow", missing, ""], "a {}.")
+    assert str(caught.value) == (
+        "head.init: semantic needs a name for every class, but class 3 has none; add names or use head.init=class_mean"
+    )
+
+
 def test_a_tower_without_text_cannot_start_from_names() -> None:
     with pytest.raises(BadInput) as caught:
         backbone_of(None).semantic_weights(["cat"], "{}")
-    assert str(caught.value) == "head.init: semantic needs a text tower, but mine has none; use head.init=random"
+    assert str(caught.value) == "head.init: semantic needs a text tower, but mine has none; use head.init=class_mean"
+    with pytest.raises(BadInput) as caught:
+        backbone_of(None).zero_shot_head(["cat"], "{}")
+    assert str(caught.value) == "tuner zero_shot: needs a text tower, but mine has none; use linear_probe"

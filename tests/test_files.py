@@ -13,7 +13,7 @@ from lift_ray.settings.files import SettingsFile, dump_yaml, parse_overrides, re
 from lift_ray.settings.run import RunConfig, RunFile
 
 D = "dataset: d\n"
-SECTIONS = "augment, backbone, dataset, head, loss, name, optim, out, seed, tuner"
+SECTIONS = "augment, backbone, dataset, evaluation, extra_tuner, head, loss, name, optim, out, seed, tuner"
 
 
 def check(text: str) -> RunFile:
@@ -69,6 +69,21 @@ BROKEN = {
                                   "run.yaml:2 head.init: unknown value 'semantics'; did you mean 'semantic'?"),
     "a template without a place": (D + "head: {template: a photo}",
                                    "run.yaml:2 head.template: must hold {} for the class name, but got 'a photo'; add it"),
+    "a list with a template without a place": (
+        D + "head:\n  template:\n    - a {}\n    - a photo",
+        "run.yaml:3 head.template: must hold {} for the class name, but got 'a photo'; add it"),
+    "a template that is a number": (
+        D + "head: {template: 3}",
+        "run.yaml:2 head.template: must be a text with {}, a list of such texts, or ensemble, but got 3; change it"),
+    "a second tuner without its kind": (D + "extra_tuner: {bottleneck: 2}",
+                                        "run.yaml:2 extra_tuner: must name its kind, but got {'bottleneck': 2}; add `kind: ...`"),
+    "a field of another kind in the second tuner": (
+        D + "extra_tuner:\n  kind: bitfit\n  bottleneck: 2",
+        "run.yaml:4 extra_tuner.bottleneck: unknown key 'bottleneck'; known: blocks, kind"),
+    "two tuners that do not go together": (
+        D + "tuner: {kind: full}\nextra_tuner:\n  kind: bitfit",
+        "run.yaml:3 extra_tuner: must change other places than tuner, but got full and bitfit: both train the tower's own "
+        "weights, and share some of them; remove one"),
     "a data set that is a number": ("dataset: 3", "run.yaml:1 dataset: must be a valid string, but got 3; change it"),
     "a key with a line break": (D + '"a\\nb": 1', f"run.yaml:2 a b: unknown key 'a b'; known: {SECTIONS}"),
     "a merged key": (D + "optim:\n  <<: {lrr: 1}", "run.yaml:3 optim.lrr: unknown key 'lrr'; did you mean 'lr'?"),
@@ -156,12 +171,12 @@ def test_overrides_reach_the_run_and_their_faults_name_the_path(tmp_path: Path) 
     path = tmp_path / "run.yaml"
     path.write_text("dataset: d\ntuner: {kind: adaptformer, bottleneck: 4}\nloss: {tau: 0.5}\n")
     run = read_run(path, {"tuner.kind": "lora", "optim.lr": 0.1})
-    assert run.to_dict()["tuner"] == {"kind": "lora", "bottleneck": None, "blocks": None}
+    assert run.to_dict()["tuner"] == {"kind": "lora", "bottleneck": None, "mlp": False, "blocks": None}
     assert run.optim.lr == 0.1
     for overrides, message in (
         ({"optm.lr": 1}, "command line optm.lr: unknown key 'optm'; did you mean 'optim'?"),
         ({"loss.tau": -1}, "command line loss.tau: must be greater than or equal to 0, but got -1; change it"),
-        ({"loss.kind": "CE"}, "command line loss.kind: unknown value 'CE'; known: cross_entropy, logit_adjusted"),
+        ({"head.kind": "CE"}, "command line head.kind: unknown value 'CE'; known: cosine, l2norm, layernorm, linear"),
         ({"loss": 3}, "command line loss: must be a mapping, but got 3; write {key: value}"),
         ({"tuner.kind": "linear_probe", "tuner.bottleneck": 4},
          "command line tuner.bottleneck: unknown key 'bottleneck'; known: kind"),
@@ -179,7 +194,7 @@ def test_name_data_and_out_of_a_run_file_are_not_in_its_digest() -> None:
 
 
 def test_a_run_file_reads_back_what_was_dumped(tmp_path: Path) -> None:
-    config = RunConfig.model_validate({"tuner": {"kind": "lora"}, "head": {"template": "a: {} # 'x'"}}).resolve(9, 2)
+    config = RunConfig.model_validate({"tuner": {"kind": "lora"}, "head": {"template": "a: {} # 'x'"}}).resolve(9, 2, 8)
     dump_yaml({"name": "again", "dataset": "d", **config.to_dict()}, tmp_path / "run.yaml", "# a header\n")
     assert read_run(tmp_path / "run.yaml").config == config
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]

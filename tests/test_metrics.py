@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
+import pyarrow.csv
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lift_ray.results.metrics import class_groups, summarise
+from lift_ray.results.metrics import PerClass, class_groups, per_class_rows, summarise, write_per_class
+
+NAMES = {"accuracy", "mean_class_accuracy", "many", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean",
+         "macro_f1", "calibration_error", "loss"}  # fmt: skip
+NO_BINS = np.zeros((3, 15))
 
 
 def array(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
+
+
+def figures(
+    correct: np.ndarray, total: np.ndarray, train_counts: np.ndarray, predicted: np.ndarray | None = None,
+    loss_sum: float = 0.0, bins: np.ndarray = NO_BINS,
+) -> dict[str, float]:  # fmt: skip
+    return summarise(PerClass(correct, total, total if predicted is None else predicted), bins, loss_sum, train_counts)
 
 
 def test_groups_change_at_20_and_above_100() -> None:
@@ -20,43 +38,156 @@ def test_groups_change_at_20_and_above_100() -> None:
 
 
 def test_a_group_without_classes_is_left_out() -> None:
-    found = summarise(array(1, 2), array(2, 2), 3.0, array(500, 50))
-    assert found == {"accuracy": 0.75, "mean_class_accuracy": 0.75, "loss": 0.75, "many": 0.5, "medium": 1.0}
+    found = figures(array(1, 2), array(2, 2), array(500, 50))
+    assert set(found) == NAMES - {"few"}
+    assert (found["many"], found["medium"]) == (0.5, 1.0)
 
 
 def test_classes_without_images_in_the_split_count_nowhere() -> None:
-    found = summarise(array(3, 0, 0), array(4, 0, 1), 10.0, array(500, 5, 50))
-    assert found == {"accuracy": 0.6, "mean_class_accuracy": 0.375, "loss": 2.0, "many": 0.75, "medium": 0.0}
+    found = figures(array(3, 0, 2), array(4, 0, 4), array(500, 5, 50), predicted=array(3, 3, 2), loss_sum=10.0)
+    assert found == pytest.approx({
+        "accuracy": 5 / 8, "mean_class_accuracy": 0.625, "many": 0.75, "medium": 0.5, "worst_class": 0.5,
+        "harmonic_mean": 0.6, "geometric_mean": math.sqrt(0.375), "macro_f1": (6 / 7 + 4 / 6) / 2,
+        "calibration_error": 0.0, "loss": 1.25,
+    })  # fmt: skip
 
 
 def test_accuracy_weighs_images_and_mean_class_accuracy_classes() -> None:
-    found = summarise(array(90, 0), array(90, 10), 1.0, array(200, 2))
+    found = figures(array(90, 0), array(90, 10), array(200, 2))
     assert (found["accuracy"], found["mean_class_accuracy"]) == (0.9, 0.5)
     assert (found["many"], found["few"]) == (1.0, 0.0)
 
 
+def test_a_class_never_recognised_makes_both_means_of_products_0_without_a_warning() -> None:
+    with np.errstate(all="raise"):
+        found = figures(array(9, 0, 4), array(10, 3, 5), array(200, 2, 30))
+    assert (found["worst_class"], found["harmonic_mean"], found["geometric_mean"]) == (0.0, 0.0, 0.0)
+
+
+def test_macro_f1_falls_when_a_class_is_predicted_too_often() -> None:
+    right = figures(array(4, 4), array(5, 5), array(9, 9), predicted=array(5, 5))
+    eager = figures(array(4, 4), array(5, 5), array(9, 9), predicted=array(5, 11))
+    assert right["macro_f1"] == pytest.approx(0.8)
+    assert eager["macro_f1"] == pytest.approx((0.8 + 0.5) / 2)
+
+
+def test_calibration_error_weighs_the_bins_by_their_images() -> None:
+    bins = np.array([[8.0, 2.0], [6.0, 1.0], [5.0, 2.0]])  # 0.75 sure and 0.625 right; 0.5 sure and 1.0 right
+    found = figures(array(7), array(10), array(9), bins=bins)
+    assert found["calibration_error"] == pytest.approx(0.8 * 0.125 + 0.2 * 0.5)
+
+
 CLASSES = st.lists(
-    st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 300)), min_size=1, max_size=12
-).filter(lambda classes: any(right + wrong for right, wrong, _ in classes))
+    st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(1, 300)), min_size=1, max_size=12
+).filter(lambda classes: any(right + wrong for right, wrong, _, _ in classes))
+
+
+def columns(classes: list[tuple[int, int, int, int]]) -> tuple[PerClass, np.ndarray]:
+    right, wrong, mistaken, train = (array(*column) for column in zip(*classes, strict=True))
+    return PerClass(right, right + wrong, right + mistaken), train
 
 
 @given(classes=CLASSES, loss_sum=st.floats(0, 1e6))
-def test_summarise_equals_counting_by_hand(classes: list[tuple[int, int, int]], loss_sum: float) -> None:
-    found = summarise(
-        array(*(right for right, _, _ in classes)), array(*(right + wrong for right, wrong, _ in classes)), loss_sum,
-        array(*(count for _, _, count in classes)),
-    )  # fmt: skip
-    expected: dict[str, float] = {}
-    accuracies: dict[str, list[float]] = {"all": [], "many": [], "medium": [], "few": []}
+def test_summarise_equals_counting_by_hand(classes: list[tuple[int, int, int, int]], loss_sum: float) -> None:
+    counts, train = columns(classes)
+    found = summarise(counts, NO_BINS, loss_sum, train)
+    lists: dict[str, list[float]] = {"mean_class_accuracy": [], "macro_f1": [], "many": [], "medium": [], "few": []}
     images = hits = 0
-    for right, wrong, count in classes:
+    for right, wrong, mistaken, count in classes:
         images, hits = images + right + wrong, hits + right
         if right + wrong:
             group = "many" if count > 100 else "few" if count < 20 else "medium"
-            for name in ("all", group):
-                accuracies[name].append(right / (right + wrong))
-    for name, values in accuracies.items():
-        if values:
-            expected["mean_class_accuracy" if name == "all" else name] = sum(values) / len(values)
-    assert found == pytest.approx({**expected, "accuracy": hits / images, "loss": loss_sum / images})
-    assert all(0 <= value <= 1 for name, value in found.items() if name != "loss")
+            for name in ("mean_class_accuracy", group):
+                lists[name].append(right / (right + wrong))
+            precision, recall = right / max(1, right + mistaken), right / (right + wrong)
+            lists["macro_f1"].append(2 * precision * recall / (precision + recall) if right else 0.0)
+    expected = {name: sum(values) / len(values) for name, values in lists.items() if values}
+    every = lists["mean_class_accuracy"]
+    expected |= {
+        "accuracy": hits / images, "loss": loss_sum / images, "calibration_error": 0.0, "worst_class": min(every),
+        "geometric_mean": math.prod(every) ** (1 / len(every)),
+        "harmonic_mean": len(every) / sum(1 / value for value in every) if min(every) else 0.0,
+    }  # fmt: skip
+    assert found == pytest.approx(expected)
+    assert all(0 <= value <= 1 + 1e-12 for name, value in found.items() if name != "loss")
+    low, harmonic, geometric, mean = (
+        found[name] for name in ("worst_class", "harmonic_mean", "geometric_mean", "mean_class_accuracy")
+    )
+    assert harmonic <= geometric + 1e-9
+    assert geometric <= mean + 1e-9
+    assert low <= harmonic + 1e-9
+
+
+@given(classes=CLASSES)
+def test_the_rows_of_the_classes_average_to_the_metrics(classes: list[tuple[int, int, int, int]]) -> None:
+    counts, train = columns(classes)
+    rows = per_class_rows([f"class {k}" for k in range(len(classes))], train, *counts)
+    found = summarise(counts, NO_BINS, 0.0, train)
+    for column, metric in (("accuracy", "mean_class_accuracy"), ("f1", "macro_f1")):
+        values = [row[column] for row in rows if row[column] is not None]
+        assert sum(values) / len(values) == pytest.approx(found[metric])
+    assert sum(row["correct"] for row in rows) / sum(row["images"] for row in rows) == pytest.approx(found["accuracy"])
+    for group in ("many", "medium", "few"):
+        values = [row["accuracy"] for row in rows if row["group"] == group and row["images"]]
+        assert ([sum(values) / len(values)] if values else []) == pytest.approx(
+            [found[group]] if group in found else []
+        )
+
+
+ROWS = per_class_rows(
+    ["sea star", 'the "old", one', "never seen", "never said"],
+    array(101, 20, 3, 1), array(3, 1, 0, 0), array(4, 2, 0, 2), array(5, 1, 2, 0),
+)  # fmt: skip
+
+
+def test_a_row_says_nothing_where_nothing_can_be_said() -> None:
+    assert ROWS[0] == {
+        "class": "sea star", "group": "many", "train_images": 101, "images": 4, "correct": 3, "predicted": 5,
+        "accuracy": 0.75, "precision": 0.6, "f1": pytest.approx(2 / 3),
+    }  # fmt: skip
+    assert [(row["accuracy"], row["precision"], row["f1"]) for row in ROWS[2:]] == [(None, 0.0, None), (0.0, None, 0.0)]
+
+
+def test_the_written_rows_are_read_back_by_any_csv_reader(tmp_path: Path) -> None:
+    path = tmp_path / "per_class.csv"
+    path.write_text("of an earlier run")
+    write_per_class(ROWS, path)
+    with path.open(newline="") as file:
+        back = list(csv.DictReader(file))
+    assert list(back[0]) == [
+        "class",
+        "group",
+        "train_images",
+        "images",
+        "correct",
+        "predicted",
+        "accuracy",
+        "precision",
+        "f1",
+    ]
+    assert [row["class"] for row in back] == [row["class"] for row in ROWS]
+    for row, read in zip(ROWS, back, strict=True):
+        for name in ("train_images", "images", "correct", "predicted", "accuracy", "precision", "f1"):
+            assert read[name] == "" if row[name] is None else float(read[name]) == row[name]
+    assert [found.name for found in tmp_path.iterdir()] == ["per_class.csv"]
+
+
+def test_a_write_that_breaks_off_leaves_the_file_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "per_class.csv"
+    write_per_class(ROWS, path)
+    before = path.read_bytes()
+
+    def half(table: object, where: Path) -> None:
+        where.write_text("class,gro")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pyarrow.csv, "write_csv", half)
+    with pytest.raises(OSError, match="disk full"):
+        write_per_class(ROWS, path)
+    assert path.read_bytes() == before
+
+
+def test_importing_the_metrics_loads_neither_torch_nor_pyarrow() -> None:
+    code = "import sys, lift_ray.results.metrics; print({'torch', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

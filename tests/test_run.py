@@ -17,7 +17,8 @@ from lift_ray.data.catalog import open_dataset
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.evaluation import evaluate_all, evaluate_checkpoint
 from lift_ray.distributed.ranks import Ranks, join_group
-from lift_ray.distributed.run import Run, Warm
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.settings.run import RunConfig, apply_overrides
 
@@ -58,7 +59,9 @@ def test_the_loss_falls_and_the_figures_are_complete(warm: Warm, small_clip: str
     assert figures[-1]["train/loss"] < 0.9 * figures[0]["train/loss"]
     assert set(figures[0]) == {
         "epoch", "trained_parameters", "train/loss", "train/images_per_s", "time/train_s", "time/data_wait_s", "time/evaluate_s",
-        *(f"validation/{name}" for name in ("accuracy", "mean_class_accuracy", "loss", "medium", "few")),
+        *(f"validation/{name}" for name in (
+            "accuracy", "mean_class_accuracy", "loss", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean",
+            "macro_f1", "calibration_error")),
     }  # fmt: skip
     assert figures[0]["trained_parameters"] == sum(p.numel() for p in run.model.trained().values())
 
@@ -104,7 +107,7 @@ def test_a_checkpoint_holds_its_run_and_replaces_the_one_before(
         run.save(tmp_path / "here")
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
-        "optimizer.safetensors", "run.json", "weights.safetensors"
+        "optimizer.safetensors", "per_class.csv", "run.json", "weights.safetensors"
     ]  # fmt: skip
 
 
@@ -154,9 +157,10 @@ def test_zero_shot_trains_nothing_and_is_evaluated(warm: Warm, small_clip: str, 
     assert (run.num_trained, run.num_epochs, [figures["epoch"] for figures in run.epochs()]) == (0, 0, [0])
     before = run.evaluate("test")
     run.save(tmp_path / "zero")
-    figures = evaluate_checkpoint(tmp_path / "zero", warm.dataset.uri, "test")
+    (figures,), rows = evaluate_checkpoint(tmp_path / "zero", warm.dataset.uri, "test")
+    assert sum(row["images"] for row in rows) == 24
     assert figures.pop("trained_parameters") == 0
-    assert figures == {k: v for k, v in before.items() if not k.startswith("time/")}
+    assert figures == pytest.approx({k: v for k, v in before.items() if not k.startswith("time/")}, abs=1e-6)
 
 
 def test_several_models_are_evaluated_at_once(
@@ -229,8 +233,9 @@ def test_a_run_that_diverges_fails_in_one_line(warm: Warm, small_clip: str, lr: 
     run = Run(settings(small_clip, optim__lr=lr), warm)
     with pytest.raises(RunFailed) as caught:
         list(run.epochs())
-    assert str(caught.value).startswith("epoch 1: the training loss must be finite, but got ")
-    assert str(caught.value).endswith(f" with optim.lr={lr:g} in fp32; lower optim.lr")
+    assert str(caught.value).startswith("epoch 1, step 2: the training loss must be finite, but got ")
+    assert str(caught.value).endswith(") in fp32; lower optim.lr")
+    assert f" with optim.lr={lr:g} (at that step " in str(caught.value)
 
 
 def broken(folder: Path, file: str, data: bytes | None) -> None:
@@ -303,7 +308,7 @@ def test_evaluate_refuses_a_data_set_of_other_classes(trained: tuple[Figures, li
     with pytest.raises(BadInput) as caught:
         evaluate.main([str(trained[1][0]), "--data", "embedded:caltech101"])
     assert str(caught.value).startswith(
-        "embedded:caltech101: must have the 8 classes of the checkpoint, but got 100 that differ ("
+        "embedded:caltech101: must have the classes of the checkpoint, but it has 8 and the data set 100, which differ ("
     )
 
 

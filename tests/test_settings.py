@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import typing
 from typing import Any
 
 import pytest
@@ -10,26 +12,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lift_ray.settings.run import RunConfig, apply_overrides, check_global_batch, derived_width
+from lift_ray.settings.files import models_of
+from lift_ray.settings.run import RunConfig, apply_overrides, check_global_batch
+from lift_ray.settings.tuners import TunerKind, derived_width
 
-KINDS = {
-    "tuner": ("adaptformer", "lora", "linear_probe", "zero_shot"),
-    "head": ("cosine",),
-    "loss": ("logit_adjusted", "cross_entropy"),
-}
+KINDS: dict[str, tuple[str, ...]] = {  # the default first
+    "augment": ("mda", "crop_flip", "none"),
+    "tuner": typing.get_args(TunerKind),
+    "head": ("cosine", "linear", "l2norm", "layernorm"),
+    "loss": (
+        "logit_adjusted", "cross_entropy", "focal", "ldam", "class_balanced", "reweighted", "balanced_softmax", "lade",
+    ),
+}  # fmt: skip
 
 
 def test_the_defaults_are_lift_plus() -> None:
     config = RunConfig()
     assert config.to_dict() == {
         "seed": 0,
-        "backbone": {"model": "embedded:lift-tiny", "pretrained": None, "precision": "fp32"},
-        "augment": {"schedule": "convex", "patch_dropout": 0.0},
+        "backbone": {
+            "model": "embedded:lift-tiny", "pretrained": None, "precision": "fp32", "resolution_px": None, "compile": False,
+            "checkpointing": False, "cache_gib": 2.0,
+        },
+        "augment": {"kind": "mda", "schedule": "convex", "patch_dropout": 0.0, "start_px": None},
         "tuner": {"kind": "adaptformer", "bottleneck": None, "blocks": None},
+        "extra_tuner": None,
         "head": {"kind": "cosine", "scale": 25.0, "init": "semantic", "template": "a photo of a {}."},
         "loss": {"kind": "logit_adjusted", "tau": 1.0},
-        "optim": {"epochs": 5, "global_batch_size": 128, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4},
-    }
+        "optim": {
+            "epochs": 5, "global_batch_size": 128, "accumulate": 1, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4,
+        },
+        "evaluation": {"posthoc_tau": 0.0, "tte": False},
+    }  # fmt: skip
+
+
+def test_the_kinds_of_a_section_are_those_listed_here() -> None:
+    for section, kinds in KINDS.items():
+        models = models_of(RunConfig.model_fields[section].annotation)
+        assert tuple(sorted(model.model_fields["kind"].default for model in models)) == tuple(sorted(kinds))
 
 
 @pytest.mark.parametrize(("section", "kind"), [(section, kind) for section in KINDS for kind in KINDS[section]])
@@ -39,7 +59,8 @@ def test_every_kind_builds_from_its_name_alone(section: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("tree", [
-    {"tuner": {"bottleneck": 4}}, {"loss": {"tau": 0.5}}, {"head": {"scale": 16.0}}, {"tuner": {}, "loss": {}, "head": {}},
+    {"tuner": {"bottleneck": 4}}, {"loss": {"tau": 0.5}}, {"head": {"scale": 16.0}}, {"augment": {"start_px": 16}},
+    {"augment": {}, "tuner": {}, "loss": {}, "head": {}},
 ])  # fmt: skip
 def test_a_section_without_kind_is_of_the_default_kind(tree: dict[str, Any]) -> None:
     named = {section: {"kind": KINDS[section][0], **fields} for section, fields in tree.items()}
@@ -52,8 +73,80 @@ def test_settings_are_frozen() -> None:
 
 
 def test_the_plain_tree_builds_the_same_settings_again() -> None:
-    config = RunConfig.model_validate({"tuner": {"kind": "lora", "blocks": [1, 0]}, "optim": {"lr": 1}}).resolve(100, 4)
+    tree = {"tuner": {"kind": "lora", "blocks": [1, 0]}, "extra_tuner": {"kind": "sparse"}, "optim": {"lr": 1},
+            "head": {"template": ["a {}", "{}"]}, "augment": {"kind": "none"}}  # fmt: skip
+    config = RunConfig.model_validate(tree).resolve(100, 4, 8)
     assert RunConfig.model_validate(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("template", ["a {}", "ensemble", ["a {}"], ["a {}", "the {}, {}"]])
+def test_a_template_is_one_text_or_several_or_the_ensemble(template: str | list[str]) -> None:
+    assert RunConfig.model_validate({"head": {"template": template}}).head.template == template
+
+
+UNREADABLE = "a text with {}, a list of such texts, or ensemble"
+
+
+@pytest.mark.parametrize(("template", "rule"), [
+    ("a photo", "Value error, must hold {} for the class name, but got 'a photo'; add it"),
+    ("Ensemble", "Value error, must hold {} for the class name, but got 'Ensemble'; add it"),
+    (["a {}", "a {0}"], "Value error, must hold {} for the class name, but got 'a {0}'; add it"),
+    (["ensemble"], "Value error, must hold {} for the class name, but got 'ensemble'; add it"),
+    (["a {}", ""], "Value error, must hold {} for the class name, but got ''; add it"),
+    ("", UNREADABLE), ([], UNREADABLE), (3, UNREADABLE), (["a {}", 3], UNREADABLE), (None, UNREADABLE),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS["head"])
+def test_a_template_without_a_place_for_the_name_is_refused(kind: str, template: object, rule: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate({"head": {"kind": kind, "template": template}})
+    (problem,) = caught.value.errors()
+    assert problem["loc"] == ("head", kind, "template")
+    assert problem["msg"] == rule
+
+
+BESIDE = ("adaptformer", "adapter", "lora", "ssf")
+PROMPTS = ("vpt_shallow", "vpt_deep")
+OWN_WEIGHTS = ("bitfit", "layernorm", "batchnorm", "sparse", "full", "partial")
+NOTHING = ("linear_probe", "zero_shot")
+SAME, IDLE = "they are the same", "one of them trains nothing in the tower"
+TOKENS, WEIGHTS = "both own the prompt tokens", "both train the tower's own weights, and share some of them"
+
+
+def refusal(first: str, second: str) -> str | None:
+    """Why two tuners do not go together, or None."""
+    if first == second:
+        return SAME
+    if {first, second} & set(NOTHING):
+        return IDLE
+    shared = [
+        (reason, group) for reason, group in ((TOKENS, PROMPTS), (WEIGHTS, OWN_WEIGHTS)) if {first, second} <= {*group}
+    ]
+    return shared[0][0] if shared else None
+
+
+def test_two_tuners_go_together_when_they_change_different_places() -> None:
+    assert sorted((*BESIDE, *PROMPTS, *OWN_WEIGHTS, *NOTHING)) == sorted(KINDS["tuner"])
+    refused: dict[str | None, int] = {}
+    for first, second in itertools.product(KINDS["tuner"], repeat=2):
+        reason, tree = refusal(first, second), {"tuner": {"kind": first}, "extra_tuner": {"kind": second}}
+        refused[reason] = refused.get(reason, 0) + 1
+        if reason is None:
+            assert [tuner.kind for tuner in RunConfig.model_validate(tree).tuners()] == [first, second]
+            continue
+        with pytest.raises(ValidationError) as caught:
+            RunConfig.model_validate(tree)
+        (problem,) = caught.value.errors()
+        assert problem["loc"] == ("extra_tuner",)
+        assert problem["msg"] == (
+            f"Value error, must change other places than tuner, but got {first} and {second}: {reason}; remove one"
+        )
+    assert refused == {None: 100, SAME: 14, IDLE: 50, TOKENS: 2, WEIGHTS: 30}
+
+
+def test_there_is_one_tuner_unless_a_second_is_named() -> None:
+    assert [tuner.kind for tuner in RunConfig().tuners()] == ["adaptformer"]
+    with pytest.raises(ValidationError, match=r"extra_tuner\n.*discriminator 'kind'"):
+        RunConfig.model_validate({"extra_tuner": {"bottleneck": 2}})
 
 
 @pytest.mark.parametrize(("tree", "overrides", "expected"), [
@@ -67,6 +160,10 @@ def test_the_plain_tree_builds_the_same_settings_again() -> None:
     ({"tuner": {"kind": "lora"}}, {"tuner.bottleneck": 2, "tuner.kind": "adaptformer"},
      {"tuner": {"kind": "adaptformer", "bottleneck": 2}}),
     ({"optim": 3}, {"optim.lr": 2.0}, {"optim": {"lr": 2.0}}),
+    ({"augment": {"schedule": "min"}}, {"augment.kind": "crop_flip"}, {"augment": {"kind": "crop_flip"}}),
+    ({}, {"extra_tuner.bottleneck": 2, "extra_tuner.kind": "lora"}, {"extra_tuner": {"kind": "lora", "bottleneck": 2}}),
+    ({"extra_tuner": {"kind": "lora", "bottleneck": 2}}, {"extra_tuner.kind": "ssf"}, {"extra_tuner": {"kind": "ssf"}}),
+    ({"extra_tuner": {"kind": "lora", "bottleneck": 2}}, {"extra_tuner": None}, {"extra_tuner": None}),
 ])  # fmt: skip
 def test_a_new_kind_drops_the_fields_of_the_old_one(
     tree: dict[str, Any], overrides: dict[str, Any], expected: dict[str, Any]
@@ -79,12 +176,15 @@ def test_a_new_kind_drops_the_fields_of_the_old_one(
 TREES = st.fixed_dictionaries({}, optional={
     "seed": st.integers(0, 9),
     "optim": st.fixed_dictionaries({}, optional={"lr": st.floats(0.1, 1), "epochs": st.integers(1, 5)}),
-    "loss": st.sampled_from([{}, {"tau": 0.5}, {"kind": "cross_entropy"}]),
+    "loss": st.sampled_from([{}, {"tau": 0.5}, {"kind": "cross_entropy"}, {"kind": "lade", "weight": 0.2}]),
+    "head": st.sampled_from([{}, {"scale": 16.0}, {"kind": "linear", "init": "random"}]),
+    "augment": st.sampled_from([{}, {"patch_dropout": 0.5}, {"kind": "none"}]),
     "tuner": st.sampled_from([{}, {"kind": "lora", "bottleneck": 3}, {"bottleneck": 2, "blocks": [1]}, {"kind": "zero_shot"}]),
 })  # fmt: skip
 OVERRIDES = st.fixed_dictionaries({}, optional={
     "seed": st.integers(0, 9), "optim.lr": st.floats(0.1, 1), "optim.momentum": st.floats(0, 0.9),
     "tuner.kind": st.sampled_from(KINDS["tuner"]), "loss.kind": st.sampled_from(KINDS["loss"]),
+    "head.kind": st.sampled_from(KINDS["head"]), "augment.kind": st.sampled_from(KINDS["augment"]),
 })  # fmt: skip
 
 
@@ -103,35 +203,70 @@ def test_overrides_of_a_valid_tree_are_valid_hold_and_change_nothing_else(
     assert {k: v for k, v in got.items() if k not in touched} == {k: v for k, v in before.items() if k not in touched}
 
 
-@pytest.mark.parametrize(("tree", "classes", "blocks", "width", "tuned"), [
-    ({}, 100, 12, 4, list(range(12))),
-    ({}, 8142, 12, 256, list(range(12))),
-    ({}, 10, 12, 1, list(range(12))),
-    ({"tuner": {"kind": "lora"}}, 1000, 12, 16, list(range(12))),
-    ({"tuner": {"blocks": [3, 1, 3]}}, 100, 6, 16, [1, 3]),
-    ({"tuner": {"bottleneck": 7}}, 100, 2, 7, [0, 1]),
+FOUR = [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("given_tuner", "classes", "blocks", "filled"), [
+    ({}, 100, 12, {"bottleneck": 4, "blocks": list(range(12))}),
+    ({}, 8142, 12, {"bottleneck": 256, "blocks": list(range(12))}),
+    ({}, 10, 12, {"bottleneck": 1, "blocks": list(range(12))}),
+    ({"blocks": [3, 1, 3]}, 100, 6, {"bottleneck": 16, "blocks": [1, 3]}),
+    ({"bottleneck": 7}, 100, 4, {"bottleneck": 7, "blocks": FOUR}),
+    ({"kind": "adapter"}, 1000, 4, {"bottleneck": 64, "blocks": FOUR}),
+    ({"kind": "adapter", "blocks": [3]}, 1000, 4, {"bottleneck": 256, "blocks": [3]}),
+    ({"kind": "lora"}, 1000, 12, {"bottleneck": 16, "blocks": list(range(12))}),
+    ({"kind": "lora", "mlp": True, "blocks": [0, 1]}, 1000, 12, {"bottleneck": 64, "blocks": [0, 1]}),
+    ({"kind": "ssf"}, 1000, 4, {"blocks": FOUR}),
+    ({"kind": "vpt_shallow"}, 1000, 12, {"length": 64}),
+    ({"kind": "vpt_shallow", "length": 5}, 1000, 12, {"length": 5}),
+    ({"kind": "vpt_deep"}, 1000, 12, {"length": 64, "blocks": list(range(12))}),
+    ({"kind": "vpt_deep", "blocks": [2, 0, 1]}, 1000, 12, {"length": 256, "blocks": [0, 1, 2]}),
+    ({"kind": "bitfit"}, 1000, 4, {"blocks": FOUR}),
+    ({"kind": "layernorm", "blocks": [2]}, 1000, 4, {"blocks": [2]}),
+    ({"kind": "batchnorm"}, 1000, 4, {"blocks": FOUR}),
+    ({"kind": "sparse"}, 1000, 4, {"ratio": 1000 / (4 * (12 * 768 + 9)), "blocks": FOUR}),
+    ({"kind": "sparse", "blocks": [3, 2]}, 1000, 4, {"ratio": 1000 / (2 * (12 * 768 + 9)), "blocks": [2, 3]}),
+    ({"kind": "sparse"}, 10**6, 4, {"ratio": 1.0, "blocks": FOUR}),
+    ({"kind": "sparse", "ratio": 0.25}, 1000, 4, {"ratio": 0.25, "blocks": FOUR}),
+    ({"kind": "full"}, 1000, 4, {"blocks": FOUR}),
+    ({"kind": "partial", "last": 4}, 1000, 4, {}),
+    ({"kind": "linear_probe"}, 1000, 4, {}),
+    ({"kind": "zero_shot"}, 1000, 4, {}),
 ])  # fmt: skip
-def test_resolve_fills_width_and_blocks(
-    tree: dict[str, Any], classes: int, blocks: int, width: int, tuned: list[int]
+def test_resolve_fills_widths_and_blocks_and_nothing_else(
+    given_tuner: dict[str, Any], classes: int, blocks: int, filled: dict[str, Any]
 ) -> None:
-    resolved = RunConfig.model_validate(tree).resolve(classes, blocks)
-    assert resolved.to_dict()["tuner"]["bottleneck"] == width
-    assert resolved.to_dict()["tuner"]["blocks"] == tuned
-    assert resolved.resolve(classes, blocks) == resolved
-
-
-@pytest.mark.parametrize("kind", ["linear_probe", "zero_shot"])
-def test_resolve_leaves_a_run_without_blocks_as_it_is(kind: str) -> None:
-    config = RunConfig.model_validate({"tuner": {"kind": kind}})
-    assert config.resolve(100, 12) == config
+    kind = given_tuner.get("kind", "adaptformer")
+    beside = "lora" if kind == "adaptformer" else "adaptformer"
+    for section in ("tuner",) if kind in NOTHING else ("tuner", "extra_tuner"):
+        tree = {"tuner": {"kind": beside}} | {section: {"kind": kind, **given_tuner}}
+        config = RunConfig.model_validate(tree)
+        resolved = config.resolve(classes, blocks, 768)
+        assert resolved.to_dict()[section] == config.to_dict()[section] | filled
+        untouched = set(RunConfig.model_fields) - {"tuner", "extra_tuner"}
+        assert all(getattr(resolved, name) == getattr(config, name) for name in untouched)
+        assert None not in resolved.to_dict()["tuner"].values()
+        assert resolved.resolve(classes, blocks, 768) == resolved
 
 
 @pytest.mark.parametrize("given_blocks", [[4], [0, 1, 2, 3, 4], []])
-def test_resolve_refuses_blocks_that_the_tower_lacks(given_blocks: list[int]) -> None:
-    config = RunConfig.model_validate({"tuner": {"blocks": given_blocks}})
+@pytest.mark.parametrize("section", ["tuner", "extra_tuner"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS["tuner"] if kind not in (*NOTHING, "vpt_shallow", "partial")])
+def test_resolve_refuses_blocks_that_the_tower_lacks(kind: str, section: str, given_blocks: list[int]) -> None:
+    beside = "lora" if kind == "adaptformer" else "adaptformer"
+    config = RunConfig.model_validate({"tuner": {"kind": beside}} | {section: {"kind": kind, "blocks": given_blocks}})
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        config.resolve(100, 4)
-    assert str(caught.value) == f"tuner.blocks: must lie in 0 ... 3, but got {given_blocks}; name at least one"
+        config.resolve(100, 4, 8)
+    assert str(caught.value) == f"{section}.blocks: must lie in 0 ... 3, but got {given_blocks}; name at least one"
+
+
+@pytest.mark.parametrize("section", ["tuner", "extra_tuner"])
+def test_resolve_refuses_more_last_blocks_than_the_tower_has(section: str) -> None:
+    config = RunConfig.model_validate({section: {"kind": "partial", "last": 5}})
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        config.resolve(100, 4, 8)
+    assert str(caught.value) == f"{section}.last: must be at most the tower's 4 blocks, but got 5; lower it"
+    assert config.resolve(100, 5, 8).to_dict()[section] == {"kind": "partial", "last": 5}
 
 
 @given(classes=st.integers(1, 10**6), divisor=st.integers(1, 200))
@@ -142,18 +277,46 @@ def test_a_derived_width_is_the_largest_power_of_two_that_fits(classes: int, div
     assert 2 * width * divisor > classes
 
 
-def test_a_digest_is_stable_and_differs_with_any_setting() -> None:
-    assert RunConfig().digest() == "5acb500ee4b5"
-    tree = RunConfig().to_dict()
-    other = [
-        {"seed": 1}, {"backbone.model": "ViT-B-16"}, {"backbone.pretrained": "openai"}, {"backbone.precision": "bf16"},
-        {"augment.schedule": "linear"}, {"tuner.kind": "lora"}, {"tuner.bottleneck": 4}, {"tuner.blocks": [0]},
-        {"head.scale": 20.0}, {"head.init": "random"}, {"head.template": "{}"}, {"loss.kind": "cross_entropy"},
-        {"loss.tau": 0.5}, {"optim.epochs": 6}, {"optim.global_batch_size": 64}, {"optim.lr": 0.1},
-        {"optim.momentum": 0.0}, {"optim.weight_decay": 0.0},
-    ]  # fmt: skip
-    digests = {RunConfig.model_validate(apply_overrides(tree, change)).digest() for change in other}
-    assert len(digests | {RunConfig().digest()}) == len(other) + 1
+OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it belongs to
+    "seed": 1, "model": "ViT-B-16", "pretrained": "openai", "precision": "bf16", "resolution_px": 64, "compile": True,
+    "checkpointing": True, "cache_gib": 0.0, "schedule": "linear", "patch_dropout": 0.5, "start_px": 32, "bottleneck": 4,
+    "blocks": [0], "mlp": True, "norms": True, "length": 3, "ratio": 0.5, "last": 2, "scale": 20.0, "init": "random",
+    "template": "{}", "tau": 0.5, "gamma": 1.0, "max_margin": 0.4, "beta": 0.9, "remine": 0.2, "weight": 0.2, "epochs": 6,
+    "global_batch_size": 64, "accumulate": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "posthoc_tau": 1.0, "tte": True,
+}  # fmt: skip
+
+
+def one_setting_apart() -> list[dict[str, Any]]:
+    """Every kind, and every kind with one of its settings changed."""
+    trees: list[dict[str, Any]] = []
+    for section, field in RunConfig.model_fields.items():
+        models = models_of(field.annotation)
+        if not models:
+            trees.append({section: OTHER[section]})
+        for model in models:
+            kind = {"kind": model.model_fields["kind"].default} if "kind" in model.model_fields else {}
+            if section == "extra_tuner" and kind["kind"] in ("adaptformer", *NOTHING):
+                continue  # not beside the default tuner
+            if kind and kind["kind"] != KINDS.get(section, ("",))[0]:
+                trees.append({section: kind})
+            trees += [{section: {**kind, name: OTHER[name]}} for name in model.model_fields if name != "kind"]
+    return trees
+
+
+def test_a_digest_is_stable_and_differs_with_any_setting_of_any_kind() -> None:
+    assert RunConfig().digest() == "c75ec67f0063"
+    trees = one_setting_apart()
+    assert len(trees) > 100
+    digests = {RunConfig.model_validate(tree).digest() for tree in trees}
+    assert len(digests | {RunConfig().digest()}) == len(trees) + 1
+
+
+@pytest.mark.parametrize("template", ["ensemble", ["a photo of a {}."], ["a {}", "{}"], ["{}", "a {}"]])
+def test_a_digest_tells_templates_apart(template: str | list[str]) -> None:
+    digests = {
+        RunConfig.model_validate({"head": {"template": t}}).digest() for t in (template, "a photo of a {}.", "a {}")
+    }
+    assert len(digests) == 3
 
 
 @pytest.mark.parametrize(("size", "workers", "advice"), [

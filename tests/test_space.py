@@ -22,9 +22,14 @@ QUICKSTART = (FOLDER / "quickstart.yaml").read_text()
 HEAD = "name: n\ndataset: embedded:caltech101-lt\n"
 SEED = HEAD + "space:\n  seed: {int: [1, 9]}\n"
 SETTINGS = ", ".join([
-    "augment.schedule", "backbone.model", "backbone.precision", "backbone.pretrained", "head.init", "head.kind", "head.scale",
-    "head.template", "loss.kind", "loss.tau", "optim.epochs", "optim.global_batch_size", "optim.lr", "optim.momentum",
-    "optim.weight_decay", "seed", "tuner.blocks", "tuner.bottleneck", "tuner.kind",
+    "augment.kind", "augment.patch_dropout", "augment.schedule", "augment.start_px", "backbone.cache_gib",
+    "backbone.checkpointing", "backbone.compile", "backbone.model", "backbone.precision", "backbone.pretrained",
+    "backbone.resolution_px", "evaluation.posthoc_tau", "evaluation.tte", "extra_tuner.blocks", "extra_tuner.bottleneck",
+    "extra_tuner.kind", "extra_tuner.last", "extra_tuner.length", "extra_tuner.mlp", "extra_tuner.norms", "extra_tuner.ratio",
+    "head.init", "head.kind", "head.scale", "head.template", "loss.beta", "loss.gamma", "loss.kind", "loss.max_margin",
+    "loss.remine", "loss.scale", "loss.tau", "loss.weight", "optim.accumulate", "optim.epochs", "optim.global_batch_size",
+    "optim.lr", "optim.momentum", "optim.weight_decay", "seed", "tuner.blocks", "tuner.bottleneck", "tuner.kind", "tuner.last",
+    "tuner.length", "tuner.mlp", "tuner.norms", "tuner.ratio",
 ])  # fmt: skip
 
 
@@ -95,7 +100,7 @@ BROKEN = {
     "an unknown setting": (param("optim.lrr: {float: [0.1, 1]}"),
                            "4 space.optim.lrr: unknown setting 'optim.lrr'; did you mean 'optim.lr'?"),
     "a section as a setting": (param("tuner: {choices: [lora]}"),
-                               "4 space.tuner: unknown setting 'tuner'; did you mean 'tuner.kind'?"),
+                               "4 space.tuner: unknown setting 'tuner'; did you mean 'tuner.mlp'?"),
     "nothing near": (param("3: {int: [1, 2]}"), f"4 space.3: unknown setting '3'; known: {SETTINGS}"),
     "an unknown choice": (param("tuner.kind: {choices: [lora, lorra]}"),
                           "4 space.tuner.kind: unknown value 'lorra'; did you mean 'lora'?"),
@@ -109,6 +114,13 @@ BROKEN = {
     "a setting that the base excludes": (
         param("tuner.bottleneck: {int: [1, 3]}") + "base: {tuner: {kind: zero_shot}}",
         "4 space.tuner.bottleneck: has no effect with tuner.kind zero_shot; remove it"),
+    "a second tuner that does not go with all that are drawn": (
+        HEAD + "space:\n" + KINDS + "base: {extra_tuner: {kind: bitfit}}",
+        "3 space: must change other places than tuner, but got linear_probe and bitfit: one of them trains nothing in the "
+        "tower; remove one"),
+    "a second tuner that searches no kind": (
+        param("extra_tuner.bottleneck: {choices: [2]}"),
+        "3 space: must name its kind, but got {'bottleneck': 2}; add `kind: ...`"),
     "when of an unknown setting": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck:\n    int: [1, 3]\n    when: {tuner.knid: lora}",
         "7 space.tuner.bottleneck.when.tuner.knid: `when` must name a setting of the space, but got 'tuner.knid'; "

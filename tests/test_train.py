@@ -17,7 +17,8 @@ import pytest
 
 from lift_ray import train
 from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run, Warm
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
 from lift_ray.settings.files import read_run
 

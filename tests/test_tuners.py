@@ -1,116 +1,216 @@
-"""One contract that every tuner keeps."""
+"""One contract that every tuner keeps, alone and beside another."""
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import open_clip
 import pytest
 import torch
+from torch import Tensor
 
 from lift_ray.methods.lift import Lift, make_optimizer
-from lift_ray.model.backbone import Tower, rebuild
 from lift_ray.model.classifier import CosineHead, random_weights
-from lift_ray.model.losses import LOSSES
-from lift_ray.model.tuners import BLOCK_TUNERS, WITHOUT_BLOCKS, Tuner
-from lift_ray.settings import run as settings_run
-from lift_ray.settings.run import TUNER_KINDS, Optim
+from lift_ray.model.tower import Tower
+from lift_ray.settings.run import Optim
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
-WIDTH, BLOCKS, CLASSES, BOTTLENECK = 32, 3, 5, 4
-IN_BLOCKS = [kind for kind in TUNER_KINDS if kind not in WITHOUT_BLOCKS]
-# trained values of one block for width D and bottleneck R
-NUMBERS: dict[str, Callable[[int, int], int]] = {
-    "adaptformer": lambda d, r: 1 + 2 * d + (d * r + r) + (r * d + d),
-    "lora": lambda d, r: 4 * d * r,
+WIDTH, BLOCKS, CLASSES, PATCH_PX = 32, 3, 5, 8
+BOTTLENECK, LENGTH, RATIO = 4, 3, 0.1
+EVERY = tuple(range(BLOCKS))
+NARROW, SPARSE = {"bottleneck": BOTTLENECK}, {"ratio": RATIO}
+ALONE: dict[str, dict[str, dict[str, Any]]] = {
+    "adaptformer": {"adaptformer": NARROW},
+    "adapter": {"adapter": NARROW},
+    "lora": {"lora": NARROW},
+    "lora with mlp": {"lora": {**NARROW, "mlp": True}},
+    "ssf": {"ssf": {}},
+    "ssf with norms": {"ssf": {"norms": True}},
+    "vpt_shallow": {"vpt_shallow": {"length": LENGTH}},
+    "vpt_deep": {"vpt_deep": {"length": LENGTH}},
+    "bitfit": {"bitfit": {}},
+    "layernorm": {"layernorm": {}},
+    "sparse": {"sparse": SPARSE},
+    "full": {"full": {}},
+    "partial": {"partial": {}},
+    "linear_probe": {"linear_probe": {}},
+    "zero_shot": {"zero_shot": {}},
 }
+PAIRS: dict[str, dict[str, dict[str, Any]]] = {
+    "adaptformer + lora": {"adaptformer": NARROW, "lora": NARROW},
+    "lora + bitfit": {"lora": NARROW, "bitfit": {}},
+    "vpt_deep + layernorm": {"vpt_deep": {"length": LENGTH}, "layernorm": {}},
+    "adapter + sparse": {"adapter": NARROW, "sparse": SPARSE},
+}
+CASES = ALONE | PAIRS
+TRAINED = [case for case in CASES if case != "zero_shot"]
+IN_CHOSEN_BLOCKS = [case for case in CASES if case not in ("vpt_shallow", "linear_probe", "zero_shot")]
+STARTS_ELSEWHERE = ("ssf", "ssf with norms", "vpt_shallow", "vpt_deep", "vpt_deep + layernorm")
+OWN_WEIGHTS = ("bitfit", "layernorm", "sparse", "full", "partial")
+# trained values of one block for width D, bottleneck R and P prompt tokens; the MLPs are 4 D wide
+LINEARS = {"in_proj": (3, 1), "out_proj": (1, 1), "mlp_in": (4, 1), "mlp_out": (1, 4)}  # (rows, columns) in D
+NUMBERS: dict[str, Callable[[int, int, int], int]] = {
+    "adaptformer": lambda d, r, p: 1 + 2 * d + (d * r + r) + (r * d + d),
+    "adapter": lambda d, r, p: 2 * d + (d * r + r) + (r * d + d),
+    "lora": lambda d, r, p: 2 * 2 * d * r,
+    "lora with mlp": lambda d, r, p: 2 * 2 * d * r + 2 * (d + 4 * d) * r,
+    "ssf": lambda d, r, p: 2 * (3 + 1 + 4 + 1) * d,
+    "ssf with norms": lambda d, r, p: 2 * (3 + 1 + 4 + 1 + 2) * d,
+    "vpt_shallow": lambda d, r, p: p * d,
+    "vpt_deep": lambda d, r, p: p * d,
+    "bitfit": lambda d, r, p: (2 + 3 + 1 + 4 + 1) * d,
+    "layernorm": lambda d, r, p: 4 * d,
+    "sparse": lambda d, r, p: sum(
+        round(RATIO * a * b * d * d) + round(RATIO * a * d) for a, b in LINEARS.values()),
+    "full": lambda d, r, p: 12 * d * d + 9 * d + 4 * d,
+    "partial": lambda d, r, p: 12 * d * d + 9 * d + 4 * d,
+    "linear_probe": lambda d, r, p: 0,
+    "zero_shot": lambda d, r, p: 0,
+}  # fmt: skip
+
+
+def new_tower(checkpointing: bool = False) -> Tower:
+    torch.manual_seed(0)
+    tower = Tower(
+        width=WIDTH, num_blocks=BLOCKS, num_heads=2, hidden=4 * WIDTH, patch_px=PATCH_PX, resolution_px=16,
+        activation=torch.nn.functional.gelu, checkpointing=checkpointing,
+    ).eval().requires_grad_(False)  # fmt: skip
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return tower
 
 
 @pytest.fixture(scope="module")
 def tower() -> Tower:
-    torch.manual_seed(0)
-    vision = {"image_size": 16, "layers": BLOCKS, "width": WIDTH, "head_width": 16, "patch_size": 8}
-    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
-    return rebuild(open_clip.CLIP(16, vision, text).visual)
+    return new_tower()
 
 
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(6) % CLASSES
 
 
-def lift(tower: Tower, kind: str, blocks: list[int] | None = None, seed: int = 2) -> Lift:
+def lift(tower: Tower, case: str, blocks: tuple[int, ...] = EVERY, seed: int = 2, head_seed: int = 2) -> Lift:
+    torch.manual_seed(head_seed)
+    head = CosineHead(random_weights(CLASSES, WIDTH), 25.0)
     torch.manual_seed(seed)
-    options = {"bottleneck": BOTTLENECK} if kind in BLOCK_TUNERS else {}
-    tuner = Tuner(kind, WIDTH, BLOCKS, list(range(BLOCKS)) if blocks is None else blocks, **options)
-    return Lift(tower, tuner, CosineHead(random_weights(CLASSES, WIDTH)))
+    chosen = {"blocks": list(blocks)} if case in IN_CHOSEN_BLOCKS else {}
+    return Lift(tower, {kind: {**options, **chosen} for kind, options in CASES[case].items()}, head)
 
 
 def perturbed(model: Lift) -> Lift:
-    """Away from the identity: behind an `up` of zero nothing else would show."""
+    """Away from the identity, where nothing shows behind an `up` of zero, and with bottlenecks whose ReLUs are all open."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for parameter in model.trained().values():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, parameter in model.trained().items():
+            parameter.add_((0.02 if name.startswith("tower.") else 0.2) * torch.randn_like(parameter))
+            if name.endswith("down.bias"):
+                parameter.fill_(3.0)
     return model
 
 
-@pytest.mark.parametrize("kind", TUNER_KINDS)
-def test_a_fresh_tuner_is_the_identity(tower: Tower, kind: str) -> None:
-    assert torch.equal(lift(tower, kind).feature(IMAGES), tower(IMAGES))
+def loss_of(model: Lift) -> Tensor:
+    return torch.nn.functional.cross_entropy(model(IMAGES), LABELS)
 
 
-@pytest.mark.parametrize("kind", TUNER_KINDS)
-@pytest.mark.parametrize("blocks", [[0, 1, 2], [1]])
-def test_the_number_of_trained_values_is_exact(tower: Tower, kind: str, blocks: list[int]) -> None:
-    in_blocks = len(blocks) * NUMBERS[kind](WIDTH, BOTTLENECK) if kind in NUMBERS else 0
-    in_head = 0 if kind == "zero_shot" else CLASSES * WIDTH
-    trained = lift(tower, kind, blocks).trained()
+def gradients(model: Lift) -> dict[str, Tensor | None]:
+    loss_of(model).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def shifts_all_keys(model: Lift, name: str) -> Tensor:
+    """Which values of a tensor move every key of a block alike: softmax does not see that, so they have no effect at all."""
+    place = torch.arange(model.trained()[name].numel())
+    if name.endswith("attn.in_proj.parametrizations.bias.0.values"):
+        place = model.get_buffer(name.removesuffix("values") + "index")
+    elif not name.endswith(("attn.in_proj.bias", "attn_in.shift")):
+        return torch.zeros(len(place), dtype=torch.bool)
+    return (place >= WIDTH) & (place < 2 * WIDTH)
+
+
+@contextmanager
+def seen_by_blocks(tower: Tower) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The inputs of all calls of blocks, and the outputs of those that came to their end."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    hooks = [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for b in tower.blocks]
+    hooks += [b.register_forward_hook(lambda _, __, out: outputs.append(out)) for b in tower.blocks]
+    yield inputs, outputs
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fresh_tuner_is_the_identity_where_its_paper_says_so(tower: Tower, case: str) -> None:
+    plain, tuned = tower(IMAGES), lift(tower, case).feature(IMAGES).detach()
+    assert torch.equal(tuned, plain) == (case not in STARTS_ELSEWHERE)
+    if "ssf" in case:
+        assert float((tuned - plain).norm() / plain.norm()) < 0.2
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("blocks", [EVERY, (1,)])
+def test_the_number_of_trained_values_is_exact(tower: Tower, case: str, blocks: tuple[int, ...]) -> None:
+    num_blocks = len(blocks) if case in IN_CHOSEN_BLOCKS else 1
+    in_blocks = num_blocks * sum(NUMBERS[kind](WIDTH, BOTTLENECK, LENGTH) for kind in case.split(" + "))
+    trained = lift(tower, case, blocks).trained()
+    in_head = 0 if case == "zero_shot" else CLASSES * WIDTH
     assert sum(p.numel() for p in trained.values()) == in_blocks + in_head
-    assert all(name.startswith(("head.", f"tuner.{kind}.")) for name in trained)
+    for name in trained:
+        assert name.startswith(("head.", "tower.blocks.", *(f"tuner.{kind}." for kind in CASES[case])))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TUNER_KINDS if kind != "zero_shot"])
-def test_every_trained_value_gets_a_gradient_and_nothing_else_does(tower: Tower, kind: str) -> None:
-    model = perturbed(lift(tower, kind))
-    torch.nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+@pytest.mark.parametrize("case", TRAINED)
+def test_every_trained_value_gets_a_gradient_and_nothing_else_does(tower: Tower, case: str) -> None:
+    model = perturbed(lift(tower, case))
     trained = model.trained()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == (name in trained), name
-        assert name not in trained or bool((parameter.grad != 0).any()), name
+    for name, gradient in gradients(model).items():
+        assert (gradient is not None) == (name in trained), name
+        if gradient is not None:
+            keys = shifts_all_keys(model, name)
+            values = gradient.flatten()
+            assert bool((values[~keys] != 0).all()), name
+            assert bool((values[keys].abs() < 1e-5 * values.abs().max()).all()), name
 
 
 def test_zero_shot_has_nothing_to_train(tower: Tower) -> None:
-    assert not lift(tower, "zero_shot")(IMAGES).requires_grad
+    model = lift(tower, "zero_shot")
+    assert model.trained() == {}
+    assert not model(IMAGES).requires_grad
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TUNER_KINDS if kind != "zero_shot"])
-def test_every_trained_tensor_moves_the_logits(tower: Tower, kind: str) -> None:
-    model = perturbed(lift(tower, kind))
+@pytest.mark.parametrize("case", TRAINED)
+def test_every_trained_tensor_moves_the_logits(tower: Tower, case: str) -> None:
+    model = perturbed(lift(tower, case))
     torch.manual_seed(4)
     with torch.no_grad():
         before = model(IMAGES)
         for name, parameter in model.trained().items():
-            kept = parameter.clone()
-            parameter.add_(0.1 * torch.randn_like(parameter))
-            assert float((model(IMAGES) - before).abs().max()) > 1e-5, name
-            parameter.copy_(kept)
+            keys = shifts_all_keys(model, name).view_as(parameter)
+            for part, moves in ((~keys, True), (keys, False)):
+                kept = parameter.clone()
+                parameter.add_(0.1 * torch.randn_like(parameter) * part)
+                change = float((model(IMAGES) - before).abs().max())
+                assert change > 1e-3 if moves else change < 1e-4, f"{name}: {change:.1e}"
+                parameter.copy_(kept)
         assert torch.equal(model(IMAGES), before)
 
 
-@pytest.mark.parametrize("kind", TUNER_KINDS)
-def test_what_is_stored_makes_the_same_model_again(tower: Tower, kind: str) -> None:
-    model, other = perturbed(lift(tower, kind)), lift(tower, kind, seed=5)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_stored_makes_the_same_model_again(tower: Tower, case: str) -> None:
+    model = perturbed(lift(tower, case))
+    other = lift(tower, case, seed=2 if "sparse" in case else 5, head_seed=5)  # places are drawn, not stored
     stored = {name: value.clone() for name, value in model.stored().items()}
-    assert set(stored) == {n for n, _ in model.named_parameters() if not n.startswith("tower.")}
+    assert set(stored) == set(model.trained()) | {"head.weight"}
     assert not torch.equal(model(IMAGES), other(IMAGES))
     other.load_stored(stored)
     assert torch.equal(model(IMAGES), other(IMAGES))
 
 
-@pytest.mark.parametrize("kind", TUNER_KINDS)
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tower: Tower, kind: str) -> None:
-    model = lift(tower, kind)
+@pytest.mark.parametrize("case", CASES)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tower: Tower, case: str) -> None:
+    model = lift(tower, case)
     stored = {name: value.clone() + 1 for name, value in model.stored().items()}
     before = {name: value.clone() for name, value in model.stored().items()}
     name = sorted(stored)[-1]
@@ -122,78 +222,127 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tower: Tower, 
     assert all(torch.equal(value, before[n]) for n, value in model.stored().items())
 
 
-@pytest.mark.parametrize("kind", IN_BLOCKS)
-@pytest.mark.parametrize("blocks", [[0], [2], [0, 2]])
-def test_only_the_chosen_blocks_change(tower: Tower, kind: str, blocks: list[int]) -> None:
-    model = perturbed(lift(tower, kind, blocks))
-    assert {int(name.split(".")[2]) for name in model.trained() if name.startswith("tuner.")} == set(blocks)
-    inputs: list[list[torch.Tensor]] = []
-    with torch.no_grad():
-        for tuners in (None, model.tuner.per_block):
-            seen: list[torch.Tensor] = []
-            hooks = [
-                block.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-                for block in tower.blocks
-            ]
-            out = tower(IMAGES, tuners)
-            inputs.append([*seen, out])
-            for hook in hooks:
-                hook.remove()
-    same = [torch.equal(plain, tuned) for plain, tuned in zip(*inputs, strict=True)]
-    assert same == [index <= blocks[0] for index in range(BLOCKS + 1)]
+@pytest.mark.parametrize("case", CASES)
+def test_two_models_on_one_tower_do_not_see_each_other(tower: Tower, case: str) -> None:
+    before, plain = {n: v.clone() for n, v in tower.state_dict().items()}, tower(IMAGES)
+    one, other = lift(tower, case), lift(tower, case, seed=5)
+    logits = other(IMAGES)
+    perturbed(one)
+    if case != "zero_shot":
+        gradients(one)
+        make_optimizer(one.trained(), Optim(lr=0.1)).step()
+        assert not torch.equal(one(IMAGES), other(IMAGES))
+    assert torch.equal(other(IMAGES), logits)
+    assert all(parameter.grad is None for parameter in other.parameters())
+    assert torch.equal(tower(IMAGES), plain)
+    assert set(tower.state_dict()) == set(before)
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
 
 
-@pytest.mark.parametrize("kind", IN_BLOCKS)
-def test_nothing_below_the_first_tuned_block_is_in_the_graph(tower: Tower, kind: str) -> None:
-    model = lift(tower, kind, [2])
-    needs_gradient: list[bool] = []
-    hooks = [b.register_forward_hook(lambda _, __, out: needs_gradient.append(out.requires_grad)) for b in tower.blocks]
-    model(IMAGES)
-    for hook in hooks:
-        hook.remove()
-    assert needs_gradient == [False, False, True]
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_frozen_is_shared_with_the_tower_and_not_copied(tower: Tower, case: str) -> None:
+    model = lift(tower, case)
+    original = {name: parameter.data_ptr() for name, parameter in tower.named_parameters()}
+    frozen = {}
+    for name, parameter in model.tower.named_parameters():
+        if not parameter.requires_grad:
+            frozen[name.replace(".parametrizations", "").replace(".original", "")] = parameter.data_ptr()
+    own = {name.removeprefix("tower.") for name in model.trained() if name.startswith("tower.blocks.")}
+    assert frozen == {name: place for name, place in original.items() if name not in own}
+    assert (model.tower is tower) == (not set(CASES[case]) & set(OWN_WEIGHTS))
 
 
-@pytest.mark.parametrize("kind", TUNER_KINDS)
-def test_bf16_stays_close_and_gives_fp32_logits(tower: Tower, kind: str) -> None:
-    model = perturbed(lift(tower, kind))
+@pytest.mark.parametrize("case", IN_CHOSEN_BLOCKS)
+@pytest.mark.parametrize("blocks", [(0,), (2,), (0, 2)])
+def test_only_the_chosen_blocks_change(tower: Tower, case: str, blocks: tuple[int, ...]) -> None:
+    model = perturbed(lift(tower, case, blocks))
+    assert {int(name.split(".")[2]) for name in model.trained() if not name.startswith("head.")} == set(blocks)
+    with torch.no_grad(), seen_by_blocks(tower) as plain:
+        tower(IMAGES)
+    with torch.no_grad(), seen_by_blocks(model.tower) as tuned:
+        model.feature(IMAGES)
+    prompts = "vpt_deep" in case  # they are there before the block sees its input
+    same = [torch.equal(a, b) for a, b in zip(plain[0], tuned[0], strict=True)]
+    assert same == [index < blocks[0] or (index == blocks[0] and not prompts) for index in range(BLOCKS)]
+    assert not torch.equal(plain[1][-1], tuned[1][-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_below_the_first_tuned_block_is_in_the_graph(tower: Tower, case: str) -> None:
+    model = lift(tower, case, (2,))
+    with seen_by_blocks(model.tower) as (_, outputs):
+        model(IMAGES)
+    first = 2 if case in IN_CHOSEN_BLOCKS else 0 if case == "vpt_shallow" else BLOCKS
+    assert model.first_tuned == first
+    assert [out.requires_grad for out in outputs] == [index >= first for index in range(BLOCKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("blocks", [EVERY, (1, 2), (2,)])
+def test_the_frozen_part_can_be_computed_once_for_all_models(tower: Tower, case: str, blocks: tuple[int, ...]) -> None:
+    model = perturbed(lift(tower, case, blocks))
+    kept = model.frozen_part(IMAGES)
+    assert not kept.requires_grad
+    frozen = model.first_tuned
+    expected = tower(IMAGES) if frozen == BLOCKS else tower.blocks_until(tower.embed(IMAGES), frozen)
+    assert torch.equal(kept, expected)
+    with seen_by_blocks(model.tower) as (inputs, _):
+        logits = model.from_frozen(kept)
+    assert len(inputs) == BLOCKS - frozen
+    assert torch.allclose(logits, model(IMAGES), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_checkpointing_computes_again_and_gives_the_same_gradients(tower: Tower, case: str) -> None:
+    plain = gradients(perturbed(lift(tower, case, (1, 2))))
+    model = perturbed(lift(new_tower(checkpointing=True), case, (1, 2)))
+    with seen_by_blocks(model.tower) as (inputs, _):
+        saved = gradients(model)
+    assert len(inputs) == BLOCKS + (BLOCKS - model.first_tuned)
+    assert set(saved) == set(plain)
+    for name, gradient in saved.items():
+        expected = plain[name]
+        assert (gradient is None) == (expected is None)
+        if gradient is not None and expected is not None:
+            assert torch.allclose(gradient, expected, atol=1e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_patches_that_are_left_out_have_no_effect(tower: Tower, case: str) -> None:
+    model = perturbed(lift(tower, case))
+    shuffled = torch.tensor([2, 0, 3, 1]).expand(len(IMAGES), -1)
+    assert torch.allclose(model(IMAGES, shuffled), model(IMAGES), atol=1e-4)
+    other = IMAGES.clone()
+    other[:, :, :PATCH_PX, PATCH_PX:] += 1  # patch 1
+    without, beside = shuffled[:, :3], shuffled[:, 1:]
+    assert torch.equal(model(other, without), model(IMAGES, without))
+    assert not torch.allclose(model(other, beside), model(IMAGES, beside), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_stays_close_and_gives_fp32_logits(tower: Tower, case: str) -> None:
+    model = perturbed(lift(tower, case))
     exact = model(IMAGES).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = model(IMAGES)
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert float((rough.detach() - exact).abs().max()) < 0.05 * float(exact.abs().max())
-    if kind != "zero_shot":
+    if case != "zero_shot":
         torch.nn.functional.cross_entropy(rough, LABELS).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trained().values())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TUNER_KINDS if kind != "zero_shot"])
-def test_a_few_steps_lower_the_loss_and_leave_the_tower_alone(tower: Tower, kind: str) -> None:
-    model = lift(tower, kind)
-    before = {name: value.clone() for name, value in tower.state_dict().items()}
+@pytest.mark.parametrize("case", TRAINED)
+def test_a_few_steps_lower_the_loss(tower: Tower, case: str) -> None:
+    model = lift(tower, case)
     optimizer = make_optimizer(model.trained(), Optim(lr=0.002))
     losses = []
     for _ in range(12):
-        loss = torch.nn.functional.cross_entropy(model(IMAGES), LABELS)
+        loss = loss_of(model)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
-    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
-
-
-def kinds_of(union: object) -> set[str]:
-    """The kinds that a union in the settings offers."""
-    models = typing.get_args(typing.get_args(union)[0])
-    return {kind for model in models for kind in typing.get_args(model.model_fields["kind"].annotation)}
-
-
-def test_the_dicts_hold_exactly_what_the_settings_offer() -> None:
-    tuners = kinds_of(settings_run.Tuner)
-    assert set(TUNER_KINDS) == tuners == set(typing.get_args(settings_run.TunerKind))
-    assert set(BLOCK_TUNERS) | set(WITHOUT_BLOCKS) == tuners
-    assert not set(BLOCK_TUNERS) & set(WITHOUT_BLOCKS)
-    assert set(NUMBERS) == set(BLOCK_TUNERS)
-    assert set(LOSSES) == kinds_of(settings_run.Loss)

@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lift_ray.data.augment import evaluation_picture, smallest_area, training_picture
+from lift_ray.data.augment import crop_flip_picture, evaluation_picture, five_crops, smallest_area, training_picture
 from lift_ray.data.catalog import Split
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.shards import RowReader
 from lift_ray.errors import BadInput
 
+Pixels = NDArray[np.uint8]
 SHUFFLE_BUFFER = 8192
 AHEAD = 3
 
@@ -53,7 +55,7 @@ def epoch_order(split: Split, seed: int, epoch: int) -> Int64s:
 
 def training_batches(
     reader: RowReader, split: Split, *, size_px: int, global_batch_size: int, seed: int, epoch: int, epochs: int,
-    schedule: str, num_patches: int = 0, patch_dropout: float = 0.0, start_step: int = 0, rank: int = 0,
+    schedule: str, kind: str = "mda", num_patches: int = 0, patch_dropout: float = 0.0, start_step: int = 0, rank: int = 0,
     world_size: int = 1, num_threads: int = 1,
 ) -> Iterator[Batch]:  # fmt: skip
     """This rank's share of every global batch of an epoch; the incomplete last batch is left out.
@@ -61,7 +63,8 @@ def training_batches(
     Args:
         size_px: side of the square pictures.
         epoch: from 0, of `epochs` in the run; sets the augmentation's schedule.
-        schedule: a key of augment.GROWTH.
+        schedule: a key of augment.GROWTH, for `mda`.
+        kind: mda, crop_flip, or none for the evaluation crop.
         num_patches: patches in a picture; only patch_dropout needs it.
         patch_dropout: share of them to leave out, in [0, 1); at least one stays.
         start_step: steps of this epoch that are done already.
@@ -74,7 +77,12 @@ def training_batches(
         samples = order[at]
         random = np.random.default_rng([seed, epoch, step])
         draws = random.random((global_batch_size, 3))[rank::world_size]
-        batch = _batch(reader, split, samples, lambda data, i: training_picture(data, size_px, smallest, draws[i]))
+        pictures: dict[str, Callable[[bytes, int], Pixels]] = {
+            "mda": lambda data, i: training_picture(data, size_px, smallest, draws[i]),
+            "crop_flip": lambda data, i: crop_flip_picture(data, size_px, draws[i]),
+            "none": lambda data, i: evaluation_picture(data, size_px),
+        }
+        batch = _batch(reader, split, samples, pictures[kind])
         if not patch_dropout:
             return batch
         kept = kept_patches(random, global_batch_size, num_patches, patch_dropout)[rank::world_size]
@@ -85,14 +93,21 @@ def training_batches(
 
 def evaluation_batches(
     reader: RowReader, split: Split, *, size_px: int, batch_size: int = 250, rank: int = 0, world_size: int = 1,
-    num_threads: int = 1,
+    num_threads: int = 1, crops: bool = False, samples: Int64s | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
-    """This rank's share of a split; over all ranks every sample comes exactly once."""
-    mine = np.arange(rank, split.num_samples, world_size)
+    """This rank's share of a split, or of some of its samples; over all ranks every sample comes exactly once.
+
+    Args:
+        crops: five crops of each picture: images (b, 5, 3, H, W).
+        samples: sample numbers; all when not given.
+    """
+    mine = (np.arange(split.num_samples) if samples is None else samples)[rank::world_size]
+    picture = five_crops if crops else evaluation_picture
 
     def make(step: int) -> Batch:
-        samples = mine[step * batch_size : (step + 1) * batch_size]
-        return _batch(reader, split, samples, lambda data, i: evaluation_picture(data, size_px))
+        return _batch(
+            reader, split, mine[step * batch_size : (step + 1) * batch_size], lambda data, i: picture(data, size_px)
+        )
 
     return _ahead(make, range(-(-len(mine) // batch_size)), num_threads)
 
@@ -109,7 +124,7 @@ def kept_patches(random: np.random.Generator, batch_size: int, num_patches: int,
     return np.sort(order[:, :kept], axis=1)
 
 
-def _batch(reader: RowReader, split: Split, samples: Int64s, picture: Callable[[bytes, int], np.ndarray]) -> Batch:
+def _batch(reader: RowReader, split: Split, samples: Int64s, picture: Callable[[bytes, int], Pixels]) -> Batch:
     pictures = []
     for index, data in enumerate(reader.read(samples)):
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 import lift_ray
 from lift_ray.errors import BadInput
+from lift_ray.results.metrics import write_per_class
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from lift_ray.methods.lift import Lift
 
 WEIGHTS, OPTIMIZER, RECORD = "weights.safetensors", "optimizer.safetensors", "run.json"
+PER_CLASS = "per_class.csv"
 FORMAT_VERSION = 1
 FOLDER = "lift"  # inside a checkpoint of Ray Tune or Ray Train
 
@@ -51,8 +54,18 @@ class Record:
     lift_ray_version: str = lift_ray.__version__
 
 
-def save(folder: Path, model: Lift, optimizer: torch.optim.Optimizer | None, record: Record) -> None:
-    """Write a checkpoint, whole or not at all: to a temporary name, then renamed over what was there."""
+def save(
+    folder: Path,
+    model: Lift,
+    optimizer: torch.optim.Optimizer | None,
+    record: Record,
+    per_class: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write a checkpoint, whole or not at all: to a temporary name, then renamed over what was there.
+
+    Args:
+        per_class: rows of the last evaluation (results.metrics.per_class_rows).
+    """
     from safetensors.torch import save_file
 
     temporary = folder.with_name(folder.name + ".tmp")
@@ -64,6 +77,8 @@ def save(folder: Path, model: Lift, optimizer: torch.optim.Optimizer | None, rec
             n: optimizer.state[p]["momentum_buffer"] for n, p in model.trained().items() if optimizer.state.get(p)
         }
         save_file({n: t.detach().cpu().contiguous() for n, t in momenta.items()}, temporary / OPTIMIZER)
+    if per_class:
+        write_per_class(per_class, temporary / PER_CLASS)
     (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
@@ -109,6 +124,27 @@ def read_record(folder: Path) -> Record:
         raise BadInput(
             f"{folder / RECORD}: must be a checkpoint's record, but got {error}; copy the folder again"
         ) from None
+
+
+def difference(there: Sequence[str], here: Sequence[str]) -> str:
+    """What differs between a checkpoint's class names and those of a data set."""
+    odd = sorted(set(here) ^ set(there))[:3] or ["the same names in another order"]
+    return f"it has {len(there)} and the data set {len(here)}, which differ ({', '.join(odd)})"
+
+
+def check_same(folder: Path, record: Record, config: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Raises BadInput, with the first difference, when a checkpoint is not of these settings and classes."""
+    for section, value in config.items():
+        if record.config.get(section) != value:
+            raise BadInput(
+                f"{folder}: must be of the same settings, but {section} was {record.config.get(section)} "
+                f"and is {value}; use another --out, or the settings it began with"
+            )
+    if record.class_names != list(class_names):
+        raise BadInput(
+            f"{folder}: must be of the same classes, but {difference(record.class_names, class_names)}; "
+            "give the data set it was trained for"
+        )
 
 
 def load_weights(folder: Path, model: Lift) -> None:

@@ -2,89 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from lift_ray.data.catalog import Dataset, Split, open_dataset
-from lift_ray.data.shards import RowReader
-from lift_ray.data.stream import Batch, evaluation_batches, steps_per_epoch, training_batches
+from lift_ray.data.augment import growing_px
+from lift_ray.data.catalog import Split
+from lift_ray.data.stream import epoch_order, evaluation_batches, steps_per_epoch, training_batches
 from lift_ray.distributed import checkpoint
-from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.warm import Warm, autocast
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.methods.lift import Lift, make_optimizer
-from lift_ray.model.backbone import Backbone, load_backbone
-from lift_ray.model.classifier import CosineHead, ZeroShotHead, random_weights
+from lift_ray.methods.lift import make_optimizer
 from lift_ray.model.losses import LOSSES
-from lift_ray.model.tuners import Tuner
-from lift_ray.results.metrics import summarise
-from lift_ray.settings.run import RunConfig, check_global_batch
+from lift_ray.results.metrics import PerClass, per_class_rows
+from lift_ray.results.tally import Tally
+from lift_ray.settings.run import Mda, NoAugment, RunConfig, check_global_batch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Warm:
-    """What stays loaded from one run to the next in a process: the tower, the data set's index and its open files."""
-
-    def __init__(self, dataset: str, ranks: Ranks) -> None:
-        began = time.monotonic()
-        self.ranks = ranks
-        self.dataset: Dataset = open_dataset(dataset)
-        self._backbones: dict[tuple[str, str | None, str], Backbone] = {}
-        self._readers: dict[str, RowReader] = {}
-        self.load_s = time.monotonic() - began
-
-    def backbone(self, config: RunConfig) -> Backbone:
-        """The frozen tower of a run, loaded once. Raises BadInput."""
-        wanted = config.backbone
-        key = (wanted.model, wanted.pretrained, wanted.precision)
-        if key not in self._backbones:
-            if wanted.precision != "fp32" and self.ranks.device.type == "cpu":
-                raise BadInput(
-                    f"backbone.precision: must be fp32 on a CPU, but got {wanted.precision}; "
-                    "set backbone.precision=fp32, or use a GPU"
-                )
-            began = time.monotonic()
-            self._backbones[key] = load_backbone(wanted.model, wanted.pretrained, device=self.ranks.device)
-            self.load_s += time.monotonic() - began
-        return self._backbones[key]
-
-    def reader(self, split: Split) -> RowReader:
-        """The open files of a split."""
-        return self._readers.setdefault(split.name, RowReader(split))
-
-    def resolve(self, config: RunConfig) -> RunConfig:
-        """The run with every derived value filled in. Raises BadInput."""
-        try:
-            return config.resolve(self.dataset.num_classes, self.backbone(config).tower.num_blocks)
-        except ValueError as error:
-            raise BadInput(str(error)) from None
-
-    def build(self, config: RunConfig) -> Lift:
-        """A fresh model on the shared tower, for resolved settings; the same on every rank."""
-        backbone, names = self.backbone(config), self.dataset.class_names
-        options = config.tuner.model_dump(exclude={"kind", "blocks"})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            tuner = Tuner(
-                config.tuner.kind,
-                backbone.tower.width,
-                backbone.tower.num_blocks,
-                getattr(config.tuner, "blocks", None),
-                **options,
-            )
-            if config.tuner.kind == "zero_shot":
-                head: CosineHead | ZeroShotHead = backbone.zero_shot_head(names, config.head.template)
-            elif config.head.init == "semantic":
-                head = CosineHead(backbone.semantic_weights(names, config.head.template), config.head.scale)
-            else:
-                head = CosineHead(random_weights(len(names), backbone.tower.width), config.head.scale)
-        return Lift(backbone.tower, tuner, head).to(self.ranks.device)
+Inputs = Sequence[torch.Tensor | None]
 
 
 class Run:
@@ -100,27 +42,21 @@ class Run:
     def __init__(self, config: RunConfig, warm: Warm, class_counts: list[int] | None = None) -> None:
         self.config = config = warm.resolve(config)
         self.warm, self.ranks = warm, warm.ranks
-        self.model = warm.build(config)
+        if class_counts is None:
+            self.train = warm.dataset.split("train")
+            self.class_counts = self.train.class_counts(warm.dataset.num_classes)
+        else:
+            self.class_counts = np.array(class_counts)
+        self.model = warm.build(config, trained_already=class_counts is not None)
         self.trained = self.model.trained()
         self.optimizer: torch.optim.Optimizer | None = None
         self.epoch = self.steps_per_epoch = 0
         self.metrics: dict[str, float] = {}
-        if class_counts is None:
+        self.per_class: PerClass | None = None
+        if class_counts is None and self.trained:
             self._prepare_training()
-        else:
-            self.class_counts = np.array(class_counts)
-        backbone, device = warm.backbone(config), self.ranks.device
-        std = torch.tensor(backbone.std, device=device).view(1, 3, 1, 1)
-        self._gain = 1 / (255 * std)
-        self._offset = -torch.tensor(backbone.mean, device=device).view(1, 3, 1, 1) / std
 
     def _prepare_training(self) -> None:
-        self.train = self.warm.dataset.split("train")
-        self.class_counts = self.train.class_counts(self.warm.dataset.num_classes)
-        prior = self.class_counts / self.class_counts.sum()
-        self.log_prior = torch.from_numpy(np.log(prior)).float().to(self.ranks.device)
-        if not self.trained:
-            return
         batch = self.config.optim.global_batch_size
         try:
             check_global_batch(batch, self.ranks.world_size)
@@ -132,8 +68,18 @@ class Run:
                 f"optim.global_batch_size: must be at most the {self.train.num_samples} training images, "
                 f"but got {batch}; lower it"
             )
+        counts = torch.from_numpy(self.class_counts).float().to(self.ranks.device)
+        loss = self.config.loss
+        self.loss = LOSSES[loss.kind](counts, **loss.model_dump(exclude={"kind"}))
         self.optimizer = make_optimizer(self.trained, self.config.optim)
         self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self.config.backbone.precision == "fp16")
+        self.forward: Callable[..., torch.Tensor] = self.model
+        if self.config.backbone.compile:
+            if self.ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+                raise BadInput(
+                    "backbone.compile: needs a C++ compiler on a CPU, but got none; install g++, or set it to false"
+                )
+            self.forward = torch.compile(self.model)
 
     @property
     def num_epochs(self) -> int:
@@ -147,67 +93,114 @@ class Run:
         """
         config, ranks, optimizer = self.config, self.ranks, self.optimizer
         assert optimizer is not None
-        loss_of, options = LOSSES[config.loss.kind], config.loss.model_dump(exclude={"kind"})
         total_steps = self.steps_per_epoch * config.optim.epochs
-        loss_sum = torch.zeros((), device=ranks.device)
+        losses = torch.zeros(self.steps_per_epoch, device=ranks.device)
         wait_s, began = 0.0, time.monotonic()
-        batches = training_batches(
-            self.warm.reader(self.train), self.train, size_px=self.model.tower.resolution_px,
-            global_batch_size=config.optim.global_batch_size, seed=config.seed, epoch=self.epoch,
-            epochs=config.optim.epochs, schedule=config.augment.schedule, num_patches=self.model.tower.num_patches,
-            patch_dropout=config.augment.patch_dropout, rank=ranks.rank, world_size=ranks.world_size,
-            num_threads=ranks.num_threads,
-        )  # fmt: skip
+        forward, batches = self._batches()
         for step in range(self.steps_per_epoch):
             asked = time.monotonic()
-            images, labels, patches = self._to_device(next(batches))
+            inputs, labels = next(batches)
             wait_s += time.monotonic() - asked
             done = (self.epoch * self.steps_per_epoch + step) / total_steps
             for group in optimizer.param_groups:
                 group["lr"] = config.optim.lr * 0.5 * (1 + math.cos(math.pi * done))
-            with self._autocast():
-                logits = self.model(images, patches)
-            loss = loss_of(logits, labels, self.log_prior, **options)
             optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            for part in parts_of(len(labels), config.optim.accumulate):
+                with autocast(config, ranks.device):
+                    logits = forward(*(x if x is None else x[part] for x in inputs))
+                loss = self.loss(logits, labels[part]) * ((part.stop - part.start) / len(labels))
+                self.scaler.scale(loss).backward()
+                losses[step] += loss.detach()
             ranks.average_gradients(self.trained.values())
             self.scaler.step(optimizer)
             self.scaler.update()
-            loss_sum += loss.detach()
-        loss_mean = float(ranks.sum(loss_sum)) / (self.steps_per_epoch * ranks.world_size)
+        losses = ranks.sum(losses).cpu() / ranks.world_size
         self.epoch += 1
-        if not math.isfinite(loss_mean):
-            raise RunFailed(
-                f"epoch {self.epoch}: the training loss must be finite, but got {loss_mean} with "
-                f"optim.lr={config.optim.lr:g} in {config.backbone.precision}; lower optim.lr"
-            )
+        self._check_finite(losses)
         seconds = time.monotonic() - began
         images_seen = self.steps_per_epoch * config.optim.global_batch_size
-        return {"train/loss": loss_mean, "time/train_s": seconds, "time/data_wait_s": wait_s,
+        return {"train/loss": float(losses.mean()), "time/train_s": seconds, "time/data_wait_s": wait_s,
                 "train/images_per_s": images_seen / seconds}  # fmt: skip
+
+    def _check_finite(self, losses: torch.Tensor) -> None:
+        if not (wrong := (~losses.isfinite()).nonzero()).numel():
+            return
+        step, optim = int(wrong[0]), self.config.optim
+        done = ((self.epoch - 1) * self.steps_per_epoch + step) / (self.steps_per_epoch * optim.epochs)
+        raise RunFailed(
+            f"epoch {self.epoch}, step {step + 1}: the training loss must be finite, but got {float(losses[step])} with "
+            f"optim.lr={optim.lr:g} (at that step {optim.lr * 0.5 * (1 + math.cos(math.pi * done)):.3g}) in "
+            f"{self.config.backbone.precision}; lower optim.lr"
+        )
+
+    def _batches(self) -> tuple[Callable[..., torch.Tensor], Iterator[tuple[Inputs, torch.Tensor]]]:
+        """This epoch's (inputs, labels), and what makes logits of the inputs: pictures, or what frozen blocks made of them."""
+        config, ranks, augment, tower = self.config, self.ranks, self.config.augment, self.model.tower
+        if isinstance(augment, NoAugment):
+            kept = self.warm.kept(config, self.model, self.train)
+            if kept is not None:
+                return self.model.from_frozen, self._kept_batches(kept)
+        start_px, epochs = getattr(augment, "start_px", None), config.optim.epochs
+        full_px = tower.resolution_px
+        size_px = growing_px(start_px, full_px, tower.patch_px, self.epoch, epochs) if start_px else full_px
+        batches = training_batches(
+            self.warm.reader(self.train), self.train, size_px=size_px, global_batch_size=config.optim.global_batch_size,
+            seed=config.seed, epoch=self.epoch, epochs=epochs, kind=augment.kind,
+            schedule=augment.schedule if isinstance(augment, Mda) else "max", num_patches=tower.num_patches(size_px),
+            patch_dropout=getattr(augment, "patch_dropout", 0.0), rank=ranks.rank, world_size=ranks.world_size,
+            num_threads=ranks.num_threads,
+        )  # fmt: skip
+        moved = self.warm.to_device(config, batches)
+        return self.forward, (((images, patches), labels) for images, labels, patches in moved)
+
+    def _kept_batches(self, kept: torch.Tensor) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        size, ranks = self.config.optim.global_batch_size, self.ranks
+        order = epoch_order(self.train, self.config.seed, self.epoch)
+        for step in range(self.steps_per_epoch):
+            rows = torch.from_numpy(order[step * size + ranks.rank : (step + 1) * size : ranks.world_size])
+            labels = torch.from_numpy(self.train.labels[rows.numpy()])
+            yield (kept[rows.to(kept.device)],), labels.to(kept.device)
 
     def evaluate(self, split_name: str) -> dict[str, float]:
         """Metrics of a split as `split/name`, over all ranks, each image counted once."""
-        began, split = time.monotonic(), self.warm.dataset.split(split_name)
-        num_classes, ranks = self.warm.dataset.num_classes, self.ranks
-        counts = torch.zeros(2, num_classes, dtype=torch.int64, device=ranks.device)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        began = time.monotonic()
+        found = self.evaluate_taus(split_name, [self.config.evaluation.posthoc_tau])[0]
+        return found | {"time/evaluate_s": time.monotonic() - began}
+
+    def evaluate_taus(self, split_name: str, taus: Sequence[float]) -> list[dict[str, float]]:
+        """Metrics for several strengths of the post-hoc adjustment z - tau * log prior, the logits computed once."""
+        device = self.ranks.device
+        log_prior = torch.from_numpy(np.log(self.class_counts / self.class_counts.sum())).float().to(device)
+        tallies = [Tally(self.warm.dataset.num_classes, device) for _ in taus]
+        with torch.inference_mode(), autocast(self.config, device):
+            for logits, labels in self._logits(self.warm.dataset.split(split_name)):
+                for tau, tally in zip(taus, tallies, strict=True):
+                    tally.add(logits.float() - tau * log_prior if tau else logits.float(), labels)
+        out = []
+        for tally in tallies:
+            for tensor in tally.tensors():
+                self.ranks.sum(tensor)
+            figures, self.per_class = tally.result(self.class_counts)
+            out.append({f"{split_name}/{name}": value for name, value in figures.items()})
+        return out
+
+    def _logits(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's share of a split."""
+        ranks, tte = self.ranks, self.config.evaluation.tte
+        if not tte and (kept := self.warm.kept(self.config, self.model, split)) is not None:
+            labels = torch.from_numpy(split.labels[ranks.rank :: ranks.world_size]).to(kept.device)
+            mine = kept[ranks.rank :: ranks.world_size]
+            yield from zip(map(self.model.from_frozen, mine.split(1000)), labels.split(1000), strict=True)
+            return
         batches = evaluation_batches(
             self.warm.reader(split), split, size_px=self.model.tower.resolution_px, rank=ranks.rank,
-            world_size=ranks.world_size, num_threads=ranks.num_threads,
+            world_size=ranks.world_size, num_threads=ranks.num_threads, crops=tte, batch_size=50 if tte else 250,
         )  # fmt: skip
-        with torch.inference_mode(), self._autocast():
-            for images, labels, _ in map(self._to_device, batches):
-                logits = self.model(images)
-                hits = labels[logits.argmax(1) == labels]
-                counts[0] += torch.bincount(hits, minlength=num_classes)
-                counts[1] += torch.bincount(labels, minlength=num_classes)
-                loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
-        correct, total = ranks.sum(counts).cpu().numpy()
-        found = summarise(correct, total, float(ranks.sum(loss_sum)), self.class_counts)
-        return {f"{split_name}/{name}": value for name, value in found.items()} | {
-            "time/evaluate_s": time.monotonic() - began
-        }
+        for images, labels, _ in self.warm.to_device(self.config, batches):
+            if tte:
+                yield self.model(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1), labels
+            else:
+                yield self.model(images), labels
 
     def epochs(self) -> Iterator[dict[str, float]]:
         """Train to the end from wherever the run stands; yields the figures of each epoch, validation included.
@@ -235,33 +228,24 @@ class Run:
             class_counts=self.class_counts.tolist(), epoch=self.epoch, step=self.epoch * self.steps_per_epoch,
             metrics={k: v for k, v in self.metrics.items() if "/" in k and not k.startswith("time/")},
         )  # fmt: skip
-        checkpoint.save(folder, self.model, self.optimizer, record)
+        checkpoint.save(folder, self.model, self.optimizer, record, self.per_class_rows() if self.per_class else [])
+
+    def per_class_rows(self) -> list[dict[str, Any]]:
+        """A row for each class, of the last evaluation."""
+        assert self.per_class is not None
+        return per_class_rows(self.warm.dataset.class_names, self.class_counts, *self.per_class)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint of the same settings. Raises BadInput, naming the first setting that differs."""
         record = checkpoint.read_record(folder)
-        here = self.config.to_dict()
-        for section in here:
-            if record.config.get(section) != here[section]:
-                raise BadInput(
-                    f"{folder}: must be of the same settings, but {section} was {record.config.get(section)} "
-                    f"and is {here[section]}; use another --out, or the settings it began with"
-                )
+        checkpoint.check_same(folder, record, self.config.to_dict(), self.warm.dataset.class_names)
         checkpoint.load_weights(folder, self.model)
         if self.optimizer is not None:
             checkpoint.load_optimizer(folder, self.model, self.optimizer)
         self.epoch, self.metrics = record.epoch, record.metrics
 
-    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Normalised float images, labels and kept patches on the device; copied without waiting on a GPU."""
-        device = self.ranks.device
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-        patches = None if batch.patches is None else move(batch.patches)
-        return move(batch.images) * self._gain + self._offset, move(batch.labels), patches
-
-    def _autocast(self) -> torch.autocast:
-        dtype = DTYPES[self.config.backbone.precision]
-        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype != torch.float32)
+def parts_of(size: int, number: int) -> list[slice]:
+    """At most `number` slices of a batch, as even as they can be."""
+    ends = [size * i // number for i in range(number + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends) if stop > start]

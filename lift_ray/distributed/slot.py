@@ -37,7 +37,7 @@ class Worker:
 
     def __init__(self, dataset: str, need: Need, rank: int) -> None:
         from lift_ray.distributed.ranks import Ranks
-        from lift_ray.distributed.run import Warm
+        from lift_ray.distributed.warm import Warm
 
         self.need, self.rank = need, rank
         self.ranks = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)

@@ -27,7 +27,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from lift_ray.distributed.ranks import Ranks
-    from lift_ray.distributed.run import Run, Warm
+    from lift_ray.distributed.run import Run
+    from lift_ray.distributed.warm import Warm
     from lift_ray.settings.run import RunConfig
 
     context, num_cpus = ray.train.get_context(), settings["num_cpus"]

@@ -2,50 +2,80 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lift_ray.model.backbone import Tower
-from lift_ray.model.classifier import CosineHead, ZeroShotHead
-from lift_ray.model.tuners import Tuner
+from lift_ray.model.resnet import ResNetTower
+from lift_ray.model.tower import Tower
+from lift_ray.model.tuners import BLOCK_TUNERS, OWN, Tuner, add_sparse, own_names
 
 if TYPE_CHECKING:
     from lift_ray.settings.run import Optim
 
 
 class Lift(nn.Module):
-    """The tower with its tuner and classifier.
+    """The tower with its tuners and classifier.
 
-    The tower is shared by all trials of a process and never changes; only `tuner` and `head` are trained and stored.
+    The tower is shared by all trials of a process and never changes; kinds that train its own parameters get copies of just
+    those. Only what is trained, and the head, is stored.
+
+    Args:
+        parts: for each kind of tuner its options (model.tuners.Tuner); `partial` and the other kinds that train the tower's
+            own parameters take `blocks`.
+        head: from features to logits.
     """
 
-    def __init__(self, tower: Tower, tuner: Tuner, head: CosineHead | ZeroShotHead) -> None:
+    def __init__(self, tower: Tower | ResNetTower, parts: dict[str, dict[str, Any]], head: nn.Module) -> None:
         super().__init__()
-        self.tower, self.tuner, self.head = tower, tuner, head
-        if tuner.kind == "zero_shot":
+        self.first_tuned = min((first_block(kind, options, tower.num_blocks) for kind, options in parts.items()))
+        self.tower = tower
+        for kind, options in parts.items():
+            if kind in OWN:
+                self.tower = tower.with_own(own_names(tower, kind, options["blocks"]))
+            elif kind == "sparse":
+                self.tower = tower.with_own([])
+                add_sparse(self.tower, **options)
+        self.tuner, self.head = Tuner(parts, tower), head
+        if "zero_shot" in parts:
             head.requires_grad_(False)
 
     def feature(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) normalised images, (B, P) patches to look at (None for all) -> (B, D) before CLIP's projection."""
-        feature: Tensor = self.tower(images, self.tuner.per_block, patches)
-        return feature
+        return self.tower.finish(self.tower.embed(images, patches), self.tuner.per_block)
 
     def forward(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """As `feature`, to (B, K) raw logits, in fp32 also when the tower computes in less."""
-        feature = self.feature(images, patches).float()
-        with torch.autocast(images.device.type, enabled=False):
-            logits: Tensor = self.head(feature)
+        return self.classify(self.feature(images, patches))
+
+    def from_frozen(self, activations: Tensor) -> Tensor:
+        """The same from what `frozen_part` made of the images."""
+        if self.first_tuned == self.tower.num_blocks:
+            return self.classify(activations)
+        return self.classify(self.tower.finish(activations, self.tuner.per_block, self.first_tuned))
+
+    def frozen_part(self, images: Tensor) -> Tensor:
+        """What the blocks below the first tuned one make of images: (B, T, D), or the features (B, D) when no block is tuned."""
+        x = self.tower.embed(images)
+        if self.first_tuned == self.tower.num_blocks:
+            return self.tower.finish(x)
+        return self.tower.blocks_until(x, self.first_tuned)
+
+    def classify(self, feature: Tensor) -> Tensor:
+        """(B, D) -> (B, K) raw logits in fp32."""
+        with torch.autocast(feature.device.type, enabled=False):
+            logits: Tensor = self.head(feature.float())
         return logits
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name; the tower has none."""
+        """The trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def stored(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: tuner and head, also when the head is not trained."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
+        """What a checkpoint holds: what is trained, and the head, also when it is not."""
+        trained = self.trained()
+        return {n: value for n, value in self.state_dict().items() if n in trained or not n.startswith("tower.")}
 
     def load_stored(self, state: dict[str, Tensor]) -> None:
         """Load a checkpoint's tensors, strictly. Raises ValueError that names what is missing or too much."""
@@ -56,6 +86,13 @@ class Lift(nn.Module):
         with torch.no_grad():
             for name, value in expected.items():
                 value.copy_(state[name])
+
+
+def first_block(kind: str, options: dict[str, Any], num_blocks: int) -> int:
+    """The first block that a kind changes; `num_blocks` when it changes none."""
+    if kind in BLOCK_TUNERS or kind in OWN or kind == "sparse":
+        return int(min(options.get("blocks") or [0]))
+    return num_blocks
 
 
 def make_optimizer(trained: dict[str, nn.Parameter], optim: Optim) -> torch.optim.SGD:

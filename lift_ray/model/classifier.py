@@ -1,30 +1,77 @@
-"""Classifier heads on frozen features."""
+"""Classifier heads on features, and the weights they start from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MEAN_OF = 100  # images of a class in its mean (arXiv 2309.10019)
+CHUNK_VALUES = 1 << 25  # logits of the linear probe that are in memory at a time
 
-class CosineHead(nn.Module):
+
+class Head(nn.Module):
+    """A classifier with trained weights (K, D) on features (B, D); subclasses say how the two meet.
+
+    Args:
+        weight: (K, D), the start of the trained weights, for example from the class names; it is copied.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone().float())
+
+
+class LinearHead(Head):
+    """z_k = f . w_k + b_k; the trained bias starts at zero, and neither features nor weights are normalised."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.bias = nn.Parameter(torch.zeros_like(self.weight[:, 0]))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        return F.linear(feature, self.weight, self.bias)
+
+
+class CosineHead(Head):
     """z_k = scale * cos(f, w_k) (arXiv 2309.10019).
 
     Args:
-        weight: (K, D), the start of the trained weights, for example from the class names.
+        weight: as in `Head`.
         scale: 25 in LIFT.
     """
 
     def __init__(self, weight: Tensor, scale: float = 25.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach().clone().float())
+        super().__init__(weight)
         self.scale = scale
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, D) -> (B, K)."""
         return self.scale * F.linear(F.normalize(feature, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class L2NormHead(Head):
+    """z_k = f . w_k / |w_k| on the feature as it comes: no scale, no bias (arXiv 2309.10019)."""
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        return F.linear(feature, F.normalize(self.weight, dim=-1))
+
+
+class LayerNormHead(Head):
+    """z_k = LayerNorm(f) . w_k / |w_k|: no scale, no bias (arXiv 2309.10019).
+
+    The LayerNorm has no trained scale and shift; its epsilon is 1e-12.
+    """
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        normalised = F.layer_norm(feature, feature.shape[-1:], eps=1e-12)
+        return F.linear(normalised, F.normalize(self.weight, dim=-1))
 
 
 class ZeroShotHead(nn.Module):
@@ -55,3 +102,86 @@ def random_weights(num_classes: int, width: int) -> Tensor:
     weight = torch.empty(num_classes, width)
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     return weight
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """w_k = m_k / |m_k|, m_k the mean feature of class k (arXiv 2309.10019).
+
+    Args:
+        features: (N, D), as the tower gives them.
+        labels: (N,). Of each class the first 100 images count.
+
+    Returns:
+        (K, D) unit rows.
+
+    Raises ValueError naming the classes without images.
+    """
+    counts = _images_per_class(labels, num_classes)
+    order = labels.argsort(stable=True)
+    rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
+    first = order[rank < MEAN_OF]
+    sums = torch.zeros(num_classes, features.shape[1], device=features.device)
+    sums.index_add_(0, labels[first], features[first].float())
+    return F.normalize(sums, dim=-1)
+
+
+@torch.no_grad()
+def probe_weights(
+    features: Tensor, labels: Tensor, num_classes: int, *, penalty: float = 0.01, steps: int = 100
+) -> Tensor:
+    """Weights of a linear probe: balanced multinomial logistic regression on f / |f| without a bias (arXiv 2309.10019).
+
+    Minimises sum_i N / (K n_y) CE(W f_i / |f_i|, y_i) + penalty / 2 |W|^2 by L-BFGS from zero, the same result for the same
+    input. The rows are then divided by their mean length, so that a linear head predicts as the probe does and a normalising
+    head starts with rows of about length 1.
+
+    Args:
+        features: (N, D), as the tower gives them.
+        labels: (N,).
+        penalty: strength of the L2 penalty. No source states one; 0.01 is what 1 would be on features of length 10.
+        steps: L-BFGS steps at most.
+
+    Returns:
+        (K, D).
+
+    Raises ValueError naming the classes without images.
+    """
+    num_images, rows = len(labels), max(1, CHUNK_VALUES // num_classes)
+    unit = F.normalize(features.float(), dim=-1)
+    balance = 1 / (num_classes * _images_per_class(labels, num_classes).float())
+    chunks = list(zip(unit.split(rows), labels.split(rows), balance[labels].split(rows), strict=True))
+    weight = torch.zeros(num_classes, features.shape[1], device=features.device)
+
+    def objective() -> Tensor:
+        value = penalty / num_images / 2 * weight.square().sum()
+        weight.grad = penalty / num_images * weight
+        for x, y, share in chunks:
+            log_p = (x @ weight.T).log_softmax(1)
+            value = value - share @ log_p.gather(1, y.unsqueeze(1)).squeeze(1)
+            error = log_p.exp_().scatter_add_(1, y.unsqueeze(1), -torch.ones_like(share).unsqueeze(1))
+            weight.grad += (error * share.unsqueeze(1)).T @ x
+        return value
+
+    solver = torch.optim.LBFGS([weight], max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    solver.step(objective)
+    length: Tensor = weight.norm(dim=1).mean()
+    return weight.detach() / length.clamp(min=1e-12)
+
+
+def _images_per_class(labels: Tensor, num_classes: int) -> Tensor:
+    counts = labels.bincount(minlength=num_classes)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        named = ", ".join(map(str, empty[:4])) + (", ..." if len(empty) > 4 else "")
+        raise ValueError(
+            f"start weights need an image of every class, but there is none of class {named}; use a random start"
+        )
+    return counts
+
+
+HEADS: dict[str, Callable[..., Head]] = {
+    "linear": LinearHead,
+    "cosine": CosineHead,
+    "l2norm": L2NormHead,
+    "layernorm": LayerNormHead,
+}

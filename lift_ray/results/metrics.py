@@ -1,6 +1,10 @@
-"""Accuracy by class and by group of classes."""
+"""Accuracy by class and by group of classes, and how much the predictions can be trusted."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,32 +15,98 @@ GROUPS = ("many", "medium", "few")
 RULES = {"many": f"over {MANY_ABOVE}", "medium": f"{FEW_BELOW} to {MANY_ABOVE}", "few": f"under {FEW_BELOW}"}
 
 
+class PerClass(NamedTuple):
+    """What one split gave for each class, (K,) each.
+
+    Args:
+        correct: images of the class that were recognised.
+        total: images of the class.
+        predicted: images, of any class, that were taken for the class.
+    """
+
+    correct: NDArray[np.int64]
+    total: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+
+
 def class_groups(train_counts: NDArray[np.int64]) -> NDArray[np.str_]:
     """many (> 100 training images), medium (20 to 100) or few (< 20) for each class, (K,)."""
     return np.where(train_counts > MANY_ABOVE, "many", np.where(train_counts < FEW_BELOW, "few", "medium"))
 
 
 def summarise(
-    correct: NDArray[np.int64], total: NDArray[np.int64], loss_sum: float, train_counts: NDArray[np.int64]
+    classes: PerClass, bins: NDArray[np.float64], loss_sum: float, train_counts: NDArray[np.int64]
 ) -> dict[str, float]:
-    """Metrics from counts of one split, each accuracy in [0, 1].
+    """Metrics from the counts of one split of at least one image, all but the loss in [0, 1].
 
     Args:
-        correct, total: images of each class, (K,).
+        classes: counts by class.
+        bins: (3, M), images, summed confidence and correct images of the M bins of confidence.
         loss_sum: cross-entropy of the raw logits summed over the images.
         train_counts: (K,), what makes a class many, medium or few.
 
     Returns:
-        accuracy over images, mean_class_accuracy, loss, and many, medium, few as means of class accuracies; a group
-        without classes in this split is left out.
+        accuracy over images; mean_class_accuracy, worst_class, harmonic_mean and geometric_mean of the class accuracies
+        a_k, both means 0 where one a_k is; macro_f1, the mean of 2 correct / (total + predicted); many, medium and few, the
+        means of the group's a_k, a group without classes being left out; calibration_error, the expected one, sum over the
+        bins of |confidence - correct| / images (arXiv 1706.04599); loss. Classes without images in the split count nowhere.
     """
-    seen = total > 0
-    per_class = correct[seen] / total[seen]
-    groups = class_groups(train_counts)[seen]
-    images = max(1, int(total.sum()))
+    seen = classes.total > 0
+    correct, total, predicted = (counts[seen] for counts in classes)
+    accuracies, groups = correct / total, class_groups(train_counts)[seen]
+    images = int(total.sum())
+    all_found = bool((correct > 0).all())
     out = {
-        "accuracy": float(correct.sum() / images),
-        "mean_class_accuracy": float(per_class.mean()),
+        "accuracy": correct.sum() / images,
+        "mean_class_accuracy": accuracies.mean(),
+        "worst_class": accuracies.min(),
+        "harmonic_mean": 1 / np.mean(1 / accuracies) if all_found else 0.0,
+        "geometric_mean": np.exp(np.log(accuracies).mean()) if all_found else 0.0,
+        "macro_f1": np.mean(2 * correct / (total + predicted)),
+        "calibration_error": np.abs(bins[1] - bins[2]).sum() / images,
         "loss": loss_sum / images,
     }
-    return out | {group: float(per_class[groups == group].mean()) for group in GROUPS if (groups == group).any()}
+    out |= {group: accuracies[groups == group].mean() for group in GROUPS if (groups == group).any()}
+    return {name: float(value) for name, value in out.items()}
+
+
+def per_class_rows(
+    class_names: Sequence[str],
+    train_counts: NDArray[np.int64],
+    correct: NDArray[np.int64],
+    total: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+) -> list[dict[str, Any]]:
+    """A row for each class; the last three are those of `PerClass`, so that `*classes` fits.
+
+    accuracy and f1 are None for a class without images in the split, precision for one that was never predicted; the
+    means of the others are mean_class_accuracy and macro_f1.
+    """
+    groups = class_groups(train_counts)
+    return [
+        {
+            "class": name,
+            "group": str(groups[k]),
+            "train_images": int(train_counts[k]),
+            "images": int(total[k]),
+            "correct": int(correct[k]),
+            "predicted": int(predicted[k]),
+            "accuracy": float(correct[k] / total[k]) if total[k] else None,
+            "precision": float(correct[k] / predicted[k]) if predicted[k] else None,
+            "f1": float(2 * correct[k] / (total[k] + predicted[k])) if total[k] else None,
+        }
+        for k, name in enumerate(class_names)
+    ]
+
+
+def write_per_class(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """The rows of `per_class_rows` as CSV, None as nothing, renamed into place."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    columns = {"class": pa.string(), "group": pa.string()}
+    columns |= dict.fromkeys(("train_images", "images", "correct", "predicted"), pa.int64())
+    columns |= dict.fromkeys(("accuracy", "precision", "f1"), pa.float64())
+    temporary = path.with_name(path.name + ".tmp")
+    pyarrow.csv.write_csv(pa.Table.from_pylist(list(rows), schema=pa.schema(columns.items())), temporary)
+    temporary.replace(path)

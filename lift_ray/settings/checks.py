@@ -11,7 +11,10 @@ from lift_ray.settings.files import Path_, SettingsFile, explain, models_of
 from lift_ray.settings.run import RunConfig, check_global_batch
 from lift_ray.settings.space import Asha, SpaceFile, is_active, listed, parents_first, seeded_draws
 
-METRICS = ("mean_class_accuracy", "accuracy", "many", "medium", "few", "loss")
+METRICS = (
+    "mean_class_accuracy", "accuracy", "many", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean", "macro_f1",
+    "calibration_error", "loss",
+)  # fmt: skip
 NUM_CHECK_DRAWS = 64
 
 

@@ -9,34 +9,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 
-TunerKind = Literal["adaptformer", "lora", "linear_probe", "zero_shot"]
-TUNER_KINDS: tuple[str, ...] = ("adaptformer", "lora", "linear_probe", "zero_shot")
+from lift_ray.settings.base import OneOf, Settings
+from lift_ray.settings.tuners import Adaptformer, AnyTuner, Tuner, check_pair, resolve_tuner
 
-
-class Settings(BaseModel):
-    """Strict, frozen, no unknown keys."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_kinds(cls, data: Any) -> Any:
-        """A section without `kind` is of the default kind: `loss: {tau: 0.5}` is enough."""
-        if not isinstance(data, dict):
-            return data
-        missing = {
-            name: {"kind": field.default.kind, **data[name]}
-            for name, field in cls.model_fields.items()
-            if hasattr(field.default, "kind") and isinstance(data.get(name), dict) and "kind" not in data[name]
-        }
-        return {**data, **missing}
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Backbone(Settings):
@@ -48,63 +28,90 @@ class Backbone(Settings):
     """open_clip's tag of the weights (openai, laion2b_s34b_b88k) or a local file; not with embedded, hf-hub or local-dir."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the frozen tower computes in; bf16 and fp16 are autocast on a GPU."""
+    resolution_px: Annotated[int, Field(ge=1)] | None = None
+    """Side of the pictures; the one it was trained with when not given."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: slower to start, faster steps on some GPUs."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass: a third more work, much less memory."""
+    cache_gib: Annotated[float, Field(ge=0)] = 2.0
+    """Memory a worker may use for what frozen blocks make of pictures that stay the same; 0 computes it every time."""
 
 
-class Augment(Settings):
-    """Minimalist data augmentation (MDA): a random square crop whose smallest area grows over the run (arXiv 2504.13282)."""
+class Mda(Settings):
+    """Minimalist data augmentation: a random square crop whose smallest area grows over the run (arXiv 2504.13282)."""
 
+    kind: Literal["mda"] = "mda"
     schedule: Literal["convex", "linear", "concave", "min", "max"] = "convex"
-    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    patch_dropout: Share = 0.0
     """Share of the patches that are left out in training, others for each picture; all are used in evaluation (arXiv 2212.00794)."""
+    start_px: Annotated[int, Field(ge=1)] | None = None
+    """Side of the training pictures in the first epoch, from where it grows to the backbone's; the backbone's when not given."""
 
 
-class Adaptformer(Settings):
-    """A bottleneck beside the MLP of each block (arXiv 2205.13535)."""
+class CropFlip(Settings):
+    """A random crop of any aspect and a random flip, bilinear, as LIFT has it (arXiv 2309.10019)."""
 
-    kind: Literal["adaptformer"] = "adaptformer"
-    bottleneck: Annotated[int, Field(ge=1)] | None = None
-    """Width R; derived as 2^max(0, floor(log2(K / 2L))) for K classes and L tuned blocks."""
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
-
-
-class Lora(Settings):
-    """Low-rank changes of the query and value projections (arXiv 2106.09685)."""
-
-    kind: Literal["lora"] = "lora"
-    bottleneck: Annotated[int, Field(ge=1)] | None = None
-    """Rank R; derived as 2^max(0, floor(log2(K / 4L)))."""
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    kind: Literal["crop_flip"] = "crop_flip"
+    patch_dropout: Share = 0.0
+    """Share of the patches that are left out in training."""
+    start_px: Annotated[int, Field(ge=1)] | None = None
+    """Side of the training pictures in the first epoch, from where it grows to the backbone's."""
 
 
-class LinearProbe(Settings):
-    """Nothing in the tower is trained, only the classifier."""
+class NoAugment(Settings):
+    """The evaluation crop in training too. What the frozen blocks make of a picture is then computed once and kept."""
 
-    kind: Literal["linear_probe"] = "linear_probe"
-
-
-class ZeroShot(Settings):
-    """Nothing is trained: CLIP's own classifier, cosines with the class names in the shared space."""
-
-    kind: Literal["zero_shot"] = "zero_shot"
+    kind: Literal["none"] = "none"
 
 
-def _holds_place(template: str) -> str:
-    if "{}" not in template:
-        raise ValueError(f"must hold {{}} for the class name, but got {template!r}; add it")
+def _holds_place(template: str | list[str]) -> str | list[str]:
+    for line in [template] if isinstance(template, str) else template:
+        if "{}" not in line and template != "ensemble":
+            raise ValueError(f"must hold {{}} for the class name, but got {line!r}; add it")
     return template
 
 
-class CosineHead(Settings):
+Template = Annotated[
+    Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)],
+    OneOf("a text with {}, a list of such texts, or ensemble"),
+    AfterValidator(_holds_place),
+]
+
+
+class Start(Settings):
+    """Where the weights of the classifier start."""
+
+    init: Literal["semantic", "class_mean", "linear_probe", "random"] = "semantic"
+    """semantic: from the class names through the text tower; class_mean: mean feature of at most 100 images a class;
+    linear_probe: balanced logistic regression on the frozen features; random: Kaiming uniform."""
+    template: Template = "a photo of a {}."
+    """Text around the class name for the semantic initialisation: one, several (their mean), or `ensemble`, CLIP's own 80."""
+
+
+class CosineHead(Start):
     """z_k = scale * cos(f, w_k)."""
 
     kind: Literal["cosine"] = "cosine"
     scale: Annotated[float, Field(gt=0)] = 25.0
-    init: Literal["semantic", "random"] = "semantic"
-    """semantic: from the class names through the text tower; random: Kaiming uniform."""
-    template: Annotated[str, AfterValidator(_holds_place)] = "a photo of a {}."
-    """Text around the class name for the semantic initialisation."""
+
+
+class LinearHead(Start):
+    """z = W f + b."""
+
+    kind: Literal["linear"] = "linear"
+
+
+class L2NormHead(Start):
+    """z_k = <f, w_k / |w_k|>."""
+
+    kind: Literal["l2norm"] = "l2norm"
+
+
+class LayerNormHead(Start):
+    """z_k = <LayerNorm(f), w_k / |w_k|>."""
+
+    kind: Literal["layernorm"] = "layernorm"
 
 
 class LogitAdjusted(Settings):
@@ -120,19 +127,77 @@ class CrossEntropy(Settings):
     kind: Literal["cross_entropy"] = "cross_entropy"
 
 
+class Focal(Settings):
+    """(1 - p_y)^gamma * CE (arXiv 1708.02002)."""
+
+    kind: Literal["focal"] = "focal"
+    gamma: Annotated[float, Field(ge=0)] = 2.0
+
+
+class Ldam(Settings):
+    """Cross-entropy with margins that grow for rare classes, n^(-1/4) (arXiv 1906.07413)."""
+
+    kind: Literal["ldam"] = "ldam"
+    max_margin: Annotated[float, Field(ge=0)] = 0.5
+    scale: Annotated[float, Field(gt=0)] = 25.0
+    """What margins are multiplied with; the cosine head's scale."""
+
+
+class ClassBalanced(Settings):
+    """Cross-entropy weighted by (1 - beta) / (1 - beta^n) (arXiv 1901.05555)."""
+
+    kind: Literal["class_balanced"] = "class_balanced"
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+
+
+class Reweighted(Settings):
+    """Cross-entropy weighted by 1 / prior."""
+
+    kind: Literal["reweighted"] = "reweighted"
+
+
+class BalancedSoftmax(Settings):
+    """Cross-entropy of z + log n (arXiv 2007.10740)."""
+
+    kind: Literal["balanced_softmax"] = "balanced_softmax"
+
+
+class Lade(Settings):
+    """Balanced softmax and a term that takes the label distribution out of the logits (arXiv 2012.00321)."""
+
+    kind: Literal["lade"] = "lade"
+    remine: Annotated[float, Field(ge=0)] = 0.1
+    weight: Annotated[float, Field(ge=0)] = 0.1
+
+
 class Optim(Settings):
     """SGD with a cosine schedule over the whole run."""
 
     epochs: Annotated[int, Field(ge=1)] = 5
     global_batch_size: Annotated[int, Field(ge=1)] = 128
     """Images a step, over all workers."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Parts in which a worker's share of a step goes through the tower, for less memory."""
     lr: Annotated[float, Field(gt=0)] = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
 
 
-Tuner = Annotated[Adaptformer | Lora | LinearProbe | ZeroShot, Field(discriminator="kind")]
-Loss = Annotated[LogitAdjusted | CrossEntropy, Field(discriminator="kind")]
+class Evaluation(Settings):
+    """How images are classified after training."""
+
+    posthoc_tau: Annotated[float, Field(ge=0)] = 0.0
+    """Subtract this times the log of the training prior from the logits (arXiv 2007.07314)."""
+    tte: bool = False
+    """Test-time ensembling: the mean of the logits of five crops (arXiv 2309.10019)."""
+
+
+Augment = Annotated[Mda | CropFlip | NoAugment, Field(discriminator="kind")]
+Head = Annotated[CosineHead | LinearHead | L2NormHead | LayerNormHead, Field(discriminator="kind")]
+Loss = Annotated[
+    LogitAdjusted | CrossEntropy | Focal | Ldam | ClassBalanced | Reweighted | BalancedSoftmax | Lade,
+    Field(discriminator="kind"),
+]
 
 
 class RunConfig(Settings):
@@ -140,28 +205,34 @@ class RunConfig(Settings):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: Backbone = Backbone()
-    augment: Augment = Augment()
+    augment: Augment = Mda()
     tuner: Tuner = Adaptformer()
-    head: CosineHead = CosineHead()
+    extra_tuner: Tuner | None = None
+    """A second tuner, of a kind that changes other places."""
+    head: Head = CosineHead()
     loss: Loss = LogitAdjusted()
     optim: Optim = Optim()
+    evaluation: Evaluation = Evaluation()
 
-    def resolve(self, num_classes: int, num_blocks: int) -> RunConfig:
-        """Fill every derived value, so that the result states all that was computed (METHODS: derived widths).
+    @field_validator("extra_tuner")
+    @classmethod
+    def _goes_together(cls, extra: AnyTuner | None, info: ValidationInfo) -> AnyTuner | None:
+        if extra is not None and "tuner" in info.data:
+            check_pair(info.data["tuner"].kind, extra.kind)
+        return extra
+
+    def tuners(self) -> list[AnyTuner]:
+        """The one or two tuners."""
+        return [self.tuner] if self.extra_tuner is None else [self.tuner, self.extra_tuner]
+
+    def resolve(self, num_classes: int, num_blocks: int, width: int) -> RunConfig:
+        """Fill every derived value, so that the result states all that was computed.
 
         Raises ValueError when a block number is outside 0 ... num_blocks - 1.
         """
-        tuner = self.tuner
-        if not isinstance(tuner, Adaptformer | Lora):
-            return self
-        blocks = sorted(set(tuner.blocks)) if tuner.blocks is not None else list(range(num_blocks))
-        if not blocks or blocks[-1] >= num_blocks:
-            raise ValueError(
-                f"tuner.blocks: must lie in 0 ... {num_blocks - 1}, but got {tuner.blocks}; name at least one"
-            )
-        divisor = 2 if isinstance(tuner, Adaptformer) else 4
-        width = tuner.bottleneck or derived_width(num_classes, divisor * len(blocks))
-        return self.model_copy(update={"tuner": tuner.model_copy(update={"blocks": blocks, "bottleneck": width})})
+        named = [("tuner", self.tuner), ("extra_tuner", self.extra_tuner)]
+        filled = {name: resolve_tuner(t, name, num_classes, num_blocks, width) for name, t in named if t is not None}
+        return self.model_copy(update=filled)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain tree for Ray, YAML and JSON."""
@@ -184,11 +255,6 @@ class RunFile(RunConfig):
     def config(self) -> RunConfig:
         """The settings alone."""
         return RunConfig.model_validate(self.model_dump(include=set(RunConfig.model_fields)))
-
-
-def derived_width(num_classes: int, divisor: int) -> int:
-    """2^max(0, floor(log2(K / divisor))): LIFT's rule for bottlenecks (arXiv 2309.10019)."""
-    return 1 << max(0, math.floor(math.log2(num_classes / divisor)))
 
 
 def check_global_batch(size: int, workers: int) -> None:

@@ -5,28 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, model_validator
 
 from lift_ray.errors import BadInput
+from lift_ray.settings.base import OneOf, Settings
 from lift_ray.settings.files import SettingsFile, apply_file_overrides
-from lift_ray.settings.run import RunConfig, Settings, apply_overrides
+from lift_ray.settings.run import RunConfig, apply_overrides
 
 if TYPE_CHECKING:
     import optuna
 
 LARGEST_BOUND = 1e15  # beyond it the samplers lose whole numbers
-
-
-class OneOf:
-    """One message for a union of plain types, in place of one for each of its members."""
-
-    def __init__(self, rule: str) -> None:
-        self.rule = rule
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """The union's own schema with this message."""
-        return core_schema.custom_error_schema(handler(source), "one_of", custom_error_message=self.rule)
 
 
 Value = Annotated[bool | int | float | str | None, OneOf("text, a number, true, false or null")]

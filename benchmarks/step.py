@@ -1,0 +1,314 @@
+"""One training step of LIFT with AdaptFormer in every block, against the same step written the straightforward way.
+
+A step is the forward pass, the logit-adjusted loss, the backward pass and a fused SGD update, on a fixed batch in memory,
+fp32. `ours` is methods.lift.Lift. `plain` is open_clip's own vision transformer, frozen, with an AdaptFormer in a wrapper
+around each of its blocks: all tokens in every block, nn.MultiheadAttention as open_clip calls it. Both hold the same
+values; nothing is timed before logits and gradients of the two agree. Large matmuls measure what the machine can do at
+that moment: all of them take turns, round by round, so that a drift of the machine's speed meets all alike.
+
+GFLOP/s counts for all variants the least that a step needs (`step_flops`), so work that could be left out lowers it.
+
+    python benchmarks/step.py                       # both models, 10 rounds
+    python benchmarks/step.py --models lift-tiny --compile --checkpointing
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import open_clip
+import rich.table
+import torch
+import torch.nn.functional as F
+from record import record
+from torch import Tensor, nn
+
+from lift_ray.methods.lift import Lift, make_optimizer
+from lift_ray.model.backbone import rebuild
+from lift_ray.model.classifier import CosineHead, random_weights
+from lift_ray.model.losses import LOSSES
+from lift_ray.model.tower import Tower
+from lift_ray.model.tuners import Adaptformer
+from lift_ray.results.tables import console
+from lift_ray.settings.run import Optim
+from lift_ray.settings.tuners import derived_width
+
+NUM_CLASSES, TOLERANCE, SEED = 100, 1e-4, 0
+SQUARES = (1024, 2048)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its batch.
+
+    Args:
+        source: what open_clip.create_model loads; random weights where open_clip would need a download.
+    """
+
+    source: str
+    batch: int
+
+
+CASES = {"vit-b-32": Case("ViT-B-32", 32), "lift-tiny": Case("local-dir:lift_ray/assets/lift-tiny", 128)}
+
+
+class PlainBlock(nn.Module):
+    """open_clip's block with an AdaptFormer beside its MLP: out + s * Up(ReLU(Down(LN(a)))) (arXiv 2205.13535)."""
+
+    def __init__(self, block: nn.Module, tuner: Adaptformer) -> None:
+        super().__init__()
+        self.block, self.tuner = block, copy.deepcopy(tuner)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        block, tuner = self.block, self.tuner
+        a = x + block.attention(block.ln_1(x), attn_mask=attn_mask)
+        beside = tuner.up(F.relu(tuner.down(tuner.norm(a))))
+        return a + block.mlp(block.ln_2(a)) + tuner.scale * beside
+
+
+class Plain(nn.Module):
+    """open_clip's VisionTransformer, frozen, with the AdaptFormers and the head of a Lift."""
+
+    def __init__(self, visual: nn.Module, model: Lift) -> None:
+        super().__init__()
+        self.visual = copy.deepcopy(visual).requires_grad_(False)
+        self.visual.proj = None
+        blocks = self.visual.transformer.resblocks
+        for index, tuner in enumerate(model.tuner.per_block):
+            assert isinstance(tuner, Adaptformer)
+            blocks[index] = PlainBlock(blocks[index], tuner)
+        self.head = copy.deepcopy(model.head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, K)."""
+        return self.head(self.visual(images))
+
+
+def new_lift(tower: Tower, bottleneck: int, num_classes: int) -> Lift:
+    """AdaptFormer in every block, away from its start at zero, where nothing of it would show."""
+    head = CosineHead(random_weights(num_classes, tower.width))
+    model = Lift(tower, {"adaptformer": {"blocks": list(range(tower.num_blocks)), "bottleneck": bottleneck}}, head)
+    with torch.no_grad():
+        for parameter in model.tuner.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def step_flops(tower: Tower, bottleneck: int, num_classes: int, batch: int) -> int:
+    """The least floating point operations of a training step with AdaptFormer in every block and a linear head.
+
+    Counted are matrix products and the patch convolution, a product of (m, k) and (k, n) as 2 m k n:
+    * forward: patches; in every block queries, keys, values, scores, their sum of values, output projection, MLP and
+      AdaptFormer, in the last block queries and what follows the scores for the class token only; the classifier;
+    * backward through frozen linears: the gradient of their input, once as much as forward, but none in the first block,
+      below which nothing is trained, and none for the weights;
+    * backward through attention: four products (queries, keys, values and the scores' softmax). Kernels in the way of
+      flash attention, torch's for CPUs too, compute the scores again, a fifth; that is not counted;
+    * backward through AdaptFormer and classifier: gradients of input and weights, twice as much as forward. In the first
+      block as well, because the norm before Down is trained.
+    Norms, activations, softmax, additions, loss and SGD are not counted.
+    """
+    tokens, width, rank = tower.num_patches(tower.resolution_px) + 1, tower.width, bottleneck
+    flops = 2 * batch * (tokens - 1) * 3 * tower.patch_px**2 * width
+    for index in range(tower.num_blocks):
+        outer = 1 if index == tower.num_blocks - 1 else tokens  # tokens that leave the block
+        per_row = width * width + width * width + 2 * width * tower.hidden  # queries, output projection, MLP
+        linears = 2 * batch * (outer * per_row + tokens * 2 * width * width)
+        attention = 2 * batch * 2 * outer * tokens * width
+        tuner = 2 * batch * outer * 2 * width * rank
+        flops += linears + attention + 3 * tuner + (linears + 2 * attention if index else 0)
+    return flops + 3 * 2 * batch * width * num_classes
+
+
+def recomputed_flops(tower: Tower, batch: int) -> int:
+    """What torch's attention computes again in the backward pass: the scores of every block but the first."""
+    tokens = tower.num_patches(tower.resolution_px) + 1
+    return 2 * batch * tokens * tower.width * (tokens * (tower.num_blocks - 2) + 1)
+
+
+class Step:
+    """A training step of a model on a fixed batch; calling it takes one."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, counts: Tensor) -> None:
+        self.model, self.images, self.labels = model, images, labels
+        self.loss = LOSSES["logit_adjusted"](counts, tau=1.0)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.trained, Optim())
+
+    def backward(self) -> Tensor:
+        """Gradients in the parameters; returns the logits."""
+        self.optimizer.zero_grad()
+        logits = self.model(self.images)
+        self.loss(logits, self.labels).backward()
+        return logits.detach()
+
+    def __call__(self) -> None:
+        self.backward()
+        self.optimizer.step()
+
+
+def difference(one: Step, other: Step) -> float:
+    """The largest difference of two variants' logits and gradients, each relative to the largest value of its tensor."""
+    pairs = [(one.backward(), other.backward())]
+    theirs = list(other.trained.values())
+    assert len(theirs) == len(one.trained)
+    for (name, mine), yours in zip(one.trained.items(), theirs, strict=True):
+        assert mine.shape == yours.shape, name
+        assert mine.grad is not None, name
+        assert yours.grad is not None, name
+        pairs.append((mine.grad, yours.grad))
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+
+def matmuls(tower: Tower, batch: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """(call, flops) of matmuls that show what the machine can do: large squares, and the shapes of the model's own."""
+    rows, width, hidden = batch * (tower.num_patches(tower.resolution_px) + 1), tower.width, tower.hidden
+    own = [(rows, width, 3 * width), (rows, width, hidden), (rows, hidden, width)]
+    calls = {}
+    for m, k, n in [(s, s, s) for s in SQUARES] + own:
+        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+        calls[f"{m} x {k} x {n}"] = (lambda a=a, b=b, out=out: torch.mm(a, b, out=out)), 2 * m * k * n
+    return calls
+
+
+def seconds_of(call: Callable[[], Any], at_least_s: float) -> float:
+    """The median time of a call, over calls that together take `at_least_s`."""
+    times: list[float] = []
+    while sum(times) < at_least_s:
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one model; exits when `ours` and `plain` do not compute the same."""
+    case = CASES[name]
+    torch.manual_seed(SEED)
+    logging.disable(logging.WARNING)  # open_clip's, of random weights
+    visual = open_clip.create_model(case.source).visual
+    tower, batch = rebuild(visual, name), args.batch or case.batch
+    bottleneck = derived_width(NUM_CLASSES, 2 * tower.num_blocks)
+    model = new_lift(tower, bottleneck, NUM_CLASSES)
+    images = torch.randn(batch, 3, tower.resolution_px, tower.resolution_px)
+    labels = torch.randint(NUM_CLASSES, (batch,))
+    counts = 500 * 0.01 ** (torch.arange(NUM_CLASSES) / (NUM_CLASSES - 1))
+
+    def step(of: nn.Module) -> Step:
+        return Step(of, images, labels, counts)
+
+    steps = {"ours": step(model), "plain": step(Plain(visual, model).train())}
+    if args.checkpointing:
+        again = copy.deepcopy(model)
+        again.tower.checkpointing = True
+        steps["ours, checkpointing"] = step(again)
+    compile_s = None
+    if args.compile:
+        steps["ours, compiled"] = step(torch.compile(copy.deepcopy(model)))
+        began = time.perf_counter()
+        steps["ours, compiled"].backward()
+        compile_s = time.perf_counter() - began
+    differences = {other: difference(steps["ours"], steps[other]) for other in list(steps)[1:]}
+    for other, value in differences.items():
+        if not value < TOLERANCE:
+            sys.exit(f"{name}: {other} differs from ours by {value:.1e} of a tensor's largest value; nothing was timed")
+
+    peaks = matmuls(tower, batch)
+    calls: dict[str, Callable[[], Any]] = {**steps, **{shape: call for shape, (call, _) in peaks.items()}}
+    rounds: list[dict[str, float]] = []
+    for index in range(args.rounds + 1):  # the first warms up
+        seconds = {
+            key: seconds_of(call, args.seconds if key in steps else args.seconds / 4) for key, call in calls.items()
+        }
+        rounds += [seconds] if index else []
+    figures = evaluate(rounds, list(steps), step_flops(tower, bottleneck, NUM_CLASSES, batch), batch, peaks)
+    figures |= {"differences": differences, "batch": batch, "bottleneck": bottleneck}
+    if compile_s is not None:
+        figures["compile_s"] = compile_s - figures["variants"]["ours, compiled"]["step_s"]
+    return figures
+
+
+def evaluate(
+    rounds: Sequence[dict[str, float]],
+    variants: Sequence[str],
+    flops: int,
+    batch: int,
+    peaks: dict[str, tuple[Any, int]],
+) -> dict[str, Any]:
+    """Medians over the rounds. Shares and ratios are formed in each round, where the machine was equally fast for both.
+
+    The peak is the shape whose median is highest.
+    """
+    matmul = {shape: median(n / r[shape] for r in rounds) / 1e9 for shape, (_, n) in peaks.items()}
+    best = max(matmul, key=lambda shape: matmul[shape])
+    figures: dict[str, Any] = {"step_gflop": flops / 1e9, "peak": best, "matmul_gflop_per_s": matmul, "variants": {}}
+    for name in variants:
+        step_s = median(r[name] for r in rounds)
+        ratios = sorted(r["plain"] / r[name] for r in rounds)
+        shares = sorted(flops / r[name] / (peaks[best][1] / r[best]) for r in rounds)
+        figures["variants"][name] = {
+            "step_s": step_s, "images_per_s": batch / step_s, "gflop_per_s": flops / step_s / 1e9,
+            "share_of_peak": median(shares), "share_of_peak_range": [shares[0], shares[-1]],
+            "times_plain": median(ratios), "times_plain_range": [ratios[0], ratios[-1]],
+        }  # fmt: skip
+    return figures
+
+
+def show(name: str, figures: dict[str, Any], rounds: int) -> None:
+    """Prints the figures for reading."""
+    peak, shapes = figures["peak"], figures["matmul_gflop_per_s"]
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for heading in ("ms a step", "images/s", "GFLOP/s", "share of the peak", "times plain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for variant, v in figures["variants"].items():
+        (low, high), (least, most) = v["share_of_peak_range"], v["times_plain_range"]
+        table.add_row(
+            variant, f"{1e3 * v['step_s']:.1f}", f"{v['images_per_s']:.1f}", f"{v['gflop_per_s']:.1f}",
+            f"{v['share_of_peak']:.1%} ({low:.0%} to {high:.0%})", f"{v['times_plain']:.2f} ({least:.2f} to {most:.2f})",
+        )  # fmt: skip
+    out = console()
+    out.print(
+        f"[bold]{name}[/bold]: batch {figures['batch']}, bottleneck {figures['bottleneck']}, "
+        f"{figures['step_gflop']:.1f} GFLOP a step; medians of {rounds} rounds (lowest to highest)",
+        table,
+        "matmuls, GFLOP/s: " + ", ".join(f"{shape} {rate:.1f}" for shape, rate in shapes.items()) + f"; peak: {peak}",
+        *(f"{other} differs from ours by {v:.1e} of a tensor's largest value" for other, v in figures["differences"].items()),
+        sep="\n",
+    )  # fmt: skip
+    if "compile_s" in figures:
+        out.print(f"compiling took {figures['compile_s']:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each variant in a round, at least")
+    parser.add_argument("--batch", type=int, help="images a step (default: 32 and 128)")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of ours, and what its start costs")
+    parser.add_argument("--checkpointing", action="store_true", help="also ours with activation checkpointing")
+    parser.add_argument("--record", action="store_true", help="append a row to benchmarks/results/step.jsonl")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    figures: dict[str, Any] = {"threads": args.threads, "rounds": args.rounds}
+    for name in args.models:
+        figures[name] = measure(name, args)
+        show(name, figures[name], args.rounds)
+    if args.record:
+        print(record("step", shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]), figures, seeds=[SEED]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""CLIP's residual networks (arXiv 2103.00020) as frozen towers, with a place for a tuner after every convolution of a block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lift_ray.errors import BadInput
+from lift_ray.model.tower import Tower
+from lift_ray.model.tuners import BlockTuner, Identity, ScaleShift
+
+
+class FrozenStatistics(nn.BatchNorm2d):
+    """A batch norm that always uses the mean and variance it was trained with, and never changes them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenStatistics:
+        """Stays in evaluation mode."""
+        super().train(False)
+        return self
+
+
+class Bottleneck(nn.Module):
+    """A residual block: convolutions of 1, 3 and 1 px, the average pool of a stride before the last (arXiv 2103.00020)."""
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * planes
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = FrozenStatistics(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = FrozenStatistics(planes)
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = FrozenStatistics(outputs)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.downsample: nn.Sequential | None = None
+        self.channels = [planes, planes, outputs]
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), FrozenStatistics(outputs))
+            self.channels.append(outputs)
+
+    def forward(self, x: Tensor, tuner: BlockTuner) -> Tensor:
+        """(B, C, H, W) -> (B, 4P, H / stride, W / stride)."""
+        out = F.relu(tuner.conv(0, self.bn1(self.conv1(x))))
+        out = F.relu(tuner.conv(1, self.bn2(self.conv2(out))))
+        out = tuner.conv(2, self.bn3(self.conv3(self.pool(out))))
+        if self.downsample is not None:
+            x = tuner.conv(3, self.downsample(self.pool(x)))
+        return F.relu(out + x)
+
+
+class AttentionPool(nn.Module):
+    """Attention of the mean over all places: (B, C, H, W) -> (B, D). Only that query is computed."""
+
+    def __init__(self, channels: int, width: int, num_heads: int, side: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.positions = nn.Parameter(torch.zeros(side**2 + 1, channels))
+        self.q_proj, self.k_proj = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.v_proj, self.c_proj = nn.Linear(channels, channels), nn.Linear(channels, width)
+        self._resized: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D)."""
+        side, x = x.shape[-1], x.flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self._positions(side).to(x.dtype)
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        q, k, v = (
+            part.unflatten(-1, heads).transpose(1, 2)
+            for part in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
+        )
+        feature: Tensor = self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
+        return feature
+
+    def _positions(self, side: int) -> Tensor:
+        """(1 + side^2, C): resized (bicubic) when the pictures are of another size than the weights were trained with."""
+        trained = round((len(self.positions) - 1) ** 0.5)
+        if side == trained:
+            return self.positions
+        if side not in self._resized:
+            with torch.no_grad():
+                grid = self.positions[1:].T.reshape(1, -1, trained, trained)
+                grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+                self._resized[side] = torch.cat([self.positions[:1], grid.flatten(2)[0].T])
+        return self._resized[side]
+
+
+class SsfConv(BlockTuner):
+    """Scale and shift after the batch norm of each convolution of a block (arXiv 2210.08823). Starts near the identity.
+
+    Args:
+        channels: of each convolution's output.
+        norms: must not be asked for, as there are no layer norms; raises BadInput.
+    """
+
+    def __init__(self, channels: Sequence[int], norms: bool = False) -> None:
+        super().__init__()
+        if norms:
+            raise BadInput("tuner ssf: norms must be false on a tower without layer norms, but got true; remove it")
+        self.after = nn.ModuleList(ScaleShift(number) for number in channels)
+
+    def conv(self, index: int, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        part: Any = self.after[index]
+        return torch.addcmul(part.shift.to(x.dtype)[:, None, None], x, part.scale.to(x.dtype)[:, None, None])
+
+
+class ResNetTower(nn.Module):
+    """A frozen residual network of CLIP with the interface of Tower; its blocks are those of all four stages.
+
+    The feature is the attention pool's output, its last projection included, so the shared space is the feature's own.
+
+    Args:
+        layers: blocks of each stage.
+        stem_width: channels of the stem; 64 for RN50.
+        width: D, of the feature.
+        num_heads: of the attention pool.
+        resolution_px: side of the pictures that the positions are for.
+        checkpointing: compute activations again in the backward pass, to save memory.
+    """
+
+    attention = False
+    patch_px = 32
+
+    def __init__(
+        self, *, layers: Sequence[int], stem_width: int, width: int, num_heads: int, resolution_px: int,
+        checkpointing: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.width, self.hidden, self.num_blocks = width, 32 * stem_width, sum(layers)
+        self.resolution_px, self.checkpointing = resolution_px, checkpointing
+        half = stem_width // 2
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), FrozenStatistics(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), FrozenStatistics(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, stem_width, 3, padding=1, bias=False), FrozenStatistics(stem_width)
+        self.blocks = nn.ModuleList()
+        inputs = stem_width
+        for stage, number in enumerate(layers):
+            planes = stem_width << stage
+            for index in range(number):
+                self.blocks.append(Bottleneck(inputs, planes, 2 if stage and not index else 1))
+                inputs = 4 * planes
+        self.attnpool = AttentionPool(inputs, width, num_heads, resolution_px // self.patch_px)
+
+    def num_patches(self, resolution_px: int) -> int:
+        """Places that the attention pool looks at in a picture of this side."""
+        return (resolution_px // self.patch_px) ** 2
+
+    def forward(
+        self, images: Tensor, tuners: Sequence[BlockTuner] | None = None, patches: Tensor | None = None
+    ) -> Tensor:
+        """Features: (B, 3, H, W) normalised images -> (B, D). `tuners`: one for each block."""
+        return self.finish(self.embed(images, patches), tuners)
+
+    def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
+        """The stem: (B, 3, H, W) -> (B, C, H / 4, W / 4). Raises ValueError when only some patches are asked for."""
+        if patches is not None:
+            raise ValueError("patches: must not be given for a convolutional tower; set augment.patch_dropout=0")
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+
+    def blocks_until(self, x: Tensor, stop: int) -> Tensor:
+        """The first blocks without tuners, which are the same for every model: (B, C, H, W) -> (B, C', H', W')."""
+        for index in range(stop):
+            x = self.blocks[index](x, _IDENTITY)
+        return x
+
+    def finish(self, x: Tensor, tuners: Sequence[BlockTuner] | None = None, start: int = 0) -> Tensor:
+        """The blocks from `start` on, and the attention pool: (B, C, H, W) -> (B, D)."""
+        tuners = tuners or [_IDENTITY] * self.num_blocks
+        for index in range(start, self.num_blocks):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.blocks[index], x, tuners[index], use_reentrant=False)
+            else:
+                x = self.blocks[index](x, tuners[index])
+        feature: Tensor = self.attnpool(x)
+        return feature
+
+    def with_own(self, names: Iterable[str]) -> ResNetTower:
+        """The same tower with copies of the named parameters to train; all other tensors are shared."""
+        own = set(names)
+        shared: dict[int, Tensor] = {id(b): b for b in self.buffers()}
+        for name, p in self.named_parameters():
+            shared[id(p)] = nn.Parameter(p.detach().clone()) if name in own else p
+        return copy.deepcopy(self, shared)
+
+    def make_ssf(self, index: int, **options: bool) -> SsfConv:
+        """The scales and shifts of one block."""
+        block: Any = self.blocks[index]
+        return SsfConv(block.channels, **options)
+
+
+AnyTower = Tower | ResNetTower
+_IDENTITY = Identity()

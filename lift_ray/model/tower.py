@@ -1,0 +1,184 @@
+"""Frozen vision transformers with explicit linears.
+
+The blocks of open_clip hold an nn.MultiheadAttention, whose projections cannot be changed from outside without silently having
+no effect. These blocks compute the same features (tests compare them) and give a tuner a place at every projection.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lift_ray.model.tuners import BlockTuner, Identity
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with its projections as plain linears."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, h: Tensor, tuner: BlockTuner, class_token_only: bool) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, 1, D) when only the class token is asked for."""
+        width = h.shape[-1]
+        if class_token_only:
+            first, weight, bias = h[:, :1], self.in_proj.weight, self.in_proj.bias
+            q = F.linear(first, weight[:width], bias[:width])
+            k, v = F.linear(h, weight[width:], bias[width:]).split(width, dim=-1)
+        else:
+            first = h
+            q, k, v = self.in_proj(h).split(width, dim=-1)
+        q, k, v = tuner.query(first, q), tuner.key(h, k), tuner.value(h, v)
+        heads = (self.num_heads, width // self.num_heads)
+        out = F.scaled_dot_product_attention(
+            q.unflatten(-1, heads).transpose(1, 2),
+            k.unflatten(-1, heads).transpose(1, 2),
+            v.unflatten(-1, heads).transpose(1, 2),
+        )
+        return tuner.attention_out(self.out_proj(out.transpose(1, 2).flatten(2)))
+
+
+class Mlp(nn.Module):
+    """Two linears around the activation that the weights were trained with."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(width, hidden)
+        self.out_proj = nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, h: Tensor, tuner: BlockTuner) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        inner = self.activation(tuner.mlp_in(h, self.in_proj(h)))
+        return tuner.mlp_out(inner, self.out_proj(inner))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with places for a tuner."""
+
+    def __init__(
+        self, width: int, num_heads: int, hidden: int, activation: Callable[[Tensor], Tensor], eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, hidden, activation)
+
+    def forward(self, h: Tensor, tuner: BlockTuner, class_token_only: bool = False) -> Tensor:
+        """a = h + Attn(LN1(h)); out = a + MLP(LN2(a)) + tuner.beside_mlp(a); (B, T, D) -> (B, T or 1, D)."""
+        normed = tuner.norm1(self.norm1(h))
+        a = (h[:, :1] if class_token_only else h) + self.attn(normed, tuner, class_token_only)
+        return tuner.beside_mlp(a, a + self.mlp(tuner.norm2(self.norm2(a)), tuner))
+
+
+class Tower(nn.Module):
+    """A frozen vision transformer.
+
+    Only the class token of the last block reaches the classifier, so that block computes its queries, MLP and tuner for
+    that token alone. Nothing below the first tuned block enters the autograd graph, because nothing there requires a
+    gradient.
+
+    Args:
+        width: D.
+        hidden: width of the MLPs.
+        patch_px, resolution_px: sides of a patch and of the pictures.
+        norm_first: a layer norm before the first block (CLIP).
+        patch_bias: a bias in the patch embedding (timm).
+        checkpointing: compute activations again in the backward pass, to save memory.
+    """
+
+    attention = True
+
+    def __init__(
+        self, *, width: int, num_blocks: int, num_heads: int, hidden: int, patch_px: int, resolution_px: int,
+        activation: Callable[[Tensor], Tensor], eps: float = 1e-5, norm_first: bool = True, patch_bias: bool = False,
+        checkpointing: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.width, self.num_blocks, self.patch_px, self.resolution_px = width, num_blocks, patch_px, resolution_px
+        self.hidden, self.checkpointing = hidden, checkpointing
+        self.patch = nn.Conv2d(3, width, patch_px, patch_px, bias=patch_bias)
+        self.class_token = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.zeros((resolution_px // patch_px) ** 2 + 1, width))
+        self.norm_pre: nn.Module = nn.LayerNorm(width, eps) if norm_first else nn.Identity()
+        self.blocks = nn.ModuleList(Block(width, num_heads, hidden, activation, eps) for _ in range(num_blocks))
+        self.norm_post = nn.LayerNorm(width, eps)
+        self._resized: dict[int, Tensor] = {}
+
+    def num_patches(self, resolution_px: int) -> int:
+        """Patches in a picture of this side."""
+        return (resolution_px // self.patch_px) ** 2
+
+    def forward(
+        self, images: Tensor, tuners: Sequence[BlockTuner] | None = None, patches: Tensor | None = None
+    ) -> Tensor:
+        """Features before CLIP's projection: (B, 3, H, W) normalised images -> (B, D).
+
+        Args:
+            tuners: one for each block.
+            patches: (B, P), the patches to look at; all when not given.
+        """
+        return self.finish(self.embed(images, patches), tuners)
+
+    def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
+        """What goes into the first block: (B, 3, H, W) -> (B, T, D)."""
+        x = self.patch(images).flatten(2).transpose(1, 2)
+        positions = self._positions(images.shape[-1] // self.patch_px).to(x.dtype)
+        x = x + positions[1:]
+        if patches is not None:
+            x = x.gather(1, patches[..., None].expand(-1, -1, x.shape[2]))
+        first = self.class_token.to(x.dtype) + positions[0]
+        out: Tensor = self.norm_pre(torch.cat([first.expand(len(x), 1, -1), x], dim=1))
+        return out
+
+    def blocks_until(self, x: Tensor, stop: int) -> Tensor:
+        """The first blocks without tuners, which are the same for every model: (B, T, D) -> (B, T or 1, D)."""
+        for index in range(stop):
+            x = self.blocks[index](x, _IDENTITY, index == self.num_blocks - 1)
+        return x
+
+    def finish(self, x: Tensor, tuners: Sequence[BlockTuner] | None = None, start: int = 0) -> Tensor:
+        """The blocks from `start` on, and the class token's feature: (B, T, D) -> (B, D)."""
+        tuners = tuners or [_IDENTITY] * self.num_blocks
+        num_prompts = 0
+        for index in range(start, self.num_blocks):
+            tuner, last = tuners[index], index == self.num_blocks - 1
+            x, num_prompts = tuner.tokens(x, num_prompts)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.blocks[index], x, tuner, last, use_reentrant=False)
+            else:
+                x = self.blocks[index](x, tuner, last)
+        feature: Tensor = self.norm_post(x[:, 0])
+        return feature
+
+    def with_own(self, names: Iterable[str]) -> Tower:
+        """The same tower with copies of the named parameters to train; all other tensors are shared."""
+        own = set(names)
+        return copy.deepcopy(
+            self,
+            {id(p): nn.Parameter(p.detach().clone()) if name in own else p for name, p in self.named_parameters()},
+        )
+
+    def _positions(self, side: int) -> Tensor:
+        """(1 + side^2, D): resized (bicubic) when the pictures are of another size than the weights were trained with."""
+        trained = round((len(self.positions) - 1) ** 0.5)
+        if side == trained:
+            return self.positions
+        if side not in self._resized:
+            with torch.no_grad():
+                grid = self.positions[1:].T.reshape(1, self.width, trained, trained)
+                grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+                self._resized[side] = torch.cat([self.positions[:1], grid.reshape(self.width, -1).T])
+        return self._resized[side]
+
+
+_IDENTITY = Identity()

@@ -1,0 +1,40 @@
+"""What every section of the settings is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+
+class Settings(BaseModel):
+    """Strict, frozen, no unknown keys."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kinds(cls, data: Any) -> Any:
+        """A section without `kind` is of the default kind: `loss: {tau: 0.5}` is enough."""
+        if not isinstance(data, dict):
+            return data
+        missing = {
+            name: {"kind": field.default.kind, **data[name]}
+            for name, field in cls.model_fields.items()
+            if hasattr(field.default, "kind") and isinstance(data.get(name), dict) and "kind" not in data[name]
+        }
+        return {**data, **missing}
+
+
+class OneOf:
+    """One message for a union of plain types, in place of one for each of its members."""
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The union's own schema with this message."""
+        return core_schema.custom_error_schema(handler(source), "one_of", custom_error_message=self.rule)

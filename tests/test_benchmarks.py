@@ -1,0 +1,216 @@
+"""What the benchmarks make of their runs: which are run next, what is chosen, and what the sentences say. Nothing is trained."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+EPOCHS = 5
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_on_the_path() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(Path(__file__).parent.parent / "benchmarks"), *sys.path])
+        yield
+
+
+@pytest.fixture(scope="module")
+def methods(benchmarks_on_the_path: None) -> ModuleType:
+    return importlib.import_module("methods")
+
+
+@pytest.fixture(scope="module")
+def timing(benchmarks_on_the_path: None) -> ModuleType:
+    return importlib.import_module("time_to_accuracy")
+
+
+@pytest.fixture(scope="module")
+def runs(benchmarks_on_the_path: None) -> ModuleType:
+    return importlib.import_module("runs")
+
+
+def row(name: str, seed: int, validation: float, **more: Any) -> Row:
+    """A made-up line of a JSONL file; `few`, `test`, `seconds` and the like through `more`."""
+    test, few = more.pop("test", 0.3), more.pop("few", 0.1)
+    figures = {"accuracy": test, "mean_class_accuracy": test, "many": 0.7, "medium": 0.3, "few": few}
+    metrics = {"validation/mean_class_accuracy": validation} | {f"test/{k}": v for k, v in figures.items()}
+    made = {"name": name, "seed": seed, "epochs": EPOCHS, "rate": 0.1, "seconds": 100.0, "cpu_s": 80.0, "metrics": metrics,
+            "trained_parameters": 1000, "digest": "d", "key": "k", "laps_s": [0.0] + [20.0] * 5}  # fmt: skip
+    return made | more
+
+
+def failed(name: str, seed: int, **more: Any) -> Row:
+    return {
+        "name": name,
+        "seed": seed,
+        "epochs": EPOCHS,
+        "failed": "the training loss must be finite",
+        "key": "k",
+        **more,
+    }
+
+
+def method_rows(few_of_full: float) -> list[Row]:
+    sizes = {"linear_probe": (19_200, 0.14), "adaptformer": (41_142, 0.16), "full": (2_688_384, few_of_full)}
+    return [
+        row(name, seed, 0.25, trained_parameters=size, few=few + wobble)
+        for name, (size, few) in sizes.items()
+        for seed, wobble in enumerate((-0.01, 0.0, 0.01))
+    ]
+
+
+def test_the_rate_with_the_best_validation_accuracy_on_the_first_seed_is_reported(methods: ModuleType) -> None:
+    rows = [
+        row("lora", 0, 0.20, rate=0.03), row("lora", 0, 0.24, rate=0.1, test=0.30, few=0.11), failed("lora", 0, rate=0.3),
+        row("lora", 1, 0.22, rate=0.1, test=0.32, few=0.12), row("lora", 2, 0.23, rate=0.1, test=0.34, few=0.13),
+        row("lora", 1, 0.99, rate=0.03, test=0.99),
+    ]  # fmt: skip
+    (summary,) = methods.summarise(rows, seed=0)
+    assert (summary["rate"], summary["seeds"], summary["at_end_of_rates"]) == (0.1, [0, 1, 2], False)
+    assert summary["test"]["mean_class_accuracy"] == pytest.approx({"mean": 0.32, "std": 0.02})
+    assert summary["test"]["few"] == pytest.approx({"mean": 0.12, "std": 0.01})
+    assert summary["by_rate"] == {"0.03": 0.20, "0.1": 0.24}
+
+
+def test_a_best_rate_at_an_end_is_marked_and_a_method_that_only_failed_is_left_out(methods: ModuleType) -> None:
+    rows = [row("full", 0, 0.3, rate=0.01), row("full", 0, 0.2, rate=0.03), failed("lora", 0, rate=0.1)]
+    (summary,) = methods.summarise(rows, seed=0)
+    assert (summary["method"], summary["rate"], summary["at_end_of_rates"]) == ("full", 0.01, True)
+    assert "0.01*" in [cell for column in methods.table([summary], 5).columns for cell in column.cells]
+
+
+def test_the_sentence_says_falls_where_the_rows_do(methods: ModuleType) -> None:
+    falls, sentence = methods.few_falls(methods.summarise(method_rows(0.06), seed=0))
+    assert falls
+    assert sentence.startswith("The few-class accuracy falls as")
+    assert "full (2,688,384 trained) has 6.0 ± 1.0%" in sentence
+    assert "adaptformer (41,142), 16.0 ± 1.0%" in sentence
+    assert "-0.50" in sentence
+
+
+@pytest.mark.parametrize(
+    "few_of_full", [0.20, 0.155, 0.15]
+)  # more, less by chance with a rising rank, within the noise
+def test_the_sentence_says_does_not_fall_where_the_rows_do_not(methods: ModuleType, few_of_full: float) -> None:
+    falls, sentence = methods.few_falls(methods.summarise(method_rows(few_of_full), seed=0))
+    assert not falls
+    assert sentence.startswith("The few-class accuracy does not fall as")
+
+
+def test_a_fall_within_the_noise_of_the_seeds_is_none(methods: ModuleType) -> None:
+    rows = [r for r in method_rows(0.147) if r["name"] != "linear_probe"]
+    assert not methods.few_falls(methods.summarise(rows, seed=0))[0]
+    rows = [r for r in method_rows(0.14) if r["name"] != "linear_probe"]
+    assert methods.few_falls(methods.summarise(rows, seed=0))[0]
+
+
+def test_other_seeds_are_run_with_the_best_rate_once_every_rate_is_done(methods: ModuleType) -> None:
+    args = argparse.Namespace(methods=["zero_shot", "lora"], rates=None, seeds=[0, 1, 2], epochs=5, patch_dropout=0.25)
+    jobs = methods.possible_jobs(args)
+    assert len({job.key for job in jobs}) == len(jobs) == 1 + 3 * 3
+    rows = [row("lora", 0, v, key=j.key, rate=j.rate) for v, j in zip((0.2, 0.3, 0.1), jobs[1:4], strict=True)]
+    assert len(methods.choose(jobs, rows[:2])) == 4
+    more = methods.choose(jobs, rows)[4:]
+    assert [(job.seed, job.rate) for job in more] == [(1, 0.1), (2, 0.1)]
+    config = more[0].config()
+    assert (config.seed, config.optim.lr, config.augment.kind, config.augment.patch_dropout) == (1, 0.1, "mda", 0.25)
+
+
+def test_every_setting_is_one_that_a_run_takes(timing: ModuleType) -> None:
+    args = argparse.Namespace(start_px=42, epochs=5, epochs_grid=[3, 8], seeds=[0], settings=timing.NAMES, rate=None,
+                              backbone="timm:x", pretrained="x.safetensors", resolution=70)  # fmt: skip
+    jobs = timing.possible_jobs(args, num_blocks=12)
+    assert len({job.key for job in jobs}) == len(jobs) == 3 * len(timing.NAMES)
+    configs = {job.name: job.config() for job in jobs}
+    assert configs["last2"].augment.kind == "none"
+    assert configs["last2"].tuner.blocks == [10, 11]
+    assert {config.head.init for config in configs.values()} == {"class_mean"}
+    assert {config.backbone.resolution_px for config in configs.values()} == {70}
+
+
+def test_a_setting_that_reached_is_cut_shorter_and_one_that_did_not_is_trained_longer(timing: ModuleType) -> None:
+    target, lengths = row("recipe", 0, 0.30), [2, 3, 5, 8]
+    quick = {"seconds": 50.0, "laps_s": [0.0] + [10.0] * 5}
+    good, bad = row("drop50", 0, 0.30, **quick), row("drop50", 0, 0.29, **quick)
+    next_epochs = timing.next_epochs
+    assert next_epochs({}, target, EPOCHS, lengths) is None
+    assert next_epochs({5: good}, None, EPOCHS, lengths) is None
+    assert next_epochs({5: good}, target, EPOCHS, lengths) == 3
+    assert next_epochs({5: good, 3: bad}, target, EPOCHS, lengths) is None
+    assert next_epochs({5: good, 3: good}, target, EPOCHS, lengths) == 2
+    assert next_epochs({5: bad}, target, EPOCHS, lengths) == 8
+    assert next_epochs({5: bad, 8: bad}, target, EPOCHS, lengths) is None
+    assert next_epochs({5: failed("drop50", 0)}, target, EPOCHS, lengths) is None
+    slow = bad | {"laps_s": [0.0] + [15.0] * 5}
+    assert next_epochs({5: slow}, target, EPOCHS, lengths) is None, (
+        "8 epochs of 15 s are slower than the recipe's 100 s"
+    )
+
+
+def test_what_is_kept_is_computed_once_in_a_longer_schedule(timing: ModuleType) -> None:
+    assert timing.expected_s(row("last1", 0, 0.3, laps_s=[1.0, 15.0, 2.0, 2.0, 2.0, 2.0]), 8) == 30
+
+
+def timed_rows() -> list[Row]:
+    out = []
+    for seed, target in enumerate((0.30, 0.32)):
+        out += [
+            row("recipe", seed, target, test=0.30), row("drop50", seed, target, seconds=50.0, cpu_s=20.0, test=0.31),
+            row("drop50", seed, target + 0.01 - 0.02 * seed, epochs=3, seconds=30.0, cpu_s=16.0, test=0.29),
+            row("last1", seed, target - 0.05, seconds=20.0), row("last1", seed, target - 0.03 * (1 - seed), epochs=8),
+        ]  # fmt: skip
+    return out
+
+
+def test_seconds_are_those_of_the_shortest_schedule_that_ends_at_the_target(timing: ModuleType) -> None:
+    drop = timing.summarise(timed_rows(), ["drop50"], [0, 1], EPOCHS)[0]
+    assert drop["epochs"] == [3, 5], "with seed 1 the short schedule ends under the target"
+    assert drop["ratios"] == pytest.approx([100 / 30, 2.0])
+    assert (drop["seconds"], drop["ratio"], drop["cpu_ratio"]) == (40.0, 2.5, pytest.approx(160 / 36))
+    assert drop["ratio_at_equal_epochs"] == 2.0
+    assert drop["test_gain"] == pytest.approx(0.0)
+    assert drop["best_final"] == pytest.approx({"mean": 0.315, "std": 0.0070711}, abs=1e-6)
+
+
+def test_a_target_that_one_seed_misses_is_told_as_not_reached(timing: ModuleType) -> None:
+    summaries = timing.summarise(timed_rows(), ["recipe", "drop50", "last1"], [0, 1], EPOCHS)
+    last = summaries[2]
+    assert (last["num_reached"], last["num_seeds"], last["ratio"], last["epochs"]) == (1, 2, None, [None, 8])
+    told = timing.sentences(summaries)
+    assert told[0].startswith("Fastest to the recipe's final accuracy with every seed (2): drop50, 2.50 times as fast")
+    assert told[1].startswith("The recipe itself, cut shorter, reaches it with 0 of 2 seeds, 1.00 times")
+    assert told[-1].startswith("Not reached with every seed: last1 (1 of 2 seeds; best final 29.5 ± 3.5%, target 31.0")
+    assert "not reached" in [cell for column in timing.table(summaries, EPOCHS).columns for cell in column.cells]
+    assert timing.sentences([last])[0] == "No setting reaches the recipe's final accuracy with every seed."
+
+
+def test_failed_runs_and_seeds_without_the_recipe_do_not_count(timing: ModuleType) -> None:
+    rows = [*timed_rows(), failed("grow", 0), row("grow", 1, 0.4), row("grow", 2, 0.4)]
+    (grow,) = timing.summarise(rows, ["grow"], [0, 1, 2], EPOCHS)
+    assert (grow["num_seeds"], grow["num_reached"], grow["ratio"]) == (2, 1, None)
+    assert timing.summarise([failed("recipe", 0), row("grow", 0, 0.4)], ["recipe", "grow"], [0], EPOCHS) == []
+
+
+def test_a_line_that_was_cut_off_is_taken_out(runs: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"key": "a"}) + "\n" + '{"key": "b", "na')
+    assert runs.read(path) == [{"key": "a"}]
+    with path.open("a") as file:
+        file.write(json.dumps({"key": "c"}) + "\n")
+    assert runs.read(path) == [{"key": "a"}, {"key": "c"}]
+
+
+def test_runs_that_are_there_are_not_run_again(runs: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"key": "a"}) + "\n" + json.dumps({"key": "of other options"}) + "\n")
+    job = argparse.Namespace(key="a")
+    assert runs.work_through(path, [job], lambda rows: [job], cold=False, minutes=1) == [{"key": "a"}]

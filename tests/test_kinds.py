@@ -1,0 +1,155 @@
+"""The settings and the code offer the same kinds; pairs of tuners; where prompts go; what sparse fine-tuning trains."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import pytest
+import torch
+
+from lift_ray.methods.lift import Lift
+from lift_ray.model.classifier import HEADS, CosineHead, random_weights
+from lift_ray.model.losses import LOSSES
+from lift_ray.model.tower import Tower
+from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS, Sparse
+from lift_ray.settings import run as settings_run
+from lift_ray.settings.files import models_of
+from lift_ray.settings.run import RunConfig
+from lift_ray.settings.tuners import Tuner, TunerKind
+
+torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
+WIDTH, BLOCKS, CLASSES, RATIO = 32, 3, 5, 0.1
+TENSORS_PER_BLOCK = 2 * 4  # weights and biases of the linears
+IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def tower() -> Tower:
+    torch.manual_seed(0)
+    tower = Tower(
+        width=WIDTH, num_blocks=BLOCKS, num_heads=2, hidden=4 * WIDTH, patch_px=8, resolution_px=16,
+        activation=torch.nn.functional.gelu,
+    )  # fmt: skip
+    return tower.eval().requires_grad_(False)
+
+
+def lift(tower: Tower, parts: dict[str, dict[str, Any]], num_classes: int = CLASSES) -> Lift:
+    torch.manual_seed(2)
+    return Lift(tower, parts, CosineHead(random_weights(num_classes, WIDTH), 25.0))
+
+
+def kinds_of(union: object) -> set[str]:
+    """The kinds that a union in the settings offers."""
+    models = models_of(union)
+    return {kind for model in models for kind in typing.get_args(model.model_fields["kind"].annotation)}
+
+
+def test_the_dicts_hold_exactly_what_the_settings_offer() -> None:
+    groups = [set(BLOCK_TUNERS), set(OWN), {"sparse"}, set(WITHOUT_BLOCKS)]
+    assert set().union(*groups) == kinds_of(Tuner) == set(typing.get_args(TunerKind))
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    assert set(LOSSES) == kinds_of(settings_run.Loss)
+    assert set(HEADS) == kinds_of(settings_run.Head)
+
+
+def test_two_tuners_may_sit_in_different_blocks(tower: Tower) -> None:
+    model = lift(tower, {"lora": {"bottleneck": 4, "blocks": [2]}, "bitfit": {"blocks": [1, 2]}})
+    placed = {tuple(name.split(".")[1:3]) for name in model.trained() if not name.startswith("head.")}
+    assert placed == {("lora", "2"), ("blocks", "1"), ("blocks", "2")}
+    assert model.first_tuned == 1
+
+
+@pytest.mark.parametrize("kinds", [("lora", "ssf"), ("ssf", "lora")])
+def test_two_tuners_at_one_place_act_in_the_order_given(tower: Tower, kinds: tuple[str, str]) -> None:
+    options: dict[str, dict[str, Any]] = {"lora": {"bottleneck": 4, "mlp": True}, "ssf": {"norms": True}}
+    model = lift(tower, {kind: {**options[kind], "blocks": [1]} for kind in kinds})
+    with torch.no_grad():
+        for parameter in model.trained().values():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    first, second = (model.get_submodule(f"tuner.{kind}.1") for kind in kinds)
+    both = model.tuner.per_block[1]
+    h, x, inner = torch.randn(2, 4, WIDTH), torch.randn(2, 4, WIDTH), torch.randn(2, 4, 4 * WIDTH)
+    for place, args in {"norm1": (h,), "query": (h, x), "key": (h, x), "value": (h, x), "attention_out": (x,),
+                        "norm2": (h,), "mlp_in": (h, inner), "mlp_out": (inner, x), "beside_mlp": (h, x)}.items():  # fmt: skip
+        *given, changed = args
+        for tuner in (first, second):
+            changed = getattr(tuner, place)(*given, changed)
+        assert torch.equal(getattr(both, place)(*args), changed), place
+        assert torch.equal(changed, args[-1]) == (place == "beside_mlp"), place
+
+
+@pytest.mark.parametrize(("kind", "blocks", "prompts"), [
+    ("vpt_shallow", None, [0, None, None]), ("vpt_deep", [0, 1, 2], [0, 1, 2]), ("vpt_deep", [0, 2], [0, None, 2]),
+    ("vpt_deep", [1], ["none", 1, None]),
+])  # fmt: skip
+def test_prompts_stand_after_the_class_token_in_the_place_of_earlier_ones(
+    tower: Tower, kind: str, blocks: list[int] | None, prompts: list[int | str | None]
+) -> None:
+    model = lift(tower, {kind: {"length": 3, **({"blocks": blocks} if blocks else {})}})
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = [tower.embed(IMAGES)]
+    hooks = [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for b in tower.blocks]
+    hooks += [b.register_forward_hook(lambda _, __, out: outputs.append(out)) for b in tower.blocks]
+    model(IMAGES)
+    for hook in hooks:
+        hook.remove()
+    for before, x, prompt in zip(outputs[:-1], inputs, prompts, strict=True):
+        assert x.shape[1] == 1 + (0 if prompt == "none" else 3) + 4
+        assert torch.equal(x[:, 0], before[:, 0])
+        assert torch.equal(x[:, -4:], before[:, -4:])
+        if isinstance(prompt, int):
+            learned = model.get_parameter(f"tuner.{kind}.{prompt}.prompt")
+            assert torch.equal(x[:, 1:4], learned.expand(len(IMAGES), -1, -1))
+
+
+def sparse_parts(model: Lift) -> dict[str, Sparse]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Sparse)}
+
+
+def test_sparse_changes_its_places_and_no_others(tower: Tower) -> None:
+    model = lift(tower, {"sparse": {"ratio": RATIO, "blocks": [1]}})
+    parts = sparse_parts(model)
+    assert len(parts) == TENSORS_PER_BLOCK
+    for name, part in parts.items():
+        with torch.no_grad():
+            part.values.add_(1)
+        linear, _, which = name.removeprefix("tower.").removesuffix(".0").partition(".parametrizations.")
+        frozen, changed = (getattr(t.get_submodule(linear), which).flatten() for t in (tower, model.tower))
+        assert len(part.index) == round(RATIO * frozen.numel())
+        assert torch.equal((changed != frozen).nonzero().flatten(), part.index.sort().values)
+
+
+def test_sparse_places_come_from_the_seed(tower: Tower) -> None:
+    drawn = []
+    for seed in (2, 2, 5):
+        torch.manual_seed(seed)
+        parts = {"sparse": {"ratio": RATIO, "blocks": [0, 2]}}
+        drawn.append(sparse_parts(Lift(tower, parts, CosineHead(random_weights(CLASSES, WIDTH), 25.0))))
+    one, same, other = drawn
+    assert len(one) == 2 * TENSORS_PER_BLOCK
+    for name, part in one.items():
+        assert torch.equal(part.index, same[name].index)
+        assert not torch.equal(part.index, other[name].index)
+
+
+@pytest.mark.parametrize("num_classes", [5, 40])
+@pytest.mark.parametrize("blocks", [None, [1]])
+def test_the_derived_sparse_ratio_trains_as_many_values_as_the_classifier_has(
+    tower: Tower, num_classes: int, blocks: list[int] | None
+) -> None:
+    config = RunConfig.model_validate({"tuner": {"kind": "sparse", "blocks": blocks}})
+    options = config.resolve(num_classes, BLOCKS, WIDTH).tuner.model_dump(exclude={"kind"})
+    parts = sparse_parts(lift(tower, {"sparse": options}, num_classes))
+    assert len(parts) == TENSORS_PER_BLOCK * len(blocks or range(BLOCKS))
+    difference = sum(part.values.numel() for part in parts.values()) - num_classes * WIDTH
+    assert abs(difference) <= len(parts) / 2  # each tensor rounds
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 1.0])
+def test_sparse_trains_at_least_one_value_of_a_tensor_and_at_most_all(tower: Tower, ratio: float) -> None:
+    model = lift(tower, {"sparse": {"ratio": ratio, "blocks": [1]}})
+    for name, part in sparse_parts(model).items():
+        frozen = model.get_parameter(name.removesuffix("0") + "original")
+        assert len(part.index.unique()) == len(part.index) == (frozen.numel() if ratio == 1 else 1)
+    assert torch.equal(model.feature(IMAGES), tower(IMAGES))

@@ -1,0 +1,210 @@
+"""What is computed once for all runs of a process changes no figure; the settings that only steer the work neither."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lift_ray.data.augment import crop_flip_picture, five_crops, growing_px
+from lift_ray.data.shards import RowReader
+from lift_ray.distributed import checkpoint
+from lift_ray.distributed.evaluation import evaluate_checkpoint
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.run import Run, parts_of
+from lift_ray.distributed.warm import Warm, first_of_each_class
+from lift_ray.errors import BadInput
+from lift_ray.settings.run import RunConfig, apply_overrides
+
+
+def settings(clip: str, **overrides: Any) -> RunConfig:
+    tree = {"backbone": {"model": clip}, "augment": {"kind": "none"},
+            "optim": {"epochs": 2, "global_batch_size": 16, "lr": 0.01}}  # fmt: skip
+    return RunConfig.model_validate(apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}))
+
+
+@pytest.fixture
+def warm(small_data: str) -> Warm:
+    return Warm(small_data, Ranks.alone())
+
+
+def trained(warm: Warm, config: RunConfig) -> list[dict[str, float]]:
+    keep = ("train/loss", "validation/loss", "validation/accuracy", "validation/mean_class_accuracy")
+    return [{name: figures[name] for name in keep} for figures in Run(config, warm).epochs()]
+
+
+def assert_near(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float = 1e-5) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert a == pytest.approx(b, abs=tolerance)
+
+
+@pytest.mark.parametrize("changes", [
+    {"tuner__kind": "linear_probe"}, {"tuner__blocks": [1]}, {"tuner__kind": "partial"},
+    {"tuner__kind": "vpt_deep", "tuner__blocks": [1]}, {"tuner__kind": "linear_probe", "head__kind": "linear"},
+], ids=str)  # fmt: skip
+def test_kept_activations_of_frozen_blocks_give_the_same_figures(
+    warm: Warm, small_clip: str, changes: dict[str, Any]
+) -> None:
+    kept = trained(warm, settings(small_clip, **changes))
+    assert warm._kept
+    fresh = Warm(warm.dataset.uri, Ranks.alone())
+    assert_near(trained(fresh, settings(small_clip, backbone__cache_gib=0.0, **changes)), kept)
+    assert not fresh._kept
+
+
+def test_a_second_run_reads_no_picture_when_nothing_in_the_tower_is_tuned(
+    warm: Warm, small_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trained(warm, settings(small_clip, tuner__kind="linear_probe"))
+    monkeypatch.setattr(RowReader, "read", lambda *_: pytest.fail("a picture was read"))
+    assert_near(trained(warm, settings(small_clip, tuner__kind="linear_probe")), first, 0)
+    with pytest.raises(pytest.fail.Exception):
+        trained(warm, settings(small_clip, tuner__kind="lora"))
+
+
+def test_nothing_is_kept_for_tuned_blocks_and_for_pictures_that_change(warm: Warm, small_clip: str) -> None:
+    trained(warm, settings(small_clip))
+    assert not warm._kept
+    trained(warm, settings(small_clip, tuner__kind="linear_probe", augment__kind="mda"))
+    assert [key[-2] for key in warm._kept] == ["validation"]
+
+
+def test_a_linear_probe_from_kept_features_is_many_times_faster(small_clip: str, warm: Warm) -> None:
+    config = settings("embedded:lift-tiny", tuner__kind="linear_probe", optim__epochs=3)
+    seconds = []
+    for cache_gib in (0.0, 2.0):
+        warm = Warm(warm.dataset.uri, Ranks.alone())
+        run = Run(
+            config.model_copy(update={"backbone": config.backbone.model_copy(update={"cache_gib": cache_gib})}), warm
+        )
+        run.train_epoch()  # warms up, or keeps the features
+        began = time.perf_counter()
+        run.train_epoch()
+        seconds.append(time.perf_counter() - began)
+    assert seconds[0] > 4 * seconds[1]
+
+
+@pytest.mark.parametrize("init", ["class_mean", "linear_probe"])
+def test_a_classifier_can_start_from_the_features(warm: Warm, init: str) -> None:
+    run = Run(settings("embedded:lift-tiny", head__init=init), warm)
+    chance = Run(settings("embedded:lift-tiny", head__init="random"), warm).evaluate("validation")
+    assert run.evaluate("validation")["validation/mean_class_accuracy"] > 0.3 + chance["validation/mean_class_accuracy"]
+    assert torch.allclose(run.model.head.weight.norm(dim=1), torch.ones(8))
+
+
+def test_the_first_images_of_each_class_are_taken() -> None:
+    labels = np.array([1, 0, 1, 1, 2, 0, 1])
+    assert first_of_each_class(labels, 2).tolist() == [0, 1, 2, 4, 5]
+    assert first_of_each_class(labels, 9).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("kind", ["adaptformer", "linear_probe"])
+def test_parts_of_a_batch_add_up_to_the_batch(warm: Warm, small_clip: str, kind: str) -> None:
+    whole = trained(warm, settings(small_clip, tuner__kind=kind))
+    assert_near(trained(warm, settings(small_clip, tuner__kind=kind, optim__accumulate=3)), whole)
+
+
+def test_parts_cover_a_batch_once() -> None:
+    for size in range(1, 20):
+        for number in range(1, 25):
+            parts = parts_of(size, number)
+            assert [i for part in parts for i in range(size)[part]] == list(range(size))
+            assert len(parts) == min(size, number)
+
+
+def test_computing_activations_again_changes_nothing(warm: Warm, small_clip: str) -> None:
+    once = trained(warm, settings(small_clip))
+    assert_near(trained(warm, settings(small_clip, backbone__checkpointing=True)), once)
+
+
+def test_a_compiled_run_gives_the_same_figures(warm: Warm, small_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.nn.Module] = []
+    traced = functools.partial(
+        torch.compile, backend="aot_eager"
+    )  # the graph of the real one, without its C++ compiler
+
+    def compiler(model: torch.nn.Module) -> Any:
+        asked.append(model)
+        return traced(model)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    plain = settings(small_clip, optim__epochs=1, optim__global_batch_size=48)
+    compiled = apply_overrides(plain.to_dict(), {"backbone.compile": True})
+    assert_near(trained(warm, RunConfig.model_validate(compiled)), trained(warm, plain), 1e-4)
+    assert len(asked) == 1
+
+
+def test_pictures_grow_over_the_run_in_whole_patches(warm: Warm, small_clip: str) -> None:
+    assert [growing_px(24, 48, 8, epoch, 4) for epoch in range(4)] == [24, 32, 40, 48]
+    assert growing_px(24, 48, 8, 0, 1) == 48
+    run = Run(settings(small_clip, augment__kind="mda", augment__start_px=16, optim__epochs=3), warm)
+    tokens: list[int] = []
+    run.model.tower.blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    for _ in range(3):
+        run.train_epoch()
+    assert tokens == [5] * 6 + [10] * 6 + [17] * 6
+
+
+def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
+    warm: Warm, small_clip: str, tmp_path: Path
+) -> None:
+    split = warm.dataset.split("test")
+    encoded = warm.reader(split).read(np.arange(1))[0]
+    crops = five_crops(encoded, 32)
+    assert crops.shape == (5, 3, 32, 32)
+    assert len({crop.tobytes() for crop in crops}) == 5
+    run = Run(settings(small_clip, evaluation__tte=True), warm)
+    with torch.inference_mode():
+        logits = torch.cat([logits for logits, _ in run._logits(split)])
+        pixels = torch.from_numpy(np.stack([five_crops(data, 32) for data in warm.reader(split).read(np.arange(24))]))
+        std, mean = (
+            torch.tensor(v).view(3, 1, 1) for v in (warm.backbone(run.config).std, warm.backbone(run.config).mean)
+        )
+        by_hand = torch.stack([run.model((pixels[:, i] / 255 - mean) / std) for i in range(5)]).mean(0)
+    assert torch.allclose(logits, by_hand, atol=1e-4)
+    run.save(tmp_path / "run")
+    plain = Run(settings(small_clip), warm)
+    plain.save(tmp_path / "plain")
+    asked, own = (evaluate_checkpoint(tmp_path / name, warm.dataset.uri, "test", tte=name == "plain")[0][0]["test/loss"]
+                  for name in ("plain", "run"))  # fmt: skip
+    assert asked == pytest.approx(own, abs=1e-5) != plain.evaluate("test")["test/loss"]
+
+
+def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logits(warm: Warm, small_clip: str) -> None:
+    run = Run(settings(small_clip, optim__lr=0.02), warm)
+    run.train_epoch()
+    none, one, many = run.evaluate_taus("test", [0.0, 1.0, 100.0])
+    assert many["test/accuracy"] == pytest.approx(1 / 8)  # all in the rarest class
+    assert none["test/loss"] != one["test/loss"]
+    own = Run(settings(small_clip, optim__lr=0.02, evaluation__posthoc_tau=1.0), warm)
+    own.train_epoch()
+    figures = own.evaluate("test")
+    assert {name: figures[name] for name in one} == pytest.approx(one, abs=1e-6)
+
+
+def test_a_random_crop_with_flip_is_decided_by_its_draw(warm: Warm) -> None:
+    encoded = warm.reader(warm.dataset.split("train")).read(np.arange(1))[0]
+    draws = np.random.default_rng(0).random((40, 3))
+    pictures = [crop_flip_picture(encoded, 16, draw) for draw in draws]
+    assert all(np.array_equal(a, crop_flip_picture(encoded, 16, d)) for a, d in zip(pictures, draws, strict=True))
+    assert len({picture.tobytes() for picture in pictures}) == 40
+    assert pictures[0].shape == (3, 16, 16)
+
+
+def test_a_checkpoint_of_other_classes_or_another_tower_is_refused(warm: Warm, small_clip: str, tmp_path: Path) -> None:
+    run = Run(settings(small_clip), warm)
+    run.save(tmp_path / "one")
+    record = checkpoint.read_record(tmp_path / "one")
+    record.class_names[0] = "unicorn"
+    with pytest.raises(
+        BadInput, match=r"must be of the same classes, but it has 8 and the data set 8, which differ \("
+    ):
+        checkpoint.check_same(tmp_path / "one", record, run.config.to_dict(), warm.dataset.class_names)
+    with pytest.raises(BadInput, match="must be of the same settings, but backbone was"):
+        Run(settings("embedded:lift-tiny"), warm).load(tmp_path / "one")
