@@ -202,7 +202,7 @@ def compare(
         shown += [(label, row) for row in rows if matching_start(space.start_points(), row.values) == index][:1]
     shown = [(label, row) for label, row in shown if row.state == "finished"] + [("best found", best)]
     jobs: list[tuple[dict[str, Any], Any, list[str]]] = [
-        (apply_overrides(space.base, {"tuner.kind": "zero_shot"}), None, ["validation", "test"])
+        (apply_overrides(space.base, {"tuner.kind": "zero_shot", "extra_tuner": None}), None, ["validation", "test"])
     ]
     unique = list({row.trial_id: row for _, row in shown}.values())
     jobs += [(space.config(row.values).to_dict(), checkpoints[row.trial_id], ["test"]) for row in unique]

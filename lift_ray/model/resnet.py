@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lift_ray.errors import BadInput
-from lift_ray.model.tower import Tower
+from lift_ray.model.tower import Tower, resized
 from lift_ray.model.tuners import BlockTuner, Identity, ScaleShift
 
 
@@ -83,14 +83,8 @@ class AttentionPool(nn.Module):
 
     def _positions(self, side: int) -> Tensor:
         """(1 + side^2, C): resized (bicubic) when the pictures are of another size than the weights were trained with."""
-        trained = round((len(self.positions) - 1) ** 0.5)
-        if side == trained:
-            return self.positions
         if side not in self._resized:
-            with torch.no_grad():
-                grid = self.positions[1:].T.reshape(1, -1, trained, trained)
-                grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-                self._resized[side] = torch.cat([self.positions[:1], grid.flatten(2)[0].T])
+            self._resized[side] = resized(self.positions, side)
         return self._resized[side]
 
 

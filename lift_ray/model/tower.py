@@ -170,15 +170,20 @@ class Tower(nn.Module):
 
     def _positions(self, side: int) -> Tensor:
         """(1 + side^2, D): resized (bicubic) when the pictures are of another size than the weights were trained with."""
-        trained = round((len(self.positions) - 1) ** 0.5)
-        if side == trained:
-            return self.positions
         if side not in self._resized:
-            with torch.no_grad():
-                grid = self.positions[1:].T.reshape(1, self.width, trained, trained)
-                grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-                self._resized[side] = torch.cat([self.positions[:1], grid.reshape(self.width, -1).T])
+            self._resized[side] = resized(self.positions, side)
         return self._resized[side]
+
+
+@torch.no_grad()
+def resized(positions: Tensor, side: int) -> Tensor:
+    """(1 + n^2, D) -> (1 + side^2, D): the first as it is, the others as a square grid, bicubic."""
+    trained = round((len(positions) - 1) ** 0.5)
+    if side == trained:
+        return positions
+    grid = positions[1:].T.reshape(1, -1, trained, trained)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T])
 
 
 _IDENTITY = Identity()

@@ -8,6 +8,7 @@ has already (`own_names`), or a few of their values (`Sparse`).
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -261,14 +262,17 @@ for _place in ("norm1", "query", "key", "value", "attention_out", "norm2", "mlp_
 
 
 class Sparse(nn.Module):
-    """A parametrisation: some values of a frozen tensor are trained, at places chosen at random."""
+    """A parametrisation: some values of a frozen tensor are trained, at places chosen by torch's seed and the tensor's name."""
 
     index: Tensor
 
-    def __init__(self, frozen: Tensor, ratio: float) -> None:
+    def __init__(self, frozen: Tensor, ratio: float, name: str) -> None:
         super().__init__()
         number = max(1, round(ratio * frozen.numel()))
-        self.register_buffer("index", torch.randperm(frozen.numel())[:number].to(frozen.device), persistent=False)
+        # The places are not stored: they depend on the seed and the name alone, whatever else drew numbers before.
+        random = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+        index = torch.randperm(frozen.numel(), generator=random)[:number]
+        self.register_buffer("index", index.to(frozen.device), persistent=False)
         self.values = nn.Parameter(frozen.detach().flatten()[self.index].clone())
 
     def forward(self, frozen: Tensor) -> Tensor:
@@ -279,9 +283,11 @@ class Sparse(nn.Module):
 def add_sparse(tower: nn.Module, blocks: Sequence[int], ratio: float) -> None:
     """Train a random share of the weights and biases of the linears in these blocks (AFT, arXiv 2309.10019)."""
     for index in blocks:
-        for linear in (m for m in tower.blocks[index].modules() if isinstance(m, nn.Linear)):  # type: ignore[index,union-attr]
+        block = tower.blocks[index]  # type: ignore[index]
+        for at, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             for name in ("weight", "bias"):
-                parametrize.register_parametrization(linear, name, Sparse(getattr(linear, name), ratio))
+                sparse = Sparse(getattr(linear, name), ratio, f"{index}.{at}.{name}")
+                parametrize.register_parametrization(linear, name, sparse)
 
 
 def own_names(tower: nn.Module, kind: str, blocks: Sequence[int]) -> list[str]:

@@ -78,7 +78,9 @@ class SettingsFile:
 
     def where(self, path: Path_) -> str:
         """`file.yaml:14 tuner.kind`, or `command line tuner.kind` for what was set there."""
-        on_command_line = any(path[: len(setting)] == setting for setting in self.overridden)
+        on_command_line = any(path[: len(setting)] == setting for setting in self.overridden) or (
+            path not in self.lines and any(setting[: len(path)] == path != () for setting in self.overridden)
+        )
         source = "command line" if on_command_line else f"{self.source}:{self.line(path)}"
         return f"{source} {_one_line(dotted(path))}".rstrip()
 

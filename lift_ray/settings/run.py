@@ -23,9 +23,11 @@ class Backbone(Settings):
     """The frozen foundation model."""
 
     model: str = "embedded:lift-tiny"
-    """`embedded:lift-tiny`, a name open_clip knows (ViT-B-16), `hf-hub:...` or `local-dir:...`."""
+    """`embedded:lift-tiny`, a name open_clip knows (ViT-B-16, RN50), `hf-hub:...`, `local-dir:...`, or `timm:NAME` for a ViT without
+    text tower."""
     pretrained: str | None = None
-    """open_clip's tag of the weights (openai, laion2b_s34b_b88k) or a local file; not with embedded, hf-hub or local-dir."""
+    """open_clip's tag of the weights (openai, laion2b_s34b_b88k) or a local file; timm's own weights when not given; not with
+    embedded, hf-hub or local-dir."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the frozen tower computes in; bf16 and fp16 are autocast on a GPU."""
     resolution_px: Annotated[int, Field(ge=1)] | None = None
