@@ -171,13 +171,20 @@ def difference(one: Step, other: Step) -> float:
 
 
 def matmuls(tower: Tower, batch: int) -> dict[str, tuple[Callable[[], Any], int]]:
-    """(call, flops) of matmuls that show what the machine can do: large squares, and the shapes of the model's own."""
+    """(call, flops) of matmuls that show what the machine can do: large squares, and the shapes of the model's own.
+
+    Each by torch.mm (MKL on x86), and by oneDNN where torch has it, which is faster on AMD.
+    """
     rows, width, hidden = batch * (tower.num_patches(tower.resolution_px) + 1), tower.width, tower.hidden
     own = [(rows, width, 3 * width), (rows, width, hidden), (rows, hidden, width)]
-    calls = {}
+    calls: dict[str, tuple[Callable[[], Any], int]] = {}
     for m, k, n in [(s, s, s) for s in SQUARES] + own:
         a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
-        calls[f"{m} x {k} x {n}"] = (lambda a=a, b=b, out=out: torch.mm(a, b, out=out)), 2 * m * k * n
+        shape, flops = f"{m} x {k} x {n}", 2 * m * k * n
+        calls[f"mm {shape}"] = (lambda a=a, b=b, out=out: torch.mm(a, b, out=out)), flops
+        if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            onednn = torch.ops.mkldnn._linear_pointwise
+            calls[f"oneDNN {shape}"] = (lambda a=a, b=b, f=onednn: f(a, b.t(), None, "none", [], "")), flops
     return calls
 
 
@@ -228,7 +235,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     rounds: list[dict[str, float]] = []
     for index in range(args.rounds + 1):  # the first warms up
         seconds = {
-            key: seconds_of(call, args.seconds if key in steps else args.seconds / 4) for key, call in calls.items()
+            key: seconds_of(call, args.seconds if key in steps else args.seconds / 8) for key, call in calls.items()
         }
         rounds += [seconds] if index else []
     figures = evaluate(rounds, list(steps), step_flops(tower, bottleneck, NUM_CLASSES, batch), batch, peaks)
@@ -247,18 +254,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """Medians over the rounds. Shares and ratios are formed in each round, where the machine was equally fast for both.
 
-    The peak is the shape whose median is highest.
+    The peak is the matmul whose median is highest, once of all and once of torch.mm alone.
     """
     matmul = {shape: median(n / r[shape] for r in rounds) / 1e9 for shape, (_, n) in peaks.items()}
-    best = max(matmul, key=lambda shape: matmul[shape])
-    figures: dict[str, Any] = {"step_gflop": flops / 1e9, "peak": best, "matmul_gflop_per_s": matmul, "variants": {}}
+    best = {"peak": max(matmul, key=matmul.__getitem__)}
+    best["mm_peak"] = max((key for key in matmul if key.startswith("mm ")), key=matmul.__getitem__)
+    figures: dict[str, Any] = {"step_gflop": flops / 1e9, **best, "matmul_gflop_per_s": matmul, "variants": {}}
     for name in variants:
         step_s = median(r[name] for r in rounds)
         ratios = sorted(r["plain"] / r[name] for r in rounds)
-        shares = sorted(flops / r[name] / (peaks[best][1] / r[best]) for r in rounds)
+        shares = {
+            f"share_of_{which}": sorted(flops / r[name] / (peaks[key][1] / r[key]) for r in rounds)
+            for which, key in best.items()
+        }
         figures["variants"][name] = {
             "step_s": step_s, "images_per_s": batch / step_s, "gflop_per_s": flops / step_s / 1e9,
-            "share_of_peak": median(shares), "share_of_peak_range": [shares[0], shares[-1]],
+            **{which: median(values) for which, values in shares.items()},
+            **{f"{which}_range": [values[0], values[-1]] for which, values in shares.items()},
             "times_plain": median(ratios), "times_plain_range": [ratios[0], ratios[-1]],
         }  # fmt: skip
     return figures
@@ -266,23 +278,27 @@ def evaluate(
 
 def show(name: str, figures: dict[str, Any], rounds: int) -> None:
     """Prints the figures for reading."""
-    peak, shapes = figures["peak"], figures["matmul_gflop_per_s"]
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for heading in ("ms a step", "images/s", "GFLOP/s", "share of the peak", "times plain"):
+    for heading in ("ms a step", "images/s", "GFLOP/s", "of the peak", "of torch.mm's peak", "times plain"):
         table.add_column(heading, justify="right", no_wrap=True)
     for variant, v in figures["variants"].items():
-        (low, high), (least, most) = v["share_of_peak_range"], v["times_plain_range"]
+        cells = [
+            f"{v[key]:.1%} ({v[key + '_range'][0]:.0%} to {v[key + '_range'][1]:.0%})"
+            for key in ("share_of_peak", "share_of_mm_peak")
+        ]
+        least, most = v["times_plain_range"]
         table.add_row(
             variant, f"{1e3 * v['step_s']:.1f}", f"{v['images_per_s']:.1f}", f"{v['gflop_per_s']:.1f}",
-            f"{v['share_of_peak']:.1%} ({low:.0%} to {high:.0%})", f"{v['times_plain']:.2f} ({least:.2f} to {most:.2f})",
+            *cells, f"{v['times_plain']:.2f} ({least:.2f} to {most:.2f})",
         )  # fmt: skip
     out = console()
     out.print(
         f"[bold]{name}[/bold]: batch {figures['batch']}, bottleneck {figures['bottleneck']}, "
         f"{figures['step_gflop']:.1f} GFLOP a step; medians of {rounds} rounds (lowest to highest)",
         table,
-        "matmuls, GFLOP/s: " + ", ".join(f"{shape} {rate:.1f}" for shape, rate in shapes.items()) + f"; peak: {peak}",
+        "matmuls, GFLOP/s: " + ", ".join(f"{key} {rate:.1f}" for key, rate in figures["matmul_gflop_per_s"].items()),
+        f"peak: {figures['peak']}; torch.mm's: {figures['mm_peak']}",
         *(f"{other} differs from ours by {v:.1e} of a tensor's largest value" for other, v in figures["differences"].items()),
         sep="\n",
     )  # fmt: skip

@@ -144,13 +144,13 @@ def _print_found(space: SpaceFile, found: Found, out: Output) -> None:
         f"\n{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
         f"{states.count('failed')} failed"
     )
-    screen.print(f"best settings: {describe(found.best.values)}")
+    print(f"best settings: {describe(found.best.values)}")
     screen.print(accuracy_table("validation (the search saw this), accuracy in %", "validation", found.compared))
     screen.print(accuracy_table("test (it did not), accuracy in %", "test", found.compared))
     times = dict(found.time_s)
     total = times.pop("total")
-    screen.print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
-    screen.print(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
+    print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
+    print(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
 
 
 def main(argv: list[str]) -> int | None:

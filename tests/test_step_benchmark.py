@@ -54,8 +54,12 @@ def test_the_plain_model_computes_the_same(visual: nn.Module) -> None:
 
 
 def test_a_rounds_ratio_is_formed_within_the_round() -> None:
-    rounds = [{"ours": 1.0, "plain": 2.0, "mm": 0.5}, {"ours": 2.0, "plain": 4.0, "mm": 1.0}]
-    figures = step.evaluate(rounds, ["ours", "plain"], flops=300, batch=8, peaks={"mm": (None, 200)})
+    rounds = [{"ours": 1.0, "plain": 2.0, "mm 9": 0.5, "x": 0.4}, {"ours": 2.0, "plain": 4.0, "mm 9": 1.0, "x": 0.8}]
+    figures = step.evaluate(
+        rounds, ["ours", "plain"], flops=300, batch=8, peaks={"mm 9": (None, 200), "x": (None, 200)}
+    )
     assert figures["variants"]["ours"]["times_plain_range"] == [2.0, 2.0]
-    assert figures["variants"]["ours"]["share_of_peak"] == pytest.approx(0.75)
+    assert (figures["peak"], figures["mm_peak"]) == ("x", "mm 9")
+    assert figures["variants"]["ours"]["share_of_peak"] == pytest.approx(0.6)
+    assert figures["variants"]["ours"]["share_of_mm_peak"] == pytest.approx(0.75)
     assert figures["variants"]["plain"]["images_per_s"] == pytest.approx(8 / 3)

@@ -106,7 +106,8 @@ class Monitor(tune.Callback):  # type: ignore[misc]
             self.console.print(
                 f"{time.monotonic() - self.began:5.0f} s  trial {row.number:3d} {state:8s} "
                 f"epoch {len(row.history)}/{row.num_epochs}  "
-                f"{'' if value is None else f'{value:.4f}'}  {describe(row.values)} {row.error}"
+                f"{'' if value is None else f'{value:.4f}'}  {describe(row.values)} {row.error}".rstrip(),
+                soft_wrap=True,
             )
         self._show()
 
