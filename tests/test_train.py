@@ -11,15 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray.train
 
 from lift_ray import train
+from lift_ray.distributed import trainer
+from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.checkpoint import FOLDER
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, RunFailed
 from lift_ray.settings.files import read_run
 
 EPOCHS = 6
@@ -184,3 +189,31 @@ def test_what_only_a_worker_finds_is_bad_input_too(run_file: Path, tmp_path: Pat
     with pytest.raises(BadInput) as caught:
         train.main([str(run_file), "backbone.model=ViT-B-61", "--out", str(tmp_path / "out")])
     assert str(caught.value) == "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"
+
+
+def test_a_run_that_diverges_late_keeps_its_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tmp_path / "stored"
+    (stored / FOLDER).mkdir(parents=True)
+    (stored / FOLDER / "run.json").write_text("{}")
+
+    class Diverges:
+        """In the place of Ray's trainer: two good epochs, then a problem."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def fit(self) -> SimpleNamespace:
+            good = [{"epoch": 1, "train/loss": 1.0}, {"epoch": 2, "train/loss": 0.9}]
+            problem = {"problem": "epoch 3: the training loss must be finite", "bad_input": False}
+            (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*good, problem]))
+            return SimpleNamespace(checkpoint=ray.train.Checkpoint.from_directory(str(stored)))
+
+    monkeypatch.setattr(trainer, "TorchTrainer", Diverges)
+    with pytest.raises(RunFailed) as caught:
+        trainer.run_training({}, "data", Need(1, 1, 0), tmp_path, lambda _: None)
+    kept = tmp_path / "checkpoint"
+    assert str(caught.value) == f"epoch 3: the training loss must be finite; {kept} is the last good checkpoint"
+    assert (kept / "run.json").read_text() == "{}"
+    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]

@@ -121,12 +121,13 @@ def run_training(
                 f"{out}: the workers must finish, but failed more than {MAX_FAILURES} times; the last error: "
                 f"{_last_line(error)}; train again with --resume"
             ) from None
-    last = read_metrics(metrics)[-1]
+    last, target = read_metrics(metrics)[-1], out / "checkpoint"
+    if result.checkpoint:
+        keep(result.checkpoint, target)
     if "problem" in last:
         metrics.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(metrics)[:-1]))
-        raise (BadInput if last["bad_input"] else RunFailed)(last["problem"])
-    target = out / "checkpoint"
-    keep(result.checkpoint, target)
+        kept = f"; {target} is the last good checkpoint" if result.checkpoint else ""
+        raise (BadInput if last["bad_input"] else RunFailed)(last["problem"] + kept)
     return target, last
 
 

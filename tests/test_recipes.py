@@ -1,0 +1,47 @@
+"""The run files of the published recipes say what the papers say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lift_ray.settings.files import read_run
+from lift_ray.settings.run import RunConfig
+
+FOLDER = Path(__file__).parents[1] / "search_spaces" / "recipes"
+NAMES = ("full", "lift", "lift_plus", "linear_probe", "zero_shot")
+DATA = {"cifar100_lt": (100, 4), "imagenet_lt": (1000, 32), "places_lt": (365, 8), "inat2018": (8142, 256)}
+
+
+def test_there_is_every_recipe_for_every_data_set() -> None:
+    found = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
+    assert found == {f"{data}/{name}.yaml" for data in DATA for name in NAMES}
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_lift_plus_is_the_default_but_for_tower_length_and_five_crops(data: str) -> None:
+    config = read_run(FOLDER / data / "lift_plus.yaml").config
+    epochs = 15 if data == "inat2018" else 5
+    changed = {"backbone": config.backbone, "evaluation": config.evaluation,
+               "optim": config.optim.model_copy(update={"epochs": 5})}  # fmt: skip
+    assert (config.optim.epochs, config.evaluation.tte) == (epochs, True)
+    assert RunConfig().model_copy(update=changed) == config.model_copy(update={"optim": changed["optim"]})
+    assert config.resolve(DATA[data][0], 12, 768).to_dict()["tuner"]["bottleneck"] == DATA[data][1]
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_lift_trains_longer_at_half_the_rate_with_crops_and_flips(data: str) -> None:
+    config = read_run(FOLDER / data / "lift.yaml").config
+    assert (config.optim.epochs, config.optim.lr) == (20 if data == "inat2018" else 10, 0.01)
+    assert config.augment.kind == "crop_flip"
+    assert config.resolve(DATA[data][0], 12, 768).to_dict()["tuner"]["bottleneck"] == DATA[data][1]
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("name", ["full", "linear_probe", "zero_shot"])
+def test_the_other_recipes_are_of_their_kind_on_the_same_tower(data: str, name: str) -> None:
+    run = read_run(FOLDER / data / f"{name}.yaml")
+    assert run.tuner.kind == name
+    assert run.backbone == read_run(FOLDER / data / "lift_plus.yaml").backbone
+    assert run.name == f"{data}-{name}"
