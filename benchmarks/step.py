@@ -109,7 +109,8 @@ def step_flops(tower: Tower, bottleneck: int, num_classes: int, batch: int) -> i
 
     Counted are matrix products and the patch convolution, a product of (m, k) and (k, n) as 2 m k n:
     * forward: patches; in every block queries, keys, values, scores, their sum of values, output projection, MLP and
-      AdaptFormer, in the last block queries and what follows the scores for the class token only; the classifier;
+      AdaptFormer; the classifier. In the last block for the class token only, with its query multiplied into the keys'
+      weights and its sum of normed tokens by the values' weights, so that no other token has keys or values;
     * backward through frozen linears: the gradient of their input, once as much as forward, but none in the first block,
       below which nothing is trained, and none for the weights;
     * backward through attention: four products (queries, keys, values and the scores' softmax). Kernels in the way of
@@ -122,18 +123,18 @@ def step_flops(tower: Tower, bottleneck: int, num_classes: int, batch: int) -> i
     flops = 2 * batch * (tokens - 1) * 3 * tower.patch_px**2 * width
     for index in range(tower.num_blocks):
         outer = 1 if index == tower.num_blocks - 1 else tokens  # tokens that leave the block
-        per_row = width * width + width * width + 2 * width * tower.hidden  # queries, output projection, MLP
-        linears = 2 * batch * (outer * per_row + tokens * 2 * width * width)
-        attention = 2 * batch * 2 * outer * tokens * width
+        linears = 2 * batch * outer * (4 * width * width + 2 * width * tower.hidden)
+        heads = tower.blocks[0].attn.num_heads if outer == 1 else 1  # each sees normed tokens of full width
+        attention = 2 * batch * 2 * outer * tokens * width * heads
         tuner = 2 * batch * outer * 2 * width * rank
         flops += linears + attention + 3 * tuner + (linears + 2 * attention if index else 0)
     return flops + 3 * 2 * batch * width * num_classes
 
 
 def recomputed_flops(tower: Tower, batch: int) -> int:
-    """What torch's attention computes again in the backward pass: the scores of every block but the first."""
+    """What torch's attention computes again in the backward pass: the scores of all blocks but the first and the last."""
     tokens = tower.num_patches(tower.resolution_px) + 1
-    return 2 * batch * tokens * tower.width * (tokens * (tower.num_blocks - 2) + 1)
+    return 2 * batch * tokens * tower.width * tokens * (tower.num_blocks - 2)
 
 
 class Step:

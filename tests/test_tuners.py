@@ -144,7 +144,8 @@ def seen_by_blocks(tower: Tower) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_fresh_tuner_is_the_identity_where_its_paper_says_so(tower: Tower, case: str) -> None:
     plain, tuned = tower(IMAGES), lift(tower, case).feature(IMAGES).detach()
-    assert torch.equal(tuned, plain) == (case not in STARTS_ELSEWHERE)
+    same = bool(torch.allclose(tuned, plain, rtol=0, atol=1e-5))  # the last block adds up in another order for LoRA
+    assert same == (case not in STARTS_ELSEWHERE)
     if "ssf" in case:
         assert float((tuned - plain).norm() / plain.norm()) < 0.2
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lift_ray.model.linear import linear
 from lift_ray.model.tuners import BlockTuner, Identity
 
 
@@ -28,22 +29,44 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, tuner: BlockTuner, class_token_only: bool) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, 1, D) when only the class token is asked for."""
-        width = h.shape[-1]
+        width, weight, bias = h.shape[-1], self.in_proj.weight, self.in_proj.bias
         if class_token_only:
-            first, weight, bias = h[:, :1], self.in_proj.weight, self.in_proj.bias
-            q = F.linear(first, weight[:width], bias[:width])
-            k, v = F.linear(h, weight[width:], bias[width:]).split(width, dim=-1)
+            first = h[:, :1]
+            q = tuner.query(first, linear(first, weight[:width], bias[:width]))
+            if type(tuner).key is BlockTuner.key and type(tuner).value is BlockTuner.value:
+                return self._out(self._one_query(q, h, weight[width:], bias[2 * width :]), tuner)
+            k, v = linear(h, weight[width:], bias[width:]).split(width, dim=-1)
         else:
-            first = h
-            q, k, v = self.in_proj(h).split(width, dim=-1)
-        q, k, v = tuner.query(first, q), tuner.key(h, k), tuner.value(h, v)
+            q, k, v = linear(h, weight, bias).split(width, dim=-1)
+            q = tuner.query(h, q)
+        k, v = tuner.key(h, k), tuner.value(h, v)
         heads = (self.num_heads, width // self.num_heads)
         out = F.scaled_dot_product_attention(
             q.unflatten(-1, heads).transpose(1, 2),
             k.unflatten(-1, heads).transpose(1, 2),
             v.unflatten(-1, heads).transpose(1, 2),
         )
-        return tuner.attention_out(self.out_proj(out.transpose(1, 2).flatten(2)))
+        return self._out(out.transpose(1, 2).flatten(2), tuner)
+
+    def _one_query(self, q: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """What one token sees, (B, 1, D), of the normed input (B, T, D), without the keys and values of all tokens.
+
+        q (W_k h) = (q W_k) h and sum_t p_t (W_v h_t) = W_v (sum_t p_t h_t). The keys' bias moves all scores alike.
+
+        Args:
+            q: its query (B, 1, D).
+            weight: of keys and values (2 D, D).
+            bias: of values (D,).
+        """
+        heads = (self.num_heads, h.shape[-1] // self.num_heads)
+        key, value = weight.unflatten(0, (2, *heads))  # (H, D/H, D)
+        q = torch.bmm(q.flatten(1).unflatten(-1, heads).transpose(0, 1), key).transpose(0, 1)  # (B, H, D)
+        seen = torch.bmm(torch.softmax(torch.bmm(q, h.transpose(1, 2)) * heads[1] ** -0.5, dim=-1), h)  # (B, H, D)
+        out = torch.bmm(seen.transpose(0, 1), value.transpose(1, 2)).transpose(0, 1)  # (B, H, D/H)
+        return out.flatten(1).unsqueeze(1) + bias
+
+    def _out(self, seen: Tensor, tuner: BlockTuner) -> Tensor:
+        return tuner.attention_out(linear(seen, self.out_proj.weight, self.out_proj.bias))
 
 
 class Mlp(nn.Module):
@@ -57,8 +80,8 @@ class Mlp(nn.Module):
 
     def forward(self, h: Tensor, tuner: BlockTuner) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        inner = self.activation(tuner.mlp_in(h, self.in_proj(h)))
-        return tuner.mlp_out(inner, self.out_proj(inner))
+        inner = self.activation(tuner.mlp_in(h, linear(h, self.in_proj.weight, self.in_proj.bias)))
+        return tuner.mlp_out(inner, linear(inner, self.out_proj.weight, self.out_proj.bias))
 
 
 class Block(nn.Module):
@@ -84,8 +107,8 @@ class Tower(nn.Module):
     """A frozen vision transformer.
 
     Only the class token of the last block reaches the classifier, so that block computes its queries, MLP and tuner for
-    that token alone. Nothing below the first tuned block enters the autograd graph, because nothing there requires a
-    gradient.
+    that token alone, and no keys and values unless a tuner changes those. Nothing below the first tuned block enters the
+    autograd graph, because nothing there requires a gradient.
 
     Args:
         width: D.

@@ -96,7 +96,10 @@ class Adaptformer(Bottleneck):
 
     def beside_mlp(self, a: Tensor, out: Tensor) -> Tensor:
         """Adds the bottleneck's output; s scales the small weights and not the large output."""
-        return out + F.linear(self.inner(a), self.scale * self.up.weight, self.scale * self.up.bias)
+        # (R, D): products with (D, R) are slow in the backward pass
+        up = (self.scale * self.up.weight).t().contiguous()
+        inner = self.inner(a).flatten(0, -2)
+        return out + torch.addmm(self.scale * self.up.bias, inner, up).view_as(out)
 
 
 class Adapter(Bottleneck):
@@ -283,7 +286,7 @@ class Sparse(nn.Module):
 def add_sparse(tower: nn.Module, blocks: Sequence[int], ratio: float) -> None:
     """Train a random share of the weights and biases of the linears in these blocks (AFT, arXiv 2309.10019)."""
     for index in blocks:
-        block = tower.blocks[index]  # type: ignore[index]
+        block: nn.Module = tower.blocks[index]  # type: ignore[index,assignment]
         for at, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             for name in ("weight", "bias"):
                 sparse = Sparse(getattr(linear, name), ratio, f"{index}.{at}.{name}")
