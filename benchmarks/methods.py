@@ -88,7 +88,7 @@ def summarise(rows: Sequence[Row], seed: int) -> list[Summary]:
         out.append({
             "method": method, "rate": best["rate"], "rates": tried, "seeds": [row["seed"] for row in chosen],
             "at_end_of_rates": len(tried) > 1 and best["rate"] in (tried[0], tried[-1]),
-            "trained_parameters": best["trained_parameters"], "seconds": statistics.fmean(r["seconds"] for r in chosen),
+            "trained_parameters": best["trained_parameters"], "cpu_s": statistics.fmean(r["cpu_s"] for r in chosen),
             "validation": mean_std(final(row) for row in chosen), "digests": [row["digest"] for row in chosen],
             "test": {name: mean_std(row["metrics"][f"test/{name}"] for row in chosen) for name in names},
             "by_rate": {str(r["rate"]): final(r) for r in mine if r["seed"] == seed and r["rate"] is not None},
@@ -103,7 +103,7 @@ def table(summaries: Sequence[Summary], epochs: int) -> Table:
         title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
     )  # fmt: skip
     out.add_column("method")
-    for heading in (*HEADINGS, "trained", "rate", "s", "seeds"):
+    for heading in (*HEADINGS, "trained", "rate", "cpu s", "seeds"):
         out.add_column(heading, justify="right", no_wrap=True)
     top = {
         name: max((s["test"][name]["mean"] for s in summaries if name in s["test"]), default=0) for name in ACCURACIES
@@ -113,7 +113,7 @@ def table(summaries: Sequence[Summary], epochs: int) -> Table:
         shown = [f"[bold]{plus_minus(v)}[/bold]" if v and v["mean"] == best else plus_minus(v) for v, best in values]
         rate = "-" if s["rate"] is None else f"{s['rate']:g}{'*' if s['at_end_of_rates'] else ''}"
         trained, seeds = f"{s['trained_parameters']:,}", str(len(s["seeds"]))
-        out.add_row(s["method"], *shown, trained, rate, f"{s['seconds']:.0f}", seeds)
+        out.add_row(s["method"], *shown, trained, rate, f"{s['cpu_s']:.0f}", seeds)
     return out
 
 
