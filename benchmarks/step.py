@@ -283,17 +283,17 @@ def show(name: str, figures: dict[str, Any], rounds: int) -> None:
     """Prints the figures for reading."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in ("ms a step", "images/s", "GFLOP/s", "of the peak", "of torch.mm's peak", "times plain"):
+    for heading in ("ms a step", "images/s", "GFLOP/s", "of the peak", "of mm's peak", "times plain"):
         table.add_column(heading, justify="right", no_wrap=True)
     for variant, v in figures["variants"].items():
         cells = [
-            f"{v[key]:.1%} ({v[key + '_range'][0]:.0%} to {v[key + '_range'][1]:.0%})"
+            f"{v[key]:.1%} ({100 * v[key + '_range'][0]:.0f}-{v[key + '_range'][1]:.0%})"
             for key in ("share_of_peak", "share_of_mm_peak")
         ]
         least, most = v["times_plain_range"]
         table.add_row(
             variant, f"{1e3 * v['step_s']:.1f}", f"{v['images_per_s']:.1f}", f"{v['gflop_per_s']:.1f}",
-            *cells, f"{v['times_plain']:.2f} ({least:.2f} to {most:.2f})",
+            *cells, f"{v['times_plain']:.2f} ({least:.2f}-{most:.2f})",
         )  # fmt: skip
     out = console()
     out.print(
