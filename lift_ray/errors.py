@@ -20,11 +20,18 @@ class RunFailed(Exception):
     """The input was good, but the run did not finish. The message says where to look."""
 
 
+MOST_NAMES = 60  # in one error line
+
+
 def did_you_mean(value: object, options: Iterable[object]) -> str:
-    """The tail of an error line: the nearest known name, or all of them when none is near."""
+    """The tail of an error line: the nearest known name, or all of them when none is near; of very many the nearest few."""
     names = [str(option) for option in options]
-    near = difflib.get_close_matches(str(value), names, n=1)
-    return f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(sorted(names))
+    if near := difflib.get_close_matches(str(value), names, n=1):
+        return f"did you mean '{near[0]}'?"
+    if len(names) > MOST_NAMES:
+        near = difflib.get_close_matches(str(value), names, n=8, cutoff=0)
+        return f"known: {', '.join(near)} and {len(names) - len(near)} more"
+    return "known: " + ", ".join(sorted(names))
 
 
 def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], NoReturn]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.settings.files import SettingsFile, dump_yaml, parse_overrides, read_run
 from lift_ray.settings.run import RunConfig, RunFile
 
@@ -97,6 +97,15 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
+def test_of_very_many_names_only_the_nearest_are_listed() -> None:
+    names = [f"tower_{number:03d}" for number in range(200)]
+    line = did_you_mean("tow", names)
+    assert line.startswith("known: tower_")
+    assert line.endswith(" and 192 more")
+    assert did_you_mean("zzz", names[:3]) == "known: tower_000, tower_001, tower_002"
+    assert did_you_mean("tower_0150", names) == "did you mean 'tower_015'?"
+
+
 def test_a_broken_run_file_gives_one_exact_line(name: str) -> None:
     text, message = BROKEN[name]
     assert problem(text) == message
