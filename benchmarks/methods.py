@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 import rich.box
+from jobs import Job, Row, command, file_of, final, mean_std, parser, plus_minus, work_through
 from record import record
 from rich.table import Table
-from runs import Job, Row, command, file_of, final, mean_std, parser, plus_minus, work_through
 
 from lift_ray.results.tables import ACCURACIES, HEADINGS, console
 

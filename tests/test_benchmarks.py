@@ -35,7 +35,7 @@ def timing(benchmarks_on_the_path: None) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def runs(benchmarks_on_the_path: None) -> ModuleType:
-    return importlib.import_module("runs")
+    return importlib.import_module("jobs")
 
 
 def row(name: str, seed: int, validation: float, **more: Any) -> Row:
