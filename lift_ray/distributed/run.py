@@ -93,7 +93,6 @@ class Run:
         """
         config, ranks, optimizer = self.config, self.ranks, self.optimizer
         assert optimizer is not None
-        total_steps = self.steps_per_epoch * config.optim.epochs
         losses = torch.zeros(self.steps_per_epoch, device=ranks.device)
         wait_s, began = 0.0, time.monotonic()
         forward, batches = self._batches()
@@ -101,9 +100,8 @@ class Run:
             asked = time.monotonic()
             inputs, labels = next(batches)
             wait_s += time.monotonic() - asked
-            done = (self.epoch * self.steps_per_epoch + step) / total_steps
             for group in optimizer.param_groups:
-                group["lr"] = config.optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+                group["lr"] = self._lr(self.epoch, step)
             optimizer.zero_grad(set_to_none=True)
             for part in parts_of(len(labels), config.optim.accumulate):
                 with autocast(config, ranks.device):
@@ -122,14 +120,19 @@ class Run:
         return {"train/loss": float(losses.mean()), "time/train_s": seconds, "time/data_wait_s": wait_s,
                 "train/images_per_s": images_seen / seconds}  # fmt: skip
 
+    def _lr(self, epoch: int, step: int) -> float:
+        """The cosine schedule over the whole run; epoch and step from 0."""
+        optim = self.config.optim
+        done = (epoch * self.steps_per_epoch + step) / (self.steps_per_epoch * optim.epochs)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+
     def _check_finite(self, losses: torch.Tensor) -> None:
         if not (wrong := (~losses.isfinite()).nonzero()).numel():
             return
         step, optim = int(wrong[0]), self.config.optim
-        done = ((self.epoch - 1) * self.steps_per_epoch + step) / (self.steps_per_epoch * optim.epochs)
         raise RunFailed(
             f"epoch {self.epoch}, step {step + 1}: the training loss must be finite, but got {float(losses[step])} with "
-            f"optim.lr={optim.lr:g} (at that step {optim.lr * 0.5 * (1 + math.cos(math.pi * done)):.3g}) in "
+            f"optim.lr={optim.lr:g} (at that step {self._lr(self.epoch - 1, step):.3g}) in "
             f"{self.config.backbone.precision}; lower optim.lr"
         )
 

@@ -68,7 +68,7 @@ class Warm:
         backbone = self.backbone(config)
         tower = backbone.tower
         for tuner in config.tuners():
-            check_tuner(tower, backbone.name, tuner.kind)
+            check_tuner(tower, tuner.kind)
         for name in ("patch_dropout", "start_px"):
             if getattr(config.augment, name, None) and not tower.attention:
                 raise BadInput(f"augment.{name}: needs a tower of patches, but {backbone.name} has none; remove it")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lift_ray.model.resnet import ResNetTower
 from lift_ray.model.tower import Tower
-from lift_ray.model.tuners import BLOCK_TUNERS, OWN, Tuner, add_sparse, own_names
+from lift_ray.model.tuners import OWN, WITHOUT_BLOCKS, Tuner, add_sparse, own_names
 
 if TYPE_CHECKING:
     from lift_ray.settings.run import Optim
@@ -90,9 +90,7 @@ class Lift(nn.Module):
 
 def first_block(kind: str, options: dict[str, Any], num_blocks: int) -> int:
     """The first block that a kind changes; `num_blocks` when it changes none."""
-    if kind in BLOCK_TUNERS or kind in OWN or kind == "sparse":
-        return int(min(options.get("blocks") or [0]))
-    return num_blocks
+    return num_blocks if kind in WITHOUT_BLOCKS else int(min(options.get("blocks") or [0]))
 
 
 def make_optimizer(trained: dict[str, nn.Parameter], optim: Optim) -> torch.optim.SGD:

@@ -137,12 +137,8 @@ def load_backbone(
     return backbone
 
 
-def check_tuner(tower: AnyTower, name: str, kind: str) -> None:
-    """Raises BadInput when a kind of tuner has no place in this tower.
-
-    Args:
-        name: of the backbone; the line names the make of the tower, so that it is the same for all of a make.
-    """
+def check_tuner(tower: AnyTower, kind: str) -> None:
+    """Raises BadInput, with the make of the tower, when a kind of tuner has no place in it."""
     if not tower.attention and kind not in ON_RESNET:
         raise BadInput(
             f"tuner {kind}: this tower (ModifiedResNet) has no attention blocks; "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lift_ray.errors import BadInput
-from lift_ray.model.tower import Tower, resized
+from lift_ray.model.tower import FrozenTower, Tower, resized
 from lift_ray.model.tuners import BlockTuner, Identity, ScaleShift
 
 
@@ -108,7 +107,7 @@ class SsfConv(BlockTuner):
         return torch.addcmul(part.shift.to(x.dtype)[:, None, None], x, part.scale.to(x.dtype)[:, None, None])
 
 
-class ResNetTower(nn.Module):
+class ResNetTower(FrozenTower):
     """A frozen residual network of CLIP with the interface of Tower; its blocks are those of all four stages.
 
     The feature is the attention pool's output, its last projection included, so the shared space is the feature's own.
@@ -145,16 +144,6 @@ class ResNetTower(nn.Module):
                 inputs = 4 * planes
         self.attnpool = AttentionPool(inputs, width, num_heads, resolution_px // self.patch_px)
 
-    def num_patches(self, resolution_px: int) -> int:
-        """Places that the attention pool looks at in a picture of this side."""
-        return (resolution_px // self.patch_px) ** 2
-
-    def forward(
-        self, images: Tensor, tuners: Sequence[BlockTuner] | None = None, patches: Tensor | None = None
-    ) -> Tensor:
-        """Features: (B, 3, H, W) normalised images -> (B, D). `tuners`: one for each block."""
-        return self.finish(self.embed(images, patches), tuners)
-
     def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """The stem: (B, 3, H, W) -> (B, C, H / 4, W / 4). Raises ValueError when only some patches are asked for."""
         if patches is not None:
@@ -179,14 +168,6 @@ class ResNetTower(nn.Module):
                 x = self.blocks[index](x, tuners[index])
         feature: Tensor = self.attnpool(x)
         return feature
-
-    def with_own(self, names: Iterable[str]) -> ResNetTower:
-        """The same tower with copies of the named parameters to train; all other tensors are shared."""
-        own = set(names)
-        shared: dict[int, Tensor] = {id(b): b for b in self.buffers()}
-        for name, p in self.named_parameters():
-            shared[id(p)] = nn.Parameter(p.detach().clone()) if name in own else p
-        return copy.deepcopy(self, shared)
 
     def make_ssf(self, index: int, **options: bool) -> SsfConv:
         """The scales and shifts of one block."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,38 @@ class Block(nn.Module):
         return tuner.beside_mlp(a, a + self.mlp(tuner.norm2(self.norm2(a)), tuner))
 
 
-class Tower(nn.Module):
+class FrozenTower(nn.Module):
+    """What all towers have: `embed`, then `blocks_until` and `finish`, which every kind does in its own way."""
+
+    patch_px: int
+    embed: Callable[..., Tensor]
+    finish: Callable[..., Tensor]
+
+    def num_patches(self, resolution_px: int) -> int:
+        """Patches in a picture of this side; for a residual network, places that its attention pool looks at."""
+        return (resolution_px // self.patch_px) ** 2
+
+    def forward(
+        self, images: Tensor, tuners: Sequence[BlockTuner] | None = None, patches: Tensor | None = None
+    ) -> Tensor:
+        """Features before CLIP's projection: (B, 3, H, W) normalised images -> (B, D).
+
+        Args:
+            tuners: one for each block.
+            patches: (B, P), the patches to look at; all when not given.
+        """
+        return self.finish(self.embed(images, patches), tuners)
+
+    def with_own(self, names: Iterable[str]) -> Self:
+        """The same tower with copies of the named parameters to train; all other tensors are shared."""
+        own = set(names)
+        shared: dict[int, Tensor] = {id(b): b for b in self.buffers()}
+        for name, p in self.named_parameters():
+            shared[id(p)] = nn.Parameter(p.detach().clone()) if name in own else p
+        return copy.deepcopy(self, shared)
+
+
+class Tower(FrozenTower):
     """A frozen vision transformer.
 
     Only the class token of the last block reaches the classifier, so that block computes its queries, MLP and tuner for
@@ -137,21 +169,6 @@ class Tower(nn.Module):
         self.norm_post = nn.LayerNorm(width, eps)
         self._resized: dict[int, Tensor] = {}
 
-    def num_patches(self, resolution_px: int) -> int:
-        """Patches in a picture of this side."""
-        return (resolution_px // self.patch_px) ** 2
-
-    def forward(
-        self, images: Tensor, tuners: Sequence[BlockTuner] | None = None, patches: Tensor | None = None
-    ) -> Tensor:
-        """Features before CLIP's projection: (B, 3, H, W) normalised images -> (B, D).
-
-        Args:
-            tuners: one for each block.
-            patches: (B, P), the patches to look at; all when not given.
-        """
-        return self.finish(self.embed(images, patches), tuners)
-
     def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """What goes into the first block: (B, 3, H, W) -> (B, T, D)."""
         x = self.patch(images).flatten(2).transpose(1, 2)
@@ -182,14 +199,6 @@ class Tower(nn.Module):
                 x = self.blocks[index](x, tuner, last)
         feature: Tensor = self.norm_post(x[:, 0])
         return feature
-
-    def with_own(self, names: Iterable[str]) -> Tower:
-        """The same tower with copies of the named parameters to train; all other tensors are shared."""
-        own = set(names)
-        return copy.deepcopy(
-            self,
-            {id(p): nn.Parameter(p.detach().clone()) if name in own else p for name, p in self.named_parameters()},
-        )
 
     def _positions(self, side: int) -> Tensor:
         """(1 + side^2, D): resized (bicubic) when the pictures are of another size than the weights were trained with."""

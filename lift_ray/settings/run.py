@@ -40,25 +40,26 @@ class Backbone(Settings):
     """Memory a worker may use for what frozen blocks make of pictures that stay the same; 0 computes it every time."""
 
 
-class Mda(Settings):
-    """Minimalist data augmentation: a random square crop whose smallest area grows over the run (arXiv 2504.13282)."""
+class RandomCrops(Settings):
+    """What saves work with pictures that change from epoch to epoch."""
 
-    kind: Literal["mda"] = "mda"
-    schedule: Literal["convex", "linear", "concave", "min", "max"] = "convex"
     patch_dropout: Share = 0.0
     """Share of the patches that are left out in training, others for each picture; all are used in evaluation (arXiv 2212.00794)."""
     start_px: Annotated[int, Field(ge=1)] | None = None
     """Side of the training pictures in the first epoch, from where it grows to the backbone's; the backbone's when not given."""
 
 
-class CropFlip(Settings):
+class Mda(RandomCrops):
+    """Minimalist data augmentation: a random square crop whose smallest area grows over the run (arXiv 2504.13282)."""
+
+    kind: Literal["mda"] = "mda"
+    schedule: Literal["convex", "linear", "concave", "min", "max"] = "convex"
+
+
+class CropFlip(RandomCrops):
     """A random crop of any aspect and a random flip, bilinear, as LIFT has it (arXiv 2309.10019)."""
 
     kind: Literal["crop_flip"] = "crop_flip"
-    patch_dropout: Share = 0.0
-    """Share of the patches that are left out in training."""
-    start_px: Annotated[int, Field(ge=1)] | None = None
-    """Side of the training pictures in the first epoch, from where it grows to the backbone's."""
 
 
 class NoAugment(Settings):

@@ -10,6 +10,9 @@ from pydantic import Field
 from lift_ray.settings.base import Settings
 
 Width = Annotated[int, Field(ge=1)]
+Blocks = Annotated[
+    list[Annotated[int, Field(ge=0)]] | None, Field(description="Block numbers from 0; all when not given.")
+]
 
 
 class Adaptformer(Settings):
@@ -18,8 +21,7 @@ class Adaptformer(Settings):
     kind: Literal["adaptformer"] = "adaptformer"
     bottleneck: Width | None = None
     """Width R; derived as 2^max(0, floor(log2(K / 2L))) for K classes and L tuned blocks."""
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class Adapter(Settings):
@@ -28,8 +30,7 @@ class Adapter(Settings):
     kind: Literal["adapter"] = "adapter"
     bottleneck: Width | None = None
     """Width R; derived as 2^max(0, floor(log2(K / 2L)))."""
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class Lora(Settings):
@@ -40,8 +41,7 @@ class Lora(Settings):
     """Rank R; derived as 2^max(0, floor(log2(K / 4L)))."""
     mlp: bool = False
     """Change both projections of the MLP too."""
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class Ssf(Settings):
@@ -50,8 +50,7 @@ class Ssf(Settings):
     kind: Literal["ssf"] = "ssf"
     norms: bool = False
     """After both layer norms too."""
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class VptShallow(Settings):
@@ -68,7 +67,7 @@ class VptDeep(Settings):
     kind: Literal["vpt_deep"] = "vpt_deep"
     length: Width | None = None
     """Number of tokens in a block; derived as 2^max(0, floor(log2(K / L)))."""
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
+    blocks: Blocks = None
     """Block numbers from 0; all when not given. Tokens stay until the next tuned block replaces them."""
 
 
@@ -76,24 +75,21 @@ class Bitfit(Settings):
     """The biases of the blocks (arXiv 2106.10199)."""
 
     kind: Literal["bitfit"] = "bitfit"
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class Layernorm(Settings):
     """The layer norms of the blocks."""
 
     kind: Literal["layernorm"] = "layernorm"
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class Batchnorm(Settings):
     """Weights and biases of the batch norms of a convolutional tower; their statistics stay as they are."""
 
     kind: Literal["batchnorm"] = "batchnorm"
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class Sparse(Settings):
@@ -102,16 +98,14 @@ class Sparse(Settings):
     kind: Literal["sparse"] = "sparse"
     ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the weights; derived as K / (L (12 D + 9)): as many values as the classifier has."""
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class Full(Settings):
     """All parameters of the blocks: the heavy fine-tuning that hurts rare classes."""
 
     kind: Literal["full"] = "full"
-    blocks: list[Annotated[int, Field(ge=0)]] | None = None
-    """Block numbers from 0; all when not given."""
+    blocks: Blocks = None
 
 
 class Partial(Settings):
