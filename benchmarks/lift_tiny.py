@@ -23,7 +23,7 @@ from record import record
 from torch import Tensor
 
 from lift_ray.data.catalog import open_dataset
-from lift_ray.data.shards import RowReader
+from lift_ray.data.reader import RowReader
 from lift_ray.data.stream import evaluation_batches
 from lift_ray.model.backbone import Backbone, load_backbone, rebuild
 

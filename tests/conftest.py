@@ -18,7 +18,8 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     import numpy as np
 
     from lift_ray.data.catalog import open_dataset
-    from lift_ray.data.shards import RowReader, publish, write_split
+    from lift_ray.data.reader import RowReader
+    from lift_ray.data.shards import publish, write_split
 
     source = open_dataset("embedded:caltech101")
     classes = np.argsort(-source.split("train").class_counts(source.num_classes), kind="stable")[: len(TRAIN_COUNTS)]

@@ -20,7 +20,7 @@ from lift_ray.data.augment import (
     training_picture,
 )
 from lift_ray.data.catalog import open_dataset
-from lift_ray.data.shards import RowReader
+from lift_ray.data.reader import RowReader
 
 SPLIT = open_dataset("embedded:caltech101-lt").split("train")
 ENCODED = RowReader(SPLIT).read(np.arange(0, 60, 5))

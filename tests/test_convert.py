@@ -21,7 +21,7 @@ from lift_ray import convert as verb
 from lift_ray.data.catalog import open_dataset
 from lift_ray.data.conversion import convert, stratified_split
 from lift_ray.data.folder import scan_folder
-from lift_ray.data.shards import RowReader
+from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
 VALIDATION = open_dataset("embedded:caltech101").split("validation")

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lift_ray.data.catalog import Split, open_dataset
-from lift_ray.data.shards import RowReader, publish, write_split
+from lift_ray.data.reader import RowReader
+from lift_ray.data.shards import publish, write_split
 from lift_ray.data.store import locate
 from lift_ray.errors import BadInput
 

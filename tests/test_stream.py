@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lift_ray.data import stream
 from lift_ray.data.augment import evaluation_picture
 from lift_ray.data.catalog import Shard, Split, open_dataset
-from lift_ray.data.shards import RowReader, publish, write_split
+from lift_ray.data.reader import RowReader
+from lift_ray.data.shards import publish, write_split
 from lift_ray.data.stream import Batch, epoch_order, evaluation_batches, steps_per_epoch, training_batches
 from lift_ray.errors import BadInput
 

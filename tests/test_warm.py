@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lift_ray.data.augment import crop_flip_picture, five_crops, growing_px
-from lift_ray.data.shards import RowReader
+from lift_ray.data.reader import RowReader
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.evaluation import evaluate_checkpoint
 from lift_ray.distributed.ranks import Ranks

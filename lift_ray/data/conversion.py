@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lift_ray.data.catalog import MANIFEST, SPLITS, shard_names
-from lift_ray.data.folder import ImageIndex
+from lift_ray.data.index import ImageIndex
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.shards import SplitRecord, discard, publish, write_split
 from lift_ray.data.store import join, locate, one_line, reached
@@ -76,9 +76,7 @@ def convert(
 
     def good(rows: list[tuple[str, int]], pool: ThreadPoolExecutor) -> Iterator[tuple[bytes, str, int]]:
         nonlocal done
-        for (path, label), image in _in_order(
-            pool, lambda row: _encoded(index.source, row[0], short_side_px, quality), rows
-        ):
+        for (path, label), image in _in_order(pool, lambda row: _encoded(index, row[0], short_side_px, quality), rows):
             done += 1
             progress(done, total)
             if isinstance(image, bytes):
@@ -191,11 +189,10 @@ def _in_order(
             future.cancel()
 
 
-def _encoded(source: str, path: str, short_side_px: int | None, quality: int) -> bytes | BadInput:
+def _encoded(index: ImageIndex, reference: str, short_side_px: int | None, quality: int) -> bytes | BadInput:
     """The bytes to store, after one full decode; or what is wrong with the image."""
-    file_system, root = locate(source)
     try:
-        data: bytes = file_system.cat_file(join(root, path))
+        data = index.read(reference)
         if not data:
             raise OSError("0 bytes")
         with Image.open(io.BytesIO(data)) as image:
@@ -205,7 +202,9 @@ def _encoded(source: str, path: str, short_side_px: int | None, quality: int) ->
         reason = "bytes of no known format"
     except Exception as error:  # decoders and stores raise many types for broken input
         reason = one_line(error)
-    return BadInput(f"{join(source, path)}: must be a whole image, but got {reason}; remove it or pass --skip-bad")
+    return BadInput(
+        f"{join(index.source, reference)}: must be a whole image, but got {reason}; remove it or pass --skip-bad"
+    )
 
 
 def _shrunk(image: Image.Image, short_side_px: int, quality: int) -> bytes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from lift_ray.data.index import FilesIn, ImageIndex
 from lift_ray.data.store import locate, reached
 from lift_ray.errors import BadInput
 
@@ -18,23 +18,6 @@ SPLIT_DIRECTORIES = {
     "validation": "validation",
     "test": "test",
 }
-
-
-@dataclass(frozen=True)
-class ImageIndex:
-    """Labelled images that are somewhere, not read yet.
-
-    Attributes:
-        source: URL that the paths are relative to.
-        class_names: in label order.
-        splits: (relative path, label) pairs of each split that the source defines, by split name.
-        num_ignored: files that are not images by their suffix.
-    """
-
-    source: str
-    class_names: tuple[str, ...]
-    splits: dict[str, list[tuple[str, int]]]
-    num_ignored: int
 
 
 def scan_folder(source: str) -> ImageIndex:
@@ -103,7 +86,9 @@ def _index(source: str, directories: dict[str, list[str]], names: Iterable[str])
     if bare := [name for name, label in labels.items() if label not in found]:
         shown = ", ".join(map(repr, bare[:3])) + (", ..." if len(bare) > 3 else "")
         raise BadInput(f"{source}: every class must have an image, but {shown} have none; add images or remove them")
-    return ImageIndex(source, class_names, {name: rows for name, rows in splits.items() if rows}, num_ignored)
+    return ImageIndex(
+        source, class_names, {name: rows for name, rows in splits.items() if rows}, FilesIn(source), num_ignored
+    )
 
 
 def _directories(entries: list[dict[str, str]]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lift_ray.data.augment import crop_flip_picture, evaluation_picture, five_crops, smallest_area, training_picture
 from lift_ray.data.catalog import Split
 from lift_ray.data.longtail import Int64s
-from lift_ray.data.shards import RowReader
+from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
 Pixels = NDArray[np.uint8]

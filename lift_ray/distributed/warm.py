@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lift_ray.data.catalog import Dataset, Split, open_dataset
 from lift_ray.data.longtail import Int64s
-from lift_ray.data.shards import RowReader
+from lift_ray.data.reader import RowReader
 from lift_ray.data.stream import Batch, evaluation_batches
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.errors import BadInput
