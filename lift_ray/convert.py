@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +17,9 @@ from lift_ray.errors import BadInput, exit_codes, run_verb
 
 if TYPE_CHECKING:
     from lift_ray.data.conversion import Converted
+    from lift_ray.data.index import ImageIndex
+    from lift_ray.data.splitting import Division
+    from lift_ray.data.tasks import RunTasks
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -19,29 +28,103 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def convert() -> None:
     """Turn an image set into Parquet shards that lift_ray, Hugging Face datasets and DuckDB read.
 
+    A conversion that was cut short goes on when the same command is given again.
+
     \b
-    Example:
+    Examples:
       python -m lift_ray.convert folder photos/ data/photos --short-side 256
+      python -m lift_ray.convert torchvision Food101 data/food101 --root downloads/ --download
     """
 
 
-@app.command()
+Destination = Annotated[str, typer.Argument(metavar="DEST", help="Folder for the shards; any fsspec URL.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every kind of source can be told; each field is an option of the command line."""
+
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Shrink larger images to this short side (px); all become JPEG.")
+    ] = None
+    quality: Annotated[int | None, typer.Option(min=1, max=100, help="JPEG quality with --short-side.  [90]")] = None
+    max_pixels: Annotated[int, typer.Option(min=1, max=178_956_970, help="An image that has more is a bad one.")] = (
+        178_956_970
+    )
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded.")] = False
+    validation_frac: Annotated[
+        float | None, typer.Option(help="Part of each class for validation, where SRC has no such split.  [0.1]")
+    ] = None
+    test_frac: Annotated[float | None, typer.Option(help="Part of each class for the test split.  [0]")] = None
+    imbalance: Annotated[
+        float | None, typer.Option(min=1, help="Cut the training split to a long tail: largest / smallest class.")
+    ] = None
+    largest: Annotated[int | None, typer.Option(min=1, help="Images of its first class.  [as many as it has]")] = None
+    labelled: Annotated[
+        int | None, typer.Option(min=1, help="Semi-supervised set: images of the first class with a label.")
+    ] = None
+    unlabelled: Annotated[int | None, typer.Option(min=1, help="Its further images without one.")] = None
+    gamma_l: Annotated[float | None, typer.Option(min=1, help="Imbalance of the labelled images.")] = None
+    gamma_u: Annotated[
+        float | None, typer.Option(min=1, help="Imbalance of the unlabelled images.  [as --gamma-l]")
+    ] = None
+    reversed: Annotated[
+        bool, typer.Option("--reversed", help="Most unlabelled images for the class with the fewest labelled.")
+    ] = False
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every draw and of the order.")] = 0
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 4096
+    row_group_rows: Annotated[int, typer.Option(min=1, help="Images in a row group, the unit of reading.")] = 256
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set at DEST.")] = False
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Images (on a cluster: shards) in work at once.  [one for each core]")
+    ] = None
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Use this Ray cluster.  [$RAY_ADDRESS, else none]")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.quality is not None and self.short_side is None:
+            raise BadInput(
+                "--quality: must come with --short-side, but got it alone (bytes are kept); add --short-side"
+            )
+        self.division()
+
+    def division(self) -> Division:
+        """The options about splits. Raises BadInput for those that do not go together."""
+        from lift_ray.data.splitting import Division
+
+        return Division(
+            self.validation_frac, self.test_frac, self.seed, self.imbalance, self.largest,
+            self.labelled, self.unlabelled, self.gamma_l, self.gamma_u, self.reversed,
+        )  # fmt: skip
+
+
+def kind(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command with its own parameters, and an option for each field of Options in place of `options`."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            each for each in inspect.signature(function, eval_str=True).parameters.values() if each.name != "options"
+        ]
+        shared = inspect.signature(Options, eval_str=True).parameters.values()
+
+        @wraps(function)
+        def command(**given: Any) -> None:
+            mine = {each.name: given.pop(each.name) for each in own}
+            function(**mine, options=Options(**given))
+
+        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
+        command.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+        return app.command(name)(command)
+
+    return register
+
+
+@kind("folder")
 def folder(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of class directories, or of train/val/test.")],
-    destination: Annotated[str, typer.Argument(metavar="DEST", help="Folder for the shards; any fsspec URL.")],
-    short_side: Annotated[
-        int | None, typer.Option(min=1, help="Shrink larger images to this short side (px), as JPEG.")
-    ] = None,
-    quality: Annotated[int | None, typer.Option(min=1, max=100, help="JPEG quality with --short-side.  [90]")] = None,
-    validation_frac: Annotated[
-        float | None, typer.Option(help="Part of each class for validation, where SRC has no such directory.  [0.1]")
-    ] = None,
-    test_frac: Annotated[float | None, typer.Option(help="Part of each class for the test split.  [0]")] = None,
-    rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 4096,
-    row_group_rows: Annotated[int, typer.Option(min=1, help="Images in a row group, the unit of reading.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the order.")] = 0,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set at DEST.")] = False,
+    destination: Destination,
+    options: Options,
 ) -> None:
     """Convert class directories of images: SRC/<class>/... or SRC/<train|val|test>/<class>/...
 
@@ -49,43 +132,192 @@ def folder(
     Example:
       python -m lift_ray.convert folder photos/ s3://bucket/photos --short-side 256 --test-frac 0.1
     """
-    if quality is not None and short_side is None:
-        raise BadInput("--quality: must come with --short-side, but got it alone (bytes are kept); add --short-side")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from lift_ray.data import conversion
     from lift_ray.data.folder import scan_folder
 
-    index = scan_folder(source)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} images/s"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=None, rate="0")
+    _convert(scan_folder(source), destination, options)
+
+
+@kind("list")
+def image_list(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder that the paths in the lists start from.")],
+    destination: Destination,
+    options: Options,
+    train: Annotated[str, typer.Option(metavar="FILE", help="List of training images.")],
+    class_names: Annotated[str, typer.Option(metavar="FILE", help="A class name on each line, in label order.")],
+    validation: Annotated[str | None, typer.Option(metavar="FILE", help="List of validation images.")] = None,
+    test: Annotated[str | None, typer.Option(metavar="FILE", help="List of test images.")] = None,
+) -> None:
+    """Convert images that text files list, `path label` on each line, as ImageNet-LT and Places-LT come.
+
+    \b
+    Example:
+      python -m lift_ray.convert list imagenet/ data/imagenet-lt --train ImageNet_LT_train.txt \\
+          --test ImageNet_LT_test.txt --class-names classnames.txt --short-side 256
+    """
+    from lift_ray.data.lists import scan_list
+
+    index = scan_list(source, train=train, validation=validation, test=test, class_names=class_names)
+    _convert(index, destination, options)
+
+
+@kind("inat")
+def inat(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder with train_val2018/ and the annotations.")],
+    destination: Destination,
+    options: Options,
+    rank: Annotated[str, typer.Option(help="Rank of the taxonomy that is the label.")] = "species",
+    train: Annotated[str, typer.Option(metavar="FILE", help="Annotations of the training images.")] = "train2018.json",
+    test: Annotated[
+        str, typer.Option(metavar="FILE", help="Annotations of the published validation images, which become the test.")
+    ] = "val2018.json",
+    categories: Annotated[str, typer.Option(metavar="FILE", help="The taxonomy.")] = "categories.json",
+) -> None:
+    """Convert iNaturalist 2018 (or 2019, 2021) with its taxonomy.
+
+    \b
+    Example:
+      python -m lift_ray.convert inat inat2018/ s3://bucket/inat2018 --short-side 256
+    """
+    from lift_ray.data.inat import scan_inat
+
+    _convert(scan_inat(source, rank=rank, train=train, test=test, categories=categories), destination, options)
+
+
+@kind("cifar")
+def cifar(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="cifar-100-python.tar.gz, or the folder it makes.")],
+    destination: Destination,
+    options: Options,
+    coarse: Annotated[bool, typer.Option("--coarse", help="The 20 superclasses of CIFAR-100.")] = False,
+) -> None:
+    """Convert CIFAR-10 or CIFAR-100; --imbalance 10, 50 or 100 is the long-tailed cut of the literature.
+
+    \b
+    Examples:
+      python -m lift_ray.convert cifar cifar-100-python.tar.gz data/cifar100-lt --imbalance 100 --validation-frac 0
+      python -m lift_ray.convert cifar cifar-10-python.tar.gz data/cifar10-semi --labelled 500 --unlabelled 4000 \\
+          --gamma-l 100
+    """
+    if options.largest is not None:
+        raise BadInput("largest: must be left out for cifar, whose cut keeps all of the first class; drop it")
+    from lift_ray.data.cifar import scan_cifar
+
+    index = scan_cifar(source, imbalance=options.imbalance, coarse=coarse)
+    _convert(index, destination, replace(options, imbalance=None))
+
+
+ImageColumn = Annotated[str | None, typer.Option(help="Column of the images: paths, in Parquet also bytes.  [found]")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels: names or numbers.  [found]")]
+SplitColumn = Annotated[str | None, typer.Option(help="Column of train, val or test.  [split, if there is one]")]
+Root = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder that paths start from.  [where the table is]")]
+ClassNames = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A class name on each line, for labels that are numbers.")
+]
+
+
+@kind("csv")
+def csv_table(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="CSV file with a header.")],
+    destination: Destination,
+    options: Options,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    split_column: SplitColumn = None,
+    root: Root = None,
+    class_names: ClassNames = None,
+) -> None:
+    """Convert images whose paths and labels are in a CSV file.
+
+    \b
+    Example:
+      python -m lift_ray.convert csv labels.csv data/mine --image-column file --label-column species --root photos/
+    """
+    from lift_ray.data.tables import scan_table
+
+    columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
+    _convert(scan_table(source, kind="csv", root=root, class_names=class_names, **columns), destination, options)
+
+
+@kind("parquet")
+def parquet_table(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Parquet file, folder of them, or pattern with *.")],
+    destination: Destination,
+    options: Options,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    split_column: SplitColumn = None,
+    root: Root = None,
+    class_names: ClassNames = None,
+) -> None:
+    """Convert images that Parquet files hold, or name.
+
+    \b
+    Example:
+      python -m lift_ray.convert parquet 's3://bucket/raw/*.parquet' data/mine --label-column category
+    """
+    from lift_ray.data.tables import scan_table
+
+    columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
+    _convert(scan_table(source, kind="parquet", root=root, class_names=class_names, **columns), destination, options)
+
+
+@kind("torchvision")
+def torchvision(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A class of torchvision.datasets, such as Food101.")],
+    destination: Destination,
+    options: Options,
+    root: Annotated[str, typer.Option(metavar="FOLDER", help="Where torchvision keeps the set.")],
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch it first.")] = False,
+) -> None:
+    """Convert a classification set that torchvision knows.
+
+    \b
+    Example:
+      python -m lift_ray.convert torchvision Food101 data/food101 --root downloads/ --download --short-side 256
+    """
+    from lift_ray.data.torchvision_sets import scan_torchvision
+
+    _convert(scan_torchvision(name, root=root, download=download), destination, options)
+
+
+def _convert(index: ImageIndex, destination: str, options: Options) -> None:
+    from lift_ray.data import conversion
+    from lift_ray.data.images import Encoding
+    from lift_ray.results.progress import image_progress
+
+    for note in index.notes:
+        print(note, file=sys.stderr)
+    with _engine(options) as run_tasks, image_progress() as progress:
         converted = conversion.convert(
-            index,
-            destination,
-            short_side_px=short_side,
-            quality=quality or 90,
-            validation_frac=validation_frac,
-            test_frac=test_frac,
-            rows_per_shard=rows_per_shard,
-            row_group_rows=row_group_rows,
-            seed=seed,
-            skip_bad=skip_bad,
-            overwrite=overwrite,
-            progress=lambda done, total: bar.update(
-                task, completed=done, total=total, rate=f"{bar.tasks[0].speed or 0:.0f}"
-            ),
-        )
+            index, destination, division=options.division(),
+            encoding=Encoding(options.short_side, options.quality or 90, options.max_pixels),
+            rows_per_shard=options.rows_per_shard, row_group_rows=options.row_group_rows, skip_bad=options.skip_bad,
+            overwrite=options.overwrite, workers=options.workers, progress=progress, run_tasks=run_tasks,
+        )  # fmt: skip
     _report(destination, converted, index.num_ignored)
 
 
+@contextmanager
+def _engine(options: Options) -> Iterator[RunTasks | None]:
+    """The Ray cluster, if one is named; None for this machine's cores."""
+    if not (options.ray or os.environ.get("RAY_ADDRESS")):
+        yield None
+        return
+    from lift_ray.distributed.cluster import connected
+
+    with connected(options.ray, dashboard=False):
+        from lift_ray.distributed.conversion import on_cluster
+
+        yield partial(on_cluster, at_once=options.workers)
+
+
 def _report(destination: str, converted: Converted, num_ignored: int) -> None:
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
     from lift_ray.data.conversion import SKIPPED
+    from lift_ray.data.longtail import plot, summary
     from lift_ray.data.store import join
 
     table = Table("split")
@@ -96,6 +328,8 @@ def _report(destination: str, converted: Converted, num_ignored: int) -> None:
         num_bytes = sum(shard.bytes for shard in record.shards)
         table.add_row(split, f"{record.rows:,}", f"{classes:,}", str(len(record.shards)), f"{num_bytes / 1e6:,.1f}")
     Console().print(table)
+    counts = np.array(converted.splits["train"].class_counts)
+    print(f"train: {summary(counts)}\n{plot(counts)}")
     if num_ignored:
         print(f"{num_ignored} files that are not images by name were left out")
     if converted.skipped:

@@ -12,6 +12,14 @@ TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
 EVALUATION_COUNT = 3
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept of remote data sets does not outlive the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with 8 classes of the embedded pictures: 96 training, 24 validation and 24 test images."""

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import io
 import math
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from lift_ray.data.augment import (
     GROWTH,
     SMALLEST_AREA,
+    Crop,
+    FindCrop,
+    any_crop,
     evaluation_picture,
     smallest_area,
     square_crop,
     training_picture,
+    training_pictures_on,
 )
 from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
@@ -59,7 +67,9 @@ def test_convex_lies_below_linear_and_concave_above() -> None:
 @settings(max_examples=300)
 @given(width=SIDES, height=SIDES, smallest=st.floats(SMALLEST_AREA, 1), draw=DRAWS)
 def test_a_crop_is_a_square_inside_the_picture(width: int, height: int, smallest: float, draw: np.ndarray) -> None:
-    left, top, side = square_crop(width, height, smallest, draw)
+    crop = square_crop(width, height, smallest, draw)
+    left, top, side = crop.left, crop.top, crop.width
+    assert crop.height == side
     assert 1 <= side <= min(width, height)
     assert 0 <= left <= width - side
     assert 0 <= top <= height - side
@@ -72,7 +82,7 @@ def test_a_crop_is_a_square_inside_the_picture(width: int, height: int, smallest
 def test_a_picture_too_long_for_the_smallest_area_gives_its_largest_square(short: int, long: int) -> None:
     long += 2 * short  # the largest square holds at most half the picture
     for area in (0.0, 0.5, 0.999):
-        assert square_crop(short, long, 0.5, np.array([area, 0.0, 0.0]))[2] == short
+        assert square_crop(short, long, 0.5, np.array([area, 0.0, 0.0])).width == short
 
 
 @pytest.mark.parametrize(("draw", "expected"), [
@@ -80,39 +90,44 @@ def test_a_picture_too_long_for_the_smallest_area_gives_its_largest_square(short
     ([0.5, 0.5, 0.5], (14, 14, 73)),
 ])  # fmt: skip
 def test_the_draw_sets_area_left_and_top(draw: list[float], expected: tuple[int, int, int]) -> None:
-    assert square_crop(100, 100, SMALLEST_AREA, np.array(draw)) == expected
+    left, top, side = expected
+    assert square_crop(100, 100, SMALLEST_AREA, np.array(draw)) == Crop(left, top, side, side)
 
 
 def test_the_area_is_uniform() -> None:
     random = np.random.default_rng(0)
-    areas = np.array([square_crop(1000, 1000, 0.08, random.random(3))[2] ** 2 / 1e6 for _ in range(4000)])
+    areas = np.array([square_crop(1000, 1000, 0.08, random.random(3)).width ** 2 / 1e6 for _ in range(4000)])
     quantiles = np.quantile(areas, [0.25, 0.5, 0.75])
     assert quantiles == pytest.approx([0.08 + 0.92 * q for q in (0.25, 0.5, 0.75)], abs=0.03)
 
 
 def test_the_same_draw_gives_the_same_training_picture_and_another_another() -> None:
     for data in ENCODED:
-        one = training_picture(data, 48, 0.08, np.array([0.3, 0.2, 0.9]))
-        assert one.shape == (3, 48, 48)
+        one = training_picture(data, 48, square(0.3, 0.2, 0.9))
+        assert one.shape == (48, 48, 3)
         assert one.dtype == np.uint8
-        assert np.array_equal(one, training_picture(data, 48, 0.08, np.array([0.3, 0.2, 0.9])))
-        assert not np.array_equal(one, training_picture(data, 48, 0.08, np.array([0.3, 0.9, 0.9])))
+        assert np.array_equal(one, training_picture(data, 48, square(0.3, 0.2, 0.9)))
+        assert not np.array_equal(one, training_picture(data, 48, square(0.3, 0.9, 0.9)))
 
 
 def test_a_crop_of_the_wanted_size_keeps_the_pixels() -> None:
-    picture = training_picture(png(60, 48), 48, 1.0, np.array([0.0, 0.999, 0.0]))
-    assert np.array_equal(picture, pixels(60, 48)[:, :, 12:])
+    picture = training_picture(png(60, 48), 48, square(0.0, 0.999, 0.0, smallest=1.0))
+    assert np.array_equal(picture, pixels(60, 48)[:, 12:])
+
+
+def square(*draw: float, smallest: float = SMALLEST_AREA) -> FindCrop:
+    return partial(square_crop, smallest=smallest, draw=np.array(draw))
 
 
 def pixels(width: int, height: int) -> np.ndarray:
     random = np.random.default_rng(width * height)
-    return random.integers(0, 256, (3, height, width), dtype=np.uint8)
+    return random.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def png(width: int, height: int, mode: str = "RGB") -> bytes:
     """Lossless, so that pixels can be followed."""
     out = io.BytesIO()
-    Image.fromarray(pixels(width, height).transpose(1, 2, 0)).convert(mode).save(out, "PNG")
+    Image.fromarray(pixels(width, height)).convert(mode).save(out, "PNG")
     return out.getvalue()
 
 
@@ -122,7 +137,7 @@ def test_evaluation_takes_the_centre_of_eight_sevenths(size_px: int, resized: in
         left, top = round((width - size_px) / 2), round((height - size_px) / 2)
         whole = pixels(width, height)
         got = evaluation_picture(png(width, height), size_px)
-        assert np.array_equal(got, whole[:, top : top + size_px, left : left + size_px])
+        assert np.array_equal(got, whole[top : top + size_px, left : left + size_px])
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 48), (48, 96), (300, 200), (20, 31)])
@@ -131,7 +146,7 @@ def test_evaluation_keeps_the_aspect(width: int, height: int) -> None:
     y = np.linspace(0, 255, height)[:, None].repeat(width, 1)
     out = io.BytesIO()
     Image.fromarray(np.stack([x, y, y], -1).round().astype(np.uint8)).save(out, "PNG")
-    red, green, _ = evaluation_picture(out.getvalue(), 48).astype(float)
+    red, green, _ = evaluation_picture(out.getvalue(), 48).astype(float).transpose(2, 0, 1)
     scale = 55 / min(width, height)
     slope_x = (red[24, 40] - red[24, 8]) / 32 * width * scale / 255
     slope_y = (green[40, 24] - green[8, 24]) / 32 * height * scale / 255
@@ -141,7 +156,60 @@ def test_evaluation_keeps_the_aspect(width: int, height: int) -> None:
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
 def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
     out = io.BytesIO()
-    image = Image.fromarray(pixels(60, 50).transpose(1, 2, 0)).convert(mode)
+    image = Image.fromarray(pixels(60, 50)).convert(mode)
     image.save(out, "JPEG" if mode == "CMYK" else "PNG")
-    assert evaluation_picture(out.getvalue(), 48).shape == (3, 48, 48)
-    assert training_picture(out.getvalue(), 48, 0.08, np.array([0.5, 0.5, 0.5])).shape == (3, 48, 48)
+    assert evaluation_picture(out.getvalue(), 48).shape == (48, 48, 3)
+    assert training_picture(out.getvalue(), 48, square(0.5, 0.5, 0.5)).shape == (48, 48, 3)
+
+
+def test_pictures_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pillow() -> None:
+    """Of 3 million values, 0.3% differ from Pillow's by one level, and less than ten in a million by two."""
+    levels = np.zeros(256, np.int64)
+    for number, data in enumerate(RowReader(SPLIT).read(np.arange(0, 360, 3))):
+        find = square(*np.random.default_rng(number).random(3))
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        crop = find(*image.size)
+        ours = training_picture(data, 96, find)
+        tensor = tv.pil_to_tensor(image)
+        theirs = tv.resized_crop(
+            tensor, crop.top, crop.left, crop.height, crop.width, [96, 96], InterpolationMode.BICUBIC
+        )
+        assert np.array_equal(ours, theirs.permute(1, 2, 0).numpy())
+        box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+        pillow = np.asarray(image.crop(box).resize((96, 96), Image.Resampling.BICUBIC))
+        levels += np.bincount(np.abs(ours.astype(int) - pillow).ravel(), minlength=256)
+    assert levels[3:].sum() == 0
+    assert levels[1] / levels.sum() < 0.01
+    assert levels[2] / levels.sum() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(600, 400), (301, 803)])
+def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, int]) -> None:
+    out = io.BytesIO()
+    Image.open(io.BytesIO(ENCODED[3])).convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
+        out, "JPEG", quality=92
+    )
+    for draw in ((0.9, 0.2, 0.6), (0.5, 0.9, 0.1)):
+        exact, reduced = (training_picture(out.getvalue(), 48, square(*draw), reduced=which) for which in (False, True))
+        difference = np.abs(exact.astype(int) - reduced)
+        shifted = np.abs(exact[:, 4:].astype(int) - reduced[:, :-4]).mean()
+        assert 0 < difference.mean() < shifted / 2
+
+
+def test_reduced_decoding_changes_nothing_where_the_crop_needs_every_pixel() -> None:
+    for data in ENCODED:
+        assert np.array_equal(
+            *(training_picture(data, 96, square(0.5, 0.5, 0.5), reduced=which) for which in (False, True))
+        )
+
+
+def test_pictures_made_on_a_device_are_the_same_but_for_rounding() -> None:
+    """The code for a GPU, run on the CPU: it resizes in floats, and rounds once."""
+    encoded = [*ENCODED[:6], png(70, 60)]
+    draws = np.random.default_rng(0).random((len(encoded), 3))
+    finds: list[FindCrop] = [square(*draw) for draw in draws[:4]] + [partial(any_crop, draw=draw) for draw in draws[4:]]
+    on_device = training_pictures_on(torch.device("cpu"), encoded, 48, finds)
+    for data, find, picture in zip(encoded, finds, on_device, strict=True):
+        difference = np.abs(training_picture(data, 48, find).astype(int) - picture.permute(1, 2, 0).numpy())
+        assert difference.max() <= 6
+        assert difference.mean() < 0.5

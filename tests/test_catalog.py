@@ -92,7 +92,8 @@ def test_a_relative_path_starts_at_the_base(tmp_path: Path) -> None:
     assert open_dataset("../pets", base=tmp_path / "spaces").num_classes == 2
 
 
-def test_any_fsspec_url_works(tmp_path: Path) -> None:
+def test_any_fsspec_url_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIFT_CACHE", str(tmp_path / "cache"))
     fsspec.filesystem("memory").put(str(small(tmp_path / "m")) + "/", "/catalog-any/", recursive=True)
     for uri in ("memory://catalog-any", f"file://{tmp_path}/m", f"simplecache::file://{tmp_path}/m"):
         dataset = open_dataset(uri)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from lift_ray import convert as verb
 from lift_ray.data.catalog import open_dataset
-from lift_ray.data.conversion import convert, stratified_split
+from lift_ray.data.conversion import convert
 from lift_ray.data.folder import scan_folder
+from lift_ray.data.index import ImageIndex
 from lift_ray.data.reader import RowReader
+from lift_ray.data.splitting import Division
 from lift_ray.errors import BadInput
 
 VALIDATION = open_dataset("embedded:caltech101").split("validation")
@@ -83,7 +86,7 @@ def test_source_and_destination_may_be_any_fsspec_url(tmp_path: Path) -> None:
 def test_the_seed_decides_the_split_and_the_order(tmp_path: Path) -> None:
     index = scan_folder(str(photos(tmp_path / "photos")))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        convert(index, f"{tmp_path}/{name}", seed=seed)
+        convert(index, f"{tmp_path}/{name}", division=Division(seed=seed))
     assert contents(f"{tmp_path}/a") == contents(f"{tmp_path}/b") != contents(f"{tmp_path}/c")
     labels = open_dataset(f"{tmp_path}/a").split("train").labels
     assert labels.tolist() != sorted(labels.tolist())
@@ -122,6 +125,70 @@ def test_a_bad_image_stops_with_its_path_unless_it_is_to_be_skipped(
     assert f"2 bad images were skipped: {out}/skipped.txt" in printed
     assert "1 files that are not images by name were left out" in printed
     assert sum(map(len, contents(str(out)).values())) == 21
+
+
+@dataclass(frozen=True)
+class Fails:
+    """A source that has good images, and one that raises."""
+
+    error: Exception
+
+    def __call__(self, reference: str) -> bytes:
+        if reference == "2":
+            raise self.error
+        return IMAGES[int(reference)]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "disk error"), PermissionError("no"), RuntimeError("lost")])
+def test_a_source_that_fails_stops_the_conversion_and_leaves_no_image_out(tmp_path: Path, error: Exception) -> None:
+    index = ImageIndex("photos", ("a",), {"train": [(str(row), 0) for row in range(9)]}, Fails(error))
+    with pytest.raises(BadInput, match=r"^photos/2: must be readable, but .*(disk error|denied|lost).*; check"):
+        convert(index, str(tmp_path / "out"), skip_bad=True)
+    found = convert(replace(index, read=Fails(FileNotFoundError("2"))), str(tmp_path / "out"), skip_bad=True)
+    assert found.skipped == ("photos/2: must be a whole image, but got nothing there",)
+
+
+def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = photos(tmp_path / "p", (5, 1, 1))
+    for path in (source / "accordion").iterdir():
+        path.write_bytes(b"")
+    index = scan_folder(str(source))
+    index = replace(index, class_names=index.class_names[1:], splits={"train": [(name, max(0, label - 1))
+                    for name, label in index.splits["train"]]})  # fmt: skip
+    convert(index, str(tmp_path / "out"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
+    dataset = open_dataset(f"{tmp_path}/out")
+    assert (len(dataset.split("train").shards), dataset.split("train").num_samples) == (7, 2)
+    monkeypatch.setattr("lift_ray.data.tasks.SUSPICIOUS", 1)
+    with pytest.raises(BadInput, match=r"got 0 bytes, as for all 1 images of a shard; check that each machine reaches"):
+        convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
+
+
+def test_a_semi_supervised_set_and_its_distribution_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = photos(tmp_path / "photos", (12, 8, 6)), str(tmp_path / "out")
+    options = ["--validation-frac", "0", "--labelled", "4", "--unlabelled", "8", "--gamma-l", "4"]
+    assert not verb.main(["folder", str(source), out, *options])
+    dataset = open_dataset(out)
+    assert dataset.split("train").class_counts(3).tolist() == [4, 2, 1]
+    assert dataset.split("unlabelled").class_counts(3).tolist() == [12, 6, 3]
+    held = contents(out)
+    assert set(held["train"]) <= set(held["unlabelled"])
+    printed = capsys.readouterr()
+    assert "train: 3 classes, 7 images: 4 to 1 a class, imbalance 4.0; 0 many (> 100), 0 medium, 3 few" in printed.out
+    assert "4 █" in printed.out
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lift_ray.results.progress.LINE_EVERY_S", 0.0)
+    verb.main(["folder", str(photos(tmp_path / "photos")), f"{tmp_path}/out"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21
+    assert re.fullmatch(r"21 of 21 images, [\d,]+ images/s, 0 s left", lines[-1])
 
 
 def test_overwrite_replaces_the_whole_set(tmp_path: Path) -> None:
@@ -206,6 +273,10 @@ BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
         "validation-frac: must be at least 0 and below 1, but got 1.5; give 0.1, for instance",
     ),
     (
+        lambda folder: [f"{folder}/photos", "--labelled", "5"],
+        "labelled: must come with gamma-l, but got it without; add --gamma-l",
+    ),
+    (
         lambda folder: [f"{folder}/photos", "--quality", "80"],
         "--quality: must come with --short-side, but got it alone (bytes are kept); add --short-side",
     ),
@@ -236,24 +307,6 @@ def test_wrong_usage_is_one_line_of_bad_input(argv: list[str]) -> None:
         verb.main(argv)
 
 
-@settings(deadline=None)
-@given(
-    labels=st.lists(st.integers(0, 5), min_size=1, max_size=80),
-    fracs=st.tuples(st.floats(0, 0.9), st.floats(0, 0.9)).filter(lambda pair: sum(pair) < 1),
-    seed=st.integers(0, 3),
-)
-def test_a_stratified_split_deals_out_every_image_once_and_keeps_each_class_in_training(
-    labels: list[int], fracs: tuple[float, float], seed: int
-) -> None:
-    rows = np.array(labels, dtype=np.int64)
-    parts = stratified_split(rows, *fracs, seed)
-    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(labels)))
-    assert set(rows[parts["train"]]) == set(labels)
-    for label in set(labels):
-        count = labels.count(label)
-        assert (rows[parts["validation"]] == label).sum() == min(round(fracs[0] * count), count - 1)
-
-
 def test_the_process_ends_with_2_and_one_line_for_bad_input(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "lift_ray.convert", "folder", f"{tmp_path}/no", f"{tmp_path}/out"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -261,6 +314,17 @@ def test_the_process_ends_with_2_and_one_line_for_bad_input(tmp_path: Path) -> N
     assert (
         done.stderr == f"{tmp_path}/no: must be a folder of class directories, but nothing is there; check the path\n"
     )
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "inat", "cifar", "csv", "parquet", "torchvision"])
+def test_every_kind_takes_the_shared_options_and_shows_an_example(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb.main([kind, "--help"])
+    printed = capsys.readouterr().out
+    assert f"python -m lift_ray.convert {kind} " in printed
+    for field in fields(verb.Options):
+        assert f"--{field.name.replace('_', '-')} " in printed
 
 
 def test_help_gives_an_example_and_loads_nothing_heavy() -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lift_ray.data.longtail import keep_first, longtail_counts
+from lift_ray.data.longtail import keep_first, longtail_counts, plot, semi_supervised_counts, summary
 from lift_ray.errors import BadInput
+from lift_ray.results.metrics import class_groups
 
 COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=40).map(lambda counts: np.array(counts, dtype=np.int64))
 
@@ -67,3 +68,53 @@ def test_the_kept_rows_are_the_first_of_each_class_in_storage_order(labels: list
     kept = keep_first(np.array(labels, dtype=np.int64), np.array(counts, dtype=np.int64))
     assert kept.tolist() == expected
     assert kept.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("labelled", "unlabelled", "gamma", "expected"),
+    [
+        (500, 4000, 100, [[500, 299, 179, 107, 64, 38, 23, 13, 8, 5],
+                          [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]]),
+        (1500, 3000, 150, [[1500, 859, 492, 282, 161, 92, 53, 30, 17, 10],
+                           [3000, 1719, 985, 564, 323, 185, 106, 60, 34, 20]]),
+    ],
+)  # fmt: skip
+def test_semi_supervised_cifar_10_has_the_counts_of_the_literature(
+    labelled: int, unlabelled: int, gamma: float, expected: list[list[int]]
+) -> None:
+    balanced = np.full(10, 4500)
+    counts = semi_supervised_counts(balanced, labelled, unlabelled, gamma, gamma)
+    assert [part.tolist() for part in counts] == expected
+    flipped = semi_supervised_counts(balanced, labelled, unlabelled, gamma, gamma, flipped=True)
+    assert [part.tolist() for part in flipped] == [expected[0], expected[1][::-1]]
+
+
+def test_semi_supervised_classes_keep_a_labelled_image_and_their_rank() -> None:
+    labelled, further = semi_supervised_counts(np.array([30, 90, 60]), 4, 50, 100.0, 1.0)
+    assert labelled.tolist() == [1, 4, 1]
+    assert further.tolist() == [50, 50, 50]
+
+
+def test_a_summary_counts_groups_as_the_metrics_do() -> None:
+    counts = np.array([101, 100, 20, 19, 4])
+    found = summary(counts)
+    assert (found.many, found.medium, found.few) == (1, 2, 2)
+    assert class_groups(counts).tolist() == ["many", "medium", "medium", "few", "few"]
+    assert (found.classes, found.images, found.largest, found.smallest, found.imbalance) == (5, 244, 101, 4, 25.25)
+    assert (
+        str(found) == "5 classes, 244 images: 101 to 4 a class, imbalance 25.2; 1 many (> 100), 2 medium, 2 few (< 20)"
+    )
+
+
+def test_a_plot_falls_from_the_largest_class_to_the_smallest_on_a_log_scale() -> None:
+    assert plot(np.array([1, 100, 10]), height=2).splitlines() == ["100 █", "  1 ██▁"]
+
+
+@given(counts=st.lists(st.integers(1, 10**6), min_size=1, max_size=300))
+def test_a_plot_fits_the_terminal_and_shows_every_column(counts: list[int]) -> None:
+    lines = plot(np.array(counts)).splitlines()
+    assert len(lines) == 6
+    label = len(f"{max(*counts, 2):,}") + 1
+    assert len(lines[-1]) == label + min(len(counts), 60)
+    assert " " not in lines[-1][label:]
+    assert all(len(line) <= len(lines[-1]) for line in lines)

@@ -119,6 +119,7 @@ def test_a_row_without_image_bytes_is_bad_input(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "train-00000-of-00001.parquet")
     images = pa.array([{"bytes": b"x", "path": "a"}, {"bytes": None, "path": "b"}], table.schema.field("image").type)
     pq.write_table(table.set_column(0, "image", images), tmp_path / "train-00000-of-00001.parquet")
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(BadInput) as caught:
         RowReader(open_dataset(url).split("train")).read(np.array([0, 1]))
     shard = f"{url}/train-00000-of-00001.parquet"
@@ -161,6 +162,29 @@ def test_the_schema_is_what_hugging_face_writes(tmp_path: Path) -> None:
         b'{"info": {"features": {"image": {"_type": "Image"}, '
         b'"label": {"names": ["cat", "dog", "wild cat"], "_type": "ClassLabel"}}}}'
     )
+
+
+def test_duckdb_reads_the_shards(tmp_path: Path) -> None:
+    import duckdb
+
+    write(str(tmp_path), 25)
+    query = f"SELECT label, count(*), sum(octet_length(image.bytes)) FROM '{tmp_path}/*.parquet' GROUP BY label ORDER BY label"
+    assert duckdb.sql(query).fetchall() == [(k, len(ALL[k:25:3]), sum(map(len, ALL[k:25:3]))) for k in range(3)]
+
+
+def test_datasets_reads_the_shards_with_class_names_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    write(str(tmp_path / "set"), 25)
+    files = {"train": str(tmp_path / "set" / "*.parquet")}
+    train = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"), split="train")
+    assert train.features["label"].names == ["cat", "dog", "wild cat"]
+    assert train["label"] == [row % 3 for row in range(25)]
+    with Image.open(io.BytesIO(ALL[7])) as expected:
+        assert train[7]["image"].tobytes() == expected.convert(train[7]["image"].mode).tobytes()
 
 
 def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ QUICKSTART = (FOLDER / "quickstart.yaml").read_text()
 HEAD = "name: n\ndataset: embedded:caltech101-lt\n"
 SEED = HEAD + "space:\n  seed: {int: [1, 9]}\n"
 SETTINGS = ", ".join([
-    "augment.kind", "augment.patch_dropout", "augment.schedule", "augment.start_px", "backbone.cache_gib",
+    "augment.decode", "augment.kind", "augment.patch_dropout", "augment.schedule", "augment.start_px", "backbone.cache_gib",
     "backbone.checkpointing", "backbone.compile", "backbone.model", "backbone.precision", "backbone.pretrained",
     "backbone.resolution_px", "evaluation.posthoc_tau", "evaluation.tte", "extra_tuner.blocks", "extra_tuner.bottleneck",
     "extra_tuner.kind", "extra_tuner.last", "extra_tuner.length", "extra_tuner.mlp", "extra_tuner.norms", "extra_tuner.ratio",
     "head.init", "head.kind", "head.scale", "head.template", "loss.beta", "loss.gamma", "loss.kind", "loss.max_margin",
     "loss.remine", "loss.scale", "loss.tau", "loss.weight", "optim.accumulate", "optim.epochs", "optim.global_batch_size",
-    "optim.lr", "optim.momentum", "optim.weight_decay", "seed", "tuner.blocks", "tuner.bottleneck", "tuner.kind", "tuner.last",
-    "tuner.length", "tuner.mlp", "tuner.norms", "tuner.ratio",
+    "optim.lr", "optim.momentum", "optim.shuffle_mib", "optim.weight_decay", "seed", "tuner.blocks", "tuner.bottleneck", "tuner.kind",
+    "tuner.last", "tuner.length", "tuner.mlp", "tuner.norms", "tuner.ratio",
 ])  # fmt: skip
 
 

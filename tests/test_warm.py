@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lift_ray.data.augment import crop_flip_picture, five_crops, growing_px
+from lift_ray.data.augment import any_crop, five_crops, growing_px, training_picture
 from lift_ray.data.reader import RowReader
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.evaluation import evaluate_checkpoint
@@ -157,12 +158,14 @@ def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
     split = warm.dataset.split("test")
     encoded = warm.reader(split).read(np.arange(1))[0]
     crops = five_crops(encoded, 32)
-    assert crops.shape == (5, 3, 32, 32)
+    assert crops.shape == (5, 32, 32, 3)
     assert len({crop.tobytes() for crop in crops}) == 5
     run = Run(settings(small_clip, evaluation__tte=True), warm)
     with torch.inference_mode():
         logits = torch.cat([logits for logits, _ in run._logits(split)])
-        pixels = torch.from_numpy(np.stack([five_crops(data, 32) for data in warm.reader(split).read(np.arange(24))]))
+        pixels = torch.from_numpy(
+            np.stack([five_crops(data, 32) for data in warm.reader(split).read(np.arange(24))])
+        ).movedim(-1, -3)
         std, mean = (
             torch.tensor(v).view(3, 1, 1) for v in (warm.backbone(run.config).std, warm.backbone(run.config).mean)
         )
@@ -191,10 +194,10 @@ def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logit
 def test_a_random_crop_with_flip_is_decided_by_its_draw(warm: Warm) -> None:
     encoded = warm.reader(warm.dataset.split("train")).read(np.arange(1))[0]
     draws = np.random.default_rng(0).random((40, 3))
-    pictures = [crop_flip_picture(encoded, 16, draw) for draw in draws]
-    assert all(np.array_equal(a, crop_flip_picture(encoded, 16, d)) for a, d in zip(pictures, draws, strict=True))
-    assert len({picture.tobytes() for picture in pictures}) == 40
-    assert pictures[0].shape == (3, 16, 16)
+    once, again = ([training_picture(encoded, 16, partial(any_crop, draw=draw)) for draw in draws] for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
+    assert len({picture.tobytes() for picture in once}) == 40
+    assert once[0].shape == (16, 16, 3)
 
 
 def test_a_checkpoint_of_other_classes_or_another_tower_is_refused(warm: Warm, small_clip: str, tmp_path: Path) -> None:

@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from lift_ray.data.cache import load_index, shard_limit_bytes, store_index
+from lift_ray.data.footers import Content, read_content
+from lift_ray.data.layout import MANIFEST as MANIFEST
+from lift_ray.data.layout import RECONVERT as RECONVERT
+from lift_ray.data.layout import SHARD_NAME as SHARD_NAME
+from lift_ray.data.layout import SPLITS as SPLITS
+from lift_ray.data.layout import Listing, find_shards
+from lift_ray.data.layout import shard_names as shard_names
 from lift_ray.data.longtail import Int64s, keep_first, longtail_counts
-from lift_ray.data.store import join, locate, reached
+from lift_ray.data.store import PATIENCE_S, fetch, is_remote, join, locate, reached
 from lift_ray.errors import BadInput, did_you_mean
 
-SPLITS = ("train", "validation", "test")
-MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-SHARD_NAME = re.compile(r"(train|validation|test)-(\d{5,})-of-(\d{5,})(?:-[0-9a-f]+)?\.parquet")
-
-CONVERT = "make it with python -m lift_ray.convert"
-RECONVERT = "run convert again"
+INDEX_VERSION = 1  # of what is kept of remote data sets
+READERS = 16  # shards opened at a time: opening waits for the store
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file: its URL and the rows of each of its row groups."""
+    """One Parquet file.
+
+    Attributes:
+        url: where it is.
+        row_groups: rows of each of its row groups.
+        row_group_bytes: bytes of the images of each, uncompressed; () when not known.
+        num_bytes: of the whole file; 0 when not known.
+        identity: changes with the file's content; "" when the store does not tell, or is this machine's own disk.
+        sha256: of the file, when there is a manifest.
+    """
 
     url: str
     row_groups: tuple[int, ...]
+    row_group_bytes: tuple[int, ...] = ()
+    num_bytes: int = 0
+    identity: str = ""
+    sha256: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -47,16 +61,18 @@ class Split:
     """The kept samples of one split, in storage order.
 
     Attributes:
-        name: train, validation or test.
+        name: one of SPLITS; the labels of `unlabelled` are for measuring only.
         shards: its files, by name.
         labels: label of every kept sample, (N,).
         rows: global row number, counted through the shards, of every kept sample, (N,), ascending.
+        image_column: name of the column of images.
     """
 
     name: str
     shards: tuple[Shard, ...]
     labels: Int64s
     rows: Int64s
+    image_column: str = "image"
 
     @property
     def num_samples(self) -> int:
@@ -89,12 +105,16 @@ class Dataset:
         return self.splits[name]
 
 
-def open_dataset(uri: str, base: Path | None = None) -> Dataset:
-    """Open Hugging Face style Parquet: `<split>-00000-of-0000N.parquet` in a folder or in its `data/` subfolder.
+def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENCE_S) -> Dataset:
+    """Open Hugging Face style Parquet, as this project and `datasets` write it; `layout.find_shards` says which names.
+
+    The images are the column of the Hugging Face feature Image, the labels that of ClassLabel: the ones named image and
+    label, or the only ones. What is read of a remote store is kept in LIFT_CACHE: opening it again only lists files.
 
     Args:
         uri: a path, any fsspec URL, or `embedded:NAME` for data that ships inside the package.
         base: the folder that relative paths start from; by default the working directory.
+        patience_s: how long a request to a remote store is tried again while its failure may pass.
 
     Raises:
         BadInput: one line, when the data cannot be reached or read, or is not a data set for classification:
@@ -106,13 +126,8 @@ def open_dataset(uri: str, base: Path | None = None) -> Dataset:
         return _open_embedded(uri)
     if "://" not in uri and "::" not in uri:
         uri = os.path.normpath((base or Path.cwd()) / Path(uri).expanduser())
-    return _open_folder(uri, uri)
-
-
-def shard_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of shards among `names`, sorted, by split."""
-    matches = [match for match in map(SHARD_NAME.fullmatch, sorted(names)) if match]
-    return {split: here for split in SPLITS if (here := [m[0] for m in matches if m[1] == split])}
+    shard_limit_bytes()  # a bad LIFT_CACHE_GB is told before anything starts
+    return _open_folder(uri, uri, patience_s)
 
 
 def schema_metadata(class_names: Iterable[str]) -> dict[bytes, bytes]:
@@ -126,7 +141,7 @@ def _open_embedded(uri: str) -> Dataset:
     if name not in EMBEDDED:
         raise BadInput(f"{uri}: must name data in the package, but got {name!r}; {did_you_mean(name, EMBEDDED)}")
     folder, profile = EMBEDDED[name]
-    whole = _open_folder(uri, str(files("lift_ray") / "assets" / folder))
+    whole = _open_folder(uri, str(files("lift_ray") / "assets" / folder), 0.0)
     if profile is None:
         return whole
     train = whole.split("train")
@@ -135,143 +150,135 @@ def _open_embedded(uri: str) -> Dataset:
     return replace(whole, splits={**whole.splits, "train": cut})
 
 
-def _open_folder(uri: str, url: str) -> Dataset:
+def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
     """`uri` is what the user typed and messages name; `url` is where the files are."""
-    by_split, url, has_manifest = _list_shards(uri, url)
-    urls = [join(url, name) for names in by_split.values() for name in names]
-    with ThreadPoolExecutor(max_workers=min(8, len(urls))) as pool:
-        contents = dict(zip(urls, pool.map(_read_shard, urls), strict=True))
-    first = contents[urls[0]]
-    for shard_url, content in contents.items():
-        if content.class_names != first.class_names or not content.schema.equals(first.schema):
-            what = "class names" if content.class_names != first.class_names else "columns"
-            raise BadInput(
-                f"{shard_url}: every shard must have the same {what}, but got others than {urls[0]}; {RECONVERT}"
-            )
-    splits = {}
-    for split, names in by_split.items():
-        parts = [contents[join(url, name)] for name in names]
-        labels = np.concatenate([part.labels for part in parts])
-        shards = tuple(Shard(join(url, name), part.row_groups) for name, part in zip(names, parts, strict=True))
-        splits[split] = Split(split, shards, labels, np.arange(len(labels), dtype=np.int64))
-    dataset = Dataset(uri, first.class_names, splits)
-    if has_manifest:
-        _check_manifest(dataset, join(url, MANIFEST))
+    listing = find_shards(uri, url, patience_s)
+    fingerprint = f"{INDEX_VERSION} {listing.fingerprint}" if listing.fingerprint else ""
+    if fingerprint and (arrays := load_index(listing.url, fingerprint)):
+        return _from_arrays(uri, arrays)
+    manifest = _read_manifest(listing, patience_s) if listing.manifest else _Manifest()
+    _check_files(listing, manifest)
+    sizes = {join(listing.url, entry.name): entry.num_bytes for split in listing.shards.values() for entry in split}
+    with ThreadPoolExecutor(max_workers=min(READERS, len(sizes))) as pool:
+        found = pool.map(lambda shard: read_content(shard, sizes[shard], patience_s), sizes)
+        contents = dict(zip(sizes, found, strict=True))
+    _check_same(contents)
+    splits = {name: _split(name, listing, contents, manifest) for name in listing.shards}
+    dataset = Dataset(uri, next(iter(contents.values())).class_names, splits)
+    if listing.manifest:
+        _check_manifest(dataset, manifest)
     _check_training(dataset)
+    if fingerprint:
+        store_index(listing.url, fingerprint, _to_arrays(dataset))
     return dataset
 
 
-def _list_shards(uri: str, url: str) -> tuple[dict[str, list[str]], str, bool]:
-    """Shard names by split, the folder they are in, and whether a manifest lies beside them."""
-    file_system, path = locate(url)
-    rule = "must be a folder of Parquet shards"
-    with reached(uri, rule, "check the path"):
-        if file_system.isfile(path):
-            raise BadInput(f"{uri}: {rule}, but got a file; give the folder it is in")
-        names = _names_in(file_system, path)
-        if not (by_split := shard_names(names)) and "data" in names:
-            url, path = join(url, "data"), join(path, "data")
-            names = _names_in(file_system, path)
-            by_split = shard_names(names)
-    if not by_split:
-        got = f"{len(names)} other names ({', '.join(names[:3])})" if names else "an empty folder"
-        raise BadInput(f"{uri}: must hold shards named train-00000-of-00001.parquet, but got {got}; {CONVERT}")
-    for split, there in by_split.items():
-        matches = [match for match in map(SHARD_NAME.fullmatch, there) if match]
-        totals = {int(match[3]) for match in matches}
-        if totals != {len(there)} or [int(match[2]) for match in matches] != list(range(len(there))):
+def _split(name: str, listing: Listing, contents: dict[str, Content], manifest: _Manifest) -> Split:
+    remote = is_remote(locate(listing.url)[0])
+    shards, labels = [], []
+    for entry in listing.shards[name]:
+        url = join(listing.url, entry.name)
+        content, told = contents[url], manifest.shards.get(entry.name)
+        if told and told.rows != len(content.labels):
+            raise BadInput(f"{url}: the manifest says {told.rows} rows, but got {len(content.labels)}; {RECONVERT}")
+        labels.append(content.labels)
+        shards.append(Shard(
+            url, content.row_groups, content.row_group_bytes, entry.num_bytes or 0, entry.identity if remote else "",
+            told.sha256 if told else "",
+        ))  # fmt: skip
+    joined = np.concatenate(labels)
+    return Split(name, tuple(shards), joined, np.arange(len(joined), dtype=np.int64), content.image_column)
+
+
+def _check_same(contents: dict[str, Content]) -> None:
+    first_url, first = next(iter(contents.items()))
+    for url, content in contents.items():
+        if content.class_names != first.class_names or content.columns != first.columns:
+            what = "class names" if content.class_names != first.class_names else "columns"
             raise BadInput(
-                f"{join(uri, split)}: the names say {' or '.join(map(str, sorted(totals)))} shards, but "
-                f"{len(there)} are there ({there[0]} to {there[-1]}); copy the missing ones, or {RECONVERT}"
+                f"{url}: every shard must have the same {what}, but got others than {first_url}; {RECONVERT}"
             )
-    return by_split, url, MANIFEST in names
 
 
-def _names_in(file_system: Any, path: str) -> list[str]:
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in file_system.ls(path, detail=False))
+def _to_arrays(dataset: Dataset) -> dict[str, Any]:
+    """What the index keeps of a data set: plain arrays, one of them JSON."""
+    splits = {name: {"image_column": split.image_column, "shards": [asdict(shard) for shard in split.shards]}
+              for name, split in dataset.splits.items()}  # fmt: skip
+    text = json.dumps({"class_names": dataset.class_names, "splits": splits})
+    labels = {f"labels_{name}": split.labels.astype(np.int32) for name, split in dataset.splits.items()}
+    return {"about": np.frombuffer(text.encode(), np.uint8), **labels}
 
 
-@dataclass(frozen=True, eq=False)
-class _Content:
-    schema: Any
-    class_names: tuple[str, ...]
-    row_groups: tuple[int, ...]
-    labels: Int64s
+def _from_arrays(uri: str, arrays: dict[str, Any]) -> Dataset:
+    about = json.loads(arrays["about"].tobytes())
+    splits = {}
+    for name, about_split in about["splits"].items():
+        shards = tuple(Shard(
+            kept["url"], tuple(kept["row_groups"]), tuple(kept["row_group_bytes"]), kept["num_bytes"], kept["identity"],
+            kept["sha256"],
+        ) for kept in about_split["shards"])  # fmt: skip
+        labels = arrays[f"labels_{name}"].astype(np.int64)
+        rows = np.arange(len(labels), dtype=np.int64)
+        splits[name] = Split(name, shards, labels, rows, about_split["image_column"])
+    return Dataset(uri, tuple(about["class_names"]), splits)
 
 
-def _read_shard(url: str) -> _Content:
-    file_system, path = locate(url)
-    with (
-        reached(url, "must be readable Parquet", f"copy it again, or {RECONVERT}"),
-        file_system.open(path, "rb") as file,
-    ):
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        schema = parquet.schema_arrow
-        _check_columns(url, schema)
-        class_names = _class_names(url, schema.metadata or {})
-        column = parquet.read(columns=["label"]).column("label")
-        row_groups = tuple(parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups))
-    if column.null_count:
-        raise BadInput(f"{url}: every row must have a label, but got {column.null_count} without; {RECONVERT}")
-    labels = column.to_numpy().astype(np.int64)
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
-    if len(wrong):
-        raise BadInput(
-            f"{url}: labels must be 0 to {len(class_names) - 1} ({len(class_names)} class names), "
-            f"but got {labels[wrong[0]]} in row {wrong[0]}; mend the label or the class names"
-        )
-    return _Content(schema.remove_metadata(), class_names, row_groups, labels)
+@dataclass(frozen=True)
+class _Told:
+    """What the manifest says of one shard."""
+
+    rows: int
+    num_bytes: int
+    sha256: str
 
 
-def _check_columns(url: str, schema: Any) -> None:
-    columns = {field.name: field.type for field in schema}
-    if not {"image", "label"} <= set(columns):
-        got = ", ".join(columns) or "no columns"
-        raise BadInput(f"{url}: must have the columns image and label, but got {got}; rename them, or {RECONVERT}")
-    for name, wanted in (("image", "struct<bytes: binary, path: string>"), ("label", "int64")):
-        kind = columns[name]
-        if name == "label":
-            good = pa.types.is_integer(kind)
-        else:
-            inner = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-            data = inner.get("bytes")
-            good = data is not None and (pa.types.is_binary(data) or pa.types.is_large_binary(data))
-        if not good:
-            raise BadInput(f"{url}: the column {name} must be {wanted}, but got {kind}; {RECONVERT}")
+@dataclass(frozen=True)
+class _Manifest:
+    """What manifest.json says: class names, rows of each split, and of each shard by name where it lists them."""
+
+    class_names: tuple[str, ...] = ()
+    rows: dict[str, int] = field(default_factory=dict)
+    shards: dict[str, _Told] = field(default_factory=dict)
 
 
-def _class_names(url: str, metadata: dict[bytes, bytes]) -> tuple[str, ...]:
-    rule = "must name its classes in the schema metadata, as Hugging Face ClassLabel does"
-    try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{url}: {rule}, but got none; {CONVERT}") from None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"{url}: {rule}, but got {str(names)[:60]!r}; {CONVERT}")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise BadInput(f"{url}: class names must differ, but got {twice!r} twice; rename one")
-    return tuple(names)
-
-
-def _check_manifest(dataset: Dataset, url: str) -> None:
-    file_system, path = locate(url)
+def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
+    url = join(listing.url, MANIFEST)
     rule = f"must be a manifest of format {FORMAT_VERSION}"
+    data = fetch(url, None, None, patience_s)
     with reached(url, rule, RECONVERT):
-        manifest = json.loads(file_system.cat_file(path))
+        manifest = json.loads(data)
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             version = manifest.get("format_version") if isinstance(manifest, dict) else None
             raise BadInput(f"{url}: {rule}, but got format {version}; use the lift_ray that wrote it")
-        class_names = tuple(manifest["class_names"])
         rows = {name: int(record["rows"]) for name, record in manifest["splits"].items()}
-    if class_names != dataset.class_names:
+        shards = {shard["name"]: _Told(int(shard["rows"]), int(shard["bytes"]), str(shard["sha256"]))
+                  for record in manifest["splits"].values() for shard in record.get("shards", ())}  # fmt: skip
+        return _Manifest(tuple(manifest["class_names"]), rows, shards)
+    raise AssertionError("unreachable")
+
+
+def _check_files(listing: Listing, manifest: _Manifest) -> None:
+    """Before anything of a shard is read: the manifest and the listing agree."""
+    for entry in [entry for split in listing.shards.values() for entry in split if manifest.shards]:
+        url = join(listing.url, entry.name)
+        if entry.name not in manifest.shards:
+            raise BadInput(f"{url}: must be in the manifest, but is not; remove one of the two, or {RECONVERT}")
+        told = manifest.shards[entry.name].num_bytes
+        if entry.num_bytes not in (None, told):
+            raise BadInput(
+                f"{url}: the manifest says {told} bytes, but got {entry.num_bytes}; copy it again, or {RECONVERT}"
+            )
+
+
+def _check_manifest(dataset: Dataset, manifest: _Manifest) -> None:
+    if manifest.class_names != dataset.class_names:
         raise BadInput(
             f"{dataset.uri}: the manifest and the shards must name the same classes, "
-            f"but got {len(class_names)} and {dataset.num_classes} that differ; {RECONVERT}"
+            f"but got {len(manifest.class_names)} and {dataset.num_classes} that differ; {RECONVERT}"
         )
     for name in SPLITS:
-        held = dataset.splits[name].num_samples if name in dataset.splits else 0
-        told = rows.get(name, 0)
+        split = dataset.splits.get(name)
+        held, told = split.num_samples if split else 0, manifest.rows.get(name, 0)
         if told != held:
             raise BadInput(
                 f"{join(dataset.uri, name)}: the manifest says {told} rows, but the shards hold {held}; {RECONVERT}"

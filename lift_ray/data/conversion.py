@@ -1,24 +1,37 @@
-"""Turns labelled images that are somewhere into shuffled, stratified Parquet shards."""
+"""Turns labelled images that are somewhere into shuffled, stratified Parquet shards; what was cut short goes on."""
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from fsspec.implementations.local import LocalFileSystem
 
-from lift_ray.data.catalog import MANIFEST, SPLITS, shard_names
+from lift_ray.data.catalog import FORMAT_VERSION
+from lift_ray.data.images import Encoding
 from lift_ray.data.index import ImageIndex
-from lift_ray.data.longtail import Int64s
-from lift_ray.data.shards import SplitRecord, discard, publish, write_split
-from lift_ray.data.store import join, locate, one_line, reached
+from lift_ray.data.layout import MANIFEST, SPLITS, shard_names
+from lift_ray.data.shards import (
+    PLAN,
+    RULE,
+    ShardRecord,
+    SplitRecord,
+    discard,
+    publish,
+    shard_name,
+    sizes,
+    write_file,
+)
+from lift_ray.data.splitting import Division, divide
+from lift_ray.data.store import join, locate, reached
+from lift_ray.data.tasks import Job, RunTasks, ShardTask, in_memory, record_name, run_here
 from lift_ray.errors import BadInput
 
 SKIPPED = "skipped.txt"
@@ -37,192 +50,189 @@ def convert(
     index: ImageIndex,
     destination: str,
     *,
-    short_side_px: int | None = None,
-    quality: int = 90,
-    validation_frac: float | None = None,
-    test_frac: float | None = None,
+    division: Division | None = None,
+    encoding: Encoding | None = None,
     rows_per_shard: int = 4096,
     row_group_rows: int = 256,
-    seed: int = 0,
     skip_bad: bool = False,
     overwrite: bool = False,
+    workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    run_tasks: RunTasks | None = None,
 ) -> Converted:
     """Check every image, and write them as a data set that `open_dataset` opens.
 
+    Which image goes into which shard is fixed before any is read, so shards are independent, and a conversion that was
+    cut short at any moment goes on with the missing ones when it is called again with the same arguments: the files
+    become those of one that ran through. It then needs `overwrite` no more. With other arguments it begins anew.
+
     Args:
         index: the images.
-        destination: folder, any fsspec URL.
-        short_side_px: shrink larger images to this short side and encode them as JPEG; None keeps the bytes.
-        quality: of that JPEG, 1 to 100.
-        validation_frac: part of each class, in [0, 1), that leaves the training split; None means 0.1 where the index
-            has no validation split. One image of each class always stays.
-        test_frac: the same for the test split; None means 0.
-        rows_per_shard, row_group_rows: layout of the files.
-        seed: of the split and of the order, which is shuffled.
+        destination: folder, any fsspec URL. A second conversion to the same folder of this machine is refused.
+        division: which images are kept, for which split; None takes its defaults.
+        encoding: how they are stored; None keeps the bytes.
+        rows_per_shard, row_group_rows: layout of the files. A bad image makes its shard shorter.
         skip_bad: leave images out that cannot be decoded, and list them in skipped.txt.
         overwrite: replace a data set at the destination.
-        progress: called with (done, total) images.
+        workers: images in work at once; None means one for each core.
+        progress: called with (done, total) images; first with what was there already.
+        run_tasks: runs the shards elsewhere (a cluster); by default processes of this machine, unless data is in memory.
 
     Raises:
         BadInput: a bad image, a class left without a training image, or a destination that is taken or unwritable.
+        RunFailed: a process was killed. Finished shards stay in both cases.
     """
-    splits = _assign(index, validation_frac, test_frac, seed)
-    _check_destination(index.source, destination, overwrite)
-    total = sum(map(len, splits.values()))
-    skipped: list[str] = []
-    records: dict[str, SplitRecord] = {}
-    done = 0
-
-    def good(rows: list[tuple[str, int]], pool: ThreadPoolExecutor) -> Iterator[tuple[bytes, str, int]]:
-        nonlocal done
-        for (path, label), image in _in_order(pool, lambda row: _encoded(index, row[0], short_side_px, quality), rows):
-            done += 1
-            progress(done, total)
-            if isinstance(image, bytes):
-                yield image, path, label
-            elif skip_bad:
-                skipped.append(str(image).replace("; remove it or pass --skip-bad", ""))
-            else:
-                raise image
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for split, rows in splits.items():
-            records[split] = write_split(
-                destination,
-                split,
-                good(rows, pool),
-                index.class_names,
-                rows_per_shard=rows_per_shard,
-                row_group_rows=row_group_rows,
-            )
-    records = {split: record for split, record in records.items() if record.rows}
-    counts = records["train"].class_counts if "train" in records else (0,) * len(index.class_names)
-    if 0 in counts:
-        discard(destination)
-        name = index.class_names[counts.index(0)]
-        raise BadInput(f"{index.source}: every class must keep a training image, but {name!r} has no good one; add one")
-    publish(destination, index.class_names, records)
-    _list_skipped(destination, skipped)
-    return Converted(records, index.class_names, tuple(skipped))
-
-
-def stratified_split(labels: Int64s, validation_frac: float, test_frac: float, seed: int) -> dict[str, Int64s]:
-    """Draw round(frac * n) images of every class for validation and test; one of each class stays in train.
-
-    Args:
-        labels: label of every image, (N,).
-        validation_frac, test_frac: in [0, 1), together below 1.
-
-    Returns:
-        Ascending indices into `labels` by split name, together a permutation of 0 .. N-1.
-    """
-    rng = np.random.default_rng(seed)
-    parts: dict[str, list[Int64s]] = {split: [np.zeros(0, np.int64)] for split in SPLITS}
-    for label in np.unique(labels):
-        drawn = rng.permutation(np.flatnonzero(labels == label))
-        num_validation = min(round(validation_frac * len(drawn)), len(drawn) - 1)
-        num_test = min(round(test_frac * len(drawn)), len(drawn) - 1 - num_validation)
-        cuts = np.split(drawn, [num_validation, num_validation + num_test])
-        for split, rows in zip(("validation", "test", "train"), cuts, strict=True):
-            parts[split].append(rows)
-    return {split: np.sort(np.concatenate(rows)) for split, rows in parts.items()}
-
-
-def _assign(
-    index: ImageIndex, validation_frac: float | None, test_frac: float | None, seed: int
-) -> dict[str, list[tuple[str, int]]]:
-    """The shuffled rows of every split that gets any, in the order of SPLITS."""
-    fracs = {"validation": validation_frac, "test": test_frac}
-    for split, frac in fracs.items():
-        if frac is not None and not 0 <= frac < 1:
-            raise BadInput(f"{split}-frac: must be at least 0 and below 1, but got {frac:g}; give 0.1, for instance")
-        if frac is not None and split in index.splits:
-            raise BadInput(f"{split}-frac: must be left out, but {index.source} has its own {split} images; drop it")
-    validation = 0.1 if validation_frac is None and "validation" not in index.splits else validation_frac or 0.0
-    if validation + (test_frac or 0.0) >= 1:
-        raise BadInput(f"test-frac: must leave images to train on, but got {test_frac:g}; give a smaller part")
-    source = index.splits["train"]
-    drawn = stratified_split(
-        np.array([label for _, label in source], dtype=np.int64), validation, test_frac or 0.0, seed
+    splits = divide(index, division or Division())
+    job = Job(
+        destination, index.source, index.class_names, index.read, encoding or Encoding(), row_group_rows, skip_bad
     )
-    splits = {}
-    for number, split in enumerate(SPLITS):
-        own = index.splits.get(split, []) if split != "train" else []
-        rows = own or [source[row] for row in drawn[split]]
-        order = np.random.default_rng([seed, number]).permutation(len(rows))
-        splits[split] = [rows[row] for row in order]
-    return {split: rows for split, rows in splits.items() if rows}
+    tasks = [
+        ShardTask(split, number, rows[start : start + rows_per_shard])
+        for split, rows in splits.items()
+        for number, start in enumerate(range(0, len(rows), rows_per_shard))
+    ]
+    total, done = sum(map(len, splits.values())), 0
+
+    def advance(images: int) -> None:
+        nonlocal done
+        done += images
+        progress(done, total)
+
+    _check_outside(index.source, destination)
+    with _claimed(destination):
+        records = _begin(job, tasks, overwrite)
+        missing = [task for task in tasks if record_name(task) not in records]
+        advance(total - sum(len(task.rows) for task in missing))
+        run: RunTasks = partial(run_here, workers=workers or os.cpu_count() or 1)
+        if run_tasks is not None and not in_memory(job):
+            run = run_tasks
+        try:
+            new = run(job, missing, advance) if missing else []
+        except BaseException:
+            _leave(destination, tasks)
+            raise
+        return _finish(job, [*records.values(), *new])
 
 
-def _check_destination(source: str, destination: str, overwrite: bool) -> None:
+def _check_outside(source: str, destination: str) -> None:
     (file_system, path), (source_system, source_path) = locate(destination), locate(source)
     path = path.rstrip("/")
     if file_system == source_system and f"{path}/".startswith(f"{source_path.rstrip('/')}/"):
         raise BadInput(f"{destination}: must lie outside the source, but got a folder in {source}; choose another")
-    with reached(destination, "must be a folder that can be written", "check the path"):
-        if not file_system.exists(path):
-            return
-        if not file_system.isdir(path):
+    with reached(destination, RULE, "check the path"):
+        if file_system.exists(path) and not file_system.isdir(path):
             raise BadInput(f"{destination}: must be a folder, but got a file; choose another name")
-        there = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in file_system.ls(path, detail=False)]
-    if not overwrite and (MANIFEST in there or shard_names(there)):
-        raise BadInput(f"{destination}: must be free, but got a data set there; pass --overwrite or choose another")
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Any], bytes | BadInput], rows: Sequence[tuple[str, int]]
-) -> Iterator[tuple[tuple[str, int], bytes | BadInput]]:
-    """Results of `work` in the order of `rows`, with a bounded number of images in memory."""
-    rest = iter(rows)
-    window: deque[tuple[tuple[str, int], Future[bytes | BadInput]]] = deque()
-    try:
-        for row in islice(rest, 4 * (os.cpu_count() or 1)):
-            window.append((row, pool.submit(work, row)))
-        while window:
-            row, future = window.popleft()
-            yield row, future.result()
-            for following in islice(rest, 1):
-                window.append((following, pool.submit(work, following)))
-    finally:
-        for _, future in window:
-            future.cancel()
+@contextmanager
+def _claimed(destination: str) -> Iterator[None]:
+    """Make the folder, and keep other conversions of this machine out of it; one that stays empty goes again.
 
-
-def _encoded(index: ImageIndex, reference: str, short_side_px: int | None, quality: int) -> bytes | BadInput:
-    """The bytes to store, after one full decode; or what is wrong with the image."""
-    try:
-        data = index.read(reference)
-        if not data:
-            raise OSError("0 bytes")
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return data if short_side_px is None else _shrunk(image, short_side_px, quality)
-    except UnidentifiedImageError:
-        reason = "bytes of no known format"
-    except Exception as error:  # decoders and stores raise many types for broken input
-        reason = one_line(error)
-    return BadInput(
-        f"{join(index.source, reference)}: must be a whole image, but got {reason}; remove it or pass --skip-bad"
-    )
-
-
-def _shrunk(image: Image.Image, short_side_px: int, quality: int) -> bytes:
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    scale = min(1.0, short_side_px / min(upright.size))
-    if scale < 1:
-        width, height = (max(1, round(scale * side)) for side in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    upright.save(encoded, "JPEG", quality=quality)
-    return encoded.getvalue()
-
-
-def _list_skipped(destination: str, skipped: list[str]) -> None:
+    The lock is the kernel's, on the folder itself: it ends with this process, however that ends.
+    """
     file_system, path = locate(destination)
-    name = join(path, SKIPPED)
-    with reached(destination, "must be a folder that can be written", "check the disk"):
-        if skipped:
-            file_system.pipe_file(name, "".join(f"{line}\n" for line in skipped).encode())
-        elif file_system.exists(name):
-            file_system.rm_file(name)
+    with reached(destination, RULE, "check the path"):
+        is_new = not file_system.exists(path)
+        file_system.makedirs(path, exist_ok=True)
+    if not isinstance(file_system, LocalFileSystem):
+        yield
+        return
+    import fcntl
+
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(
+                    f"{destination}: must be free, but another conversion writes there now; wait, or choose another"
+                ) from None
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):
+                os.rmdir(path)
+        os.close(folder)
+
+
+def _begin(job: Job, tasks: Sequence[ShardTask], overwrite: bool) -> dict[str, ShardRecord]:
+    """The shards that an earlier call with the same plan has finished, by the name of their record."""
+    digest = _digest(job, tasks)
+    there = sizes(job.destination)
+    if PLAN in there and _load(job.destination, PLAN).get("digest") == digest:
+        return _finished(job, tasks, there)
+    if PLAN not in there:
+        discard(job.destination)  # what a conversion that was killed at its very end left
+    if not overwrite and (MANIFEST in there or shard_names(there)):
+        raise BadInput(f"{job.destination}: must be free, but got a data set there; pass --overwrite or choose another")
+    discard(job.destination)
+    write_file(job.destination, PLAN, json.dumps({"digest": digest, "shards": len(tasks)}).encode())
+    return {}
+
+
+def _digest(job: Job, tasks: Sequence[ShardTask]) -> str:
+    """Of all that decides the bytes. `skip_bad` does not: a shard that is finished without it is so with it."""
+    versions = [FORMAT_VERSION, *(version(name) for name in ("lift_ray", "pyarrow", "pillow"))]
+    images = [job.source, repr(job.read), asdict(job.encoding), job.class_names, job.row_group_rows]
+    digest = hashlib.sha256(json.dumps([versions, images]).encode())
+    for task in tasks:
+        digest.update(json.dumps([task.split, task.number, task.rows]).encode())
+    return digest.hexdigest()
+
+
+def _finished(job: Job, tasks: Sequence[ShardTask], there: Mapping[str, int]) -> dict[str, ShardRecord]:
+    """The records whose shard is there as a whole, waiting or in its place; other temporary files are removed."""
+    totals = {task.split: task.number + 1 for task in tasks}
+    found: dict[str, ShardRecord] = {}
+    for name in there.keys() & {record_name(task) for task in tasks}:
+        content = _load(job.destination, name)
+        if content.get("skipped") and not job.skip_bad:
+            continue
+        record = ShardRecord.of(content)
+        final = shard_name(record.split, record.number, totals[record.split])
+        if record.bytes == there.get(record.partial, there.get(final)):
+            found[name] = record
+    discard(job.destination, keep={PLAN, *found, *(record.partial for record in found.values())})
+    return found
+
+
+def _load(destination: str, name: str) -> dict[str, Any]:
+    """What a small file of ours holds."""
+    file_system, folder = locate(destination)
+    with reached(join(destination, name), "must be as it was written", "remove it"):
+        content: dict[str, Any] = json.loads(file_system.cat_file(join(folder, name)))
+        return content
+
+
+def _leave(destination: str, tasks: Sequence[ShardTask]) -> None:
+    """After a failure: keep finished shards to go on with; without any, leave nothing behind."""
+    with suppress(BadInput):
+        if not sizes(destination).keys() & {record_name(task) for task in tasks}:
+            discard(destination)
+
+
+def _finish(job: Job, shards: Sequence[ShardRecord]) -> Converted:
+    """Check that every class can be trained, and publish. A split without a good image is left out."""
+    shards = sorted(shards, key=lambda shard: shard.number)
+    records = {split: SplitRecord(tuple(shard for shard in shards if shard.split == split)) for split in SPLITS}
+    skipped = tuple(line for record in records.values() for shard in record.shards for line in shard.skipped)
+    records = {split: record for split, record in records.items() if record.rows}
+    counts = records["train"].class_counts if "train" in records else (0,)
+    if 0 in counts:
+        discard(job.destination)
+        name = job.class_names[counts.index(0)]
+        raise BadInput(f"{job.source}: every class must keep a training image, but {name!r} has no good one; add one")
+    _list_skipped(job.destination, skipped)
+    publish(job.destination, job.class_names, records)
+    return Converted(records, job.class_names, skipped)
+
+
+def _list_skipped(destination: str, skipped: Sequence[str]) -> None:
+    if skipped:
+        write_file(destination, SKIPPED, "".join(f"{line}\n" for line in skipped).encode())
+        return
+    file_system, folder = locate(destination)
+    with reached(destination, RULE, "check the disk and your rights"):
+        if file_system.exists(join(folder, SKIPPED)):
+            file_system.rm_file(join(folder, SKIPPED))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from lift_ray.data.index import FilesIn, ImageIndex
+from lift_ray.data.index import FilesIn, ImageIndex, absolute, check_trained, readable
 from lift_ray.data.store import locate, reached
 from lift_ray.errors import BadInput
 
@@ -66,7 +66,7 @@ def _index(source: str, directories: dict[str, list[str]], names: Iterable[str])
             raise BadInput(
                 f"{source}/{split}: must hold only classes of {train}, but got {extra[0]!r}; add it to {train}"
             )
-    class_names = tuple(name.replace("_", " ") for name in classes)
+    class_names = tuple(readable(name) for name in classes)
     if twice := [name for name in class_names if class_names.count(name) > 1]:
         raise BadInput(f"{source}: class names must differ, but got {twice[0]!r} twice; rename a directory")
     splits: dict[str, list[tuple[str, int]]] = {_split_name(split): [] for split in directories}
@@ -82,13 +82,9 @@ def _index(source: str, directories: dict[str, list[str]], names: Iterable[str])
             num_ignored += 1
     if not any(splits.values()):
         raise BadInput(f"{source}: must hold images ({' '.join(sorted(IMAGE_SUFFIXES))}), but got none; check the path")
-    found = {label for _, label in splits["train"]}
-    if bare := [name for name, label in labels.items() if label not in found]:
-        shown = ", ".join(map(repr, bare[:3])) + (", ..." if len(bare) > 3 else "")
-        raise BadInput(f"{source}: every class must have an image, but {shown} have none; add images or remove them")
-    return ImageIndex(
-        source, class_names, {name: rows for name, rows in splits.items() if rows}, FilesIn(source), num_ignored
-    )
+    check_trained(source, class_names, splits)
+    held = {name: rows for name, rows in splits.items() if rows}
+    return ImageIndex(source, class_names, held, FilesIn(absolute(source)), num_ignored)
 
 
 def _directories(entries: list[dict[str, str]]) -> list[str]:

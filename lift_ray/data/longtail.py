@@ -1,6 +1,9 @@
-"""Long-tailed class counts by rule, and the rows that realise them."""
+"""Long-tailed class counts by rule, the rows that realise them, and what a distribution looks like."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +31,41 @@ def longtail_counts(natural_counts: Int64s, largest: int, imbalance: float) -> I
     if imbalance < 1:
         raise BadInput(f"imbalance: must be at least 1, but got {imbalance}; give largest / smallest, such as 50")
     natural = np.asarray(natural_counts, dtype=np.int64)
+    profile = np.round(largest * float(imbalance) ** -_tail(natural)).astype(np.int64)
+    return np.minimum(natural, np.maximum(profile, 1))
+
+
+def semi_supervised_counts(
+    natural_counts: Int64s, labelled: int, unlabelled: int, gamma_l: float, gamma_u: float, *, flipped: bool = False
+) -> tuple[Int64s, Int64s]:
+    """Labelled `int(labelled / gamma_l ** t)`, at least 1, and unlabelled `int(unlabelled / gamma_u ** t)` images.
+
+    t runs from 0 for the largest class to 1 for the smallest, by natural count as in `longtail_counts`; on balanced
+    data that is the order of the classes, as in the literature on CIFAR.
+
+    Args:
+        natural_counts: images of each class, (K,); only their order counts.
+        labelled, unlabelled: images of the first class, each >= 1.
+        gamma_l, gamma_u: largest over smallest count, each >= 1.
+        flipped: give the class with the fewest labelled images the most unlabelled ones.
+
+    Returns:
+        Labelled and further unlabelled images of each class, (K,) each. Raises BadInput for values out of range.
+    """
+    for name, value in (("labelled", labelled), ("unlabelled", unlabelled), ("gamma-l", gamma_l), ("gamma-u", gamma_u)):
+        if value < 1:
+            raise BadInput(f"{name}: must be at least 1, but got {value:g}; give a larger number")
+    tail = _tail(np.asarray(natural_counts, dtype=np.int64))
+    counts = (labelled / float(gamma_l) ** tail).astype(np.int64)
+    further = (unlabelled / float(gamma_u) ** (1 - tail if flipped else tail)).astype(np.int64)
+    return np.maximum(counts, 1), further
+
+
+def _tail(natural: Int64s) -> npt.NDArray[np.float64]:
+    """0 for the class with the most images to 1 for the one with the fewest, ties by class index, (K,)."""
     rank = np.empty(len(natural), dtype=np.int64)
     rank[np.argsort(-natural, kind="stable")] = np.arange(len(natural))
-    profile = np.round(largest * float(imbalance) ** (-rank / max(len(natural) - 1, 1))).astype(np.int64)
-    return np.minimum(natural, np.maximum(profile, 1))
+    return rank / max(len(natural) - 1, 1)
 
 
 def keep_first(labels: Int64s, counts: Int64s) -> Int64s:
@@ -49,3 +83,49 @@ def keep_first(labels: Int64s, counts: Int64s) -> Int64s:
     nth_of_class = np.empty(len(labels), dtype=np.int64)
     nth_of_class[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(totals) - totals, totals)
     return np.flatnonzero(nth_of_class < np.asarray(counts)[labels]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Class counts in short; many is above 100 images, medium 20 to 100, few below 20 (classes of each group)."""
+
+    classes: int
+    images: int
+    largest: int
+    smallest: int
+    imbalance: float
+    many: int
+    medium: int
+    few: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.classes:,} classes, {self.images:,} images: {self.largest:,} to {self.smallest:,} a class, "
+            f"imbalance {self.imbalance:.1f}; {self.many:,} many (> 100), {self.medium:,} medium, {self.few:,} few (< 20)"
+        )
+
+
+def summary(counts: Int64s) -> Distribution:
+    """What the counts of K >= 1 classes, (K,), amount to; the imbalance factor is largest / smallest."""
+    largest, smallest = int(counts.max()), int(counts.min())
+    many, few = int((counts > 100).sum()), int((counts < 20).sum())
+    return Distribution(
+        classes=len(counts), images=int(counts.sum()), largest=largest, smallest=smallest,
+        imbalance=largest / smallest if smallest else math.inf, many=many, medium=len(counts) - many - few, few=few,
+    )  # fmt: skip
+
+
+def plot(counts: Int64s, width: int = 60, height: int = 6) -> str:
+    """Sorted class counts, (K,), as `height` lines of text: columns of a log scale that starts at one image.
+
+    More than `width` classes are thinned out evenly; the first and the last always show.
+    """
+    ordered = np.sort(counts)[::-1]
+    shown = ordered[np.linspace(0, len(ordered) - 1, min(len(ordered), width)).round().astype(np.int64)]
+    top = max(int(ordered[0]), 2)
+    eighths = 1 + np.log(np.maximum(shown, 1)) / math.log(top) * (8 * height - 1)  # one image is still to be seen
+    fill = np.clip(np.round(eighths[None, :] - 8 * np.arange(height)[::-1, None]), 0, 8).astype(np.int64)
+    scale = f"{top:,}"
+    names = [scale] + [""] * (height - 2) + ["1"]
+    bars = ("".join(" ▁▂▃▄▅▆▇█"[step] for step in line).rstrip() for line in fill)
+    return "\n".join(f"{name:>{len(scale)}} {bar}".rstrip() for name, bar in zip(names, bars, strict=True))

@@ -1,30 +1,45 @@
 """The order of samples, and a stream of decoded batches that runs ahead of the training step.
 
-The order is a pure function of (seed, epoch, rows of the split), and so is the augmentation of every sample: the global
+The order is a pure function of (seed, epoch, layout of the split), and so is the augmentation of every sample: the global
 batches are the same for any number of workers, and resuming at a step equals skipping the steps before it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lift_ray.data.augment import crop_flip_picture, evaluation_picture, five_crops, smallest_area, training_picture
+from lift_ray.data.augment import (
+    FindCrop,
+    any_crop,
+    evaluation_picture,
+    five_crops,
+    smallest_area,
+    square_crop,
+    training_picture,
+    training_pictures_on,
+)
 from lift_ray.data.catalog import Split
+from lift_ray.data.decode import Pixels
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
-Pixels = NDArray[np.uint8]
-SHUFFLE_BUFFER = 8192
+SHUFFLE_SAMPLES = 8192
+SHUFFLE_BYTES = 192 * 2**20
 AHEAD = 3
+READ_AHEAD_SAMPLES = 2048
+
+Decode = Literal["exact", "reduced", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Batch:
     """One rank's part of a global batch.
 
     Args:
-        images: (b, 3, H, W) uint8.
+        images: (b, 3, H, W) uint8, channels last in memory.
         labels: (b,) int64.
         patches: (b, P) int64, the patches that are looked at; None for all.
     """
@@ -42,21 +57,52 @@ class Batch:
     patches: Tensor | None = None
 
 
-def epoch_order(split: Split, seed: int, epoch: int) -> Int64s:
-    """Sample numbers of one epoch, (N,): row groups permuted, then samples shuffled inside a bounded buffer."""
+def epoch_order(split: Split, seed: int, epoch: int, shuffle_bytes: int = SHUFFLE_BYTES) -> Int64s:
+    """Sample numbers of one epoch, (N,): row groups permuted, then samples shuffled inside a bounded buffer.
+
+    A sample moves by at most the buffer, so only so many encoded pictures need to be in memory at a time: as many as
+    `shuffle_bytes` hold, at most SHUFFLE_SAMPLES. A split that fits is shuffled as a whole.
+    """
     random = np.random.default_rng([seed, epoch])
     ends = np.cumsum([rows for shard in split.shards for rows in shard.row_groups])
     group = np.searchsorted(ends, split.rows, side="right")
     order = np.argsort(random.permutation(len(ends))[group], kind="stable")
-    for start in range(0, len(order), SHUFFLE_BUFFER):
-        random.shuffle(order[start : start + SHUFFLE_BUFFER])
-    return order
+    buffer = shuffle_buffer(split, shuffle_bytes)
+    if len(order) <= buffer:
+        random.shuffle(order)
+        return order
+    return order[np.argsort(np.arange(len(order)) + buffer * random.random(len(order)), kind="stable")]
+
+
+def shuffle_buffer(split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> int:
+    """Samples that the shuffle looks at together."""
+    sizes = [size for shard in split.shards for size in shard.row_group_bytes]
+    mean_bytes = sum(sizes) / max(1, sum(shard.num_rows for shard in split.shards))
+    return max(1, int(min(SHUFFLE_SAMPLES, shuffle_bytes / max(1.0, mean_bytes))))
+
+
+def memory_bytes(split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> int:
+    """What a reader of this split needs to hold encoded pictures in: those being shuffled and those read ahead."""
+    sizes = [size for shard in split.shards for size in shard.row_group_bytes]
+    rows = max(1, sum(shard.num_rows for shard in split.shards))
+    samples = shuffle_buffer(split, shuffle_bytes) + READ_AHEAD_SAMPLES
+    return int(1.25 * samples * sum(sizes) / rows) + 8 * max(sizes, default=2**20)
+
+
+def share_of_batch(batch: Int64s, rank: int, world_size: int) -> Int64s:
+    """Places in a global batch, ascending, that are this rank's.
+
+    Each rank takes a stretch of the batch in storage order, so a row group is read by one or two ranks and not by all.
+    """
+    size = len(batch) // world_size
+    return np.sort(np.argsort(batch, kind="stable")[rank * size : (rank + 1) * size])
 
 
 def training_batches(
     reader: RowReader, split: Split, *, size_px: int, global_batch_size: int, seed: int, epoch: int, epochs: int,
     schedule: str, kind: str = "mda", num_patches: int = 0, patch_dropout: float = 0.0, start_step: int = 0, rank: int = 0,
-    world_size: int = 1, num_threads: int = 1,
+    world_size: int = 1, num_threads: int = 1, decode: Decode = "exact", device: torch.device | None = None,
+    shuffle_bytes: int = SHUFFLE_BYTES,
 ) -> Iterator[Batch]:  # fmt: skip
     """This rank's share of every global batch of an epoch; the incomplete last batch is left out.
 
@@ -68,40 +114,56 @@ def training_batches(
         num_patches: patches in a picture; only patch_dropout needs it.
         patch_dropout: share of them to leave out, in [0, 1); at least one stays.
         start_step: steps of this epoch that are done already.
+        decode: exact; reduced: large JPEGs decoded at 1/2, 1/4 or 1/8 where a crop does not need more; gpu: on `device`.
+        shuffle_bytes: encoded pictures that are shuffled together; part of what decides the order.
     """
-    order = epoch_order(split, seed, epoch)
+    order = epoch_order(split, seed, epoch, shuffle_bytes)
     smallest = smallest_area(schedule, epoch, epochs)
 
+    def places(step: int) -> tuple[Int64s, Int64s]:
+        batch = order[step * global_batch_size : (step + 1) * global_batch_size]
+        mine = share_of_batch(batch, rank, world_size)
+        return mine, batch[mine]
+
     def make(step: int) -> Batch:
-        at = slice(step * global_batch_size + rank, (step + 1) * global_batch_size, world_size)
-        samples = order[at]
+        mine, samples = places(step)
         random = np.random.default_rng([seed, epoch, step])
-        draws = random.random((global_batch_size, 3))[rank::world_size]
-        pictures: dict[str, Callable[[bytes, int], Pixels]] = {
-            "mda": lambda data, i: training_picture(data, size_px, smallest, draws[i]),
-            "crop_flip": lambda data, i: crop_flip_picture(data, size_px, draws[i]),
-            "none": lambda data, i: evaluation_picture(data, size_px),
+        draws = random.random((global_batch_size, 3))[mine]
+        finds: dict[str, Callable[[int], FindCrop]] = {
+            "mda": lambda i: partial(square_crop, smallest=smallest, draw=draws[i]),
+            "crop_flip": lambda i: partial(any_crop, draw=draws[i]),
         }
-        batch = _batch(reader, split, samples, pictures[kind])
+        if kind == "none":
+            batch = _batch(reader, split, samples, lambda data, i: evaluation_picture(data, size_px))
+        elif decode == "gpu" and device is not None:
+            crops = [finds[kind](i) for i in range(len(samples))]
+            batch = _batch_on(device, reader, split, samples, size_px, crops)
+        else:
+            batch = _batch(reader, split, samples, lambda data, i: training_picture(
+                data, size_px, finds[kind](i), reduced=decode == "reduced"))  # fmt: skip
         if not patch_dropout:
             return batch
-        kept = kept_patches(random, global_batch_size, num_patches, patch_dropout)[rank::world_size]
+        kept = kept_patches(random, global_batch_size, num_patches, patch_dropout)[mine]
         return replace(batch, patches=torch.from_numpy(kept))
 
-    return _ahead(make, range(start_step, steps_per_epoch(split, global_batch_size)), num_threads)
+    steps = range(start_step, steps_per_epoch(split, global_batch_size))
+    return _ahead(
+        make, steps, num_threads, lambda step: reader.prefetch(places(step)[1]), READ_AHEAD_SAMPLES // global_batch_size
+    )
 
 
 def evaluation_batches(
     reader: RowReader, split: Split, *, size_px: int, batch_size: int = 250, rank: int = 0, world_size: int = 1,
     num_threads: int = 1, crops: bool = False, samples: Int64s | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
-    """This rank's share of a split, or of some of its samples; over all ranks every sample comes exactly once.
+    """This rank's stretch of a split, or of some of its samples; over all ranks every sample comes exactly once.
 
     Args:
         crops: five crops of each picture: images (b, 5, 3, H, W).
         samples: sample numbers; all when not given.
     """
-    mine = (np.arange(split.num_samples) if samples is None else samples)[rank::world_size]
+    wanted = np.arange(split.num_samples) if samples is None else samples
+    mine = wanted[stretch(len(wanted), rank, world_size)]
     picture = five_crops if crops else evaluation_picture
 
     def make(step: int) -> Batch:
@@ -109,7 +171,15 @@ def evaluation_batches(
             reader, split, mine[step * batch_size : (step + 1) * batch_size], lambda data, i: picture(data, size_px)
         )
 
-    return _ahead(make, range(-(-len(mine) // batch_size)), num_threads)
+    def prefetch(step: int) -> None:
+        reader.prefetch(mine[step * batch_size : (step + 1) * batch_size])
+
+    return _ahead(make, range(-(-len(mine) // batch_size)), num_threads, prefetch, -(-READ_AHEAD_SAMPLES // batch_size))
+
+
+def stretch(number: int, rank: int, world_size: int) -> slice:
+    """This rank's part of so many things that the ranks share out in order; parts differ by one at most."""
+    return slice(number * rank // world_size, number * (rank + 1) // world_size)
 
 
 def steps_per_epoch(split: Split, global_batch_size: int) -> int:
@@ -125,25 +195,56 @@ def kept_patches(random: np.random.Generator, batch_size: int, num_patches: int,
 
 
 def _batch(reader: RowReader, split: Split, samples: Int64s, picture: Callable[[bytes, int], Pixels]) -> Batch:
-    pictures = []
+    pictures: Pixels | None = None
     for index, data in enumerate(reader.read(samples)):
         try:
-            pictures.append(picture(data, index))
-        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken images
-            row = int(split.rows[samples[index]])
-            raise BadInput(
-                f"{split.shards[0].url.rsplit('/', 1)[0]}: row {row} of {split.name} must be a readable image, "
-                f"but got {' '.join(str(error).split())}; convert again with --skip-bad"
-            ) from None
-    return Batch(torch.from_numpy(np.stack(pictures)), torch.from_numpy(split.labels[samples]))
+            one = picture(data, index)
+        except PICTURE_ERRORS as error:
+            raise _broken(split, samples[index], error) from None
+        if pictures is None:
+            pictures = np.empty((len(samples), *one.shape), np.uint8)
+        pictures[index] = one
+    assert pictures is not None
+    return Batch(torch.from_numpy(pictures).movedim(-1, -3), torch.from_numpy(split.labels[samples]))
 
 
-def _ahead(make: Callable[[int], Batch], steps: range, num_threads: int) -> Iterator[Batch]:
-    """Batches in order, a few made ahead by threads."""
+def _batch_on(
+    device: torch.device, reader: RowReader, split: Split, samples: Int64s, size_px: int, finds: list[FindCrop]
+) -> Batch:
+    encoded = reader.read(samples)
+    try:
+        images = training_pictures_on(device, encoded, size_px, finds)
+    except PICTURE_ERRORS:
+        for sample, data in zip(samples, encoded, strict=True):
+            try:
+                evaluation_picture(data, size_px)
+            except PICTURE_ERRORS as error:
+                raise _broken(split, sample, error) from None
+        raise
+    return Batch(images, torch.from_numpy(split.labels[samples]))
+
+
+def _broken(split: Split, sample: int, error: Exception) -> BadInput:
+    return BadInput(
+        f"{split.shards[0].url.rsplit('/', 1)[0]}: row {split.rows[sample]} of {split.name} must be a readable image, "
+        f"but got {' '.join(str(error).split())}; convert again with --skip-bad"
+    )
+
+
+def _ahead(
+    make: Callable[[int], Batch], steps: Iterable[int], num_threads: int,
+    prefetch: Callable[[int], None] = lambda step: None, read_ahead: int = 0,
+) -> Iterator[Batch]:  # fmt: skip
+    """Batches in order, a few made ahead by threads, and what `read_ahead` further steps need read ahead."""
+    coming, to_read = iter(steps), iter(steps)
     with ThreadPoolExecutor(num_threads, "lift-data") as pool:
         waiting: deque[Future[Batch]] = deque()
         try:
-            for step in steps:
+            for step in islice(to_read, read_ahead):
+                prefetch(step)
+            for step in coming:
+                for later in islice(to_read, 1):
+                    prefetch(later)
                 waiting.append(pool.submit(make, step))
                 if len(waiting) > AHEAD + num_threads - 1:
                     yield waiting.popleft().result()
@@ -152,3 +253,7 @@ def _ahead(make: Callable[[int], Batch], steps: range, num_threads: int) -> Iter
         finally:
             for future in waiting:
                 future.cancel()
+
+
+# what Pillow raises for broken images
+PICTURE_ERRORS = (OSError, ValueError, SyntaxError)

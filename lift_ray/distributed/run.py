@@ -16,7 +16,14 @@ import torch
 
 from lift_ray.data.augment import growing_px
 from lift_ray.data.catalog import Split
-from lift_ray.data.stream import epoch_order, evaluation_batches, steps_per_epoch, training_batches
+from lift_ray.data.stream import (
+    epoch_order,
+    evaluation_batches,
+    share_of_batch,
+    steps_per_epoch,
+    stretch,
+    training_batches,
+)
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.warm import Warm, autocast
 from lift_ray.errors import BadInput, RunFailed
@@ -68,6 +75,8 @@ class Run:
                 f"optim.global_batch_size: must be at most the {self.train.num_samples} training images, "
                 f"but got {batch}; lower it"
             )
+        if getattr(self.config.augment, "decode", "exact") == "gpu" and self.ranks.device.type != "cuda":
+            raise BadInput("augment.decode: must be exact or reduced without a GPU, but got gpu; leave it out")
         counts = torch.from_numpy(self.class_counts).float().to(self.ranks.device)
         loss = self.config.loss
         self.loss = LOSSES[loss.kind](counts, **loss.model_dump(exclude={"kind"}))
@@ -80,6 +89,11 @@ class Run:
                     "backbone.compile: needs a C++ compiler on a CPU, but got none; install g++, or set it to false"
                 )
             self.forward = torch.compile(self.model)
+
+    @property
+    def shuffle_bytes(self) -> int:
+        """Encoded pictures that are shuffled together."""
+        return int(self.config.optim.shuffle_mib * 2**20)
 
     @property
     def num_epochs(self) -> int:
@@ -147,20 +161,22 @@ class Run:
         full_px = tower.resolution_px
         size_px = growing_px(start_px, full_px, tower.patch_px, self.epoch, epochs) if start_px else full_px
         batches = training_batches(
-            self.warm.reader(self.train), self.train, size_px=size_px, global_batch_size=config.optim.global_batch_size,
-            seed=config.seed, epoch=self.epoch, epochs=epochs, kind=augment.kind,
+            self.warm.reader(self.train, self.shuffle_bytes), self.train, size_px=size_px,
+            global_batch_size=config.optim.global_batch_size, seed=config.seed, epoch=self.epoch, epochs=epochs, kind=augment.kind,
             schedule=augment.schedule if isinstance(augment, Mda) else "max", num_patches=tower.num_patches(size_px),
             patch_dropout=getattr(augment, "patch_dropout", 0.0), rank=ranks.rank, world_size=ranks.world_size,
-            num_threads=ranks.num_threads,
+            num_threads=ranks.num_threads, decode=getattr(augment, "decode", "exact"), device=ranks.device,
+            shuffle_bytes=self.shuffle_bytes,
         )  # fmt: skip
         moved = self.warm.to_device(config, batches)
         return self.forward, (((images, patches), labels) for images, labels, patches in moved)
 
     def _kept_batches(self, kept: torch.Tensor) -> Iterator[tuple[Inputs, torch.Tensor]]:
         size, ranks = self.config.optim.global_batch_size, self.ranks
-        order = epoch_order(self.train, self.config.seed, self.epoch)
+        order = epoch_order(self.train, self.config.seed, self.epoch, self.shuffle_bytes)
         for step in range(self.steps_per_epoch):
-            rows = torch.from_numpy(order[step * size + ranks.rank : (step + 1) * size : ranks.world_size])
+            batch = order[step * size : (step + 1) * size]
+            rows = torch.from_numpy(batch[share_of_batch(batch, ranks.rank, ranks.world_size)])
             labels = torch.from_numpy(self.train.labels[rows.numpy()])
             yield (kept[rows.to(kept.device)],), labels.to(kept.device)
 
@@ -191,9 +207,9 @@ class Run:
         """This rank's share of a split."""
         ranks, tte = self.ranks, self.config.evaluation.tte
         if not tte and (kept := self.warm.kept(self.config, self.model, split)) is not None:
-            labels = torch.from_numpy(split.labels[ranks.rank :: ranks.world_size]).to(kept.device)
-            mine = kept[ranks.rank :: ranks.world_size]
-            yield from zip(map(self.model.from_frozen, mine.split(1000)), labels.split(1000), strict=True)
+            mine = stretch(split.num_samples, ranks.rank, ranks.world_size)
+            labels = torch.from_numpy(split.labels[mine]).to(kept.device)
+            yield from zip(map(self.model.from_frozen, kept[mine].split(1000)), labels.split(1000), strict=True)
             return
         batches = evaluation_batches(
             self.warm.reader(split), split, size_px=self.model.tower.resolution_px, rank=ranks.rank,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lift_ray.data.catalog import Dataset, Split, open_dataset
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.reader import RowReader
-from lift_ray.data.stream import Batch, evaluation_batches
+from lift_ray.data.stream import SHUFFLE_BYTES, Batch, evaluation_batches, memory_bytes, stretch
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
@@ -59,9 +59,11 @@ class Warm:
             self.load_s += time.monotonic() - began
         return self._backbones[key]
 
-    def reader(self, split: Split) -> RowReader:
-        """The open files of a split."""
-        return self._readers.setdefault(split.name, RowReader(split))
+    def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
+        """The open files of a split, and memory for the encoded pictures that are shuffled together."""
+        reader = self._readers.setdefault(split.name, RowReader(split))
+        reader.cache_bytes = memory_bytes(split, shuffle_bytes)
+        return reader
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """The run with every derived value filled in, checked against the tower. Raises BadInput."""
@@ -127,14 +129,14 @@ class Warm:
             self.reader(split), split, size_px=backbone.tower.resolution_px, rank=ranks.rank, world_size=ranks.world_size,
             num_threads=ranks.num_threads, samples=samples,
         )  # fmt: skip
-        out = None
+        out, at = None, stretch(len(samples), ranks.rank, ranks.world_size).start
         with torch.no_grad(), autocast(config, ranks.device):
-            for number, (images, _, _) in enumerate(self.to_device(config, batches)):
+            for images, _, _ in self.to_device(config, batches):
                 part = model.frozen_part(images)
                 if out is None:
-                    out, size = part.new_zeros(len(samples), *part.shape[1:]), len(part)
-                at = ranks.rank + ranks.world_size * size * number
-                out[at : at + ranks.world_size * len(part) : ranks.world_size] = part
+                    out = part.new_zeros(len(samples), *part.shape[1:])
+                out[at : at + len(part)] = part
+                at += len(part)
         if out is None:
             out = torch.zeros(len(samples), *self._frozen_shape(config, model), device=ranks.device)
         return ranks.sum(out)
@@ -171,7 +173,7 @@ class Warm:
 
         for batch in batches:
             patches = None if batch.patches is None else move(batch.patches)
-            yield move(batch.images) * gain + offset, move(batch.labels), patches
+            yield move(batch.images).contiguous() * gain + offset, move(batch.labels), patches
 
 
 def first_of_each_class(labels: Int64s, number: int) -> Int64s:

@@ -47,6 +47,9 @@ class RandomCrops(Settings):
     """Share of the patches that are left out in training, others for each picture; all are used in evaluation (arXiv 2212.00794)."""
     start_px: Annotated[int, Field(ge=1)] | None = None
     """Side of the training pictures in the first epoch, from where it grows to the backbone's; the backbone's when not given."""
+    decode: Literal["exact", "reduced", "gpu"] = "exact"
+    """reduced: large JPEGs are decoded at 1/2, 1/4 or 1/8 where a crop needs no more pixels, which moves edges by up to a pixel;
+    gpu: JPEGs are decoded and resized on the GPU. Evaluation is always exact."""
 
 
 class Mda(RandomCrops):
@@ -184,6 +187,8 @@ class Optim(Settings):
     lr: Annotated[float, Field(gt=0)] = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    shuffle_mib: Annotated[float, Field(gt=0)] = 192.0
+    """Encoded pictures that are shuffled together, at most 8,192: what a worker holds in memory of a larger data set."""
 
 
 class Evaluation(Settings):

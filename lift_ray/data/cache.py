@@ -1,0 +1,177 @@
+"""What is kept on this machine of data in remote stores: the index of each data set, and whole shards when asked for.
+
+LIFT_CACHE names the folder (~/.cache/lift_ray). LIFT_CACHE_GB, a number above 0, lets whole shards be kept, up to that size.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import math
+import os
+import tempfile
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lift_ray.data.layout import RECONVERT
+from lift_ray.data.store import fetch
+from lift_ray.errors import BadInput
+
+if TYPE_CHECKING:
+    from lift_ray.data.catalog import Shard
+
+DOWNLOAD_BYTES = 2**24  # of one request
+DEAD_S = 900.0  # a download that wrote nothing for so long has died
+NEEDED_S = 86400.0  # in random order a shard used today is needed again before another one has paid for its download
+
+
+def cache_folder() -> Path:
+    """LIFT_CACHE, or ~/.cache/lift_ray."""
+    return Path(os.environ.get("LIFT_CACHE") or "~/.cache/lift_ray").expanduser()
+
+
+def shard_limit_bytes() -> int:
+    """LIFT_CACHE_GB in bytes; 0, the default, keeps no shards. Raises BadInput when it is not a number of at least 0."""
+    text = os.environ.get("LIFT_CACHE_GB") or "0"
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 <= size < math.inf:
+        raise BadInput(f"LIFT_CACHE_GB: must be a number of at least 0, but got {text!r}; give 100, for instance")
+    return int(size * 1e9)
+
+
+def load_index(url: str, fingerprint: str) -> dict[str, Any] | None:
+    """The arrays kept for a data set; None when there are none, they cannot be read, or the fingerprint is another."""
+    try:
+        with np.load(_index_file(url), allow_pickle=False) as stored:
+            arrays = dict(stored)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return arrays if str(arrays.pop("fingerprint", "")) == fingerprint else None
+
+
+def store_index(url: str, fingerprint: str, arrays: dict[str, Any]) -> None:
+    """Keep arrays for a data set under a temporary name first; nothing happens when the folder cannot be written."""
+    with suppress(OSError):
+        _index_file(url).parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=_index_file(url).parent, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, allow_pickle=False, fingerprint=np.array(fingerprint), **arrays)
+            os.replace(name, _index_file(url))
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+
+
+class ShardCopies:
+    """Whole shards of remote stores on this machine's disk, shared by all its processes.
+
+    The first process that needs a shard downloads it; the others read from the store until it is there. The least
+    recently used shards are dropped to stay within the limit, but not for another shard of the same data set: that one is
+    read from the store. So is everything when the disk is full, after one warning.
+    """
+
+    def __init__(self, limit_bytes: int, patience_s: float) -> None:
+        """`limit_bytes` bounds all shards in the folder, those being downloaded included."""
+        self._limit_bytes, self._patience_s = limit_bytes, patience_s
+        self._folder = cache_folder() / "shards"
+        self._off = limit_bytes == 0
+
+    def path(self, shard: Shard) -> Path | None:
+        """Where the whole shard is, after a download if need be; None when it is to be read from its store.
+
+        Raises BadInput when the store fails, or twice delivers what is not what the manifest says.
+        """
+        if self._off or not shard.identity:
+            return None
+        copy = (
+            self._folder / f"{_digest(shard.url.rpartition('/')[0])}-{_digest(f'{shard.url} {shard.identity}')}.parquet"
+        )
+        try:
+            with suppress(FileNotFoundError):
+                os.utime(copy)  # the time of use, for dropping
+                return copy
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if partial := self._reserved(copy, shard.num_bytes):
+                try:
+                    self._download(shard, partial)
+                    with self._alone():
+                        os.replace(partial, copy)
+                finally:
+                    partial.unlink(missing_ok=True)
+                return copy
+        except OSError as error:
+            self._off = True
+            warnings.warn(f"{self._folder}: no more shards are kept ({error}); reading from the store", stacklevel=2)
+        return None
+
+    def _reserved(self, copy: Path, num_bytes: int) -> Path | None:
+        """A temporary file of full length; None when another process downloads this shard, or there is no room."""
+        with self._alone():
+            now, old = time.time(), []
+            excess = num_bytes - self._limit_bytes
+            for path in [*self._folder.glob("*.parquet"), *self._folder.glob("*.partial")]:
+                with suppress(FileNotFoundError):
+                    stat = path.stat()
+                    unused_s = now - stat.st_mtime
+                    if path.suffix == ".partial" and unused_s > DEAD_S:
+                        path.unlink()
+                        continue
+                    if path.name.startswith(copy.stem):
+                        return None
+                    excess += stat.st_size
+                    related = path.name.partition("-")[0] == copy.name.partition("-")[0]
+                    if path.suffix == ".parquet" and (unused_s > NEEDED_S or not related):
+                        old.append((unused_s, stat.st_size, path))
+            if excess > sum(size for _, size, _ in old):
+                return None
+            for _, size, path in sorted(old, reverse=True):
+                if excess <= 0:
+                    break
+                path.unlink(missing_ok=True)
+                excess -= size
+            partial = copy.with_name(f"{copy.stem}.{os.getpid()}.partial")
+            with partial.open("wb") as file:
+                file.truncate(num_bytes)  # takes its place in the sum from now on
+            return partial
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, no other thread or process counts or names files of the folder."""
+        with (self._folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _download(self, shard: Shard, partial: Path) -> None:
+        for _ in range(2):
+            digest = hashlib.sha256()
+            with partial.open("r+b") as file:
+                for start in range(0, shard.num_bytes, DOWNLOAD_BYTES):
+                    end = min(start + DOWNLOAD_BYTES, shard.num_bytes)
+                    data = fetch(shard.url, start, end, self._patience_s)
+                    digest.update(data)
+                    file.write(data)
+            if digest.hexdigest() == shard.sha256 or not shard.sha256:
+                return
+        raise BadInput(
+            f"{shard.url}: must have the sha256 of the manifest, {shard.sha256[:12]}..., but got a checksum mismatch "
+            f"({digest.hexdigest()[:12]}...); {RECONVERT} or copy it again"
+        )
+
+
+def _index_file(url: str) -> Path:
+    return cache_folder() / "index" / f"{_digest(url)}.npz"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -1,0 +1,50 @@
+"""How far a conversion is: a bar on a terminal, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def image_progress() -> Iterator[Callable[[int, int], None]]:
+    """Yields what to call with (done, total) images. Images that are done at the first call were there before.
+
+    Shows images/s and the time left on stderr.
+    """
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:,.0f} images/s"),
+        TimeRemainingColumn(),
+    )
+    began, first, said = 0.0, 0, 0.0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def show(done: int, total: int) -> None:
+            nonlocal began, first, said
+            now = time.monotonic()
+            if not bar.tasks:
+                began = said = now
+                first = done
+                bar.add_task("images", total=total, completed=done, rate=0.0)
+                if done:
+                    console.print(f"goes on: {done:,} of {total:,} images were there already", soft_wrap=True)
+                return
+            rate = (done - first) / max(now - began, 1e-3)
+            bar.update(bar.task_ids[0], completed=done, rate=rate)
+            if not console.is_terminal and rate and now - said >= LINE_EVERY_S:
+                said = now
+                left_s = (total - done) / rate
+                console.print(
+                    f"{done:,} of {total:,} images, {rate:,.0f} images/s, {left_s:,.0f} s left", soft_wrap=True
+                )
+
+        yield show

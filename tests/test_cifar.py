@@ -1,0 +1,261 @@
+"""CIFAR as published: pickles that Python 2 wrote are read, and nothing in them runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from struct import pack
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from lift_ray.data import cifar
+from lift_ray.data.catalog import open_dataset
+from lift_ray.data.cifar import longtailed_rows, scan_cifar
+from lift_ray.data.index import ImageIndex
+from lift_ray.data.reader import RowReader
+from lift_ray.errors import BadInput
+
+JPEGS = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.arange(12))
+PICTURES = np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize((32, 32))) for jpeg in JPEGS])
+PER_BATCH = 20
+TEN = [b"airplane", b"automobile", b"bird", b"cat", b"deer", b"dog", b"frog", b"horse", b"ship", b"truck"]
+HUNDRED = [b"aquarium_fish" if number == 1 else b"fine %d" % number for number in range(100)]
+Files = dict[str, dict[bytes, Any]]
+
+
+class Python2(pickle._Pickler):  # type: ignore[name-defined, misc]
+    """Writes bytes as Python 2 wrote its strings, so that what comes out is what was published."""
+
+    def save_string(self, value: bytes) -> None:
+        short = len(value) < 256
+        self.write(pickle.SHORT_BINSTRING + bytes([len(value)]) if short else pickle.BINSTRING + pack("<i", len(value)))
+        self.write(value)
+        self.memoize(value)
+
+    def save_text(self, value: str) -> None:
+        self.save_string(value.encode())
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_string, str: save_text}  # type: ignore[attr-defined]  # noqa: RUF012
+
+
+def published(content: Any) -> bytes:
+    file = io.BytesIO()
+    Python2(file, protocol=2).dump(content)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def rewritten(content: Any) -> bytes:
+    """As a script of today would write it again."""
+    return pickle.dumps(content, protocol=2)
+
+
+def batch(first: int, count: int) -> dict[bytes, Any]:
+    pictures = PICTURES[np.arange(first, first + count) % len(PICTURES)]
+    return {
+        b"batch_label": b"training batch",
+        b"data": np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)).reshape(count, 3072),
+        b"filenames": [b"picture_%d.png" % (first + number) for number in range(count)],
+    }
+
+
+def ten() -> Files:
+    labels = {b"labels": [number % 10 for number in range(PER_BATCH)]}
+    files = {f"data_batch_{n}": {**batch(n, PER_BATCH), **labels} for n in range(1, 6)}
+    return {
+        **files,
+        "test_batch": {**batch(7, PER_BATCH), **labels},
+        "batches.meta": {b"num_cases_per_batch": PER_BATCH, b"label_names": TEN, b"num_vis": 3072},
+    }
+
+
+def hundred() -> Files:
+    def labelled(first: int, count: int) -> dict[bytes, Any]:
+        fine = [number % 100 for number in range(count)]
+        return {**batch(first, count), b"fine_labels": fine, b"coarse_labels": [label // 5 for label in fine]}
+
+    names = {b"fine_label_names": HUNDRED, b"coarse_label_names": [b"group_%d" % number for number in range(20)]}
+    return {"train": labelled(0, 1000), "test": labelled(3, 100), "meta": names}
+
+
+def archive(path: Path, files: dict[str, bytes], folder: str = "cifar-python") -> str:
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def pixels(index: ImageIndex, split: str) -> np.ndarray[Any, Any]:
+    """The pictures of a split, read as another process would."""
+    reader = pickle.loads(pickle.dumps(index.read))
+    pictures = [Image.open(io.BytesIO(reader(reference))) for reference, _ in index.splits[split]]
+    assert {picture.format for picture in pictures} == {"PNG"}
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept() -> None:
+    cifar._loaded.cache_clear()
+
+
+@pytest.mark.parametrize("dump", [published, rewritten])
+def test_cifar10_is_read_from_the_published_archive(tmp_path: Path, dump: Callable[[Any], bytes]) -> None:
+    index = scan_cifar(archive(tmp_path / "cifar-10-python.tar.gz", {name: dump(each) for name, each in ten().items()}))
+    assert index.class_names == tuple(name.decode() for name in TEN)
+    assert [label for _, label in index.splits["train"]] == list(range(10)) * 10
+    expected = [(n + row) % 12 for n in range(1, 6) for row in range(PER_BATCH)]
+    assert np.array_equal(pixels(index, "train"), PICTURES[expected])
+    assert np.array_equal(pixels(index, "test"), PICTURES[[(7 + row) % 12 for row in range(PER_BATCH)]])
+    assert index.splits["test"][3] == ("test_batch/3", 3)
+
+
+def test_cifar100_has_fine_and_coarse_labels_in_a_folder_in_any_store(tmp_path: Path) -> None:
+    files = hundred()
+    files["test"][b"data"] = np.asfortranarray(files["test"][b"data"])
+    for name, content in files.items():
+        fsspec.filesystem("memory").pipe_file(f"/cifar-100/{name}", published(content))
+    index = scan_cifar("memory://cifar-100")
+    assert index.class_names[:3] == ("fine 0", "aquarium fish", "fine 2")
+    assert [label for _, label in index.splits["test"]] == list(range(100))
+    assert np.array_equal(pixels(index, "test")[:9], PICTURES[3:12])
+    coarse = scan_cifar("memory://cifar-100", coarse=True)
+    assert coarse.class_names[19] == "group 19"
+    assert [label for _, label in coarse.splits["test"]] == [number // 5 for number in range(100)]
+    cut = scan_cifar("memory://cifar-100", imbalance=10)
+    assert np.bincount([label for _, label in cut.splits["train"]])[[0, 50, 99]].tolist() == [10, 3, 1]
+    assert cut.splits["test"] == index.splits["test"]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "imbalance", "total"), [(100, 10, 19573), (100, 50, 12608), (100, 100, 10847), (10, 100, 12406)]
+)
+def test_the_long_tail_is_the_one_of_the_literature(num_classes: int, imbalance: float, total: int) -> None:
+    labels = np.random.default_rng(0).permutation(np.arange(50000) % num_classes)
+    rows = longtailed_rows(labels, num_classes, imbalance)
+    assert len(set(rows.tolist())) == len(rows) == total
+    np.random.seed(0)  # the published code, which goes through the classes with NumPy's global generator
+    expected = []
+    for label in range(num_classes):
+        found = np.where(labels == label)[0]
+        np.random.shuffle(found)
+        count = int(50000 / num_classes * ((1 / imbalance) ** (label / (num_classes - 1.0))))
+        expected.append(found[:count])
+    assert np.array_equal(rows, np.concatenate(expected))
+
+
+class Evil:
+    """Runs a command when it is unpickled without care."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("place", ["batches.meta", "data_batch_3"])
+def test_a_pickle_that_would_run_something_is_refused_and_nothing_runs(tmp_path: Path, place: str) -> None:
+    touched = tmp_path / "touched"
+    attacks = (
+        (os.system, f"touch {touched}"),
+        (eval, f"open({str(touched)!r}, 'w')"),
+        (getattr, np.ndarray, "tofile"),
+        (np.load, "x"),
+        (np.ndarray, (2, 2)),
+    )
+    for call, *arguments in attacks:
+        files = {name: published(each) for name, each in ten().items()}
+        files[place] = pickle.dumps({b"data": Evil(call, *arguments)}, protocol=2)
+        with pytest.raises(
+            BadInput, match="^" + re.escape(f"{tmp_path}/x.tar.gz") + r".*; download the python .* again$"
+        ):
+            scan_cifar(archive(tmp_path / "x.tar.gz", files))
+    assert not touched.exists()
+    pickle.loads(pickle.dumps(Evil(*attacks[0])))
+    assert touched.exists()  # so the attack was a real one
+
+
+def swapped(**changes: Any) -> dict[str, bytes]:
+    return {name: published({**each, **changes.get(name, {})}) for name, each in ten().items()}
+
+
+NOT_AS_PUBLISHED = "x.tar.gz: must be CIFAR as published, but got "
+IMBALANCE = "imbalance: must be 1 to 10, the images of a class, but got "
+FAULTS: list[tuple[Callable[[], dict[str, bytes]], dict[str, Any], str]] = [
+    (
+        lambda: {"readme": b""},
+        {},
+        "x.tar.gz: must hold batches.meta (CIFAR-10) or meta (CIFAR-100), but got neither; give cifar-10-",
+    ),
+    (
+        lambda: {"batches.meta": published({b"label_names": TEN})},
+        {},
+        "x.tar.gz: must hold all files of CIFAR, but got no data_batch_1; ",
+    ),
+    (lambda: {"batches.meta": published([1])}, {}, "x.tar.gz/batches.meta: must hold a table of names, but got list; "),
+    (lambda: {"batches.meta": published({1: 2})[:-3]}, {}, f"{NOT_AS_PUBLISHED}'pickle data was truncated'; "),
+    (
+        lambda: {"batches.meta": rewritten({1: os.path.join})},
+        {},
+        "x.tar.gz/batches.meta: must hold only numbers, names and arrays, but got posixpath.join; ",
+    ),
+    (lambda: swapped(test_batch={b"labels": [0]}), {}, f"{NOT_AS_PUBLISHED}'labels of test_batch that do not fit "),
+    (
+        lambda: swapped(data_batch_2={b"labels": [10] * PER_BATCH}),
+        {},
+        f"{NOT_AS_PUBLISHED}'labels of data_batch_2 that do not fit ",
+    ),
+    (
+        lambda: swapped(test_batch={b"data": np.zeros((PER_BATCH, 3072))}),
+        {},
+        f"{NOT_AS_PUBLISHED}'an array that is not of bytes'; ",
+    ),
+    (
+        lambda: swapped(test_batch={b"data": np.zeros((PER_BATCH, 100), "u1")}),
+        {},
+        f"{NOT_AS_PUBLISHED}'cannot reshape ",
+    ),
+    (swapped, {"coarse": True}, "coarse: must go with CIFAR-100, but got CIFAR-10, which has no superclasses; "),
+    (swapped, {"imbalance": 0.5}, f"{IMBALANCE}0.5; "),
+    (swapped, {"imbalance": float("nan")}, f"{IMBALANCE}nan; "),
+    (swapped, {"imbalance": 11}, f"{IMBALANCE}11; "),
+]
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_a_fault_in_an_archive_is_one_line(tmp_path: Path, number: int) -> None:
+    files, options, message = FAULTS[number]
+    source = archive(tmp_path / "x.tar.gz", files())
+    with pytest.raises(BadInput, match=re.escape(message) + ".*$"):
+        scan_cifar(source, **options)
+
+
+def test_what_is_no_archive_or_too_large_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(b"no archive")
+    with pytest.raises(BadInput, match=r"^.*/x: must be CIFAR as published, but got .*; download the python"):
+        scan_cifar(str(tmp_path / "x"))
+    with pytest.raises(BadInput, match=r"^.*/none: must be CIFAR as published, but nothing is there; check the path$"):
+        scan_cifar(str(tmp_path / "none"))
+    monkeypatch.setattr(cifar, "MOST_BYTES", 30_000)
+    with pytest.raises(BadInput, match=r"x/data_batch_1: must have at most 30000 bytes, but got 6\d{4}; download"):
+        scan_cifar(archive(tmp_path / "y.tar.gz", swapped(), folder="x"))
+    (tmp_path / "folder").mkdir()
+    for name, content in swapped().items():
+        (tmp_path / "folder" / name).write_bytes(content)
+    with pytest.raises(BadInput, match=r"folder/\w+: must have at most 30000 bytes, but got 6\d{4}; download"):
+        scan_cifar(str(tmp_path / "folder"))
+
+
+def test_an_imbalance_of_one_keeps_every_image(tmp_path: Path) -> None:
+    source = archive(tmp_path / "x.tar.gz", swapped())
+    assert sorted(scan_cifar(source, imbalance=1).splits["train"]) == sorted(scan_cifar(source).splits["train"])

@@ -1,0 +1,342 @@
+"""Lists, iNaturalist, tables and torchvision as sources: what is found, what is read, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torchvision.datasets
+from PIL import Image
+
+from lift_ray.data.catalog import open_dataset
+from lift_ray.data.folder import scan_folder
+from lift_ray.data.inat import RANKS, scan_inat
+from lift_ray.data.index import ImageIndex
+from lift_ray.data.lists import scan_list
+from lift_ray.data.reader import RowReader
+from lift_ray.data.tables import scan_table
+from lift_ray.data.torchvision_sets import SETS, scan_torchvision
+from lift_ray.errors import BadInput
+
+IMAGES = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.arange(12))
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def read(index: ImageIndex) -> dict[str, list[tuple[bytes, int]]]:
+    """Every image of an index, read as another process would."""
+    reader = pickle.loads(pickle.dumps(index.read))
+    assert len(pickle.dumps(reader)) < 500
+    return {split: [(reader(reference), label) for reference, label in rows] for split, rows in index.splits.items()}
+
+
+# ---- lists
+
+PHOTOS: dict[str, str | bytes] = {
+    "photos/train/a b/1.jpg": IMAGES[0],
+    "photos/train/c/2.jpg": IMAGES[1],
+    "photos/val/3.jpg": IMAGES[2],
+    "train.txt": "train/a b/1.jpg 1\ntrain/c/2.jpg 0\n",
+    "val.txt": "./val//3.jpg\t1\r\n\r\n",
+    "names.txt": "airplane_cabin\ncrane, bird\n",
+}
+
+
+def listed(here: Path, **more: str) -> ImageIndex:
+    names = {"train": f"{here}/train.txt", "class_names": f"{here}/names.txt", "test": None, "validation": None}
+    return scan_list(f"{here}/photos", **{**names, **more})  # type: ignore[arg-type]
+
+
+def test_lists_name_images_by_path_and_label(tmp_path: Path) -> None:
+    index = listed(write(tmp_path, PHOTOS), test=f"{tmp_path}/val.txt")
+    assert index.class_names == ("airplane cabin", "crane, bird")
+    assert index.splits == {"train": [("train/a b/1.jpg", 1), ("train/c/2.jpg", 0)], "test": [("val/3.jpg", 1)]}
+    assert read(index) == {"train": [(IMAGES[0], 1), (IMAGES[1], 0)], "test": [(IMAGES[2], 1)]}
+    assert index.notes == ()
+
+
+def test_lists_and_their_images_may_be_in_a_store(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").put(f"{write(tmp_path, PHOTOS)}/", "/listed/", recursive=True)
+    index = scan_list(
+        "memory://listed/photos", train="memory://listed/train.txt", class_names="memory://listed/names.txt"
+    )
+    assert read(index) == {"train": [(IMAGES[0], 1), (IMAGES[1], 0)]}
+
+
+@pytest.mark.parametrize("scan", [lambda: scan_folder("photos/train"), lambda: listed(Path("."))])
+def test_a_relative_source_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan: Callable[[], ImageIndex]
+) -> None:
+    monkeypatch.chdir(write(tmp_path, PHOTOS))
+    index = scan()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert {image for image, _ in read(index)["train"]} == {IMAGES[0], IMAGES[1]}
+
+
+def test_a_class_name_that_comes_again_gets_a_number_and_a_note(tmp_path: Path) -> None:
+    names = "missile\ncrane\nmissile (2)\nmissile\n"
+    rows = "".join(f"{label}.jpg {label}\n" for label in range(4))
+    index = listed(write(tmp_path, {"train.txt": rows, "names.txt": names}))
+    assert index.class_names == ("missile", "crane", "missile (2)", "missile (3)")
+    assert index.notes == (f"{tmp_path}/names.txt: names of 1 classes came before: class 3 is called 'missile (3)'",)
+
+
+LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
+    ({"train.txt": "a.jpg 0\nb.jpg\n"}, "train.txt:2: must be a path and a label, but got only 'b.jpg'; "),
+    ({"train.txt": "a.jpg 0\n\nb c.jpg\n"}, "train.txt:3: must end with a label, a whole number, but got 'c.jpg'; "),
+    ({"train.txt": "a.jpg -1\n"}, "train.txt:1: must end with a label, a whole number, but got '-1'; "),
+    ({"train.txt": "a.jpg " + "1" * 5000}, "train.txt:1: must end with a label, a whole number, but got '11"),
+    ({"train.txt": "a.jpg 2\n"}, "train.txt:1: the label must be 0 to 1 (2 class names), but got 2; "),
+    ({"train.txt": "\n \n"}, "train.txt: must list images, but got none; "),
+    ({"train.txt": "a.jpg 0\n./a.jpg 1\n"}, "train.txt:2: an image must be listed once, but 'a.jpg' is in {0}/train.txt:1 too; "),
+    ({"train.txt": "a.jpg 0\nval/3.jpg 1\n"}, "val.txt:1: an image must be listed once, but 'val/3.jpg' is in {0}/train.txt:2 too; "),
+    ({"train.txt": "a.jpg 0\n"}, "photos: every class must have an image, but 'crane, bird' have none; "),
+    ({"train.txt": b"\xff\xfe"}, "train.txt: must be a text file, but got "),
+    ({"names.txt": "\n"}, "names.txt: must hold a class name on each line, but got none; "),
+    ({"names.txt": "a\n\nb\n"}, "names.txt:2: must be a class name, but got an empty line; "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), LIST_FAULTS)
+def test_a_fault_in_a_list_is_one_line(tmp_path: Path, changes: dict[str, str | bytes], message: str) -> None:
+    write(tmp_path, {**PHOTOS, **changes})
+    with pytest.raises(BadInput, match="^" + re.escape(f"{tmp_path}/{message.format(tmp_path)}") + ".*$"):
+        listed(tmp_path, test=f"{tmp_path}/val.txt")
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/hosts", "../a.jpg", "x/../../a.jpg", "..\\a.jpg", "s3://b/a.jpg", "C:/a.jpg", "."]
+)
+def test_a_path_outside_the_source_is_refused(tmp_path: Path, path: str) -> None:
+    write(tmp_path, {**PHOTOS, "train.txt": f"a.jpg 0\n{path} 1\n", "t.csv": f"path,label\nb.jpg,x\n{path},y\n"})
+    with pytest.raises(BadInput, match=r"train.txt:2: .*, a path outside the source; mend it$"):
+        listed(tmp_path)
+    with pytest.raises(BadInput, match=r"t.csv:3: .*, a path outside the source; mend it$"):
+        scan_table(f"{tmp_path}/t.csv", kind="csv")
+
+
+def test_a_list_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no.txt: .*, but nothing is there; check the path$"):
+        listed(write(tmp_path, PHOTOS), train=f"{tmp_path}/no.txt")
+
+
+# ---- iNaturalist
+
+TAXA = [  # two genera of one name, and a family that is in two orders of no name
+    ("Animalia", "Arthropoda", "Insecta", "Mantodea", "Tarachodidae", "Iris", "Iris oratoria"),
+    ("Plantae", "Magnoliophyta", "Liliopsida", "Asparagales", "Iridaceae", "Iris", "Iris setosa"),
+    ("Plantae", "Magnoliophyta", "Liliopsida", "Asparagales", "Iridaceae", "Iris", "Iris versicolor"),
+    ("Fungi", "Ascomycota", "Sordariomycetes", "NA", "NA", "Peroneutypa", "Peroneutypa scoparia"),
+]
+CATEGORIES = [{"id": 10 * n, "name": t[-1], **dict(zip(RANKS[:6], t[:6], strict=True))} for n, t in enumerate(TAXA)]
+
+
+def annotations(labels: list[int], categories: list[dict[str, Any]], **changes: Any) -> str:
+    images = [{"id": 7 * n, "file_name": f"pictures/{labels[n]}_{n}.jpg", "width": 1} for n in range(len(labels))]
+    told = [{"id": n, "image_id": 7 * n, "category_id": label} for n, label in enumerate(labels)]
+    content = {"info": {}, "images": images, "annotations": told[::-1], "categories": categories}
+    return json.dumps({**content, **changes})
+
+
+HIDDEN = [{"id": category["id"], "name": "1234", "supercategory": "x"} for category in CATEGORIES]
+INAT: dict[str, str | bytes] = {
+    "categories.json": json.dumps(CATEGORIES[::-1]),
+    "train2018.json": annotations([20, 0, 10, 30], HIDDEN),
+    "val2018.json": annotations([10] * 5, HIDDEN).replace("pictures/", "val/"),
+    **{f"pictures/{category}_{n}.jpg": IMAGES[n] for n, category in enumerate((20, 0, 10, 30))},
+    **{f"val/10_{n}.jpg": IMAGES[5 + n] for n in range(5)},
+}
+
+
+def test_inaturalist_2018_takes_names_from_its_categories_and_tests_on_val(tmp_path: Path) -> None:
+    index = scan_inat(str(write(tmp_path, INAT)))
+    assert index.class_names == tuple(taxon[-1] for taxon in TAXA)
+    assert read(index)["train"] == [(IMAGES[0], 2), (IMAGES[1], 0), (IMAGES[2], 1), (IMAGES[3], 3)]
+    assert read(index)["test"] == [(IMAGES[5 + n], 1) for n in range(5)]
+
+
+def test_later_years_carry_the_taxonomy_themselves(tmp_path: Path) -> None:
+    write(tmp_path, {"train2021.json": annotations([20, 0, 10, 30], CATEGORIES)})
+    index = scan_inat(str(tmp_path), train="train2021.json", test=None)
+    assert index.class_names == tuple(taxon[-1] for taxon in TAXA)
+    assert [label for _, label in index.splits["train"]] == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("rank", "names", "labels"),
+    [
+        ("genus", ("Iris (Tarachodidae)", "Iris (Iridaceae)", "Peroneutypa"), [1, 0, 1, 2]),
+        ("order", ("Mantodea", "Asparagales", "NA"), [1, 0, 1, 2]),
+        ("kingdom", ("Animalia", "Plantae", "Fungi"), [1, 0, 1, 2]),
+    ],
+)
+def test_any_rank_is_a_label_and_equal_names_stay_apart(
+    tmp_path: Path, rank: str, names: tuple[str, ...], labels: list[int]
+) -> None:
+    index = scan_inat(str(write(tmp_path, INAT)), rank=rank)
+    assert index.class_names == names
+    assert [label for _, label in index.splits["train"]] == labels
+
+
+def test_equal_names_under_equal_parents_get_the_ancestor_that_differs(tmp_path: Path) -> None:
+    taxa = [dict(CATEGORIES[0], order="NA", family="NA"), dict(CATEGORIES[1], order="NA", family="NA")]
+    write(tmp_path, {"train2018.json": annotations([0, 10], taxa)})
+    assert scan_inat(str(tmp_path), rank="family", test=None).class_names == ("NA (Insecta)", "NA (Liliopsida)")
+
+
+def with_images(**changes: Any) -> dict[str, str | bytes]:
+    return {"train2018.json": annotations([20, 0, 10, 30], HIDDEN, **changes)}
+
+
+INAT_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
+    ({"train2018.json": "{"}, "train2018.json: must be iNaturalist JSON, but got "),
+    (
+        {"train2018.json": "[1]"},
+        "train2018.json: must hold the lists images, annotations, categories, but got no images; ",
+    ),
+    (with_images(images=[]), "train2018.json: must list images, but got none; "),
+    (with_images(images=[{"id": 1}]), "train2018.json: file_name must be text everywhere, but got {{'id': 1}}; "),
+    (with_images(annotations=[]), "train2018.json: image 0 must have a category, but got none; "),
+    (
+        with_images(annotations=[{"image_id": 0, "category_id": 5}]),
+        "train2018.json: image 0 must have a known category, but got 5; ",
+    ),
+    (
+        with_images(annotations=[{"image_id": 0, "category_id": c} for c in (0, 10)]),
+        "train2018.json: image 0 must have one category, but got 0 and 10; ",
+    ),
+    (
+        {"train2018.json": annotations([20, 0, 10], HIDDEN)},
+        "every class must have an image, but 'Peroneutypa scoparia' have none; ",
+    ),
+    (
+        {"train2018.json": annotations([20, 0, 10, 30], HIDDEN).replace("pictures/", "../")},
+        "train2018.json: image 0: must name a file in the source, but got '../20_0.jpg', a path outside the source; ",
+    ),
+    (
+        {"val2018.json": annotations([20], HIDDEN)},
+        "val2018.json: image 0: an image must be listed once, but 'pictures/20_0.jpg' is in {0}/train2018.json: image 0 too; ",
+    ),
+    ({"categories.json": "{}"}, "categories.json: must be a list of categories, but got '{{}}'; "),
+    ({"categories.json": json.dumps(HIDDEN)}, "categories.json: kingdom must be text everywhere, but got "),
+    (
+        {"categories.json": json.dumps(CATEGORIES[:1] * 2)},
+        "categories.json: ids of categories must differ, but got 0 twice; ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), INAT_FAULTS)
+def test_a_fault_in_inaturalist_files_is_one_line(
+    tmp_path: Path, changes: dict[str, str | bytes], message: str
+) -> None:
+    write(tmp_path, {**INAT, **changes})
+    with pytest.raises(BadInput, match=re.escape(message.format(tmp_path)) + ".*$") as caught:
+        scan_inat(str(tmp_path))
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_inaturalist_needs_names_and_a_known_rank(tmp_path: Path) -> None:
+    write(tmp_path, INAT)
+    with pytest.raises(BadInput, match=r"^rank: must be one of .*, but got 'spezies'; did you mean 'species'\?$"):
+        scan_inat(str(tmp_path), rank="spezies")
+    (tmp_path / "categories.json").unlink()
+    with pytest.raises(BadInput, match=r"categories.json: must hold the taxonomy that .*train2018.json leaves out"):
+        scan_inat(str(tmp_path))
+
+
+# ---- torchvision
+
+
+def idx(values: np.ndarray[Any, Any]) -> bytes:
+    """The file format of MNIST."""
+    return bytes([0, 0, 8, values.ndim]) + b"".join(side.to_bytes(4, "big") for side in values.shape) + values.tobytes()
+
+
+def test_a_torchvision_set_of_arrays_becomes_lossless_png(tmp_path: Path) -> None:
+    grey = np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("L").resize((28, 28))) for image in IMAGES])
+    labels = np.arange(12, dtype=np.uint8) % 10
+    for split, rows in (("train", slice(0, 10)), ("t10k", slice(10, 12))):
+        write(
+            tmp_path / "FashionMNIST" / "raw",
+            {f"{split}-images-idx3-ubyte": idx(grey[rows]), f"{split}-labels-idx1-ubyte": idx(labels[rows])},
+        )
+    index = scan_torchvision("FashionMNIST", root=str(tmp_path))
+    assert index.class_names[:2] == ("T-shirt/top", "Trouser")
+    assert {split: len(rows) for split, rows in index.splits.items()} == {"train": 10, "test": 2}
+    for number, (image, label) in enumerate([*read(index)["train"], *read(index)["test"]]):
+        decoded = Image.open(io.BytesIO(image))
+        assert decoded.format == "PNG"
+        assert np.array_equal(np.asarray(decoded), grey[number])
+        assert label == number % 10
+
+
+def test_a_torchvision_set_of_files_keeps_their_bytes(tmp_path: Path) -> None:
+    meta = {
+        "train": {"apple_pie": ["apple_pie/1"], "waffles": ["waffles/2"]},
+        "test": {"apple_pie": ["apple_pie/3"], "waffles": []},
+    }
+    write(tmp_path / "food-101", {f"meta/{split}.json": json.dumps(content) for split, content in meta.items()})
+    for number, name in enumerate(("apple_pie/1", "waffles/2", "apple_pie/3")):
+        write(tmp_path / "food-101" / "images", {f"{name}.jpg": IMAGES[number]})
+    index = scan_torchvision("Food101", root=str(tmp_path))
+    assert index.class_names == ("apple pie", "waffles")
+    assert index.splits["test"] == [("food-101/images/apple_pie/3.jpg", 0)]
+    assert read(index) == {"train": [(IMAGES[0], 0), (IMAGES[1], 1)], "test": [(IMAGES[2], 0)]}
+
+
+def test_a_torchvision_set_without_class_names_says_so(tmp_path: Path) -> None:
+    import bz2
+
+    for name, labels in (("usps.bz2", (1, 2)), ("usps.t.bz2", (2,))):
+        lines = "".join(f"{label} " + " ".join(f"{n}:{0.5:g}" for n in range(1, 257)) + "\n" for label in labels)
+        (tmp_path / name).write_bytes(bz2.compress(lines.encode()))
+    index = scan_torchvision("USPS", root=str(tmp_path))
+    assert index.class_names == ("class 0", "class 1")
+    assert index.notes == ("USPS: has no class names in torchvision, so they are 'class 0' to 'class 1'",)
+
+
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_torchvision_knows_the_splits_that_a_set_is_asked_for(tmp_path: Path, name: str) -> None:
+    kind = getattr(torchvision.datasets, name)
+    for arguments in SETS[name].values():
+        inspect.signature(kind).bind(tmp_path, **arguments)
+        with pytest.raises((RuntimeError, ImportError, OSError)):  # nothing is there; an unknown split is a ValueError
+            kind(tmp_path, **arguments, **({"download": False} if name == "SEMEION" else {}))
+
+
+def test_a_torchvision_set_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    for name, root, message in (
+        (
+            "FashonMNIST",
+            f"{tmp_path}",
+            r"^FashonMNIST: must be a set of torchvision .*; did you mean 'FashionMNIST'\?$",
+        ),
+        ("CocoDetection", f"{tmp_path}", r"^CocoDetection: must be a set of torchvision with one label an image; "),
+        ("MNIST", "s3://b/x", r"^s3://b/x: must be a folder on this machine"),
+        (
+            "MNIST",
+            f"{tmp_path}",
+            r"^/.*: must hold MNIST as torchvision keeps it, but got 'Dataset not found.*--download$",
+        ),
+    ):
+        with pytest.raises(BadInput, match=message):
+            scan_torchvision(name, root=root)
+    with pytest.raises(BadInput, match=r"^download: must be left out, but torchvision cannot fetch ImageNet; "):
+        scan_torchvision("ImageNet", root=str(tmp_path), download=True)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,255 @@
+"""CSV files and Parquet as sources: what is found, what is read, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lift_ray.data import tables
+from lift_ray.data.catalog import EMBEDDED, open_dataset
+from lift_ray.data.index import ImageIndex
+from lift_ray.data.reader import RowReader
+from lift_ray.data.tables import scan_table
+from lift_ray.errors import BadInput
+
+IMAGES = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.arange(12))
+LABELS = ["car_side", "yin yang", "car side", "yin_yang", "car_side", "yin yang"]
+NUMBERS = [0, 1, 0, 1, 0, 1]
+
+
+def read(index: ImageIndex, split: str = "train") -> list[tuple[bytes, int]]:
+    """The images of a split, read as another process would."""
+    reader = pickle.loads(pickle.dumps(index.read))
+    return [(reader(reference), label) for reference, label in index.splits[split]]
+
+
+def write_csv(folder: Path, text: str) -> str:
+    (folder / "photos").mkdir(exist_ok=True)
+    for number, image in enumerate(IMAGES):
+        (folder / "photos" / f"{number}.jpg").write_bytes(image)
+    (folder / "names.txt").write_text("car_side\nyin_yang\n")
+    (folder / "t.csv").write_text(text)
+    return f"{folder}/t.csv"
+
+
+def write_parquet(folder: Path, name: str = "t.parquet", huggingface: object = None, **columns: Any) -> str:
+    columns = {"image": IMAGES[:6], "label": LABELS, **columns}
+    table = pa.table({column: values for column, values in columns.items() if values is not None})
+    if huggingface:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": huggingface}})})
+    (folder / name).parent.mkdir(exist_ok=True)
+    pq.write_table(table, folder / name, row_group_size=2)
+    return f"{folder}/{name}"
+
+
+# ---- CSV
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_csv_names_images_beside_it_and_classes(tmp_path: Path, mark: str) -> None:
+    rows = [["id", "Path", "label"], ["1", "photos/1.jpg", "yin_yang"], ["2", "photos/0.jpg", "car side"]]
+    index = scan_table(write_csv(tmp_path, "\n".join(mark.join(row) for row in rows)), kind="csv")
+    assert index.class_names == ("car side", "yin yang")
+    assert read(index) == [(IMAGES[1], 1), (IMAGES[0], 0)]
+
+
+def test_a_csv_may_have_splits_numbers_quotes_and_another_root(tmp_path: Path) -> None:
+    text = (
+        'split,file,caption,class\nTraining,0.jpg,"a, b",0\ntrain,1.jpg,"two\nlines",1\n\nval,2.jpg,,1\ntest,3.jpg,,0\n'
+    )
+    index = scan_table(
+        write_csv(tmp_path, text), kind="csv", root=f"{tmp_path}/photos", class_names=f"{tmp_path}/names.txt"
+    )
+    assert index.class_names == ("car side", "yin yang")
+    found = [read(index, split) for split in ("train", "validation", "test")]
+    assert found == [[(IMAGES[0], 0), (IMAGES[1], 1)], [(IMAGES[2], 1)], [(IMAGES[3], 0)]]
+
+
+def test_a_class_name_file_orders_labels_that_are_names(tmp_path: Path) -> None:
+    source = write_csv(tmp_path, "image,label\nphotos/0.jpg,b\nphotos/1.jpg,a\n")
+    (tmp_path / "names.txt").write_text("b\na\n")
+    assert read(scan_table(source, kind="csv", class_names=f"{tmp_path}/names.txt")) == [(IMAGES[0], 0), (IMAGES[1], 1)]
+
+
+NAMES = {"class_names": "{0}/names.txt"}
+CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
+    ("", {}, ": the image column must be plain, but got the columns none; pass --image-column"),
+    ("id,label\n", {}, ": the image column must be plain, but got the columns id, label; pass --image-column"),
+    ("image,label,class\n", {}, ": the label column must be plain, but got the columns image, label, class; pass --label-column"),
+    ("image,label\n", {"label_column": "lable"}, ": must have the column 'lable', but it has none; did you mean 'label'?"),
+    ("image,label\n", {}, ": must hold images, but got no row; check the file"),
+    ("image,label\na,b,c\n", {}, ":2: must have 2 cells, as the header, but got 3; mend it"),
+    ("image,label\na,b\n ,b\n", {}, ":3: must have a cell in the column 'image', but got none; fill it or remove the row"),
+    ('image,label\n"a\nb",b\nc,\n', {}, ":4: must have a cell in the column 'label', but got none; fill it or remove the row"),
+    ("image,label,split\na,b,train\nc,b,eval\n", {}, ":3: the split must be train, val or test, but got 'eval'; rename it"),
+    ("image,label\na,b\na,b\n", {}, ":3: an image must be listed once, but 'a' is in {0}/t.csv:2 too; remove one"),
+    ("image,label\na,0\nb,1\n", {}, ": labels that are numbers must come with names, but got none; pass --class-names FILE"),
+    ("image,label\na,0\nb,2\n", NAMES, ":3: the label must be 0 to 1, but got '2'; check the 2 class names"),
+    ("image,label\na,x\n", NAMES, ":2: the label must be a class name, but got 'x'; check the 2 class names"),
+    ("image,label,split\na,x,train\nb,y,val\n", {}, ": every class must have an image, but 'y' have none; add images or remove them"),
+    ('image,label\n"a,b\n', {}, ": must be CSV with a header, but got 'unexpected end of data'; check the file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "options", "message"), CSV_FAULTS)
+def test_a_fault_in_a_csv_is_one_line(tmp_path: Path, text: str, options: dict[str, str], message: str) -> None:
+    source = write_csv(tmp_path, text)
+    with pytest.raises(BadInput, match="^" + re.escape(source + message.format(tmp_path)) + "$"):
+        scan_table(source, kind="csv", **{name: value.format(tmp_path) for name, value in options.items()})  # type: ignore[arg-type]
+
+
+# ---- Parquet
+
+
+def test_the_embedded_data_set_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset("embedded:caltech101")
+    folder = Path(tables.__file__).parent.parent / "assets" / EMBEDDED["caltech101"][0]
+    index = scan_table(str(folder), kind="parquet")
+    assert index.class_names == tuple(name.replace("_", " ") for name in dataset.class_names)
+    assert sorted(index.splits) == sorted(dataset.splits)
+    for name, split in dataset.splits.items():
+        assert [label for _, label in index.splits[name]] == split.labels.tolist()
+        rows = np.arange(0, split.num_samples, 97)
+        with RowReader(split) as reader:
+            assert [index.read(index.splits[name][row][0]) for row in rows] == reader.read(rows)
+
+
+STRUCTS = [{"bytes": image, "path": "x.jpg"} for image in IMAGES[:6]]
+SHAPES: dict[str, dict[str, Any]] = {
+    "bytes": {},
+    "large bytes": {"image": pa.array(IMAGES[:6], pa.large_binary())},
+    "struct": {"image": STRUCTS},
+    "categories": {"label": pa.array(LABELS).dictionary_encode()},
+    "numbers": {"label": NUMBERS, "huggingface": {"label": {"names": ["car_side", "yin_yang"]}}},
+    "other names": {"image": None, "label": None, "img": STRUCTS, "class": LABELS, "id": LABELS},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parquet_holds_images_as_bytes_or_as_hugging_face_does(tmp_path: Path, shape: str) -> None:
+    index = scan_table(write_parquet(tmp_path, **SHAPES[shape]), kind="parquet")
+    assert index.class_names == ("car side", "yin yang")
+    assert read(index) == list(zip(IMAGES[:6], NUMBERS, strict=True))
+    assert [reference for reference, _ in index.splits["train"]][1:3] == ["t.parquet:0:1", "t.parquet:1:0"]
+
+
+def test_parquet_may_hold_paths(tmp_path: Path) -> None:
+    write_csv(tmp_path, "")
+    source = write_parquet(tmp_path, image=None, file_name=[f"photos/{number}.jpg" for number in range(6)])
+    assert read(scan_table(source, kind="parquet")) == list(zip(IMAGES[:6], NUMBERS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"), ("train/0.parquet", "test/0.parquet")],
+)
+def test_parquet_files_tell_their_split_by_name(tmp_path: Path, train: str, test: str) -> None:
+    write_parquet(tmp_path, train)
+    write_parquet(tmp_path, test, image=IMAGES[6:])
+    index = scan_table(str(tmp_path), kind="parquet")
+    assert read(index) == list(zip(IMAGES[:6], NUMBERS, strict=True))
+    assert read(index, "test") == list(zip(IMAGES[6:], NUMBERS, strict=True))
+    only = scan_table(f"{tmp_path}/{train.replace('0', '*', 1)}", kind="parquet")
+    assert {split: len(rows) for split, rows in only.splits.items()} == {"train": 6}
+
+
+def test_a_split_column_goes_before_file_names_and_a_store_is_as_good_as_a_disk(tmp_path: Path) -> None:
+    write_parquet(tmp_path, "a.parquet", split=["train", "train", "val", "test", "test", "test"])
+    fsspec.filesystem("memory").put(f"{tmp_path}/", "/tabled/", recursive=True)
+    for source in ("memory://tabled", "memory://tabled/a.parquet", "memory://tabled/*.parquet"):
+        index = scan_table(source, kind="parquet")
+        assert [image for split in ("train", "validation", "test") for image, _ in read(index, split)] == IMAGES[:6]
+
+
+def test_row_groups_are_read_once_while_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    real: Callable[[str], Any] = tables._opened
+    monkeypatch.setattr(tables, "_opened", lambda url: (opened.append(url), real(url))[1])
+    index = scan_table(write_parquet(tmp_path), kind="parquet")
+    opened.clear()
+    order = [0, 2, 4, 1, 3, 5]
+    assert [index.read(index.splits["train"][row][0]) for row in order] == [IMAGES[row] for row in order]
+    assert len(opened) == 3
+    group_bytes = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).total_byte_size
+    monkeypatch.setattr(tables, "CACHE_BYTES", group_bytes // 2)
+    assert scan_table(write_parquet(tmp_path), kind="parquet").read.num_kept == 1  # type: ignore[attr-defined]
+
+
+PARQUET_FAULTS: list[tuple[dict[str, Any], dict[str, str], str]] = [
+    (
+        {"image": NUMBERS},
+        {},
+        ": the column 'image' must hold paths, bytes or struct<bytes, path>, but got int64; pass --image-column",
+    ),
+    (
+        {"label": [0.5] * 6},
+        {},
+        ": the column 'label' must hold whole numbers or text, but got double; pass --label-column",
+    ),
+    ({"label": NUMBERS}, {}, ": labels that are numbers must come with names, but got none; pass --class-names FILE"),
+    (
+        {"label": ["a", "b", "a", None, "a", "b"]},
+        {},
+        " row 3: must have a cell in the column 'label', but got none; fill it or remove the row",
+    ),
+    (
+        {"image": ["a", "b", None, "c", "d", "e"]},
+        {},
+        " row 2: must have a cell in the column 'image', but got none; fill it or remove the row",
+    ),
+    (
+        {"image": ["a", "b", "../c", "d", "e", "f"]},
+        {},
+        " row 2: must name a file in the source, but got '../c', a path outside the source; mend it",
+    ),
+    (
+        {"label": [0, 1, 0, 1, -1, 1], "huggingface": {"label": {"names": ["a", "b"]}}},
+        {},
+        " row 4: the label must be 0 to 1, but got '-1'; check the 2 class names",
+    ),
+    ({"split": ["train"] * 5 + ["all"]}, {}, " row 5: the split must be train, val or test, but got 'all'; rename it"),
+    ({}, {"image_column": "imag"}, ": must have the column 'imag', but it has none; did you mean 'image'?"),
+]
+
+
+@pytest.mark.parametrize(("columns", "options", "message"), PARQUET_FAULTS)
+def test_a_fault_in_parquet_is_one_line(
+    tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    source = write_parquet(tmp_path, **columns)
+    with pytest.raises(BadInput, match="^" + re.escape(source + message) + "$"):
+        scan_table(source, kind="parquet", **options)
+
+
+def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
+    write_parquet(tmp_path, "train-0.parquet")
+    write_parquet(tmp_path, "test-0.parquet", image=["x"] * 6)
+    with pytest.raises(BadInput, match=r"train-0.parquet: must be readable .*not those of test-0.parquet'; check"):
+        scan_table(str(tmp_path), kind="parquet")
+    write_parquet(tmp_path, "more.parquet")
+    with pytest.raises(BadInput, match=r"every file must tell its split, or none, but got 'more.parquet'; rename it$"):
+        scan_table(str(tmp_path), kind="parquet")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match=r"broken/x.parquet: must be readable Parquet, but got .*; check the file$"):
+        scan_table(f"{tmp_path}/broken", kind="parquet")
+    for nothing in (f"{tmp_path}/none", f"{tmp_path}/none/*.parquet", f"{tmp_path}/photos"):
+        with pytest.raises(BadInput, match=r"^[^ ]*: must .* Parquet .*; check the path$"):
+            scan_table(nothing, kind="parquet")
+
+
+def test_an_empty_image_cell_is_told_when_it_is_read(tmp_path: Path) -> None:
+    index = scan_table(write_parquet(tmp_path, image=[None, *IMAGES[1:6]]), kind="parquet")
+    with pytest.raises(ValueError, match="no image in this row"):
+        index.read(index.splits["train"][0][0])
+    assert index.read(index.splits["train"][1][0]) == IMAGES[1]
