@@ -67,7 +67,7 @@ def possible_jobs(args: argparse.Namespace, num_blocks: int) -> list[Job]:
     changes, lengths = settings(args.start_px, num_blocks), sorted({args.epochs, *args.epochs_grid})
     base = backbone_overrides(args)
     return [
-        Job(name, seed, epochs, args.rate, base | changes[name])
+        Job(name, seed, epochs, args.rates.get(name, args.rate), base | changes[name])
         for seed in args.seeds
         for name in args.settings
         for epochs in lengths
@@ -234,12 +234,14 @@ def main() -> None:
     options.add_argument("--settings", nargs="+", choices=NAMES, default=[n for n in NAMES if n not in LEFT_OUT],
                          metavar="SETTING", help=f"of {', '.join(NAMES)}; not run by default: {', '.join(LEFT_OUT)}")  # fmt: skip
     options.add_argument("--rate", type=float, help="learning rate of all settings; LIFT+'s own when not given")
+    options.add_argument("--rates", nargs="+", metavar="SETTING=RATE", default=[], help="learning rates of single settings")
     options.add_argument("--backbone", default="embedded:lift-tiny")
     options.add_argument("--pretrained", help="weights file of a timm: backbone")
     options.add_argument("--resolution", type=int, help="side of the pictures in pixels")
     options.add_argument("--start-px", type=int, default=24, help="side of the pictures at first, where they grow")
     args = options.parse_args()
     args.settings = list(dict.fromkeys([RECIPE, *args.settings]))
+    args.rates = {name: float(rate) for name, _, rate in (pair.partition("=") for pair in args.rates)}
     path = file_of(args, "time_to_accuracy")
     jobs = possible_jobs(args, num_blocks(args))
     rows = work_through(path, jobs, partial(choose, jobs, args.epochs), cold=True, minutes=args.minutes)
@@ -248,7 +250,7 @@ def main() -> None:
     for sentence in sentences(summaries):
         screen.print(sentence)
     if args.record:
-        figures = {"backbone": backbone_overrides(args), "rate": args.rate, "epochs": args.epochs, "settings": summaries,
+        figures = {"backbone": backbone_overrides(args), "rate": args.rate, "rates": args.rates, "epochs": args.epochs, "settings": summaries,
                    "epochs_grid": args.epochs_grid, "sentences": sentences(summaries)}  # fmt: skip
         print(record("time_to_accuracy", command(), figures, seeds=args.seeds))
 

@@ -126,7 +126,7 @@ def test_other_seeds_are_run_with_the_best_rate_once_every_rate_is_done(methods:
 
 
 def test_every_setting_is_one_that_a_run_takes(timing: ModuleType) -> None:
-    args = argparse.Namespace(start_px=42, epochs=5, epochs_grid=[3, 8], seeds=[0], settings=timing.NAMES, rate=None,
+    args = argparse.Namespace(start_px=42, epochs=5, epochs_grid=[3, 8], seeds=[0], settings=timing.NAMES, rate=None, rates={},
                               backbone="timm:x", pretrained="x.safetensors", resolution=70)  # fmt: skip
     jobs = timing.possible_jobs(args, num_blocks=12)
     assert len({job.key for job in jobs}) == len(jobs) == 3 * len(timing.NAMES)
