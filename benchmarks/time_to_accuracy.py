@@ -234,7 +234,9 @@ def main() -> None:
     options.add_argument("--settings", nargs="+", choices=NAMES, default=[n for n in NAMES if n not in LEFT_OUT],
                          metavar="SETTING", help=f"of {', '.join(NAMES)}; not run by default: {', '.join(LEFT_OUT)}")  # fmt: skip
     options.add_argument("--rate", type=float, help="learning rate of all settings; LIFT+'s own when not given")
-    options.add_argument("--rates", nargs="+", metavar="SETTING=RATE", default=[], help="learning rates of single settings")
+    options.add_argument(
+        "--rates", nargs="+", metavar="SETTING=RATE", default=[], help="learning rates of single settings"
+    )
     options.add_argument("--backbone", default="embedded:lift-tiny")
     options.add_argument("--pretrained", help="weights file of a timm: backbone")
     options.add_argument("--resolution", type=int, help="side of the pictures in pixels")
@@ -250,8 +252,8 @@ def main() -> None:
     for sentence in sentences(summaries):
         screen.print(sentence)
     if args.record:
-        figures = {"backbone": backbone_overrides(args), "rate": args.rate, "rates": args.rates, "epochs": args.epochs, "settings": summaries,
-                   "epochs_grid": args.epochs_grid, "sentences": sentences(summaries)}  # fmt: skip
+        figures = {"backbone": backbone_overrides(args), "rate": args.rate, "rates": args.rates, "epochs": args.epochs,
+                   "settings": summaries, "epochs_grid": args.epochs_grid, "sentences": sentences(summaries)}  # fmt: skip
         print(record("time_to_accuracy", command(), figures, seeds=args.seeds))
 
 

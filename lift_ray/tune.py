@@ -12,11 +12,21 @@ from lift_ray.errors import BadInput, exit_codes, run_verb
 
 if TYPE_CHECKING:
     from lift_ray.data.catalog import Dataset
-    from lift_ray.distributed.study import Found
+    from lift_ray.distributed.conclusion import Found
     from lift_ray.results.output import Output
     from lift_ray.settings.space import SpaceFile
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _write_schema(path: str | None) -> None:
+    """--schema FILE: what editors complete and check search-space files with."""
+    if path is None:
+        return
+    from lift_ray.settings.schema import write_schema
+
+    write_schema(path)
+    raise typer.Exit
 
 
 @app.command()
@@ -26,10 +36,26 @@ def tune(
     out: Annotated[
         str | None, typer.Option(help="New folder for the results, or s3:// or gs:// URL.  [runs/NAME-DATE-TIME]")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the search in --out; nothing is done twice.")
+    ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Optuna's database (postgresql://, mysql://, sqlite://).  [a journal file in --out]"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; train nothing.")
     ] = False,
     dashboard: Annotated[bool, typer.Option(help="Serve Ray's dashboard when Ray is started here.")] = True,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=_write_schema,
+            help="Write the JSON schema of search-space files, and stop.",
+        ),
+    ] = None,
 ) -> None:
     """Search a space of LIFT settings with Optuna on Ray, and compare the best with the published recipe.
 
@@ -38,7 +64,9 @@ def tune(
     \b
     Examples:
       python -m lift_ray.tune search_spaces/quickstart.yaml
+      python -m lift_ray.tune search_spaces/quickstart.yaml space.loss.tau.float=[0.5,1.5]
       python -m lift_ray.tune search_spaces/inat.yaml search.trials=24 --dry-run
+      python -m lift_ray.tune search_spaces/inat.yaml --out s3://bucket/inat --resume
     """
     from lift_ray.settings.files import parse_overrides
     from lift_ray.settings.space import read_space
@@ -48,26 +76,30 @@ def tune(
     if dry_run:
         _print_plan(space, dataset, data)
         return
+    if resume and not (out or space.out):
+        raise BadInput("--resume: must name the search to go on with, but --out is missing; add --out FOLDER")
     from lift_ray.distributed.cluster import connected, dashboard_url
-    from lift_ray.distributed.study import run_study, write_found
+    from lift_ray.distributed.conclusion import write_found
+    from lift_ray.distributed.resume import study_in
+    from lift_ray.distributed.search import run_search
     from lift_ray.results.output import Output
 
     target = Output(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    target.must_be_new()
     began = time.monotonic()
-    with connected(dashboard=dashboard) as nodes:
-        from lift_ray.distributed.capacity import num_slots
+    with study_in(target, space, dataset, url=storage, resume=resume) as study, connected(dashboard=dashboard) as nodes:
+        from lift_ray.distributed.capacity import num_slots, slots_now
 
         need, slots = num_slots(space.scale, nodes)
-        slots = min(slots, space.search.trials)
         started_s = time.monotonic() - began
-        print(f"{space.name}: {space.search.trials} trials, {slots} at a time, each {need}; results in {target}")
+        before = f" ({sum(row.has_ended for row in study.rows.values())} ended before)" if resume else ""
+        print(f"{space.name}: {space.num_trials} trials{before}, {min(slots, space.num_trials)} at a time, each {need}; "
+              f"results in {target}")  # fmt: skip
         if url := dashboard_url():
             print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)")
-        found = run_study(space, dataset, need, slots, target)
-    found.time_s["start"] += started_s
-    found.time_s["total"] += started_s
-    write_found(space, dataset, found, target)
+        found = run_search(space, dataset, need, lambda: slots_now(space.scale, need), study, target)
+        found.time_s["start"] += started_s
+        found.time_s["total"] += started_s
+        write_found(space, dataset, found, target)
     _print_found(space, found, target)
 
 
@@ -88,9 +120,11 @@ def _check_objective(space: SpaceFile, data: Dataset) -> None:
     """A group without classes has no accuracy to search for."""
     from lift_ray.results.metrics import RULES, class_groups
 
-    metric = space.objective[0]
-    group = metric.split("/")[-1]
-    if group in RULES and group not in class_groups(data.split("train").class_counts(data.num_classes)):
+    groups = class_groups(data.split("train").class_counts(data.num_classes))
+    for metric in (*space.objectives, *space.constraints):
+        group = metric.split("/")[-1]
+        if group not in RULES or group in groups:
+            continue
         raise BadInput(f"objectives: {metric} needs classes with {RULES[group]} training images, but {data.uri} has none; "
                        "choose validation/mean_class_accuracy")  # fmt: skip
 
@@ -100,12 +134,12 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
 
     from rich.table import Table
 
-    from lift_ray.distributed.capacity import need, num_fitting
+    from lift_ray.distributed.capacity import lacking, need, num_fitting
     from lift_ray.results.tables import console
+    from lift_ray.settings.search import expected_epochs
 
     out = console()
     table = Table(title=f"{space.name}: the plan", title_justify="left", box=None, show_header=False)
-    metric, mode = space.objective
     if data is None:
         table.add_row("data", f"{dataset} (remote: not opened in a dry run)")
     else:
@@ -116,37 +150,64 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     table.add_row(
         "backbone", f"{config.backbone.model} {config.backbone.pretrained or ''} in {config.backbone.precision}"
     )
-    table.add_row("objective", f"{metric}, {mode}")
+    for metric, mode in space.objectives.items():
+        table.add_row("objective", f"{metric}, {mode}")
+    for metric, limit in space.constraints.items():
+        bounds = [
+            f"{word} {value:g}"
+            for word, value in (("at least", limit.min), ("at most", limit.max))
+            if value is not None
+        ]
+        table.add_row("constraint", f"{metric} {' and '.join(bounds)}")
     for name, param in space.space.items():
         when = f"   when {', '.join(f'{k} is {v}' for k, v in param.when.items())}" if param.when else ""
         table.add_row(name, f"{param}{when}")
-    search = space.search
-    table.add_row("search", f"{search.trials} trials, {len(space.start)} given at the start, then {search.sampler}; "
-                            f"stops early: {search.scheduler.kind}")  # fmt: skip
-    table.add_row("epochs", f"at most {search.trials} x {space.most_epochs()} = {search.trials * space.most_epochs()}")
+    search, number, most = space.search, space.num_trials, space.most_epochs()
+    given = f"{len(space.start)} given at the start, then " if space.start else ""
+    each = f" ({search.per_kind} for each tuner.kind)" if search.per_kind else ""
+    table.add_row("search", f"{number} trials{each}, {given}{search.sampler}; stops early: {search.scheduler.kind}")
+    drawn = max(0, number - len(space.start))
+    epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
+    table.add_row("epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping")
     wanted = need(space.scale, has_gpu=False)
+    images = space.plan.training_images if data is None else data.split("train").num_samples
+    if images and (speed := space.plan.images_per_s):
+        hours = epochs * images / speed / 3600
+        unit = "GPU-hours" if wanted.gpus else "worker-hours"
+        table.add_row(
+            "work",
+            f"{epochs * images:,.0f} training images, about {hours:.0f} {unit} at {speed:g} images/s a worker (plan)",
+        )
     here = {"CPU": float(os.cpu_count() or 1)}
-    fitting = num_fitting(wanted, [here])
     table.add_row("each trial", str(wanted))
-    table.add_row("this machine", f"{int(here['CPU'])} CPU: fits {fitting} trials at a time" if fitting else
-                  f"{int(here['CPU'])} CPU: too small for a trial; run on a cluster (clusters/) or change scale")  # fmt: skip
+    fits = f"{int(here['CPU'])} CPU: fits {num_fitting(wanted, [here])} trials at a time"
+    table.add_row("this machine", lacking(wanted, here) or fits)
     out.print(table)
     print("checked: the file is in order")
 
 
 def _print_found(space: SpaceFile, found: Found, out: Output) -> None:
     from lift_ray.results.rows import describe
-    from lift_ray.results.tables import accuracy_table, console
+    from lift_ray.results.tables import accuracy_table, console, curve_table, pareto_table
 
     screen = console()
     states = [row.state for row in found.rows]
     screen.print(
         f"\n{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
-        f"{states.count('failed')} failed"
+        + (f"{states.count('infeasible')} outside the constraints, " if space.constraints else "")
+        + f"{states.count('failed')} failed"
     )
+    if space.search.sampler == "grid":
+        screen.print(curve_table(found.rows, list(space.space)))
+    if found.front:
+        screen.print(pareto_table(found.front, space.objectives))
     print(f"best settings: {describe(found.best.values)}")
     screen.print(accuracy_table("validation (the search saw this), accuracy in %", "validation", found.compared))
     screen.print(accuracy_table("test (it did not), accuracy in %", "test", found.compared))
+    if (optimism := found.best.last.get("validation/posthoc_optimism")) is not None:
+        tau, value = (found.best.last[f"validation/posthoc_{name}"] for name in ("tau", "mean_class_accuracy"))
+        print(f"after training, tau {tau:g} is best on validation: mean class accuracy {100 * value:.1f}, of which about "
+              f"{100 * optimism:.1f} is luck of the choice")  # fmt: skip
     times = dict(found.time_s)
     total = times.pop("total")
     print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -88,7 +89,8 @@ def bomb(kind: str) -> bytes:
     if kind == "jpeg":
         at = KINDS["jpeg"].index(b"\xff\xc0")
         return KINDS["jpeg"][: at + 5] + struct.pack(">HH", 60000, 60000) + KINDS["jpeg"][at + 9 :]
-    return encoded(Image.new("1", (60000, 60000)), "PNG")
+    header = b"IHDR" + struct.pack(">II", 60000, 60000) + KINDS["png"][24:29]
+    return KINDS["png"][:12] + header + struct.pack(">I", zlib.crc32(header)) + KINDS["png"][33:]
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])

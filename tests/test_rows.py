@@ -19,9 +19,7 @@ METRIC = "validation/mean_class_accuracy"
 def row(number: int, state: str, *values: float, **settings: object) -> TrialRow:
     history = [{"epoch": i, METRIC: v, "validation/many": v, "time/train_s": 1.5, "time/evaluate_s": 0.5,
                 "trained_parameters": 800, "train/images_per_s": 101.4} for i, v in enumerate(values, 1)]  # fmt: skip
-    return TrialRow(
-        number, f"id{number}", {name.replace("__", "."): v for name, v in settings.items()}, 3, state, history
-    )
+    return TrialRow(number, {name.replace("__", "."): v for name, v in settings.items()}, 3, state, history)
 
 
 ROWS = [
@@ -29,9 +27,7 @@ ROWS = [
     row(1, "finished", 0.3, 0.4, 0.4, tuner__kind="linear_probe", optim__lr=0.123456),
     row(2, "pruned", 0.9, tuner__kind="lora", tuner__bottleneck=2, optim__lr=0.1),
     row(3, "running", tuner__kind="lora", tuner__bottleneck=4, optim__lr=0.1),
-    TrialRow(
-        4, "id4", {"tuner.kind": "lora", "optim.lr": 3.0}, 3, "failed", [], "RunFailed: [bold]x[/] lower optim.lr"
-    ),
+    TrialRow(4, {"tuner.kind": "lora", "optim.lr": 3.0}, 3, "failed", [], "RunFailed: [bold]x[/] lower optim.lr"),
 ]
 
 

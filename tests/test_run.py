@@ -58,7 +58,8 @@ def test_the_loss_falls_and_the_figures_are_complete(warm: Warm, small_clip: str
     assert [f["epoch"] for f in figures] == [1, 2, 3]
     assert figures[-1]["train/loss"] < 0.9 * figures[0]["train/loss"]
     assert set(figures[0]) == {
-        "epoch", "trained_parameters", "train/loss", "train/images_per_s", "time/train_s", "time/data_wait_s", "time/evaluate_s",
+        "epoch", "trained_parameters",
+        "train/loss", "train/accuracy", "train/images_per_s", "time/train_s", "time/data_wait_s", "time/evaluate_s",
         *(f"validation/{name}" for name in (
             "accuracy", "mean_class_accuracy", "loss", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean",
             "macro_f1", "calibration_error")),
@@ -107,7 +108,7 @@ def test_a_checkpoint_holds_its_run_and_replaces_the_one_before(
         run.save(tmp_path / "here")
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
-        "optimizer.safetensors", "per_class.csv", "run.json", "weights.safetensors"
+        "optimizer.safetensors", "per_class.csv", "run.json", "state.safetensors", "weights.safetensors"
     ]  # fmt: skip
 
 

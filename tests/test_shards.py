@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lift_ray.data import reader
 from lift_ray.data.catalog import Split, open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.data.shards import publish, write_split
@@ -224,3 +227,27 @@ def test_large_images_end_a_row_group_early(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(split.shards[0].row_groups) > 1
     assert RowReader(split).read(np.arange(9)) == ALL[:9]
     fsspec.filesystem("memory").rm("/shards-large", recursive=True)
+
+
+def test_row_groups_that_leave_the_cache_leave_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the help of the garbage collector, which may come minutes later."""
+    split = open_dataset("embedded:caltech101").split("train")
+    loaded: list[weakref.ref[object]] = []
+    load = reader._RowGroup
+
+    def noted(*args: object) -> object:
+        entry = load(*args)  # type: ignore[arg-type]
+        loaded.append(weakref.ref(entry))
+        return entry
+
+    monkeypatch.setattr(reader, "_RowGroup", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        with RowReader(split, cache_bytes=1) as rows:
+            for start in range(0, 2000, 500):
+                rows.read(np.arange(start, start + 10))
+            assert len(loaded) >= 2
+            assert sum(entry() is not None for entry in loaded) <= 1
+    finally:
+        gc.enable()

@@ -1,133 +1,238 @@
-"""python -m lift_ray.train on real Ray Train workers: a killed worker, a killed driver, resume, bad input."""
+"""python -m lift_ray.train: in this process and on one Ray worker, on object storage, stopped, on a full disk, bad input.
+
+What workers, drivers and nodes that are lost do is in test_trainer.py.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
-import subprocess
-import sys
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
-import ray.train
+import ray
+import torch
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+from safetensors.torch import load_file
 
-from lift_ray import train
-from lift_ray.distributed import trainer
-from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.checkpoint import FOLDER
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
+from lift_ray import evaluate, train
+from lift_ray.distributed import checkpoint, loop
 from lift_ray.errors import BadInput, RunFailed
+from lift_ray.results.output import Output
 from lift_ray.settings.files import read_run
 
-EPOCHS = 6
+EPOCHS = 3
 
 
 @pytest.fixture(scope="module")
-def run_file(tmp_path_factory: pytest.TempPathFactory, small_clip: str) -> Path:
+def run_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
     path = tmp_path_factory.mktemp("run") / "run.yaml"
     path.write_text(
-        f"name: e2e\ndataset: embedded:caltech101-lt\nbackbone: {{model: '{small_clip}'}}\n"
-        f"tuner: {{kind: adaptformer, bottleneck: 4}}\noptim: {{epochs: {EPOCHS}, lr: 0.05}}\n"
+        f"name: e2e\ndataset: {small_data}\nbackbone: {{model: '{small_clip}'}}\n"
+        f"tuner: {{kind: adaptformer, bottleneck: 4}}\noptim: {{epochs: {EPOCHS}, lr: 0.01, global_batch_size: 8}}\n"
     )
     return path
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(run_file: Path) -> list[dict[str, float]]:
-    """The same run alone in this process, without Ray."""
-    warm = Warm("embedded:caltech101-lt", Ranks.alone(num_cpus=2))
-    run = Run(read_run(run_file).config, warm)
-    figures = list(run.epochs())
-    return [*figures, run.evaluate("test")]
+def alone(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of an undisturbed run in this process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    train.main([str(run_file), "--no-ray", "--out", str(out)])
+    return out
 
 
-@contextmanager
-def training(run_file: Path, out: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "lift_ray.train", str(run_file), "--out", str(out), *words]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait(30)
+def untimed(path: Path) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("time/") and k != "train/images_per_s"}
+        for line in path.read_text().splitlines()
+    ]
 
 
-def lines(out: Path) -> list[dict[str, float]]:
-    path = out / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def assert_same_model(out: Path, expected: Path) -> None:
+    assert untimed(out / "metrics.jsonl") == untimed(expected / "metrics.jsonl")
+    one, other = (load_file(folder / "checkpoint" / "weights.safetensors") for folder in (out, expected))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "nothing happened in time"
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        time.sleep(0.1)
+def test_a_run_keeps_its_last_two_checkpoints_the_best_its_figures_and_tensorboard(alone: Path) -> None:
+    lines = untimed(alone / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 3]
+    assert "test/accuracy" in lines[-1]
+    best = 1 + max(range(EPOCHS), key=lambda i: lines[i]["validation/mean_class_accuracy"])
+    assert {path.name for path in (alone / "checkpoints").iterdir()} == {
+        "epoch-0002", "epoch-0003", f"epoch-{best:04d}"
+    }  # fmt: skip
+    (events,) = (alone / "tensorboard").iterdir()
+    assert b"validation/mean_class_accuracy" in events.read_bytes()
 
 
-def training_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if any("RayTrainWorker" in word for word in child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
-def assert_same_run(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    assert [line["epoch"] for line in actual] == [*range(1, EPOCHS + 1), EPOCHS]
-    for one, other in zip(actual[:-1], expected[:-1], strict=True):
-        assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-4)
-        assert one["validation/loss"] == pytest.approx(other["validation/loss"], abs=1e-3)
-    assert actual[-1]["test/accuracy"] == pytest.approx(expected[-1]["test/accuracy"], abs=0.004)
-
-
-def test_two_workers_finish_although_one_is_killed(
-    run_file: Path, tmp_path: Path, undisturbed: list[dict[str, float]]
+def test_one_ray_worker_trains_what_this_process_does(
+    run_file: Path, tmp_path: Path, alone: Path, ray_session: None
 ) -> None:
-    out = tmp_path / "out"
-    with training(run_file, out, "--workers", "2") as process:
-        wait_for(lambda: len(lines(out)) >= 1, process)
-        workers = training_workers(process)
-        assert len(workers) == 2
-        workers[1].send_signal(signal.SIGKILL)
-        killed_at = len(lines(out))
-        output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert killed_at < EPOCHS
-    assert_same_run(lines(out), undisturbed)
-    assert "mean class" in output
-    assert (out / "checkpoint" / "weights.safetensors").exists()
+    train.main([str(run_file), "--out", str(tmp_path / "out")])
+    assert_same_model(tmp_path / "out", alone)
 
 
-def test_a_run_whose_driver_was_killed_resumes(
-    run_file: Path, tmp_path: Path, undisturbed: list[dict[str, float]]
+def test_sigterm_writes_a_checkpoint_inside_the_epoch_and_resume_gives_exactly_the_same_model(
+    run_file: Path, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    with training(run_file, out) as process:
-        wait_for(lambda: len(lines(out)) >= 1, process)
-        process.kill()
-    done = len(lines(out))
-    assert done < EPOCHS
-    assert not (out / "checkpoint").exists()
-    before = lines(out)[:done]
-    with training(run_file, out, "--resume") as process:
-        output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert lines(out)[: done - 1] == before[: done - 1], "finished epochs were trained again"
-    assert_same_run(lines(out), undisturbed)
+    out, steps, before = tmp_path / "out", [], signal.getsignal(signal.SIGTERM)
+
+    class Notice(loop.Pulse):
+        """SIGTERM comes after the 17th step: five into the second epoch of twelve."""
+
+        def __call__(self) -> None:
+            steps.append(self.run.step)
+            if len([step for step in steps if step]) == 21:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().__call__()
+
+    monkeypatch.setattr(loop, "Pulse", Notice)
+    with pytest.raises(RunFailed) as caught:
+        train.main([str(run_file), "--no-ray", "--out", str(out)])
+    last = max(path.name for path in (out / "checkpoints").iterdir())
+    assert str(caught.value) == f"{out}: stopped by SIGTERM; the last checkpoint is {last}; go on with --resume"
+    assert last.startswith("epoch-0001-step-")
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    capsys.readouterr()
+    train.main([str(run_file), "--no-ray", "--out", str(out), "--resume"])
+    assert f"going on from epoch 2, step {int(last[-6:])} of 12, on 1 worker" in capsys.readouterr().out
+    assert_same_model(out, alone)
+    train.main([str(run_file), "--no-ray", "--out", str(out), "--resume"])
+    assert_same_model(out, alone)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
+    run_file: Path, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write, sizes = tmp_path / "out", Path.write_bytes, []
+
+    def full(path: Path, data: bytes) -> int:
+        sizes.append(len(data))
+        if sum(sizes) > 100_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RunFailed) as caught:
+        train.main([str(run_file), "--no-ray", "--out", str(out), "--checkpoint-steps", "2"])
+    assert (
+        str(caught.value) == f"{out}: must take a checkpoint, but the disk is full; make room, then go on with --resume"
+    )
+    names = [path.name for path in (out / "checkpoints").iterdir()]
+    assert names
+    assert not [name for name in names if name.endswith(".tmp")]
+    monkeypatch.undo()
+    train.main([str(run_file), "--no-ray", "--out", str(out), "--resume"])
+    assert_same_model(out, alone)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[tuple[str, list[ThreadedMotoServer]]]:
+    """The URL of an empty bucket of moto's server, and the servers to stop."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    servers = [ThreadedMotoServer(ip_address="127.0.0.1", port=port)]
+    servers[0].start()
+    url = f"s3://key:secret@runs/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
+    fs.FileSystem.from_uri(url.format(""))[0].create_dir("runs")
+    yield url, servers
+    servers[-1].stop()
+
+
+def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_there(
+    bucket: tuple[str, list[ThreadedMotoServer]], run_file: Path, tmp_path: Path, alone: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    url, servers = bucket[0].format("run"), bucket[1]
+    port = servers[0].get_host_and_port()[1]
+    down: list[float] = []
+
+    def up_again() -> None:
+        time.sleep(2)
+        servers.append(ThreadedMotoServer(ip_address="127.0.0.1", port=port))
+        servers[-1].start()
+        down.append(time.monotonic())
+
+    save = checkpoint.save
+
+    def with_an_outage(folder: Path, *rest: object) -> None:
+        if not down:
+            down.append(time.monotonic())
+            servers[-1].stop()
+            threading.Thread(target=up_again).start()
+        save(folder, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "save", with_an_outage)
+    train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url])
+    assert len(down) == 2, "the storage was to be away for a while"
+    assert down[1] - down[0] >= 2
+    with pytest.raises(BadInput, match="must be a new folder, but it holds a run already"):
+        train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url])
+    output = Output(url)
+    assert output.names("checkpoints") == ["epoch-0001", "epoch-0002"]
+    for name in ("metrics.jsonl", "run.yaml", "checkpoint/run.json"):
+        assert output.holds(name), name
+    output.remove("checkpoints/epoch-0002")
+    capsys.readouterr()
+    train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url, "--resume"])
+    assert "going on from epoch 2, step 0 of 12" in capsys.readouterr().out
+    with output.fetched("metrics.jsonl") as path:
+        lines = untimed(path)
+    assert lines[0]["epoch"] == 1
+    assert not evaluate.main([url, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["test/accuracy"] == pytest.approx(lines[-1]["test/accuracy"])
+
+
+def test_storage_that_stays_away_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lift_ray.results.output.PATIENCE_S", 0.5)
+    output = Output("s3://runs/x?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1")
+    (output.folder / "run.yaml").write_text("name: x")
+    with pytest.raises(RunFailed) as caught:
+        output.publish()
+    assert str(caught.value).startswith(f"{output.url}: must take the results, but: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_dry_run_prints_a_run_file_and_the_plan_and_starts_nothing(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_ray(**_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", no_ray)
+    train.main([str(run_file), "--dry-run", "--workers", "2", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(text)
+    record = checkpoint.read_record(alone / "checkpoint")
+    assert read_run(tmp_path / "printed.yaml").config.to_dict() == record.config
+    plan = dict(line.removeprefix("# ").split(": ", 1) for line in text.splitlines() if line.startswith("# "))
+    trained = json.loads((alone / "metrics.jsonl").read_text().splitlines()[0])["trained_parameters"]
+    assert plan["digest"] == record.digest
+    assert plan["trained parameters"] == f"{trained:,}"
+    assert plan["workers"] == "2, 4 of 8 images a step each"
+    assert plan["steps"] == "12 an epoch, 36 in all; a checkpoint after each epoch and every 300 s"
+    assert plan["memory of a worker"].startswith("about ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(run_file: Path, tmp_path: Path) -> None:
@@ -137,8 +242,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(run_file: Path, tmp_path: Path
     (held / "run.yaml").write_text(run_file.read_text())
     cases: list[tuple[list[str], str]] = [
         (
-            [str(run_file), "--workers", "6", "--out", str(out)],
-            "optim.global_batch_size: must be divisible by 6 workers, but got 128; use 126, or 4 workers",
+            [str(run_file), "--workers", "3", "--out", str(out)],
+            "optim.global_batch_size: must be divisible by 3 workers, but got 8; use 9, or 2 workers",
+        ),
+        (
+            [str(run_file), "--workers", "4", "--min-workers", "2", "--out", str(out)],
+            "optim.global_batch_size: must be divisible by 3 workers, but got 8; use 9, or 2 workers",
+        ),
+        (
+            [str(run_file), "--workers", "2", "--no-ray", "--out", str(out)],
+            "--workers: must be 1 with --no-ray, but got 2; leave one of them out",
         ),
         (
             [str(run_file), "tuner.kind=lorra", "--out", str(out)],
@@ -181,7 +294,7 @@ def test_more_workers_than_the_machine_has_is_said_before_training(
     run_file: Path, tmp_path: Path, ray_session: None
 ) -> None:
     with pytest.raises(BadInput, match=r"scale: a trial must fit the cluster, but got 64 x \(1 CPU\) for 1 node"):
-        train.main([str(run_file), "--workers", "64", "--out", str(tmp_path / "out")])
+        train.main([str(run_file), "optim.global_batch_size=64", "--workers", "64", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -191,29 +304,11 @@ def test_what_only_a_worker_finds_is_bad_input_too(run_file: Path, tmp_path: Pat
     assert str(caught.value) == "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"
 
 
-def test_a_run_that_diverges_late_keeps_its_last_good_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["--no-ray", "--workers=1"])
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+    run_file: Path, tmp_path: Path, where: str, ray_session: None
 ) -> None:
-    stored = tmp_path / "stored"
-    (stored / FOLDER).mkdir(parents=True)
-    (stored / FOLDER / "run.json").write_text("{}")
-
-    class Diverges:
-        """In the place of Ray's trainer: two good epochs, then a problem."""
-
-        def __init__(self, *_: object, **__: object) -> None:
-            pass
-
-        def fit(self) -> SimpleNamespace:
-            good = [{"epoch": 1, "train/loss": 1.0}, {"epoch": 2, "train/loss": 0.9}]
-            problem = {"problem": "epoch 3: the training loss must be finite", "bad_input": False}
-            (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*good, problem]))
-            return SimpleNamespace(checkpoint=ray.train.Checkpoint.from_directory(str(stored)))
-
-    monkeypatch.setattr(trainer, "TorchTrainer", Diverges)
     with pytest.raises(RunFailed) as caught:
-        trainer.run_training({}, "data", Need(1, 1, 0), tmp_path, lambda _: None)
-    kept = tmp_path / "checkpoint"
-    assert str(caught.value) == f"epoch 3: the training loss must be finite; {kept} is the last good checkpoint"
-    assert (kept / "run.json").read_text() == "{}"
-    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
+        train.main([str(run_file), "optim.lr=1e9", where, "--out", str(tmp_path / "out")])
+    assert str(caught.value).startswith("epoch 1, step 2: the training loss must be finite, but got ")
+    assert not (tmp_path / "out" / "checkpoint").exists()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,12 @@ import optuna
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lift_ray import evaluate, train, tune
+from lift_ray.distributed.study import JOURNAL
 from lift_ray.errors import BadInput
 from lift_ray.settings.files import read_run
 
@@ -53,10 +59,15 @@ def searched(space_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_ses
     return out
 
 
-def results(out: Path) -> list[dict[str, Any]]:
-    """Everything that Tune was told, over all trials."""
-    files = sorted(out.glob("tune/trial-*/result.json"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+def stored(out: Path, name: str = "e2e") -> list[optuna.trial.FrozenTrial]:
+    """Optuna's trials, in the order of their numbers, as its own loader finds them."""
+    storage = JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    return sorted((t for t in trials if "trial" in t.user_attrs), key=lambda t: t.user_attrs["trial"]["number"])
+
+
+def epochs(trial: optuna.trial.FrozenTrial) -> list[dict[str, Any]]:
+    return [trial.user_attrs[f"epoch {i}"] for i in range(1, 1 + sum(k.startswith("epoch ") for k in trial.user_attrs))]
 
 
 def test_a_search_writes_what_it_promises(searched: Path) -> None:
@@ -71,23 +82,35 @@ def test_a_search_writes_what_it_promises(searched: Path) -> None:
     study = json.loads((searched / "study.json").read_text())
     best = max(finished, key=lambda row: row["validation/mean_class_accuracy"])
     assert study["best"]["trial"] == best["number"]
-    assert [row["label"] for row in study["compared"]] == ["zero-shot", "the recipe", "best found"]
-    assert study["compared"][-1]["validation/mean_class_accuracy"] == best["validation/mean_class_accuracy"]
+    labels = [row["label"] for row in study["compared"] if "after training" not in row["label"]]
+    assert labels == ["zero-shot", "the recipe", "best found", "best found, TTE"]
+    found = next(row for row in study["compared"] if row["label"] == "best found")
+    assert found["validation/mean_class_accuracy"] == best["validation/mean_class_accuracy"]
+    assert all("test/mean_class_accuracy" in row for row in study["compared"])
 
 
 def test_trials_share_the_processes_of_their_slots(searched: Path) -> None:
-    assert len({line["pid"] for line in results(searched)}) <= (os.cpu_count() or 1) < TRIALS
-    assert sum(line["time/load_s"] > 0 for line in results(searched)) <= (os.cpu_count() or 1)
+    loads = [figures["time/load_s"] > 0 for trial in stored(searched) for figures in epochs(trial)]
+    assert 0 < sum(loads) <= (os.cpu_count() or 1) < TRIALS
+
+
+def test_finished_trials_know_the_best_tau_after_training_and_what_the_choice_is_worth(searched: Path) -> None:
+    table = pq.read_table(searched / "trials.parquet").to_pylist()
+    for row in table:
+        tau = row["validation/posthoc_tau"]
+        assert (tau is not None) == (row["state"] == "finished")
+        if tau is not None:
+            assert row["validation/posthoc_mean_class_accuracy"] >= row["validation/mean_class_accuracy"] - 1e-9
+            assert row["validation/posthoc_optimism"] >= 0
 
 
 def test_early_stopped_trials_reach_optuna_as_pruned(searched: Path) -> None:
-    storage = JournalStorage(JournalFileBackend(str(searched / "optuna.journal")))
-    trials = optuna.load_study(study_name="e2e", storage=storage).trials
+    trials = stored(searched)
     table = pq.read_table(searched / "trials.parquet").to_pylist()
     states = {"finished": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}
     assert len(trials) == TRIALS
-    for row in table:
-        match = next(t for t in trials if t.params["optim.lr"] == row["optim.lr"])
+    for row, match in zip(table, trials, strict=True):
+        assert match.params["optim.lr"] == row["optim.lr"]
         assert match.state == states[row["state"]]
         assert match.value == pytest.approx(row["validation/mean_class_accuracy"])
 
@@ -100,7 +123,8 @@ def test_the_best_run_file_and_checkpoint_can_be_used(searched: Path, capsys: py
     assert config.tuner.kind in capsys.readouterr().out
     assert not evaluate.main([str(searched), "--json"])
     figures = json.loads(capsys.readouterr().out)
-    assert figures["test/accuracy"] == pytest.approx(study["compared"][-1]["test/accuracy"])
+    found = next(row for row in study["compared"] if row["label"] == "best found")
+    assert figures["test/accuracy"] == pytest.approx(found["test/accuracy"])
 
 
 def test_a_second_search_into_the_same_folder_is_refused(searched: Path, space_file: Path) -> None:
@@ -123,20 +147,24 @@ def test_two_workers_a_trial_find_what_one_finds(
     assert together["validation/loss"] == pytest.approx(alone["validation/loss"], abs=1e-4)
 
 
-def test_a_killed_slot_is_replaced_and_its_trial_goes_on(small_clip: str, tmp_path: Path, ray_session: None) -> None:
+def test_a_killed_slot_is_replaced_and_its_trial_goes_on(
+    small_data: str, small_clip: str, tmp_path: Path, ray_session: None
+) -> None:
     space, out = tmp_path / "space.yaml", tmp_path / "out"
-    text = SPACE.format(data="embedded:caltech101-lt", clip=small_clip, trials=2)
-    space.write_text(text.replace("epochs: 3", "epochs: 6").replace("_size: 16", "_size: 128"))
+    text = SPACE.format(data=small_data, clip=small_clip, trials=2)
+    space.write_text(text.replace("epochs: 3", "epochs: 40"))
     killed: list[int] = []
 
     def kill_one_slot() -> None:
         ends = time.monotonic() + 120
-        while not (reports := results(out)):
+        while not list(out.glob("checkpoints/*/epoch-0005")):
             if time.monotonic() > ends:
                 return
-            time.sleep(0.1)
-        killed.append(reports[0]["pid"])
-        psutil.Process(reports[0]["pid"]).send_signal(signal.SIGKILL)
+            time.sleep(0.05)
+        below = psutil.Process().children(recursive=True)
+        workers = [process for process in below if "ray::Worker" in " ".join(process.cmdline())]
+        killed.append(workers[0].pid)
+        workers[0].send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one_slot)
     killer.start()
@@ -144,12 +172,27 @@ def test_a_killed_slot_is_replaced_and_its_trial_goes_on(small_clip: str, tmp_pa
     killer.join()
     assert killed
     table = pq.read_table(out / "trials.parquet").to_pylist()
-    assert [(row["state"], row["epochs"]) for row in table] == [("finished", 6)] * 2
-    reports = results(out)
-    hit = next(line["trial_id"] for line in reports if line["pid"] == killed[0])
-    epochs = [line["epoch"] for line in reports if line["trial_id"] == hit]
-    assert sorted(set(epochs)) == list(range(1, 7))
-    assert epochs.count(1) == 1, "the trial began anew instead of going on from its checkpoint"
+    assert [(row["state"], row["epochs"]) for row in table] == [("finished", 40)] * 2
+    for trial in stored(out):
+        assert [figures["epoch"] for figures in epochs(trial)] == list(range(1, 41)), (
+            "an epoch was done twice, or left out"
+        )
+
+
+def test_a_search_in_object_storage_goes_on_where_it_stood(space_file: Path, tmp_path: Path, ray_session: None) -> None:
+    out, words = (
+        tmp_path / "bucket" / "out",
+        ["search.scheduler.kind=none", "search.tte_best=0", "scale.max_concurrent=1"],
+    )
+    out.mkdir(parents=True)
+    url = out.as_uri()  # storage that is no folder to the search, with nothing but a local disk
+    assert not tune.main([str(space_file), *words, "search.trials=2", "--out", url])
+    before = stored(out)
+    assert not tune.main([str(space_file), *words, "search.trials=3", "--out", url, "--resume"])
+    after = stored(out)
+    assert [epochs(trial) for trial in after[:2]] == [epochs(trial) for trial in before]
+    assert [row["state"] for row in pq.read_table(out / "trials.parquet").to_pylist()] == ["finished"] * 3
+    assert {path.name for path in (out / "best").iterdir()} >= {"run.json", "weights.safetensors", "metrics.json"}
 
 
 def test_input_that_only_a_slot_finds_bad_ends_the_search(space_file: Path, tmp_path: Path, ray_session: None) -> None:
@@ -171,7 +214,7 @@ def test_a_trial_that_fits_no_node_is_said_before_anything_starts(
                 str(tmp_path / "out"),
             ]
         )
-    assert not list(tmp_path.glob("out/tune*"))
+    assert not list(tmp_path.glob("out/trials*"))
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -208,3 +251,70 @@ def test_an_objective_over_an_empty_group_is_refused(space_file: Path, tmp_path:
     space.write_text(space_file.read_text() + "objectives: {validation/many: max}\n")
     with pytest.raises(BadInput, match=r"objectives: validation/many needs classes with over 100 training images, but"):
         tune.main([str(space), "--out", str(tmp_path / "out")])
+
+
+KILLED = """\
+name: killed
+dataset: {data}
+base:
+  backbone: {{model: '{clip}'}}
+  optim: {{epochs: 2, global_batch_size: 16}}
+space:
+  loss.tau: {{float: [0.0, 2.0]}}
+  optim.lr: {{float: [1.0e-3, 3.0e-1], log: true}}
+search: {{trials: 24, sampler: random, scheduler: {{kind: none}}, tte_best: 0}}
+"""
+
+
+@pytest.fixture
+def drivers() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
+    small_data: str, small_clip: str, tmp_path: Path, ray_session: None, drivers: list[subprocess.Popen[str]]
+) -> None:
+    file, out = tmp_path / "space.yaml", tmp_path / "out"
+    file.write_text(KILLED.format(data=small_data, clip=small_clip))
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    chance = random.Random(7)
+    for attempt in range(3):
+        words = ["--resume"] if attempt else []
+        command = [sys.executable, "-m", "lift_ray.tune", str(file), "--out", str(out), *words]
+        drivers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True))
+        size = (out / JOURNAL).stat().st_size if attempt else 0
+        ends = time.monotonic() + 90
+        while (
+            time.monotonic() < ends
+            and ((out / JOURNAL).stat().st_size if (out / JOURNAL).exists() else 0) < size + 4000
+        ):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 0.6))
+        assert drivers[-1].poll() is None, "the search ended before it was killed"
+        drivers[-1].send_signal(signal.SIGKILL)
+        drivers[-1].wait()
+    before = stored_epochs(out)
+    assert not tune.main([str(file), "--out", str(out), "--resume"])
+    undisturbed = tmp_path / "undisturbed"
+    assert not tune.main([str(file), "scale.max_concurrent=1", "--out", str(undisturbed)])
+    table, other = (pq.read_table(folder / "trials.parquet").to_pylist() for folder in (out, undisturbed))
+    assert [row["state"] for row in table] == ["finished"] * 24
+    for name in ("number", "optim.lr", "loss.tau", "validation/mean_class_accuracy", "train/loss"):
+        assert [row[name] for row in table] == [row[name] for row in other], name
+    first, second = (json.loads((folder / "study.json").read_text())["best"] for folder in (out, undisturbed))
+    assert (first["trial"], first["values"]) == (second["trial"], second["values"])
+    after = stored_epochs(out)
+    assert all(after[key] == value for key, value in before.items()), (
+        "what was stored before a kill was changed after it"
+    )
+    assert len(before) > 0
+
+
+def stored_epochs(out: Path) -> dict[tuple[int, str], Any]:
+    """Every stored epoch with its times, so that one that was done again is seen."""
+    trials = stored(out, "killed")
+    return {(t.number, key): value for t in trials for key, value in t.user_attrs.items() if key.startswith("epoch ")}

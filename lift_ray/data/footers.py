@@ -61,7 +61,7 @@ def read_content(url: str, num_bytes: int | None, patience_s: float) -> Content:
     column = read_columns(url, metadata, groups, label, patience_s).column(label)
     if column.null_count:
         raise BadInput(f"{url}: every row must have a label, but got {column.null_count} without; {RECONVERT}")
-    labels = column.to_numpy().astype(np.int64)
+    labels = np.from_dlpack(column.combine_chunks()).astype(np.int64)  # to_numpy imports pandas
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if len(wrong):
         raise BadInput(

@@ -211,6 +211,10 @@ class RowReader:
         return metadata
 
 
+def _nothing() -> None:
+    """What is left of work that was begun."""
+
+
 class _Once:
     """Work that is done once, by the first thread that asks; the others wait for the result."""
 
@@ -230,8 +234,9 @@ class _Once:
     def run(self) -> None:
         """Do the work here, unless a thread has begun it."""
         if self._begun.acquire(blocking=False):
+            work, self._work = self._work, _nothing  # it holds the cache's entry, which holds it: neither would ever go
             try:
-                self._future.set_result(self._work())
+                self._future.set_result(work())
             except BaseException as error:
                 self._future.set_exception(error)
 

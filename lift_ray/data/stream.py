@@ -47,7 +47,7 @@ class Batch:
     """One rank's part of a global batch.
 
     Args:
-        images: (b, 3, H, W) uint8, channels last in memory.
+        images: (b, 3, H, W) uint8.
         labels: (b,) int64.
         patches: (b, P) int64, the patches that are looked at; None for all.
     """
@@ -198,14 +198,14 @@ def _batch(reader: RowReader, split: Split, samples: Int64s, picture: Callable[[
     pictures: Pixels | None = None
     for index, data in enumerate(reader.read(samples)):
         try:
-            one = picture(data, index)
+            planar = np.moveaxis(picture(data, index), -1, -3)
         except PICTURE_ERRORS as error:
             raise _broken(split, samples[index], error) from None
         if pictures is None:
-            pictures = np.empty((len(samples), *one.shape), np.uint8)
-        pictures[index] = one
+            pictures = np.empty((len(samples), *planar.shape), np.uint8)
+        pictures[index] = planar
     assert pictures is not None
-    return Batch(torch.from_numpy(pictures).movedim(-1, -3), torch.from_numpy(split.labels[samples]))
+    return Batch(torch.from_numpy(pictures), torch.from_numpy(split.labels[samples]))
 
 
 def _batch_on(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lift_ray.errors import BadInput
-from lift_ray.settings.space import Scale
+from lift_ray.settings.search import Scale
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,25 @@ def num_slots(scale: Scale, nodes: list[dict[str, float]]) -> tuple[Need, int]:
             f"{total['GPU']} GPU in all; lower scale.workers_per_trial or scale.cpus_per_worker, or set scale.use_gpu=false"
         )
     return wanted, fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)
+
+
+def slots_now(scale: Scale, wanted: Need) -> int:
+    """How many trials fit the cluster as it is at the moment."""
+    import ray
+
+    fitting = num_fitting(wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)
+
+
+def lacking(wanted: Need, node: dict[str, float]) -> str:
+    """What one machine lacks for a trial; "" when it fits."""
+    if num_fitting(wanted, [node]):
+        return ""
+    needed = {name: int(amount * wanted.workers) for name, amount in wanted.bundle().items()}
+    short = [
+        f"{amount - int(node.get(name, 0))} {name}" for name, amount in needed.items() if node.get(name, 0) < amount
+    ]
+    return (
+        f"{int(node.get('CPU', 0))} CPU, {int(node.get('GPU', 0))} GPU: lacks {' and '.join(short)} for a trial; "
+        "run on a cluster (clusters/), or change scale"
+    )

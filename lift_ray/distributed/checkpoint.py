@@ -5,10 +5,13 @@ torch is imported by the functions that need it: the driver of a search reads re
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,7 @@ from safetensors import SafetensorError
 import lift_ray
 from lift_ray.errors import BadInput
 from lift_ray.results.metrics import write_per_class
+from lift_ray.results.output import Output
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
     from lift_ray.methods.lift import Lift
 
-WEIGHTS, OPTIMIZER, RECORD = "weights.safetensors", "optimizer.safetensors", "run.json"
+WEIGHTS, OPTIMIZER, STATE, RECORD = "weights.safetensors", "optimizer.safetensors", "state.safetensors", "run.json"
 PER_CLASS = "per_class.csv"
 FORMAT_VERSION = 1
 FOLDER = "lift"  # inside a checkpoint of Ray Tune or Ray Train
@@ -38,8 +42,12 @@ class Record:
     Args:
         config: the resolved settings.
         dataset: its URI, class_names and class_counts (K,) of the training split.
-        epoch, step: what is done.
+        epoch: epochs done, each with its evaluation.
+        step: steps done in all; more than `epoch` epochs have when the run stands inside an epoch.
         metrics: of the last evaluation, by `split/name`.
+        history: the figures of every epoch that is done.
+        seconds: spent in the epoch that the run stands in, by name of its figure.
+        scaler: state of the loss scaling, in fp16 only.
     """
 
     config: dict[str, Any]
@@ -50,6 +58,9 @@ class Record:
     epoch: int
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     lift_ray_version: str = lift_ray.__version__
 
@@ -58,36 +69,54 @@ def save(
     folder: Path,
     model: Lift,
     optimizer: torch.optim.Optimizer | None,
+    state: Mapping[str, Tensor],
     record: Record,
     per_class: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write a checkpoint, whole or not at all: to a temporary name, then renamed over what was there.
 
     Args:
+        state: further tensors by name (random numbers, the losses of an epoch half done).
         per_class: rows of the last evaluation (results.metrics.per_class_rows).
-    """
-    from safetensors.torch import save_file
 
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({n: t.detach().cpu().contiguous() for n, t in model.stored().items()}, temporary / WEIGHTS)
-    if optimizer is not None:
-        momenta = {
-            n: optimizer.state[p]["momentum_buffer"] for n, p in model.trained().items() if optimizer.state.get(p)
-        }
-        save_file({n: t.detach().cpu().contiguous() for n, t in momenta.items()}, temporary / OPTIMIZER)
-    if per_class:
-        write_per_class(per_class, temporary / PER_CLASS)
-    (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+    Raises OSError; what was there before is then unchanged.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        _write_tensors(temporary / WEIGHTS, model.stored())
+        if optimizer is not None:
+            trained = model.trained().items()
+            momenta = {n: optimizer.state[p]["momentum_buffer"] for n, p in trained if optimizer.state.get(p)}
+            _write_tensors(temporary / OPTIMIZER, momenta)
+        _write_tensors(temporary / STATE, state)
+        if per_class:
+            write_per_class(per_class, temporary / PER_CLASS)
+        (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+        temporary.chmod(0o755)
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save as to_bytes  # its save_file hides a full disk behind an error of its own
+
+    path.write_bytes(to_bytes({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
+    try:
         os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
+    except OSError as error:
+        # Two ranks that are told to stop write the same checkpoint at the same time.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def keep(stored: Any, target: Path) -> None:
@@ -100,10 +129,16 @@ def keep(stored: Any, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def find(folder: Path) -> Path:
-    """The checkpoint meant by a folder: itself, or the best/ of a search or the checkpoint/ of a run inside it."""
-    inside = (folder / name for name in ("best", "checkpoint"))
-    return next((f for f in inside if (f / RECORD).is_file() and not (folder / RECORD).is_file()), folder)
+@contextmanager
+def opened(where: str) -> Iterator[Path]:
+    """The checkpoint meant by a folder or URL, as a local folder.
+
+    It is `where` itself, or the best/ of a search or the checkpoint/ of a run inside it. Raises BadInput.
+    """
+    output = Output(where, "CHECKPOINT")
+    names = [name for name in ("", "best", "checkpoint") if output.holds(f"{name}/{RECORD}".lstrip("/"))]
+    with output.fetched(names[0] if names else "") as folder:
+        yield folder
 
 
 def read_record(folder: Path) -> Record:
@@ -161,14 +196,21 @@ def load_weights(folder: Path, model: Lift) -> None:
 
 def load_optimizer(folder: Path, model: Lift, optimizer: torch.optim.Optimizer) -> None:
     """Load SGD's momentum. Raises BadInput when it is unreadable."""
-    from safetensors.torch import load_file
-
-    try:
-        momenta: dict[str, Tensor] = load_file(folder / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(
-            f"{folder / OPTIMIZER}: must be readable, but got: {error}; start from another checkpoint"
-        ) from None
+    momenta = _read_tensors(folder / OPTIMIZER)
     for name, parameter in model.trained().items():
         if name in momenta:
             optimizer.state[parameter]["momentum_buffer"] = momenta[name].to(parameter.device)
+
+
+def load_state(folder: Path) -> dict[str, Tensor]:
+    """The further tensors given to `save`. Raises BadInput when they are unreadable."""
+    return _read_tensors(folder / STATE)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: must be readable, but got: {error}; start from another checkpoint") from None

@@ -34,10 +34,16 @@ from lift_ray.results.tally import Tally
 from lift_ray.settings.run import Mda, NoAugment, RunConfig, check_global_batch
 
 Inputs = Sequence[torch.Tensor | None]
+Forward = Callable[..., torch.Tensor]
+Step = tuple[Forward, Inputs, torch.Tensor]
+Figures = dict[str, float]
 
 
 class Run:
-    """A run at some point of its training.
+    """A run at some point of its training: `step` steps into the epoch after `epoch` whole ones.
+
+    `pulse` is called after every step and every evaluation batch; what it raises ends the work at a point where the run can
+    be saved.
 
     Args:
         config: settings; derived values are filled in here.
@@ -57,8 +63,12 @@ class Run:
         self.model = warm.build(config, trained_already=class_counts is not None)
         self.trained = self.model.trained()
         self.optimizer: torch.optim.Optimizer | None = None
-        self.epoch = self.steps_per_epoch = 0
-        self.metrics: dict[str, float] = {}
+        self.epoch = self.step = self.steps_per_epoch = 0
+        self.losses = torch.zeros(0, 2)  # of every step of this epoch: loss, share of the batch that was right
+        self.seconds = {"time/train_s": 0.0, "time/data_wait_s": 0.0}
+        self.metrics: Figures = {}
+        self.history: list[Figures] = []
+        self.pulse: Callable[[], None] = lambda: None
         self.per_class: PerClass | None = None
         if class_counts is None and self.trained:
             self._prepare_training()
@@ -77,12 +87,13 @@ class Run:
             )
         if getattr(self.config.augment, "decode", "exact") == "gpu" and self.ranks.device.type != "cuda":
             raise BadInput("augment.decode: must be exact or reduced without a GPU, but got gpu; leave it out")
+        self.losses = torch.zeros(self.steps_per_epoch, 2, device=self.ranks.device)
         counts = torch.from_numpy(self.class_counts).float().to(self.ranks.device)
         loss = self.config.loss
         self.loss = LOSSES[loss.kind](counts, **loss.model_dump(exclude={"kind"}))
         self.optimizer = make_optimizer(self.trained, self.config.optim)
         self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self.config.backbone.precision == "fp16")
-        self.forward: Callable[..., torch.Tensor] = self.model
+        self.forward: Forward = self.model
         if self.config.backbone.compile:
             if self.ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
                 raise BadInput(
@@ -100,58 +111,89 @@ class Run:
         """Epochs to train: none when nothing is trained."""
         return self.config.optim.epochs if self.trained else 0
 
-    def train_epoch(self) -> dict[str, float]:
-        """One pass over the training split; returns train/loss, speed and where the time went.
+    def train_epoch(self) -> Figures:
+        """One pass over the training split without validation; the figures of `end_epoch`."""
+        for batch in self.batches():
+            self.train_step(batch)
+        return self._end_epoch()
 
-        Raises RunFailed when the loss is not finite.
-        """
-        config, ranks, optimizer = self.config, self.ranks, self.optimizer
+    def batches(self) -> Iterator[Step]:
+        """The steps of this epoch that are not done yet."""
+        forward, coming = self._batches()
+        for _ in range(self.step, self.steps_per_epoch):
+            self._asked = time.monotonic()
+            inputs, labels = next(coming)
+            self.seconds["time/data_wait_s"] += time.monotonic() - self._asked
+            yield forward, inputs, labels
+
+    def train_step(self, batch: Step) -> None:
+        """One step of SGD over the ranks' parts of a global batch; nothing is read back from the device."""
+        (forward, inputs, labels), config, optimizer = batch, self.config, self.optimizer
         assert optimizer is not None
-        losses = torch.zeros(self.steps_per_epoch, device=ranks.device)
-        wait_s, began = 0.0, time.monotonic()
-        forward, batches = self._batches()
-        for step in range(self.steps_per_epoch):
-            asked = time.monotonic()
-            inputs, labels = next(batches)
-            wait_s += time.monotonic() - asked
-            for group in optimizer.param_groups:
-                group["lr"] = self._lr(self.epoch, step)
-            optimizer.zero_grad(set_to_none=True)
-            for part in parts_of(len(labels), config.optim.accumulate):
-                with autocast(config, ranks.device):
-                    logits = forward(*(x if x is None else x[part] for x in inputs))
-                loss = self.loss(logits, labels[part]) * ((part.stop - part.start) / len(labels))
-                self.scaler.scale(loss).backward()
-                losses[step] += loss.detach()
-            ranks.average_gradients(self.trained.values())
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        losses = ranks.sum(losses).cpu() / ranks.world_size
-        self.epoch += 1
-        self._check_finite(losses)
-        seconds = time.monotonic() - began
-        images_seen = self.steps_per_epoch * config.optim.global_batch_size
-        return {"train/loss": float(losses.mean()), "time/train_s": seconds, "time/data_wait_s": wait_s,
-                "train/images_per_s": images_seen / seconds}  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(self.epoch, self.step)
+        optimizer.zero_grad(set_to_none=True)
+        figures = torch.zeros(2, device=self.ranks.device)
+        for part in parts_of(len(labels), config.optim.accumulate):
+            share = (part.stop - part.start) / len(labels)
+            with autocast(config, self.ranks.device):
+                logits = forward(*(x if x is None else x[part] for x in inputs))
+            loss = self.loss(logits, labels[part]) * share
+            self.scaler.scale(loss).backward()
+            right = (logits.detach().argmax(1) == labels[part]).float().mean() * share
+            figures += torch.stack([loss.detach(), right])
+        self.losses[self.step] = self.ranks.average(self.trained.values(), figures)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.seconds["time/train_s"] += time.monotonic() - self._asked
+        self.pulse()
 
-    def _lr(self, epoch: int, step: int) -> float:
+    def end_epoch(self) -> Figures:
+        """Validate after the last step of an epoch, and stand at the begin of the next.
+
+        Returns train/loss, train/accuracy, speed, where the time went, and the metrics of validation.
+        Raises RunFailed when the loss was not finite.
+        """
+        self.check_finite()
+        self.metrics = self.evaluate("validation")
+        figures = {"epoch": self.epoch + 1, **self._end_epoch(), **self.metrics, "trained_parameters": self.num_trained}
+        self.history.append(figures)
+        return figures
+
+    def _end_epoch(self) -> Figures:
+        asked = time.monotonic()
+        self.check_finite()  # waits for the device
+        self.seconds["time/train_s"] += time.monotonic() - asked
+        loss, right = self.losses.mean(0).tolist()
+        images_seen = self.steps_per_epoch * self.config.optim.global_batch_size
+        figures = {"train/loss": loss, "train/accuracy": right, **self.seconds,
+                   "train/images_per_s": images_seen / self.seconds["time/train_s"]}  # fmt: skip
+        self.epoch, self.step = self.epoch + 1, 0
+        self.losses = torch.zeros_like(self.losses)
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        return figures
+
+    def lr(self, epoch: int, step: int) -> float:
         """The cosine schedule over the whole run; epoch and step from 0."""
         optim = self.config.optim
         done = (epoch * self.steps_per_epoch + step) / (self.steps_per_epoch * optim.epochs)
         return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-    def _check_finite(self, losses: torch.Tensor) -> None:
+    def check_finite(self) -> None:
+        """Raises RunFailed, naming the step, when the loss of a step of this epoch was not finite."""
+        losses = self.losses[:, 0].cpu()
         if not (wrong := (~losses.isfinite()).nonzero()).numel():
             return
         step, optim = int(wrong[0]), self.config.optim
         raise RunFailed(
-            f"epoch {self.epoch}, step {step + 1}: the training loss must be finite, but got {float(losses[step])} with "
-            f"optim.lr={optim.lr:g} (at that step {self._lr(self.epoch - 1, step):.3g}) in "
+            f"epoch {self.epoch + 1}, step {step + 1}: the training loss must be finite, but got {float(losses[step])} with "
+            f"optim.lr={optim.lr:g} (at that step {self.lr(self.epoch, step):.3g}) in "
             f"{self.config.backbone.precision}; lower optim.lr"
         )
 
-    def _batches(self) -> tuple[Callable[..., torch.Tensor], Iterator[tuple[Inputs, torch.Tensor]]]:
-        """This epoch's (inputs, labels), and what makes logits of the inputs: pictures, or what frozen blocks made of them."""
+    def _batches(self) -> tuple[Forward, Iterator[tuple[Inputs, torch.Tensor]]]:
+        """The rest of this epoch's (inputs, labels), and what makes logits of the inputs: pictures, or kept activations."""
         config, ranks, augment, tower = self.config, self.ranks, self.config.augment, self.model.tower
         if isinstance(augment, NoAugment):
             kept = self.warm.kept(config, self.model, self.train)
@@ -164,7 +206,7 @@ class Run:
             self.warm.reader(self.train, self.shuffle_bytes), self.train, size_px=size_px,
             global_batch_size=config.optim.global_batch_size, seed=config.seed, epoch=self.epoch, epochs=epochs, kind=augment.kind,
             schedule=augment.schedule if isinstance(augment, Mda) else "max", num_patches=tower.num_patches(size_px),
-            patch_dropout=getattr(augment, "patch_dropout", 0.0), rank=ranks.rank, world_size=ranks.world_size,
+            patch_dropout=getattr(augment, "patch_dropout", 0.0), start_step=self.step, rank=ranks.rank, world_size=ranks.world_size,
             num_threads=ranks.num_threads, decode=getattr(augment, "decode", "exact"), device=ranks.device,
             shuffle_bytes=self.shuffle_bytes,
         )  # fmt: skip
@@ -174,7 +216,7 @@ class Run:
     def _kept_batches(self, kept: torch.Tensor) -> Iterator[tuple[Inputs, torch.Tensor]]:
         size, ranks = self.config.optim.global_batch_size, self.ranks
         order = epoch_order(self.train, self.config.seed, self.epoch, self.shuffle_bytes)
-        for step in range(self.steps_per_epoch):
+        for step in range(self.step, self.steps_per_epoch):
             batch = order[step * size : (step + 1) * size]
             rows = torch.from_numpy(batch[share_of_batch(batch, ranks.rank, ranks.world_size)])
             labels = torch.from_numpy(self.train.labels[rows.numpy()])
@@ -193,6 +235,7 @@ class Run:
         tallies = [Tally(self.warm.dataset.num_classes, device) for _ in taus]
         with torch.inference_mode(), autocast(self.config, device):
             for logits, labels in self._logits(self.warm.dataset.split(split_name)):
+                self.pulse()
                 for tau, tally in zip(taus, tallies, strict=True):
                     tally.add(logits.float() - tau * log_prior if tau else logits.float(), labels)
         out = []
@@ -221,18 +264,23 @@ class Run:
             else:
                 yield self.model(images), labels
 
-    def epochs(self) -> Iterator[dict[str, float]]:
+    def epochs(self) -> Iterator[Figures]:
         """Train to the end from wherever the run stands; yields the figures of each epoch, validation included.
 
         Where nothing is trained, validation is the one thing to yield, as epoch 0.
         """
         if not self.trained:
-            self.metrics = self.evaluate("validation")
-            yield {"epoch": 0, **self.metrics, "trained_parameters": 0}
+            yield self.validate_untrained()
         while self.epoch < self.num_epochs:
-            figures = self.train_epoch()
-            self.metrics = self.evaluate("validation")
-            yield {"epoch": self.epoch, **figures, **self.metrics, "trained_parameters": self.num_trained}
+            for batch in self.batches():
+                self.train_step(batch)
+            yield self.end_epoch()
+
+    def validate_untrained(self) -> Figures:
+        """The figures of a run that trains nothing: validation, as epoch 0."""
+        self.metrics = self.evaluate("validation")
+        self.history = [{"epoch": 0, **self.metrics, "trained_parameters": 0}]
+        return self.history[0]
 
     @property
     def num_trained(self) -> int:
@@ -240,14 +288,23 @@ class Run:
         return sum(p.numel() for p in self.trained.values())
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint folder; called on the first rank."""
-        data = self.warm.dataset
+        """Write a checkpoint of the run as it stands; the same on every rank.
+
+        Raises RunFailed when the loss of a step was not finite, and OSError.
+        """
+        self.check_finite()
+        data, scaling = self.warm.dataset, self.optimizer is not None and self.scaler.is_enabled()
         record = checkpoint.Record(
             config=self.config.to_dict(), digest=self.config.digest(), dataset=data.uri, class_names=list(data.class_names),
-            class_counts=self.class_counts.tolist(), epoch=self.epoch, step=self.epoch * self.steps_per_epoch,
+            class_counts=self.class_counts.tolist(), epoch=self.epoch, step=self.epoch * self.steps_per_epoch + self.step,
             metrics={k: v for k, v in self.metrics.items() if "/" in k and not k.startswith("time/")},
+            history=self.history, seconds=self.seconds, scaler=self.scaler.state_dict() if scaling else {},
         )  # fmt: skip
-        checkpoint.save(folder, self.model, self.optimizer, record, self.per_class_rows() if self.per_class else [])
+        state = {"losses": self.losses, "random/cpu": torch.get_rng_state()}
+        if self.ranks.device.type == "cuda":
+            state["random/cuda"] = torch.cuda.get_rng_state(self.ranks.device)
+        rows = self.per_class_rows() if self.per_class else []
+        checkpoint.save(folder, self.model, self.optimizer, state, record, rows)
 
     def per_class_rows(self) -> list[dict[str, Any]]:
         """A row for each class, of the last evaluation."""
@@ -259,9 +316,17 @@ class Run:
         record = checkpoint.read_record(folder)
         checkpoint.check_same(folder, record, self.config.to_dict(), self.warm.dataset.class_names)
         checkpoint.load_weights(folder, self.model)
+        state = checkpoint.load_state(folder)
         if self.optimizer is not None:
             checkpoint.load_optimizer(folder, self.model, self.optimizer)
-        self.epoch, self.metrics = record.epoch, record.metrics
+            self.scaler.load_state_dict(record.scaler)
+            self.losses = state["losses"].to(self.ranks.device)
+        torch.set_rng_state(state["random/cpu"])
+        if self.ranks.device.type == "cuda" and "random/cuda" in state:
+            torch.cuda.set_rng_state(state["random/cuda"], self.ranks.device)
+        self.epoch, self.step = record.epoch, record.step - record.epoch * self.steps_per_epoch
+        self.metrics, self.history = record.metrics, record.history
+        self.seconds |= record.seconds
 
 
 def parts_of(size: int, number: int) -> list[slice]:

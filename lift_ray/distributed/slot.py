@@ -1,168 +1,300 @@
-"""A warm slot: a process group that loads the tower once and then serves one trial after another.
+"""Warm slots: process groups that load the tower once and then serve one trial after another.
 
-Ray Tune keeps the first worker of a slot as its trial actor (`reuse_actors`) and hands it the next trial's settings; more
-workers sit in the other bundles of the same placement group and follow it step by step. So a trial costs no new process,
-an early stop needs no clean-up, and Tune's own checkpoints and restarts apply unchanged.
+A slot is a placement group with an actor in each bundle. A trial is a message to them, an epoch another one; so a trial costs
+no new process, and an early stop no clean-up. A slot that loses a process is replaced, and its trial goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray import tune
-from ray.util.placement_group import get_current_placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.checkpoint import FOLDER
 from lift_ray.errors import BadInput, RunFailed
+from lift_ray.results.output import Output
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.space import SpaceFile
 
 if TYPE_CHECKING:
-    from lift_ray.distributed.run import Run
+    from lift_ray.distributed.trial import Trial
 
-PROBLEM, DIVERGED = "problem", "diverged"  # keys of a result that is no epoch
-WORST = 1e9
+LOOK_S = 5.0  # between two looks at the cluster's size
+MAX_START_FAILURES = 3
+DIVERGED = "diverged"
+
+
+@dataclass(frozen=True)
+class Order:
+    """A trial to take up.
+
+    Args:
+        number: of the trial; its checkpoints are OUT/checkpoints/NUMBER/epoch-N.
+        config: the settings of its run.
+        resume: go on from its last checkpoint, if there is one.
+    """
+
+    number: int
+    config: dict[str, Any]
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Exam:
+    """An evaluation: settings, the checkpoint's folder in OUT (None when nothing was trained), and splits."""
+
+    config: dict[str, Any]
+    checkpoint: str | None
+    splits: list[str]
+
+
+def folder_of(number: int, epoch: int) -> str:
+    """Where, inside OUT, the checkpoint of a trial is."""
+    return f"checkpoints/{number:04d}/epoch-{epoch:04d}"
 
 
 class Worker:
     """One rank of a slot.
 
-    torch is imported here and not with the module: the driver, which names Slot, has no use for it.
+    torch is imported here and not with the module: the driver has no use for it.
     """
 
-    def __init__(self, dataset: str, need: Need, rank: int) -> None:
-        from lift_ray.distributed.ranks import Ranks
+    def __init__(self, dataset: str, need: Need, rank: int, out: str) -> None:
+        self.dataset, self.need, self.rank, self.out = dataset, need, rank, out
+        self.trial: Trial | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Where the slot's process group can meet."""
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def open(self, address: tuple[str, int] | None) -> None:
+        """Load what trials share, and form the slot's process group. Raises BadInput."""
+        from lift_ray.distributed.ranks import Ranks, join_group
         from lift_ray.distributed.warm import Warm
 
-        self.need, self.rank = need, rank
-        self.ranks = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
-        self.warm = Warm(dataset, self.ranks)
-        self.run: Run | None = None
-
-    def join(self, address: str, port: int) -> None:
-        """Form the slot's process group."""
-        from lift_ray.distributed.ranks import Ranks, join_group
-
-        join_group(self.rank, self.need.workers, address, port, self.ranks.device)
-        self.ranks = self.warm.ranks = Ranks(self.rank, self.need.workers, self.ranks.device, self.ranks.num_threads)
-
-    def begin(self, config: dict[str, Any]) -> None:
-        """Take up a trial."""
-        from lift_ray.distributed.run import Run
-
-        self.run = Run(RunConfig.model_validate(config), self.warm)
-        self.epochs = self.run.epochs()
-
-    def epoch(self) -> dict[str, float] | None:
-        """Train and evaluate one epoch; None after the last."""
-        return next(self.epochs, None)
-
-    def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint of this trial."""
-        assert self.run is not None
-        self.run.load(folder)
-
-
-class Slot(tune.Trainable):  # type: ignore[misc]
-    """Tune's side of a slot: settings in, an epoch's figures out."""
-
-    def setup(self, config: dict[str, Any], space: SpaceFile, dataset: str, need: Need) -> None:
-        """Load everything that trials share, then take up the first trial."""
         began = time.monotonic()
-        self.space = space
-        self.peers: list[Any] = []
-        self.problem, self.startup_s = "", 0.0
-        try:
-            self.worker = Worker(dataset, need, 0)
-            if need.workers > 1:
-                self._gather(dataset, need)
-        except BadInput as error:
-            self.problem = str(error)
-        self.startup_s = time.monotonic() - began
-        self.reset_config(config)
+        ranks = Ranks.alone(use_gpu=bool(self.need.gpus), num_cpus=self.need.cpus)
+        if address is not None:
+            join_group(self.rank, self.need.workers, *address, ranks.device)
+            ranks = Ranks(self.rank, self.need.workers, ranks.device, ranks.num_threads)
+        self.output, self.warm = Output(self.out), Warm(self.dataset, ranks)
+        self.began_s, self.loaded_s = time.monotonic() - began, 0.0
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take up the next trial in the same processes."""
-        if self.problem:
-            return True
-        began, loaded = time.monotonic(), self.worker.warm.load_s
-        values = {name: value for name, value in new_config.items() if name in self.space.space}
-        try:
-            self._all("begin", self.space.config(values).to_dict())
-        except BadInput as error:
-            self.problem = str(error)
-            return True
-        assert self.worker.run is not None
-        self.num_epochs = self.worker.run.num_epochs
-        self.begin_s = time.monotonic() - began + self.startup_s
-        self.load_s = self.worker.warm.load_s - (loaded if not self.startup_s else 0)
-        self.startup_s = 0.0
-        return True
+    def begin(self, order: Order) -> dict[str, Any]:
+        """Take up a trial; returns num_epochs, trained_parameters, and the figures of the epochs its checkpoint has.
 
-    def step(self) -> dict[str, Any]:
-        """One epoch on every worker; `done` with the last.
-
-        A trial whose loss diverges ends with the worst value, so that the sampler keeps away; input that no trial could
-        use is handed to the driver, which ends the search.
+        Raises BadInput.
         """
-        metric, mode = self.space.objective
-        ended = {metric: 0.0 if mode == "max" else WORST, "epoch": 0, "done": True}
-        if self.problem:
-            return ended | {PROBLEM: self.problem}
-        try:
-            figures = self._all("epoch")
-        except RunFailed as error:
-            assert self.worker.run is not None
-            return ended | {"epoch": self.worker.run.epoch, DIVERGED: str(error)}
-        assert figures is not None
-        figures |= {
-            "time/begin_s": self.begin_s,
-            "time/load_s": self.load_s,
-            "num_epochs": self.num_epochs,
-            "done": figures["epoch"] >= self.num_epochs,
+        from lift_ray.distributed.trial import Trial
+
+        began = time.monotonic() - self.began_s
+        self.order = order
+        self.trial = Trial(RunConfig.model_validate(order.config), self.warm)
+        if order.resume:
+            self._restore(order)
+        self.epochs = self.trial.epochs()
+        self.times = {"time/begin_s": time.monotonic() - began, "time/load_s": self.warm.load_s - self.loaded_s}
+        self.began_s, self.loaded_s = 0.0, self.warm.load_s
+        return {
+            "num_epochs": self.trial.num_epochs,
+            "trained_parameters": self.trial.num_trained,
+            "history": self.trial.history,
         }
-        self.begin_s = self.load_s = 0.0
+
+    def _restore(self, order: Order) -> None:
+        from lift_ray.distributed.checkpoint import RECORD
+
+        assert self.trial is not None
+        folder = f"checkpoints/{order.number:04d}"
+        names = [
+            name for name in self.output.names(folder) if name[-4:].isdigit()
+        ]  # others are of a process that was killed
+        whole = [name for name in names if self.output.holds(f"{folder}/{name}/{RECORD}")]
+        if whole:
+            with self.output.fetched(f"{folder}/{max(whole)}") as path:
+                self.trial.load(path)
+
+    def epoch(self) -> dict[str, Any]:
+        """Train, evaluate and save one epoch; returns its figures, or {DIVERGED: how}. Raises RunFailed when it cannot be saved."""
+        from lift_ray.distributed.checkpoint import RECORD
+
+        assert self.trial is not None
+        try:
+            figures = next(self.epochs)
+        except RunFailed as error:
+            return {DIVERGED: str(error)}
+        figures |= {**self.times, "num_epochs": self.trial.num_epochs}
+        self.times = dict.fromkeys(self.times, 0.0)
+        if self.rank == 0:
+            began, epoch = time.monotonic(), int(figures["epoch"])
+            with self.output.staged(folder_of(self.order.number, epoch), RECORD) as folder:
+                self.trial.save(folder)
+            if epoch > 1:
+                self.output.remove(folder_of(self.order.number, epoch - 1))
+            figures["time/save_s"] = time.monotonic() - began
         return dict(figures)
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """The trial's trained parameters, optimiser and position."""
-        if not self.problem:
-            assert self.worker.run is not None
-            self.worker.run.save(Path(checkpoint_dir) / FOLDER)
+    def examine(self, exam: Exam) -> dict[str, float]:
+        """Metrics of a model on some splits."""
+        from lift_ray.distributed import checkpoint
+        from lift_ray.distributed.run import Run
 
-    def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
-        """Go on where a lost slot's trial stood."""
-        self._all("restore", Path(str(checkpoint)) / FOLDER)
+        run = Run(RunConfig.model_validate(exam.config), self.warm)
+        if exam.checkpoint is not None:
+            with self.output.fetched(exam.checkpoint) as folder:
+                checkpoint.load_weights(folder, run.model)
+        figures = {k: v for split in exam.splits for k, v in run.evaluate(split).items() if not k.startswith("time/")}
+        return figures | {"trained_parameters": run.num_trained}
 
-    def _all(self, method: str, *args: Any) -> Any:
-        """Call every worker at once; the first worker's answer."""
-        waiting = [getattr(peer, method).remote(*args) for peer in self.peers]
-        answer = getattr(self.worker, method)(*args)
-        ray.get(waiting)
-        return answer
 
-    def _gather(self, dataset: str, need: Need) -> None:
-        group, port = get_current_placement_group(), _free_port()
-        address = ray.util.get_node_ip_address()
+class Slot:
+    """The driver's side of a slot: its actors, and the answers it waits for."""
+
+    def __init__(self, dataset: str, need: Need, out: str) -> None:
+        self.group = placement_group([need.bundle()] * need.workers)
         remote = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(Worker)
-        self.peers = [
-            remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)).remote(
-                dataset, need, rank)
-            for rank in range(1, need.workers)
+        self.workers = [
+            remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, rank)).remote(dataset, need, rank, out)
+            for rank in range(need.workers)
         ]  # fmt: skip
-        joining = [peer.join.remote(address, port) for peer in self.peers]
-        self.worker.join(address, port)
-        ray.get(joining)
+        self.asked = "open"
+        self.job: Any = None  # what the caller wants to know with the answer
+        self.waiting = self._ask("open", self.workers[0].address.remote() if need.workers > 1 else None)
+
+    def ask(self, method: str, job: Any, *args: Any) -> None:
+        """Send a message to every worker."""
+        self.asked, self.job = method, job
+        self.waiting = self._ask(method, *args)
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        return [getattr(worker, method).remote(*args) for worker in self.workers]
+
+    @property
+    def is_idle(self) -> bool:
+        """Open, and waiting for nothing."""
+        return not self.waiting
+
+    def close(self) -> None:
+        """End the processes and give back what they held."""
+        for worker in self.workers:
+            ray.kill(worker)
+        remove_placement_group(self.group)
 
 
-def _free_port() -> int:
-    import socket
+@dataclass(frozen=True)
+class Answer:
+    """What a slot did: `asked`, of `job`, gave `value`, or failed with `error`; the slot is then gone."""
 
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    slot: Slot
+    asked: str
+    job: Any
+    value: Any = None
+    error: Exception | None = None
+
+
+class Pool:
+    """As many slots as the cluster holds, and no more than wanted; looked at anew as the cluster grows and shrinks.
+
+    Args:
+        dataset: URI.
+        out: the search's Output, as a URL.
+        size: how many slots there should be now.
+    """
+
+    def __init__(self, dataset: str, need: Need, out: str, size: Callable[[], int]) -> None:
+        self.dataset, self.need, self.out, self.size = dataset, need, out, size
+        self.slots: list[Slot] = []
+        self._looked_at, self._failed_starts = -LOOK_S, 0
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slot in self.slots:
+            slot.close()
+        self.slots = []
+
+    def idle(self) -> list[Slot]:
+        """Slots that can be asked."""
+        if time.monotonic() - self._looked_at >= LOOK_S or not self.slots:
+            self._looked_at = time.monotonic()
+            self.slots += [Slot(self.dataset, self.need, self.out) for _ in range(self.size() - len(self.slots))]
+        return [slot for slot in self.slots if slot.is_idle]
+
+    @property
+    def is_busy(self) -> bool:
+        """Does a slot work on a job?"""
+        return any(slot.waiting and slot.asked != "open" for slot in self.slots)
+
+    def wait(self, timeout_s: float = 1.0) -> list[Answer]:
+        """The answers that are there, after at most so long.
+
+        Raises BadInput that a worker found, and RunFailed when results cannot be written or slots do not start.
+        """
+        refs = [ref for slot in self.slots for ref in slot.waiting]
+        if not refs:
+            time.sleep(min(timeout_s, 0.05))
+            return []
+        ready = set(ray.wait(refs, num_returns=1, timeout=timeout_s)[0])
+        ready |= set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        return [
+            answer for slot in list(self.slots) if slot.waiting and (answer := self._answer(slot, ready)) is not None
+        ]
+
+    def _answer(self, slot: Slot, ready: set[Any]) -> Answer | None:
+        """A slot's answer when all its workers have given theirs, or one of them failed."""
+        here = [ref for ref in slot.waiting if ref in ready]
+        try:
+            values = ray.get(here)
+        except BadInput as error:
+            raise BadInput(_first_line(error)) from None
+        except RunFailed as error:
+            raise RunFailed(_first_line(error)) from None
+        except Exception as error:  # a process that was killed, a node that was lost, or a bug in a worker
+            return self._broken(slot, error)
+        if len(here) < len(slot.waiting):
+            return None
+        slot.waiting = []
+        if slot.asked == "open":
+            self._failed_starts = 0
+            return None
+        return Answer(slot, slot.asked, slot.job, values[0])
+
+    def _broken(self, slot: Slot, error: Exception) -> Answer | None:
+        self.slots.remove(slot)
+        slot.close()
+        self._looked_at = -LOOK_S
+        if slot.asked != "open":
+            return Answer(slot, slot.asked, slot.job, error=error)
+        self._failed_starts += 1
+        if self._failed_starts >= MAX_START_FAILURES:
+            raise RunFailed(
+                f"slots must start, but {self._failed_starts} in a row did not; the last error: {_last_line(error)}"
+            )
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    """What a worker raised, without Ray's report of where."""
+    cause = getattr(error, "cause", None)
+    return str(cause if cause is not None else error)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def in_one_line(error: Exception) -> str:
+    """What ended a slot: the last line of what a worker raised, or that it was lost."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return _last_line(error)
+    return "its processes were lost"

@@ -1,273 +1,285 @@
-"""A search: Ray Tune drives warm slots, Optuna chooses the settings."""
+"""A search's memory: Optuna chooses the settings of the next trial, and keeps every report the moment it is made.
+
+What is not in Optuna's storage has not happened: a search that goes on reads all its trials from there.
+"""
 
 from __future__ import annotations
 
-import logging
+import importlib.util
+import math
 import os
-import platform
+import re
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
-import ray
-from optuna.storages import JournalStorage
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
-from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search.optuna import OptunaSearch
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
-import lift_ray
-from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.checkpoint import FOLDER, keep, read_record
-from lift_ray.distributed.monitor import Monitor, trial_number
-from lift_ray.distributed.slot import PROBLEM, Slot
-from lift_ray.errors import BadInput, RunFailed
-from lift_ray.results.output import Output
-from lift_ray.results.rows import TrialRow, best_row, write_json
-from lift_ray.settings.files import dump_yaml
-from lift_ray.settings.run import apply_overrides
-from lift_ray.settings.space import Asha, Draw, SpaceFile
+from lift_ray.distributed.schedulers import Takeover
+from lift_ray.errors import BadInput
+from lift_ray.results.rows import TrialRow
+from lift_ray.settings.space import Draw, SpaceFile, grid_points
 
-MAX_FAILURES = 2
+JOURNAL = "optuna.journal"
+BEAT_S, LOST_S = 15.0, 90.0
+WORST = 1e9
+FREE = ("scale", "out", "plan")  # may change when a search goes on; so may the number of trials
 
 
-@dataclass
-class Found:
-    """What a search found.
+class Study:
+    """The trials of a search, by number, and the storage behind them.
 
     Args:
-        best: the finished trial with the best objective.
-        checkpoint: Tune's, of the best trial.
-        compared: (label, metrics of validation and test) for zero-shot, the start points and the best.
+        dataset: its URI.
+        storage: of Optuna.
+        resume: go on with the search that the storage holds.
+        shared: other machines reach the storage, so that a beating heart must keep second drivers out.
+
+    Raises BadInput: the storage holds such a search already, or, to go on, none or another one; another driver is at work.
     """
 
-    rows: list[TrialRow]
-    best: TrialRow
-    checkpoint: Any
-    compared: list[tuple[str, dict[str, float]]]
-    time_s: dict[str, float]
+    def __init__(
+        self, space: SpaceFile, dataset: str, storage: BaseStorage, *, resume: bool = False, shared: bool = False
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # TPE's `group`
+        self.space, self.storage, self.shared = space, storage, shared
+        self.rows: dict[int, TrialRow] = {}
+        self._trials: dict[int, optuna.Trial] = {}
+        self._points = grid_points(space.space) if space.search.sampler == "grid" else space.start_points()
+        self._beaten_at = -math.inf
+        names = {kind: f"{space.name}/{kind}" if kind else space.name for kind in space.kinds()}
+        known = set(optuna.get_all_study_names(storage))
+        if not resume and (taken := sorted(known & set(names.values()))):
+            raise BadInput(f"--storage: must not hold a study named {taken[0]} yet, but it does; "
+                           "add --resume to go on with it, or change `name`")  # fmt: skip
+        if resume and not known & set(names.values()):
+            raise BadInput(
+                f"--resume: must name a search that began, but there is no study {space.name}; leave out --resume"
+            )
+        directions = [DIRECTIONS[mode] for mode in space.objectives.values()]
+        self._studies = {
+            kind: optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+            for kind, name in names.items()
+        }
+        self._first = next(iter(self._studies.values()))
+        about = {**space.model_dump(mode="json", by_alias=True), "dataset": dataset}
+        if resume:
+            self._check_same(about)
+        self._check_alone()
+        self.beat()
+        self._first.set_user_attr("settings", about)
+        for kind, study in self._studies.items():
+            for frozen in study.get_trials(deepcopy=False):
+                self._take_up(kind, study, frozen)
+        self.rows = dict(sorted(self.rows.items()))
 
+    def _check_same(self, about: Mapping[str, Any]) -> None:
+        before: dict[str, Any] = self._first.user_attrs.get("settings", {})
+        for name, value in about.items():
+            was, now = before.get(name, value), value
+            if name == "search":
+                was, now = ({k: v for k, v in d.items() if k not in ("trials", "per_kind")} for d in (was, now))
+            if name not in FREE and was != now:
+                raise BadInput(f"--resume: {name} must stay as the search began, {was}, but got {now}; "
+                               "give another --out, or the settings it began with")  # fmt: skip
 
-class Search(OptunaSearch):  # type: ignore[misc]
-    """Ray's Optuna search, but trials that were stopped early reach Optuna as pruned with their last value.
+    def _check_alone(self) -> None:
+        driver = self._first.user_attrs.get("driver")
+        if not self.shared or driver is None or driver["id"] == _me():
+            return
+        if (silent_s := time.time() - driver["at"]) < LOST_S:
+            raise BadInput(f"--storage: must have one driver, but {driver['id']} works on {self.space.name} (heard {silent_s:.0f} s "
+                           f"ago); stop it, or try again in {LOST_S - silent_s:.0f} s if it is gone")  # fmt: skip
 
-    Ray tells them as complete, which makes the sampler take one epoch's value for the final one.
-    """
+    def beat(self) -> bool:
+        """Tell other drivers that this one lives; called often, written now and then.
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna how a trial ended."""
-        # Tune sets `done` itself, so the epochs tell whether the trial came to its end.
-        early = (result or {}).get("epoch", 0) < (result or {}).get("num_epochs", 0)
-        if result and early and not error and trial_id not in self._completed_trials:
-            trial = self._ot_trials[trial_id]
-            trial.report(result[self.metric], result["training_iteration"])  # Tune hands the last result only to us
-            self._ot_study.tell(trial, state=TrialState.PRUNED)
-            self._completed_trials.add(trial_id)
-        else:
-            super().on_trial_complete(trial_id, result, error)
+        Returns whether it was written. Raises BadInput when another driver took over.
+        """
+        if not self.shared or time.monotonic() - self._beaten_at < BEAT_S:
+            return False
+        driver = self._first.user_attrs.get("driver")
+        if driver and driver["id"] != _me() and self._beaten_at > -math.inf:
+            raise BadInput(f"--storage: must have one driver, but {driver['id']} took over {self.space.name}; stop one")
+        self._first.set_user_attr("driver", {"id": _me(), "at": time.time()})
+        self._beaten_at = time.monotonic()
+        return True
 
+    def leave(self) -> None:
+        """The next driver need not wait."""
+        if self.shared:
+            self._first.set_user_attr("driver", {"id": _me(), "at": 0.0})
 
-class KeepStart(AsyncHyperBandScheduler):  # type: ignore[misc]
-    """ASHA that lets the start points run to their end: they are what the search is compared with."""
-
-    def __init__(self, start: list[dict[str, Any]], **options: Any) -> None:
-        super().__init__(**options)
-        self.start = start
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """ASHA's decision, unless this is a start point that is not done."""
-        action: str = super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE if matching_start(self.start, trial.config) is not None else action
-
-
-def matching_start(start: list[dict[str, Any]], values: dict[str, Any]) -> int | None:
-    """The number of the start point that these values are; None for a drawn trial."""
-    return next((i for i, point in enumerate(start) if all(values.get(k) == v for k, v in point.items())), None)
-
-
-def run_study(space: SpaceFile, dataset: str, need: Need, slots: int, out: Output) -> Found:
-    """Search, then compare the best with zero-shot and the start points on the test split.
-
-    Args:
-        dataset: URI, absolute.
-        slots: trials at a time.
-        out: for Tune's state, Optuna's journal and the trials table.
-
-    Raises:
-        BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
-        RunFailed: no trial finished.
-    """
-    logging.getLogger("ray.tune").setLevel(
-        logging.CRITICAL
-    )  # what fails is in the table, and in each trial's error.txt
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # TPE's `group`
-    metric, mode = space.objective
-    began = time.monotonic()
-    monitor = Monitor(space, out)
-    bundles = tune.PlacementGroupFactory([need.bundle()] * need.workers)
-    trainable = tune.with_resources(tune.with_parameters(Slot, space=space, dataset=dataset, need=need), bundles)
-    stopper = StopOnProblem()
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            num_samples=space.search.trials, max_concurrent_trials=slots, reuse_actors=True, metric=metric, mode=mode,
-            search_alg=searcher(space, out.folder), scheduler=scheduler(space),
-            trial_dirname_creator=lambda trial: f"trial-{trial_number(trial):04d}",
-        ),
-        run_config=tune.RunConfig(
-            name="tune", storage_path=out.url, verbose=0, callbacks=[monitor],
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES), stop=stopper,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True, num_to_keep=1),
-        ),
-    )  # fmt: skip
-    with monitor:
-        grid = tuner.fit()
-    if stopper.problem:
-        raise BadInput(stopper.problem)
-    rows = list(monitor.rows.values())
-    best = best_row(rows, metric, mode)
-    if best is None:
-        errors = [row.error for row in rows if row.error]
-        raise RunFailed(
-            f"{out}: at least one trial must finish, but none of {len(rows)} did"
-            + (f"; the last error: {errors[-1]}" if errors else "")
-            + f"; see {out.url}/tune"
+    def _take_up(self, kind: str, study: optuna.Study, frozen: FrozenTrial) -> None:
+        """A stored trial as a row; one that was killed while it was drawn does not count."""
+        about = frozen.user_attrs.get("trial")
+        if about is None:
+            if frozen.state == TrialState.RUNNING:
+                study.tell(frozen.number, state=TrialState.FAIL)
+            return
+        figures = sorted(
+            (int(key.split()[1]), value) for key, value in frozen.user_attrs.items() if key.startswith("epoch ")
         )
-    searched_s = time.monotonic() - began
-    checkpoints = {r.metrics["trial_id"]: r.checkpoint for r in grid if r.checkpoint and r.metrics}
-    compared = compare(space, dataset, need, slots, rows, best, checkpoints)
-    times = where_time_went(rows, monitor, slots, searched_s, time.monotonic() - began)
-    return Found(rows, best, checkpoints[best.trial_id], compared, times)
+        row = TrialRow(about["number"], about["values"], self._num_epochs(about["values"]), "waiting",
+                       [value for _, value in figures], group=kind, start=about["start"])  # fmt: skip
+        if row.history:
+            row.num_epochs = int(row.last.get("num_epochs", row.num_epochs))
+        for _, changes in sorted(self._first.user_attrs.get("takeovers", {}).items(), key=lambda item: int(item[0])):
+            if change := changes.get(str(row.number)):
+                row.values, row.released = change["values"], change["epoch"]
+        self.rows[row.number] = row
+        self._trials[row.number] = optuna.Trial(study, frozen._trial_id)
+        if end := frozen.user_attrs.get("end"):
+            row.state, row.error = end["state"], end["error"]
+            if frozen.state == TrialState.RUNNING:
+                self._tell(row, end)
+
+    def _num_epochs(self, values: Mapping[str, Any]) -> int:
+        return self.space.config(dict(values)).optim.epochs
+
+    def next(self) -> TrialRow | None:
+        """A new trial; None when there are as many as there should be.
+
+        Its chance is seeded by (seed, number) alone: what was drawn before a driver was killed is not drawn again after.
+        """
+        number = len(self.rows)
+        if number >= self.space.num_trials:
+            return None
+        point = self._points[number] if number < len(self._points) else None
+        sizes = {kind: sum(row.group == kind for row in self.rows.values()) for kind in self._studies}
+        kind = min(sizes, key=lambda name: sizes[name])
+        if point is not None and "" not in self._studies:
+            kind = str(point["tuner.kind"])
+        study = self._studies[kind]
+        if point is not None and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.enqueue_trial(point)
+        study.sampler = SAMPLERS[self.space.search.sampler]((self.space.search.seed * 1_000_003 + number) % 2**32)
+        trial = study.ask()
+        values = Draw(self.space.of_kind(kind))(trial)
+        is_start = point is not None and self.space.search.sampler != "grid"
+        row = TrialRow(
+            number, values, self._num_epochs(values), "waiting", group=kind, start=number if is_start else None
+        )
+        trial.set_user_attr("trial", {"number": number, "values": values, "start": row.start})
+        self.rows[number], self._trials[number] = row, trial
+        return row
+
+    def report(self, row: TrialRow, figures: dict[str, float]) -> None:
+        """Store the figures of an epoch, which is the trial's next one."""
+        row.num_epochs = int(figures.get("num_epochs", row.num_epochs))
+        trial, epoch = self._trials[row.number], len(row.history) + 1
+        trial.set_user_attr(f"epoch {epoch}", figures)
+        if len(self.space.objectives) == 1:
+            trial.report(figures[self.space.objective[0]], epoch)
+        row.history.append(figures)
+
+    def end(
+        self,
+        row: TrialRow,
+        state: str,
+        error: str = "",
+        *,
+        diverged: bool = False,
+        known: Mapping[str, float] | None = None,
+    ) -> None:
+        """Store how a trial ended, and tell the sampler.
+
+        Args:
+            diverged: the settings are to blame: the sampler learns the worst value, so that it keeps away.
+            known: figures of a trial that has no epoch, for the constraints.
+        """
+        figures = {**(known or {}), **row.last}
+        excess = {
+            name: limit.excess(figures[name]) for name, limit in self.space.constraints.items() if name in figures
+        }
+        for name, value in excess.items():
+            self._trials[row.number].set_constraint(name, value)
+        tell = TELL[state].name
+        if state == "finished" and (broken := [name for name, value in excess.items() if value > 0]):
+            state, error = "infeasible", ", ".join(f"{name} is {figures[name]:g}" for name in broken)
+        row.state, row.error = state, error
+        worst = [-WORST if mode == "max" else WORST for mode in self.space.objectives.values()]
+        values = [row.last.get(metric, math.nan) for metric in self.space.objectives]
+        end: dict[str, Any] = {"state": state, "error": error, "tell": tell, "values": values}
+        if diverged or (tell == TrialState.COMPLETE.name and not all(map(math.isfinite, values))):
+            end |= {"tell": TrialState.COMPLETE.name, "values": worst}
+        self._trials[row.number].set_user_attr("end", end)
+        self._tell(row, end)
+
+    def _tell(self, row: TrialRow, end: Mapping[str, Any]) -> None:
+        state = TrialState[end["tell"]]
+        study = self._studies[row.group]
+        study.tell(self._trials[row.number], end["values"] if state == TrialState.COMPLETE else None, state=state)
+
+    def release(self, changes: Mapping[int, Takeover]) -> None:
+        """Store, all at once, what the paused trials go on with."""
+        done = dict(self._first.user_attrs.get("takeovers", {}))
+        stored = {
+            str(n): {"epoch": len(self.rows[n].history), "source": c.source, "values": c.values}
+            for n, c in changes.items()
+        }
+        self._first.set_user_attr("takeovers", {**done, str(len(done)): stored})
+        for number, change in changes.items():
+            row = self.rows[number]
+            row.values, row.released, row.state = change.values, len(row.history), "waiting"
 
 
-def searcher(space: SpaceFile, out: Path) -> Search:
-    """Optuna behind Ray's interface; every report is in the journal the moment it is made."""
-    seed = space.search.seed
-    samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-    }
-    metric, mode = space.objective
-    return Search(
-        Draw(space.space), metric=metric, mode=mode, sampler=samplers[space.search.sampler](), study_name=space.name,
-        storage=JournalStorage(JournalFileBackend(str(out / "optuna.journal"))),
-        points_to_evaluate=[dict(point) for point in space.start_points()] or None,
-    )  # fmt: skip
+def _me() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
 
 
-def scheduler(space: SpaceFile) -> Any:
-    """The rule that stops trials early."""
-    chosen = space.search.scheduler
-    if not isinstance(chosen, Asha):
-        return FIFOScheduler()
-    return KeepStart(space.start_points(), time_attr="epoch", max_t=space.most_epochs(), grace_period=chosen.grace_epochs,
-                     reduction_factor=chosen.reduction_factor)  # fmt: skip
+def check_sampler(space: SpaceFile) -> None:
+    """Raises BadInput when a package that the sampler needs is not there."""
+    sampler = space.search.sampler
+    if (package := PACKAGES.get(sampler)) and importlib.util.find_spec(package) is None:
+        raise BadInput(f"search.sampler: {sampler} needs the package {package}, but it is not installed; "
+                       f"pip install {package}, or use tpe")  # fmt: skip
 
 
-class StopOnProblem(tune.Stopper):  # type: ignore[misc]
-    """Ends the search at once when a slot finds the user's input bad: every other trial would fail the same way."""
-
-    def __init__(self) -> None:
-        self.problem = ""
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Tune asks this of every result."""
-        self.problem = result.get(PROBLEM, "") or self.problem
-        return bool(self.problem)
-
-    def stop_all(self) -> bool:
-        """Tune asks this between results."""
-        return bool(self.problem)
-
-
-def compare(
-    space: SpaceFile,
-    dataset: str,
-    need: Need,
-    slots: int,
-    rows: list[TrialRow],
-    best: TrialRow,
-    checkpoints: dict[str, Any],
-) -> list[tuple[str, dict[str, float]]]:
-    """Validation and test metrics of zero-shot, of every start point, and of the best."""
-    shown: list[tuple[str, TrialRow]] = []
-    for index, label in enumerate(space.start_labels()):
-        shown += [(label, row) for row in rows if matching_start(space.start_points(), row.values) == index][:1]
-    shown = [(label, row) for label, row in shown if row.state == "finished"] + [("best found", best)]
-    jobs: list[tuple[dict[str, Any], Any, list[str]]] = [
-        (apply_overrides(space.base, {"tuner.kind": "zero_shot", "extra_tuner": None}), None, ["validation", "test"])
-    ]
-    unique = list({row.trial_id: row for _, row in shown}.values())
-    jobs += [(space.config(row.values).to_dict(), checkpoints[row.trial_id], ["test"]) for row in unique]
-    # The slots are gone, so on a CPU their cores are free.
-    num_cpus = need.cpus if need.gpus else need.cpus * min(slots, int(os.cpu_count() or 1) // need.cpus or 1)
-    task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(_evaluate)
-    zero_shot, *tested = ray.get(task.remote(dataset, bool(need.gpus), num_cpus, jobs))
-    by_trial = {row.trial_id: figures for row, figures in zip(unique, tested, strict=True)}
-    validated = {row.trial_id: {k: v for k, v in row.last.items() if k.startswith("validation/")} for row in unique}
-    return [("zero-shot", zero_shot)] + [
-        (label, validated[row.trial_id] | by_trial[row.trial_id]) for label, row in shown
-    ]
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """Optuna's storage: a database by its URL, or a journal file in `folder`. Raises BadInput."""
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(mended(folder / JOURNAL))))
+    shown = re.sub(r"//[^@/]*@", "//", url)  # no password in messages
+    try:
+        return RDBStorage(url)
+    except ImportError as error:
+        raise BadInput(
+            f"--storage: {shown} needs a database driver, but got: {' '.join(str(error).split())}; install it"
+        ) from None
+    except Exception as error:  # of SQLAlchemy, or of any of its drivers
+        text = " ".join(str(error).split()).replace(url, shown)[:200]
+        raise BadInput(f"--storage: must be the URL of a database that answers, but got {shown} ({text}); "
+                       "for example postgresql://user@host/name or sqlite:///file.db") from None  # fmt: skip
 
 
-def _evaluate(
-    dataset: str, use_gpu: bool, num_cpus: int, jobs: list[tuple[dict[str, Any], Any, list[str]]]
-) -> list[dict[str, float]]:
-    """evaluate_all in a worker; checkpoints are fetched from where Tune stored them."""
-    from lift_ray.distributed.evaluation import evaluate_all  # brings torch, which the driver does not need
-
-    with ExitStack() as fetched:
-        local = [
-            (config, Path(fetched.enter_context(stored.as_directory())) / FOLDER if stored else None, splits)
-            for config, stored, splits in jobs
-        ]
-        return evaluate_all(dataset, use_gpu, num_cpus, local)
+def mended(journal: Path) -> Path:
+    """Take away what a killed driver may have left: a lock, and half a line at the end. Call it where no other driver can be."""
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if journal.exists() and (data := journal.read_bytes()) and not data.endswith(b"\n"):
+        with journal.open("rb+") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+    return journal
 
 
-def where_time_went(
-    rows: list[TrialRow], monitor: Monitor, slots: int, searched_s: float, total_s: float
-) -> dict[str, float]:
-    """Seconds of wall time; the slots' own time is divided by their number."""
-    search_s = max(0.0, monitor.last_result_s - (monitor.first_step_s or 0.0))
-    per_slot = {
-        name: sum(row.seconds(name) for row in rows) / slots for name in ("train_s", "data_wait_s", "evaluate_s")
-    }
-    first_loads = sum(row.seconds("load_s") for row in rows) / slots
-    return {
-        "start": monitor.first_step_s or 0.0,
-        "of which loading": first_loads,
-        "training steps": per_slot["train_s"] - per_slot["data_wait_s"],
-        "waiting for data": per_slot["data_wait_s"],
-        "evaluation": per_slot["evaluate_s"],
-        "between trials and idle": max(0.0, search_s - per_slot["train_s"] - per_slot["evaluate_s"]),
-        "final comparison": total_s - searched_s,
-        "total": total_s,
-    }
-
-
-def write_found(space: SpaceFile, dataset: str, found: Found, out: Output) -> None:
-    """best/, best.yaml and study.json; the trials table is there already. study.json comes last: its presence means done."""
-    best = out.folder / "best"
-    keep(found.checkpoint, best)
-    record = read_record(best)
-    write_json(dict(found.compared[-1][1]), best / "metrics.json")
-    header = f"# Best of the search {space.name} (trial {found.best.number}); python -m lift_ray.train best.yaml trains it again.\n"
-    dump_yaml({"name": f"{space.name}-best", "dataset": dataset, **record.config}, out.folder / "best.yaml", header)
-    about: dict[str, Any] = {
-        "name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True),
-        "best": {"trial": found.best.number, "values": found.best.values, "digest": record.digest, "config": record.config},
-        "compared": [{"label": label, **figures} for label, figures in found.compared],
-        "time_s": {name: round(seconds, 2) for name, seconds in found.time_s.items()},
-        "versions": {"lift_ray": lift_ray.__version__, "ray": ray.__version__, "optuna": optuna.__version__,
-                     "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
-    }  # fmt: skip
-    write_json(about, out.folder / "study.json")
-    out.publish()
+DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+PACKAGES = {"cmaes": "cmaes", "gp": "scipy"}
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # every point is given
+    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+}
+TELL = {
+    "finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "infeasible": TrialState.PRUNED, "failed": TrialState.FAIL,
+}  # fmt: skip

@@ -1,163 +1,276 @@
-"""One run on Ray Train workers: survives a lost worker, and resumes."""
+"""One run: on Ray Train workers, where it survives lost and hung workers, or in this process without Ray."""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import ray.train
-from ray.train.torch import TorchTrainer
-
 from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.checkpoint import FOLDER, keep
+from lift_ray.distributed.messages import Halted, Message, Problem
+from lift_ray.distributed.progress import Progress
 from lift_ray.errors import BadInput, RunFailed
+from lift_ray.results.output import Output
 
-MAX_FAILURES = 3
-METRICS = "metrics.jsonl"
+SETTINGS = "run.yaml"
+STOP_WITHIN_S = 10.0
+POLL_S = 0.3
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """What every rank runs: load, go on from the last checkpoint, train, report each epoch, test at the end."""
+@dataclass(frozen=True)
+class Job:
+    """What the workers of a run get.
+
+    Args:
+        name: of the run.
+        config: the settings, as a tree.
+        dataset, out: URIs.
+        num_cpus: cores of each worker.
+        checkpoint_s, checkpoint_steps: a checkpoint after so many seconds and so many steps, besides each epoch's.
+    """
+
+    name: str
+    config: dict[str, Any]
+    dataset: str
+    out: str
+    num_cpus: int = 1
+    checkpoint_s: float = 300.0
+    checkpoint_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Patience:
+    """What failures a run survives.
+
+    Args:
+        max_failures: how often workers may be lost.
+        heartbeat_s: workers that are silent for longer are taken for hung, and ended.
+    """
+
+    max_failures: int = 3
+    heartbeat_s: float = 1800.0
+
+
+def train_alone(job: Job, progress: Progress) -> None:
+    """Train in this process, on its GPU if it has one. Raises BadInput, and RunFailed, also when SIGTERM comes."""
     import torch
-    from ray.train.torch import get_device
 
+    from lift_ray.distributed.loop import StopAsked, stop_on_sigterm, told_to_stop
     from lift_ray.distributed.ranks import Ranks
+
+    before = signal.getsignal(signal.SIGTERM)
+    stop_on_sigterm()
+    try:
+        ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=job.num_cpus)
+        _train(job, ranks, progress.take, lambda: "SIGTERM" if told_to_stop.is_set() else "")
+    except StopAsked as asked:
+        raise _stopped(progress, str(asked), asked.checkpoint) from None
+    except RunFailed as error:
+        raise RunFailed(f"{error}{_kept(progress)}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train(job: Job, ranks: Any, tell: Callable[[Message], None], stop_asked: Callable[[], str]) -> None:
+    from lift_ray.distributed.keeper import Checkpoints
+    from lift_ray.distributed.loop import train
     from lift_ray.distributed.run import Run
     from lift_ray.distributed.warm import Warm
     from lift_ray.settings.run import RunConfig
 
-    context, num_cpus = ray.train.get_context(), settings["num_cpus"]
-    torch.set_num_threads(num_cpus)
-    ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device(), max(1, num_cpus - 1))
-    try:
-        run = Run(RunConfig.model_validate(settings["config"]), Warm(settings["dataset"], ranks))
-        if checkpoint := ray.train.get_checkpoint():
-            with checkpoint.as_directory() as folder:
-                run.load(Path(folder) / FOLDER)
-        for figures in run.epochs():
-            _report(run, figures)
-        if "test" in run.warm.dataset.splits:
-            ray.train.report({"epoch": run.epoch, **run.evaluate("test")})
-    except (BadInput, RunFailed) as error:
-        # Raised, it would be tried again MAX_FAILURES times; it is nothing that a retry can mend.
-        ray.train.report({"problem": str(error), "bad_input": isinstance(error, BadInput)})
+    output = Output(job.out)
+    if not output.holds(SETTINGS):
+        raise BadInput(f"{output}: must be storage that every worker reaches, but one on {os.uname().nodename} finds no "
+                       f"{SETTINGS} there; give a shared folder or a URL as --out")  # fmt: skip
+    run = Run(RunConfig.model_validate(job.config), Warm(job.dataset, ranks))
+    train(run, Checkpoints(output, job.checkpoint_s, job.checkpoint_steps), tell, stop_asked)
 
 
-def _report(run: Any, figures: dict[str, float]) -> None:
-    """Figures and a checkpoint from the first rank; Ray Train takes the folder over."""
-    if not run.ranks.is_first:
-        ray.train.report(figures)
+def train_worker(settings: dict[str, Any]) -> None:
+    """What every rank runs under Ray Train."""
+    import ray
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from lift_ray.distributed.loop import StopAsked, told_to_stop
+    from lift_ray.distributed.ranks import Ranks
+
+    job, board = settings["job"], settings["board"]
+    me = ray.get_runtime_context().current_actor
+    ray.get(me.execute.remote(_stop_on_sigterm))  # signals are a matter of the main thread, and this is not it
+    if not ray.get(board.join.remote(me)):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        run.save(Path(folder) / FOLDER)
-        ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    context = ray.train.get_context()
+    torch.set_num_threads(job.num_cpus)
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device(), max(1, job.num_cpus - 1))
+    link = Link(board)
+    try:
+        _train(job, ranks, link.tell if ranks.is_first else lambda message: None, link.stop_asked)
+    except StopAsked as asked:
+        if not told_to_stop.is_set():
+            ray.get(board.tell.remote(Halted(str(asked), asked.checkpoint)))
+            time.sleep(
+                STOP_WITHIN_S
+            )  # the driver ends now, and this with it; Ray Train must not start workers meanwhile
+            return
+        raise RunFailed(f"told to stop by {asked}, and wrote {asked.checkpoint}") from None
+    except (BadInput, RunFailed) as error:
+        ray.get(board.tell.remote(Problem(str(error), isinstance(error, BadInput))))
+        if ranks.world_size > 1:
+            raise  # other ranks may wait for this one; Ray Train ends them, and nobody finds work at the second try
 
 
-class Journal(ray.train.UserCallback):  # type: ignore[misc]
-    """Writes the first rank's figures to metrics.jsonl, a line for each report.
+def _stop_on_sigterm() -> None:
+    from lift_ray.distributed.loop import stop_on_sigterm
 
-    An epoch that is trained again after a failure replaces its line.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Ray Train calls this when all ranks have reported."""
-        new = metrics[0]
-        is_test = any(name.startswith("test/") for name in new)
-        lines = [
-            old for old in read_metrics(self.path) if is_test or "problem" in new or old.get("epoch", 0) < new["epoch"]
-        ]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*lines, new]))
-        temporary.replace(self.path)
+    stop_on_sigterm()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none when there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+class Link:
+    """A worker's side of the board. Nothing waits for an answer: it is looked at when it is there."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+        self._answer: Any = None
+
+    def tell(self, message: Message) -> None:
+        """Send a message."""
+        self._answer = self.board.tell.remote(message)
+
+    def stop_asked(self) -> str:
+        """Why to stop now; "" to go on."""
+        import ray
+
+        from lift_ray.distributed.loop import told_to_stop
+
+        if told_to_stop.is_set():
+            return "SIGTERM"
+        if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:
+            return ""
+        answer, self._answer = ray.get(self._answer), None
+        return str(answer)
 
 
-def run_training(
-    config: dict[str, Any], dataset: str, need: Need, out: Path, show: Callable[[dict[str, Any]], None]
-) -> tuple[Path, dict[str, Any]]:
-    """Train on `need.workers` workers, going on from what OUT holds.
-
-    Args:
-        show: called with the figures of each epoch as they come.
-
-    Returns:
-        OUT/checkpoint, and the figures of the last report (the test split's, where the data set has one).
+def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience, progress: Progress) -> None:
+    """Train on `need.workers` Ray Train workers, on at least `min_workers` when the cluster shrinks.
 
     Raises:
         BadInput: settings that only a worker could find wrong.
-        RunFailed: the loss diverged, or workers kept failing.
+        RunFailed: the loss diverged, workers kept failing, storage or disk did, or SIGTERM came.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    metrics = out / METRICS
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"config": config, "dataset": dataset, "num_cpus": need.cpus},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=need.workers, use_gpu=bool(need.gpus), resources_per_worker=need.bundle()
-        ),
-        run_config=ray.train.RunConfig(
-            name="train", storage_path=str(out), callbacks=[Journal(metrics)],
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
-    )  # fmt: skip
-    with Follower(metrics, show):
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise RunFailed(
-                f"{out}: the workers must finish, but failed more than {MAX_FAILURES} times; the last error: "
-                f"{_last_line(error)}; train again with --resume"
-            ) from None
-    last, target = read_metrics(metrics)[-1], out / "checkpoint"
-    if result.checkpoint:
-        keep(result.checkpoint, target)
-    if "problem" in last:
-        metrics.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(metrics)[:-1]))
-        kept = f"; {target} is the last good checkpoint" if result.checkpoint else ""
-        raise (BadInput if last["bad_input"] else RunFailed)(last["problem"] + kept)
-    return target, last
+    import ray
+
+    from lift_ray.distributed.board import new_board
+    from lift_ray.distributed.loop import stop_on_sigterm, told_to_stop
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        before = signal.getsignal(signal.SIGTERM)
+        stop_on_sigterm()
+    board = new_board(job.name)
+    fitting = Fitting(job, need, min_workers, patience.max_failures, board)
+    fitting.start()
+    try:
+        stop_at: float | None = None
+        while fitting.is_alive():
+            fitting.join(POLL_S)
+            messages, silent_s = ray.get(board.take.remote())
+            for message in messages:
+                progress.take(message)
+            if silent_s > patience.heartbeat_s:
+                ray.get(board.kill_workers.remote(f"the workers gave no sign of life for {patience.heartbeat_s:g} s"))
+            if told_to_stop.is_set() and stop_at is None:
+                is_running = ray.get(board.ask_stop.remote("SIGTERM"))
+                stop_at = time.monotonic() + (STOP_WITHIN_S if is_running else 0.0)
+            if stop_at is not None and (progress.halted or time.monotonic() >= stop_at):
+                raise _stopped(progress, "SIGTERM", progress.halted.checkpoint if progress.halted else "")
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+    for message in ray.get(board.take.remote())[0]:
+        progress.take(message)
+    if progress.problem and progress.problem.is_bad_input:
+        raise BadInput(progress.problem.line)
+    if progress.problem:
+        raise RunFailed(progress.problem.line + _kept(progress))
+    if fitting.error is not None:
+        raise RunFailed(
+            f"{progress.output}: the workers must finish, but failed more than {patience.max_failures} times; the last error: "
+            f"{_last_line(fitting.error)}; train again with --resume"
+        )
 
 
-class Follower:
-    """Shows new lines of metrics.jsonl while the main thread waits for the workers."""
+class Fitting(threading.Thread):
+    """Ray Train at work, in a thread, so that the main thread can show what happens and hear signals."""
 
-    def __init__(self, path: Path, show: Callable[[dict[str, Any]], None]) -> None:
-        self.path, self.show = path, show
-        self.shown = [line.get("epoch") for line in read_metrics(path)]
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
+    def __init__(self, job: Job, need: Need, min_workers: int, max_failures: int, board: Any) -> None:
+        super().__init__(daemon=True)
+        self.job, self.need, self.min_workers, self.max_failures, self.board = (
+            job,
+            need,
+            min_workers,
+            max_failures,
+            board,
+        )
+        self.error: BaseException | None = None
 
-    def __enter__(self) -> Follower:
-        self.thread.start()
-        return self
+    def run(self) -> None:
+        """To the end, or to a failure too many, which is then in `error`."""
+        import ray.train
+        from ray.train.torch import TorchTrainer
 
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self._new_lines()
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        board, need = self.board, self.need
 
-    def _follow(self) -> None:
-        while not self.stop.wait(0.5):
-            self._new_lines()
+        class Failures(ray.train.UserCallback):  # type: ignore[misc]
+            """Tells the board that workers were lost."""
 
-    def _new_lines(self) -> None:
-        for line in read_metrics(self.path):
-            if "train/loss" in line and line["epoch"] not in self.shown:
-                self.shown.append(line["epoch"])
-                self.show(line)
+            def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+                """Ray Train calls this before it starts workers anew."""
+                ray.get(board.failed.remote(_reason(worker_exceptions)))
+
+        # Ray Train keeps its own notes here; the run's checkpoints are ours, so nothing of it is needed later.
+        with tempfile.TemporaryDirectory(prefix="lift_ray-") as notes:
+            trainer = TorchTrainer(
+                train_worker,
+                train_loop_config={"job": self.job, "board": board},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=need.workers if self.min_workers >= need.workers else (self.min_workers, need.workers),
+                    use_gpu=bool(need.gpus), resources_per_worker=need.bundle(),
+                ),
+                run_config=ray.train.RunConfig(
+                    name="train", storage_path=notes, callbacks=[Failures()],
+                    failure_config=ray.train.FailureConfig(max_failures=self.max_failures,
+                                                           controller_failure_limit=self.max_failures),
+                ),
+            )  # fmt: skip
+            try:
+                trainer.fit()
+            except Exception as error:
+                self.error = error
+
+
+def _reason(errors: dict[int, Exception]) -> str:
+    """The first worker that failed by itself, and not because another was gone."""
+    lines = [(rank, _last_line(error)) for rank, error in sorted(errors.items())]
+    rank, line = min(lines, key=lambda pair: "gloo" in pair[1] or "NCCL" in pair[1])
+    return f"worker {rank}: {line}"
+
+
+def _stopped(progress: Progress, reason: str, checkpoint: str) -> RunFailed:
+    last = checkpoint or progress.checkpoint
+    kept = f"the last checkpoint is {last}" if last else "there was no checkpoint yet"
+    return RunFailed(f"{progress.output}: stopped by {reason}; {kept}; go on with --resume")
+
+
+def _kept(progress: Progress) -> str:
+    return f"; checkpoints/{progress.checkpoint} is the last good one" if progress.checkpoint else ""
 
 
 def _last_line(error: BaseException) -> str:

@@ -173,7 +173,8 @@ class Warm:
 
         for batch in batches:
             patches = None if batch.patches is None else move(batch.patches)
-            yield move(batch.images).contiguous() * gain + offset, move(batch.labels), patches
+            images = move(batch.images).float().mul_(gain).add_(offset)
+            yield images, move(batch.labels), patches
 
 
 def first_of_each_class(labels: Int64s, number: int) -> Int64s:

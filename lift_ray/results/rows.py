@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+ENDED = ("finished", "pruned", "infeasible", "failed")
+
 
 @dataclass
 class TrialRow:
@@ -20,17 +22,33 @@ class TrialRow:
     Args:
         number: from 0, in the order of starting.
         values: the searched settings.
-        state: running, finished (trained to its end), pruned (stopped early) or failed.
+        state: waiting, running, paused, finished (trained to its end), pruned (stopped early), infeasible (breaks a
+            constraint, so not trained) or failed.
         history: the figures of each epoch, in order.
+        group: the tuner kind, when each kind has trials of its own.
+        start: the number of the start point that it is.
+        released: epochs after which it went on from a pause.
     """
 
     number: int
-    trial_id: str
     values: dict[str, Any]
     num_epochs: int
     state: str = "running"
     history: list[dict[str, float]] = field(default_factory=list)
     error: str = ""
+    group: str = ""
+    start: int | None = None
+    released: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more will come of it."""
+        return self.state in ENDED
+
+    def paused_at(self, interval: int) -> bool:
+        """Does it wait for the others after its last epoch?"""
+        epoch = len(self.history)
+        return epoch > self.released and epoch % interval == 0 and epoch < self.num_epochs
 
     @property
     def last(self) -> dict[str, float]:
@@ -60,16 +78,32 @@ def short(value: Any) -> str:
 
 
 def best_row(rows: Iterable[TrialRow], metric: str, mode: str) -> TrialRow | None:
-    """The finished trial with the best value; None when none has finished."""
+    """The finished trial with the best value, the first of several; None when none has finished."""
     finished = [row for row in rows if row.state == "finished" and metric in row.last]
     sign = 1 if mode == "max" else -1
-    return max(finished, key=lambda row: sign * row.last[metric], default=None)
+    return max(finished, key=lambda row: (sign * row.last[metric], -row.number), default=None)
+
+
+def pareto_front(rows: Iterable[TrialRow], objectives: Mapping[str, str]) -> list[TrialRow]:
+    """The finished trials that no other beats or equals in every objective and beats in one, best first objective first."""
+    finished = [row for row in rows if row.state == "finished" and all(metric in row.last for metric in objectives)]
+    signs = {metric: 1 if mode == "max" else -1 for metric, mode in objectives.items()}
+    points = {row.number: [round(sign * row.last[metric], 12) for metric, sign in signs.items()] for row in finished}
+    front = [
+        row
+        for row in finished
+        if not any(
+            theirs != points[row.number] and all(a >= b for a, b in zip(theirs, points[row.number], strict=True))
+            for theirs in points.values()
+        )
+    ]
+    return sorted(front, key=lambda row: [-value for value in points[row.number]])
 
 
 def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:
     """trials.parquet and trials.csv: a row for each trial, settings and last figures as columns, renamed into place."""
     records = [
-        {"number": row.number, "trial_id": row.trial_id, "state": row.state, "epochs": len(row.history), **row.values,
+        {"number": row.number, "state": row.state, "epochs": len(row.history), **row.values,
          **{k: v for k, v in row.last.items() if "/" in k and not k.startswith("time/")},
          "trained_parameters": row.last.get("trained_parameters"),
          "train_s": row.seconds("train_s"), "evaluate_s": row.seconds("evaluate_s"), "error": row.error}

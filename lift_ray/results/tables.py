@@ -8,11 +8,12 @@ from typing import Any
 import rich.table
 from rich.console import Console
 
-from lift_ray.results.rows import TrialRow, short
+from lift_ray.results.rows import TrialRow, describe, short
 
 ACCURACIES = ("accuracy", "mean_class_accuracy", "many", "medium", "few")
 HEADINGS = ("overall", "mean class", "many", "medium", "few")
-STYLES = {"running": "cyan", "finished": "green", "pruned": "dim", "failed": "red"}
+STYLES = {"running": "cyan", "finished": "green", "pruned": "dim", "failed": "red", "waiting": "cyan",
+          "paused": "dim", "infeasible": "dim"}  # fmt: skip
 
 
 def console() -> Console:
@@ -39,6 +40,38 @@ def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str
         values = [(figures.get(f"{split}/{name}"), best[name]) for name in ACCURACIES]
         table.add_row(label, *(f"[bold]{percent(v)}[/bold]" if v == top else percent(v) for v, top in values))
     return table
+
+
+def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> rich.table.Table:
+    """The front of a search with several objectives: settings, and each objective's value."""
+    table = rich.table.Table(title="Pareto front", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table.add_column("trial", justify="right")
+    for metric, mode in objectives.items():
+        table.add_column(f"{metric.rsplit('/', 1)[-1].replace('_', ' ')}, {mode}", justify="right")
+    table.add_column("settings", overflow="fold")
+    for row in rows:
+        figures = (row.last[metric] for metric in objectives)
+        values = [f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}" for value in figures]
+        table.add_row(str(row.number), *values, describe(row.values))
+    return table
+
+
+def curve_table(rows: Sequence[TrialRow], names: Sequence[str]) -> rich.table.Table:
+    """A grid's finished trials in the order of their settings: what was set, how much is trained, and validation accuracy."""
+    table = rich.table.Table(title="the grid, validation accuracy in %", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for name in (*names, "trained parameters", *HEADINGS):
+        table.add_column(name, justify="right")
+    finished = [row for row in rows if row.state == "finished"]
+    for row in sorted(finished, key=lambda row: [_in_order(row.values.get(name)) for name in names]):
+        accuracies = (percent(row.last.get(f"validation/{name}")) for name in ACCURACIES)
+        values = (short(row.values.get(name, "")) for name in names)
+        table.add_row(*values, f"{row.last.get('trained_parameters', 0):,.0f}", *accuracies)
+    return table
+
+
+def _in_order(value: Any) -> tuple[bool, float, str]:
+    is_number = isinstance(value, int | float)
+    return (not is_number, float(value) if is_number else 0.0, str(value))
 
 
 def trial_table(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -52,3 +54,64 @@ class Tally:
         """
         classes = PerClass(*self._counts.cpu().numpy())
         return summarise(classes, self._bins.cpu().numpy(), float(self._loss), train_counts), classes
+
+
+class TauGrid:
+    """What every strength of the post-hoc adjustment z - tau * log prior would give, counted beside an evaluation.
+
+    The images are in two halves. A tau chosen on one and measured on the other says how much of the gain is luck.
+
+    Args:
+        taus: in rising order.
+        train_counts: (K,), training images of each class.
+        device: where the logits are.
+    """
+
+    def __init__(self, taus: Sequence[float], train_counts: NDArray[np.int64], device: torch.device) -> None:
+        self.taus = list(taus)
+        num_classes = len(train_counts)
+        self._log_prior = torch.from_numpy(np.log(train_counts / train_counts.sum())).float().to(device)
+        self._correct = torch.zeros(len(self.taus), 2 * num_classes, dtype=torch.int64, device=device)
+        self._total = torch.zeros(2 * num_classes, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor, halves: Tensor) -> None:
+        """Count a batch: raw logits (B, K), labels (B,), and 0 or 1 for each image (B,)."""
+        cell = labels + halves * len(self._log_prior)
+        self._total.index_add_(0, cell, torch.ones_like(labels))
+        for tau, correct in zip(self.taus, self._correct, strict=True):
+            correct.index_add_(0, cell, ((logits.float() - tau * self._log_prior).argmax(1) == labels).long())
+
+    def tensors(self) -> list[Tensor]:
+        """What the caller must sum over the ranks, in place, before `result`."""
+        return [self._correct, self._total]
+
+    def result(self) -> dict[str, float]:
+        """posthoc_tau, the best by mean class accuracy; posthoc_mean_class_accuracy with it; posthoc_optimism, the mean over
+        both halves of (accuracy where a tau was chosen) - (accuracy where it was not), at least 0."""
+        correct, total = (t.cpu().numpy().astype(float) for t in self.tensors())
+        by_half, counts = correct.reshape(len(self.taus), 2, -1), total.reshape(2, -1)
+        both = _mean_class_accuracy(by_half.sum(1), counts.sum(0))
+        first, second = (_mean_class_accuracy(by_half[:, half], counts[half]) for half in (0, 1))
+        best = int(both.argmax())
+        optimism = (first.max() - first[second.argmax()] + second.max() - second[first.argmax()]) / 2
+        return {
+            "posthoc_tau": self.taus[best],
+            "posthoc_mean_class_accuracy": float(both[best]),
+            "posthoc_optimism": float(optimism),
+        }
+
+
+def _mean_class_accuracy(correct: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(T, K) and (K,) -> (T,); classes without an image are left out."""
+    there = total > 0
+    mean: NDArray[np.float64] = (correct[:, there] / total[there]).mean(1)
+    return mean
+
+
+def halves_of(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,) -> 0 or 1 for each image: every second image of its class."""
+    order = np.argsort(labels, kind="stable")
+    seen = np.arange(len(order)) - np.searchsorted(labels[order], labels[order], side="left")
+    halves = np.empty(len(labels), np.int64)
+    halves[order] = seen % 2
+    return halves

@@ -9,12 +9,14 @@ from pydantic import ValidationError
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.settings.files import Path_, SettingsFile, explain, models_of
 from lift_ray.settings.run import RunConfig, check_global_batch
-from lift_ray.settings.space import Asha, SpaceFile, is_active, listed, parents_first, seeded_draws
+from lift_ray.settings.search import Asha, Hyperband, Median, NoScheduler, Pbt
+from lift_ray.settings.space import LARGEST_GRID, SpaceFile, grid_points, is_active, listed, parents_first, seeded_draws
 
 METRICS = (
     "mean_class_accuracy", "accuracy", "many", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean", "macro_f1",
     "calibration_error", "loss",
 )  # fmt: skip
+COUNT = "trained_parameters"
 NUM_CHECK_DRAWS = 64
 
 
@@ -24,7 +26,7 @@ def problems_of(file: SettingsFile, space: SpaceFile) -> list[str]:
     if not problems:
         problems = [*_draw_problems(file, space), *_when_problems(file, space), *_start_problems(file, space)]
     if not problems:
-        problems = _grace_problems(file, space)
+        problems = _search_problems(file, space)
     first_at_each_place = {line.split(": ")[0]: " ".join(line.split()) for line in reversed(problems)}
     return list(reversed(first_at_each_place.values()))
 
@@ -39,10 +41,93 @@ def known_paths(model: Any = RunConfig, prefix: str = "") -> set[str]:
 
 
 def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    metric, options = space.objective[0], [f"validation/{name}" for name in METRICS]
-    if metric in options:
-        return []
-    return [f"{file.where(('objectives', metric))}: unknown metric '{metric}'; {did_you_mean(metric, options)}"]
+    options = [f"validation/{name}" for name in METRICS]
+    out = [
+        f"{file.where((section, metric))}: unknown metric '{metric}'; {did_you_mean(metric, [*options, COUNT])}"
+        for section, metrics in (("objectives", space.objectives), ("constraints", space.constraints))
+        for metric in metrics
+        if metric not in (*options, COUNT)
+    ]
+    if not out and space.objective[0] == COUNT:
+        out.append(f"{file.where(('objectives', COUNT))}: the first objective must be a metric of validation, but got {COUNT}; "
+                   "name validation/mean_class_accuracy before it")  # fmt: skip
+    return out
+
+
+def _search_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    """What the sampler, the scheduler and per_kind ask of the space."""
+    search = space.search
+    rules: list[tuple[Path_, str]] = [(("search", "sampler"), SAMPLER_RULES.get(search.sampler, _nothing)(space))]
+    if search.per_kind is not None:
+        rules.append((("search", "per_kind"), _per_kind_rule(space)))
+    if isinstance(search.scheduler, Pbt):
+        rules.append((("search", "scheduler", "kind"), _pbt_rule(space)))
+    return [f"{file.where(at)}: {problem}" for at, problem in rules if problem] or _epoch_problems(file, space)
+
+
+def _nothing(space: SpaceFile) -> str:
+    return ""
+
+
+def _grid_rule(space: SpaceFile) -> str:
+    try:
+        number = len(grid_points(space.space))
+    except ValueError as error:
+        return f"grid needs choices, int, or float with a step, but got {error} without; give it a step, or use random"
+    if number > LARGEST_GRID:
+        return f"grid needs at most {LARGEST_GRID} points, but got more; give larger steps, or use random"
+    if space.search.trials < number:
+        return f"grid needs a trial for each of its {number} points, but got trials: {space.search.trials}; raise it, or use random"
+    if space.start:
+        return "grid has all points of the space, but got start points too; remove start"
+    return ""
+
+
+def _cmaes_rule(space: SpaceFile) -> str:
+    named = next((name for name, param in space.space.items() if param.choices is not None or param.when), "")
+    if named:
+        return f"cmaes needs int and float settings without `when`, but got {named}; use tpe, or move it to base"
+    if len(space.space) < 2:
+        return "cmaes needs at least 2 settings, but got 1; use tpe"
+    if len(space.objectives) > 1:
+        return f"cmaes needs one objective, but got {len(space.objectives)}; use nsga2 or tpe"
+    return ""
+
+
+def _gp_rule(space: SpaceFile) -> str:
+    named = next((name for name, param in space.space.items() if param.when), "")
+    return f"gp needs settings without `when`, but got {named}; use tpe" if named else ""
+
+
+def _nsga2_rule(space: SpaceFile) -> str:
+    return "" if len(space.objectives) > 1 else "nsga2 needs several objectives, but got 1; use tpe, or add one"
+
+
+def _per_kind_rule(space: SpaceFile) -> str:
+    kind = space.space.get("tuner.kind")
+    if kind is None or kind.choices is None:
+        return "must have tuner.kind with choices in the space, but got none; add it, or set trials"
+    if any("tuner.kind" not in point for point in space.start):
+        return "needs start points that name their tuner.kind, but got one that does not; add it"
+    if space.search.sampler == "grid" or isinstance(space.search.scheduler, Pbt):
+        return "goes with neither grid nor pbt, but got one; set trials"
+    return ""
+
+
+def _pbt_rule(space: SpaceFile) -> str:
+    scheduler = space.search.scheduler
+    if space.search.sampler not in ("random", "grid"):
+        return f"pbt goes with sampler random or grid, but got {space.search.sampler}; change it"
+    if len(space.objectives) > 1:
+        return f"pbt needs one objective, but got {len(space.objectives)}; keep one"
+    if "optim.epochs" in space.space:
+        return "pbt needs the same number of epochs in all trials, but optim.epochs is searched; move it to base"
+    if isinstance(scheduler, Pbt) and scheduler.interval_epochs >= space.most_epochs():
+        return f"pbt needs more epochs than interval_epochs, but got {space.most_epochs()}; raise base.optim.epochs"
+    return ""
+
+
+SAMPLER_RULES = {"grid": _grid_rule, "cmaes": _cmaes_rule, "gp": _gp_rule, "nsga2": _nsga2_rule}
 
 
 def _base_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
@@ -148,11 +233,12 @@ def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any
     return []
 
 
-def _grace_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    """ASHA that could stop nothing; Ray would refuse it with a traceback."""
+def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+    """A scheduler that could stop nothing."""
     scheduler, most = space.search.scheduler, space.most_epochs()
-    if not isinstance(scheduler, Asha) or scheduler.grace_epochs <= most:
+    if isinstance(scheduler, NoScheduler | Pbt) or scheduler.grace_epochs <= most:
         return []
+    assert isinstance(scheduler, Asha | Hyperband | Median)
     return [
         f"{file.where(('search', 'scheduler', 'grace_epochs'))}: must be at most the {most} epochs of a trial, "
         f"but got {scheduler.grace_epochs}; lower it, or set search.scheduler.kind=none"

@@ -23,6 +23,7 @@ from lift_ray.settings.run import RunFile, apply_overrides
 
 Model = TypeVar("Model", bound=BaseModel)
 Path_ = tuple[str | int, ...]
+RANGES, RANGE_OPTIONS = ("choices", "int", "float"), ("log", "step", "when")
 
 
 class SettingsFile:
@@ -170,7 +171,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for word in words:
         path, equals, text = word.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", path):
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w[\w/]*)*", path):
             raise BadInput(
                 f"command line: settings must be written key=value, but got '{word}'; for example loss.tau=0.5"
             )
@@ -262,10 +263,36 @@ def _one_line(value: object) -> str:
 
 
 def apply_file_overrides(file: SettingsFile, overrides: dict[str, Any], model: type[BaseModel]) -> None:
-    """Set command-line overrides in a file's data; the first name must be one of the model's. Raises BadInput."""
+    """Set command-line overrides in a file's data; the first name must be one of the model's. Raises BadInput.
+
+    Keys of `space` have dots in them: `space.tuner.bottleneck.int=[4, 64]` sets `int` of `tuner.bottleneck`.
+    """
     for path in overrides:
         first = path.split(".")[0]
         if first not in model.model_fields:
             raise BadInput(f"command line {path}: unknown key '{first}'; {did_you_mean(first, model.model_fields)}")
-        file.overridden.add(tuple(path.split(".")))
-    file.data = apply_overrides(file.data, overrides, model)
+    searched = {
+        path: value for path, value in overrides.items() if path.startswith("space.") and "space" in model.model_fields
+    }
+    plain = {path: value for path, value in overrides.items() if path not in searched}
+    file.overridden |= {tuple(path.split(".")) for path in plain}
+    file.data = apply_overrides(file.data, plain, model)
+    for path, value in searched.items():
+        file.overridden.add(_set_searched(file.data, path.removeprefix("space."), value))
+
+
+def _set_searched(data: dict[str, Any], path: str, value: Any) -> Path_:
+    """Set one word of a searched setting, or all of them when the last name is no such word; returns the position."""
+    name, _, word = path.rpartition(".")
+    if not name or word not in (*RANGES, *RANGE_OPTIONS):
+        name, word = path, ""
+    space = data["space"] = dict(data["space"]) if isinstance(data.get("space"), dict) else {}
+    if not word:
+        space[name] = value
+        return "space", name
+    before = space.get(name)
+    kept = before if isinstance(before, dict) else {}
+    if word in RANGES:  # a setting has one range: another takes its place
+        kept = {k: v for k, v in kept.items() if k not in RANGES and (k == "when" or word != "choices")}
+    space[name] = kept | {word: value}
+    return "space", name

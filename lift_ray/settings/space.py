@@ -11,10 +11,13 @@ from lift_ray.errors import BadInput
 from lift_ray.settings.base import OneOf, Settings
 from lift_ray.settings.files import SettingsFile, apply_file_overrides
 from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.settings.search import Limit, Plan, Search
+from lift_ray.settings.search import Scale as Scale
 
 if TYPE_CHECKING:
     import optuna
 
+LARGEST_GRID = 10_000
 LARGEST_BOUND = 1e15  # beyond it the samplers lose whole numbers
 
 
@@ -77,6 +80,17 @@ class Param(Settings):
         low, high = self.bounds  # type: ignore[misc]
         return number and not isinstance(value, bool) and low <= value <= high and self._on_step(value)
 
+    def options(self) -> list[Value] | None:
+        """Every value, when they can be counted: choices, whole numbers, steps."""
+        if self.choices is not None:
+            return list(self.choices)
+        low, high = self.bounds  # type: ignore[misc]
+        step = self.step or (1 if self.ints else None)
+        if step is None:
+            return [low] if low == high else None
+        number = min(LARGEST_GRID + 1, round((high - low) / step) + 1)
+        return [round(low + i * step) if self.ints else low + i * step for i in range(number)]
+
     def suggest(self, trial: optuna.trial.BaseTrial, name: str) -> Value:
         """Ask Optuna for a value."""
         if self.choices is not None:
@@ -95,59 +109,29 @@ class Param(Settings):
         return text + (" (log)" if self.log else "")
 
 
-class NoScheduler(Settings):
-    """Every trial runs to its end."""
-
-    kind: Literal["none"] = "none"
-
-
-class Asha(Settings):
-    """Stop the worse trials early (arXiv 1810.05934). Start points always run to their end: they are the yardstick."""
-
-    kind: Literal["asha"] = "asha"
-    grace_epochs: Annotated[int, Field(ge=1)] = 1
-    reduction_factor: Annotated[int, Field(ge=2)] = 3
-
-
-class Search(Settings):
-    """How the space is searched."""
-
-    trials: Annotated[int, Field(ge=1)] = 32
-    sampler: Literal["tpe", "random"] = "tpe"
-    scheduler: Annotated[NoScheduler | Asha, Field(discriminator="kind")] = Asha()
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-
-
-class Scale(Settings):
-    """What a trial may use of the cluster."""
-
-    workers_per_trial: Annotated[int, Field(ge=1)] = 1
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    use_gpu: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
-    max_concurrent: Annotated[
-        Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or a whole number of at least 1")
-    ] = "auto"
-
-
 class SpaceFile(Settings):
     """A search-space file, checked as far as it can be without a cluster."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dataset: str
     out: str | None = None
-    objectives: Annotated[dict[str, Literal["max", "min"]], Field(min_length=1, max_length=1)] = {
+    objectives: Annotated[dict[str, Literal["max", "min"]], Field(min_length=1)] = {
         "validation/mean_class_accuracy": "max"
     }
+    """Several make a Pareto search. Early stopping and `best` go by the first."""
+    constraints: dict[str, Limit] = {}
+    """A trial known to break one before training (trained_parameters) is not trained, but told to the sampler."""
     base: dict[str, Any] = {}
     space: Annotated[dict[str, Param], Field(min_length=1)]
     start: list[dict[str, Value]] = []
     """Tried first and never stopped early; `name` labels a point in the tables."""
     search: Search = Search()
     scale: Scale = Scale()
+    plan: Plan = Plan()
 
     @property
     def objective(self) -> tuple[str, Literal["max", "min"]]:
-        """(metric, max or min)."""
+        """(metric, max or min) of the first."""
         return next(iter(self.objectives.items()))
 
     def start_points(self) -> list[dict[str, Value]]:
@@ -157,6 +141,22 @@ class SpaceFile(Settings):
     def start_labels(self) -> list[str]:
         """What tables call the start points."""
         return [str(point.get("name", f"start point {index}")) for index, point in enumerate(self.start, 1)]
+
+    def kinds(self) -> list[str]:
+        """The tuner kinds that have trials of their own (search.per_kind); one nameless group otherwise."""
+        if self.search.per_kind is None:
+            return [""]
+        return [str(kind) for kind in self.space["tuner.kind"].choices or []]
+
+    def of_kind(self, kind: str) -> dict[str, Param]:
+        """The space with tuner.kind held at one of `kinds`."""
+        return self.space | {"tuner.kind": Param(choices=[kind])} if kind else self.space
+
+    @property
+    def num_trials(self) -> int:
+        """Trials in all; fewer when a grid has fewer points."""
+        number = (self.search.per_kind or 0) * len(self.kinds()) or self.search.trials
+        return min(number, len(grid_points(self.space))) if self.search.sampler == "grid" else number
 
     def most_epochs(self) -> int:
         """The longest that a trial of this space trains."""
@@ -170,8 +170,23 @@ class SpaceFile(Settings):
         return RunConfig.model_validate(apply_overrides(self.base, values))
 
 
+def grid_points(space: dict[str, Param]) -> list[dict[str, Value]]:
+    """Every combination of a space's values, `when` respected, at most LARGEST_GRID + 1. Raises ValueError for one without steps."""
+    points: list[dict[str, Value]] = [{}]
+    for name in parents_first(space):
+        options = space[name].options()
+        if options is None:
+            raise ValueError(name)
+        points = [
+            new
+            for point in points
+            for new in ([point | {name: value} for value in options] if is_active(space[name], point) else [point])
+        ][: LARGEST_GRID + 1]
+    return points
+
+
 class Draw:
-    """The space as Optuna's define-by-run function; an object, because Ray pickles it with the search's state."""
+    """The space as Optuna's define-by-run function."""
 
     def __init__(self, space: dict[str, Param]) -> None:
         self.space = {name: space[name] for name in parents_first(space)}

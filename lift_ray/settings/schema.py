@@ -1,0 +1,40 @@
+"""The JSON schema of search-space files, for editors that complete and check YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lift_ray.errors import BadInput
+from lift_ray.settings.checks import COUNT, METRICS, known_paths
+from lift_ray.settings.run import RunConfig
+from lift_ray.settings.space import SpaceFile
+
+
+def space_schema() -> dict[str, Any]:
+    """JSON schema 2020-12 of SpaceFile; `base` is a run's settings, and the names in `space` and `start` are known ones."""
+    schema = SpaceFile.model_json_schema(by_alias=True)
+    run = RunConfig.model_json_schema(ref_template="#/$defs/{model}")
+    schema["$defs"] |= run.pop("$defs")
+    names, parts = sorted(known_paths()), schema["properties"]
+    parts["base"] = run | {"title": "Base", "description": "What every trial has.", "default": {}}
+    parts["space"]["propertyNames"] = {"enum": names}
+    parts["start"]["items"]["propertyNames"] = {"enum": ["name", *names]}
+    metrics = [*(f"validation/{name}" for name in METRICS), COUNT]
+    parts["objectives"]["propertyNames"] = parts["constraints"]["propertyNames"] = {"enum": metrics}
+    schema["$schema"], schema["title"] = "https://json-schema.org/draft/2020-12/schema", "lift_ray search space"
+    return schema
+
+
+def write_schema(path: str) -> None:
+    """space_schema as a file. Raises BadInput when it cannot be written."""
+    target = Path(path)
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(space_schema(), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise BadInput(
+            f"--schema: must be a file that can be written, but got {path} ({error.strerror}); give another"
+        ) from None

@@ -1,0 +1,173 @@
+"""benchmarks/data.py: that all load the same pictures, and that it says what it measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import data
+import record
+from data_contenders import CONTENDERS, MEAN, STD, TRANSFORMS, Contender, Sample, Setup, growth
+
+PX, BATCH, BATCHES = 24, 8, 5
+THERE = [name for name, contender in CONTENDERS.items() if find_spec(contender.imports[0].split(".")[0])]
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return data.samples_of("embedded:caltech101", BATCH * BATCHES)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures as every contender that is installed writes them."""
+    written = tmp_path_factory.mktemp("written")
+    class_names = data.samples_of("embedded:caltech101", BATCH * BATCHES)[1]
+    for name in THERE:
+        CONTENDERS[name].write(samples, class_names, written)
+    return written
+
+
+def opened(name: str, folder: Path, transforms: str = "classic") -> Contender:
+    return CONTENDERS[name](Setup(str(folder), transforms, PX, BATCH))
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_every_contender_gives_every_picture_once_normalised(name: str, folder: Path, samples: list[Sample]) -> None:
+    images, labels = zip(*opened(name, folder).batches(0), strict=True)
+    assert [tuple(batch.shape) for batch in images] == [(BATCH, 3, PX, PX)] * BATCHES
+    assert sorted(torch.cat(labels).tolist()) == sorted(label for _, _, label in samples)
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (STD, MEAN))
+    levels = 255 * (torch.cat(images) * std + mean)
+    assert levels.dtype == torch.float32
+    assert (levels - levels.round()).abs().max() < 1e-2
+    assert (round(float(levels.min())), round(float(levels.max()))) == (0, 255)
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_starting_in_the_middle_gives_the_rest_of_the_epoch(name: str, folder: Path) -> None:
+    whole = [labels.tolist() for _, labels in opened(name, folder).batches(0)]
+    rest = [labels.tolist() for _, labels in opened(name, folder).batches(0, 3)]
+    assert len(whole) == BATCHES
+    assert rest == whole[3:]
+
+
+def test_nothing_asks_a_server(samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face `datasets` reports what it loads, unless it is told not to."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    asked: list[Any] = []
+
+    def refuse(host: Any, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    CONTENDERS["datasets"].write(samples, [str(label) for label in range(100)], tmp_path)
+    assert not asked
+
+
+@pytest.mark.parametrize("transforms", list(TRANSFORMS))
+def test_torchvisions_transforms_give_pictures_of_the_size(transforms: str, folder: Path) -> None:
+    images, _ = next(opened("imagefolder", folder, transforms).batches(0))
+    assert (images.shape, images.dtype) == ((BATCH, 3, PX, PX), torch.float32)
+    assert images.std() > 0.5
+
+
+def test_the_comparison_finds_a_planted_difference(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = data.compare(samples, PX)
+    assert found["pillow"]["largest"] <= 2
+    assert found["tensors"]["largest"] == 0
+    honest = data.training_picture
+
+    def planted(encoded: bytes, *rest: Any) -> Any:
+        picture = honest(encoded, *rest).astype(int)
+        picture[0, 0, 0] += 3 if encoded == samples[7][0] else 0
+        return picture
+
+    monkeypatch.setattr(data, "training_picture", planted)
+    found = data.compare(samples, PX)
+    assert found["tensors"]["largest"] == 3
+    assert found["tensors"]["off_by_more_frac"] == pytest.approx(1 / (len(samples) * PX * PX * 3))
+
+
+def test_differences_are_counted_by_levels() -> None:
+    ours = [np.array([10, 20, 30, 40], np.uint8), np.array([0, 255, 7, 8], np.uint8)]
+    theirs = [np.array([11, 18, 30, 40], np.uint8), np.array([255, 255, 7, 8], np.uint8)]
+    found = data.differences(ours, theirs)
+    assert found == {"largest": 255, "off_by_1_frac": 1 / 8, "off_by_2_frac": 1 / 8, "off_by_more_frac": 1 / 8}
+
+
+def test_a_rounds_ratio_is_formed_within_the_round() -> None:
+    def epoch(wall_s: float, processor_s: float) -> dict[str, Any]:
+        return {"wall_s": wall_s, "processor_s": processor_s, "images": 100, "peak_bytes": 5}
+
+    rounds = [{"imagefolder": epoch(2.0, 1.0), "lift_ray": epoch(1.0, 0.25), "bare": epoch(0.5, 0.2)},
+              {"imagefolder": epoch(8.0, 3.0), "lift_ray": epoch(4.0, 0.75), "bare": epoch(2.0, 0.6)}]  # fmt: skip
+    found = data.evaluate(rounds)["lift_ray"]
+    assert found["wall_times_imagefolder_range"] == [2.0, 2.0]
+    assert found["processor_times_imagefolder"] == pytest.approx(4.0)
+    assert found["wall_times_bare"] == pytest.approx(0.5)
+    assert found["processor_times_bare"] == pytest.approx(0.8)
+    assert found["images_per_wall_s"] == pytest.approx(40)
+    assert found["processor_ms"] == pytest.approx(5.0)
+
+
+def test_memory_that_stays_is_seen() -> None:
+    class Keeps(Contender):
+        def __init__(self, setup: Setup) -> None:
+            self.kept: list[Any] = []
+
+        def batches(self, epoch: int, start: int = 0) -> Any:
+            for _ in range(4):
+                self.kept.append(np.ones(8 * data.MIB))
+                yield torch.zeros(10, 3, 1, 1), torch.zeros(10)
+
+    first, last = growth(Keeps(Setup("")), [10, 40])["peak_bytes"]
+    assert 150 * data.MIB < last - first < 250 * data.MIB
+
+
+def test_the_recorded_row_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of real processes; a contender that is not installed is named and left out."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(CONTENDERS["mosaicml"], "imports", ("no_such_library",))
+    options = f"--images {BATCH * BATCHES} --batch {BATCH} --px {PX} --rounds 1 --memory 16 32 --record"
+    monkeypatch.setattr(sys, "argv", ["data.py", *options.split(), "--only", "imagefolder", "mosaicml", "lift_ray"])
+    threads = torch.get_num_threads()
+    data.main()
+    torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert "mosaicml: left out, mosaicml-streaming is not installed" in said
+    row = json.loads((tmp_path / "data.jsonl").read_text())
+    assert row["command"].startswith("python benchmarks/data.py --images 40")
+    figures = row["figures"]
+    assert figures["left_out"] == ["mosaicml"]
+    assert list(figures["contenders"]) == ["imagefolder", "lift_ray"]
+    for name, found in figures["contenders"].items():
+        assert name in said
+        assert found["images"] == BATCH * BATCHES
+        assert found["peak_bytes"] >= found["imported_bytes"] > 100 * data.MIB
+        assert found["version"]
+        wanted = (
+            "wall_ms",
+            "processor_ms",
+            "first_batch_s",
+            "resumed_s",
+            "images_per_wall_s",
+            "wall_times_imagefolder",
+        )
+        assert all(found[key] > 0 for key in wanted)
+    assert set(figures["pictures"]) == {"pillow", "tensors"}
+    assert figures["transforms"] in figures["transforms_ms"]
+    assert figures["memory"]["images"] == [16, 32]
+    assert len(figures["memory"]["growth_bytes"]) == 1

@@ -1,0 +1,64 @@
+"""python -m lift_ray.evaluate on several workers: the figures of one, each image counted once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lift_ray import evaluate
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
+from lift_ray.errors import BadInput
+from lift_ray.settings.run import RunConfig
+
+
+@pytest.fixture(scope="module")
+def folder(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The results of a run: a checkpoint after one epoch, in checkpoint/."""
+    out = tmp_path_factory.mktemp("run")
+    threads = torch.get_num_threads()
+    config = {"backbone": {"model": small_clip}, "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.01}}
+    run = Run(RunConfig.model_validate(config), Warm(small_data, Ranks.alone()))
+    run.train_epoch()
+    run.save(out / "checkpoint")
+    yield str(out)
+    torch.set_num_threads(threads)
+
+
+def evaluated(words: list[str], capsys: pytest.CaptureFixture[str], table: Path) -> tuple[dict[str, float], list[str]]:
+    evaluate.main([*words, "--json", "--per-class", str(table)])
+    with table.open() as file:
+        return json.loads(capsys.readouterr().out), [row["images"] for row in csv.DictReader(file)]
+
+
+def test_two_workers_give_the_figures_of_one(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_session: None
+) -> None:
+    for words in ([folder], [folder, "--split", "validation", "--tte"]):
+        alone, images = evaluated(words, capsys, tmp_path / "one.csv")
+        together, images_together = evaluated([*words, "--workers", "2"], capsys, tmp_path / "two.csv")
+        assert together == pytest.approx(alone, abs=1e-6)
+        assert images_together == images == ["3"] * 8
+
+
+def test_workers_that_do_not_fit_are_one_line(folder: str, ray_session: None) -> None:
+    with pytest.raises(BadInput, match=r"scale: a trial must fit the cluster, but got 64 x \(1 CPU\)"):
+        evaluate.main([folder, "--workers", "64"])
+
+
+def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        evaluate.main([str(tmp_path), "--workers", "2"])
+    assert str(caught.value) == (
+        f"{tmp_path}: must be a checkpoint folder, but there is no run.json; give the folder that holds it"
+    )
+    with pytest.raises(
+        BadInput, match=r"^CHECKPOINT: must be a folder or a URL of object storage, but got nonsense://x"
+    ):
+        evaluate.main(["nonsense://x/y"])

@@ -1,0 +1,68 @@
+"""What a run in training tells: kept, shown, passed on."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from lift_ray.distributed import board
+from lift_ray.distributed.messages import Began, EpochDone, Failed, Problem, Stepped
+from lift_ray.distributed.progress import STEP_FIGURES, Progress
+from lift_ray.distributed.trainer import _reason
+from lift_ray.results.output import Output
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_progress_rebuilds_the_figures_from_the_history_and_counts_what_was_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = {"epoch": 1, "train/loss": 2.0, "validation/mean_class_accuracy": 0.5, "train/images_per_s": 9.0}
+    second = first | {"epoch": 2}
+    with Progress(Output(str(tmp_path))) as progress:
+        progress.take(Began(2, 3, 10, 0, 0, []))
+        progress.take(Stepped(0, 4, dict.fromkeys(STEP_FIGURES, 0.5)))
+        progress.take(EpochDone(first, "epoch-0001"))
+        progress.take(EpochDone(second, "epoch-0002"))
+        progress.take(Failed("worker 1: [/lost] its node"))
+        progress.take(Began(1, 3, 10, 1, 4, [first]))
+        assert lines(tmp_path) == [first]
+        progress.take(EpochDone(second, "epoch-0002"))
+        progress.take(Problem("one", True))
+        progress.take(Problem("two", False))
+    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
+    assert progress.retries == ["worker 1: [/lost] its node"]
+    assert progress.problem == Problem("one", True)
+    said = capsys.readouterr().out
+    assert "worker 1: [/lost] its node; trying again from the last checkpoint" in said
+    assert "going on from epoch 2, step 4 of 10, on 1 worker" in said
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"step/data_wait_frac" in events.read_bytes()
+
+
+def test_the_board_passes_the_wish_to_stop_on_and_knows_silence(ray_session: None) -> None:
+    here = board.Board("name")
+    assert here.take()[1] == 0.0
+    assert here.tell(Stepped(0, 1, {"loss": 1.0})) == ""
+    time.sleep(0.05)
+    messages, silent_s = here.take()
+    assert (len(messages), here.take()[0]) == (1, [])
+    assert silent_s >= 0.05
+    assert here.ask_stop("SIGTERM")
+    assert here.tell(Stepped(0, 2)) == "SIGTERM"
+    here.failed("gone")
+    assert here.take()[1] == 0.0
+    assert here.join(None), "a run that was told to stop has no problem"
+    here.tell(Problem("bad", True))
+    assert not here.join(None)
+
+
+def test_the_reason_of_a_failure_is_the_worker_that_failed_first() -> None:
+    errors = {0: Exception("[x/gloo/pair.cc:545] Connection closed by peer"), 1: Exception("The worker died\n")}
+    assert _reason(errors) == "worker 1: The worker died"
+    assert _reason({0: errors[0]}).startswith("worker 0: [x/gloo")

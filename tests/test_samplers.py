@@ -1,0 +1,305 @@
+"""What chooses the next trial, and what stops or changes one: each sampler on the spaces it takes, each scheduler by its rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
+
+import optuna
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from lift_ray import tune
+from lift_ray.distributed.schedulers import RULES, decide, takeovers
+from lift_ray.distributed.study import PACKAGES, SAMPLERS, Study, check_sampler, open_storage
+from lift_ray.errors import BadInput
+from lift_ray.results.rows import TrialRow, pareto_front
+from lift_ray.settings.search import (
+    AnyScheduler,
+    Asha,
+    Hyperband,
+    Limit,
+    Pbt,
+    Search,
+    expected_epochs,
+    num_brackets,
+    rungs,
+)
+from lift_ray.settings.space import SpaceFile, grid_points, seeded_draws
+
+METRIC, COUNT = "validation/mean_class_accuracy", "trained_parameters"
+PLAIN = {"optim.lr": {"float": [0.01, 1.0], "log": True}, "loss.tau": {"float": [0.0, 2.0], "step": 0.5}}
+NESTED = {
+    "tuner.kind": {"choices": ["adaptformer", "lora", "linear_probe"]},
+    "tuner.bottleneck": {"int": [1, 8], "when": {"tuner.kind": ["adaptformer", "lora"]}},
+    "tuner.mlp": {"choices": [False, True], "when": {"tuner.kind": "lora", "tuner.bottleneck": [1, 2, 3, 4]}},
+    "optim.lr": PLAIN["optim.lr"],
+}
+
+
+def space(searched: dict[str, Any], epochs: int = 9, **sections: Any) -> SpaceFile:
+    return SpaceFile.model_validate(
+        {"name": "s", "dataset": "d", "base": {"optim": {"epochs": epochs}}, "space": searched, **sections}
+    )
+
+
+def told(study: Study, number: int) -> optuna.trial.FrozenTrial:
+    trials = [t for s in study._studies.values() for t in s.trials]
+    return next(t for t in trials if t.user_attrs["trial"]["number"] == number)
+
+
+def play(wanted: SpaceFile) -> Study:
+    """A study whose trials have one epoch, worth 1 - |lr - 0.3| (- 0.1 for linear_probe)."""
+    study = Study(wanted, "d", InMemoryStorage())
+    while (row := study.next()) is not None:
+        value = 1 - abs(row.values.get("optim.lr", 0.3) - 0.3) - 0.1 * (row.values.get("tuner.kind") == "linear_probe")
+        study.report(
+            row, {"epoch": 9, METRIC: value, COUNT: 10 * row.values.get("tuner.bottleneck", 1), "num_epochs": 9}
+        )
+        study.end(row, "finished")
+    return study
+
+
+def test_there_is_a_sampler_and_a_rule_for_every_choice_of_the_settings() -> None:
+    assert set(SAMPLERS) == set(get_args(Search.model_fields["sampler"].annotation))
+    assert {*RULES, Pbt} == set(get_args(AnyScheduler))
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_every_sampler_draws_what_the_space_holds_and_the_same_again(sampler: str) -> None:
+    if sampler in PACKAGES:
+        pytest.importorskip(PACKAGES[sampler])
+    nested = sampler in ("tpe", "random", "nsga2")
+    searched = {"loss.tau": PLAIN["loss.tau"]} if sampler == "grid" else NESTED if nested else PLAIN
+    objectives = {METRIC: "max", COUNT: "min"} if sampler == "nsga2" else {METRIC: "max"}
+    wanted = space(searched, search={"trials": 14, "sampler": sampler}, objectives=objectives)
+    first, second = play(wanted), play(wanted)
+    assert len(first.rows) == (5 if sampler == "grid" else 14)
+    assert [row.values for row in first.rows.values()] == [row.values for row in second.rows.values()]
+    for row in first.rows.values():
+        assert all(wanted.space[name].holds(value) for name, value in row.values.items())
+        assert told(first, row.number).state == TrialState.COMPLETE
+    other = play(wanted.model_copy(update={"search": wanted.search.model_copy(update={"seed": 1})}))
+    assert sampler == "grid" or [r.values for r in other.rows.values()] != [r.values for r in first.rows.values()]
+
+
+def test_tpe_finds_what_random_does_not() -> None:
+    def mean_of_last(sampler: str) -> float:
+        rows = list(play(space(NESTED, search={"trials": 60, "sampler": sampler})).rows.values())[30:]
+        return sum(row.last[METRIC] for row in rows) / len(rows)
+
+    assert mean_of_last("tpe") > mean_of_last("random") + 0.05
+
+
+@pytest.mark.parametrize("sampler", sorted(PACKAGES))
+def test_a_sampler_without_its_package_is_one_line(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput) as caught:
+        check_sampler(space(PLAIN, search={"sampler": sampler}))
+    package = PACKAGES[sampler]
+    assert str(caught.value) == (
+        f"search.sampler: {sampler} needs the package {package}, but it is not installed; pip install {package}, or use tpe"
+    )
+
+
+def test_a_grid_is_every_combination_that_when_allows() -> None:
+    searched = {name: param for name, param in NESTED.items() if name != "optim.lr"}
+    points = [row.values for row in play(space(searched, search={"trials": 99, "sampler": "grid"})).rows.values()]
+    assert len(points) == 1 + 8 + 8 + 4
+    assert len({tuple(sorted(point.items(), key=str)) for point in points}) == len(points)
+    assert points == grid_points(space(searched).space)
+    assert {tuple(sorted(draw)) for draw in seeded_draws(space(searched).space, 99)} == {
+        tuple(sorted(p)) for p in points
+    }
+
+
+def test_each_kind_has_its_own_share_and_its_own_sampler() -> None:
+    start = [{"tuner.kind": "lora", "tuner.bottleneck": 2, "tuner.mlp": False, "optim.lr": 0.02}]
+    study = play(space(NESTED, search={"per_kind": 6}, start=start))
+    kinds = Counter(row.values["tuner.kind"] for row in study.rows.values())
+    assert kinds == {"adaptformer": 6, "lora": 6, "linear_probe": 6}
+    assert all(row.group == row.values["tuner.kind"] for row in study.rows.values())
+    assert study.rows[0].values == start[0]
+    assert sorted(optuna.get_all_study_names(study.storage)) == ["s/adaptformer", "s/linear_probe", "s/lora"]
+
+
+def test_a_trial_that_breaks_a_constraint_is_told_and_is_not_the_best() -> None:
+    wanted = space(NESTED, search={"trials": 40}, constraints={COUNT: {"max": 30}, METRIC: {"min": 0.2}})
+    study = Study(wanted, "d", InMemoryStorage())
+    while (row := study.next()) is not None:
+        count = 10 * row.values.get("tuner.bottleneck", 1)
+        if count > 30:
+            study.end(row, "infeasible", "too large", known={COUNT: count})
+            continue
+        study.report(row, {"epoch": 9, METRIC: 1 - row.values["optim.lr"], COUNT: count, "num_epochs": 9})
+        study.end(row, "finished")
+    states = {row.number: row.state for row in study.rows.values()}
+    for row in study.rows.values():
+        trial, count = told(study, row.number), 10 * row.values.get("tuner.bottleneck", 1)
+        assert trial.constraints[COUNT] == count - 30
+        broken = count > 30 or 1 - row.values["optim.lr"] < 0.2
+        assert (states[row.number] == "infeasible") == broken
+        assert trial.state == (TrialState.PRUNED if count > 30 else TrialState.COMPLETE)
+    later = [states[number] for number in range(20, 40)]
+    earlier = [states[number] for number in range(10)]
+    assert later.count("infeasible") / 20 < earlier.count("infeasible") / 10, "the sampler did not learn to keep away"
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    values = [(0.5, 10), (0.6, 20), (0.4, 5), (0.5, 20), (0.6, 20), (0.3, 7)]
+    rows = [TrialRow(i, {}, 1, "finished", [{"epoch": 1, METRIC: a, COUNT: c}]) for i, (a, c) in enumerate(values)]
+    rows.append(TrialRow(6, {}, 1, "pruned", [{"epoch": 1, METRIC: 0.9, COUNT: 1}]))
+    assert [row.number for row in pareto_front(rows, {METRIC: "max", COUNT: "min"})] == [1, 4, 0, 2]
+    rows[3].history[0][METRIC] += 1e-16  # the same but for rounding
+    assert 3 not in [row.number for row in pareto_front(rows, {METRIC: "max", COUNT: "min"})]
+    assert [row.number for row in pareto_front(rows, {METRIC: "max"})] == [1, 4]
+
+
+def rows_of(*histories: list[float], epochs: int = 9, **fields: Any) -> list[TrialRow]:
+    return [
+        TrialRow(
+            i,
+            {"optim.lr": 0.1 * (i + 1)},
+            epochs,
+            history=[{"epoch": e, METRIC: v} for e, v in enumerate(h, 1)],
+            **fields,
+        )
+        for i, h in enumerate(histories)
+    ]
+
+
+def test_asha_stops_at_its_rungs_what_is_not_among_the_best_third() -> None:
+    wanted = space(PLAIN, search={"scheduler": {"kind": "asha"}})
+    assert rungs(wanted.search.scheduler, 9) == [1, 3]
+    rows = rows_of([0.5, 0.6, 0.7], [0.6], [0.2])
+    assert decide(wanted, rows[2], rows) == "stop"
+    assert decide(wanted, rows[1], rows) == "go on"
+    assert decide(wanted, rows_of([0.5, 0.1])[0], rows) == "go on", "epoch 2 is no rung"
+    assert decide(wanted, rows_of([0.0])[0], rows[:1]) == "go on", "nobody else was there"
+    rows[2].start = 0
+    assert decide(wanted, rows[2], rows) == "go on", "a start point runs to its end"
+    rows[2].start, rows[2].group = None, "lora"
+    assert decide(wanted, rows[2], rows) == "go on", "it is compared with its own kind"
+    least = space(PLAIN, objectives={"validation/loss": "min"})
+    losses = [TrialRow(i, {}, 9, history=[{"epoch": 1, "validation/loss": v}]) for i, v in enumerate((1.0, 0.5, 2.0))]
+    assert [decide(least, row, losses) for row in losses] == ["stop", "go on", "stop"]
+
+
+def test_hyperband_gives_each_bracket_a_longer_grace() -> None:
+    scheduler = Hyperband(grace_epochs=1, reduction_factor=3)
+    assert [rungs(scheduler, 9, b) for b in range(num_brackets(scheduler, 9))] == [[1, 3], [3], []]
+    wanted = space(PLAIN, search={"scheduler": {"kind": "hyperband"}})
+    rows = rows_of([0.5], [0.5], [0.5], [0.1], [0.1], [0.1])
+    assert [decide(wanted, row, rows) for row in rows[3:]] == ["stop", "go on", "go on"]
+
+
+def test_median_stops_what_was_never_as_good_as_half_of_the_others() -> None:
+    wanted = space(PLAIN, search={"scheduler": {"kind": "median", "grace_epochs": 2}})
+    rows = rows_of([0.4, 0.6], [0.2, 0.4], [0.5, 0.7], [0.1, 0.35], [0.1, 0.55])
+    assert decide(wanted, rows[3], rows) == "stop"
+    assert decide(wanted, rows[4], rows) == "go on"
+    assert decide(wanted, rows[3], rows[:3]) == "stop"
+    assert decide(wanted, rows[3], rows[:2]) == "go on", "too few others"
+    assert decide(wanted, rows_of([0.0])[0], rows_of([1.0], [1.0], [1.0], [1.0])) == "go on", "within the grace"
+
+
+@limits(max_examples=60, deadline=None)
+@given(values=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=9),
+       kind=st.sampled_from(["none", "asha", "hyperband", "median"]))  # fmt: skip
+def test_no_rule_stops_the_best_and_order_does_not_matter(values: list[list[float]], kind: str) -> None:
+    wanted, rows = space(PLAIN, search={"scheduler": {"kind": kind}}), rows_of(*values)
+    for row in rows:
+        decision = decide(wanted, row, rows)
+        assert decision == decide(wanted, row, rows[::-1])
+        best = all(max(v[: len(row.history)]) <= row.history[-1][METRIC] for v in values)
+        assert decision == "go on" or (kind != "none" and not best)
+
+
+def test_the_worst_take_over_from_the_best_with_another_rate_within_the_space() -> None:
+    wanted = space(
+        PLAIN, search={"sampler": "random", "scheduler": {"kind": "pbt", "interval_epochs": 2, "quantile": 0.25}}
+    )
+    rows = rows_of(*([0.1 * i, 0.1 * i] for i in range(8)))
+    assert [decide(wanted, row, rows) for row in rows] == ["pause"] * 8
+    assert decide(wanted, rows_of([0.5])[0], rows) == "go on"
+    for row in rows:
+        row.state = "paused"
+    changes = takeovers(wanted, rows)
+    assert changes == takeovers(wanted, rows[::-1]), "a second driver decides as the first did"
+    assert {n for n, c in changes.items() if c.source is not None} == {0, 1}
+    assert {changes[0].source, changes[1].source} <= {6, 7}
+    for number in (0, 1):
+        theirs, mine = rows[changes[number].source or 0].values["optim.lr"], changes[number].values["optim.lr"]
+        assert mine in (pytest.approx(min(1.0, theirs * 1.25)), pytest.approx(theirs / 1.25))
+    assert all(changes[n].values == rows[n].values for n in range(2, 8))
+    rows[0].released = 2
+    assert decide(wanted, rows[0], rows) == "go on", "it has been released"
+
+
+@pytest.mark.parametrize(("scheduler", "epochs", "expected"), [
+    (Asha(grace_epochs=2), 15, 2 + 4 / 3 + 9 / 9), (Asha(grace_epochs=1), 1, 1.0), (Pbt(), 7, 7.0),
+    (Hyperband(), 9, ((1 + 2 / 3 + 6 / 9) + (3 + 6 / 3) + 9) / 3),
+])  # fmt: skip
+def test_the_plan_reckons_with_what_early_stopping_saves(scheduler: Any, epochs: int, expected: float) -> None:
+    assert expected_epochs(scheduler, epochs) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "excess"), [(Limit(max=3), 5, 2), (Limit(min=3), 5, -2), (Limit(min=1, max=3), 0, 1)]
+)
+def test_an_excess_above_0_breaks_a_limit(limit: Limit, value: float, excess: float) -> None:
+    assert limit.excess(value) == excess
+
+
+SPACE = """\
+name: {name}
+dataset: {data}
+base: {{backbone: {{model: '{clip}'}}, optim: {{epochs: 3, global_batch_size: 16}}, tuner: {{kind: lora}}}}
+objectives: {objectives}
+{more}
+space:
+  tuner.bottleneck: {{int: [1, 16], log: true}}
+  optim.lr: {{float: [1.0e-4, 1.0e-1], log: true}}
+search: {{trials: {trials}, sampler: {sampler}, scheduler: {{kind: {scheduler}}}, tte_best: 0}}
+"""
+
+
+def test_population_based_training_changes_rates_and_trains_all_to_their_end(
+    small_data: str, small_clip: str, tmp_path: Path, ray_session: None
+) -> None:
+    file, out = tmp_path / "space.yaml", tmp_path / "out"
+    file.write_text(SPACE.format(name="pbt", data=small_data, clip=small_clip, objectives=f"{{{METRIC}: max}}", more="", trials=4,
+                                 sampler="random", scheduler="pbt"))  # fmt: skip
+    assert not tune.main([str(file), "--out", str(out)])
+    table = pq.read_table(out / "trials.parquet").to_pylist()
+    assert [(row["state"], row["epochs"]) for row in table] == [("finished", 3)] * 4
+    study = optuna.load_study(storage=open_storage(None, out), study_name="pbt")
+    generations = study.user_attrs["takeovers"]
+    changed = {n: c for g in generations.values() for n, c in g.items() if c["source"] is not None}
+    assert len(generations) == 2
+    assert changed
+    drawn = {str(t.user_attrs["trial"]["number"]): t.params["optim.lr"] for t in study.trials}
+    assert all(change["values"]["optim.lr"] != drawn[number] for number, change in changed.items())
+
+
+def test_a_pareto_search_under_a_constraint_writes_its_front(
+    small_data: str, small_clip: str, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "space.yaml", tmp_path / "out"
+    file.write_text(SPACE.format(
+        name="pareto", data=small_data, clip=small_clip, objectives=f"{{{METRIC}: max, {COUNT}: min}}", trials=8,
+        more=f"constraints: {{{COUNT}: {{max: 3000}}}}", sampler="nsga2", scheduler="asha",
+    ))  # fmt: skip
+    assert not tune.main([str(file), "--out", str(out)])
+    table = pq.read_table(out / "trials.parquet").to_pylist()
+    large = [row for row in table if row["state"] == "infeasible"]
+    assert large
+    assert all(row["epochs"] == 0 and row["error"].startswith("trained_parameters is ") for row in large)
+    assert all(row[COUNT] <= 3000 for row in table if row["state"] == "finished")
+    assert "Pareto front" in capsys.readouterr().out

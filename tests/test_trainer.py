@@ -1,0 +1,220 @@
+"""One run on a cluster of three nodes loses its driver, workers and a node, and gives the model of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.multiprocessing
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+from test_run import free_port
+
+from lift_ray import train
+from lift_ray.distributed.ranks import Ranks, join_group
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
+from lift_ray.settings.files import read_run
+from lift_ray.settings.run import RunConfig
+
+EPOCHS, STEPS = 14, 24
+Lines = list[dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
+    path = tmp_path_factory.mktemp("run") / "run.yaml"
+    path.write_text(
+        f"name: e2e\ndataset: {small_data}\nbackbone: {{model: '{small_clip}'}}\n"
+        f"tuner: {{kind: adaptformer, bottleneck: 4}}\noptim: {{epochs: {EPOCHS}, lr: 0.01, global_batch_size: 4}}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes of one core each, all on this machine."""
+    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=small)
+    for _ in range(2):
+        cluster.add_node(**small)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+def train_as_rank(rank: int, port: int, data: str, config: dict[str, Any], out: str) -> None:
+    torch.set_num_threads(1)
+    join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
+    run = Run(RunConfig.model_validate(config), Warm(data, Ranks(rank, 2, torch.device("cpu"))))
+    figures = [*run.epochs(), {"epoch": run.epoch, **run.evaluate("test")}]
+    if rank == 0:
+        run.save(Path(out, "checkpoint"))
+        Path(out, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in figures))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_file: Path, small_data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two processes, without Ray and without a break."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    arguments = (free_port(), small_data, read_run(run_file).config.to_dict(), str(out))
+    context = torch.multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=train_as_rank, args=(rank, *arguments)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    return out
+
+
+@contextmanager
+def training(cluster: Cluster, run_file: Path, out: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "lift_ray.train", str(run_file), "--out", str(out), "--workers", "2", *words]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(30)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 150) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "nothing happened in time"
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.02)
+
+
+def wait_for_the_middle(out: Path, epoch: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has just begun the epoch after so many: a third of it may be done, not more."""
+    wait_for(lambda: (out / "checkpoints" / f"epoch-{epoch:04d}-step-000005").exists(), process)
+
+
+def workers() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if any("RayTrainWorker" in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def newest(out: Path) -> str:
+    return max(path.name for path in (out / "checkpoints").iterdir() if not path.name.endswith(".tmp"))
+
+
+def figures(out: Path) -> Lines:
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("time/") and k != "train/images_per_s"}
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def assert_same_model(out: Path, expected: Path) -> None:
+    assert figures(out) == figures(expected)
+    for file in ("weights.safetensors", "optimizer.safetensors"):
+        one, other = load_file(out / "checkpoint" / file), load_file(expected / "checkpoint" / file)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def killed(cluster: Cluster, run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves whose driver was told to stop, was resumed, and killed with SIGKILL inside an epoch."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    with training(cluster, run_file, out, "--checkpoint-steps", "5") as process:
+        wait_for_the_middle(out, 1, process)
+        process.terminate()
+        told = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        took_s = time.monotonic() - told
+    assert process.returncode == 1
+    assert output.splitlines()[-1].split("; ", 1) == [
+        f"{out}: stopped by SIGTERM", f"the last checkpoint is {newest(out)}; go on with --resume"
+    ]  # fmt: skip
+    assert "-step-" in newest(out)
+    assert took_s < 30
+    with training(cluster, run_file, out, "--resume", "--checkpoint-steps", "5") as process:
+        wait_for_the_middle(out, 4, process)
+        process.kill()
+        process.wait(30)
+        ends = time.monotonic() + 60
+        while workers():
+            assert time.monotonic() < ends, "Ray keeps the workers of a dead driver"
+            time.sleep(0.2)
+    assert "-step-" in newest(out), "the driver was to be killed inside an epoch"
+    return out
+
+
+def test_a_run_whose_driver_and_then_a_worker_were_killed_gives_exactly_the_same_model(
+    cluster: Cluster, run_file: Path, killed: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(killed, out)
+    with training(cluster, run_file, out, "--resume", "--checkpoint-steps", "5") as process:
+        wait_for_the_middle(out, 8, process)
+        workers()[1].send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    places = [line.split("going on from ")[1] for line in output.splitlines() if "going on from " in line]
+    assert [place.split(",")[0] for place in places] == ["epoch 5", "epoch 9"]
+    assert not any("step 0 " in place for place in places), "it was to go on inside an epoch"
+    assert "tried again 1 time: worker " in output
+    assert_same_model(out, undisturbed)
+
+
+def test_a_run_goes_on_with_fewer_workers_and_the_same_losses(
+    run_file: Path, killed: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(killed, out)
+    threads = torch.get_num_threads()
+    train.main([str(run_file), "--resume", "--no-ray", "--out", str(out)])
+    torch.set_num_threads(threads)
+    for one, other in zip(figures(out), figures(undisturbed), strict=True):
+        losses = {name: value for name, value in other.items() if name.endswith("/loss")}
+        assert losses
+        assert {name: one[name] for name in losses} == pytest.approx(losses, abs=1e-4)
+
+
+def test_a_hung_worker_a_spot_notice_and_a_lost_node_leave_exactly_the_same_model(
+    cluster: Cluster, run_file: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with training(cluster, run_file, out, "--checkpoint-steps", "5", "--heartbeat-s", "10") as process:
+        wait_for_the_middle(out, 1, process)
+        workers()[0].send_signal(signal.SIGSTOP)
+        wait_for_the_middle(out, 4, process)
+        workers()[0].send_signal(signal.SIGTERM)
+        wait_for_the_middle(out, 7, process)
+        parents = [worker.ppid() for worker in workers()]
+        lost = next(n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid in parents)
+        cluster.remove_node(lost, allow_graceful=False)
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    again = [line for line in output.splitlines() if line.startswith("tried again 1 time")]
+    assert len(again) == 3
+    assert again[0] == "tried again 1 time: the workers gave no sign of life for 10 s"
+    assert "told to stop by SIGTERM, and wrote epoch-0004-step-" in again[1]
+    assert_same_model(out, undisturbed)
