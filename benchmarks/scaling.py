@@ -140,6 +140,7 @@ def show(found: dict[int, dict[str, float]], modelled: dict[int, dict[str, float
         "step, ms",
         "images/s",
         "speed-up (least to most)",
+        "by CPU time",
         "efficiency",
         "bytes a step",
         "of 4 x trained",

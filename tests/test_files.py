@@ -13,7 +13,7 @@ from lift_ray.settings.files import SettingsFile, dump_yaml, parse_overrides, re
 from lift_ray.settings.run import RunConfig, RunFile
 
 D = "dataset: d\n"
-SECTIONS = "augment, backbone, dataset, evaluation, extra_tuner, head, loss, name, optim, out, seed, tuner"
+SECTIONS = "augment, backbone, dataset, evaluation, extra_tuner, head, loss, method, name, optim, out, seed, tuner"
 
 
 def check(text: str) -> RunFile:

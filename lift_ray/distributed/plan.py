@@ -38,7 +38,9 @@ def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tupl
     }
     if model is None:
         return config, lines | {"trained parameters and memory": f"unknown; {unknown}"}
-    parts = memory(model, config, batch // workers) | {"encoded pictures": _encoded_bytes(split)}
+    parts = memory(model, config, batch // workers) | {
+        "encoded pictures": _encoded_bytes(split, config.optim.shuffle_bytes)
+    }
     each = ", ".join(f"{name} {size / MIB:,.1f}" for name, size in parts.items())
     return config, lines | {
         "trained parameters": f"{sum(p.numel() for p in model.trained().values()):,}",
@@ -46,8 +48,8 @@ def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tupl
     }
 
 
-def _encoded_bytes(split: Split) -> int:
-    return min(memory_bytes(split), sum(sum(shard.row_group_bytes) for shard in split.shards))
+def _encoded_bytes(split: Split, shuffle_bytes: int) -> int:
+    return min(memory_bytes(split, shuffle_bytes), sum(sum(shard.row_group_bytes) for shard in split.shards))
 
 
 def _build(config: RunConfig, data: Dataset) -> tuple[Lift, RunConfig]:

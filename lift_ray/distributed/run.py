@@ -102,11 +102,6 @@ class Run:
             self.forward = torch.compile(self.model)
 
     @property
-    def shuffle_bytes(self) -> int:
-        """Encoded pictures that are shuffled together."""
-        return int(self.config.optim.shuffle_mib * 2**20)
-
-    @property
     def num_epochs(self) -> int:
         """Epochs to train: none when nothing is trained."""
         return self.config.optim.epochs if self.trained else 0
@@ -115,6 +110,7 @@ class Run:
         """One pass over the training split without validation; the figures of `end_epoch`."""
         for batch in self.batches():
             self.train_step(batch)
+        self._settle()
         return self._end_epoch()
 
     def batches(self) -> Iterator[Step]:
@@ -155,16 +151,19 @@ class Run:
         Returns train/loss, train/accuracy, speed, where the time went, and the metrics of validation.
         Raises RunFailed when the loss was not finite.
         """
-        self.check_finite()
+        self._settle()
         self.metrics = self.evaluate("validation")
         figures = {"epoch": self.epoch + 1, **self._end_epoch(), **self.metrics, "trained_parameters": self.num_trained}
         self.history.append(figures)
         return figures
 
-    def _end_epoch(self) -> Figures:
+    def _settle(self) -> None:
+        """Wait for the device to finish its steps, which counts as training, and check them."""
         asked = time.monotonic()
-        self.check_finite()  # waits for the device
+        self.check_finite()
         self.seconds["time/train_s"] += time.monotonic() - asked
+
+    def _end_epoch(self) -> Figures:
         loss, right = self.losses.mean(0).tolist()
         images_seen = self.steps_per_epoch * self.config.optim.global_batch_size
         figures = {"train/loss": loss, "train/accuracy": right, **self.seconds,
@@ -203,19 +202,19 @@ class Run:
         full_px = tower.resolution_px
         size_px = growing_px(start_px, full_px, tower.patch_px, self.epoch, epochs) if start_px else full_px
         batches = training_batches(
-            self.warm.reader(self.train, self.shuffle_bytes), self.train, size_px=size_px,
+            self.warm.reader(self.train, self.config.optim.shuffle_bytes), self.train, size_px=size_px,
             global_batch_size=config.optim.global_batch_size, seed=config.seed, epoch=self.epoch, epochs=epochs, kind=augment.kind,
             schedule=augment.schedule if isinstance(augment, Mda) else "max", num_patches=tower.num_patches(size_px),
             patch_dropout=getattr(augment, "patch_dropout", 0.0), start_step=self.step, rank=ranks.rank, world_size=ranks.world_size,
             num_threads=ranks.num_threads, decode=getattr(augment, "decode", "exact"), device=ranks.device,
-            shuffle_bytes=self.shuffle_bytes,
+            shuffle_bytes=self.config.optim.shuffle_bytes,
         )  # fmt: skip
         moved = self.warm.to_device(config, batches)
         return self.forward, (((images, patches), labels) for images, labels, patches in moved)
 
     def _kept_batches(self, kept: torch.Tensor) -> Iterator[tuple[Inputs, torch.Tensor]]:
         size, ranks = self.config.optim.global_batch_size, self.ranks
-        order = epoch_order(self.train, self.config.seed, self.epoch, self.shuffle_bytes)
+        order = epoch_order(self.train, self.config.seed, self.epoch, self.config.optim.shuffle_bytes)
         for step in range(self.step, self.steps_per_epoch):
             batch = order[step * size : (step + 1) * size]
             rows = torch.from_numpy(batch[share_of_batch(batch, ranks.rank, ranks.world_size)])

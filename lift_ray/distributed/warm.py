@@ -61,7 +61,9 @@ class Warm:
 
     def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
         """The open files of a split, and memory for the encoded pictures that are shuffled together."""
-        reader = self._readers.setdefault(split.name, RowReader(split))
+        if split.name not in self._readers:
+            self._readers[split.name] = RowReader(split)
+        reader = self._readers[split.name]
         reader.cache_bytes = memory_bytes(split, shuffle_bytes)
         return reader
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 
 from lift_ray.settings.base import OneOf, Settings
+from lift_ray.settings.methods import Lift, Method
 from lift_ray.settings.tuners import Adaptformer, AnyTuner, Tuner, check_pair, resolve_tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -190,6 +191,11 @@ class Optim(Settings):
     shuffle_mib: Annotated[float, Field(gt=0)] = 192.0
     """Encoded pictures that are shuffled together, at most 8,192: what a worker holds in memory of a larger data set."""
 
+    @property
+    def shuffle_bytes(self) -> int:
+        """shuffle_mib in bytes."""
+        return int(self.shuffle_mib * 2**20)
+
 
 class Evaluation(Settings):
     """How images are classified after training."""
@@ -212,6 +218,7 @@ class RunConfig(Settings):
     """Everything that decides what a run computes, and nothing else."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    method: Method = Lift()
     backbone: Backbone = Backbone()
     augment: Augment = Mda()
     tuner: Tuner = Adaptformer()
