@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,20 +100,21 @@ class Options:
 
 
 def kind(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command with its own parameters, and an option for each field of Options in place of `options`."""
+    """Register a command; a parameter that is a dataclass is an option for each of its fields."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        own = [
-            each for each in inspect.signature(function, eval_str=True).parameters.values() if each.name != "options"
-        ]
-        shared = inspect.signature(Options, eval_str=True).parameters.values()
+        parameters = inspect.signature(function, eval_str=True).parameters
+        groups = {each.name: inspect.signature(each.annotation, eval_str=True).parameters
+                  for each in parameters.values() if isinstance(each.annotation, type) and is_dataclass(each.annotation)}  # fmt: skip
 
         @wraps(function)
         def command(**given: Any) -> None:
-            mine = {each.name: given.pop(each.name) for each in own}
-            function(**mine, options=Options(**given))
+            made = {group: parameters[group].annotation(**{field: given.pop(field) for field in fields})
+                    for group, fields in groups.items()}  # fmt: skip
+            function(**given, **made)
 
-        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
+        shown = [each for name, own in parameters.items() for each in groups.get(name, {name: own}).values()]
+        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
         command.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
         return app.command(name)(command)
 
@@ -206,25 +207,31 @@ def cifar(
     _convert(index, destination, replace(options, imbalance=None))
 
 
-ImageColumn = Annotated[str | None, typer.Option(help="Column of the images: paths, in Parquet also bytes.  [found]")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels: names or numbers.  [found]")]
-SplitColumn = Annotated[str | None, typer.Option(help="Column of train, val or test.  [split, if there is one]")]
-Root = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder that paths start from.  [where the table is]")]
-ClassNames = Annotated[
-    str | None, typer.Option(metavar="FILE", help="A class name on each line, for labels that are numbers.")
-]
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What is where in a table; the help of each option says it."""
+
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of the images: paths, in Parquet also bytes.  [found]")
+    ] = None
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels: names or numbers.  [found]")] = None
+    split_column: Annotated[
+        str | None, typer.Option(help="Column of train, val or test.  [split, if there is one]")
+    ] = None
+    root: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder that paths start from.  [where the table is]")
+    ] = None
+    class_names: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A class name on each line, for labels that are numbers.")
+    ] = None
 
 
 @kind("csv")
 def csv_table(
     source: Annotated[str, typer.Argument(metavar="SRC", help="CSV file with a header.")],
     destination: Destination,
+    columns: Columns,
     options: Options,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    split_column: SplitColumn = None,
-    root: Root = None,
-    class_names: ClassNames = None,
 ) -> None:
     """Convert images whose paths and labels are in a CSV file.
 
@@ -234,20 +241,15 @@ def csv_table(
     """
     from lift_ray.data.tables import scan_table
 
-    columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
-    _convert(scan_table(source, kind="csv", root=root, class_names=class_names, **columns), destination, options)
+    _convert(scan_table(source, kind="csv", **asdict(columns)), destination, options)
 
 
 @kind("parquet")
 def parquet_table(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Parquet file, folder of them, or pattern with *.")],
     destination: Destination,
+    columns: Columns,
     options: Options,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    split_column: SplitColumn = None,
-    root: Root = None,
-    class_names: ClassNames = None,
 ) -> None:
     """Convert images that Parquet files hold, or name.
 
@@ -257,8 +259,7 @@ def parquet_table(
     """
     from lift_ray.data.tables import scan_table
 
-    columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
-    _convert(scan_table(source, kind="parquet", root=root, class_names=class_names, **columns), destination, options)
+    _convert(scan_table(source, kind="parquet", **asdict(columns)), destination, options)
 
 
 @kind("torchvision")

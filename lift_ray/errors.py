@@ -20,6 +20,12 @@ class RunFailed(Exception):
     """The input was good, but the run did not finish. The message says where to look."""
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, where Ray's reports say what happened; the name of its class when it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 MOST_NAMES = 60  # in one error line
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from flaky_store import Store
 
 TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
 EVALUATION_COUNT = 3
@@ -76,3 +80,21 @@ def ray_session() -> Iterator[None]:
 
     with connected(dashboard=False):
         yield
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Store]:
+    """A store that fails on demand, with one data set in it: 60 pictures in 3 shards of 5 row groups each."""
+    from flaky_store import flaky_store
+
+    with flaky_store() as store:
+        yield store
+
+
+@pytest.fixture
+def store(server: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
+    """The store, counting from zero, and an empty cache."""
+    monkeypatch.setenv("LIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LIFT_CACHE_GB", raising=False)
+    server.forget()
+    return server

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.catalog import Split, open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.data.shards import publish, write_split
 
@@ -149,3 +149,8 @@ def handler(store: Store, address: str) -> type[BaseHTTPRequestHandler]:
             self.close_connection = self.close_connection or cut
 
     return Handler
+
+
+def opened(patience_s: float = 30.0) -> Split:
+    """The training split of the data set in the store."""
+    return open_dataset("s3://pets/set", patience_s=patience_s).split("train")

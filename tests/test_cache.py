@@ -8,37 +8,16 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flaky_store import IMAGES, Store, flaky_store, write
+from flaky_store import IMAGES, Store, opened, write
 
 from lift_ray.data import cache
-from lift_ray.data.catalog import Split, open_dataset
+from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    """The store, with one data set in it: 60 pictures in 3 shards of 5 row groups each."""
-    with flaky_store() as store:
-        yield store
-
-
-@pytest.fixture
-def store(server: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
-    """The store, counting from zero, and an empty cache."""
-    monkeypatch.setenv("LIFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("LIFT_CACHE_GB", raising=False)
-    server.forget()
-    return server
-
-
-def opened(patience_s: float = 30.0) -> Split:
-    return open_dataset("s3://pets/set", patience_s=patience_s).split("train")
 
 
 def kept_shards(tmp_path: Path) -> list[Path]:

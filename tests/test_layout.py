@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lift_ray.data.catalog import SPLITS, open_dataset, shard_names
+from lift_ray.data.catalog import open_dataset
+from lift_ray.data.layout import SPLITS, shard_names
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -15,33 +14,13 @@ import botocore.exceptions
 import fsspec
 import numpy as np
 import pytest
-from flaky_store import IMAGES, Store, flaky_store, write
+from flaky_store import IMAGES, Store, opened, write
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from lift_ray.data.catalog import Split, open_dataset
+from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.data.store import may_pass
 from lift_ray.errors import BadInput
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    """The store, with one data set in it: 60 pictures in 3 shards of 5 row groups each."""
-    with flaky_store() as store:
-        yield store
-
-
-@pytest.fixture
-def store(server: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
-    """The store, counting from zero, and an empty cache."""
-    monkeypatch.setenv("LIFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("LIFT_CACHE_GB", raising=False)
-    server.forget()
-    return server
-
-
-def opened(patience_s: float = 30.0) -> Split:
-    return open_dataset("s3://pets/set", patience_s=patience_s).split("train")
 
 
 def test_a_data_set_in_s3_is_what_was_written(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -30,6 +31,7 @@ from lift_ray.settings.files import read_run
 from lift_ray.settings.run import RunConfig
 
 EPOCHS, STEPS = 14, 24
+SMALL_NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 Lines = list[dict[str, float]]
 
 
@@ -46,10 +48,9 @@ def run_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_cl
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Three nodes of one core each, all on this machine."""
-    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args=small)
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=SMALL_NODE)
     for _ in range(2):
-        cluster.add_node(**small)
+        cluster.add_node(**SMALL_NODE)
     cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
@@ -82,11 +83,18 @@ def undisturbed(run_file: Path, small_data: str, tmp_path_factory: pytest.TempPa
 
 
 @contextmanager
-def training(cluster: Cluster, run_file: Path, out: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+def training(
+    cluster: Cluster,
+    run_file: Path,
+    out: Path,
+    *words: str,
+    stdout: IO[str] | int = subprocess.PIPE,
+    **environment: str,
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "lift_ray.train", str(run_file), "--out", str(out), "--workers", "2", *words]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"RAY_ADDRESS": cluster.address},
+        command, stdout=stdout, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"RAY_ADDRESS": cluster.address} | environment,
     )  # fmt: skip
     try:
         yield process
@@ -218,3 +226,29 @@ def test_a_hung_worker_a_spot_notice_and_a_lost_node_leave_exactly_the_same_mode
     assert again[0] == "tried again 1 time: the workers gave no sign of life for 10 s"
     assert "told to stop by SIGTERM, and wrote epoch-0004-step-" in again[1]
     assert_same_model(out, undisturbed)
+
+
+def test_a_run_goes_on_with_fewer_workers_when_the_cluster_shrinks_and_with_more_when_it_grows_again(
+    cluster: Cluster, run_file: Path, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    while len(cluster.worker_nodes) > 1:
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+    def places() -> list[str]:
+        return re.findall(r"going on from epoch \d+, step \d+ of \d+, on (.*)", log.read_text())
+
+    words = ("optim.epochs=2000", "--min-workers", "1", "--checkpoint-steps", "5")
+    start = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+    with log.open("w") as text, training(cluster, run_file, out, *words, stdout=text, **start) as process:
+        wait_for_the_middle(out, 1, process)
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        wait_for(lambda: places() == ["1 worker"], process)
+        cluster.add_node(**SMALL_NODE)
+        wait_for(lambda: places() == ["1 worker", "2 workers"], process)
+        before = len(figures(out))
+        wait_for(lambda: len(figures(out)) > before, process)
+        process.terminate()
+        process.wait(60)
+    epochs = [line["epoch"] for line in figures(out)]
+    assert epochs == list(range(1, len(epochs) + 1))

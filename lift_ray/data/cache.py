@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -85,7 +86,7 @@ class ShardCopies:
         """`limit_bytes` bounds all shards in the folder, those being downloaded included."""
         self._limit_bytes, self._patience_s = limit_bytes, patience_s
         self._folder = cache_folder() / "shards"
-        self._off = limit_bytes == 0
+        self._off, self._lock = limit_bytes == 0, threading.Lock()
 
     def path(self, shard: Shard) -> Path | None:
         """Where the whole shard is, after a download if need be; None when it is to be read from its store.
@@ -111,8 +112,10 @@ class ShardCopies:
                     partial.unlink(missing_ok=True)
                 return copy
         except OSError as error:
-            self._off = True
-            warnings.warn(f"{self._folder}: no more shards are kept ({error}); reading from the store", stacklevel=2)
+            with self._lock:
+                first, self._off = not self._off, True
+            if first:
+                warnings.warn(f"{self._folder}: no more shards are kept ({error}); reading from the store", stacklevel=2)
         return None
 
     def _reserved(self, copy: Path, num_bytes: int) -> Path | None:

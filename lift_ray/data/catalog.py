@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,8 @@ import numpy as np
 
 from lift_ray.data.cache import load_index, shard_limit_bytes, store_index
 from lift_ray.data.footers import Content, read_content
-from lift_ray.data.layout import MANIFEST as MANIFEST
-from lift_ray.data.layout import RECONVERT as RECONVERT
-from lift_ray.data.layout import SHARD_NAME as SHARD_NAME
-from lift_ray.data.layout import SPLITS as SPLITS
-from lift_ray.data.layout import Listing, find_shards
-from lift_ray.data.layout import shard_names as shard_names
-from lift_ray.data.longtail import Int64s, keep_first, longtail_counts
+from lift_ray.data.layout import MANIFEST, RECONVERT, SPLITS, Listing, find_shards
+from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
 from lift_ray.data.store import PATIENCE_S, fetch, is_remote, join, locate, reached
 from lift_ray.errors import BadInput, did_you_mean
 
@@ -140,14 +136,36 @@ def _open_embedded(uri: str) -> Dataset:
     name = uri.removeprefix("embedded:")
     if name not in EMBEDDED:
         raise BadInput(f"{uri}: must name data in the package, but got {name!r}; {did_you_mean(name, EMBEDDED)}")
-    folder, profile = EMBEDDED[name]
-    whole = _open_folder(uri, str(files("lift_ray") / "assets" / folder), 0.0)
-    if profile is None:
-        return whole
+    folder, cut = EMBEDDED[name]
+    return cut(_open_folder(uri, str(files("lift_ray") / "assets" / folder), 0.0))
+
+
+def _long_tailed(whole: Dataset, largest: int, imbalance: float) -> Dataset:
     train = whole.split("train")
-    rows = keep_first(train.labels, longtail_counts(train.class_counts(whole.num_classes), *profile))
-    cut = replace(train, labels=train.labels[rows], rows=train.rows[rows])
-    return replace(whole, splits={**whole.splits, "train": cut})
+    counts = longtail_counts(train.class_counts(whole.num_classes), largest, imbalance)
+    return replace(whole, splits={**whole.splits, "train": _kept(train, keep_first(train.labels, counts))})
+
+
+def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dataset:
+    """The 40 classes with the most images, 40 to 2 of each labelled, and up to 47 more in the unlabelled pool."""
+    natural = whole.split("train").class_counts(whole.num_classes)
+    classes = np.sort(np.argsort(-natural, kind="stable")[:40])
+    label_of = np.full(whole.num_classes, -1)
+    label_of[classes] = np.arange(len(classes))
+    splits = {}
+    for name, split in whole.splits.items():
+        here = _kept(split, np.flatnonzero(label_of[split.labels] >= 0))
+        splits[name] = replace(here, labels=label_of[here.labels])
+    train = splits["train"]
+    counts, further = semi_supervised_counts(natural[classes], 40, 47, 20.0, gamma_u, flipped=flipped)
+    splits["train"] = _kept(train, keep_first(train.labels, counts))
+    pool = _kept(train, keep_first(train.labels, counts + further))
+    splits["unlabelled"] = replace(pool, name="unlabelled")
+    return Dataset(whole.uri, tuple(whole.class_names[k] for k in classes), splits)
+
+
+def _kept(split: Split, samples: Int64s) -> Split:
+    return replace(split, labels=split.labels[samples], rows=split.rows[samples])
 
 
 def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
@@ -301,8 +319,11 @@ def _check_training(dataset: Dataset) -> None:
         )
 
 
-# name -> folder in assets/, and (largest, imbalance) of the long-tailed cut of its training split
-EMBEDDED: dict[str, tuple[str, tuple[int, float] | None]] = {
-    "caltech101": ("caltech101", None),
-    "caltech101-lt": ("caltech101", (200, 50.0)),
+# name -> folder in assets/, and which of its images are taken
+EMBEDDED: dict[str, tuple[str, Callable[[Dataset], Dataset]]] = {
+    "caltech101": ("caltech101", lambda whole: whole),
+    "caltech101-lt": ("caltech101", partial(_long_tailed, largest=200, imbalance=50.0)),
+    "caltech101-half": ("caltech101", partial(_half_labelled, gamma_u=20.0)),
+    "caltech101-half-uniform": ("caltech101", partial(_half_labelled, gamma_u=1.0)),
+    "caltech101-half-reversed": ("caltech101", partial(_half_labelled, gamma_u=20.0, flipped=True)),
 }

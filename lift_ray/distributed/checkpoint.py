@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 WEIGHTS, OPTIMIZER, STATE, RECORD = "weights.safetensors", "optimizer.safetensors", "state.safetensors", "run.json"
 PER_CLASS = "per_class.csv"
 FORMAT_VERSION = 1
-FOLDER = "lift"  # inside a checkpoint of Ray Tune or Ray Train
 
 
 @dataclass
@@ -117,16 +116,6 @@ def _rename(temporary: Path, folder: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def keep(stored: Any, target: Path) -> None:
-    """Copy the checkpoint inside one of Ray's, wherever it is stored, to `target`: whole or not at all."""
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with stored.as_directory() as folder:
-        shutil.copytree(Path(folder) / FOLDER, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,6 +43,15 @@ def connected(address: str | None = None, *, dashboard: bool = True) -> Iterator
     finally:
         if mine:
             ray.shutdown()
+
+
+def meeting_point() -> tuple[str, int]:
+    """This node's address and a free port, where a process group can form."""
+    import ray
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
 
 def dashboard_url() -> str | None:

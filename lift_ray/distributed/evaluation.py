@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.capacity import Need, num_slots
-from lift_ray.distributed.cluster import connected
+from lift_ray.distributed.cluster import connected, meeting_point
 from lift_ray.distributed.ranks import Ranks, join_group
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
@@ -54,11 +53,7 @@ class Evaluator:
 
     def address(self) -> tuple[str, int]:
         """Where the ranks may meet, if this is the first."""
-        import ray
-
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+        return meeting_point()
 
     def evaluate(
         self, rank: int, meet: tuple[str, int], need: Need, where: str, dataset: str, split: str,

@@ -16,7 +16,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lift_ray.distributed.capacity import Need
-from lift_ray.errors import BadInput, RunFailed
+from lift_ray.distributed.cluster import meeting_point
+from lift_ray.errors import BadInput, RunFailed, last_line
 from lift_ray.results.output import Output
 from lift_ray.settings.run import RunConfig
 
@@ -69,11 +70,7 @@ class Worker:
 
     def address(self) -> tuple[str, int]:
         """Where the slot's process group can meet."""
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+        return meeting_point()
 
     def open(self, address: tuple[str, int] | None) -> None:
         """Load what trials share, and form the slot's process group. Raises BadInput."""
@@ -277,7 +274,7 @@ class Pool:
         self._failed_starts += 1
         if self._failed_starts >= MAX_START_FAILURES:
             raise RunFailed(
-                f"slots must start, but {self._failed_starts} in a row did not; the last error: {_last_line(error)}"
+                f"slots must start, but {self._failed_starts} in a row did not; the last error: {last_line(error)}"
             )
         return None
 
@@ -288,13 +285,8 @@ def _first_line(error: Exception) -> str:
     return str(cause if cause is not None else error)
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def in_one_line(error: Exception) -> str:
     """What ended a slot: the last line of what a worker raised, or that it was lost."""
     if isinstance(error, ray.exceptions.RayTaskError):
-        return _last_line(error)
+        return last_line(error)
     return "its processes were lost"

@@ -14,12 +14,14 @@ from typing import Any
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.messages import Halted, Message, Problem
 from lift_ray.distributed.progress import Progress
-from lift_ray.errors import BadInput, RunFailed
+from lift_ray.errors import BadInput, RunFailed, last_line
 from lift_ray.results.output import Output
 
 SETTINGS = "run.yaml"
 STOP_WITHIN_S = 10.0
 POLL_S = 0.3
+RESIZE_S = 20.0  # between two looks, of a run with fewer workers than it may have, at the cluster
+MOST_CHARACTERS = 300  # of an error in one line
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience,
     if fitting.error is not None:
         raise RunFailed(
             f"{progress.output}: the workers must finish, but failed more than {patience.max_failures} times; the last error: "
-            f"{_last_line(fitting.error)}; train again with --resume"
+            f"{last_line(fitting.error)[:MOST_CHARACTERS]}; train again with --resume"
         )
 
 
@@ -242,7 +244,7 @@ class Fitting(threading.Thread):
                 train_loop_config={"job": self.job, "board": board},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=need.workers if self.min_workers >= need.workers else (self.min_workers, need.workers),
-                    use_gpu=bool(need.gpus), resources_per_worker=need.bundle(),
+                    use_gpu=bool(need.gpus), resources_per_worker=need.bundle(), elastic_resize_monitor_interval_s=RESIZE_S,
                 ),
                 run_config=ray.train.RunConfig(
                     name="train", storage_path=notes, callbacks=[Failures()],
@@ -258,7 +260,7 @@ class Fitting(threading.Thread):
 
 def _reason(errors: dict[int, Exception]) -> str:
     """The first worker that failed by itself, and not because another was gone."""
-    lines = [(rank, _last_line(error)) for rank, error in sorted(errors.items())]
+    lines = [(rank, last_line(error)[:MOST_CHARACTERS]) for rank, error in sorted(errors.items())]
     rank, line = min(lines, key=lambda pair: "gloo" in pair[1] or "NCCL" in pair[1])
     return f"worker {rank}: {line}"
 
@@ -271,8 +273,3 @@ def _stopped(progress: Progress, reason: str, checkpoint: str) -> RunFailed:
 
 def _kept(progress: Progress) -> str:
     return f"; checkpoints/{progress.checkpoint} is the last good one" if progress.checkpoint else ""
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
