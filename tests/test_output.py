@@ -72,3 +72,17 @@ def test_storage_that_is_not_there_is_bad_input(where: str, message: str) -> Non
         Output(where).must_be_new()
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["bucket", "folder"])
+def test_a_folder_is_removed_with_what_is_in_it_and_one_that_is_not_there_is_no_fault(
+    where: str, bucket: str, tmp_path: Path
+) -> None:
+    out = Output(bucket.format("removing") if where == "bucket" else str(tmp_path))
+    for name in ("one", "two"):
+        with out.staged(f"checkpoints/{name}", last="end") as folder:
+            folder.mkdir(parents=True)
+            (folder / "end").write_text("")
+    out.remove("checkpoints/one")
+    out.remove("checkpoints/one")
+    assert out.names("checkpoints") == ["two"]

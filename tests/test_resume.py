@@ -219,6 +219,15 @@ def test_a_second_driver_on_a_database_is_refused_while_the_first_is_heard(
     second.leave()
 
 
+def test_a_driver_that_fails_lets_the_next_one_in_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, out = f"sqlite:///{tmp_path / 'studies.db'}", Output(str(tmp_path / "out"))
+    with pytest.raises(RunFailed), study_in(out, space(), "d", url=url, resume=False):
+        raise RunFailed("slots must start")
+    monkeypatch.setattr("lift_ray.distributed.study._me", lambda: "process 2 on there")
+    with study_in(out, space(), "d", url=url, resume=True) as study:
+        assert study.rows == {}
+
+
 @pytest.mark.parametrize(("url", "message"), [
     ("nonsense", "--storage: must be the URL of a database that answers, but got nonsense ("),
     ("postgresql+nodriver://me:secret@127.0.0.1/x", "--storage: must be the URL of a database that answers, but got postgresql"),

@@ -29,6 +29,7 @@ from lift_ray.results.output import Output
 from lift_ray.settings.files import read_run
 
 EPOCHS = 3
+OUTAGE_S = float(os.environ.get("LIFT_TEST_OUTAGE_S", "2"))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
     down: list[float] = []
 
     def up_again() -> None:
-        time.sleep(2)
+        time.sleep(OUTAGE_S)
         servers.append(ThreadedMotoServer(ip_address="127.0.0.1", port=port))
         servers[-1].start()
         down.append(time.monotonic())
@@ -184,7 +185,7 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
     monkeypatch.setattr(checkpoint, "save", with_an_outage)
     train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url])
     assert len(down) == 2, "the storage was to be away for a while"
-    assert down[1] - down[0] >= 2
+    assert down[1] - down[0] >= OUTAGE_S
     with pytest.raises(BadInput, match="must be a new folder, but it holds a run already"):
         train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url])
     output = Output(url)

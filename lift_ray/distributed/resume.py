@@ -40,7 +40,12 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
             with out.fetched(JOURNAL) as journal:
                 shutil.copyfile(journal, out.folder / JOURNAL)
         storage = database or open_storage(None, out.folder)
-        yield Study(space, dataset, storage, resume=resume, shared=not is_local or database is not None)
+        study = Study(space, dataset, storage, resume=resume, shared=not is_local or database is not None)
+        try:
+            yield study
+        finally:
+            study.leave()
+            out.publish()
 
 
 @contextmanager

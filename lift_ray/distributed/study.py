@@ -115,7 +115,7 @@ class Study:
 
     def leave(self) -> None:
         """The next driver need not wait."""
-        if self.shared:
+        if self.shared and (self._first.user_attrs.get("driver") or {}).get("id") == _me():
             self._first.set_user_attr("driver", {"id": _me(), "at": 0.0})
 
     def _take_up(self, kind: str, study: optuna.Study, frozen: FrozenTrial) -> None:

@@ -137,8 +137,8 @@ class Output:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             return
         filesystem, path = self._remote
-        self._tried(lambda: filesystem.delete_dir_contents(f"{path}/{name}", missing_dir_ok=True))
-        self._tried(lambda: filesystem.delete_dir(f"{path}/{name}"))
+        if self._tried(lambda: filesystem.get_file_info(f"{path}/{name}")).type != fs.FileType.NotFound:
+            self._tried(lambda: filesystem.delete_dir(f"{path}/{name}"))
 
     def _tried(self, work: Callable[[], Result], kept: str = "") -> Result:
         """What `work` returns; called again, after growing pauses, while remote storage fails."""
