@@ -33,13 +33,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its name in the table, seed, epochs, rate (None: the settings' own), and what else differs from LIFT+."""
+    """One run: its name in the table, seed, epochs, rate (None: the settings' own), what else differs from LIFT+, and the data."""
 
     name: str
     seed: int
     epochs: int
     rate: float | None
     overrides: dict[str, Any]
+    dataset: str = DATASET
 
     def config(self) -> RunConfig:
         """Its settings, derived values not filled in."""
@@ -72,25 +73,26 @@ class Stopwatch:
 _warm: list[Any] = []  # the Warm of a worker process
 
 
-def measure(job: Job, cold: bool) -> Row:
+def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None) -> Row:
     """Run a job in this process.
 
     Args:
         cold: start without anything kept of the runs before, and look at validation after every epoch, not only at the end.
+        keep: takes the job and its finished Run, for what the row does not hold.
 
     Returns:
         What the job is, its digest, metrics of validation and test, `curve` (validation mean class accuracy of each epoch),
-        `seconds` and `cpu_s` from building the model to the last step (loading, validation and test left out), `laps_s`
-        (building, then each epoch); or `failed`, the reason.
+        `pseudo_labels` (their figures of each epoch), `seconds` and `cpu_s` from building the model to the last step (loading,
+        validation and test left out), `laps_s` (building, then each epoch); or `failed`, the reason.
     """
     from lift_ray.distributed.ranks import Ranks
     from lift_ray.distributed.run import Run
     from lift_ray.distributed.warm import Warm
     from lift_ray.errors import RunFailed
 
-    if cold or not _warm:
-        _warm[:] = [Warm(DATASET, Ranks.alone(num_cpus=1))]
-    warm, watch, curve = _warm[0], Stopwatch(), []
+    if cold or not _warm or _warm[0].dataset.uri != job.dataset:
+        _warm[:] = [Warm(job.dataset, Ranks.alone(num_cpus=1))]
+    warm, watch, curve, pseudo_labels = _warm[0], Stopwatch(), [], []
     row: Row = {"key": job.key, "name": job.name, "seed": job.seed, "epochs": job.epochs, "rate": job.rate}
     warm.backbone(job.config())
     try:
@@ -98,16 +100,20 @@ def measure(job: Job, cold: bool) -> Row:
             run = Run(job.config(), warm)
         while run.epoch < run.num_epochs:
             with watch.running():
-                run.train_epoch()
+                figures = run.train_epoch()
+            pseudo_labels.append({k: v for k, v in figures.items() if k.startswith("unlabelled/")})
             if cold or run.epoch == run.num_epochs:
                 curve.append(run.evaluate("validation")[CHOSEN_BY])
     except RunFailed as error:
         return row | {"failed": str(error)}
     metrics = run.evaluate("validation") if not curve else {CHOSEN_BY: curve[-1]}
     metrics |= {name: value for name, value in run.evaluate("test").items() if not name.startswith("time/")}
+    if keep is not None:
+        keep(job, run)
     return row | {
         "digest": run.config.digest(), "trained_parameters": run.num_trained, "seconds": watch.wall_s, "cpu_s": watch.cpu_s,
         "laps_s": watch.laps_s, "curve": curve, "metrics": metrics,
+        "pseudo_labels": [found for found in pseudo_labels if found],
     }  # fmt: skip
 
 
@@ -128,14 +134,16 @@ def read(path: Path) -> list[Row]:
 
 
 def work_through(
-    path: Path, possible: Iterable[Job], choose: Callable[[list[Row]], list[Job]], *, cold: bool, minutes: float
-) -> list[Row]:
+    path: Path, possible: Iterable[Job], choose: Callable[[list[Row]], list[Job]], *, cold: bool, minutes: float,
+    keep: Callable[[Job, Any], None] | None = None,
+) -> list[Row]:  # fmt: skip
     """Run the jobs that `choose` asks for, two at a time, until it asks for nothing new; returns the rows of `possible`.
 
     Args:
         path: where rows are appended, and read from.
         choose: from the rows so far, all jobs that should have been run by then, in order.
         minutes: no run starts after these.
+        keep: as in `measure`; called in the process of the run.
     """
     began, keys = time.monotonic(), {job.key for job in possible}
     rows = [row for row in read(path) if row["key"] in keys]
@@ -150,7 +158,7 @@ def work_through(
             if todo and late and not running:
                 print(f"{minutes:g} minutes are over and runs are left: go on with --resume")
             for job in [] if late else todo[: PROCESSES - len(running)]:
-                running[pool.submit(measure, job, cold)] = job.key
+                running[pool.submit(measure, job, cold, keep)] = job.key
             if not running:
                 return rows
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -1,11 +1,11 @@
-"""python -m lift_ray.train: one run of LIFT on Ray Train workers, or in one process."""
+"""python -m lift_ray.train: one run of LIFT on Ray Train workers, or in one process; several for `method: backdoor`."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -16,12 +16,13 @@ from lift_ray.errors import BadInput, exit_codes, run_verb
 
 if TYPE_CHECKING:
     from lift_ray.data.catalog import Dataset
+    from lift_ray.distributed.capacity import Need
     from lift_ray.distributed.progress import Progress
     from lift_ray.results.output import Output
     from lift_ray.settings.run import RunFile
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-SETTINGS = "run.yaml"
+SETTINGS, TOGETHER = "run.yaml", "together.json"
 
 
 @app.command()
@@ -54,6 +55,8 @@ def train(
 ) -> None:
     """Train one LIFT model and test it. Lost workers are replaced, and the run goes on from its last checkpoint.
 
+    With `method: backdoor` several models are trained, as many at once as the cluster holds, and tested together.
+
     \b
     Examples:
       python -m lift_ray.train search_spaces/lift_plus.yaml
@@ -62,14 +65,19 @@ def train(
     """
     from lift_ray.data.catalog import open_dataset
     from lift_ray.settings.files import parse_overrides, read_run
+    from lift_ray.settings.methods import check_splits
 
     run = read_run(run_file, parse_overrides(settings or []))
     data = open_dataset(run.dataset)
     data.split("train"), data.split("validation")
+    check_splits(run.method, data.uri, data.splits)
+    members = _members(run)
     least = min(min_workers or workers, workers)
-    _check_workers(run, workers, least, no_ray)
+    for one in members.values() or [run]:
+        _check_workers(one, workers, least, no_ray)
+        if dry_run:
+            _print_plan(one, data, workers, checkpoint_s)
     if dry_run:
-        _print_plan(run, data, workers, checkpoint_s)
         return
     if resume and out is None:
         raise BadInput("--resume: must name the run to go on with, but --out is missing; add --out FOLDER")
@@ -78,21 +86,77 @@ def train(
 
     output = Output(out or run.out or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_out(output, run, resume)
-    job = Job(run.name, run.config.to_dict(), data.uri, output.url, cpus_per_worker, checkpoint_s, checkpoint_steps)
-    if no_ray:
-        with _begun(run, data.uri, output, f"this process, {cpus_per_worker} CPU") as progress:
-            train_alone(job, progress)
-    else:
-        from lift_ray.distributed.capacity import num_slots
-        from lift_ray.distributed.cluster import connected
-        from lift_ray.settings.space import Scale
 
-        with connected(dashboard=False) as nodes:
-            fits, _ = num_slots(Scale(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
-            need = replace(fits, workers=workers)
-            with _begun(run, data.uri, output, str(need)) as progress:
-                train_on_workers(job, need, least, Patience(max_failures, heartbeat_s), progress)
-    _print_found(run, output, progress)
+    def job(one: RunFile, target: Output) -> Job:
+        return Job(
+            one.name, one.config.to_dict(), data.uri, target.url, cpus_per_worker, checkpoint_s, checkpoint_steps
+        )
+
+    if no_ray:
+
+        def train_one(one: RunFile, target: Output) -> Progress:
+            with _begun(one, data.uri, target, f"this process, {cpus_per_worker} CPU") as progress:
+                train_alone(job(one, target), progress)
+            return progress
+
+        _train_all(run, members, data, output, train_one, 1, None)
+        return
+    from lift_ray.distributed.capacity import num_fitting, num_slots
+    from lift_ray.distributed.cluster import connected
+    from lift_ray.settings.space import Scale
+
+    with connected(dashboard=False) as nodes:
+        fits, _ = num_slots(Scale(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
+        need = replace(fits, workers=workers)
+        at_once = max(1, min(len(members), num_fitting(need, nodes)))
+
+        def train_one(one: RunFile, target: Output) -> Progress:
+            with _begun(one, data.uri, target, str(need), beside=at_once > 1) as progress:
+                train_on_workers(job(one, target), need, least, Patience(max_failures, heartbeat_s), progress)
+            return progress
+
+        _train_all(run, members, data, output, train_one, at_once, fits)
+
+
+def _members(run: RunFile) -> dict[str, RunFile]:
+    """The runs that `method: backdoor` stands for, by name; none for other methods."""
+    from lift_ray.settings.run import RunFile
+
+    return {
+        name: RunFile.model_validate({"name": name, "dataset": run.dataset, **config.model_dump()})
+        for name, config in run.config.members().items()
+    }
+
+
+def _train_all(
+    run: RunFile, members: dict[str, RunFile], data: Dataset, output: Output,
+    train_one: Callable[[RunFile, Output], Progress], at_once: int, need: Need | None,
+) -> None:  # fmt: skip
+    """Train one model, or all members and put them together; then say what was found.
+
+    Args:
+        at_once: so many members are trained at a time.
+        need: of the workers that evaluate the members together; None for this process.
+    """
+    if not members:
+        _print_found(run, output, train_one(run, output))
+        return
+    from lift_ray.distributed.evaluation import Question, evaluate_here, evaluate_on_workers
+    from lift_ray.distributed.members import bind, place_of, train_members
+    from lift_ray.results.crossed import print_found
+    from lift_ray.results.rows import write_json
+
+    _write_settings(run, data.uri, output)
+    places = {name: place_of(output, name) for name in members}
+    train_members(places, lambda name, place: train_one(members[name], place), at_once)
+    bind(run.config, places, output)
+    split = "test" if "test" in data.splits else "validation"
+    question = Question((output.url,), data.uri, split, (run.evaluation.posthoc_tau,))
+    found = evaluate_on_workers(question, need.workers, need.cpus) if need else evaluate_here(question)
+    write_json({**found.figures[0], **found.report}, output.folder / TOGETHER)
+    output.publish()
+    print_found(f"{split}, accuracy in %", split, [(run.name, found.figures[0])], found.report)
+    print(f"files in {output}: checkpoint, members, {TOGETHER}, {SETTINGS}")
 
 
 def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> None:
@@ -107,17 +171,23 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
         print(f"# {name}: {text}")
 
 
-@contextmanager
-def _begun(run: RunFile, dataset: str, output: Output, where: str) -> Iterator[Progress]:
-    """Write run.yaml, say what begins, and show how it goes."""
-    from lift_ray.distributed.progress import Progress
+def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
     from lift_ray.settings.files import dump_yaml
 
     output.folder.mkdir(parents=True, exist_ok=True)
     dump_yaml({"name": run.name, "dataset": dataset, **run.config.to_dict()}, output.folder / SETTINGS)
     output.publish()
+
+
+@contextmanager
+def _begun(run: RunFile, dataset: str, output: Output, where: str, *, beside: bool = False) -> Iterator[Progress]:
+    """Write run.yaml, say what begins, and show how it goes, `beside` other runs or alone."""
+    from lift_ray.distributed.members import MemberProgress
+    from lift_ray.distributed.progress import Progress
+
+    _write_settings(run, dataset, output)
     print(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}", flush=True)
-    with Progress(output) as progress:
+    with MemberProgress(output, run.name) if beside else Progress(output) as progress:
         yield progress
     output.publish()
 

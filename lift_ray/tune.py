@@ -47,6 +47,11 @@ def tune(
         bool, typer.Option("--dry-run", help="Check everything and print the plan; train nothing.")
     ] = False,
     dashboard: Annotated[bool, typer.Option(help="Serve Ray's dashboard when Ray is started here.")] = True,
+    live: Annotated[bool, typer.Option(help="Serve a page about the search on 127.0.0.1 while it runs.")] = True,
+    live_port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 is a free one.")] = 0,
+    log_to: Annotated[
+        list[str] | None, typer.Option(metavar="SERVICE", help="Keep trials in mlflow or wandb too; may be repeated.")
+    ] = None,
     schema: Annotated[
         str | None,
         typer.Option(
@@ -80,13 +85,23 @@ def tune(
         raise BadInput("--resume: must name the search to go on with, but --out is missing; add --out FOLDER")
     from lift_ray.distributed.cluster import connected, dashboard_url
     from lift_ray.distributed.conclusion import write_found
+    from lift_ray.distributed.live import job_metadata, served, tell_job
+    from lift_ray.distributed.reporting import kept_up_to_date, try_report
     from lift_ray.distributed.resume import study_in
     from lift_ray.distributed.search import run_search
+    from lift_ray.distributed.tracking import trackers
     from lift_ray.results.output import Output
+    from lift_ray.results.rows import write_json
+    from lift_ray.results.studies import BEGUN
 
     target = Output(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began = time.monotonic()
-    with study_in(target, space, dataset, url=storage, resume=resume) as study, connected(dashboard=dashboard) as nodes:
+    with (
+        trackers(log_to or [], space) as watchers,
+        study_in(target, space, dataset, url=storage, resume=resume) as study,
+        served(space, study.rows, target.folder, live_port if live else None) as page,
+        connected(dashboard=dashboard, metadata=job_metadata(space, page)) as nodes,
+    ):
         from lift_ray.distributed.capacity import num_slots, slots_now
 
         need, slots = num_slots(space.scale, nodes)
@@ -96,22 +111,32 @@ def tune(
               f"results in {target}")  # fmt: skip
         if url := dashboard_url():
             print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)")
-        found = run_search(space, dataset, need, lambda: slots_now(space.scale, need), study, target)
+        if page:
+            print(f"live page: {page}", flush=True)
+            tell_job(page)
+        write_json({"name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True)},
+                   target.folder / BEGUN)  # fmt: skip
+        with kept_up_to_date(target):
+            found = run_search(space, dataset, need, lambda: slots_now(space.scale, need), study, target, watchers)
         found.time_s["start"] += started_s
         found.time_s["total"] += started_s
         write_found(space, dataset, found, target)
     _print_found(space, found, target)
+    if page := try_report(target):
+        print(f"report: {page}")
 
 
 def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
     """The data set's absolute URI, and its index; a dry run does not reach for remote data."""
     from lift_ray.data.catalog import open_dataset
+    from lift_ray.settings.methods import check_splits
 
     if dry_run and "://" in space.dataset and not space.dataset.startswith("file://"):
         return space.dataset, None
     data = open_dataset(space.dataset)
     for split in ("train", "validation", "test"):
         data.split(split)
+    check_splits(space.config({}).method, data.uri, data.splits)
     _check_objective(space, data)
     return data.uri, data
 

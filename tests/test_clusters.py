@@ -1,216 +1,190 @@
-"""The cluster files are what Ray and AWS accept, agree with pyproject.toml, and open nothing to the world."""
+"""Clusters that are really provisioned: machines that a study brings up, that die, and that go away again."""
 
 from __future__ import annotations
 
-import copy
+import json
 import re
-import shlex
 import subprocess
-import tomllib
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 import pytest
-import yaml  # type: ignore[import-untyped]  # Ray reads these files with PyYAML, so this is what they mean
-from packaging.requirements import Requirement
+import yaml  # type: ignore[import-untyped]
+from fake_cloud import RAY, Head, fake_cloud, wait_for
+from machines import Lab, machines, what_is_missing
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "clusters").glob("*.yaml"))
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-
-RAY_REQUIREMENT = re.compile(r"\bray(?:\[[\w,]*\])?\s*(?:[=<>~!]=|[<>@])[^'\"\s]*")
-AWS_KEY = re.compile(
-    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|aws_(?:access_key_id|secret_access_key|session_token)", re.IGNORECASE
-)
-
-
-def read(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(path.read_text())
-    return config
-
-
-def as_ray_sees(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with Ray's defaults filled in. Raises what `ray up` raises for an unknown key or type."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    prepared: dict[str, Any] = prepare_config(copy.deepcopy(config))
-    validate_config(prepared)
-    return prepared
-
-
-def aws_complaints(node_config: dict[str, Any]) -> str:
-    """What botocore says against launching such a machine; empty when it would send the request."""
-    from botocore.session import Session  # type: ignore[import-untyped]
-    from botocore.validate import ParamValidator  # type: ignore[import-untyped]
-
-    shape = Session().get_service_model("ec2").operation_model("RunInstances").input_shape
-    report: str = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node_config}, shape).generate_report()
-    return report
-
-
-def commands(config: dict[str, Any]) -> list[str]:
-    """Every shell command of the configuration, in the order of its keys."""
-    return [command for key, value in config.items() if key.endswith("_commands") for command in value]
+CPU_NODE = {"resources": {"CPU": 1}, "max_workers": 2}
+GPU_NODE = {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 1}
+IDLE_S = 4.0
+TRIALS, EPOCHS = 4, 60
+SPACE = """\
+name: study
+dataset: {data}
+base:
+  backbone: {{model: '{clip}'}}
+  optim: {{epochs: {epochs}, global_batch_size: 16}}
+space:
+  loss.tau: {{float: [0.0, 2.0]}}
+  optim.lr: {{float: [1.0e-3, 3.0e-1], log: true}}
+search: {{trials: {trials}, sampler: random, scheduler: {{kind: none}}, tte_best: 0}}
+scale: {{use_gpu: false, max_concurrent: 2}}
+"""
+WAIT_FOR_NODES = """\
+import time
+import ray
+ray.init("auto")
+ends = time.monotonic() + 90
+while sum(node["Alive"] for node in ray.nodes()) < 2 and time.monotonic() < ends:
+    time.sleep(0.5)
+print([node["NodeManagerAddress"] for node in ray.nodes()])
+"""
+HOW_MANY = """\
+from lift_ray.distributed.capacity import num_slots
+from lift_ray.distributed.cluster import connected
+from lift_ray.settings.search import Scale
+with connected() as nodes:
+    print(*num_slots(Scale(), nodes), sep=", ")
+    num_slots(Scale(cpus_per_worker=5), nodes)
+"""
 
 
-def options_of_ray_start(commands: list[str]) -> list[str]:
-    """The words of the one `ray start` among these commands."""
-    (start,) = (command for command in commands if "ray start" in command)
-    return shlex.split(start[start.index("ray start") :])
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with fake_cloud(tmp_path_factory.mktemp("c"), {"cpu": CPU_NODE, "gpu": GPU_NODE}, IDLE_S) as head:
+        yield head
 
 
-def aws_node_types() -> list[Any]:
-    return [
-        pytest.param(kind["node_config"], id=f"{path.name}:{name}")
-        for path in FILES
-        if (config := read(path))["provider"]["type"] == "aws"
-        for name, kind in config["available_node_types"].items()
+@pytest.fixture(scope="module")
+def spaces(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
+    """A folder with space.yaml."""
+    folder = tmp_path_factory.mktemp("spaces")
+    text = SPACE.format(data=small_data, clip=small_clip, trials=TRIALS, epochs=EPOCHS)
+    (folder / "space.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait(20)
+
+
+def is_at_epoch(out: Path, number: int, epoch: int) -> Callable[[], bool]:
+    """Does a trial have the checkpoint of this epoch, or of a later one?"""
+    return lambda: any(int(path.name[-4:]) >= epoch for path in out.glob(f"checkpoints/{number:04d}/epoch-[0-9]*[0-9]"))
+
+
+def test_slots_are_counted_on_machines_that_are_not_there_yet(cloud: Head) -> None:
+    done = subprocess.run([sys.executable, "-c", HOW_MANY], env=cloud.env, capture_output=True, text=True, timeout=90)
+    assert not cloud.nodes()
+    assert done.stdout == "1 x (1 CPU + 1 GPU), 1\n", done.stderr
+    assert "but got 1 x (5 CPU + 1 GPU) for 4 node(s) with 6 CPU, 1 GPU in all" in done.stderr
+
+
+def test_a_study_brings_nodes_up_survives_the_loss_of_one_and_lets_them_go(
+    cloud: Head, spaces: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "lift_ray.tune", str(spaces / "space.yaml"), "--out", str(out), "--no-dashboard"]
+    log = (tmp_path / "log").open("w+")
+    started.append(subprocess.Popen(command, env=cloud.env, stdout=log, stderr=subprocess.STDOUT, text=True))
+    wait_for("two nodes", lambda: len(cloud.nodes()) == 2, 60)
+    wait_for("both slots at work", lambda: is_at_epoch(out, 0, 3)() and is_at_epoch(out, 1, 3)(), 60)
+    before = cloud.nodes()
+    cloud.kill(max(before))
+    wait_for("another node", lambda: cloud.nodes() - before, 60)
+    assert started[0].wait(150) == 0, (tmp_path / "log").read_text()
+    table = pq.read_table(out / "trials.parquet").to_pylist()
+    assert [(row["number"], row["state"], row["epochs"]) for row in table] == [
+        (number, "finished", EPOCHS) for number in range(TRIALS)
     ]
+    wait_for("no node", lambda: not cloud.nodes(), IDLE_S + 30)
 
 
-def the_pin() -> Requirement:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (pin,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "ray")
-    return pin
+def submit(head: Head, folder: Path, *words: str) -> list[str]:
+    """`ray job submit` of a search, as from a laptop: all it knows of the cluster is the dashboard's port and the token."""
+    env = {name: value for name, value in head.env.items() if name != "RAY_ADDRESS"}
+    command = [RAY, "job", "submit", "--address", head.dashboard, "--working-dir", str(folder), "--"]
+    return ["env", "-i", *(f"{name}={value}" for name, value in env.items()), *command, *words]
 
 
-def test_there_is_a_cluster_file_for_aws() -> None:
-    assert ROOT / "clusters" / "aws.yaml" in FILES
-    assert len(aws_node_types()) >= 3
+def test_a_study_is_submitted_from_outside_stopped_and_submitted_again(
+    cloud: Head, spaces: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    out = tmp_path / "out"
+    search = [sys.executable, "-m", "lift_ray.tune", "space.yaml", "--out", str(out)]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        started.append(
+            subprocess.Popen(submit(cloud, spaces, *search), stdout=file, stderr=subprocess.STDOUT, text=True)
+        )
+    wait_for("a trial under way", lambda: is_at_epoch(out, 0, 3)() or started[0].poll(), 120)
+    found = re.search(r"raysubmit_\w+", log.read_text())
+    assert found, log.read_text()
+    subprocess.run([RAY, "job", "stop", "--address", cloud.dashboard, found[0]], env=cloud.env, check=True, timeout=60)
+    started[0].wait(60)
+    assert "study: 4 trials, 2 at a time, each 1 x (1 CPU)" in log.read_text(), "the driver's lines are followed"
+    again = subprocess.run(submit(cloud, spaces, *search, "--resume"), capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{TRIALS} trials: {TRIALS} finished" in again.stdout
+    assert [row["epochs"] for row in pq.read_table(out / "trials.parquet").to_pylist()] == [EPOCHS] * TRIALS
 
 
-@every_file
-def test_ray_accepts_the_file(path: Path) -> None:
-    as_ray_sees(read(path))
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """A laptop and two machines."""
+    if missing := what_is_missing():
+        pytest.skip(missing)
+    with machines(tmp_path, 2) as lab:
+        yield lab
 
 
-@pytest.mark.parametrize(
-    ("where", "wrong", "right"),
-    [
-        ((), "idle_timeout_minuts", 10),
-        (("available_node_types", "gpu-spot"), "max_wrokers", 8),
-        (("auth",), "shh_user", "ubuntu"),
-    ],
-)
-def test_ray_refuses_a_misspelt_key(where: tuple[str, ...], wrong: str, right: object) -> None:
-    config = read(ROOT / "clusters" / "aws.yaml")
-    section = config
-    for key in where:
-        section = section[key]
-    section[wrong] = right
-    with pytest.raises(jsonschema.ValidationError, match=wrong):
-        as_ray_sees(config)
+def onprem(lab: Lab, data: str, results: Path) -> str:
+    """clusters/onprem.yaml with what it says is to be changed, and nothing else."""
+    text = (ROOT / "clusters" / "onprem.yaml").read_text()
+    for before, after in {
+        "cluster_name: lift": f"cluster_name: test-{time.time_ns()}",
+        "worker_ips: [10.0.0.2, 10.0.0.3]": "worker_ips: [10.0.0.2]",
+        "min_workers: 2": "min_workers: 1",
+        "max_workers: 2": "max_workers: 1",
+        "~/.ssh/id_ed25519": str(lab.key),
+        "LIFT_DATA=/shared/inat2018": f"LIFT_DATA={data}",
+        "LIFT_RESULTS=/shared/lift_ray": f"LIFT_RESULTS={results}",
+    }.items():
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    path = lab.folder / "onprem.yaml"
+    path.write_text(text)
+    return str(path)
 
 
-@pytest.mark.parametrize("node_config", aws_node_types())
-def test_aws_would_launch_the_machine(node_config: dict[str, Any]) -> None:
-    assert aws_complaints(node_config) == ""
-
-
-def test_a_misspelt_machine_setting_is_found() -> None:
-    assert "InstnceType" in aws_complaints({"InstnceType": "g6.12xlarge"})
-
-
-@pytest.mark.parametrize("node_config", aws_node_types())
-def test_every_aws_machine_names_its_image_and_reaches_s3_by_role(node_config: dict[str, Any]) -> None:
-    assert node_config["ImageId"].startswith("ami-")
-    assert node_config["IamInstanceProfile"]
-
-
-@every_file
-def test_every_node_gets_one_exact_ray_inside_the_projects_pin(path: Path) -> None:
-    """Exact, because a node with another patch release cannot join a running cluster."""
-    pin = the_pin()
-    prepared = as_ray_sees(read(path))
-    assert prepared["head_setup_commands"] == prepared["worker_setup_commands"]
-    assert not any("worker_setup_commands" in kind for kind in prepared["available_node_types"].values())
-    asked = [Requirement(text) for text in RAY_REQUIREMENT.findall(" ".join(prepared["head_setup_commands"]))]
-    assert len(asked) == 1, "Ray must be installed once, from one requirement"
-    (exact,) = asked[0].specifier
-    assert exact.operator == "=="
-    assert "*" not in exact.version
-    assert pin.specifier.contains(exact.version), (
-        f"{path.name} installs Ray {exact.version}, pyproject.toml wants {pin}"
-    )
-    assert asked[0].extras == pin.extras
-
-
-@every_file
-def test_the_versions_named_in_comments_are_the_one_installed(path: Path) -> None:
-    text = path.read_text()
-    assert {Requirement(found).specifier for found in RAY_REQUIREMENT.findall(text)} == {
-        Requirement(found).specifier for found in RAY_REQUIREMENT.findall("\n".join(commands(read(path))))
-    }
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["pip install 'ray[default]==3.0.0'", "pip install -U 'ray @ https://example.org/ray-3.0.0.dev0.whl'", "ray>=2.60"],
-)
-def test_any_way_to_ask_for_ray_is_noticed(text: str) -> None:
-    assert RAY_REQUIREMENT.search(text)
-
-
-@every_file
-def test_the_dashboard_listens_on_loopback_only(path: Path) -> None:
-    config = as_ray_sees(read(path))
-    assert "--dashboard-host=127.0.0.1" in options_of_ray_start(config["head_start_ray_commands"])
-    assert not any("0.0.0.0" in command for command in commands(config))
-
-
-@every_file
-def test_the_head_trains_nothing_and_workers_come_and_go(path: Path) -> None:
-    config = as_ray_sees(read(path))
-    kinds = dict(config["available_node_types"])
-    head = kinds.pop(config["head_node_type"])
-    assert head["resources"]["GPU"] == 0
-    assert head["resources"]["train_driver"] > 0
-    assert all(kind["min_workers"] == 0 < kind["max_workers"] for kind in kinds.values())
-    assert config["idle_timeout_minutes"] > 0
-
-
-def test_aws_asks_for_spot_first_and_falls_back_to_the_same_machine_on_demand() -> None:
-    config = read(ROOT / "clusters" / "aws.yaml")
-    spot, ondemand = config["available_node_types"]["gpu-spot"], config["available_node_types"]["gpu-ondemand"]
-    assert spot["priority"] > ondemand["priority"]
-    assert spot["resources"] == ondemand["resources"]
-    assert spot["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
-    assert spot["node_config"] == ondemand["node_config"]
-    assert "InstanceMarketOptions" not in config["available_node_types"]["head"]["node_config"]
-    assert config["provider"]["cache_stopped_nodes"] is False
-
-
-@every_file
-def test_the_file_holds_no_aws_key(path: Path) -> None:
-    assert not AWS_KEY.search(path.read_text())
-
-
-def test_an_aws_key_would_be_noticed() -> None:
-    assert AWS_KEY.search("AKIA" + "A" * 16)
-    assert AWS_KEY.search("aws_secret_access_key: x")
-
-
-@every_file
-def test_bash_reads_every_command(path: Path) -> None:
-    subprocess.run(["bash", "-n"], input="\n".join(commands(as_ray_sees(read(path)))), text=True, check=True)
-
-
-@every_file
-def test_later_commands_see_what_the_setup_exports(path: Path, tmp_path: Path) -> None:
-    """Runs the lines that write the environment, and nothing else, in an empty home."""
-    writing = [command for command in read(path)["setup_commands"] if "lift_env" in command]
-    for command in writing * 2:  # `ray up` again runs them again
-        subprocess.run(["bash", "-c", command], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, check=False)
-    shown = subprocess.run(
-        ["bash", "-c", '. ~/.bashrc; echo "$LIFT_RAY|$LIFT_DATA|$LIFT_RESULTS"'],
-        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    what, data, results = shown.strip().split("|")
-    assert Requirement(what).name == "lift_ray"
-    assert data.startswith("s3://")
-    assert results.startswith("s3://")
-    assert (tmp_path / ".bashrc").read_text().count("lift_env") == 1
+def test_ray_up_on_machines_of_ones_own_a_study_there_and_ray_down(
+    lab: Lab, small_data: str, small_clip: str, tmp_path: Path
+) -> None:
+    file, results = onprem(lab, small_data, tmp_path / "results"), tmp_path / "results"
+    (tmp_path / "wait.py").write_text(WAIT_FOR_NODES)
+    space = SPACE.format(data="${LIFT_DATA}", clip=small_clip, trials=2, epochs=2)
+    (tmp_path / "space.yaml").write_text(space.replace("use_gpu", "cpus_per_worker: 2, use_gpu"))
+    up = lab.run("ray", "up", "-y", file)
+    assert up.returncode == 0, up.stdout
+    assert "'ray[default,train,tune]==2.60.0'" not in (lab.home(1) / "pip.txt").read_text(), "bash took the quotes"
+    assert "ray[default,train,tune]==2.60.0" in (lab.home(1) / "pip.txt").read_text()
+    waited = lab.run("ray", "submit", file, str(tmp_path / "wait.py"))
+    assert waited.returncode == 0, waited.stdout
+    command = f"RAY_ADDRESS=auto python -m lift_ray.tune {tmp_path}/space.yaml --out $LIFT_RESULTS/study"
+    study = lab.run("ray", "exec", file, command)
+    Path("/tmp/pD/study.txt").write_text(up.stdout + waited.stdout + study.stdout)
+    assert study.returncode == 0, study.stdout
+    assert "study: 2 trials, 2 at a time, each 1 x (2 CPU)" in study.stdout
+    found = json.loads((results / "study" / "study.json").read_text())
+    assert len(found["machine"]["nodes"]) == 2
+    down = lab.run("ray", "down", "-y", file)
+    assert down.returncode == 0, down.stdout
+    wait_for("no Ray on the machines", lambda: not lab.processes("raylet") + lab.processes("gcs_server"), 60)

@@ -32,9 +32,9 @@ ROOMS = {
 # library -> the places that may import it anywhere, and those that may only inside a function
 LIBRARIES = {
     "ray": ({"lift_ray/distributed/"}, set()),
-    "optuna": ({"lift_ray/distributed/study"}, {"lift_ray/settings/space"}),
-    "open_clip": (set(), {"lift_ray/model/backbone", "lift_ray/model/loading"}),
-    "timm": (set(), {"lift_ray/model/backbone", "lift_ray/model/loading"}),
+    "optuna": ({"lift_ray/distributed/study", "lift_ray/distributed/importance"}, {"lift_ray/settings/space"}),
+    "open_clip": (set(), {"lift_ray/model/backbone", "lift_ray/model/loading", "lift_ray/model/merging"}),
+    "timm": (set(), {"lift_ray/model/backbone", "lift_ray/model/loading", "lift_ray/model/merging"}),
     "pydantic": ({"lift_ray/settings/"}, set()),
     "pydantic_core": ({"lift_ray/settings/"}, set()),
     "ruamel": ({"lift_ray/settings/"}, {"lift_ray/train"}),

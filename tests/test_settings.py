@@ -21,9 +21,11 @@ KINDS: dict[str, tuple[str, ...]] = {  # the default first
     "tuner": typing.get_args(TunerKind),
     "head": ("cosine", "linear", "l2norm", "layernorm"),
     "loss": (
-        "logit_adjusted", "cross_entropy", "focal", "ldam", "class_balanced", "reweighted", "balanced_softmax", "lade",
+        "logit_adjusted", "cross_entropy", "focal", "ldam", "class_balanced", "reweighted", "balanced_softmax", "lade", "gla",
     ),
+    "method": ("lift", "fixmatch", "loft", "ulfine", "backdoor"),
 }  # fmt: skip
+REQUIRED: dict[str, dict[str, Any]] = {"backdoor": {"members": {"a": {"seed": 1}, "b": {"seed": 2}}}}
 
 
 def test_the_defaults_are_lift_plus() -> None:
@@ -55,8 +57,8 @@ def test_the_kinds_of_a_section_are_those_listed_here() -> None:
 
 
 @pytest.mark.parametrize(("section", "kind"), [(section, kind) for section in KINDS for kind in KINDS[section]])
-def test_every_kind_builds_from_its_name_alone(section: str, kind: str) -> None:
-    config = RunConfig.model_validate({section: {"kind": kind}})
+def test_every_kind_builds_from_its_name_and_what_it_requires(section: str, kind: str) -> None:
+    config = RunConfig.model_validate({section: {"kind": kind, **REQUIRED.get(kind, {})}})
     assert config.to_dict()[section]["kind"] == kind
 
 
@@ -282,11 +284,12 @@ def test_a_derived_width_is_the_largest_power_of_two_that_fits(classes: int, div
 OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it belongs to
     "seed": 1, "model": "ViT-B-16", "pretrained": "openai", "precision": "bf16", "resolution_px": 64, "compile": True,
     "checkpointing": True, "cache_gib": 0.0, "schedule": "linear", "patch_dropout": 0.5, "start_px": 32, "decode": "reduced",
-    "bottleneck": 4,
-    "blocks": [0], "mlp": True, "norms": True, "length": 3, "ratio": 0.5, "last": 2, "scale": 20.0, "init": "random",
+    "bottleneck": 4, "blocks": [0], "mlp": True, "norms": True, "length": 3, "ratio": 0.5, "last": 2, "scale": 20.0, "init": "random",
     "template": "{}", "tau": 0.5, "gamma": 1.0, "max_margin": 0.4, "beta": 0.9, "remine": 0.2, "weight": 0.2, "epochs": 6,
     "global_batch_size": 64, "accumulate": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "shuffle_mib": 1.0,
-    "posthoc_tau": 1.0, "tte": True,
+    "posthoc_tau": 1.0, "tte": True, "threshold": 0.9, "unlabelled_ratio": 3, "cutout_frac": 0.25, "lambda_u": 2.0, "lambda_1": 1.0,
+    "lambda_2": 1.0, "lambda_o": 0.2, "mu": 0.2, "ema": 0.5, "eta": 0.1, "members": {"a": {"seed": 1}, "b": {"seed": 3}}, "use": "a+b",
+    "combine": "probabilities", "weights": {"a": 2.0},
 }  # fmt: skip
 
 
@@ -299,6 +302,7 @@ def one_setting_apart() -> list[dict[str, Any]]:
             trees.append({section: OTHER[section]})
         for model in models:
             kind = {"kind": model.model_fields["kind"].default} if "kind" in model.model_fields else {}
+            kind |= REQUIRED.get(kind.get("kind", ""), {})
             if section == "extra_tuner" and kind["kind"] in ("adaptformer", *NOTHING):
                 continue  # not beside the default tuner
             if kind and kind["kind"] != KINDS.get(section, ("",))[0]:
@@ -330,10 +334,8 @@ def test_a_digest_tells_templates_apart(template: str | list[str]) -> None:
 def test_a_batch_that_cannot_be_shared_says_what_would_fit(size: int, workers: int, advice: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         check_global_batch(size, workers)
-    assert (
-        str(caught.value)
-        == f"optim.global_batch_size: must be divisible by {workers} workers, but got {size}; {advice}"
-    )
+    expected = f"optim.global_batch_size: must be divisible by {workers} workers, but got {size}; {advice}"
+    assert str(caught.value) == expected
 
 
 @given(size=st.integers(1, 4096), workers=st.integers(1, 64))

@@ -121,7 +121,12 @@ def training_pictures_on(
 
 def evaluation_picture(encoded: bytes, size_px: int) -> Pixels:
     """(size, size, 3) uint8: short side to 8/7 of the size (224 -> 256), then the centre."""
-    picture = _short_side(decode(encoded), round(size_px * 8 / 7))
+    return centre_crop(decode(encoded), size_px)
+
+
+def centre_crop(picture: Pixels, size_px: int) -> Pixels:
+    """`evaluation_picture` of what is decoded already."""
+    picture = _short_side(picture, round(size_px * 8 / 7))
     left, top = (round((side - size_px) / 2) for side in (picture.shape[1], picture.shape[0]))
     return picture[top : top + size_px, left : left + size_px]
 
@@ -131,7 +136,12 @@ def five_crops(encoded: bytes, size_px: int) -> Pixels:
 
     The short side is resized to size + 24; for pictures under 224 px by the same share.
     """
-    picture = _short_side(decode(encoded), size_px + min(24, round(size_px * 24 / 224)))
+    return corners_and_centre(decode(encoded), size_px)
+
+
+def corners_and_centre(picture: Pixels, size_px: int) -> Pixels:
+    """`five_crops` of what is decoded already."""
+    picture = _short_side(picture, size_px + min(24, round(size_px * 24 / 224)))
     bottom, right = picture.shape[0] - size_px, picture.shape[1] - size_px
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
     return np.stack([picture[top : top + size_px, left : left + size_px] for top, left in corners])

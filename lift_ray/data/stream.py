@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from lift_ray.data.catalog import Split
 from lift_ray.data.decode import Pixels
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.reader import RowReader
+from lift_ray.data.views import NUM_DRAWS, two_views
 from lift_ray.errors import BadInput
 
 SHUFFLE_SAMPLES = 8192
@@ -40,6 +41,7 @@ AHEAD = 3
 READ_AHEAD_SAMPLES = 2048
 
 Decode = Literal["exact", "reduced", "gpu"]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,45 @@ def training_batches(
     )
 
 
+def unlabelled_batches(
+    reader: RowReader, split: Split, *, size_px: int, global_batch_size: int, seed: int, start_step: int, num_steps: int,
+    cutout_frac: float, num_patches: int = 0, patch_dropout: float = 0.0, rank: int = 0, world_size: int = 1, num_threads: int = 1,
+    shuffle_bytes: int = SHUFFLE_BYTES,
+) -> Iterator[Batch]:  # fmt: skip
+    """This rank's share of batches of a split whose labels are not learnt from; after a pass over it the next one begins.
+
+    Of each picture there are a weak and a strong view: images (b, 2, 3, H, W), patches (b, 2, P). The labels are for measuring.
+
+    Args:
+        start_step: steps since the run began, over all its epochs; the batches are those of the next `num_steps`.
+        cutout_frac: as in `views.strong_view`.
+
+    The others are those of `training_batches`.
+    """
+    order = lru_cache(4)(partial(epoch_order, split, seed, shuffle_bytes=shuffle_bytes))
+
+    def places(step: int) -> tuple[Int64s, Int64s]:
+        rounds, at = np.divmod(np.arange(step * global_batch_size, (step + 1) * global_batch_size), split.num_samples)
+        batch = np.concatenate([order(number)[at[rounds == number]] for number in np.unique(rounds).tolist()])
+        mine = share_of_batch(batch, rank, world_size)
+        return mine, batch[mine]
+
+    def make(step: int) -> Batch:
+        mine, samples = places(step)
+        random = np.random.default_rng([seed, step, 0, 1])
+        draws = random.random((global_batch_size, NUM_DRAWS))[mine]
+        batch = _batch(reader, split, samples, lambda data, i: two_views(data, size_px, draws[i], cutout_frac))
+        if not patch_dropout:
+            return batch
+        kept = kept_patches(random, 2 * global_batch_size, num_patches, patch_dropout)
+        return replace(batch, patches=torch.from_numpy(kept.reshape(global_batch_size, 2, -1)[mine]))
+
+    return _ahead(
+        make, range(start_step, start_step + num_steps), num_threads, lambda step: reader.prefetch(places(step)[1]),
+        -(-READ_AHEAD_SAMPLES // global_batch_size),
+    )  # fmt: skip
+
+
 def evaluation_batches(
     reader: RowReader, split: Split, *, size_px: int, batch_size: int = 250, rank: int = 0, world_size: int = 1,
     num_threads: int = 1, crops: bool = False, samples: Int64s | None = None,
@@ -232,13 +273,13 @@ def _broken(split: Split, sample: int, error: Exception) -> BadInput:
 
 
 def _ahead(
-    make: Callable[[int], Batch], steps: Iterable[int], num_threads: int,
+    make: Callable[[int], Made], steps: Iterable[int], num_threads: int,
     prefetch: Callable[[int], None] = lambda step: None, read_ahead: int = 0,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[Made]:  # fmt: skip
     """Batches in order, a few made ahead by threads, and what `read_ahead` further steps need read ahead."""
     coming, to_read = iter(steps), iter(steps)
     with ThreadPoolExecutor(num_threads, "lift-data") as pool:
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[Future[Made]] = deque()
         try:
             for step in islice(to_read, read_ahead):
                 prefetch(step)

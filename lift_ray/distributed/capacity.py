@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lift_ray.distributed.autoscaler import cluster_nodes
 from lift_ray.errors import BadInput
 from lift_ray.settings.search import Scale
 
@@ -61,10 +62,8 @@ def num_slots(scale: Scale, nodes: list[dict[str, float]]) -> tuple[Need, int]:
 
 
 def slots_now(scale: Scale, wanted: Need) -> int:
-    """How many trials fit the cluster as it is at the moment."""
-    import ray
-
-    fitting = num_fitting(wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    """How many trials fit the cluster as it is at the moment, and as it may become while they wait."""
+    fitting = num_fitting(wanted, cluster_nodes())
     return fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)
 
 

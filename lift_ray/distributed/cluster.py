@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from lift_ray.distributed.autoscaler import cluster_nodes
 from lift_ray.errors import RunFailed
 
 OBJECT_STORE_BYTES = 150 * 2**20  # shards are read by the workers themselves; only settings and figures travel
 
 
 @contextmanager
-def connected(address: str | None = None, *, dashboard: bool = True) -> Iterator[list[dict[str, float]]]:
-    """Use the cluster at `address` or $RAY_ADDRESS; without either, start Ray here and stop it afterwards.
+def connected(
+    address: str | None = None, *, dashboard: bool = True, metadata: Mapping[str, str] | None = None
+) -> Iterator[list[dict[str, float]]]:
+    """Use the cluster at `address` or $RAY_ADDRESS; without either, start Ray here, on loopback, and stop it afterwards.
 
-    A session that is already connected is used as it is. Yields the resources of each node that is alive.
+    A session that is already connected is used as it is. Yields the resources of each node that is there or may come.
+
+    Args:
+        metadata: for the dashboard's entry of this driver; `job_name` is what its list of jobs shows.
 
     Raises:
         RunFailed: the cluster does not answer.
@@ -29,9 +35,12 @@ def connected(address: str | None = None, *, dashboard: bool = True) -> Iterator
     address = address or os.environ.get("RAY_ADDRESS")
     mine = not ray.is_initialized()
     if mine:
+        if not address:
+            _stay_on_loopback()
         try:
             ray.init(
                 address=address or "local", log_to_driver=False, logging_level=logging.ERROR,
+                job_config=ray.job_config.JobConfig(metadata=dict(metadata or {})),
                 **({} if address else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}),
             )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -39,10 +48,21 @@ def connected(address: str | None = None, *, dashboard: bool = True) -> Iterator
                 f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}"
             ) from None
     try:
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield cluster_nodes()
     finally:
         if mine:
             ray.shutdown()
+
+
+def _stay_on_loopback() -> None:
+    """Have the Ray that this process starts listen on 127.0.0.1 alone, by the switch that Ray uses itself on macOS and Windows.
+
+    Ray's processes would listen on every interface otherwise, the node's metrics without asking for the token.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for drivers started from here
+    ray_constants.ENABLE_RAY_CLUSTER = False  # was read from it at import
 
 
 def meeting_point() -> tuple[str, int]:

@@ -19,6 +19,7 @@ from lift_ray.distributed.slot import Exam, Pool, folder_of, in_one_line
 from lift_ray.errors import RunFailed
 from lift_ray.results.output import Output
 from lift_ray.results.rows import TrialRow, pareto_front, write_json
+from lift_ray.results.studies import predictions_of
 from lift_ray.settings.files import dump_yaml
 from lift_ray.settings.run import apply_overrides
 from lift_ray.settings.space import SpaceFile
@@ -36,6 +37,7 @@ class Found:
         compared: (label, metrics of validation and test) for zero-shot, the start points, the best, and what costs no training:
             another tau after training, test-time ensembling.
         front: the Pareto front, where there are several objectives; otherwise empty.
+        posthoc: validation metrics of the best for each tau after training.
     """
 
     rows: list[TrialRow]
@@ -43,6 +45,7 @@ class Found:
     compared: list[tuple[str, dict[str, float]]]
     front: list[TrialRow]
     time_s: dict[str, float]
+    posthoc: list[dict[str, float]]
 
 
 def best_of(rows: Sequence[TrialRow], space: SpaceFile, out: Output) -> TrialRow:
@@ -62,7 +65,7 @@ def compare(
     shown = [(labels[row.start], row) for row in rows if row.start is not None and row.state == "finished"]
     shown.append(("best found", best))
     both = ["validation", "test"]
-    zero_shot = apply_overrides(space.base, {"tuner.kind": "zero_shot", "extra_tuner": None})
+    zero_shot = apply_overrides(space.base, {"method.kind": "lift", "tuner.kind": "zero_shot", "extra_tuner": None})
     exams = [("zero-shot", Exam(zero_shot, None, both))]
     exams += [(label, _exam(space, row, ["test"])) for label, row in shown]
     if tau := best.last.get(POSTHOC):
@@ -72,7 +75,7 @@ def compare(
     for row in _ranked(space, rows)[: space.search.tte_best]:
         label = "best found, TTE" if row is best else f"trial {row.number}, TTE"
         exams.append((label, _exam(space, row, both, {"evaluation.tte": True})))
-    figures = examine(pool, [exam for _, exam in exams])
+    figures = asked(pool, [("examine", exam, predictions_of(index)) for index, (_, exam) in enumerate(exams)])
     for (_, row), found in zip(shown, figures[1:], strict=False):
         found |= {k: v for k, v in row.last.items() if k.startswith("validation/")}
     return [(label, found) for (label, _), found in zip(exams, figures, strict=True)]
@@ -92,14 +95,21 @@ def _exam(space: SpaceFile, row: TrialRow, splits: list[str], changes: dict[str,
     return Exam(config, folder_of(row.number, int(row.last["epoch"])), splits)
 
 
-def examine(pool: Pool, exams: Sequence[Exam]) -> list[dict[str, float]]:
-    """Metrics of each, on the slots. Raises RunFailed when one keeps failing."""
-    found: dict[int, dict[str, float]] = {}
-    waiting, failures = list(range(len(exams))), 0
-    while len(found) < len(exams):
+def posthoc_curve(space: SpaceFile, pool: Pool, best: TrialRow) -> list[dict[str, float]]:
+    """Validation metrics of the best for each tau after training."""
+    curve: list[dict[str, float]] = asked(pool, [("tau_curve", _exam(space, best, []))])[0]
+    return curve
+
+
+def asked(pool: Pool, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What the slots answer to each (method, arguments ...). Raises RunFailed when one keeps failing."""
+    found: dict[int, Any] = {}
+    waiting, failures = list(range(len(jobs))), 0
+    while len(found) < len(jobs):
         for slot in pool.idle()[: len(waiting)]:
             index = waiting.pop(0)
-            slot.ask("examine", index, exams[index])
+            method, *args = jobs[index]
+            slot.ask(method, index, *args)
         for answer in pool.wait():
             if answer.error is None:
                 found[answer.job] = answer.value
@@ -110,7 +120,7 @@ def examine(pool: Pool, exams: Sequence[Exam]) -> list[dict[str, float]]:
                 raise RunFailed(
                     f"the final comparison must finish, but {in_one_line(answer.error)}; add --resume to try again"
                 )
-    return [found[index] for index in range(len(exams))]
+    return [found[index] for index in range(len(jobs))]
 
 
 def where_time_went(
@@ -145,6 +155,7 @@ def write_found(space: SpaceFile, dataset: str, found: Found, out: Output) -> No
         "name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True),
         "best": {"trial": found.best.number, "values": found.best.values, "digest": record.digest, "config": record.config},
         "posthoc": {name.split("/")[1]: value for name, value in found.best.last.items() if "/posthoc_" in name},
+        "posthoc_curve": found.posthoc,
         "compared": [{"label": label, **figures} for label, figures in found.compared],
         "pareto": [{"trial": row.number, "values": row.values, **{m: row.last[m] for m in space.objectives}} for row in found.front],
         "time_s": {name: round(seconds, 2) for name, seconds in found.time_s.items()},

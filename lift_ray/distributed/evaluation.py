@@ -1,10 +1,11 @@
-"""Evaluating finished models: in one process without Ray, or shared out to Ray workers."""
+"""Evaluating finished models, each alone or several together: in one process without Ray, or shared out to Ray workers."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.capacity import Need, num_slots
 from lift_ray.distributed.cluster import connected, meeting_point
+from lift_ray.distributed.ensemble import Ensemble, run_of
 from lift_ray.distributed.ranks import Ranks, join_group
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
@@ -21,31 +23,95 @@ from lift_ray.settings.run import RunConfig, apply_overrides
 from lift_ray.settings.space import Scale
 
 
+@dataclass(frozen=True)
+class Question:
+    """What to find out about trained models.
+
+    Args:
+        checkpoints: folders or URLs; several answer together.
+        dataset, split: which images.
+        taus: strengths of the post-hoc adjustment, one result for each.
+        tte: test-time ensembling, also where the run was without.
+        combine, weights, with_gla: as in `Ensemble.answer`.
+    """
+
+    checkpoints: tuple[str, ...]
+    dataset: str
+    split: str
+    taus: tuple[float, ...] = (0.0,)
+    tte: bool = False
+    combine: str | None = None
+    weights: tuple[float, ...] = ()
+    with_gla: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found; many, medium and few go by the counts that the (first) model was trained with.
+
+    Args:
+        figures: for each tau the metrics as `split/name`, and trained_parameters.
+        rows: one for each class, for the last tau.
+        report: results.crossed.Crossed.result where several models answer together, otherwise empty.
+    """
+
+    figures: list[dict[str, float]]
+    rows: list[dict[str, Any]]
+    report: dict[str, Any]
+
+
+def evaluate_here(question: Question) -> Evaluated:
+    """Evaluate in this process, on its GPU if it has one. Raises BadInput."""
+    ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
+    return _evaluate(question, ranks)
+
+
 def evaluate_checkpoint(
     folder: Path, dataset: str, split: str, taus: Sequence[float] = (0.0,), tte: bool = False
 ) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
-    """Metrics of a checkpoint on a split; many, medium and few by the counts it was trained with.
-
-    Args:
-        taus: strengths of the post-hoc adjustment, one result for each.
-        tte: test-time ensembling, also where the run was without.
-
-    Returns:
-        The figures for each tau, and a row for each class for the last.
-    """
-    ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
-    return _evaluate_checkpoint(folder, Warm(dataset, ranks), split, taus, tte)
+    """The figures of one checkpoint for each tau, and a row for each class for the last."""
+    found = evaluate_here(Question((str(folder),), dataset, split, tuple(taus), tte))
+    return found.figures, found.rows
 
 
-def _evaluate_checkpoint(
-    folder: Path, warm: Warm, split: str, taus: Sequence[float], tte: bool
-) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
-    record = checkpoint.read_record(folder)
-    config = apply_overrides(record.config, {"evaluation.tte": True} if tte else {})
-    run = Run(RunConfig.model_validate(config), warm, record.class_counts)
-    checkpoint.load_weights(folder, run.model)
-    found = [figures | {"trained_parameters": run.num_trained} for figures in run.evaluate_taus(split, taus)]
-    return found, run.per_class_rows()
+def _evaluate(question: Question, ranks: Ranks) -> Evaluated:
+    warm = Warm(question.dataset, ranks)
+    runs = [_trained(where, warm, question.tte) for where in question.checkpoints]
+    run, began = _together(runs, question), time.monotonic()
+    figures = [
+        found | {"trained_parameters": run.num_trained} for found in run.evaluate_taus(question.split, question.taus)
+    ]
+    if not isinstance(run, Ensemble) or len(run.runs) == 1:
+        return Evaluated(figures, run.per_class_rows(), {})
+    epochs = [epoch for run in runs for epoch in run.history]
+    cost = {"trained_parameters": run.num_trained, "evaluate_s": time.monotonic() - began,
+            "train_s": sum(epoch.get("cost/train_s", epoch.get("time/train_s", 0.0)) for epoch in epochs)}  # fmt: skip
+    return Evaluated(figures, run.per_class_rows(), run.report(question.split) | {"cost": cost})
+
+
+def _trained(where: str, warm: Warm, tte: bool) -> Run:
+    with checkpoint.opened(where) as folder:
+        record = checkpoint.read_record(folder)
+        config = RunConfig.model_validate(apply_overrides(record.config, {"evaluation.tte": True} if tte else {}))
+        run = run_of(config, warm, record.class_counts)
+        checkpoint.load_weights(folder, run.model)
+    run.history = record.history
+    return run
+
+
+def _together(runs: list[Run], question: Question) -> Run:
+    """One run for all of them."""
+    if len(runs) > 1:
+        for where, run in zip(question.checkpoints, runs, strict=True):
+            if isinstance(run, Ensemble):
+                raise BadInput(f"{where}: must be a single model, but it has {len(run.runs)} itself ({', '.join(run.runs)}); "
+                               "evaluate it alone, or give its members")  # fmt: skip
+    run = runs[0]
+    if len(runs) > 1 or (question.with_gla and not isinstance(run, Ensemble)):
+        run = Ensemble(RunConfig(), dict(zip(question.checkpoints, runs, strict=True)))
+    if isinstance(run, Ensemble):
+        run.answer(question.combine, question.weights, with_gla=question.with_gla)
+    return run
 
 
 class Evaluator:
@@ -55,25 +121,15 @@ class Evaluator:
         """Where the ranks may meet, if this is the first."""
         return meeting_point()
 
-    def evaluate(
-        self, rank: int, meet: tuple[str, int], need: Need, where: str, dataset: str, split: str,
-        taus: Sequence[float], tte: bool,
-    ) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:  # fmt: skip
-        """The figures over all ranks, the same on each."""
+    def evaluate(self, rank: int, meet: tuple[str, int], need: Need, question: Question) -> Evaluated:
+        """What all ranks find together, the same on each."""
         alone = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
         join_group(rank, need.workers, *meet, alone.device)
-        warm = Warm(dataset, replace(alone, rank=rank, world_size=need.workers))
-        with checkpoint.opened(where) as folder:
-            return _evaluate_checkpoint(folder, warm, split, taus, tte)
+        return _evaluate(question, replace(alone, rank=rank, world_size=need.workers))
 
 
-def evaluate_on_workers(
-    where: str, dataset: str, split: str, taus: Sequence[float], tte: bool, workers: int, cpus_per_worker: int
-) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
-    """As `evaluate_checkpoint`, each image on one of several Ray workers.
-
-    Args:
-        where: folder or URL that every worker reaches.
+def evaluate_on_workers(question: Question, workers: int, cpus_per_worker: int) -> Evaluated:
+    """As `evaluate_here`, each image on one of several Ray workers, which all reach the checkpoints.
 
     Raises:
         BadInput: also when so many workers do not fit the cluster.
@@ -81,43 +137,22 @@ def evaluate_on_workers(
     """
     import ray
 
-    if "://" not in where:
-        where = str(Path(where).absolute())
+    paths = [where if "://" in where else str(Path(where).absolute()) for where in question.checkpoints]
+    question = replace(question, checkpoints=tuple(paths))
     with connected(dashboard=False) as nodes:
         need, _ = num_slots(Scale(workers_per_trial=workers, cpus_per_worker=cpus_per_worker), nodes)
         actor = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(Evaluator)
         evaluators = [actor.remote() for _ in range(workers)]
         try:
             meet = ray.get(evaluators[0].address.remote())
-            waiting = [evaluator.evaluate.remote(rank, meet, need, where, dataset, split, taus, tte)
-                       for rank, evaluator in enumerate(evaluators)]  # fmt: skip
+            waiting = [e.evaluate.remote(rank, meet, need, question) for rank, e in enumerate(evaluators)]
             ready, _ = ray.wait(waiting)
-            first: tuple[list[dict[str, float]], list[dict[str, Any]]] = ray.get(ready[0])
+            first: Evaluated = ray.get(ready[0])
             return first
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, BadInput):
                 raise BadInput(str(error.cause)) from None
             raise
         except ray.exceptions.RayActorError as error:
-            raise RunFailed(f"{where}: the workers must finish, but one was lost ({str(error).splitlines()[0]}); "
+            raise RunFailed(f"{', '.join(paths)}: the workers must finish, but one was lost ({str(error).splitlines()[0]}); "
                             "evaluate again") from None  # fmt: skip
-
-
-def evaluate_all(
-    dataset: str, use_gpu: bool, num_cpus: int, jobs: list[tuple[dict[str, Any], Path | None, list[str]]]
-) -> list[dict[str, float]]:
-    """Metrics of several models of one data set, the tower loaded once.
-
-    Args:
-        jobs: for each model its settings, its checkpoint folder (None when nothing was trained) and the splits.
-    """
-    warm = Warm(dataset, Ranks.alone(use_gpu=use_gpu, num_cpus=num_cpus))
-    return [_evaluate(warm, config, folder, splits) for config, folder, splits in jobs]
-
-
-def _evaluate(warm: Warm, config: dict[str, Any], folder: Path | None, splits: list[str]) -> dict[str, float]:
-    run = Run(RunConfig.model_validate(config), warm)
-    if folder is not None:
-        checkpoint.load_weights(folder, run.model)
-    figures = {k: v for split in splits for k, v in run.evaluate(split).items() if not k.startswith("time/")}
-    return figures | {"trained_parameters": run.num_trained}

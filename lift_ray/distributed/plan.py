@@ -38,7 +38,7 @@ def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tupl
     }
     if model is None:
         return config, lines | {"trained parameters and memory": f"unknown; {unknown}"}
-    parts = memory(model, config, batch // workers) | {
+    parts = memory(model, config, batch // workers * (1 + 2 * getattr(config.method, "unlabelled_ratio", 0))) | {
         "encoded pictures": _encoded_bytes(split, config.optim.shuffle_bytes)
     }
     each = ", ".join(f"{name} {size / MIB:,.1f}" for name, size in parts.items())

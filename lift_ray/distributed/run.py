@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
@@ -14,26 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from lift_ray.data.augment import growing_px
 from lift_ray.data.catalog import Split
-from lift_ray.data.stream import (
-    epoch_order,
-    evaluation_batches,
-    share_of_batch,
-    steps_per_epoch,
-    stretch,
-    training_batches,
-)
+from lift_ray.data.stream import evaluation_batches, steps_per_epoch, stretch
 from lift_ray.distributed import checkpoint
+from lift_ray.distributed.feed import Batches, Inputs, kept_batches, parts_of, picture_batches
+from lift_ray.distributed.priors import loss_of
 from lift_ray.distributed.warm import Warm, autocast
 from lift_ray.errors import BadInput, RunFailed
+from lift_ray.methods.half_labelled import OBJECTIVES
 from lift_ray.methods.lift import make_optimizer
-from lift_ray.model.losses import LOSSES
-from lift_ray.results.metrics import PerClass, per_class_rows
-from lift_ray.results.tally import Tally
-from lift_ray.settings.run import Mda, NoAugment, RunConfig, check_global_batch
+from lift_ray.methods.ulfine import FusedHead
+from lift_ray.results.metrics import GROUPS, PerClass, per_class_rows, pseudo_label_figures
+from lift_ray.results.tally import PerImage, Tally
+from lift_ray.settings.methods import check_splits
+from lift_ray.settings.run import NoAugment, RunConfig, check_global_batch
 
-Inputs = Sequence[torch.Tensor | None]
 Forward = Callable[..., torch.Tensor]
 Step = tuple[Forward, Inputs, torch.Tensor]
 Figures = dict[str, float]
@@ -58,6 +52,7 @@ class Run:
         if class_counts is None:
             self.train = warm.dataset.split("train")
             self.class_counts = self.train.class_counts(warm.dataset.num_classes)
+            check_splits(config.method, warm.dataset.uri, warm.dataset.splits)
         else:
             self.class_counts = np.array(class_counts)
         self.model = warm.build(config, trained_already=class_counts is not None)
@@ -70,6 +65,7 @@ class Run:
         self.history: list[Figures] = []
         self.pulse: Callable[[], None] = lambda: None
         self.per_class: PerClass | None = None
+        self.beside: dict[str, Tally] = {}  # what an evaluation counts of further logits of the head
         if class_counts is None and self.trained:
             self._prepare_training()
 
@@ -89,17 +85,17 @@ class Run:
             raise BadInput("augment.decode: must be exact or reduced without a GPU, but got gpu; leave it out")
         self.losses = torch.zeros(self.steps_per_epoch, 2, device=self.ranks.device)
         counts = torch.from_numpy(self.class_counts).float().to(self.ranks.device)
-        loss = self.config.loss
-        self.loss = LOSSES[loss.kind](counts, **loss.model_dump(exclude={"kind"}))
+        labelled, method = loss_of(self.config, self.warm, counts), self.config.method
+        self.objective = OBJECTIVES.get(method.kind, OBJECTIVES["lift"])(method, self.model, labelled, self.ranks)
         self.optimizer = make_optimizer(self.trained, self.config.optim)
         self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self.config.backbone.precision == "fp16")
-        self.forward: Forward = self.model
+        self.forward: Forward = self.objective.forward
         if self.config.backbone.compile:
             if self.ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
                 raise BadInput(
                     "backbone.compile: needs a C++ compiler on a CPU, but got none; install g++, or set it to false"
                 )
-            self.forward = torch.compile(self.model)
+            self.forward = torch.compile(self.forward)
 
     @property
     def num_epochs(self) -> int:
@@ -133,10 +129,9 @@ class Run:
         for part in parts_of(len(labels), config.optim.accumulate):
             share = (part.stop - part.start) / len(labels)
             with autocast(config, self.ranks.device):
-                logits = forward(*(x if x is None else x[part] for x in inputs))
-            loss = self.loss(logits, labels[part]) * share
+                output = forward(*(x if x is None else x[part] for x in inputs))
+            loss, right = (figure * share for figure in self.objective(output, labels[part]))
             self.scaler.scale(loss).backward()
-            right = (logits.detach().argmax(1) == labels[part]).float().mean() * share
             figures += torch.stack([loss.detach(), right])
         self.losses[self.step] = self.ranks.average(self.trained.values(), figures)
         self.scaler.step(optimizer)
@@ -168,6 +163,9 @@ class Run:
         images_seen = self.steps_per_epoch * self.config.optim.global_batch_size
         figures = {"train/loss": loss, "train/accuracy": right, **self.seconds,
                    "train/images_per_s": images_seen / self.seconds["time/train_s"]}  # fmt: skip
+        if self.objective.pseudo_labels is not None:
+            figures |= pseudo_label_figures(self.objective.pseudo_labels.cpu().numpy(), self.class_counts)
+            self.objective.pseudo_labels = None
         self.epoch, self.step = self.epoch + 1, 0
         self.losses = torch.zeros_like(self.losses)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
@@ -191,35 +189,12 @@ class Run:
             f"{self.config.backbone.precision}; lower optim.lr"
         )
 
-    def _batches(self) -> tuple[Forward, Iterator[tuple[Inputs, torch.Tensor]]]:
-        """The rest of this epoch's (inputs, labels), and what makes logits of the inputs: pictures, or kept activations."""
-        config, ranks, augment, tower = self.config, self.ranks, self.config.augment, self.model.tower
-        if isinstance(augment, NoAugment):
-            kept = self.warm.kept(config, self.model, self.train)
-            if kept is not None:
-                return self.model.from_frozen, self._kept_batches(kept)
-        start_px, epochs = getattr(augment, "start_px", None), config.optim.epochs
-        full_px = tower.resolution_px
-        size_px = growing_px(start_px, full_px, tower.patch_px, self.epoch, epochs) if start_px else full_px
-        batches = training_batches(
-            self.warm.reader(self.train, self.config.optim.shuffle_bytes), self.train, size_px=size_px,
-            global_batch_size=config.optim.global_batch_size, seed=config.seed, epoch=self.epoch, epochs=epochs, kind=augment.kind,
-            schedule=augment.schedule if isinstance(augment, Mda) else "max", num_patches=tower.num_patches(size_px),
-            patch_dropout=getattr(augment, "patch_dropout", 0.0), start_step=self.step, rank=ranks.rank, world_size=ranks.world_size,
-            num_threads=ranks.num_threads, decode=getattr(augment, "decode", "exact"), device=ranks.device,
-            shuffle_bytes=self.config.optim.shuffle_bytes,
-        )  # fmt: skip
-        moved = self.warm.to_device(config, batches)
-        return self.forward, (((images, patches), labels) for images, labels, patches in moved)
-
-    def _kept_batches(self, kept: torch.Tensor) -> Iterator[tuple[Inputs, torch.Tensor]]:
-        size, ranks = self.config.optim.global_batch_size, self.ranks
-        order = epoch_order(self.train, self.config.seed, self.epoch, self.config.optim.shuffle_bytes)
-        for step in range(self.step, self.steps_per_epoch):
-            batch = order[step * size : (step + 1) * size]
-            rows = torch.from_numpy(batch[share_of_batch(batch, ranks.rank, ranks.world_size)])
-            labels = torch.from_numpy(self.train.labels[rows.numpy()])
-            yield (kept[rows.to(kept.device)],), labels.to(kept.device)
+    def _batches(self) -> tuple[Forward, Batches]:
+        """The rest of this epoch's (inputs, labels), and what goes through the model: pictures, or kept activations."""
+        config, warm, model = self.config, self.warm, self.model
+        if isinstance(config.augment, NoAugment) and (kept := warm.kept(config, model, self.train)) is not None:
+            return model.from_frozen, kept_batches(config, warm, self.train, kept, self.epoch, self.step)
+        return self.forward, picture_batches(config, warm, model.tower, self.epoch, self.step)
 
     def evaluate(self, split_name: str) -> dict[str, float]:
         """Metrics of a split as `split/name`, over all ranks, each image counted once."""
@@ -227,41 +202,74 @@ class Run:
         found = self.evaluate_taus(split_name, [self.config.evaluation.posthoc_tau])[0]
         return found | {"time/evaluate_s": time.monotonic() - began}
 
-    def evaluate_taus(self, split_name: str, taus: Sequence[float]) -> list[dict[str, float]]:
-        """Metrics for several strengths of the post-hoc adjustment z - tau * log prior, the logits computed once."""
+    def evaluate_taus(
+        self, split_name: str, taus: Sequence[float], each: PerImage | None = None
+    ) -> list[dict[str, float]]:
+        """Metrics for several strengths of the post-hoc adjustment z - tau * log prior, the logits computed once.
+
+        `each` takes what the last of them makes of every image. The accuracies of further logits of the head, unadjusted, stand
+        beside them as `split/accuracy_linear` and the like.
+        """
         device = self.ranks.device
         log_prior = torch.from_numpy(np.log(self.class_counts / self.class_counts.sum())).float().to(device)
         tallies = [Tally(self.warm.dataset.num_classes, device) for _ in taus]
+        names = ("linear", "similarity") if isinstance(self.model.head, FusedHead) else ()
+        self.beside = {name: Tally(self.warm.dataset.num_classes, device) for name in names}
         with torch.inference_mode(), autocast(self.config, device):
             for logits, labels in self._logits(self.warm.dataset.split(split_name)):
                 self.pulse()
                 for tau, tally in zip(taus, tallies, strict=True):
-                    tally.add(logits.float() - tau * log_prior if tau else logits.float(), labels)
+                    adjusted = logits.float() - tau * log_prior if tau else logits.float()
+                    tally.add(adjusted, labels)
+                if each is not None:
+                    each.add(adjusted)
         out = []
+        for tensor in [
+            tensor
+            for tally in (*tallies, *self.beside.values(), each)
+            if tally is not None
+            for tensor in tally.tensors()
+        ]:
+            self.ranks.sum(tensor)
+        further = {
+            f"{split_name}/{metric}_{name}": value
+            for name, tally in self.beside.items()
+            for metric, value in tally.result(self.class_counts)[0].items()
+            if metric in ("accuracy", "mean_class_accuracy", *GROUPS)
+        }
         for tally in tallies:
-            for tensor in tally.tensors():
-                self.ranks.sum(tensor)
             figures, self.per_class = tally.result(self.class_counts)
-            out.append({f"{split_name}/{name}": value for name, value in figures.items()})
+            out.append({f"{split_name}/{name}": value for name, value in figures.items()} | further)
         return out
 
     def _logits(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's share of a split."""
+        """This rank's share of a split; further logits of the head are counted beside."""
+        head = self.model.head
+        for features, labels in self._features(split):
+            if isinstance(head, FusedHead):
+                with torch.autocast(features.device.type, enabled=False):
+                    both = [over_crops(logits) for logits in head.both(features.float())]
+                for tally, logits in zip(self.beside.values(), both, strict=True):
+                    tally.add(logits, labels)
+                yield head.fused(*both), labels
+            else:
+                yield over_crops(self.model.classify(features)), labels
+
+    def _features(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's share of a split, (b, D) and with test-time ensembling (b, 5, D)."""
         ranks, tte = self.ranks, self.config.evaluation.tte
         if not tte and (kept := self.warm.kept(self.config, self.model, split)) is not None:
             mine = stretch(split.num_samples, ranks.rank, ranks.world_size)
             labels = torch.from_numpy(split.labels[mine]).to(kept.device)
-            yield from zip(map(self.model.from_frozen, kept[mine].split(1000)), labels.split(1000), strict=True)
+            yield from zip(map(self.model.feature_from_frozen, kept[mine].split(1000)), labels.split(1000), strict=True)
             return
         batches = evaluation_batches(
             self.warm.reader(split), split, size_px=self.model.tower.resolution_px, rank=ranks.rank,
             world_size=ranks.world_size, num_threads=ranks.num_threads, crops=tte, batch_size=50 if tte else 250,
         )  # fmt: skip
         for images, labels, _ in self.warm.to_device(self.config, batches):
-            if tte:
-                yield self.model(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1), labels
-            else:
-                yield self.model(images), labels
+            features = self.model.feature(images.flatten(0, -4))
+            yield features.unflatten(0, images.shape[:-3]), labels
 
     def epochs(self) -> Iterator[Figures]:
         """Train to the end from wherever the run stands; yields the figures of each epoch, validation included.
@@ -302,6 +310,8 @@ class Run:
         state = {"losses": self.losses, "random/cpu": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
             state["random/cuda"] = torch.cuda.get_rng_state(self.ranks.device)
+        if self.optimizer is not None and self.objective.pseudo_labels is not None:
+            state["pseudo_labels"] = self.objective.pseudo_labels
         rows = self.per_class_rows() if self.per_class else []
         checkpoint.save(folder, self.model, self.optimizer, state, record, rows)
 
@@ -320,6 +330,8 @@ class Run:
             checkpoint.load_optimizer(folder, self.model, self.optimizer)
             self.scaler.load_state_dict(record.scaler)
             self.losses = state["losses"].to(self.ranks.device)
+            counts = state.get("pseudo_labels")
+            self.objective.pseudo_labels = None if counts is None else counts.to(self.ranks.device)
         torch.set_rng_state(state["random/cpu"])
         if self.ranks.device.type == "cuda" and "random/cuda" in state:
             torch.cuda.set_rng_state(state["random/cuda"], self.ranks.device)
@@ -328,7 +340,6 @@ class Run:
         self.seconds |= record.seconds
 
 
-def parts_of(size: int, number: int) -> list[slice]:
-    """At most `number` slices of a batch, as even as they can be."""
-    ends = [size * i // number for i in range(number + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(ends) if stop > start]
+def over_crops(logits: torch.Tensor) -> torch.Tensor:
+    """(b, K) as they are, (b, 5, K) to the mean of the crops."""
+    return logits.mean(1) if logits.dim() == 3 else logits

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from lift_ray.distributed.autoscaler import autoscaler_config
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.checkpoint import RECORD, read_record
-from lift_ray.distributed.conclusion import Found, best_of, compare, front_of, where_time_went
+from lift_ray.distributed.conclusion import Found, best_of, compare, front_of, posthoc_curve, where_time_went
+from lift_ray.distributed.metrics import StudyMetrics
 from lift_ray.distributed.monitor import Monitor
 from lift_ray.distributed.schedulers import decide, takeovers
 from lift_ray.distributed.slot import DIVERGED, Answer, Order, Pool, Slot, folder_of, in_one_line
@@ -45,6 +47,28 @@ class Watcher(Protocol):
     def reported(self, row: TrialRow) -> None: ...
 
     def ended(self, row: TrialRow) -> None: ...
+
+
+class Watchers:
+    """Several that are told the same."""
+
+    def __init__(self, each: Sequence[Watcher]) -> None:
+        self.each = each
+
+    def started(self, row: TrialRow) -> None:
+        """A trial was handed to a slot."""
+        for watcher in self.each:
+            watcher.started(row)
+
+    def reported(self, row: TrialRow) -> None:
+        """An epoch is done."""
+        for watcher in self.each:
+            watcher.reported(row)
+
+    def ended(self, row: TrialRow) -> None:
+        """A trial ran to its end, was stopped early, or failed."""
+        for watcher in self.each:
+            watcher.ended(row)
 
 
 class Search:
@@ -183,13 +207,22 @@ def take_over(out: Output, target: str, source: str, values: Mapping[str, Any]) 
             temporary.replace(mine / name)
 
 
-def run_search(space: SpaceFile, dataset: str, need: Need, size: Callable[[], int], study: Study, out: Output) -> Found:
+def run_search(
+    space: SpaceFile,
+    dataset: str,
+    need: Need,
+    size: Callable[[], int],
+    study: Study,
+    out: Output,
+    watchers: Sequence[Watcher] = (),
+) -> Found:
     """Search, then compare the best with zero-shot and the start points on the test split.
 
     Args:
         dataset: URI, absolute.
         size: how many slots the cluster holds now.
         out: for checkpoints and the trials table.
+        watchers: told what happens, beside the table on the terminal and Ray's metrics.
 
     Raises:
         BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
@@ -204,14 +237,11 @@ def run_search(space: SpaceFile, dataset: str, need: Need, size: Callable[[], in
         )
 
     num_slots = slots_now()
-    try:
-        with Pool(dataset, need, out.url, slots_now) as pool:
-            with monitor:
-                Search(study, pool, monitor, out).run()
-            rows = [study.rows[number] for number in sorted(study.rows)]
-            best, searched_s = best_of(rows, space, out), time.monotonic() - began
-            compared = compare(space, pool, rows, best)
-    finally:
-        study.leave()
+    with Pool(dataset, need, out.url, slots_now, shrinks=bool(autoscaler_config()), study=space.name) as pool:
+        with monitor:
+            Search(study, pool, Watchers([monitor, StudyMetrics(space, study.rows, pool), *watchers]), out).run()
+        rows = [study.rows[number] for number in sorted(study.rows)]
+        best, searched_s = best_of(rows, space, out), time.monotonic() - began
+        compared, posthoc = compare(space, pool, rows, best), posthoc_curve(space, pool, best)
     times = where_time_went(rows, monitor, num_slots, searched_s, time.monotonic() - began)
-    return Found(rows, best, compared, front_of(rows, space), times)
+    return Found(rows, best, compared, front_of(rows, space), times, posthoc)

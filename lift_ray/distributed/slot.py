@@ -17,11 +17,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.cluster import meeting_point
+from lift_ray.distributed.metrics import SlotGauges
 from lift_ray.errors import BadInput, RunFailed, last_line
 from lift_ray.results.output import Output
 from lift_ray.settings.run import RunConfig
 
 if TYPE_CHECKING:
+    from lift_ray.distributed.backdoor_trial import BackdoorTrial
+    from lift_ray.distributed.run import Run
     from lift_ray.distributed.trial import Trial
 
 LOOK_S = 5.0  # between two looks at the cluster's size
@@ -64,9 +67,10 @@ class Worker:
     torch is imported here and not with the module: the driver has no use for it.
     """
 
-    def __init__(self, dataset: str, need: Need, rank: int, out: str) -> None:
+    def __init__(self, dataset: str, need: Need, rank: int, out: str, study: str, slot: int) -> None:
         self.dataset, self.need, self.rank, self.out = dataset, need, rank, out
-        self.trial: Trial | None = None
+        self.gauges = SlotGauges(study, slot)
+        self.trial: Trial | BackdoorTrial | None = None
 
     def address(self) -> tuple[str, int]:
         """Where the slot's process group can meet."""
@@ -90,13 +94,15 @@ class Worker:
 
         Raises BadInput.
         """
-        from lift_ray.distributed.trial import Trial
+        from lift_ray.distributed.backdoor_trial import trial_of
+        from lift_ray.distributed.loop import Pulse
 
         began = time.monotonic() - self.began_s
         self.order = order
-        self.trial = Trial(RunConfig.model_validate(order.config), self.warm)
+        self.trial = trial_of(RunConfig.model_validate(order.config), self.warm, self.output)
         if order.resume:
             self._restore(order)
+        self.trial.pulse = Pulse(self.trial, self.gauges.take, lambda: "")
         self.epochs = self.trial.epochs()
         self.times = {"time/begin_s": time.monotonic() - began, "time/load_s": self.warm.load_s - self.loaded_s}
         self.began_s, self.loaded_s = 0.0, self.warm.load_s
@@ -131,6 +137,7 @@ class Worker:
         figures |= {**self.times, "num_epochs": self.trial.num_epochs}
         self.times = dict.fromkeys(self.times, 0.0)
         if self.rank == 0:
+            self.gauges.epoch_done(figures)
             began, epoch = time.monotonic(), int(figures["epoch"])
             with self.output.staged(folder_of(self.order.number, epoch), RECORD) as folder:
                 self.trial.save(folder)
@@ -139,27 +146,49 @@ class Worker:
             figures["time/save_s"] = time.monotonic() - began
         return dict(figures)
 
-    def examine(self, exam: Exam) -> dict[str, float]:
-        """Metrics of a model on some splits."""
-        from lift_ray.distributed import checkpoint
-        from lift_ray.distributed.run import Run
+    def examine(self, exam: Exam, keep: str) -> dict[str, float]:
+        """Metrics of a model on some splits; what it makes of each test image goes to the folder `keep` in OUT."""
+        from lift_ray.distributed.predictions import evaluate_each, write_predictions
 
-        run = Run(RunConfig.model_validate(exam.config), self.warm)
+        run = self._trained(exam)
+        figures: dict[str, float] = {"trained_parameters": run.num_trained}
+        for split in exam.splits:
+            found, table = evaluate_each(run, split)
+            figures |= found
+            if split == "test" and self.rank == 0:
+                write_predictions(table, self.output, keep)
+        return figures
+
+    def tau_curve(self, exam: Exam) -> list[dict[str, float]]:
+        """Validation metrics of a model for each tau after training."""
+        from lift_ray.distributed.trial import TAUS
+
+        return [
+            {"tau": tau, **figures}
+            for tau, figures in zip(TAUS, self._trained(exam).evaluate_taus("validation", TAUS), strict=True)
+        ]
+
+    def _trained(self, exam: Exam) -> Run:
+        from lift_ray.distributed import checkpoint
+        from lift_ray.distributed.ensemble import run_of
+
+        run = run_of(RunConfig.model_validate(exam.config), self.warm)
         if exam.checkpoint is not None:
             with self.output.fetched(exam.checkpoint) as folder:
                 checkpoint.load_weights(folder, run.model)
-        figures = {k: v for split in exam.splits for k, v in run.evaluate(split).items() if not k.startswith("time/")}
-        return figures | {"trained_parameters": run.num_trained}
+        return run
 
 
 class Slot:
     """The driver's side of a slot: its actors, and the answers it waits for."""
 
-    def __init__(self, dataset: str, need: Need, out: str) -> None:
+    def __init__(self, dataset: str, need: Need, out: str, study: str, number: int) -> None:
+        self.number = number
         self.group = placement_group([need.bundle()] * need.workers)
         remote = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(Worker)
         self.workers = [
-            remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, rank)).remote(dataset, need, rank, out)
+            remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, rank))
+            .remote(dataset, need, rank, out, study, number)
             for rank in range(need.workers)
         ]  # fmt: skip
         self.asked = "open"
@@ -204,10 +233,18 @@ class Pool:
         dataset: URI.
         out: the search's Output, as a URL.
         size: how many slots there should be now.
+        shrinks: close those that are too many and have nothing to do, so that their nodes can go.
+        study: its name, the metrics' tag.
+
+    Attributes:
+        lost: how many slots ended that should not have.
     """
 
-    def __init__(self, dataset: str, need: Need, out: str, size: Callable[[], int]) -> None:
-        self.dataset, self.need, self.out, self.size = dataset, need, out, size
+    def __init__(
+        self, dataset: str, need: Need, out: str, size: Callable[[], int], shrinks: bool = False, study: str = ""
+    ) -> None:
+        self.dataset, self.need, self.out, self.size, self.shrinks = dataset, need, out, size, shrinks
+        self.study, self.lost = study, 0
         self.slots: list[Slot] = []
         self._looked_at, self._failed_starts = -LOOK_S, 0
 
@@ -223,8 +260,22 @@ class Pool:
         """Slots that can be asked."""
         if time.monotonic() - self._looked_at >= LOOK_S or not self.slots:
             self._looked_at = time.monotonic()
-            self.slots += [Slot(self.dataset, self.need, self.out) for _ in range(self.size() - len(self.slots))]
+            more = self.size() - len(self.slots)
+            for _ in range(more):
+                number = min(set(range(len(self.slots) + 1)) - {slot.number for slot in self.slots})
+                self.slots.append(Slot(self.dataset, self.need, self.out, self.study, number))
+            if self.shrinks:
+                self._close(-more)
         return [slot for slot in self.slots if slot.is_idle]
+
+    def _close(self, number: int) -> None:
+        """End so many slots, or as many as have nothing to do; first those that are not open yet."""
+        free = sorted(
+            (slot for slot in self.slots if slot.is_idle or slot.asked == "open"), key=lambda slot: slot.is_idle
+        )
+        for slot in free[: max(0, number)]:
+            self.slots.remove(slot)
+            slot.close()
 
     @property
     def is_busy(self) -> bool:
@@ -268,6 +319,7 @@ class Pool:
     def _broken(self, slot: Slot, error: Exception) -> Answer | None:
         self.slots.remove(slot)
         slot.close()
+        self.lost += 1
         self._looked_at = -LOOK_S
         if slot.asked != "open":
             return Answer(slot, slot.asked, slot.job, error=error)

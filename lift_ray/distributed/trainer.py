@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lift_ray.distributed.autoscaler import autoscaler_config
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.messages import Halted, Message, Problem
 from lift_ray.distributed.progress import Progress
@@ -20,6 +21,9 @@ from lift_ray.results.output import Output
 SETTINGS = "run.yaml"
 STOP_WITHIN_S = 10.0
 POLL_S = 0.3
+NODE_START_S = (
+    1800.0  # for a machine to be found, to boot and to install; where fewer workers may do, nobody waits so long
+)
 RESIZE_S = 20.0  # between two looks, of a run with fewer workers than it may have, at the cluster
 MOST_CHARACTERS = 300  # of an error in one line
 
@@ -228,6 +232,8 @@ class Fitting(threading.Thread):
         from ray.train.torch import TorchTrainer
 
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        if self.min_workers >= self.need.workers and autoscaler_config():
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODE_START_S))
         board, need = self.board, self.need
 
         class Failures(ray.train.UserCallback):  # type: ignore[misc]

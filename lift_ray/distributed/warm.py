@@ -17,8 +17,10 @@ from lift_ray.data.stream import SHUFFLE_BYTES, Batch, evaluation_batches, memor
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
+from lift_ray.methods.ulfine import FusedHead
 from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
-from lift_ray.model.classifier import HEADS, MEAN_OF, class_means, probe_weights, random_weights
+from lift_ray.model.classifier import HEADS, MEAN_OF, CosineHead, class_means, probe_weights, random_weights
+from lift_ray.settings.methods import Ulfine
 from lift_ray.settings.run import RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,6 +75,10 @@ class Warm:
         tower = backbone.tower
         for tuner in config.tuners():
             check_tuner(tower, tuner.kind)
+        if isinstance(config.method, Ulfine) and backbone.text is None:
+            raise BadInput(
+                f"method ulfine: needs a text tower for its prototypes, but {backbone.name} has none; use fixmatch or loft"
+            )
         for name in ("patch_dropout", "start_px"):
             if getattr(config.augment, name, None) and not tower.attention:
                 raise BadInput(f"augment.{name}: needs a tower of patches, but {backbone.name} has none; remove it")
@@ -104,7 +110,12 @@ class Warm:
             start = random_weights(self.dataset.num_classes, tower.width)
             if not trained_already and head.init != "random":
                 start = self._start_weights(config)
-            return Lift(tower, parts, HEADS[head.kind](start, **options)).to(self.ranks.device)
+            classifier = HEADS[head.kind](start, **options)
+            if isinstance(config.method, Ulfine):
+                text = start if trained_already else backbone.semantic_weights(self.dataset.class_names, head.template)
+                assert isinstance(classifier, CosineHead)
+                classifier = FusedHead(classifier, text, **config.method.model_dump(include={"mu", "ema", "eta"}))
+            return Lift(tower, parts, classifier).to(self.ranks.device)
 
     def _start_weights(self, config: RunConfig) -> torch.Tensor:
         """(K, D), what the classifier starts from."""

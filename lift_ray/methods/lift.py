@@ -51,9 +51,13 @@ class Lift(nn.Module):
 
     def from_frozen(self, activations: Tensor) -> Tensor:
         """The same from what `frozen_part` made of the images."""
+        return self.classify(self.feature_from_frozen(activations))
+
+    def feature_from_frozen(self, activations: Tensor) -> Tensor:
+        """As `feature`, from what `frozen_part` made of the images."""
         if self.first_tuned == self.tower.num_blocks:
-            return self.classify(activations)
-        return self.classify(self.tower.finish(activations, self.tuner.per_block, self.first_tuned))
+            return activations
+        return self.tower.finish(activations, self.tuner.per_block, self.first_tuned)
 
     def frozen_part(self, images: Tensor) -> Tensor:
         """What the blocks below the first tuned one make of images: (B, T, D), or the features (B, D) when no block is tuned."""

@@ -97,6 +97,20 @@ def logit_adjusted(counts: Tensor, *, tau: float) -> Loss:
     return loss
 
 
+def gla(counts: Tensor, *, log_q: Tensor) -> Loss:
+    """CE(z + log prior + log q, y): the tuned logits shall hold neither prior (arXiv 2310.08106; in training by assumption).
+
+    Args:
+        log_q: (K,), log of the label prior inside the foundation model (methods.prior).
+    """
+    shift = _log_prior(counts) + log_q.to(counts.device)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits + shift, labels)
+
+    return loss
+
+
 def lade(counts: Tensor, *, remine: float, weight: float) -> Loss:
     """CE(z + log prior, y) + weight * sum_k prior_k (r_k + remine * r_k^2 - a_k): LADE (arXiv 2012.00321).
 
@@ -135,4 +149,5 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "balanced_softmax": balanced_softmax,
     "logit_adjusted": logit_adjusted,
     "lade": lade,
+    "gla": gla,
 }

@@ -70,6 +70,28 @@ def summarise(
     return {name: float(value) for name, value in out.items()}
 
 
+def pseudo_label_figures(counts: NDArray[np.int64], train_counts: NDArray[np.int64]) -> dict[str, float]:
+    """How good pseudo-labels were, over all classes and by group: precision, recall, and their number.
+
+    Args:
+        counts: (3, K), pictures of each class, pseudo-labels of it, and right ones among these.
+        train_counts: (K,), labelled images of each class, what makes it many, medium or few.
+
+    Returns:
+        unlabelled/precision, recall and pseudo_labels, and the same with _many, _medium and _few; precision is left out where
+        there was no pseudo-label, and a group without classes altogether.
+    """
+    groups, out = class_groups(train_counts), {}
+    members = {"": np.full(len(groups), True), **{f"_{group}": groups == group for group in GROUPS}}
+    for suffix, here in members.items():
+        there, given, right = (float(n) for n in counts[:, here].sum(1))
+        if there:
+            out[f"unlabelled/recall{suffix}"], out[f"unlabelled/pseudo_labels{suffix}"] = right / there, given
+        if given:
+            out[f"unlabelled/precision{suffix}"] = right / given
+    return out
+
+
 def per_class_rows(
     class_names: Sequence[str],
     train_counts: NDArray[np.int64],

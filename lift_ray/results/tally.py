@@ -56,6 +56,35 @@ class Tally:
         return summarise(classes, self._bins.cpu().numpy(), float(self._loss), train_counts), classes
 
 
+class PerImage:
+    """What a model made of each image of a split, in storage order; a rank fills in its stretch, the others stay 0.
+
+    Args:
+        num_images: N of the whole split.
+        first: where this rank's stretch begins.
+        device: where the logits are.
+    """
+
+    def __init__(self, num_images: int, first: int, device: torch.device) -> None:
+        self._found = torch.zeros(2, num_images, dtype=torch.float64, device=device)  # predicted, confidence
+        self._at = first
+
+    def add(self, logits: Tensor) -> None:
+        """The next images: raw logits (B, K)."""
+        confidence, predicted = logits.float().softmax(1).max(1)
+        self._found[:, self._at : self._at + len(logits)] = torch.stack([predicted.double(), confidence.double()])
+        self._at += len(logits)
+
+    def tensors(self) -> list[Tensor]:
+        """What the caller must sum over the ranks, in place, before `result`."""
+        return [self._found]
+
+    def result(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Predicted class and its probability for each image, (N,) each."""
+        predicted, confidence = self._found.cpu().numpy()
+        return predicted.astype(np.int64), confidence
+
+
 class TauGrid:
     """What every strength of the post-hoc adjustment z - tau * log prior would give, counted beside an evaluation.
 

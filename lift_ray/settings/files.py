@@ -166,6 +166,13 @@ def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_) -> str:
     return f"must be {rule}, but got {_short(value)}; change it"
 
 
+def explain_first(model: type[BaseModel], error: ValidationError) -> str:
+    """`loss.tau: must be ..., but got ...`: the first problem of a tree that stands in no file of its own."""
+    problem = error.errors()[0]
+    path = _walk(model, problem["loc"])[0]
+    return f"{dotted(path)}: {explain(model, problem, path)}"
+
+
 def parse_overrides(words: list[str]) -> dict[str, Any]:
     """`["loss.tau=0.5"]` from a command line -> {"loss.tau": 0.5}, values read as YAML 1.2. Raises BadInput."""
     out: dict[str, Any] = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.settings.base import Settings
 
 Weight = Annotated[float, Field(ge=0)]
@@ -20,10 +22,14 @@ class Lift(Settings):
 class HalfLabelled(Settings):
     """What all methods share that also learn from the split `unlabelled`, of which no label is read."""
 
+    kind: str
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    """A pseudo-label counts when its probability is larger. No source states ULFine's; LoFT has 0.6 on CIFAR-100."""
+    """A pseudo-label counts when its probability is at least this. No source states ULFine's; LoFT has 0.6 on CIFAR-100."""
     unlabelled_ratio: Annotated[int, Field(ge=1)] = 7
     """Unlabelled pictures for each labelled one in a step. No source states ULFine's; 7 is FixMatch's."""
+    cutout_frac: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Side of the grey square in strong views, as a share of the picture's: FixMatch's 16 of 32 px. That it grows with the picture is
+    assumed."""
 
 
 class Fixmatch(HalfLabelled):
@@ -61,23 +67,72 @@ class Ulfine(HalfLabelled):
     """Weight of the orthogonality of the prototypes."""
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
 class Backdoor(Settings):
     """Several models trained independently, whose mean classifies (arXiv 2501.15955)."""
 
     kind: Literal["backdoor"] = "backdoor"
-    members: Annotated[list[dict[str, Any]], Field(min_length=2)]
-    """For each model what differs from the rest of the run, as dotted settings: `{backbone.model: ViT-B-16}`."""
+    members: Annotated[dict[Name, dict[str, Any]], Field(min_length=2)]
+    """For each model, by name, what differs from the rest of the run, as dotted settings: `b16: {backbone.model: ViT-B-16}`."""
+    use: str | None = None
+    """The members that take part, as `a+b`; all when not given."""
     combine: Literal["logits", "probabilities"] = "logits"
     """What is averaged: logits as in the released code, or probabilities as in the paper's equation."""
-    weights: Annotated[list[Annotated[float, Field(gt=0)]] | None, Field(min_length=2)] = None
-    """Of the models; equal when not given."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Of the members, by name; 1 where not given."""
+
+    @model_validator(mode="after")
+    def _known_members(self) -> Backdoor:
+        for key, names in (("use", self.used), ("weights", self.weights)):
+            for name in names:
+                if name not in self.members:
+                    raise ValueError(f"{key} must name members, but got '{name}'; {did_you_mean(name, self.members)}")
+        if len(set(self.used)) < max(2, len(self.used)):
+            raise ValueError(f"use must name at least 2 members, each once, but got '{self.use}'; write a+b")
+        return self
+
+    @property
+    def used(self) -> list[str]:
+        """The names of the members that take part."""
+        return list(self.members) if self.use is None else self.use.split("+")
+
+
+def check_suits(method: Settings, run: Mapping[str, Any]) -> None:
+    """Raises ValueError when a method for half-labelled data does not go with the other sections of a run."""
+    if not isinstance(method, HalfLabelled):
+        return
+    rules = [
+        ("augment", "kind", "none", "pictures that change", "use mda or crop_flip"),
+        ("augment", "decode", "gpu", "pictures decoded on the CPU", "leave decode out"),
+        ("tuner", "kind", "zero_shot", "a model that is trained", "use linear_probe"),
+    ]
+    for section, setting, refused, wanted, todo in rules:
+        if getattr(run.get(section), setting, None) == refused:
+            raise ValueError(f"{method.kind} needs {wanted}, but got {section}.{setting} {refused}; {todo}")
+    if "optim" in run and (parts := run["optim"].accumulate) > 1:
+        raise ValueError(
+            f"{method.kind} needs a step's pictures at once, but got optim.accumulate {parts}; use backbone.checkpointing instead"
+        )
+    if isinstance(method, Ulfine) and "head" in run and (head := run["head"].kind) != "cosine":
+        raise ValueError(f"{method.kind} needs a head as its prototypes are, but got head.kind {head}; use cosine")
+
+
+def check_splits(method: Settings, dataset: str, splits: Iterable[str]) -> None:
+    """Raises BadInput when a method learns from images without labels, and the data set has no such split."""
+    if isinstance(method, HalfLabelled) and "unlabelled" not in splits:
+        raise BadInput(
+            f"method {method.kind}: needs the split 'unlabelled', but {dataset} has only {', '.join(splits)}; "
+            "convert with --labelled and --unlabelled, or use method lift"
+        )
 
 
 def _named(method: Any) -> Any:
     return {"kind": method} if isinstance(method, str) else method
 
 
-Method = Annotated[
-    Annotated[Lift | Fixmatch | Loft | Ulfine | Backdoor, Field(discriminator="kind")], BeforeValidator(_named)
-]
+Kinds = Annotated[Lift | Fixmatch | Loft | Ulfine | Backdoor, Field(discriminator="kind")]
+Named = Literal["lift", "fixmatch", "loft", "ulfine"]
+Method = Annotated[Kinds, BeforeValidator(_named, json_schema_input_type=Kinds | Named)]
 """`method: ulfine` is short for `method: {kind: ulfine}`."""

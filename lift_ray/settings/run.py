@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 
 from lift_ray.settings.base import OneOf, Settings
-from lift_ray.settings.methods import Lift, Method
+from lift_ray.settings.members import member
+from lift_ray.settings.methods import Backdoor, Lift, Method, check_suits
 from lift_ray.settings.tuners import Adaptformer, AnyTuner, Tuner, check_pair, resolve_tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -177,6 +178,13 @@ class Lade(Settings):
     weight: Annotated[float, Field(ge=0)] = 0.1
 
 
+class Gla(Settings):
+    """Cross-entropy of z + log prior + log q, q the label prior inside the foundation model (arXiv 2310.08106, in training by
+    assumption): estimated from its zero-shot logits on the validation split, so it needs a text tower."""
+
+    kind: Literal["gla"] = "gla"
+
+
 class Optim(Settings):
     """SGD with a cosine schedule over the whole run."""
 
@@ -209,7 +217,7 @@ class Evaluation(Settings):
 Augment = Annotated[Mda | CropFlip | NoAugment, Field(discriminator="kind")]
 Head = Annotated[CosineHead | LinearHead | L2NormHead | LayerNormHead, Field(discriminator="kind")]
 Loss = Annotated[
-    LogitAdjusted | CrossEntropy | Focal | Ldam | ClassBalanced | Reweighted | BalancedSoftmax | Lade,
+    LogitAdjusted | CrossEntropy | Focal | Ldam | ClassBalanced | Reweighted | BalancedSoftmax | Lade | Gla,
     Field(discriminator="kind"),
 ]
 
@@ -218,7 +226,6 @@ class RunConfig(Settings):
     """Everything that decides what a run computes, and nothing else."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    method: Method = Lift()
     backbone: Backbone = Backbone()
     augment: Augment = Mda()
     tuner: Tuner = Adaptformer()
@@ -228,6 +235,7 @@ class RunConfig(Settings):
     loss: Loss = LogitAdjusted()
     optim: Optim = Optim()
     evaluation: Evaluation = Evaluation()
+    method: Method = Lift()
 
     @field_validator("extra_tuner")
     @classmethod
@@ -235,6 +243,26 @@ class RunConfig(Settings):
         if extra is not None and "tuner" in info.data:
             check_pair(info.data["tuner"].kind, extra.kind)
         return extra
+
+    @field_validator("method")
+    @classmethod
+    def _suits_the_rest(cls, method: Method, info: ValidationInfo) -> Method:
+        check_suits(method, info.data)
+        return method
+
+    @field_validator("method")
+    @classmethod
+    def _members_are_runs(cls, method: Method, info: ValidationInfo) -> Method:
+        if isinstance(method, Backdoor) and len(info.data) == len(RunConfig.model_fields) - 1:
+            for name in method.members:
+                member(info.data, method, name)
+        return method
+
+    def members(self) -> dict[str, RunConfig]:
+        """The runs of the models of `method: backdoor` that take part, by name; none for other methods."""
+        if not isinstance(self.method, Backdoor):
+            return {}
+        return {name: member(dict(self), self.method, name) for name in self.method.used}
 
     def tuners(self) -> list[AnyTuner]:
         """The one or two tuners."""
@@ -299,7 +327,7 @@ def apply_overrides(
         *parents, leaf = path.split(".")
         node = out
         for name in parents:
-            child = node.get(name)
+            child = {"kind": node[name]} if isinstance(node.get(name), str) else node.get(name)
             node[name] = child if isinstance(child, dict) else {}
             node = node[name]
         if leaf == "kind" and node.get("kind", _default_kind(model, parents)) != overrides[path]:

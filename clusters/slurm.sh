@@ -1,0 +1,53 @@
+#!/bin/bash
+# A study on a Slurm cluster: the first node of the job steers and trains, the others join it.
+#
+#     sbatch clusters/slurm.sh search_spaces/inat.yaml --out /shared/lift_ray/inat2018
+#     sbatch clusters/slurm.sh search_spaces/inat.yaml --out /shared/lift_ray/inat2018 --resume    # after the time limit
+#
+# All words are handed to `python -m lift_ray.tune`. --out must be a folder that all nodes see, or a URL. A job that Slurm starts
+# again after a preemption resumes by itself. The dashboard listens on the first node's loopback only; its log says where:
+#     ssh -N -L 8265:localhost:8265 FIRST_NODE         # then http://localhost:8265; it asks for `ray get-auth-token`
+#
+#SBATCH --job-name=lift
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=48
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# CHANGE: the lines above to your machines, and a #SBATCH --partition of them.
+set -euo pipefail
+
+# CHANGE: what to install (a git ref as here, or a wheel), into a folder that all nodes see; and where the Parquet shards are.
+export LIFT_RAY="${LIFT_RAY:-lift_ray @ git+https://github.com/YOUR-ORG/lift_ray@v0.1.0}"
+export LIFT_ENV="${LIFT_ENV:-$HOME/lift}"
+export LIFT_DATA="${LIFT_DATA:-/shared/inat2018}"
+
+# Compute nodes without internet: run these two commands on the login node first.
+test -x "$LIFT_ENV/bin/pip" || python3 -m venv "$LIFT_ENV"
+test -x "$LIFT_ENV/bin/ray" || "$LIFT_ENV/bin/pip" install -q "$LIFT_RAY" 'ray[default,train,tune]==2.60.0'
+export PATH="$LIFT_ENV/bin:$PATH" RAY_TRAIN_ENABLE_STATE_TRACKING=1 RAY_USAGE_STATS_ENABLED=0
+
+# All nodes know the token, from the home folder that they share; Ray refuses callers without it.
+export RAY_AUTH_MODE=token
+ray get-auth-token --generate > /dev/null
+chmod 600 ~/.ray/auth_token
+
+# A port and a folder of this job's own: other jobs may share the node. Workers of Ray use ports up to 19999.
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address="$head:$((20000 + SLURM_JOB_ID % 10000))"
+start='ray start --block --num-cpus="$SLURM_CPUS_ON_NODE"'
+srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" bash -c \
+    "$start --head --port=${address#*:} --dashboard-host=127.0.0.1 --temp-dir=/tmp/lift-$SLURM_JOB_ID" &
+if ((SLURM_JOB_NUM_NODES > 1)); then
+    others=$((SLURM_JOB_NUM_NODES - 1))
+    srun --nodes=$others --ntasks=$others --overlap --exclude="$head" bash -c \
+        "until ray health-check --address $address > /dev/null 2>&1; do sleep 2; done; $start --address=$address" &
+fi
+for _ in {1..60}; do ray health-check --address "$address" > /dev/null 2>&1 && break || sleep 2; done
+
+# When this script ends, Slurm ends what `srun` started.
+resume=()
+if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ " $* " != *" --resume "* ]]; then resume=(--resume); fi
+RAY_ADDRESS="$address" python -m lift_ray.tune "$@" "${resume[@]}"

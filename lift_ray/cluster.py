@@ -1,0 +1,134 @@
+"""python -m lift_ray.cluster: look at a cluster file before it costs money."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lift_ray.errors import BadInput, did_you_mean, exit_codes, run_verb
+
+if TYPE_CHECKING:
+    from lift_ray.distributed.cluster_file import Cluster
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+PLACEHOLDER = re.compile(r"ami-0{17}|YOUR-ORG|\bmy-(?:bucket|project|container)\b|\bmystorageaccount\b")
+
+
+@app.callback()
+def cluster() -> None:
+    """Look at a cluster file before it costs money.
+
+    \b
+    Examples:
+      python -m lift_ray.cluster check clusters/aws.yaml
+      python -m lift_ray.cluster check clusters/aws.yaml --for search_spaces/inat.yaml --price head=0.4 --price gpu-spot=1.9
+    """
+
+
+@app.command()
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="For `ray up`, or a RayCluster or RayJob of KubeRay.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Change the search space, e.g. plan.images_per_s=900."),
+    ] = None,
+    space_file: Annotated[
+        str | None, typer.Option("--for", metavar="SPACE", help="A search space: which trials fit, hours and price.")
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NODE_TYPE=PRICE", help="What a machine costs an hour, in any currency; several times."),
+    ] = None,
+) -> None:
+    """Report every fault of a cluster file with its line, then what it makes. No network, no cloud account.
+
+    \b
+    Examples:
+      python -m lift_ray.cluster check clusters/kuberay/rayjob.yaml
+      python -m lift_ray.cluster check clusters/gcp.yaml --for search_spaces/inat.yaml plan.images_per_s=900
+    """
+    from lift_ray.distributed.cluster_file import read_cluster
+
+    if settings and space_file is None:
+        raise BadInput(
+            f"command line: settings need a search space, but got '{settings[0]}' without --for; add --for SPACE"
+        )
+    found = read_cluster(file)
+    prices = _prices(price or [], found)
+    _print_cluster(found, prices)
+    if space_file is not None:
+        _print_search(found, space_file, settings or [], prices)
+    print("checked: the file is in order")
+
+
+def _prices(words: list[str], found: Cluster) -> dict[str, float]:
+    known = [kind.name for kind in (found.head, *found.workers)]
+    prices = {}
+    for word in words:
+        name, _, amount = word.partition("=")
+        if name not in known:
+            raise BadInput(f"--price: unknown node type '{name}'; {did_you_mean(name, known)}")
+        try:
+            prices[name] = float(amount)
+        except ValueError:
+            prices[name] = -1.0
+        if not 0 <= prices[name] < float("inf"):
+            raise BadInput(
+                f"--price: must be NODE_TYPE=PRICE, a number of at least 0, but got '{word}'; write {name}=1.9"
+            )
+    return prices
+
+
+def _print_cluster(found: Cluster, prices: dict[str, float]) -> None:
+    from lift_ray.distributed.cluster_plan import cluster_table, most_gpus
+    from lift_ray.results.tables import console
+
+    console().print(cluster_table(found, prices))
+    least, most = most_gpus(found)
+    print(f"GPUs: {least} when nothing runs, at most {most}, in at most {found.most_workers} workers")
+    for what in found.unchecked:
+        print(f"not checked: {what}")
+    lines = Path(found.source).read_text(encoding="utf-8").splitlines()
+    open_lines = [str(i) for i, line in enumerate(lines, 1) if PLACEHOLDER.search(line.split(" #")[0])]
+    if open_lines:
+        print(f"still to change before it can run: line {', '.join(open_lines)}")
+
+
+def _print_search(found: Cluster, space_file: str, settings: list[str], prices: dict[str, float]) -> None:
+    from lift_ray.distributed.cluster_plan import fleet_table, fleets
+    from lift_ray.results.tables import console
+    from lift_ray.settings.files import parse_overrides
+    from lift_ray.settings.space import read_space
+
+    space = read_space(space_file, parse_overrides(settings))
+    try:
+        wanted, todo, fits = fleets(found, space, prices)
+    except BadInput as error:
+        raise BadInput(f"{space_file} {error}") from None
+    print(
+        f"\n{space.name}: {space.num_trials} trials, each {wanted}; about {todo.epochs:.0f} epochs with early stopping"
+    )
+    if todo.images is not None and todo.images_per_s is not None:
+        print(
+            f"work: {todo.epochs * todo.images:,.0f} training images at {todo.images_per_s:g} images/s a worker (plan)"
+        )
+    else:
+        missing = "plan.training_images" if todo.images is None else "plan.images_per_s"
+        print(f"hours: not known without {missing}; add {missing}=...")
+    console().print(fleet_table(fits))
+    unpriced = [kind.name for kind in (found.head, *found.workers) if kind.name not in prices]
+    if unpriced and prices:
+        print(f"price: not known without --price {unpriced[0]}=...")
+
+
+def main(argv: list[str]) -> int | None:
+    """Run the verb on the words after its name."""
+    return run_verb(app, "cluster", argv)
+
+
+if __name__ == "__main__":
+    exit_codes(main)(sys.argv[1:])

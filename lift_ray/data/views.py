@@ -1,0 +1,107 @@
+"""Two views of a picture without a label: a weak one that says what it is, and a strong one that must agree.
+
+A view is a pure function of a picture and a few random numbers, so the threads that make views share no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from lift_ray.data.augment import evaluation_picture
+from lift_ray.data.decode import Pixels
+
+NUM_OPERATIONS = 2
+LEVEL = 10 / 30  # magnitude 10 on RandAugment's scale of 0 to 30
+PAD = 4 / 32  # of the side
+GREY = 127
+WEAK_DRAWS = 3
+STRONG_DRAWS = WEAK_DRAWS + 2 * NUM_OPERATIONS + 2
+NUM_DRAWS = WEAK_DRAWS + STRONG_DRAWS
+
+
+def two_views(encoded: bytes, size_px: int, draw: NDArray[np.float64], cutout_frac: float) -> Pixels:
+    """(2, size, size, 3) uint8: `weak_view` and `strong_view` of the evaluation crop.
+
+    Args:
+        draw: (NUM_DRAWS,) numbers in [0, 1) that decide everything.
+        cutout_frac: as in `strong_view`.
+    """
+    picture = evaluation_picture(encoded, size_px)
+    return np.stack([weak_view(picture, draw[:WEAK_DRAWS]), strong_view(picture, draw[WEAK_DRAWS:], cutout_frac)])
+
+
+def weak_view(picture: Pixels, draw: NDArray[np.float64]) -> Pixels:
+    """(size, size, 3): moved by up to an eighth of its side, the border mirrored, and half of them flipped (arXiv 2001.07685).
+
+    Args:
+        draw: (3,) numbers in [0, 1): flip, left, top.
+    """
+    size = len(picture)
+    pad = round(PAD * size)
+    left, top = (int((2 * pad + 1) * number) for number in draw[1:])
+    moved = np.pad(picture, ((pad, pad), (pad, pad), (0, 0)), "reflect")[top : top + size, left : left + size]
+    return moved[:, ::-1] if draw[0] < 0.5 else moved
+
+
+def strong_view(picture: Pixels, draw: NDArray[np.float64], cutout_frac: float) -> Pixels:
+    """(size, size, 3): a weak view, two operations of RandAugment at magnitude 10 of 30, and cutout (arXiv 1909.13719, 1708.04552).
+
+    The operations and their strengths are torchvision's. The grey square's centre is uniform in the picture, so that part of
+    the square may lie outside. FixMatch has a square of 16 px in 32 px; that it grows with the picture is assumed.
+
+    Args:
+        draw: (STRONG_DRAWS,) numbers in [0, 1): those of the weak view, operation and sign twice, the square's centre.
+        cutout_frac: side of the square as a share of the picture's, in [0, 1].
+    """
+    size, side = len(picture), round(cutout_frac * len(picture))
+    view = torch.from_numpy(np.ascontiguousarray(weak_view(picture, draw[:WEAK_DRAWS]))).permute(2, 0, 1)
+    operations = list(OPERATIONS.values())
+    for which, sign in draw[WEAK_DRAWS:-2].reshape(NUM_OPERATIONS, 2):
+        view = operations[int(len(operations) * which)](view, LEVEL if sign < 0.5 else -LEVEL)
+    out: Pixels = view.permute(1, 2, 0).numpy().copy()
+    left, top = (int(size * number) - side // 2 for number in draw[-2:])
+    out[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = GREY
+    return out
+
+
+def _moved(view: Tensor, level: float, *, angle: float = 0, right: float = 0, down: float = 0) -> Tensor:
+    """Turned by degrees, moved by shares of the side."""
+    pixels = [int(share * level * view.shape[-1]) for share in (right, down)]
+    return _affine(view, angle=angle * level, translate=pixels, shear=[0.0, 0.0])
+
+
+def _sheared(view: Tensor, level: float, *, right: float = 0, down: float = 0) -> Tensor:
+    degrees = [math.degrees(math.atan(share * level)) for share in (right, down)]
+    return _affine(view, angle=0.0, translate=[0, 0], shear=degrees, center=[0.0, 0.0])
+
+
+def _affine(view: Tensor, **options: float | list[int] | list[float]) -> Tensor:
+    out: Tensor = F.affine(view, scale=1.0, **options)
+    return out
+
+
+# (3, H, W) uint8 and a level in [-1, 1] -> (3, H, W); a level of 1 is RandAugment's magnitude 30
+OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda view, level: view,
+    "shear_x": partial(_sheared, right=0.3),
+    "shear_y": partial(_sheared, down=0.3),
+    "translate_x": partial(_moved, right=150 / 331),
+    "translate_y": partial(_moved, down=150 / 331),
+    "rotate": partial(_moved, angle=-30),
+    "brightness": lambda view, level: F.adjust_brightness(view, 1 + 0.9 * level),
+    "color": lambda view, level: F.adjust_saturation(view, 1 + 0.9 * level),
+    "contrast": lambda view, level: F.adjust_contrast(view, 1 + 0.9 * level),
+    "sharpness": lambda view, level: F.adjust_sharpness(view, 1 + 0.9 * level),
+    "posterize": lambda view, level: F.posterize(view, round(8 - 4 * abs(level))),
+    "solarize": lambda view, level: F.solarize(view, 255 * (1 - abs(level))),
+    "auto_contrast": lambda view, level: F.autocontrast(view),
+    "equalize": lambda view, level: F.equalize(view),
+}

@@ -1,0 +1,76 @@
+"""Serving from the command line: checked before Ray starts, stopped by Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from lift_ray.distributed.cluster import connected
+from lift_ray.errors import BadInput, RunFailed, last_line
+
+NAME = "lift_ray"
+
+
+def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
+    """Serve a checkpoint on the cluster, or on Ray that is started here, until the process is told to stop.
+
+    Args:
+        given: fields of `serving.Options`.
+
+    Raises:
+        BadInput: no checkpoint, a port in use, too few cores, or Ray Serve is not installed.
+        RunFailed: the application did not start.
+    """
+    try:
+        from ray import serve
+
+        from lift_ray.distributed.serving import Options, application
+    except ImportError as error:
+        raise BadInput(f"serve: needs packages, but got: {error}; pip install 'lift_ray[serve]'") from None
+    options = Options.of(given)
+    _check(options, host, port)
+    with connected(dashboard=False) as nodes:
+        cores = int(sum(node.get("CPU", 0) for node in nodes))
+        if options.replicas * options.cpus > cores:
+            raise BadInput(f"--replicas: must fit the cluster's {cores} cores, but got {options.replicas} with {options.cpus} "
+                           "each; lower it, or --cpus")  # fmt: skip
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(
+            http_options={"host": host, "port": port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        try:
+            serve.run(application(options), name=NAME, route_prefix="/")
+            stop = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets handlers of its own when it starts
+                signal.signal(number, lambda *_: stop.set())
+            print(f"http://{host}:{port}/", flush=True)
+            stop.wait()
+        except RuntimeError as error:
+            raise RunFailed(f"{options.checkpoint}: must start to serve, but: {last_line(error)}") from None
+        finally:
+            serve.delete(NAME)
+
+
+def _check(options: Any, host: str, port: int) -> None:
+    """Raise BadInput for what can be known before anything starts; fit the temperature once, for all replicas."""
+    from lift_ray.distributed.calibration import calibrated
+    from lift_ray.distributed.checkpoint import opened
+    from lift_ray.distributed.finished import Finished
+    from lift_ray.distributed.ranks import Ranks
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise BadInput(f"--port: must be free, but {host}:{port} is not ({error.strerror}); give another") from None
+    with opened(options.checkpoint) as folder:
+        finished = Finished(folder, Ranks.alone(num_cpus=os.cpu_count() or 1))
+        if options.temperature is None:
+            print(calibrated(folder, finished), flush=True)

@@ -1,0 +1,73 @@
+"""A finished model without the data it was trained on: for export, prediction and serving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lift_ray.data.catalog import Dataset
+from lift_ray.data.stream import Batch
+from lift_ray.distributed import checkpoint
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.warm import Warm, autocast
+from lift_ray.settings.run import RunConfig, apply_overrides
+
+
+class _WithoutData(Warm):
+    """Only the class names of a data set, as a checkpoint knows them."""
+
+    def __init__(self, record: checkpoint.Record, ranks: Ranks) -> None:
+        self.ranks, self.load_s = ranks, 0.0
+        self.dataset = Dataset(record.dataset, tuple(record.class_names), {})
+        self._backbones, self._readers, self._kept = {}, {}, {}
+
+
+class Finished:
+    """A checkpoint's model, ready to classify as an evaluation of it does.
+
+    On a CPU it computes in fp32, whatever it was trained in.
+
+    Args:
+        folder: of the checkpoint.
+        ranks: device and threads.
+
+    Raises BadInput.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.record, self.ranks = checkpoint.read_record(folder), ranks
+        here = {"backbone.precision": "fp32"} if ranks.device.type == "cpu" else {}
+        self._warm = _WithoutData(self.record, ranks)
+        self.config = self._warm.resolve(RunConfig.model_validate(apply_overrides(self.record.config, here)))
+        self.backbone = self._warm.backbone(self.config)
+        self.model = self._warm.build(self.config, trained_already=True)
+        checkpoint.load_weights(folder, self.model)
+        self.model.eval().requires_grad_(False)
+        counts = np.array(self.record.class_counts)
+        log_prior = torch.from_numpy(np.log(counts / counts.sum())).float().to(ranks.device)
+        self.offset = self.config.evaluation.posthoc_tau * log_prior
+        """(K,), what the post-hoc adjustment takes off the logits."""
+
+    @property
+    def size_px(self) -> int:
+        """Side of the pictures."""
+        return self.backbone.tower.resolution_px
+
+    @property
+    def five_crops(self) -> bool:
+        """Whether it looks at five crops of a picture (test-time ensembling)."""
+        return self.config.evaluation.tte
+
+    def logits(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Adjusted logits (B, K) in fp32, and the labels; pictures are (B, 3, H, W) uint8, or (B, 5, 3, H, W)."""
+        with torch.inference_mode(), autocast(self.config, self.ranks.device):
+            for images, labels, _ in self._warm.to_device(self.config, batches):
+                if images.ndim == 5:
+                    logits = self.model(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
+                else:
+                    logits = self.model(images)
+                yield logits.float() - self.offset, labels

@@ -1,0 +1,51 @@
+"""How much each setting decides about the objective, by Optuna's PED-ANOVA (arXiv 2304.10255)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import create_trial
+
+from lift_ray.results.studies import StudyFiles
+
+FEWEST_TRIALS = 10
+
+
+def importances(study: StudyFiles) -> dict[str, float]:
+    """Shares that add up to 1, of the settings that every trial has; empty when the finished trials are too few to tell.
+
+    Settings that only some kinds of tuner have are left out: their trials are not all the trials.
+    """
+    metric, mode = study.objective
+    trials = study.finished
+    ranges = {name: distribution(param) for name, param in study.space.items() if param and not param.get("when")}
+    varied = {n: d for n, d in ranges.items() if not d.single() and len({t.get(n) for t in trials}) > 1}
+    if len(trials) < FEWEST_TRIALS or len(varied) < 2:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        memory = optuna.create_study(direction="maximize" if mode == "max" else "minimize")
+        for trial in trials:
+            values = {name: trial[name] for name in varied}
+            if all(d._contains(d.to_internal_repr(values[n])) for n, d in varied.items()):
+                memory.add_trial(create_trial(params=values, distributions=varied, value=trial[metric]))
+        if len(memory.trials) < FEWEST_TRIALS:
+            return {}
+        found = get_param_importances(memory, evaluator=PedAnovaImportanceEvaluator())
+    return {name: float(value) for name, value in found.items()}
+
+
+def distribution(param: Mapping[str, Any]) -> BaseDistribution:
+    """A searched setting, as the search-space file writes it, in Optuna's class."""
+    if param.get("choices") is not None:
+        return CategoricalDistribution(param["choices"])
+    low, high = param.get("int") or param["float"]
+    if param.get("int"):
+        return IntDistribution(int(low), int(high), log=param["log"], step=round(param["step"] or 1))
+    return FloatDistribution(low, high, log=param["log"], step=param["step"])

@@ -1,0 +1,175 @@
+"""What a step of training minimises: LIFT's loss of labelled pictures, and those that learn from pictures without labels too.
+
+FixMatch (arXiv 2001.07685), LoFT (arXiv 2509.09926) and ULFine (our reading of arXiv 2505.05062). Of every picture without a
+label there are two views: what the model says of the weak one is what the strong one has to agree with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lift_ray.methods.lift import Lift
+from lift_ray.methods.ulfine import FusedHead, orthogonality
+from lift_ray.model.losses import Loss
+
+if TYPE_CHECKING:
+    from lift_ray.distributed.ranks import Ranks
+
+
+class Objective(Protocol):
+    """The loss of a rank's part of a step.
+
+    Attributes:
+        forward: what makes the objective's first argument of pictures and patches.
+        pseudo_labels: (3, K) of this epoch so far, over all ranks: pictures of each class, those taken for it with enough
+            confidence, and those of them that are of it; None for a method without pseudo-labels.
+    """
+
+    forward: Callable[..., Tensor]
+    pseudo_labels: Tensor | None
+
+    def __call__(self, output: Tensor, labels: Tensor, /) -> tuple[Tensor, Tensor]:
+        """What `forward` made of B pictures, and a label for each -> the loss, and the share of labelled pictures that was right."""
+
+
+class Labelled:
+    """LIFT: the loss of the run on labelled pictures (arXiv 2309.10019)."""
+
+    forward: Callable[..., Tensor]
+    pseudo_labels: Tensor | None = None
+
+    def __init__(self, model: Lift, loss: Loss, ranks: Ranks) -> None:
+        self.forward, self.loss = model, loss
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw logits (B, K) and labels (B,)."""
+        return self.loss(logits, labels), hits(logits, labels)
+
+
+class Consistent:
+    """FixMatch on the loss of the run: L(z, y) + consistency(z(weak), z(strong)); LoFT is the same with other weights.
+
+    A part of a step is one batch of pictures: B labelled ones, then weak views of ratio * B others, then strong views of the same.
+
+    Args:
+        model: of which features are taken, so that one pass through the tower serves all logits.
+        loss: of the labelled pictures.
+        ratio: unlabelled pictures for each labelled one.
+        sure, unsure: weights of pictures whose confidence reaches the threshold, and of the others.
+    """
+
+    def __init__(
+        self, model: Lift, loss: Loss, ranks: Ranks, *, threshold: float, ratio: int, sure: float, unsure: float = 0.0
+    ) -> None:
+        self.model, self.loss, self.ranks = model, loss, ranks
+        self.forward: Callable[..., Tensor] = model.feature
+        self.threshold, self.ratio, self.sure, self.unsure = threshold, ratio, sure, unsure
+        self.pseudo_labels: Tensor | None = None
+
+    def __call__(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B + 2 ratio B, D) and a label for each; those of unlabelled pictures are only counted."""
+        parts = self.parts(len(labels))
+        logits, weak, strong = self.model.classify(features).split(parts)
+        labelled, true, _ = labels.split(parts)
+        teacher = weak.detach().softmax(1)
+        self.count(teacher, true)
+        loss = self.loss(logits, labelled) + consistency(teacher, strong, self.threshold, self.sure, self.unsure)
+        return loss, hits(logits, labelled)
+
+    def parts(self, size: int) -> list[int]:
+        """How many pictures of a batch are labelled, weak and strong."""
+        labelled = size // (1 + 2 * self.ratio)
+        return [labelled, self.ratio * labelled, self.ratio * labelled]
+
+    def count(self, teacher: Tensor, true: Tensor) -> Tensor:
+        """Count the pseudo-labels of all ranks; returns those of this step, (3, K) as `Objective.pseudo_labels`."""
+        num_classes, (confidence, guess) = teacher.shape[1], teacher.max(1)
+        own = F.one_hot(true, num_classes)
+        given = F.one_hot(guess, num_classes) * (confidence >= self.threshold).unsqueeze(1)
+        found = torch.stack([own.sum(0), given.sum(0), (own * given).sum(0)])
+        self.ranks.sum(found)
+        self.pseudo_labels = found if self.pseudo_labels is None else self.pseudo_labels + found
+        return found
+
+
+class UlfineObjective(Consistent):
+    """ULFine (our reading): L(Z, y) + CE(S, y) + the mean of both logits' consistency with F(weak) + lambda_o * orthogonality.
+
+    The fused logits F make the pseudo-labels; the prototypes of a step's similarity logits S are those that the step began with,
+    and those fitted in it are held orthogonal, with a gradient through the class means of its labelled features. All of this
+    loss is assumed.
+
+    Args:
+        lambda_o: weight of the orthogonality.
+    """
+
+    def __init__(self, model: Lift, loss: Loss, ranks: Ranks, *, lambda_o: float, **options: Any) -> None:
+        super().__init__(model, loss, ranks, **options)
+        self.lambda_o = lambda_o
+
+    def __call__(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `Consistent`."""
+        parts, features, head = self.parts(len(labels)), features.float(), self.model.head
+        assert isinstance(head, FusedHead)
+        (linear, weak_z, strong_z), (similarity, weak_s, strong_s) = (z.split(parts) for z in head.both(features))
+        labelled, true, _ = labels.split(parts)
+        teacher = head.fused(weak_z, weak_s).detach().softmax(1)
+        pseudo_labels = self.count(teacher, true)[1]
+        agree = [
+            consistency(teacher, strong, self.threshold, self.sure, self.unsure) for strong in (strong_z, strong_s)
+        ]
+        fitted = head.fit(*self.class_sums(features[: len(labelled)], labelled, len(pseudo_labels)), pseudo_labels)
+        loss = self.loss(linear, labelled) + F.cross_entropy(similarity, labelled) + (agree[0] + agree[1]) / 2
+        return loss + self.lambda_o * orthogonality(fitted), hits(head.fused(linear, similarity), labelled)
+
+    def class_sums(self, features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """(K, D) unit features summed by class, and (K,) how many, over all ranks.
+
+        Each rank has the gradient of its own features only, `world_size` times, for the ranks' gradients are averaged.
+        """
+        own = F.one_hot(labels, num_classes).float()
+        sums = own.T @ F.normalize(features, dim=-1)
+        everyone = self.ranks.sum(torch.cat([sums.detach(), own.sum(0).unsqueeze(1)], 1))
+        return everyone[:, :-1] + self.ranks.world_size * (sums - sums.detach()), everyone[:, -1]
+
+
+def consistency(teacher: Tensor, strong: Tensor, threshold: float, sure: float, unsure: float = 0.0) -> Tensor:
+    """mean(sure 1[max p >= threshold] CE(z, argmax p) + unsure 1[max p < threshold] CE(z, p)), over all B pictures.
+
+    Args:
+        teacher: (B, K) probabilities p from the weak views, without a gradient.
+        strong: (B, K) logits z of the strong views.
+    """
+    confidence, guess = teacher.max(1)
+    hard = F.cross_entropy(strong, guess, reduction="none")
+    soft = F.cross_entropy(strong, teacher, reduction="none")
+    return torch.where(confidence >= threshold, sure * hard, unsure * soft).mean()
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of a batch whose largest logit is that of its label."""
+    return (logits.detach().argmax(1) == labels).float().mean()
+
+
+# kind of the method -> from its settings, and from model, loss of the labelled pictures and ranks, what a step minimises
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "lift": lambda method, *parts: Labelled(*parts),
+    "fixmatch": lambda method, *parts: Consistent(
+        *parts, threshold=method.threshold, ratio=method.unlabelled_ratio, sure=method.lambda_u
+    ),
+    "loft": lambda method, *parts: Consistent(
+        *parts, threshold=method.threshold, ratio=method.unlabelled_ratio, sure=method.lambda_1, unsure=method.lambda_2
+    ),
+    "ulfine": lambda method, *parts: UlfineObjective(
+        *parts,
+        threshold=method.threshold,
+        ratio=method.unlabelled_ratio,
+        sure=method.lambda_u,
+        lambda_o=method.lambda_o,
+    ),
+}

@@ -1,0 +1,53 @@
+"""python -m lift_ray.report: one HTML page about what searches found."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lift_ray.errors import exit_codes, run_verb
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def report(
+    outs: Annotated[
+        list[str], typer.Argument(metavar="OUT [OUT ...]", help="Results of python -m lift_ray.tune: folders or URLs.")
+    ],
+    to: Annotated[
+        str | None, typer.Option(help="Folder or URL for the page.  [OUT/report; of several searches ./report]")
+    ] = None,
+    png: Annotated[
+        bool, typer.Option("--png", help="Write each figure as PNG too (needs kaleido and Chrome).")
+    ] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Write a page that says what won, by how much and how sure that is; it needs no network. A search may still run.
+
+    \b
+    Examples:
+      python -m lift_ray.report runs/quickstart --open
+      python -m lift_ray.report runs/bottleneck runs/heavy runs/tau --to runs/together
+      python -m lift_ray.report s3://bucket/inat --to inat-report
+    """
+    from lift_ray.distributed.reporting import write_report
+
+    where = write_report(outs, to, png=png)
+    print(f"report: {where}")
+    if open_page and "://" not in where:
+        import webbrowser
+        from pathlib import Path
+
+        webbrowser.open(Path(where).absolute().as_uri())
+
+
+def main(argv: list[str]) -> int | None:
+    """Run the verb on the words after its name."""
+    return run_verb(app, "report", argv)
+
+
+if __name__ == "__main__":
+    exit_codes(main)(sys.argv[1:])

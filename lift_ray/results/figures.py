@@ -1,0 +1,344 @@
+"""The figures of a report: plotly's JSON as plain dicts, the numbers behind each, and what it shows in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lift_ray.results.evidence import MEASURES, Interval, accuracy_intervals, heavy_tuning, reliability
+from lift_ray.results.metrics import GROUPS, RULES
+from lift_ray.results.rows import describe
+from lift_ray.results.studies import BEST, StudyFiles, Trial, numbers
+
+# colours that differ for all kinds of colour vision and stand out on white and on black; symbols and dashes say the same again
+STYLES = {
+    "many": ("#1b7fc4", "circle", "solid"), "medium": ("#00996b", "square", "dash"), "few": ("#d55e00", "diamond", "dot"),
+    "mean_class_accuracy": ("#8a63d2", "x", "dashdot"), "accuracy": ("#808080", "triangle-up", "longdash"),
+}  # fmt: skip
+COLOURS = [colour for colour, _, _ in STYLES.values()]
+SYMBOLS = [symbol for _, symbol, _ in STYLES.values()]
+WORDS = {"accuracy": "overall", "mean_class_accuracy": "mean class"} | {name: name for name in GROUPS}
+STATES = {
+    "finished": "circle",
+    "pruned": "circle-open",
+    "running": "triangle-up-open",
+    "failed": "x",
+    "infeasible": "cross",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the page.
+
+    Args:
+        name: of its CSV file.
+        title: heading.
+        note: what it shows, in words.
+        traces, layout: plotly's.
+        rows: the numbers behind it, all with the same keys.
+    """
+
+    name: str
+    title: str
+    note: str
+    traces: list[dict[str, Any]]
+    layout: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis with a heading."""
+    return {"title": {"text": title}, "automargin": True, **more}
+
+
+def log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic one for positive values, numbered at powers of ten, and at 2 and 5 times these where there are few."""
+    low, high = min(values), max(values)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**k for k in powers for m in ((1, 2, 5) if high < 50 * low else (1,))]
+    return axis(title, type="log", tickvals=ticks, ticktext=[_short_count(v) for v in ticks])
+
+
+def _short_count(value: float) -> str:
+    """20000 -> 20k."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+ACCURACY = "accuracy in %"
+
+
+def percents(values: Any) -> list[float | None]:
+    """0.4567 -> 45.67; None stays."""
+    return [None if v is None or v != v else round(100 * float(v), 3) for v in values]
+
+
+def cloud(trials: Sequence[Trial], x: Sequence[Any], measure: str, **more: Any) -> dict[str, Any]:
+    """A point for each trial, validation accuracy upwards."""
+    colour, symbol, _ = STYLES[measure]
+    return {
+        "type": "scatter", "mode": "markers", "name": WORDS[measure], "x": list(x),
+        "y": percents(numbers(trials, f"validation/{measure}")), "text": [tell(t) for t in trials],
+        "marker": {"color": colour, "symbol": symbol, "size": 8},
+        "hovertemplate": "%{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
+        **more,
+    }  # fmt: skip
+
+
+def tell(trial: Trial) -> str:
+    """A trial in a line."""
+    values = {n: v for n, v in trial.items() if v is not None and "." in n}
+    return f"trial {trial['number']}: {describe(values)}"
+
+
+def measures_of(trials: Sequence[Trial], wanted: Sequence[str] = (*GROUPS, "mean_class_accuracy")) -> list[str]:
+    """Those that some trial has on validation."""
+    return [m for m in wanted if any(t.get(f"validation/{m}") is not None for t in trials)]
+
+
+def compared_figure(study: StudyFiles) -> Figure | None:
+    """Test accuracy of everything compared, with intervals."""
+    found = list(zip(study.compared, study.answers, strict=True))
+    rows, traces = [], []
+    if not any(f"test/{m}" in figures for figures, _ in found for m in MEASURES):
+        return None
+    for measure in [m for m in (*GROUPS, "mean_class_accuracy") if any(f"test/{m}" in figures for figures, _ in found)]:
+        colour, symbol, _ = STYLES[measure]
+        here = []
+        for figures, answers in found:
+            value = figures.get(f"test/{measure}", float("nan"))
+            spread = accuracy_intervals(answers, study.groups).get(measure) if answers and study.class_counts else None
+            here.append(spread or Interval(value, value, value))
+            rows.append({"model": figures["label"], "measure": WORDS[measure], "test": here[-1].value, "low": here[-1].low,
+                         "high": here[-1].high})  # fmt: skip
+        values = np.array([[i.value, i.high - i.value, i.value - i.low] for i in here])
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": WORDS[measure], "y": [figures["label"] for figures, _ in found],
+            "x": percents(values[:, 0]), "marker": {"color": colour, "symbol": symbol, "size": 9},
+            "error_x": {"type": "data", "symmetric": False, "array": percents(values[:, 1]), "arrayminus": percents(values[:, 2]),
+                        "color": colour, "thickness": 1.5, "width": 3},
+            "hovertemplate": "%{y}: %{x:.1f}%<extra>%{fullData.name}</extra>",
+        })  # fmt: skip
+    note = (
+        "Accuracy on the test split, which the search did not see. Bars: 95% intervals by bootstrap over test images."
+    )
+    layout = {"xaxis": axis(ACCURACY), "yaxis": axis("", autorange="reversed"), "height": 210 + 42 * len(found)}
+    return Figure("compared", "Best against the yardsticks", note, traces, layout, rows)
+
+
+def size_figure(study: StudyFiles) -> Figure | None:
+    """Accuracy against trained parameters, and the front of what no smaller trial beats."""
+    trials = [t for t in study.finished if t.get("trained_parameters")]
+    if len({t["trained_parameters"] for t in trials}) < 2:
+        return None
+    x = [t["trained_parameters"] for t in trials]
+    traces = [cloud(trials, x, measure) for measure in measures_of(trials)]
+    front = small_front(trials)
+    traces.append({
+        "type": "scatter", "mode": "lines", "name": "Pareto front, mean class", "x": [t["trained_parameters"] for t in front],
+        "y": percents(numbers(front, "validation/mean_class_accuracy")), "line": {"color": STYLES["mean_class_accuracy"][0],
+        "shape": "hv", "dash": "dash"}, "hoverinfo": "skip",
+    })  # fmt: skip
+    least = min(front, key=lambda t: t["trained_parameters"])
+    most = front[-1]
+    note = "Each finished trial, on validation. The line is the Pareto front of mean class accuracy: no trial with fewer trained " \
+           f"parameters is better. It runs from {value_of(least)} with {least['trained_parameters']:,.0f} parameters to " \
+           f"{value_of(most)} with {most['trained_parameters']:,.0f}."  # fmt: skip
+    on_front = {t["number"] for t in front}
+    rows = [{"trial": t["number"], "trained_parameters": t["trained_parameters"],
+             **{m: t.get(f"validation/{m}") for m in MEASURES}, "on_front": t["number"] in on_front} for t in trials]  # fmt: skip
+    return Figure("size", "Accuracy against trained parameters", note, traces,
+                  {"xaxis": log_axis("trained parameters", x), "yaxis": axis(ACCURACY)}, rows)  # fmt: skip
+
+
+def value_of(trial: Trial) -> str:
+    """Its mean class accuracy in words."""
+    return f"{100 * trial['validation/mean_class_accuracy']:.1f}%"
+
+
+def small_front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that are better in mean class accuracy than every one with as few trained parameters, smallest first."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda t: (t["trained_parameters"], -t["validation/mean_class_accuracy"])):
+        if not front or trial["validation/mean_class_accuracy"] > front[-1]["validation/mean_class_accuracy"]:
+            front.append(trial)
+    return front
+
+
+def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> Figure | None:
+    """Accuracy of the finished trials against one number that was searched, with the mean at each value when they are few."""
+    trials = [t for t in study.finished if t.get(setting) is not None]
+    x = numbers(trials, setting)
+    if len(np.unique(x)) < 2:
+        return None
+    traces, param = [], study.space.get(setting, {})
+    for measure in measures_of(trials):
+        traces.append(cloud(trials, x.tolist(), measure))
+        y, places = numbers(trials, f"validation/{measure}"), np.unique(x)
+        colour, _, dash = STYLES[measure]
+        if param.get("choices") or param.get("step"):
+            means = percents([y[x == place].mean() for place in places])
+            traces.append({"type": "scatter", "mode": "lines", "x": places.tolist(), "y": means, "showlegend": False,
+                           "line": {"color": colour, "dash": dash}, "hoverinfo": "skip"})  # fmt: skip
+    is_log = x.min() > 0 and (param.get("log") or (param.get("choices") and x.max() >= 50 * x.min()))
+    rows = [
+        {"trial": t["number"], setting: t[setting], **{m: t.get(f"validation/{m}") for m in MEASURES}} for t in trials
+    ]
+    layout = {"xaxis": log_axis(setting, x.tolist()) if is_log else axis(setting), "yaxis": axis(ACCURACY)}
+    return Figure(name, title, note, traces, layout, rows)
+
+
+def width_figures(study: StudyFiles) -> list[Figure]:
+    """A curve for each number of the tuner that was searched: bottleneck, prompt length, share of weights."""
+    widths = [n for n in study.settings if n.startswith(("tuner.", "extra_tuner.")) and not n.endswith("kind")]
+    note = "Finished trials on validation; a line joins the means where the values are few. Other settings differ between the points."
+    found = [curve(study, n, f"width-{n.replace('.', '-')}", f"How wide: {n.rsplit('.', 1)[-1]}", note) for n in widths]
+    return [figure for figure in found if figure is not None]
+
+
+def tau_figure(study: StudyFiles) -> Figure | None:
+    """Strength of the logit adjustment in training."""
+    note = "A larger tau in training moves accuracy from the many to the few. Finished trials on validation; other settings differ too."
+    return curve(study, "loss.tau", "tau", "Tau in training: how strongly to adjust", note)
+
+
+def posthoc_figure(study: StudyFiles) -> Figure | None:
+    """What other taus after training do to the best trial."""
+    points = study.posthoc
+    if len(points) < 2:
+        return None
+    traces = []
+    for measure in [m for m in (*GROUPS, "mean_class_accuracy") if f"validation/{m}" in points[0]]:
+        colour, symbol, dash = STYLES[measure]
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "name": WORDS[measure], "x": [p["tau"] for p in points],
+            "y": percents([p[f"validation/{measure}"] for p in points]), "line": {"color": colour, "dash": dash},
+            "marker": {"color": colour, "symbol": symbol, "size": 8},
+            "hovertemplate": "tau %{x}: %{y:.1f}%<extra>%{fullData.name}</extra>",
+        })  # fmt: skip
+    top = max(points, key=lambda p: p["validation/mean_class_accuracy"])
+    note = f"The best trial, its logits adjusted again after training, which costs nothing. On validation tau {top['tau']:g} gives " \
+           f"the best mean class accuracy, {value_of(top)}; without it it is {value_of(points[0])}."  # fmt: skip
+    rows = [{"tau": p["tau"], **{m: p.get(f"validation/{m}") for m in MEASURES}} for p in points]
+    return Figure("posthoc-tau", "Tau after training: how strongly to adjust", note, traces,
+                  {"xaxis": axis("tau after training"), "yaxis": axis(ACCURACY)}, rows)  # fmt: skip
+
+
+def kinds_figure(study: StudyFiles) -> Figure | None:
+    """Tuner kinds as distributions of the objective."""
+    metric, _ = study.objective
+    trials = [t for t in study.finished if t.get("tuner.kind")]
+    kinds = sorted({t["tuner.kind"] for t in trials})
+    if len(kinds) < 2:
+        return None
+    by_kind = {kind: [t for t in trials if t["tuner.kind"] == kind] for kind in kinds}
+    kinds.sort(key=lambda kind: -float(np.median(numbers(by_kind[kind], metric))))
+    scale, title = scale_of(metric)
+    traces = [{
+        "type": "box", "name": f"{kind} ({len(by_kind[kind])})", "x": (scale * numbers(by_kind[kind], metric)).round(4).tolist(),
+        "orientation": "h", "boxpoints": "all", "jitter": 0.4, "pointpos": 0, "text": [tell(t) for t in by_kind[kind]],
+        "fillcolor": "rgba(0,0,0,0)", "line": {"color": "#808080", "width": 1}, "marker": {"color": COLOURS[0], "size": 6},
+        "hovertemplate": "%{x:.2f}<br>%{text}<extra></extra>", "showlegend": False,
+    } for kind in reversed(kinds)]  # fmt: skip
+    note = f"Finished trials of each kind on validation (their number in brackets), best median first: {kinds[0]}. A kind that was " \
+           "tried more often also had more chances."  # fmt: skip
+    rows = [
+        {"tuner.kind": t["tuner.kind"], "trial": t["number"], metric: t[metric]}
+        for kind in kinds
+        for t in by_kind[kind]
+    ]
+    layout = {"xaxis": axis(title), "yaxis": axis(""), "height": 160 + 52 * len(kinds)}
+    return Figure("kinds", "Tuner kinds", note, traces, layout, rows)
+
+
+def scale_of(metric: str) -> tuple[float, str]:
+    """What to multiply a metric with, and what to call it: accuracies are shown in percent."""
+    name = metric.rsplit("/", 1)[-1]
+    if "/" not in metric or name == "loss":
+        return 1.0, name.replace("_", " ")
+    return 100.0, f"{WORDS[name]} accuracy in %" if name in WORDS else f"{name.replace('_', ' ')} in %"
+
+
+def heavy_figure(study: StudyFiles) -> Figure | None:
+    """Few-shot accuracy against trained parameters, with the fitted line's interval."""
+    heavy = heavy_tuning(study)
+    if heavy.curve is None:
+        return None
+    x, low, high = heavy.curve
+    band = {"type": "scatter", "mode": "lines", "x": [*x.tolist(), *x[::-1].tolist()], "y": percents([*high, *low[::-1]]),
+            "fill": "toself", "fillcolor": "rgba(213,94,0,0.18)", "line": {"width": 0}, "name": "95% interval of the line",
+            "hoverinfo": "skip"}  # fmt: skip
+    points = cloud(heavy.trials, [t["trained_parameters"] for t in heavy.trials], "few")
+    rows = [
+        {"trial": t["number"], "trained_parameters": t["trained_parameters"], "few": t["validation/few"]}
+        for t in heavy.trials
+    ]
+    assert heavy.rank is not None
+    spread = f"{heavy.rank.value:+.2f} (95% interval {heavy.rank.low:+.2f} to {heavy.rank.high:+.2f})"
+    note = f"Finished trials on validation. Rank correlation {spread}. The trials also differ in other settings, which the search " \
+           "chose; a grid over the size alone answers most cleanly."  # fmt: skip
+    return Figure("heavy", "Does heavy fine-tuning hurt here?", note, [band, points],
+                  {"xaxis": log_axis("trained parameters", x.tolist()), "yaxis": axis("few-shot accuracy in %")}, rows)  # fmt: skip
+
+
+def classes_figure(study: StudyFiles) -> Figure | None:
+    """Accuracy of each class against its training images."""
+    found = study.entry(BEST)
+    if found is None or found[1] is None or not study.class_counts:
+        return None
+    answers, counts, groups = found[1], np.array(study.class_counts), study.groups
+    total = np.bincount(answers.label, minlength=len(counts))
+    correct = np.bincount(answers.label[answers.hits], minlength=len(counts))
+    seen = np.flatnonzero(total)
+    traces = []
+    for group in [g for g in GROUPS if (groups[seen] == g).any()]:
+        here = seen[groups[seen] == group]
+        colour, symbol, _ = STYLES[group]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": f"{group} ({RULES[group]})", "x": counts[here].tolist(),
+            "y": percents(correct[here] / total[here]), "text": [study.class_names[k] for k in here],
+            "marker": {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75},
+            "hovertemplate": "%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
+        })  # fmt: skip
+    never = int((correct[seen] == 0).sum())
+    note = f"Each point is a class, best found, on test. {never} of {len(seen)} classes are never recognised."
+    rows = [{"class": study.class_names[k], "group": str(groups[k]), "train_images": int(counts[k]), "test_images": int(total[k]),
+             "correct": int(correct[k])} for k in seen]  # fmt: skip
+    layout = {
+        "xaxis": log_axis("training images of the class", counts[seen].tolist()),
+        "yaxis": axis(ACCURACY, range=[-4, 104]),
+    }
+    return Figure("classes", "Classes: accuracy against frequency", note, traces, layout, rows)
+
+
+def calibration_figure(study: StudyFiles) -> Figure | None:
+    """Reliability diagram of the best and of zero-shot."""
+    traces: list[dict[str, Any]] = [{"type": "scatter", "mode": "lines", "name": "perfect", "x": [0, 100], "y": [0, 100],
+                                     "line": {"color": "#808080", "dash": "dot"}, "hoverinfo": "skip"}]  # fmt: skip
+    rows, errors = [], []
+    for label, place in ((BEST, 0), ("zero-shot", 2)):
+        found = study.entry(label)
+        if found is None or found[1] is None:
+            continue
+        bins = reliability(found[1])
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "name": label, "x": percents([b[0] for b in bins]),
+            "y": percents([b[1] for b in bins]), "text": [f"{b[2]:,} images" for b in bins],
+            "marker": {"color": COLOURS[place], "symbol": SYMBOLS[place], "size": 8}, "line": {"color": COLOURS[place]},
+            "hovertemplate": "says %{x:.0f}%, right %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",
+        })  # fmt: skip
+        rows += [{"model": label, "confidence": b[0], "accuracy": b[1], "images": b[2]} for b in bins]
+        errors.append(f"{label} {100 * sum(abs(b[0] - b[1]) * b[2] for b in bins) / len(found[1].label):.1f}%")
+    if not rows:
+        return None
+    note = "How often a prediction is right when the model says how sure it is; above the dotted line it is too modest. " \
+           f"Expected calibration error on test: {', '.join(errors)}."  # fmt: skip
+    layout = {"xaxis": axis("confidence in %", range=[0, 100]), "yaxis": axis(ACCURACY, range=[0, 100])}
+    return Figure("calibration", "Calibration: can its confidence be trusted?", note, traces, layout, rows)

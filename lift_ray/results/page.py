@@ -1,0 +1,246 @@
+"""The report: one HTML page that needs no network, and the numbers behind each figure as CSV."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib import import_module
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lift_ray.errors import RunFailed
+from lift_ray.results import figures, search_figures
+from lift_ray.results.evidence import heavy_tuning
+from lift_ray.results.figures import Figure
+from lift_ray.results.scaling_law import fit_law
+from lift_ray.results.studies import StudyFiles
+from lift_ray.results.summary import accuracy_rows, summary
+
+PAGE = "index.html"
+MOST_ROWS = 60  # of a table in the page; the CSV has all
+
+
+@dataclass(frozen=True)
+class Example:
+    """A class that goes wrong, with test images of it.
+
+    Args:
+        name, group, train_images: the class.
+        right: recognised test images of all of them, as `0 of 10`.
+        pictures: (data URI of a small JPEG, what it was taken for).
+    """
+
+    name: str
+    group: str
+    train_images: int
+    right: str
+    pictures: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A study and what was computed for it elsewhere."""
+
+    study: StudyFiles
+    importances: Mapping[str, float] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
+    without_examples: str = ""
+
+
+def figures_of(chapter: Chapter) -> tuple[list[Figure], list[str]]:
+    """The figures that the study has the numbers for, in reading order, and the names of those that it has not."""
+    study = chapter.study
+    law = fit_law(study, *search_figures.unit_of(study))
+    makers: dict[str, Callable[[], Figure | None]] = {
+        "yardsticks": lambda: figures.compared_figure(study),
+        "does heavy fine-tuning hurt": lambda: figures.heavy_figure(study),
+        "accuracy against trained parameters": lambda: figures.size_figure(study),
+        "tau in training": lambda: figures.tau_figure(study),
+        "tau after training": lambda: figures.posthoc_figure(study),
+        "tuner kinds": lambda: figures.kinds_figure(study),
+        "classes": lambda: figures.classes_figure(study),
+        "calibration": lambda: figures.calibration_figure(study),
+        "history": lambda: search_figures.history_figure(study),
+        "all settings at once": lambda: search_figures.parallel_figure(study),
+        "importance of the settings": lambda: search_figures.importance_figure(study, chapter.importances),
+        "cost": lambda: search_figures.cost_figure(study),
+        "scaling": lambda: search_figures.scaling_figure(law),
+    }
+    made = {name: make() for name, make in makers.items()}
+    found = [figure for figure in made.values() if figure is not None]
+    place = next((i for i, figure in enumerate(found) if figure.name in ("tau", "posthoc-tau")), len(found))
+    widths = figures.width_figures(study)
+    missing = [name for name, figure in made.items() if figure is None] + ([] if widths else ["width"])
+    return found[:place] + widths + found[place:], missing
+
+
+def write_page(chapters: Sequence[Chapter], folder: Path) -> list[tuple[str, Figure]]:
+    """folder/index.html and folder/NAME.csv, each renamed into place; returns the figures by the names of their files.
+
+    Raises RunFailed when plotly is not installed, and OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named: list[tuple[str, Figure]] = []
+    sections = [_together(chapters)] if len(chapters) > 1 else []
+    if len(chapters) > 1 and (both := search_figures.studies_figure([c.study for c in chapters])):
+        named.append(("studies", both))
+        sections.append(_figure("studies", both))
+    for index, chapter in enumerate(chapters):
+        made, missing = figures_of(chapter)
+        prefix = f"{index + 1}-" if len(chapters) > 1 else ""
+        mine = [(prefix + figure.name, figure) for figure in made]
+        named += mine
+        sections.append(_chapter(chapter, mine, missing, index))
+    for name, figure in named:
+        _write(folder / f"{name}.csv", as_csv(figure.rows))
+    drawn = {name: {"data": figure.traces, "layout": figure.layout} for name, figure in named}
+    names = ", ".join(chapter.study.name for chapter in chapters)
+    parts = {
+        "TITLE": escape(names), "NAVIGATION": _navigation(chapters, named), "BODY": "".join(sections),
+        "FIGURES": json.dumps(drawn, allow_nan=False).replace("<", "\\u003c"), "PLOTLY": plotly_js(),
+    }  # fmt: skip
+    page = files("lift_ray.results").joinpath("page.html").read_text()
+    head, *rest = page.split("{{")
+    _write(folder / PAGE, head + "".join(parts[key] + text for key, text in (piece.split("}}", 1) for piece in rest)))
+    return named
+
+
+def plotly_js() -> str:
+    """plotly.js as a whole; no part of it that is smaller comes with the Python package. Raises RunFailed."""
+    spec = find_spec("plotly")  # not imported: only its file is wanted
+    if spec is None or spec.origin is None:
+        raise RunFailed("report: needs the package plotly, but it is not installed; pip install plotly")
+    return (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+
+
+def write_pictures(named: Sequence[tuple[str, Figure]], folder: Path) -> None:
+    """folder/NAME.png of each figure, by kaleido and the Chrome it finds. Raises RunFailed when one of them is not there."""
+    try:
+        kaleido = import_module("kaleido")
+
+        paper = {"paper_bgcolor": "#fff", "plot_bgcolor": "#fff", "margin": {"l": 70, "r": 20, "t": 30, "b": 60}}
+        specs: list[dict[str, Any]] = [{
+            "fig": {"data": figure.traces, "layout": {"height": 400, **figure.layout, "width": 800, **paper}},
+            "path": folder / f"{name}.png", "opts": {"format": "png", "scale": 2},
+        } for name, figure in named]  # fmt: skip
+        kaleido.write_fig_from_object_sync(specs)
+    except ImportError:
+        raise RunFailed(
+            "--png: needs the package kaleido, but it is not installed; pip install kaleido, or leave out --png"
+        ) from None
+    except Exception as error:  # kaleido and what it stands on raise many kinds
+        text = " ".join(str(error).split())[:200]
+        raise RunFailed(
+            f"--png: needs a Chrome that kaleido can start, but {text}; install Chromium, or leave out --png"
+        ) from None
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """With a heading; nothing for None."""
+    out = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return out.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _navigation(chapters: Sequence[Chapter], named: Sequence[tuple[str, Figure]]) -> str:
+    if len(chapters) > 1:
+        links = [(f"study-{i + 1}", chapter.study.name) for i, chapter in enumerate(chapters)]
+    else:
+        links = [(name, figure.title.split(":")[0]) for name, figure in named]
+    return "".join(f'<li><a href="#{escape(anchor)}">{escape(text)}</a></li>' for anchor, text in links)
+
+
+def _together(chapters: Sequence[Chapter]) -> str:
+    rows = []
+    for chapter in chapters:
+        study = chapter.study
+        row = next((dict(r) for r in accuracy_rows(study) if r["model"] == "best found"), {})
+        rows.append(
+            {"study": study.name, "trials": len(study.trials), **{k: v for k, v in row.items() if k != "model"}}
+        )
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    table = _table([{key: row.get(key, "-") for key in keys} for row in rows])
+    return f'<section class="wide"><h2>Side by side</h2><p>The best of each study, test accuracy in %.</p>{table}</section>'
+
+
+def _chapter(chapter: Chapter, named: Sequence[tuple[str, Figure]], missing: Sequence[str], index: int) -> str:
+    study = chapter.study
+    state = "" if study.is_done else '<p class="running">This search has not ended: the page shows what is there.</p>'
+    found = "<ul class='summary'>" + "".join(f"<li>{escape(text)}</li>" for text in summary(study)) + "</ul>"
+    rows, law = accuracy_rows(study), fit_law(study, *search_figures.unit_of(study))
+    table = _table(rows, "Accuracy in %") if rows else ""
+    heavy = f"<h3>Does heavy fine-tuning hurt here?</h3><p>{escape(heavy_tuning(study).answer)}</p>"
+    more = f"<h3>What would more training buy?</h3><p>{escape(law.answer)}</p>"
+    parts = [
+        f'<section id="study-{index + 1}"><h2>{escape(study.name)}</h2><p class="where">{escape(study.dataset)}</p>{state}'
+        f'<div class="two"><div>{found}</div><div>{table}{heavy}{more}</div></div></section>'
+    ]
+    for name, figure in named:
+        parts.append(_figure(name, figure))
+        if figure.name == "classes":
+            parts.append(_examples(chapter))
+    if missing:
+        text = f"Not shown, because this study has no numbers for it: {', '.join(missing)}."
+        parts.append(f'<section class="missing"><p>{escape(text)}</p></section>')
+    return "".join(parts)
+
+
+def _figure(name: str, figure: Figure) -> str:
+    data = base64.b64encode(as_csv(figure.rows).encode()).decode()
+    more = f"<p>{len(figure.rows) - MOST_ROWS} more rows are in the CSV.</p>" if len(figure.rows) > MOST_ROWS else ""
+    return (
+        f'<section id="{escape(name)}"><h3>{escape(figure.title)}</h3><p>{escape(figure.note)}</p>'
+        f'<div class="plot" data-figure="{escape(name)}" role="img" aria-label="{escape(figure.title)}. {escape(figure.note)}"></div>'
+        f'<details><summary>The numbers</summary><p><a download="{escape(name)}.csv" href="data:text/csv;base64,{data}">'
+        f"{escape(name)}.csv</a></p>{_table(figure.rows[:MOST_ROWS])}{more}</details></section>"
+    )
+
+
+def _examples(chapter: Chapter) -> str:
+    if not chapter.examples:
+        why = f" ({escape(chapter.without_examples)})" if chapter.without_examples else ""
+        return f"<section><h3>The worst classes</h3><p>There are no pictures to show{why}.</p></section>"
+    cards = []
+    for example in chapter.examples:
+        pictures = "".join(
+            f'<figure><img src="{uri}" alt="a test image of {escape(example.name)}">'
+            f"<figcaption>taken for {escape(taken)}</figcaption></figure>"
+            for uri, taken in example.pictures
+        )
+        cards.append(f'<li><h4>{escape(example.name)}</h4><p>{escape(example.group)}, {example.train_images} training images, '
+                     f'{escape(example.right)} recognised</p><div class="pictures">{pictures}</div></li>')  # fmt: skip
+    lead = "<h3>The worst classes</h3><p>Test images that the best model takes for something else.</p>"
+    return f'<section class="wide">{lead}<ul class="cards">{"".join(cards)}</ul></section>'
+
+
+def _table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
+    if not rows:
+        return "<p>There is nothing yet.</p>"
+    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f'<div class="table" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,251 @@
+"""Figures about how a search went: history, all settings at once, what mattered, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lift_ray.results import figures
+from lift_ray.results.evidence import Interval, accuracy_intervals
+from lift_ray.results.figures import COLOURS, STATES, Figure, axis, scale_of, tell
+from lift_ray.results.metrics import GROUPS
+from lift_ray.results.rows import short
+from lift_ray.results.scaling_law import Law
+from lift_ray.results.studies import BEST, StudyFiles, Trial, numbers
+
+MOST_LABELS = 5  # that a phone has room for
+SHADES = ("#0072b2", "#4aa3a0", "#9aa33f", "#e08214", "#c2410c")  # dark to bright as well as blue to red: worst to best
+
+
+def history_figure(study: StudyFiles) -> Figure | None:
+    """The objective of each trial in the order of starting, and the best so far."""
+    metric, mode = study.objective
+    trials = [t for t in study.trials if t.get(metric) is not None]
+    if not trials:
+        return None
+    scale, title = scale_of(metric)
+    traces = []
+    for state in [s for s in STATES if any(t["state"] == s for t in trials)]:
+        here = [t for t in trials if t["state"] == state]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": "stopped early" if state == "pruned" else state,
+            "x": [t["number"] for t in here], "y": (scale * numbers(here, metric)).round(4).tolist(), "text": [tell(t) for t in here],
+            "marker": {"symbol": STATES[state], "size": 8, "color": COLOURS[0] if state == "finished" else COLOURS[4]},
+            "hovertemplate": "%{y:.2f}<br>%{text}<extra>%{fullData.name}</extra>",
+        })  # fmt: skip
+    done = study.finished
+    so_far = (
+        (np.maximum if mode == "max" else np.minimum).accumulate(scale * numbers(done, metric)) if done else np.zeros(0)
+    )
+    traces.append({"type": "scatter", "mode": "lines", "name": "best finished so far", "x": [t["number"] for t in done],
+                   "y": so_far.round(4).tolist(), "line": {"shape": "hv", "color": COLOURS[2]}, "hoverinfo": "skip"})  # fmt: skip
+    note = "Each trial's last value on validation, in the order of starting."
+    if best := study.best_trial:
+        after = sum(t["number"] > best["number"] for t in study.trials)
+        note += f" Trial {best['number']} is the best; none of the {after} after it is better."
+    rows = [{"trial": t["number"], "state": t["state"], "epochs": t.get("epochs"), metric: t[metric]} for t in trials]
+    layout = {"xaxis": axis("trial", rangemode="tozero"), "yaxis": axis(title)}
+    return Figure("history", "How the search went", note, traces, layout, rows)
+
+
+def parallel_figure(study: StudyFiles) -> Figure | None:
+    """All settings of all trials: an axis for each setting, lying flat so that a phone can show it, a line for each trial."""
+    metric, mode = study.objective
+    trials = [t for t in study.trials if t.get(metric) is not None]
+    if len(trials) < 2 or not study.settings:
+        return None
+    names = [*study.settings, metric]
+    axes = {name: positions(trials, name, study.space.get(name, {})) for name in names}
+    order = np.argsort(np.argsort(numbers(trials, metric) * (1 if mode == "max" else -1)))
+    shade = order * len(SHADES) // len(trials)
+    traces: list[dict[str, Any]] = []
+    for k, colour in enumerate(SHADES):
+        x: list[Any] = []
+        y: list[Any] = []
+        for i in np.flatnonzero(shade == k):
+            x += [*(axes[name][0][i] for name in names), None]
+            y += [*names, None]
+        if x:
+            words = {0: "worst fifth", len(SHADES) - 1: "best fifth"}
+            traces.append({"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "name": words.get(k, ""), "connectgaps": False,
+                           "showlegend": k in words, "line": {"color": colour, "width": 1 + k / 2}, "marker": {"size": 4},
+                           "opacity": 0.35 + 0.13 * k, "hoverinfo": "skip"})  # fmt: skip
+    heads = [{"x": 0, "y": name, "text": f"<b>{name.rsplit('/', 1)[-1]}</b>", "showarrow": False, "yshift": 13, "xanchor": "left"}
+             for name in names]  # fmt: skip
+    ends = [
+        {"x": at, "y": name, "text": text, "showarrow": False, "yshift": -12, "xanchor": anchor, "font": {"size": 10}}
+        for name in names for at, text, anchor in axes[name][1]
+    ]  # fmt: skip
+    note = "Each line is a trial, each row a setting from its lowest to its highest value. Where the strong lines of the best fifth " \
+           "run together, a value matters. A line is broken at settings that a trial does not have."  # fmt: skip
+    rows = [{"trial": t["number"], "state": t["state"], **{n: t.get(n) for n in names}} for t in trials]
+    layout = {"xaxis": {"visible": False, "range": [-0.06, 1.06]}, "yaxis": axis("", autorange="reversed", showticklabels=False),
+              "annotations": heads + ends, "height": 150 + 64 * len(names)}  # fmt: skip
+    return Figure("parallel", "All settings at once", note, traces, layout, rows)
+
+
+def positions(
+    trials: Sequence[Trial], name: str, param: Mapping[str, Any]
+) -> tuple[list[Any], list[tuple[float, str, str]]]:
+    """Where each trial's value lies in [0, 1], None where it has none, and (place, label, side) for a few values."""
+    values = [t.get(name) for t in trials]
+    if param.get("choices") or any(isinstance(v, str) for v in values):
+        options = [str(v) for v in param.get("choices") or sorted({str(v) for v in values if v is not None})]
+        at = {option: i / max(1, len(options) - 1) for i, option in enumerate(options)}
+        sides = {0.0: "left", 1.0: "right"}
+        shown = at if len(at) <= MOST_LABELS else {options[0]: 0.0, options[-1]: 1.0}
+        return [None if v is None else at.get(str(v)) for v in values], [
+            (p, o, sides.get(p, "center")) for o, p in shown.items()
+        ]
+    raw = numbers(trials, name)
+    line = np.log(raw) if param.get("log") else raw
+    low, high = np.nanmin(line), np.nanmax(line)
+    where = (line - low) / (high - low) if high > low else np.where(np.isnan(line), np.nan, 0.5)
+    ends = [(0.0, short(float(np.nanmin(raw))), "left"), (1.0, short(float(np.nanmax(raw))), "right")]
+    return [None if p != p else float(p) for p in where], ends
+
+
+def importance_figure(study: StudyFiles, importances: Mapping[str, float]) -> Figure | None:
+    """How much each setting decides about the objective."""
+    if not importances:
+        return None
+    names = sorted(importances, key=lambda n: importances[n])
+    traces = [{"type": "bar", "orientation": "h", "y": names, "x": percents_of(importances, names), "showlegend": False,
+               "marker": {"color": COLOURS[0]}, "hovertemplate": "%{y}: %{x:.0f}%<extra></extra>"}]  # fmt: skip
+    note = f"PED-ANOVA (arXiv 2304.10255): how far the settings of the better trials differ from those of all. " \
+           f"{names[-1]} matters most here. With few trials this is rough."  # fmt: skip
+    layout = {
+        "xaxis": axis("importance in %", rangemode="tozero"),
+        "yaxis": axis(""),
+        "height": 140 + 36 * len(names),
+    }
+    rows = [{"setting": n, "importance": importances[n]} for n in reversed(names)]
+    return Figure("importance", "Which settings matter", note, traces, layout, rows)
+
+
+def percents_of(values: Mapping[str, float], names: Sequence[str]) -> list[float | None]:
+    """In the order of the names."""
+    return figures.percents([values[n] for n in names])
+
+
+def worker_hours(trials: Sequence[Trial]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Hours that each trial trained and evaluated, on each of its workers."""
+    seconds = np.nan_to_num(numbers(trials, "train_s")) + np.nan_to_num(numbers(trials, "evaluate_s"))
+    hours: np.ndarray[Any, np.dtype[np.float64]] = seconds / 3600
+    return hours
+
+
+def unit_of(study: StudyFiles) -> tuple[int, str]:
+    """How many devices a trial holds, and what to call an hour of one."""
+    scale = study.about.get("space", {}).get("scale", {})
+    nodes = study.about.get("machine", {}).get("nodes", [])
+    gpu = scale.get("use_gpu", "auto")
+    on_gpu = any(node.get("GPU", 0) > 0 for node in nodes) if gpu == "auto" else bool(gpu)
+    workers = int(scale.get("workers_per_trial", 1))
+    return (workers, "GPU-hours") if on_gpu else (workers * int(scale.get("cpus_per_worker", 1)), "CPU-hours")
+
+
+def cost_figure(study: StudyFiles) -> Figure | None:
+    """The best value so far against the hours spent on the trials up to there."""
+    metric, mode = study.objective
+    if not study.finished:
+        return None
+    devices, unit = unit_of(study)
+    hours = devices * np.cumsum(worker_hours(study.trials))
+    at = {t["number"]: float(h) for t, h in zip(study.trials, hours, strict=True)}
+    scale, title = scale_of(metric)
+    so_far = (np.maximum if mode == "max" else np.minimum).accumulate(scale * numbers(study.finished, metric))
+    minutes = bool(hours[-1] < 1)
+    x = [round(at[t["number"]] * (60 if minutes else 1), 4) for t in study.finished]
+    unit = unit.replace("hours", "minutes") if minutes else unit
+    traces = [{"type": "scatter", "mode": "lines+markers", "x": x, "y": so_far.round(4).tolist(), "showlegend": False,
+               "line": {"shape": "hv", "color": COLOURS[0]}, "marker": {"size": 6}, "text": [tell(t) for t in study.finished],
+               "hovertemplate": "after %{x:.2f} " + unit + ": %{y:.2f}<extra></extra>"}]  # fmt: skip
+    rows = [{"trial": t["number"], f"{unit} so far": h, f"best {metric} so far": float(b) / scale}
+            for t, h, b in zip(study.finished, x, so_far, strict=True)]  # fmt: skip
+    layout = {"xaxis": axis(f"{unit} spent on trials", rangemode="tozero"), "yaxis": axis(title)}
+    return Figure("cost", "What it cost", cost_in_words(study), traces, layout, rows)
+
+
+def cost_in_words(study: StudyFiles) -> str:
+    """Device hours in all and up to the best trial, and the speed of training."""
+    devices, unit = unit_of(study)
+    hours, best = devices * worker_hours(study.trials), study.best_trial
+    words = f"All trials together took {hours.sum():.2g} {unit}."
+    if best is not None:
+        until = sum(h for t, h in zip(study.trials, hours, strict=True) if t["number"] <= best["number"])
+        words += f" The best was found after {until:.2g}."
+    speed = numbers(study.trials, "train/images_per_s")
+    if not np.isnan(speed).all():
+        words += f" A trial trained on {np.nanmedian(speed):,.0f} images/s (median)."
+    times = study.about.get("time_s", {})
+    if "total" in times:
+        minutes = [times[name] / 60 for name in ("total", "final comparison")]
+        words += f" The whole search took {minutes[0]:.1f} minutes, of which the final comparison {minutes[1]:.1f}."
+    return words
+
+
+def scaling_figure(law: Law) -> Figure | None:
+    """Predicted against found accuracy; held-out trials, larger than those that were fitted, apart."""
+    if not law.points:
+        return None
+    traces: list[dict[str, Any]] = []
+    for label, held_out, k in (("fitted", False, 0), ("held out", True, 2)):
+        here = [p for p in law.points if p.held_out == held_out]
+        spread = [
+            [100 * (p.predicted.high - p.predicted.value), 100 * (p.predicted.value - p.predicted.low)] for p in here
+        ]
+        colour = COLOURS[k]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": label, "x": figures.percents([p.found for p in here]),
+            "y": figures.percents([p.predicted.value for p in here]), "text": [tell(p.trial) for p in here],
+            "marker": {"color": colour, "symbol": figures.SYMBOLS[k], "size": 9},
+            "error_y": {"type": "data", "symmetric": False, "array": [s[0] for s in spread], "arrayminus": [s[1] for s in spread],
+                        "color": colour, "thickness": 1},
+            "hovertemplate": "found %{x:.1f}%, predicted %{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
+        })  # fmt: skip
+    ends = [min(p.found for p in law.points), max(p.found for p in law.points)]
+    traces.append({"type": "scatter", "mode": "lines", "name": "exact", "x": figures.percents(ends), "y": figures.percents(ends),
+                   "line": {"color": "#808080", "dash": "dot"}, "hoverinfo": "skip"})  # fmt: skip
+    rows = [{"trial": p.trial["number"], **p.scales, "found": p.found, "predicted": p.predicted.value, "low": p.predicted.low,
+             "high": p.predicted.high, "held_out": p.held_out} for p in law.points]  # fmt: skip
+    note = "What a law fitted to the smaller trials predicts for each, with 95% intervals, against what was found on validation."
+    layout = {"xaxis": axis("found, accuracy in %"), "yaxis": axis("predicted, accuracy in %")}
+    return Figure("scaling", "What more training would buy: the check", note, traces, layout, rows)
+
+
+def studies_figure(studies: Sequence[StudyFiles]) -> Figure | None:
+    """The best of each study on its test split."""
+    rows: list[dict[str, Any]] = []
+    for study in studies:
+        found = study.entry(BEST)
+        if found is None:
+            continue
+        spread = accuracy_intervals(found[1], study.groups) if found[1] and study.class_counts else {}
+        for measure in [m for m in (*GROUPS, "mean_class_accuracy") if f"test/{m}" in found[0]]:
+            value = found[0][f"test/{measure}"]
+            bar = spread.get(measure, Interval(value, value, value))
+            rows.append({"study": study.name, "measure": measure, "test": bar.value, "low": bar.low, "high": bar.high})
+    if not rows:
+        return None
+    traces = []
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        here = [row for row in rows if row["measure"] == measure]
+        colour, symbol, _ = figures.STYLES[measure]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": figures.WORDS[measure], "y": [row["study"] for row in here],
+            "x": figures.percents([row["test"] for row in here]), "marker": {"color": colour, "symbol": symbol, "size": 9},
+            "error_x": {"type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 3,
+                        "array": figures.percents([row["high"] - row["test"] for row in here]),
+                        "arrayminus": figures.percents([row["test"] - row["low"] for row in here])},
+            "hovertemplate": "%{y}: %{x:.1f}%<extra>%{fullData.name}</extra>",
+        })  # fmt: skip
+    note = "The best of each study on its test split, with 95% intervals by bootstrap over test images."
+    layout = {
+        "xaxis": axis(figures.ACCURACY),
+        "yaxis": axis("", autorange="reversed"),
+        "height": 210 + 42 * len(studies),
+    }
+    return Figure("studies", "The studies side by side", note, traces, layout, rows)

@@ -1,0 +1,273 @@
+"""Several models that answer together: the mean by hand, one pass over the images, training, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lift_ray import evaluate
+from lift_ray.data import decode, sizes
+from lift_ray.distributed.ensemble import LEFT, prior_left
+from lift_ray.distributed.evaluation import Question, evaluate_here
+from lift_ray.distributed.priors import label_prior, loss_of
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
+from lift_ray.errors import BadInput
+from lift_ray.methods.backdoor import COMBINE, mean_logits, mean_probabilities
+from lift_ray.methods.prior import fit
+from lift_ray.model import backbone
+from lift_ray.model.losses import LOSSES
+from lift_ray.results.crossed import Crossed
+from lift_ray.results.metrics import PerClass
+from lift_ray.settings.run import RunConfig, apply_overrides
+
+OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": True}
+
+
+def settings(small_clip: str, **overrides: Any) -> dict[str, Any]:
+    tree = {"backbone": {"model": small_clip}, "tuner": {"kind": "adaptformer", "bottleneck": 4},
+            "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05}}  # fmt: skip
+    return apply_overrides(tree, overrides)
+
+
+@pytest.fixture(scope="module")
+def warm(small_data: str) -> Warm:
+    return Warm(small_data, Ranks.alone())
+
+
+@pytest.fixture(scope="module")
+def folders(warm: Warm, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two checkpoints: one at 32 px, one at 48 px that looks at five crops."""
+    out = tmp_path_factory.mktemp("models")
+    for name, overrides in (("a", {}), ("b", OTHER)):
+        run = Run(RunConfig.model_validate(settings(small_clip, **overrides)), warm)
+        run.train_epoch()
+        run.save(out / name)
+    return [str(out / "a"), str(out / "b")]
+
+
+def alone(folder: str, warm: Warm, split: str = "test") -> torch.Tensor:
+    """The logits of a split as a run by itself gives them, (N, K)."""
+    from lift_ray.distributed import checkpoint
+
+    record = checkpoint.read_record(Path(folder))
+    run = Run(RunConfig.model_validate(record.config), warm, record.class_counts)
+    checkpoint.load_weights(Path(folder), run.model)
+    with torch.inference_mode():
+        return torch.cat([logits for logits, _ in run._logits(warm.dataset.split(split))])
+
+
+def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    evaluate.main([*words, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_means_by_hand() -> None:
+    first, second = torch.tensor([[0.0, np.log(3.0)]]), torch.tensor([[np.log(4.0), 0.0]])
+    assert torch.allclose(mean_logits([first, second], [1, 1]), torch.tensor([[np.log(2.0), np.log(3.0) / 2]]))
+    assert torch.allclose(mean_logits([first, second], [3, 1]), torch.tensor([[np.log(4.0) / 4, 0.75 * np.log(3.0)]]))
+    together = mean_probabilities([first, second], [1, 3]).softmax(1)
+    assert together.tolist()[0] == pytest.approx([0.25 * 0.25 + 0.75 * 0.8, 0.25 * 0.75 + 0.75 * 0.2])
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+def test_copies_of_one_model_are_that_model(combine: str) -> None:
+    logits = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    made = COMBINE[combine]([logits] * 3, [1.0, 2.0, 0.5])
+    assert torch.allclose(made.softmax(1), logits.softmax(1), atol=1e-6)
+
+
+def test_copies_of_one_checkpoint_give_its_figures(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folders[0], tmp_path / "copy")
+    one, two = said(folders[:1], capsys), said([folders[0], str(tmp_path / "copy")], capsys)
+    assert set(two) - set(one) == {"members", "best", "groups", "disagreement", "cost"}
+    assert {name: two[name] for name in one} == pytest.approx(
+        one | {"trained_parameters": 2 * one["trained_parameters"]}, abs=1e-6
+    )
+    assert two["disagreement"] == [[folders[0], str(tmp_path / "copy"), 0]]
+    assert two["groups"]["all"]["all"]["gain"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("words", [[], ["--combine", "probabilities", "--weights", "2,1"]])
+def test_two_checkpoints_are_the_mean_by_hand_of_what_each_gives_alone(
+    folders: list[str], warm: Warm, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (alone(folder, warm) for folder in folders)
+    expected = (2 / 3 * first.softmax(1) + 1 / 3 * second.softmax(1)).log() if words else (first + second) / 2
+    labels = torch.from_numpy(warm.dataset.split("test").labels)
+    found = said([*folders, *words], capsys)
+    assert found["test/loss"] == pytest.approx(float(F.cross_entropy(expected, labels)), abs=1e-5)
+    assert found["test/accuracy"] == float((expected.argmax(1) == labels).float().mean())
+    assert found["disagreement"][0][2] == float((first.argmax(1) != second.argmax(1)).float().mean())
+    losses = [found["members"][folder]["test/loss"] for folder in folders]
+    assert losses == pytest.approx([float(F.cross_entropy(z, labels)) for z in (first, second)], abs=1e-5)
+
+
+def test_each_picture_is_decoded_once(folders: list[str], monkeypatch: pytest.MonkeyPatch, small_data: str) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr(sizes, "decode", lambda data: (decoded.append(data), decode.decode(data))[1])
+    evaluate_here(Question(tuple(folders), small_data, "test"))
+    assert len(decoded) == len(set(decoded)) == 24
+
+
+def test_workers_give_the_figures_of_one_process(
+    folders: list[str], capsys: pytest.CaptureFixture[str], ray_session: None
+) -> None:
+    alone, together = (said([*folders, *words], capsys) for words in ([], ["--workers", "2"]))
+    for found in (alone, together):
+        del found["cost"]["evaluate_s"]
+    assert json.dumps(round_off(together)) == json.dumps(round_off(alone))
+
+
+def round_off(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: round_off(value) for key, value in tree.items()}
+    return (
+        [round_off(item) for item in tree]
+        if isinstance(tree, list)
+        else round(tree, 4)
+        if isinstance(tree, float)
+        else tree
+    )
+
+
+def test_gla_is_its_formula_on_what_the_models_give_alone(
+    folders: list[str], warm: Warm, small_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = Run(RunConfig.model_validate(settings(small_clip, **{"tuner.kind": "zero_shot"})), warm)
+    plain.save(tmp_path / "zero")
+    prior = label_prior(warm, plain.config)
+    tuned, zero = alone(folders[0], warm), alone(str(tmp_path / "zero"), warm)
+    held_out = warm.dataset.split("validation")
+    temperature = fit(alone(folders[0], warm, "validation"), torch.from_numpy(held_out.labels)).temperature
+    expected = tuned / temperature + zero / prior.temperature - prior.log_q  # the loss took the training prior out
+    labels = torch.from_numpy(warm.dataset.split("test").labels)
+    found = said([folders[0], "--gla"], capsys)
+    assert found["test/loss"] == pytest.approx(float(F.cross_entropy(expected, labels)), rel=1e-4)
+    assert found["test/loss"] != pytest.approx(said(folders[:1], capsys)["test/loss"], rel=1e-2)
+    assert "members" not in found
+
+
+def test_what_a_loss_leaves_of_the_training_prior_is_known_for_every_loss() -> None:
+    assert set(LEFT) == set(LOSSES) - {"logit_adjusted"}
+    losses = [{"kind": "cross_entropy"}, {"tau": 0.25}, {"tau": 2.0}, {"kind": "gla"}]
+    assert [prior_left(RunConfig.model_validate({"loss": loss}).loss) for loss in losses] == [1, 0.75, 0, 0]
+
+
+def test_the_groups_are_means_of_class_accuracies_and_gains_their_differences() -> None:
+    crossed = Crossed(["a", "b"], 4, torch.device("cpu"))
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    found = [[0, 0, 1, 0, 2, 0, 0, 0], [0, 0, 0, 0, 0, 2, 3, 0]]
+    crossed.add([F.one_hot(torch.tensor(row), 4).float() for row in found], labels)
+    together = PerClass(np.array([2, 1, 2, 1]), np.array([2, 2, 2, 2]), np.array([2, 2, 2, 2]))
+    p_groups = np.array(["few", "many", "many", "few"])
+    report = crossed.result("test", together, np.array([200, 150, 30, 5]), p_groups)
+    assert report["groups"]["many"]["few"] == {
+        "classes": 1,
+        "mean": 1,
+        "best": 1,
+        "together": 1,
+        "gain": 0,
+        "gain_over_best": 0,
+    }
+    assert report["groups"]["many"]["many"] == {
+        "classes": 1, "mean": 0.25, "best": 0.5, "together": 0.5, "gain": 0.25, "gain_over_best": 0
+    }  # fmt: skip
+    assert report["groups"]["all"]["all"]["gain"] == 0.75 - 0.5
+    assert {d: set(row) for d, row in report["groups"].items()} == {
+        "many": {"many", "few", "all"}, "medium": {"many", "all"}, "few": {"few", "all"}, "all": {"many", "few", "all"}
+    }  # fmt: skip
+    assert (report["best"], report["disagreement"]) == ("a", [["a", "b", 4 / 8]])
+    assert set(crossed.result("test", together, np.array([200, 150, 30, 5]), None)["groups"]["many"]) == {"all"}
+
+
+def test_the_table_and_the_words_below_it(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(folders)
+    shown = capsys.readouterr().out
+    for words in (
+        "together",
+        "P-many",
+        "D-few",
+        "->",
+        "images on which two models differ, in %: ",
+        " trained parameters, ",
+    ):
+        assert words in shown
+
+
+def test_the_loss_of_gla_trains_with_the_prior_of_the_foundation_model(warm: Warm, small_clip: str) -> None:
+    config = RunConfig.model_validate(settings(small_clip, **{"loss.kind": "gla"}))
+    run = Run(config, warm)
+    prior, counts = label_prior(warm, run.config), torch.from_numpy(run.class_counts).float()
+    logits, labels = torch.zeros(8, 8), torch.arange(8)
+    expected = F.cross_entropy(logits + (counts / counts.sum()).log() + prior.log_q, labels)
+    assert float(loss_of(run.config, warm, counts)(logits, labels)) == pytest.approx(float(expected), rel=1e-5)
+    assert np.isfinite(run.train_epoch()["train/loss"])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["{a}", "--combine", "logits"], "--combine: needs at least 2 models, but got 1; name more checkpoints, or leave it out"),
+    (["{a}", "--weights", "1"], "--weights: needs at least 2 models, but got 1; name more checkpoints, or leave it out"),
+    (["{a}", "{b}", "--weights", "1,2,3"],
+     "--weights: must be one for each of the 2 models ({a}, {b}), but got 3; give 2, with commas between them"),
+    (["{a}", "{b}", "--weights", "1,0"], "--weights: must be numbers over 0 with commas between them, but got '1,0'; try 2,1,1"),
+    (["{a}", "{b}", "--weights", "one"], "--weights: must be numbers over 0 with commas between them, but got 'one'; try 2,1,1"),
+    (["{a}", "{b}", "--combine", "logit"], "--combine: unknown value 'logit'; did you mean 'logits'?"),
+    (["{a}", "{a}"], "CHECKPOINT: must each be named once, but got {a} twice; use --weights to make it count more"),
+    (["{a}", "{order}"], "{order}: must have the classes of {a} in the same order, but it has 8 and that 8, which differ (the same "
+     "names in another order); combine models of one data set"),
+    (["{a}", "{fewer}"], "{fewer}: must have the classes of {a} in the same order, but it has 7 and that 8, which differ ({last}); "
+     "combine models of one data set"),
+    (["{a}", "{b}", "--gla", "--posthoc-tau", "1"],
+     "--posthoc-tau: must not be given with --gla, which takes the prior out itself; leave one of them out"),
+    (["{a}", "{tau}"], "--posthoc-tau: must be given for models trained with several, but got none for 0.0, 0.5; name one"),
+])  # fmt: skip
+def test_what_cannot_answer_together_is_one_line(
+    words: list[str], message: str, folders: list[str], tmp_path: Path
+) -> None:
+    names = dict(zip("ab", folders, strict=True)) | {n: str(tmp_path / n) for n in ("order", "fewer", "tau")}
+    for name in ("order", "fewer", "tau"):
+        shutil.copytree(folders[0], names[name])
+        record = json.loads((Path(names[name]) / "run.json").read_text())
+        names["last"] = record["class_names"][-1]
+        record["class_names"] = {"order": record["class_names"][::-1], "fewer": record["class_names"][:-1]}.get(
+            name, record["class_names"]
+        )
+        record["config"]["evaluation"]["posthoc_tau"] = 0.5 if name == "tau" else 0.0
+        (Path(names[name]) / "run.json").write_text(json.dumps(record))
+    with pytest.raises(BadInput) as caught:
+        evaluate.main([word.format(**names) for word in words])
+    assert str(caught.value) == message.format(**names)
+
+
+def test_gla_without_a_text_tower_is_one_line_and_the_table_goes_without_parameter_groups(
+    warm: Warm, small_clip: str, monkeypatch: pytest.MonkeyPatch, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backbone, "_load_open_clip", without_text(backbone._load_open_clip))
+    with pytest.raises(BadInput) as caught:
+        evaluate.main([folders[0], "--gla"])
+    assert (
+        str(caught.value)
+        == f"GLA: needs a text tower, but {small_clip} has none; leave it out, or use another backbone"
+    )
+    assert {d: list(row) for d, row in said(folders, capsys)["groups"].items()} == {
+        "medium": ["all"],
+        "few": ["all"],
+        "all": ["all"],
+    }
+
+
+def without_text(load: Callable[..., backbone.Backbone]) -> Callable[..., backbone.Backbone]:
+    return lambda *args: replace(load(*args), text=None, projection=None)

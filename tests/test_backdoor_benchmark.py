@@ -1,0 +1,77 @@
+"""What benchmarks/backdoor.py makes of its runs: which are run next, what is combined, and what the sentence says."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def backdoor() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(Path(__file__).parent.parent / "benchmarks"), *sys.path])
+        yield importlib.import_module("backdoor")
+
+
+def row(job: Any, value: float) -> dict[str, Any]:
+    return {"key": job.key, "name": job.name, "seed": job.seed, "rate": job.rate,
+            "metrics": {"validation/mean_class_accuracy": value}}  # fmt: skip
+
+
+def test_the_best_rate_of_the_first_seed_is_used_for_the_others(backdoor: ModuleType) -> None:
+    args = argparse.Namespace(groups=3, epochs=1, vits=Path("x"), backbones=list(backdoor.BACKBONES))
+    jobs = backdoor.possible_jobs(args)
+    assert len({job.key for job in jobs}) == len(jobs)
+    first = [job for job in jobs if job.seed == 0]
+    assert {job.key for job in backdoor.choose(jobs, [])} == {job.key for job in first}
+    rows = [row(job, {0.1: 0.2, 0.3: 0.4, 1.0: 0.3}[job.rate]) for job in first]
+    more = [job for job in backdoor.choose(jobs, rows) if job.seed]
+    assert {job.rate for job in more} == {0.3}
+    seeds = {name: sorted(job.seed for job in more if job.name == name) for name in {job.name for job in jobs}}
+    assert seeds["tiny LA"] == seeds["vits LA"] == list(range(1, 9))
+    assert seeds["tiny32 LA"] == seeds["vits CE"] == [3, 6]
+    assert jobs[0].config().loss.kind == "logit_adjusted"
+
+
+def models(backdoor: ModuleType, noise: dict[str, float]) -> tuple[Any, dict[str, Any]]:
+    labels = torch.arange(4).repeat(100)
+    random = torch.Generator().manual_seed(0)
+
+    def logits(size: float) -> dict[str, torch.Tensor]:
+        return {"test": torch.eye(4)[labels] + size * torch.randn(400, 4, generator=random)}
+
+    made = {(name, "LA", seed): logits(noise[name]) for name in noise for seed in range(6)}
+    return made, {"num_classes": 4, "counts": np.array([200, 150, 50, 5]), "labels": labels}
+
+
+def test_every_pair_all_and_the_control_are_combined_of_seeds_that_groups_do_not_share(backdoor: ModuleType) -> None:
+    made, data = models(backdoor, {"a": 1.0, "b": 1.0, "c": 1.0})
+    labels = ["a, LA", "b, LA", "c, LA", "a + b, LA", "a + c, LA", "b + c, LA", "a + b + c, LA", "a x 3, LA", "b x 3, LA",
+              "c x 3, LA"]  # fmt: skip
+    assert list(backdoor.combinations(made, 0)) == labels
+    second = backdoor.combinations(made, 1)
+    assert second["a + b, LA"] == [made["a", "LA", 3], made["b", "LA", 3]]
+    assert second["c x 3, LA"] == [made["c", "LA", seed] for seed in (3, 4, 5)]
+    found = {one["models"]: one for one in backdoor.summarise(made, 2, data)}
+    assert found["a + b + c, LA"]["logits"]["gain_all"]["mean"] > 0.05
+    assert found["a, LA"]["logits"]["gain_all"]["mean"] == 0
+    assert found["a, LA"]["groups"] == 2
+
+
+@pytest.mark.parametrize("worse", [1.0, 0.4])
+def test_three_seeds_beat_a_pair_with_an_equal_or_worse_model(backdoor: ModuleType, worse: float) -> None:
+    made, data = models(backdoor, {"a": 1.0, "b": worse})
+    found = backdoor.summarise(made, 2, data)
+    assert "Several backbones fall behind seeds of one: a + b, LA has " in backdoor.verdict(found)
+    without = [one for one in found if " x " not in one["models"]]
+    assert backdoor.verdict(without) == "Whether several backbones beat the seeds of one needs both."

@@ -1,0 +1,203 @@
+"""How sure a result is: intervals, the question of heavy fine-tuning, the power law."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lift_ray.distributed.predictions import evaluate_each, write_predictions
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
+from lift_ray.results.evidence import (
+    accuracy_gains,
+    accuracy_intervals,
+    heavy_tuning,
+    regression_intervals,
+    reliability,
+    seed_spread,
+    spearman,
+)
+from lift_ray.results.output import Output
+from lift_ray.results.scaling_law import Law, fit_law
+from lift_ray.results.studies import Answers, StudyFiles, read_study
+from lift_ray.results.tally import PerImage
+from lift_ray.settings.run import RunConfig
+
+GROUPS = np.array(["many"] * 5 + ["few"] * 5)
+
+
+def answers(share: float, seed: int, images: int = 40) -> Answers:
+    """Ten classes of so many images each, of which about this share is recognised."""
+    label = np.repeat(np.arange(10), images)
+    hit = np.random.default_rng(seed).random(len(label)) < share
+    return Answers(label, np.where(hit, label, (label + 1) % 10), np.full(len(label), 0.5))
+
+
+@pytest.mark.parametrize("images", [3, 40])
+def test_intervals_cover_the_truth_as_often_as_they_say(images: int) -> None:
+    """Without a correction for small classes, 85 of 100 with three test images a class, as iNaturalist has them."""
+    inside = 0
+    for seed in range(200):
+        spread = accuracy_intervals(answers(0.6, seed, images), GROUPS)["mean_class_accuracy"]
+        inside += spread.low <= 0.6 <= spread.high
+    assert 0.9 * 200 <= inside <= 0.99 * 200
+
+
+def test_an_interval_is_as_wide_as_the_binomial_law_says() -> None:
+    found = answers(0.5, 0, images=400)
+    spread = accuracy_intervals(found, GROUPS)
+    assert spread["accuracy"].value == pytest.approx(found.hits.mean())
+    assert spread["few"].high - spread["few"].low == pytest.approx(2 * 1.96 * (0.25 / 2000) ** 0.5, rel=0.1)
+
+
+def test_a_gain_on_the_same_images_is_surer_than_two_accuracies_apart() -> None:
+    theirs = answers(0.5, 0)
+    better = theirs.predicted.copy()
+    better[::20] = theirs.label[::20]
+    ours = Answers(theirs.label, better, theirs.confidence)
+    gain, apart = accuracy_gains(ours, theirs, GROUPS)["accuracy"], accuracy_intervals(ours, GROUPS)["accuracy"]
+    assert gain.value == pytest.approx(ours.hits.mean() - theirs.hits.mean())
+    assert gain.excludes_zero
+    assert gain.high - gain.low < (apart.high - apart.low) / 2
+
+
+def test_a_model_gains_nothing_on_itself() -> None:
+    gain = accuracy_gains(answers(0.5, 0), answers(0.5, 0), GROUPS)["few"]
+    assert (gain.value, gain.low, gain.high) == (0, 0, 0)
+
+
+def study(sizes: list[float], few: list[float], **columns: list[Any]) -> StudyFiles:
+    trials = [
+        {"number": i, "state": "finished", "trained_parameters": size, "validation/few": value, "train_s": 90.0, "evaluate_s": 0.0,
+         "validation/mean_class_accuracy": value, **{name: values[i] for name, values in columns.items()}}
+        for i, (size, value) in enumerate(zip(sizes, few, strict=True))
+    ]  # fmt: skip
+    return StudyFiles("out", "s", "", {"validation/mean_class_accuracy": "max"}, {name: {} for name in columns}, trials)
+
+
+NOISE = np.random.default_rng(0).normal(0, 0.01, 14).tolist()
+SIZES = [10.0 ** (3 + i / 4) for i in range(14)]
+
+
+@pytest.mark.parametrize(("slope", "answer"), [(-0.05, "Yes: "), (0.05, "No: "), (0.0, "Cannot tell: ")])
+def test_heavy_tuning_hurts_where_the_trials_say_so(slope: float, answer: str) -> None:
+    few = [0.4 + slope * np.log10(size / 1e3) + noise for size, noise in zip(SIZES, NOISE, strict=True)]
+    heavy = heavy_tuning(study(SIZES, few))
+    assert heavy.answer.startswith(answer)
+    assert heavy.slope
+    assert heavy.slope.low <= slope <= heavy.slope.high
+
+
+@pytest.mark.parametrize("sizes", [SIZES[:5], [1e3, 1e4] * 7])
+def test_few_trials_cannot_tell_about_heavy_tuning(sizes: list[float]) -> None:
+    heavy = heavy_tuning(study(sizes, [0.5 - 1e-6 * size for size in sizes]))
+    assert heavy.answer.startswith("Cannot tell: ")
+    assert heavy.slope is None
+
+
+@pytest.mark.parametrize("number", [8, 14])
+def test_regression_intervals_cover_the_truth_with_few_trials(number: int) -> None:
+    """A slope and one more observation; a bootstrap of percentiles has the slope in 90 of 100."""
+    random, inside = np.random.default_rng(1), np.zeros(2)
+    for _ in range(300):
+        x = np.column_stack([np.ones(number), random.uniform(3, 6, number)])
+        y, new = random.normal(0, 1, number), random.normal()
+        slope = regression_intervals(x, y, np.array([[0.0, 1.0]]))[0]
+        single = regression_intervals(x, y, np.array([[1.0, 6.5]]), single=True)[0]
+        inside += [slope.low <= 0 <= slope.high, single.low <= new <= single.high]
+    assert (inside >= 0.925 * 300).all()
+    assert (inside <= 0.98 * 300).all()
+
+
+def test_rank_correlation_shares_the_ranks_of_ties() -> None:
+    assert spearman(np.array([1.0, 2, 3, 4]), np.array([1.0, 8, 27, 64])) == pytest.approx(1)
+    assert spearman(np.array([1.0, 2, 2, 3]), np.array([1.0, 2, 3, 4])) == pytest.approx(0.9486833)
+    assert spearman(np.array([1.0, 2]), np.array([5.0, 5])) == 0
+
+
+def law_of(exponent: float, noise: float = 0.0) -> Law:
+    epochs = [float(e) for e in (1, 2, 3, 4, 6, 8, 12, 16)]
+    random = np.random.default_rng(3)
+    accuracy = [1 - 0.8 * e**-exponent * float(np.exp(noise * random.normal())) for e in epochs]
+    return fit_law(study([1e4] * 8, accuracy, **{"optim.epochs": epochs}), devices=1, unit="GPU-hours")
+
+
+def test_a_power_law_is_found_and_predicts_larger_trials_exactly() -> None:
+    law = law_of(0.25)
+    assert law.exponents["optim.epochs"].value == pytest.approx(0.25)
+    held = [p for p in law.points if p.held_out]
+    assert [p.scales["optim.epochs"] for p in held] == [12, 16], "the largest must be held out"
+    for point in held:
+        assert point.predicted.value == pytest.approx(point.found)
+    assert "buys 64 epochs in place of 16: 71.7%" in law.answer, "no law reaches beyond four times as many"
+    assert "do not rely on it" not in law.answer
+
+
+def test_a_law_without_an_effect_promises_nothing() -> None:
+    law = law_of(0.0, noise=0.05)
+    assert "No effect is clear" in law.answer
+    assert "in place of" not in law.answer
+    point = law.points[-1].predicted
+    assert point.low < point.value < point.high
+
+
+def test_of_trials_of_one_scale_the_best_counts() -> None:
+    epochs = [float(e) for e in (1, 1, 2, 4, 8, 16, 32)]
+    accuracy = [0.01, *(1 - 0.8 * e**-0.25 for e in epochs[1:])]
+    law = fit_law(study([1e4] * 7, accuracy, **{"optim.epochs": epochs}), 1, "CPU-hours")
+    assert law.exponents["optim.epochs"].value == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("epochs", "words"), [
+    ([2.0] * 8, "Cannot tell: no trial differs in epochs"),
+    ([1.0, 2.0, 3.0], "Cannot tell: 3 trials"),
+])  # fmt: skip
+def test_without_several_scales_there_is_no_law(epochs: list[float], words: str) -> None:
+    law = fit_law(study([1e4] * len(epochs), [0.5] * len(epochs), **{"optim.epochs": epochs}), 1, "CPU-hours")
+    assert law.answer.startswith(words)
+    assert law.points == []
+
+
+def test_seeds_say_how_far_results_spread() -> None:
+    found = study([1e4] * 3, [0.4, 0.5, 0.6], seed=[0, 1, 2])
+    assert "trained with 3 seeds: validation/mean_class_accuracy 50.0 ± 10.0" in seed_spread(found)
+    assert "one seed" in seed_spread(study([1e4], [0.4]))
+
+
+def test_reliability_bins_hold_every_image() -> None:
+    found = Answers(np.zeros(4, int), np.array([0, 0, 1, 1]), np.array([0.99, 0.98, 0.01, 0.5]))
+    bins = reliability(found)
+    assert sum(images for _, _, images in bins) == 4
+    assert bins[-1] == (pytest.approx(0.985), 1.0, 2)
+
+
+def test_two_ranks_fill_in_what_one_finds() -> None:
+    logits = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    whole, halves = PerImage(10, 0, torch.device("cpu")), [PerImage(10, at, torch.device("cpu")) for at in (0, 5)]
+    for batch in logits.split(3):
+        whole.add(batch)
+    for half, mine in zip(halves, logits.split(5), strict=True):
+        half.add(mine)
+    halves[0].tensors()[0].add_(halves[1].tensors()[0])
+    for ours, theirs in zip(whole.result(), halves[0].result(), strict=True):
+        assert ours.tolist() == theirs.tolist()
+    assert whole.result()[0].tolist() == logits.argmax(1).tolist()
+
+
+def test_what_is_kept_of_each_image_gives_the_same_accuracy(small_data: str, small_clip: str, tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"backbone": {"model": small_clip}, "tuner": {"kind": "zero_shot"}})
+    warm = Warm(small_data, Ranks.alone(use_gpu=False, num_cpus=1))
+    figures, table = evaluate_each(Run(config, warm), "test")
+    write_predictions(table, Output(str(tmp_path)), "predictions/00")
+    (tmp_path / "study.json").write_text('{"compared": [{"label": "zero-shot"}], "space": {"space": {}}}')
+    kept = read_study(tmp_path, "out").answers[0]
+    assert kept
+    assert kept.label.tolist() == warm.dataset.split("test").labels.tolist()
+    assert kept.hits.mean() == pytest.approx(figures["test/accuracy"])
+    alone = Run(config, warm).evaluate("test")
+    assert figures == pytest.approx({name: value for name, value in alone.items() if "time/" not in name})

@@ -1,0 +1,193 @@
+"""python -m lift_ray.export: the files give the checkpoint's logits, for every kind of tuner."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lift_ray import export
+from lift_ray.distributed.exporting import classifier, export_checkpoint
+from lift_ray.distributed.finished import Finished
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
+from lift_ray.errors import BadInput, RunFailed
+from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS
+
+MERGED: dict[str, dict[str, Any]] = {
+    "lora": {"bottleneck": 4},
+    "lora_mlp": {"bottleneck": 4, "mlp": True, "blocks": [1]},
+    "ssf": {},
+    "ssf_norms": {"norms": True},
+    "bitfit": {},
+    "layernorm": {},
+    "sparse": {"ratio": 0.2},
+    "partial": {},
+    "full": {},
+    "linear_probe": {},
+    "zero_shot": {},
+}
+BESIDE: dict[str, dict[str, Any]] = {
+    "adaptformer": {"bottleneck": 4},
+    "adapter": {"bottleneck": 4, "blocks": [0]},
+    "vpt_shallow": {"length": 3},
+    "vpt_deep": {"length": 3},
+}
+
+
+def config_of(name: str, options: dict[str, Any], **others: Any) -> dict[str, Any]:
+    kind = name.removesuffix("_mlp").removesuffix("_norms")
+    return {"tuner": {"kind": kind, **options}, **others}
+
+
+def saved(data: str, clip: str, folder: Path, config: dict[str, Any]) -> Path:
+    """A checkpoint whose trained tensors are far from where they start, as after a long training."""
+    from lift_ray.settings.run import RunConfig
+
+    threads = torch.get_num_threads()
+    run = Run(
+        RunConfig.model_validate({"backbone": {"model": clip}, "optim": {"global_batch_size": 16}, **config}),
+        Warm(data, Ranks.alone()),
+    )
+    torch.set_num_threads(threads)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for p in run.trained.values():
+            p += 0.1 * torch.randn_like(p)
+    run.save(folder)
+    return folder
+
+
+def test_the_tests_name_every_kind_of_tuner() -> None:
+    kinds = {config_of(name, options)["tuner"]["kind"] for name, options in {**MERGED, **BESIDE}.items()}
+    assert kinds == {*BLOCK_TUNERS, *OWN, *WITHOUT_BLOCKS, "sparse"} - {
+        "batchnorm"
+    }  # that one is for residual networks
+
+
+@pytest.mark.parametrize("name", [*MERGED, *BESIDE])
+def test_onnx_torch_and_open_clip_give_the_logits_of_the_checkpoint(
+    name: str, small_data: str, small_clip: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    options = {**MERGED, **BESIDE}[name]
+    folder = saved(small_data, small_clip, tmp_path / "checkpoint", config_of(name, options))
+    exported, left_out = export_checkpoint(folder, tmp_path / "out")
+    assert [each.name for each in exported] == (["open_clip"] if name in MERGED else []) + ["torch", "onnx"]
+    assert all(each.difference <= 1e-4 for each in exported)
+    assert (name in left_out) == (name in BESIDE)
+    if name in ("lora_mlp", "adaptformer"):
+        assert_loads_without_lift_ray(folder, tmp_path / "out", name in MERGED)
+
+
+def assert_loads_without_lift_ray(folder: Path, out: Path, merged: bool) -> None:
+    import onnxruntime
+    import open_clip
+
+    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (finished.backbone.mean, finished.backbone.std))
+    with torch.inference_mode():
+        expected = finished.model((images / 255 - mean) / std)
+    program = torch.export.load(out / "model.pt2")
+    assert "mkldnn" not in program.graph_module.code
+    assert (program.module()(images) - expected).abs().max() < 1e-4
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4
+    if merged:
+        clip = open_clip.create_model(f"local-dir:{out / 'open_clip'}", require_pretrained=True)
+        clip.visual.proj = None
+        with torch.inference_mode():
+            feature = clip.visual.eval()((images / 255 - mean) / std)
+            assert (finished.model.head(feature) - expected).abs().max() < 1e-4
+
+
+def test_two_tuners_merge_in_their_order_and_post_hoc_adjustment_is_inside(
+    small_data: str, small_clip: str, tmp_path: Path
+) -> None:
+    config = {
+        "tuner": {"kind": "lora", "bottleneck": 4},
+        "extra_tuner": {"kind": "ssf"},
+        "evaluation": {"posthoc_tau": 0.5},
+    }
+    folder = saved(small_data, small_clip, tmp_path / "checkpoint", config)
+    exported, _ = export_checkpoint(folder, tmp_path / "out", ["open_clip"])
+    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    assert [each.name for each in exported] == ["open_clip"]
+    assert not list(classifier(finished).tuners)
+    counts = torch.tensor(finished.record.class_counts)
+    torch.testing.assert_close(finished.offset, 0.5 * (counts / counts.sum()).log())
+
+
+def test_a_tuner_beside_another_that_cannot_be_merged_is_exported(
+    small_data: str, small_clip: str, tmp_path: Path
+) -> None:
+    config = {"tuner": {"kind": "adaptformer", "bottleneck": 4}, "extra_tuner": {"kind": "lora", "bottleneck": 4}}
+    folder = saved(small_data, small_clip, tmp_path / "checkpoint", config)
+    exported, left_out = export_checkpoint(folder, tmp_path / "out", ["torch"])
+    assert [each.name for each in exported] == ["torch"]
+    assert not left_out
+    with pytest.raises(
+        BadInput, match=r"^--format open_clip: must have a tuner that can be merged .* adaptformer and lora"
+    ):
+        export_checkpoint(folder, tmp_path / "other", ["open_clip"])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("kind", "formats"), [("ssf", ["open_clip", "torch"]), ("batchnorm", ["open_clip"])])
+def test_a_residual_network_is_merged_too(kind: str, formats: list[str], small_data: str, tmp_path: Path) -> None:
+    import open_clip
+    from safetensors.torch import save_file
+
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
+    text = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    (tmp_path / "clip").mkdir()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CLIP(32, vision, text)
+    save_file(dict(model.state_dict()), tmp_path / "clip" / "open_clip_model.safetensors")
+    about = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text},
+             "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}  # fmt: skip
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(about))
+    config = {"tuner": {"kind": kind}, "augment": {"patch_dropout": 0.0}}
+    folder = saved(small_data, f"local-dir:{tmp_path / 'clip'}", tmp_path / "checkpoint", config)
+    exported, _ = export_checkpoint(folder, tmp_path / "out", formats)
+    assert [each.name for each in exported] == formats
+
+
+def test_the_verb_prints_differences_and_writes_a_card(
+    small_data: str, small_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(small_data, small_clip, tmp_path / "checkpoint", {})
+    out = tmp_path / "new" / "out"
+    export.main([str(folder), "--to", str(out), "--format", "torch"])
+    assert "model.pt2: largest difference from the checkpoint's logits" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert "96 training images of 8 classes, 24 to 4 each." in card
+    assert "| few | under 20 | 7 | 72 |" in card
+    assert "unknown; ask who published them" in card
+    assert "kind: adaptformer" in card
+    assert len(json.loads((out / "classes.json").read_text())) == 8
+    with pytest.raises(BadInput, match=r"^--to: must be a new folder, but .* exists; delete it, or give another"):
+        export.main([str(folder), "--to", str(out)])
+    with pytest.raises(BadInput, match=r"^--format: unknown format 'onx'; did you mean 'onnx'"):
+        export.main([str(folder), "--to", str(tmp_path / "x"), "--format", "onx"])
+
+
+def test_a_file_that_differs_is_refused_and_nothing_is_left(
+    small_data: str, small_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lift_ray.distributed import exporting
+
+    folder = saved(small_data, small_clip, tmp_path / "checkpoint", {})
+    monkeypatch.setitem(exporting.WRITERS, "torch", lambda *given: ("model.pt2", lambda x: torch.zeros(len(x), 8)))
+    with pytest.raises(
+        RunFailed, match=r"^model.pt2: the logits must be those of the checkpoint to 0.0001, but differ"
+    ):
+        export_checkpoint(folder, tmp_path / "out", ["torch"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -1,0 +1,207 @@
+"""python -m lift_ray.predict: every picture once, also after being killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from lift_ray import predict
+from lift_ray.data.catalog import open_dataset
+from lift_ray.data.pictures import PictureReader, find_pictures
+from lift_ray.data.reader import RowReader
+from lift_ray.distributed import prediction
+from lift_ray.distributed.calibration import fit_temperature
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
+from lift_ray.errors import BadInput
+from lift_ray.settings.run import RunConfig
+
+
+@pytest.fixture(scope="module")
+def trained(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """A checkpoint after one epoch, and what its own evaluation says of each test image: class and probability."""
+    out = tmp_path_factory.mktemp("run")
+    threads = torch.get_num_threads()
+    config = {"backbone": {"model": small_clip}, "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05},
+              "evaluation": {"posthoc_tau": 0.5}}  # fmt: skip
+    run = Run(RunConfig.model_validate(config), Warm(small_data, Ranks.alone()))
+    run.train_epoch()
+    run.save(out / "checkpoint")
+    from lift_ray.distributed.predictions import evaluate_each
+
+    _, table = evaluate_each(run, "test")
+    torch.set_num_threads(threads)
+    return out, np.stack([table["predicted"].to_numpy(), table["confidence"].to_numpy()])
+
+
+@pytest.fixture(scope="module")
+def photos(small_data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 24 test images as files in their order, one of which is broken, and a text beside them."""
+    folder = tmp_path_factory.mktemp("photos")
+    split = open_dataset(small_data).split("test")
+    with RowReader(split) as reader:
+        for number, data in enumerate(reader.read(np.arange(24))):
+            (folder / f"{number:02d}.jpg").write_bytes(data[:500] if number == 7 else data)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_gives_what_the_evaluation_says_and_a_broken_image_a_row(
+    trained: tuple[Path, np.ndarray], photos: Path, small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where, (classes, confidences) = trained
+    names = open_dataset(small_data).class_names
+    predict.main([str(where), str(photos), "--out", str(tmp_path / "o.csv"), "--temperature", "1", "--top", "3"])
+    assert "24 images, 1 of them not readable (column error)" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "o.csv")
+    assert [Path(row["file"]).name for row in rows] == [f"{n:02d}.jpg" for n in range(24)]
+    assert [n for n, row in enumerate(rows) if row["error"]] == [7]
+    assert rows[7]["class_1"] == ""
+    for n, row in enumerate(rows):
+        if n != 7:
+            assert row["class_1"] == names[int(classes[n])]
+            assert float(row["probability_1"]) == pytest.approx(confidences[n], abs=1e-4)
+            assert float(row["probability_1"]) >= float(row["probability_2"]) >= float(row["probability_3"])
+    assert json.loads((tmp_path / "o.csv.json").read_text())["calibration"]["temperature"] == 1
+
+
+def test_shards_in_parts_give_the_same_rows_with_the_fitted_temperature(
+    trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, (classes, _) = trained
+    monkeypatch.setattr(prediction, "BATCH", 5)
+    names, out = open_dataset(small_data).class_names, tmp_path / "o.parquet"
+    pictures = find_pictures([f"{small_data}/test-*.parquet"])
+    calls: list[tuple[int, int]] = []
+    job = prediction.Job(str(where), pictures, top=2, part=7)
+    done = prediction.predict(job, out, lambda *call: calls.append(call))
+    assert calls == [(0, 24), (7, 24), (14, 24), (21, 24), (24, 24)]
+    table = pq.read_table(out)
+    assert table["row"].to_pylist() == list(range(24))
+    assert table["class_1"].to_pylist() == [names[int(k)] for k in classes]
+    about = json.loads(table.schema.metadata[b"lift_ray"])["calibration"]
+    assert about["temperature"] == done.calibration.temperature != 1
+    assert (about["dataset"], about["num_images"]) == (small_data, 24)
+    assert json.loads((where / "checkpoint" / "calibration.json").read_text()) == about
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_the_fitted_temperature_is_the_one_that_the_labels_were_drawn_with() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 10, generator=random)
+    labels = torch.multinomial(torch.softmax(logits / 1.7, 1), 1, generator=random).squeeze(1)
+    assert fit_temperature(logits, labels) == pytest.approx(1.7, rel=0.03)
+
+
+def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(
+    trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path
+) -> None:
+    out, parts = tmp_path / "o.parquet", tmp_path / "o.parquet.parts"
+    shard = next(Path(small_data).glob("test-*.parquet"))
+    pq.write_table(pa.concat_tables([pq.read_table(shard)] * 100), tmp_path / "many.parquet", row_group_size=50)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lift_ray.data.pictures import find_pictures\n"
+        "from lift_ray.distributed.prediction import Job, predict\n"
+        "job = Job(sys.argv[1], find_pictures([sys.argv[2]]), part=100)\n"
+        "predict(job, Path(sys.argv[3]), lambda done, total: None)"
+    )
+    words = [sys.executable, "-c", code, str(trained[0]), str(tmp_path / "many.parquet"), str(out)]
+    killed = subprocess.Popen(words)
+    ends = time.monotonic() + 60
+    while len(list(parts.glob("part-*"))) < 3 and time.monotonic() < ends:
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait(30) == -signal.SIGKILL
+    kept = {path.name: path.read_bytes() for path in parts.glob("part-*")}
+    assert 3 <= len(kept) < 24
+    assert not out.exists()
+    calls: list[int] = []
+    job = prediction.Job(str(trained[0]), find_pictures([str(tmp_path / "many.parquet")]), part=100)
+    prediction.predict(job, out, lambda done, total: calls.append(done))
+    assert calls == list(range(100 * len(kept), 2401, 100))  # only what was missing
+    table = pq.read_table(out)
+    assert table["row"].to_pylist() == list(range(2400))
+    for name, data in kept.items():
+        first = 100 * int(name.removeprefix("part-").removesuffix(".parquet"))
+        part = pq.read_table(pa.BufferReader(data))
+        assert table.slice(first, 100).replace_schema_metadata(None).equals(part)
+    of_image = np.array(table["class_1"].to_pylist()).reshape(100, 24)
+    assert (of_image == of_image[0]).all()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(("o.", ".o"))] == ["o.parquet"]
+
+
+def test_two_ray_workers_give_the_rows_of_one(
+    trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, ray_session: None
+) -> None:
+    pictures = find_pictures([f"{small_data}/test-*.parquet", f"{small_data}/validation-*.parquet"])
+    job = prediction.Job(str(trained[0]), pictures, part=10)
+    prediction.predict(job, tmp_path / "one.parquet", lambda done, total: None)
+    prediction.predict(job, tmp_path / "two.parquet", lambda done, total: None, workers=2)
+    one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
+    assert one.drop_columns([f"probability_{n}" for n in range(1, 6)]).equals(
+        two.drop_columns([f"probability_{n}" for n in range(1, 6)])
+    )
+    np.testing.assert_allclose(one["probability_1"].to_numpy(), two["probability_1"].to_numpy(), atol=1e-6)
+
+
+def test_parts_of_another_job_are_refused(trained: tuple[Path, np.ndarray], photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.csv"
+    job = prediction.Job(str(trained[0]), find_pictures([str(photos)]))
+    (tmp_path / "o.csv.parts").mkdir()
+    prediction._check_same_job(job, tmp_path / "o.csv.parts")
+    with pytest.raises(BadInput, match=r"o.csv.parts: must hold parts of the same pictures, checkpoint and options"):
+        predict.main([str(trained[0]), str(photos), "--out", str(out), "--top", "2"])
+    assert not out.exists()
+
+
+def test_pictures_are_found_by_folder_pattern_and_column(photos: Path, tmp_path: Path) -> None:
+    assert len(find_pictures([str(photos)])) == 24
+    assert len(find_pictures([f"{photos}/1*.jpg", f"file://{photos}/03.jpg"])) == 11
+    data = [(photos / f"{n:02d}.jpg").read_bytes() for n in range(4)] + [None]
+    pq.write_table(pa.table({"photo": pa.array(data, pa.binary())}), tmp_path / "x.parquet", row_group_size=2)
+    found = find_pictures([str(tmp_path)], "photo")
+    reader = PictureReader(found)
+    assert list(reader.read(1, 5)) == data[1:]
+    reader.close()
+    assert found.places(3, 5) == ([str(tmp_path / "x.parquet")] * 2, [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{photos}", "--out", "o.txt"], "--out: must be a local .parquet or .csv file, but got o.txt; name one"),
+        (["{photos}/none", "--out", "{tmp}/o.csv"], "nothing is there; check the path"),
+        (["{photos}/*.png", "--out", "{tmp}/o.csv"], "but got none; check the path"),
+        (["{photos}", "--column", "x", "--out", "{tmp}/o.csv"], "--column: must come with Parquet shards"),
+        (["{data}", "--column", "x", "--out", "{tmp}/o.csv"], "must have the column x, but got image, label"),
+        (["{data}", "{photos}", "--out", "{tmp}/o.csv"], "give images and shards one by one"),
+        (["{photos}", "--top", "9", "--out", "{tmp}/o.csv"], "--top: must be at most the 8 classes, but got 9"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, trained: tuple[Path, np.ndarray], photos: Path, small_data: str, tmp_path: Path
+) -> None:
+    filled = [word.format(photos=photos, data=small_data, tmp=tmp_path) for word in words]
+    with pytest.raises(BadInput) as caught:
+        predict.main([str(trained[0]), *filled])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("o.csv"))

@@ -1,0 +1,120 @@
+"""The label prior inside a model: recovered from logits where it was planted, and taken out again."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lift_ray.methods.prior import MOST_ROUNDS, fit, gla, mean_prior, thirds
+from lift_ray.model.losses import LOSSES
+
+
+def planted(
+    num_classes: int, counts: torch.Tensor | int, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of overlapping Gaussian classes that are exact but for a prior q, their labels, and log q."""
+    random = torch.Generator().manual_seed(num_classes)
+    means = torch.randn(num_classes, 16, generator=random) / 2
+    labels = torch.arange(num_classes).repeat_interleave(torch.as_tensor(counts).expand(num_classes))
+    x = means[labels] + torch.randn(len(labels), 16, generator=random)
+    log_q = torch.randn(num_classes, generator=random).log_softmax(0)
+    return temperature * (x @ means.T - means.square().sum(1) / 2 + log_q), labels, log_q
+
+
+def distance(found: torch.Tensor, planted: torch.Tensor) -> float:
+    """L1 of two priors given by their logs."""
+    return float((found.exp() - planted.exp()).abs().sum())
+
+
+@pytest.mark.parametrize(("num_classes", "images"), [(50, 40), (365, 20), (1000, 10)])
+def test_a_planted_prior_is_found_and_the_uniform_one_is_far_from_it(num_classes: int, images: int) -> None:
+    logits, labels, log_q = planted(num_classes, images)
+    found = fit(logits, labels, calibrate=False)
+    assert found.rounds < MOST_ROUNDS
+    assert distance(found.log_q, log_q) < 0.1 < 0.5 < distance(torch.zeros(num_classes).log_softmax(0), log_q)
+    assert float(found.log_q.exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 4.0])
+def test_the_temperature_is_found_with_the_prior(temperature: float) -> None:
+    logits, labels, log_q = planted(50, 80, temperature)
+    found = fit(logits, labels)
+    assert found.temperature == pytest.approx(temperature, rel=0.05)
+    assert distance(found.log_q, log_q) < 0.1 < distance(fit(logits, labels, calibrate=False).log_q, log_q)
+
+
+def test_a_set_that_is_not_balanced_has_its_own_prior_taken_out() -> None:
+    counts = torch.from_numpy(np.geomspace(200, 10, 50).astype(int))
+    logits, labels, log_q = planted(50, counts)
+    log_r = (counts / counts.sum()).log()
+    found = fit(logits, labels).log_q
+    assert distance(found, log_q) < 0.15
+    assert distance((found - log_r).log_softmax(0), log_q) > 0.5
+
+
+def test_what_was_fitted_predicts_each_class_as_often_as_it_is_there() -> None:
+    logits, labels, _ = planted(50, 40)
+    found = fit(logits, labels)
+    mass = (logits / found.temperature - found.log_q).softmax(1).mean(0)
+    assert torch.allclose(mass, torch.full((50,), 1 / 50), atol=1e-4)
+
+
+def test_two_ranks_find_what_one_does() -> None:
+    logits, labels, _ = planted(50, 40)
+    barrier, given = Barrier(2), [torch.zeros(0)] * 2
+
+    def work(rank: int) -> torch.Tensor:
+        def reduce(tensor: torch.Tensor) -> torch.Tensor:
+            given[rank] = tensor
+            barrier.wait(20)
+            total = torch.stack(given).sum(0)
+            barrier.wait(20)
+            return total
+
+        return fit(logits[rank::2], labels[rank::2], reduce=reduce).log_q
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    assert torch.equal(first, second)
+    assert torch.allclose(first, fit(logits, labels).log_q, atol=1e-4)
+
+
+def test_a_class_without_an_image_is_named() -> None:
+    logits, labels, _ = planted(50, 4)
+    with pytest.raises(ValueError, match=r"every class needs an image, but there is none of class 3, 7$"):
+        fit(logits[(labels != 3) & (labels != 7)], labels[(labels != 3) & (labels != 7)])
+
+
+def test_gla_of_exact_models_that_hold_a_prior_each_is_exact_again() -> None:
+    logits, labels, log_q = planted(50, 40)
+    balanced = logits - log_q
+    log_prior = torch.from_numpy(np.geomspace(200, 2, 50)).log().log_softmax(0).float()
+    made = gla(balanced + log_prior, balanced + log_q, log_prior, log_q)
+    assert torch.allclose(made, 2 * balanced, atol=1e-4)
+    right = [float((z.argmax(1) == labels).float().mean()) for z in (balanced + log_prior, made)]
+    assert right[1] > right[0]
+
+
+def test_the_loss_of_gla_adds_both_priors_to_the_logits() -> None:
+    logits, labels, log_q = planted(50, 4)
+    counts = torch.from_numpy(np.geomspace(200, 2, 50)).float()
+    expected = F.cross_entropy(logits + (counts / counts.sum()).log() + log_q, labels)
+    assert float(LOSSES["gla"](counts, log_q=log_q)(logits, labels)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_thirds_are_by_prior_and_cover_all_classes() -> None:
+    log_q = torch.tensor([0.1, 0.3, 0.05, 0.25, 0.2, 0.04, 0.06]).log()
+    assert thirds(log_q).tolist() == ["medium", "many", "few", "many", "many", "few", "medium"]
+
+
+def test_the_mean_prior_of_equal_ones_is_the_same_and_of_others_lies_between() -> None:
+    one, other = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.1, 0.2, 0.7]).log()
+    assert torch.allclose(mean_prior([one, one]), one)
+    found = mean_prior([one, other]).exp()
+    assert found[0] == pytest.approx(float(found[2]))
+    assert float(found.sum()) == pytest.approx(1)

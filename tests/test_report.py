@@ -1,0 +1,251 @@
+"""python -m lift_ray.report: a page for every kind of study, from its files alone, that a browser shows without a fault."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_study import make_trials, write_study
+
+from lift_ray import report
+from lift_ray.distributed import reporting
+from lift_ray.distributed.importance import importances
+from lift_ray.errors import BadInput
+from lift_ray.results.page import Chapter, figures_of
+from lift_ray.results.studies import StudyFiles, read_study
+from lift_ray.results.summary import summary
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study") / "out", make_trials(24))
+
+
+def drawn_in(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    assert found
+    figures: dict[str, Any] = json.loads(found[1])
+    return figures
+
+
+def test_the_page_holds_every_figure_and_its_numbers_lie_beside_it(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not report.main([str(study)])
+    assert capsys.readouterr().out == f"report: {study}/report/index.html\n"
+    page = (study / "report" / "index.html").read_text()
+    figures = drawn_in(page)
+    assert set(figures) == {
+        "compared", "heavy", "size", "width-tuner-bottleneck", "tau", "posthoc-tau", "kinds", "classes", "calibration", "history",
+        "parallel", "importance", "cost", "scaling",
+    }  # fmt: skip
+    assert {path.stem for path in (study / "report").glob("*.csv")} == set(figures)
+    assert not list((study / "report").glob("*.tmp"))
+    with (study / "report" / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["trial"]) for row in rows] == list(range(24))
+    assert page.count('src="data:image/jpeg;base64,') == 8 * 3
+    for figure in figures.values():
+        go.Figure(figure)  # raises ValueError for what plotly does not know
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(study: Path) -> None:
+    report.main([str(study)])
+    page = (study / "report" / "index.html").read_text()
+    own = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)  # plotly.js names addresses, and asks for none
+    assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', own) == []
+    assert "url(" not in own
+    assert "@import" not in own
+
+
+def test_the_summary_says_what_won_by_how_much_and_how_sure(study: Path) -> None:
+    lines = summary(read_study(study, "out"))
+    best = read_study(study, "out").best_trial
+    assert best
+    assert lines[0].startswith(f"Best is trial {best['number']}: {best['tuner.kind']}, ")
+    assert re.match(
+        r"On the test split, .* it recognises \d+\.\d% \(mean over classes; 95% interval 5\d\.\d to 6\d\.\d\)", lines[1]
+    )
+    assert re.match(r"That is [45]\d\.\d points more than zero-shot \(95% interval \+.* more than chance", lines[2])
+    assert "points more than the recipe" in lines[3]
+    assert "one seed" in lines[4]
+    assert lines[5] == "24 trials: 20 finished, 4 stopped early."
+
+
+def test_equal_models_are_called_equal(tmp_path: Path) -> None:
+    lines = summary(read_study(write_study(tmp_path / "out", make_trials(3), shares=(0.1, 0.5, 0.5)), "out"))
+    assert (
+        "That is 0.0 points more than the recipe (95% interval +0.0 to +0.0: which may be chance over the test images)"
+        in lines[3]
+    )
+
+
+def running(folder: Path) -> None:
+    (folder / "study.json").unlink()
+
+
+def nothing_finished(folder: Path) -> None:
+    running(folder)
+    table = pq.read_table(folder / "trials.parquet").to_pylist()
+    pq.write_table(
+        pa.Table.from_pylist([t | {"state": "failed", "error": "the loss must be finite"} for t in table]),
+        folder / "trials.parquet",
+    )
+
+
+def before_the_first_trial(folder: Path) -> None:
+    about = json.loads((folder / "study.json").read_text())
+    (folder / "space.json").write_text(json.dumps({name: about[name] for name in ("name", "dataset", "space")}))
+    (folder / "study.json").unlink()
+    (folder / "trials.parquet").unlink()
+
+
+def without_predictions(folder: Path) -> None:
+    shutil.rmtree(folder / "predictions")
+
+
+def without_a_test_split(folder: Path) -> None:
+    without_predictions(folder)
+    about = json.loads((folder / "study.json").read_text())
+    about["compared"] = [{k: v for k, v in found.items() if not k.startswith("test/")} for found in about["compared"]]
+    (folder / "study.json").write_text(json.dumps(about))
+
+
+def with_lost_data(folder: Path) -> None:
+    about = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(about | {"dataset": str(folder / "gone")}))
+
+
+def of_an_older_version(folder: Path) -> None:
+    without_predictions(folder)
+    about = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(
+        json.dumps({k: v for k, v in about.items() if k not in ("posthoc_curve", "machine")})
+    )
+
+
+def as_it_is(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (as_it_is, "On the test split"),
+    (running, "Best so far is trial"),
+    (nothing_finished, "Of the failures: the loss must be finite"),
+    (before_the_first_trial, "No trial has finished yet."),
+    (without_predictions, "On the test split"),
+    (without_a_test_split, "There are no figures of a test split"),
+    (with_lost_data, "There are no pictures to show"),
+    (of_an_older_version, "On the test split"),
+])  # fmt: skip
+@pytest.mark.parametrize("number", [1, 12])
+def test_every_kind_of_study_gets_a_page(change: Any, words: str, number: int, tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "out", make_trials(number))
+    change(folder)
+    assert not report.main([str(folder)])
+    page = (folder / "report" / "index.html").read_text()
+    assert words in page
+    for figure in drawn_in(page).values():
+        go.Figure(figure)
+
+
+def test_several_objectives_and_a_diverged_trial_get_a_page(tmp_path: Path) -> None:
+    trials = make_trials(9)
+    trials[3] |= {"validation/mean_class_accuracy": math.nan, "validation/few": math.nan, "state": "failed"}
+    folder = write_study(tmp_path / "out", trials, objectives={"validation/few": "max", "trained_parameters": "min"})
+    assert not report.main([str(folder)])
+    assert "few accuracy in %" in json.dumps(drawn_in((folder / "report" / "index.html").read_text())["history"])
+
+
+def test_studies_stand_side_by_side_and_keep_apart(study: Path, tmp_path: Path) -> None:
+    other = write_study(tmp_path / "other", make_trials(2), shares=(0.1, 0.2, 0.3))
+    assert not report.main([str(study), str(other), "--to", str(tmp_path / "both")])
+    page = (tmp_path / "both" / "index.html").read_text()
+    figures = drawn_in(page)
+    assert {"studies", "1-history", "2-history"} <= set(figures)
+    assert figures["studies"]["data"][0]["y"] == ["study 1", "study 2"]
+    assert re.findall(r'<section id="(study-\d)">', page) == ["study-1", "study-2"]
+
+
+def test_names_from_outside_are_text_and_not_html(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "out", make_trials(2))
+    record = json.loads((folder / "best" / "run.json").read_text())
+    evil = "</script><script>alert(1)</script>"
+    (folder / "best" / "run.json").write_text(json.dumps(record | {"class_names": [evil] * len(record["class_names"])}))
+    report.main([str(folder)])
+    assert "<script>alert(1)" not in (folder / "report" / "index.html").read_text()
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def half_a_json(folder: Path) -> None:
+    (folder / "study.json").write_text('{"name": ')
+
+
+def half_a_table(folder: Path) -> None:
+    (folder / "trials.parquet").write_bytes(b"PAR1....")
+
+
+def another_table(folder: Path) -> None:
+    pq.write_table(pa.table({"a": [1]}), folder / "trials.parquet")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (empty, r"^{out}: must be the results of a search, but there is no study.json and no trials.parquet; give the --out of python -m "
+            r"lift_ray.tune$"),
+    (half_a_json, r"^{out}: study.json must be JSON, but got Expecting value: .*; copy the folder again$"),
+    (half_a_table, r"^{out}: trials.parquet must be a Parquet table, but got .*; copy the folder again$"),
+    (another_table, r"^{out}: must be the results of a search, but study.json or trials.parquet lacks 'number, state'; copy the folder "
+                    r"again$"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(change: Any, message: str, tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "out", make_trials(2))
+    change(folder)
+    with pytest.raises(BadInput) as caught:
+        report.main([str(folder)])
+    assert re.match(message.format(out=re.escape(str(folder))), str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert not (folder / "report").exists()
+
+
+def test_a_report_that_fails_does_not_end_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = reporting.Output(str(tmp_path / "nothing"))
+    assert reporting.try_report(out) is None
+    assert capsys.readouterr().out.startswith("the report was not written: ")
+
+
+def test_a_running_search_has_a_page_soon(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(study / "trials.parquet", tmp_path)
+    monkeypatch.setattr(reporting, "EVERY_S", 0.05)
+    with reporting.kept_up_to_date(reporting.Output(str(tmp_path))):
+        ends = reporting.time.monotonic() + 30
+        while not (tmp_path / "report" / "index.html").exists() and reporting.time.monotonic() < ends:
+            reporting.time.sleep(0.05)
+    assert "This search has not ended" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_the_setting_that_decides_is_the_most_important(study: Path) -> None:
+    found = importances(read_study(study, "out"))
+    assert set(found) == {"tuner.kind", "loss.tau", "optim.lr"}, "a setting that not every trial has was ranked"
+    assert max(found, key=lambda name: found[name]) == "loss.tau"
+
+
+def test_too_few_trials_have_no_importances(tmp_path: Path) -> None:
+    assert importances(read_study(write_study(tmp_path / "out", make_trials(5)), "out")) == {}
+
+
+def test_figures_without_numbers_are_named_and_not_drawn() -> None:
+    made, missing = figures_of(Chapter(StudyFiles("out", "none", "", {"validation/few": "max"}, {}, [])))
+    assert made == []
+    assert len(missing) == 14

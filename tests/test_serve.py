@@ -1,0 +1,229 @@
+"""python -m lift_ray.serve: many requests at once, bad ones, and a replica that is killed."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from lift_ray import serve
+from lift_ray.data.catalog import open_dataset
+from lift_ray.data.reader import RowReader
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.run import Run
+from lift_ray.distributed.warm import Warm
+from lift_ray.errors import BadInput
+from lift_ray.settings.run import RunConfig
+
+pytest.importorskip("fastapi")
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
+MAX_BYTES, MAX_PIXELS = 200_000, 500_000
+
+
+@dataclass
+class Server:
+    port: int
+    process: psutil.Process
+    pictures: list[bytes]
+    classes: list[str]
+    names: list[str]
+    statuses: list[int] = field(default_factory=list)
+
+    def ask(
+        self, body: bytes = b"", path: str = "/predict", method: str = "POST", kind: str | None = "image/jpeg"
+    ) -> tuple[int, str, str]:
+        """Status, kind and text of the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, {"Content-Type": kind} if kind else {})
+            answer = connection.getresponse()
+            self.statuses.append(answer.status)
+            return answer.status, answer.getheader("Content-Type", ""), answer.read().decode()
+        finally:
+            connection.close()
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of the model, oldest first."""
+        found = [p for p in self.process.children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())
+                 and "Classifier" in " ".join(p.cmdline())]  # fmt: skip
+        return sorted(found, key=lambda p: p.create_time())
+
+
+@pytest.fixture(scope="module")
+def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The verb, as a user starts it, with two replicas, on a free port."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoint"
+    threads = torch.get_num_threads()
+    config = {"backbone": {"model": small_clip}, "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05}}
+    run = Run(RunConfig.model_validate(config), Warm(small_data, Ranks.alone()))
+    run.train_epoch()
+    run.save(folder)
+    from lift_ray.distributed.predictions import evaluate_each
+
+    _, table = evaluate_each(run, "test")
+    torch.set_num_threads(threads)
+    dataset = open_dataset(small_data)
+    with RowReader(dataset.split("test")) as reader:
+        pictures = reader.read(np.arange(24))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "lift_ray.serve", str(folder), "--port", str(port), "--replicas", "2",
+             "--max-mb", str(MAX_BYTES / 1e6), "--max-megapixels", str(MAX_PIXELS / 1e6)]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        assert "fitted on 24 validation images" in process.stdout.readline()
+        assert process.stdout.readline() == f"http://127.0.0.1:{port}/\n"
+        names = list(dataset.class_names)
+        yield Server(
+            port, psutil.Process(process.pid), pictures, [names[k] for k in table["predicted"].to_pylist()], names
+        )
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture of one colour: few bytes for any size."""
+    encoded = io.BytesIO()
+    Image.new("L", (width, height)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def photo() -> bytes:
+    """A real picture of the package."""
+    split = open_dataset("embedded:caltech101").split("test")
+    with RowReader(split) as reader:
+        return reader.read(np.arange(1))[0]
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header says so many pixels; never decoded here."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 0, 0, 0, 0])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def test_the_page_needs_no_network_and_health_is_ok(server: Server) -> None:
+    status, kind, page = server.ask(path="/", method="GET", kind=None)
+    assert (status, kind) == (200, "text/html; charset=utf-8")
+    assert "http://" not in page
+    assert "https://" not in page
+    assert server.ask(path="/health", method="GET", kind=None)[::2] == (200, '{"status":"ok"}')
+    connections = [each for each in server.process.children(recursive=True) for each in each.net_connections()
+                   if each.status == "LISTEN" and each.laddr.port == server.port]  # fmt: skip
+    assert {each.laddr.ip for each in connections} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "path", "status", "message"),
+    [
+        (b"", "image/png", "/predict", 400, "body: must be a picture, but got 0 bytes"),
+        (b"no picture at all", "image/jpeg", "/predict", 400, "picture: must be JPEG, PNG"),
+        (b"\xff\xd8\xff\xe0" + bytes(300), "image/jpeg", "/predict", 400, "picture: must be"),
+        (photo()[:-900], "image/jpeg", "/predict", 400, "picture: must be whole, but got:"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "application/octet-stream", "/predict", 400, "picture: must be JPEG, PNG"),
+        (png(20, 20), "text/plain", "/predict", 415, "Content-Type: must be image/..., but got text/plain"),
+        (png(20, 20), None, "/predict", 415, "Content-Type: must be image/..., but got none"),
+        (bytes(MAX_BYTES + 1), "image/png", "/predict", 413, "body: must be at most 200,000 bytes, but got more"),
+        (png(1000, 501), "image/png", "/predict", 413, "picture: must have at most 500,000 pixels, but got 1000 x 501"),
+        (bomb(13_000, 13_000), "image/png", "/predict", 413, "picture: must have at most 500,000 pixels"),
+        (bomb(60_000, 60_000), "image/png", "/predict", 413, "picture: must have at most 500,000 pixels"),
+        (png(20, 20), "image/png", "/predict?top=0", 400, "top: must be 1 to 8, but got 0"),
+        (png(20, 20), "image/png", "/predict?top=x", 400, "top: must be a number, but got 'x'"),
+        (png(20, 20), "image/png", "/nothing", 404, "path: must be /, /health, /predict, but got /nothing"),
+        (png(20, 20), "image/png", "/health", 405, "method: must be GET for /health, but got POST"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_bad_upload_is_the_senders_fault_and_one_line(
+    body: bytes, kind: str | None, path: str, status: int, message: str, server: Server
+) -> None:
+    got, answered, text = server.ask(body, path, kind=kind)
+    assert (got, answered) == (status, "application/json")
+    assert message in json.loads(text)["error"]
+    assert "\n" not in text
+
+
+def test_a_body_of_unknown_length_is_cut_off_at_the_limit(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    chunks = (bytes(50_000) for _ in range(6))
+    connection.request("POST", "/predict", chunks, {"Content-Type": "image/png"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_stays_flat(server: Server) -> None:
+    def one(number: int) -> bool:
+        status, _, text = server.ask(server.pictures[number % 24], "/predict?top=8")
+        answer = json.loads(text)["classes"]
+        assert status == 200
+        assert sum(each["probability"] for each in answer) == pytest.approx(1, abs=1e-4)
+        return bool(answer[0]["name"] == server.classes[number % 24])
+
+    with ThreadPoolExecutor(200) as pool:
+        assert all(pool.map(one, range(200)))
+        before = [p.memory_info().rss for p in server.replicas()]
+        for _ in range(3):
+            assert all(pool.map(one, range(200)))
+        after = [p.memory_info().rss for p in server.replicas()]
+    assert len(before) == 2
+    assert sum(after) - sum(before) < 40 * 2**20
+
+
+def test_a_killed_replica_costs_no_request(server: Server) -> None:
+    with ThreadPoolExecutor(50) as pool:
+        asked = [pool.submit(server.ask, server.pictures[n % 24]) for n in range(400)]
+        time.sleep(0.3)
+        victim = server.replicas()[0]
+        victim.send_signal(signal.SIGKILL)
+        found = [future.result()[0] for future in asked]
+    assert found == [200] * 400
+    ends = time.monotonic() + 60
+    while (len(server.replicas()) < 2 or victim in server.replicas()) and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert len(server.replicas()) == 2
+    assert max(server.statuses) < 500
+
+
+def test_bad_options_are_one_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match=rf"^--port: must be free, but 127.0.0.1:{server.port} is not"):
+        serve.main([str(tmp_path), "--port", str(server.port)])
+    with pytest.raises(BadInput, match=r"must be a checkpoint folder, but there is no run.json"):
+        serve.main([str(tmp_path), "--port", "65000"])
+    monkeypatch.delenv("LIFT_CHECKPOINT", raising=False)
+    with pytest.raises(BadInput, match=r"^checkpoint: must be given, but got none"):
+        serve.app({})
+    with pytest.raises(BadInput, match=r"^replica: unknown argument of lift_ray.serve:app"):
+        serve.app({"checkpoint": "x", "replica": "2"})
+    monkeypatch.setenv("LIFT_CHECKPOINT", "runs/x")
+    monkeypatch.setenv("LIFT_REPLICAS", "two")
+    with pytest.raises(BadInput, match=r"^replicas: must be a number, but got 'two'"):
+        serve.app({})
