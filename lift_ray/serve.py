@@ -16,9 +16,10 @@ def app(args: dict[str, str]) -> Any:
     """The Ray Serve application, for `serve run lift_ray.serve:app checkpoint=FOLDER` and `serve deploy`.
 
     Args:
-        args: fields of `serving.Options`; what is missing is taken from LIFT_CHECKPOINT, LIFT_TEMPERATURE, and so on.
+        args: fields of `gate.Options`; what is missing is taken from LIFT_CHECKPOINT, LIFT_TEMPERATURE, and so on.
     """
-    from lift_ray.distributed.serving import Options, application
+    from lift_ray.distributed.gate import Options
+    from lift_ray.distributed.serving import application
 
     return application(Options.of(args))
 

@@ -79,7 +79,7 @@ def _is_raylet_of(process: psutil.Process, node: str) -> bool:
 @contextmanager
 def fake_cloud(folder: Path, kinds: dict[str, dict[str, Any]], idle_s: float) -> Iterator[Head]:
     """A head without cores, and an autoscaler that starts nodes of these kinds (`resources`, `max_workers`)."""
-    gcs, dashboard = free_ports(2)
+    gcs, dashboard, agent, client = free_ports(4)
     token = "0123456789abcdef" * 4
     (folder / "token").write_text(token)
     config: dict[str, Any] = {
@@ -105,7 +105,8 @@ def fake_cloud(folder: Path, kinds: dict[str, dict[str, Any]], idle_s: float) ->
         [
             RAY, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=0", f"--object-store-memory={STORE_BYTES}",
             f"--temp-dir={folder}", f"--autoscaling-config={folder / 'cluster.yaml'}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}", "--disable-usage-stats",
+            f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+            "--disable-usage-stats",
         ],
         env=env | {
             "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",

@@ -74,13 +74,22 @@ class Lab:
         """The home of the user `ray` on a machine."""
         return self.folder / f"machine{number}"
 
-    def run(self, *command: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, seconds: float = 240) -> subprocess.CompletedProcess[str]:
         """Run a command on the laptop, which is in the network too, with a home and a token of its own."""
         env = {
             "HOME": str(self.folder / "laptop"), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0", "TERM": "dumb",
         }  # fmt: skip
-        inside = ["nsenter", "-t", str(self.pid), "--net", "--mount", "env", "-i", *(f"{k}={v}" for k, v in env.items())]
+        inside = [
+            "nsenter",
+            "-t",
+            str(self.pid),
+            "--net",
+            "--mount",
+            "env",
+            "-i",
+            *(f"{k}={v}" for k, v in env.items()),
+        ]
         return subprocess.run(
             [*inside, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
             timeout=seconds,

@@ -1,4 +1,4 @@
-"""Clusters that are really provisioned: machines that a study brings up, that die, and that go away again."""
+"""Clusters that are really provisioned: with an autoscaler, on machines of one's own, and (up to SSH) on AWS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import yaml  # type: ignore[import-untyped]
+from fake_aws import REGION, Account, fake_aws
 from fake_cloud import RAY, Head, fake_cloud, wait_for
 from machines import Lab, machines, what_is_missing
 
@@ -122,10 +122,9 @@ def test_a_study_is_submitted_from_outside_stopped_and_submitted_again(
     search = [sys.executable, "-m", "lift_ray.tune", "space.yaml", "--out", str(out)]
     log = tmp_path / "log"
     with log.open("w") as file:
-        started.append(
-            subprocess.Popen(submit(cloud, spaces, *search), stdout=file, stderr=subprocess.STDOUT, text=True)
-        )
-    wait_for("a trial under way", lambda: is_at_epoch(out, 0, 3)() or started[0].poll(), 120)
+        command = submit(cloud, spaces, *search)
+        started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True))
+    wait_for("a trial under way", lambda: is_at_epoch(out, 0, 3)() or started[0].poll() is not None, 120)
     found = re.search(r"raysubmit_\w+", log.read_text())
     assert found, log.read_text()
     subprocess.run([RAY, "job", "stop", "--address", cloud.dashboard, found[0]], env=cloud.env, check=True, timeout=60)
@@ -165,6 +164,7 @@ def onprem(lab: Lab, data: str, results: Path) -> str:
     return str(path)
 
 
+@pytest.mark.timeout(600)
 def test_ray_up_on_machines_of_ones_own_a_study_there_and_ray_down(
     lab: Lab, small_data: str, small_clip: str, tmp_path: Path
 ) -> None:
@@ -180,7 +180,6 @@ def test_ray_up_on_machines_of_ones_own_a_study_there_and_ray_down(
     assert waited.returncode == 0, waited.stdout
     command = f"RAY_ADDRESS=auto python -m lift_ray.tune {tmp_path}/space.yaml --out $LIFT_RESULTS/study"
     study = lab.run("ray", "exec", file, command)
-    Path("/tmp/pD/study.txt").write_text(up.stdout + waited.stdout + study.stdout)
     assert study.returncode == 0, study.stdout
     assert "study: 2 trials, 2 at a time, each 1 x (2 CPU)" in study.stdout
     found = json.loads((results / "study" / "study.json").read_text())
@@ -188,3 +187,48 @@ def test_ray_up_on_machines_of_ones_own_a_study_there_and_ray_down(
     down = lab.run("ray", "down", "-y", file)
     assert down.returncode == 0, down.stdout
     wait_for("no Ray on the machines", lambda: not lab.processes("raylet") + lab.processes("gcs_server"), 60)
+
+
+@pytest.fixture(scope="module")
+def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
+    """An account in which clusters/aws.yaml was brought up, and one worker of each kind asked for."""
+    with fake_aws(tmp_path_factory.mktemp("aws"), ROOT / "clusters" / "aws.yaml") as account:
+        said = account.ray_up()
+        assert said.index("Launched a new head node") < said.index("Waiting for SSH to become available")
+        assert said.index("SSH still not available") < said.index("Failed to setup head node")
+        account.launch_workers()
+        yield account
+
+
+def test_on_aws_the_head_is_on_demand_and_there_are_spot_workers(aws: Account) -> None:
+    assert {kind: (i["InstanceType"], i.get("InstanceLifecycle")) for kind, i in aws.instances().items()} == {
+        "head": ("m7i.2xlarge", None), "gpu-spot": ("g6.12xlarge", "spot"), "gpu-ondemand": ("g6.12xlarge", None)
+    }  # fmt: skip
+
+
+def test_machines_on_aws_have_the_roles_of_the_file_and_ray_makes_none(aws: Account) -> None:
+    profiles = {kind: i["IamInstanceProfile"]["Arn"].split("/")[-1] for kind, i in aws.instances().items()}
+    assert profiles == {"head": "lift-ray-head", "gpu-spot": "lift-ray-worker", "gpu-ondemand": "lift-ray-worker"}
+    assert aws.client("iam").list_roles()["Roles"] == []
+
+
+def test_machines_on_aws_carry_the_tags_by_which_ray_finds_and_ends_them(aws: Account) -> None:
+    name = json.loads(aws.file.read_text())["cluster_name"]
+    for kind, instance in aws.instances().items():
+        assert instance["Tags"]["ray-cluster-name"] == name
+        assert instance["Tags"]["ray-node-type"] == ("head" if kind == "head" else "worker")
+
+
+def test_on_aws_only_ssh_comes_in_from_outside(aws: Account) -> None:
+    (group,) = {group["GroupId"] for instance in aws.instances().values() for group in instance["SecurityGroups"]}
+    rules = aws.client("ec2").describe_security_groups(GroupIds=[group])["SecurityGroups"][0]["IpPermissions"]
+    outside = [rule for rule in rules if rule["IpRanges"] or rule.get("Ipv6Ranges")]
+    assert [(rule["IpProtocol"], rule["FromPort"], rule["ToPort"]) for rule in outside] == [("tcp", 22, 22)]
+    inside = [pair["GroupId"] for rule in rules if rule not in outside for pair in rule["UserIdGroupPairs"]]
+    assert inside == [group]
+
+
+def test_machines_on_aws_are_in_the_zones_of_the_file_with_a_key_made_for_them(aws: Account) -> None:
+    assert {i["Placement"]["AvailabilityZone"][:-1] for i in aws.instances().values()} == {REGION}
+    assert {i["KeyName"] for i in aws.instances().values()} == {f"ray-autoscaler_{REGION}"}
+    assert [path.name for path in (aws.home / ".ssh").iterdir()] == [f"ray-autoscaler_{REGION}.pem"]

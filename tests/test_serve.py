@@ -13,7 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -199,11 +199,15 @@ def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_sta
 
 
 def test_a_killed_replica_costs_no_request(server: Server) -> None:
+    victim = server.replicas()[0]
     with ThreadPoolExecutor(50) as pool:
         asked = [pool.submit(server.ask, server.pictures[n % 24]) for n in range(400)]
-        time.sleep(0.3)
-        victim = server.replicas()[0]
-        victim.send_signal(signal.SIGKILL)
+        while sum(future.done() for future in asked) < 50:
+            time.sleep(0.001)
+        victim.suspend()  # with requests that it took on already
+        wait(asked, timeout=4)
+        assert not all(future.done() for future in asked)
+        victim.kill()
         found = [future.result()[0] for future in asked]
     assert found == [200] * 400
     ends = time.monotonic() + 60

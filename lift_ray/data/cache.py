@@ -115,7 +115,9 @@ class ShardCopies:
             with self._lock:
                 first, self._off = not self._off, True
             if first:
-                warnings.warn(f"{self._folder}: no more shards are kept ({error}); reading from the store", stacklevel=2)
+                warnings.warn(
+                    f"{self._folder}: no more shards are kept ({error}); reading from the store", stacklevel=2
+                )
         return None
 
     def _reserved(self, copy: Path, num_bytes: int) -> Path | None:

@@ -20,7 +20,7 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
     """Serve a checkpoint on the cluster, or on Ray that is started here, until the process is told to stop.
 
     Args:
-        given: fields of `serving.Options`.
+        given: fields of `gate.Options`.
 
     Raises:
         BadInput: no checkpoint, a port in use, too few cores, or Ray Serve is not installed.
@@ -29,7 +29,8 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
     try:
         from ray import serve
 
-        from lift_ray.distributed.serving import Options, application
+        from lift_ray.distributed.gate import Options
+        from lift_ray.distributed.serving import application
     except ImportError as error:
         raise BadInput(f"serve: needs packages, but got: {error}; pip install 'lift_ray[serve]'") from None
     options = Options.of(given)

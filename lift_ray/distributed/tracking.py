@@ -13,7 +13,7 @@ from lift_ray.results.rows import TrialRow, describe
 from lift_ray.settings.space import SpaceFile
 
 Figures = dict[str, float]
-MLFLOW_STATUS = {"failed": "FAILED", "infeasible": "FAILED", "pruned": "KILLED"}
+MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}  # all else was cut short
 
 
 class Tracker(Protocol):
@@ -49,7 +49,7 @@ class MLflow:
 
     def end(self, row: TrialRow) -> None:
         """How it ended."""
-        self.client.set_terminated(self.runs.pop(row.number), MLFLOW_STATUS.get(row.state, "FINISHED"))
+        self.client.set_terminated(self.runs.pop(row.number), MLFLOW_STATUS.get(row.state, "KILLED"))
 
 
 class WeightsAndBiases:
