@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -18,6 +19,10 @@ class BadInput(Exception):
 
 class RunFailed(Exception):
     """The input was good, but the run did not finish. The message says where to look."""
+
+
+class Stopped(RunFailed):
+    """The run was told to stop. A thread may still wait for Ray, whose shutdown would then crash: the process ends without it."""
 
 
 def last_line(error: BaseException) -> str:
@@ -51,7 +56,10 @@ def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]],
             print(error, file=sys.stderr)
             sys.exit(2)
         except RunFailed as error:
-            print(error, file=sys.stderr)
+            print(error, file=sys.stderr, flush=True)
+            if isinstance(error, Stopped):
+                sys.stdout.flush()
+                os._exit(1)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

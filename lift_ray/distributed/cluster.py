@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from lift_ray.distributed.autoscaler import cluster_nodes
-from lift_ray.errors import RunFailed
+from lift_ray.errors import RunFailed, Stopped
 
 OBJECT_STORE_BYTES = 150 * 2**20  # shards are read by the workers themselves; only settings and figures travel
 
@@ -49,6 +49,9 @@ def connected(
             ) from None
     try:
         yield cluster_nodes()
+    except Stopped:
+        mine = False  # the process ends at once, and what it started with it
+        raise
     finally:
         if mine:
             ray.shutdown()

@@ -15,7 +15,7 @@ from lift_ray.distributed.autoscaler import autoscaler_config
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.messages import Halted, Message, Problem
 from lift_ray.distributed.progress import Progress
-from lift_ray.errors import BadInput, RunFailed, last_line
+from lift_ray.errors import BadInput, RunFailed, Stopped, last_line
 from lift_ray.results.output import Output
 
 SETTINGS = "run.yaml"
@@ -271,10 +271,10 @@ def _reason(errors: dict[int, Exception]) -> str:
     return f"worker {rank}: {line}"
 
 
-def _stopped(progress: Progress, reason: str, checkpoint: str) -> RunFailed:
+def _stopped(progress: Progress, reason: str, checkpoint: str) -> Stopped:
     last = checkpoint or progress.checkpoint
     kept = f"the last checkpoint is {last}" if last else "there was no checkpoint yet"
-    return RunFailed(f"{progress.output}: stopped by {reason}; {kept}; go on with --resume")
+    return Stopped(f"{progress.output}: stopped by {reason}; {kept}; go on with --resume")
 
 
 def _kept(progress: Progress) -> str:
