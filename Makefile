@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format
+.PHONY: help quickstart test lint format audit screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -29,3 +29,9 @@ lint: .venv/.installed  ## ruff and mypy, changing nothing
 format: .venv/.installed  ## rewrite the code in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+audit: .venv/.installed  ## look the installed packages up in a database of known vulnerabilities; needs the network
+	@$(BIN)/pip-audit --strict --local --skip-editable
+
+screenshots: .venv/.installed  ## take the pictures of docs/monitoring.md again; needs Chromium
+	@$(BIN)/python tests/screenshots.py

@@ -108,10 +108,13 @@ def test_a_study_brings_nodes_up_survives_the_loss_of_one_and_lets_them_go(
     wait_for("no node", lambda: not cloud.nodes(), IDLE_S + 30)
 
 
-def submit(head: Head, folder: Path, *words: str) -> list[str]:
-    """`ray job submit` of a search, as from a laptop: all it knows of the cluster is the dashboard's port and the token."""
+def submit(head: Head, *words: str) -> list[str]:
+    """`ray job submit` of a search, as from a laptop: all it knows of the cluster is the dashboard's port and the token.
+
+    Without --working-dir: these nodes share one folder for such uploads, and each that comes replaces what is in it.
+    """
     env = {name: value for name, value in head.env.items() if name != "RAY_ADDRESS"}
-    command = [RAY, "job", "submit", "--address", head.dashboard, "--working-dir", str(folder), "--"]
+    command = [RAY, "job", "submit", "--address", head.dashboard, "--"]
     return ["env", "-i", *(f"{name}={value}" for name, value in env.items()), *command, *words]
 
 
@@ -119,10 +122,10 @@ def test_a_study_is_submitted_from_outside_stopped_and_submitted_again(
     cloud: Head, spaces: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
     out = tmp_path / "out"
-    search = [sys.executable, "-m", "lift_ray.tune", "space.yaml", "--out", str(out)]
+    search = [sys.executable, "-m", "lift_ray.tune", str(spaces / "space.yaml"), "--out", str(out)]
     log = tmp_path / "log"
     with log.open("w") as file:
-        command = submit(cloud, spaces, *search)
+        command = submit(cloud, *search)
         started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True))
     wait_for("a trial under way", lambda: is_at_epoch(out, 0, 3)() or started[0].poll() is not None, 120)
     found = re.search(r"raysubmit_\w+", log.read_text())
@@ -130,7 +133,7 @@ def test_a_study_is_submitted_from_outside_stopped_and_submitted_again(
     subprocess.run([RAY, "job", "stop", "--address", cloud.dashboard, found[0]], env=cloud.env, check=True, timeout=60)
     started[0].wait(60)
     assert "study: 4 trials, 2 at a time, each 1 x (1 CPU)" in log.read_text(), "the driver's lines are followed"
-    again = subprocess.run(submit(cloud, spaces, *search, "--resume"), capture_output=True, text=True, timeout=200)
+    again = subprocess.run(submit(cloud, *search, "--resume"), capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{TRIALS} trials: {TRIALS} finished" in again.stdout
     assert [row["epochs"] for row in pq.read_table(out / "trials.parquet").to_pylist()] == [EPOCHS] * TRIALS

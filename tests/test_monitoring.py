@@ -205,6 +205,7 @@ def test_the_dashboards_entry_of_the_job_carries_the_address_of_the_page(watched
     assert jobs["DRIVER"][METADATA] == watched.page_address
     assert jobs["DRIVER"]["job_name"] == f"watched, live page {watched.page_address}"
     assert jobs["SUBMISSION"][METADATA] == "http://127.0.0.1:1/submitted"
+    assert not any(job["runtime_env"] for job in watched.jobs), "what is in a runtime environment, Ray shows"
 
 
 def test_with_the_defaults_nothing_listens_beyond_loopback(watched: Watched) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import json
@@ -22,17 +23,18 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from ray.exceptions import RayActorError
 
 from lift_ray import serve
 from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
+from lift_ray.distributed.gate import Gate, Options
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
 from lift_ray.settings.run import RunConfig
 
-pytest.importorskip("fastapi")
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
 MAX_BYTES, MAX_PIXELS = 200_000, 500_000
 
@@ -215,6 +217,25 @@ def test_a_killed_replica_costs_no_request(server: Server) -> None:
         time.sleep(0.2)
     assert len(server.replicas()) == 2
     assert max(server.statuses) < 500
+
+
+def test_what_a_replica_held_when_it_died_is_asked_again() -> None:
+    class Model:
+        calls = 0
+
+        @property
+        def classify(self) -> Model:
+            return self
+
+        async def remote(self, body: bytes, top: int) -> tuple[int, dict[str, str]]:
+            self.calls += 1
+            if self.calls < 3:
+                raise RayActorError
+            return 200, {"body": body.decode()}
+
+    model = Model()
+    assert asyncio.run(Gate(model, Options("x"))._classified(b"picture", 5)) == (200, {"body": "picture"})
+    assert model.calls == 3
 
 
 def test_bad_options_are_one_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
