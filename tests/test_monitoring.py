@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,19 +70,21 @@ def get(address: str, body: Any = None, **headers: str) -> tuple[int, str]:
     """Status and text of an answer."""
     request = urllib.request.Request(address, None if body is None else json.dumps(body).encode(), headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
 
 
 def until(found: Callable[[], Any], what: str, seconds: float = 100) -> Any:
-    """What `found` returns once it is true."""
+    """What `found` returns once it is true; a server that is not there yet is waited for."""
     ends = time.monotonic() + seconds
-    while not (value := found()):
+    while True:
+        with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            if value := found():
+                return value
         assert time.monotonic() < ends, f"{what} did not come in {seconds:.0f} s"
         time.sleep(0.3)
-    return value
 
 
 def scraped(targets: list[str]) -> Samples:
@@ -135,7 +138,7 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
     page_address = until(lambda: re.search(r"live page: (\S+)", text()), "the live page")[1]
     dashboard = re.search(r"dashboard: (\S+)", text())[1]  # type: ignore[index]
     until(lambda: list((folder / "out").glob("checkpoints/0001/epoch-*")), "the first epochs")
-    page = get(page_address)[1]
+    page = until(lambda: get(page_address)[1], "the page")
     members = psutil.Process(driver.pid).children(recursive=True)
     listening = [(process.name(), found.laddr.ip) for process in [psutil.Process(driver.pid), *members]
                  for found in process.net_connections() if found.status == psutil.CONN_LISTEN]  # fmt: skip
@@ -144,9 +147,8 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
     token = {"Authorization": f"Bearer {TOKEN}"}
     job = {"entrypoint": f'{sys.executable} -c "{SUBMITTED}"'}
     until(lambda: get(f"{dashboard}/api/jobs/", job, **token)[0] == 200, "the agent that takes jobs")
-    targets = [
-        target for group in json.loads(get(f"{dashboard}/api/prometheus/sd", **token)[1]) for target in group["targets"]
-    ]
+    groups = until(lambda: json.loads(get(f"{dashboard}/api/prometheus/sd", **token)[1]), "the list of nodes")
+    targets = [target for group in groups for target in group["targets"]]
     study = "ray_lift_ray_study_"
 
     def all_seen() -> Samples | None:
@@ -161,7 +163,7 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
         return found if all(METADATA in (job["metadata"] or {}) for job in found) and len(found) == 2 else []
 
     all_jobs = until(jobs, "the jobs' addresses")
-    without = get(f"{dashboard}/api/jobs/")[0]
+    without = until(lambda: get(f"{dashboard}/api/jobs/")[0], "a refusal")
     driver.send_signal(signal.SIGINT)
     driver.wait(timeout=60)
     files = [
