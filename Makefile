@@ -18,8 +18,8 @@ help:  ## show this list
 quickstart: .venv/.installed  ## search for the best way to fine-tune a small CLIP, on this machine, in minutes
 	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml
 
-test: .venv/.installed  ## run all tests
-	@$(BIN)/python -m pytest
+test: .venv/.installed  ## run all tests, two files at a time (much of their time is spent waiting for processes to start)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed  ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partialmethod
 
 from lift_ray.distributed.autoscaler import cluster_nodes
 from lift_ray.errors import RunFailed, Stopped
@@ -37,6 +38,7 @@ def connected(
     if mine:
         if not address:
             _stay_on_loopback()
+            _take_a_free_agent_port()
         try:
             ray.init(
                 address=address or "local", log_to_driver=False, logging_level=logging.ERROR,
@@ -66,6 +68,17 @@ def _stay_on_loopback() -> None:
 
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for drivers started from here
     ray_constants.ENABLE_RAY_CLUSTER = False  # was read from it at import
+
+
+@cache
+def _take_a_free_agent_port() -> None:
+    """Let the node's agent listen on any free port; `ray.init` has no word for it.
+
+    On its default, 52365, a second Ray on the machine would have an agent that gives up serving: no jobs, no job logs.
+    """
+    from ray._private.parameter import RayParams
+
+    RayParams.__init__ = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
 
 
 def meeting_point() -> tuple[str, int]:
