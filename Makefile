@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format audit screenshots
+.PHONY: help quickstart test clusters lint format audit screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -18,8 +18,11 @@ help:  ## show this list
 quickstart: .venv/.installed  ## search for the best way to fine-tune a small CLIP, on this machine, in minutes
 	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml
 
-test: .venv/.installed  ## run all tests, two files at a time (much of their time is spent waiting for processes to start)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/.installed  ## run the tests, save those of clusters
+	@$(BIN)/python -m pytest -m "not cluster"
+
+clusters: .venv/.installed  ## run the tests that start clusters, lose their nodes and wait for new ones
+	@$(BIN)/python -m pytest -m cluster
 
 lint: .venv/.installed  ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .

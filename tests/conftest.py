@@ -14,13 +14,6 @@ if TYPE_CHECKING:
 
 TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
 EVALUATION_COUNT = 3
-LONGEST = ("test_trainer", "test_clusters", "test_monitoring", "test_tune", "test_export")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that two processes end at about the same time."""
-    place = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)

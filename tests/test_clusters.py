@@ -50,6 +50,7 @@ with connected() as nodes:
     print(*num_slots(Scale(), nodes), sep=", ")
     num_slots(Scale(cpus_per_worker=5), nodes)
 """
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")

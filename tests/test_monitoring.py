@@ -29,6 +29,7 @@ from lift_ray.distributed.metrics import SLOT_GAUGES, STUDY_GAUGES
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "clusters" / "monitoring"
+pytestmark = pytest.mark.cluster
 LONG = 100_000  # epochs of a trial that the test ends itself
 SPACE = f"""\
 name: watched

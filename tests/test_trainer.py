@@ -206,6 +206,7 @@ def test_a_run_goes_on_with_fewer_workers_and_the_same_losses(
         assert {name: one[name] for name in losses} == pytest.approx(losses, abs=1e-4)
 
 
+@pytest.mark.cluster
 def test_a_hung_worker_a_spot_notice_and_a_lost_node_leave_exactly_the_same_model(
     cluster: Cluster, run_file: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_hung_worker_a_spot_notice_and_a_lost_node_leave_exactly_the_same_mode
     assert_same_model(out, undisturbed)
 
 
+@pytest.mark.cluster
 def test_a_run_goes_on_with_fewer_workers_when_the_cluster_shrinks_and_with_more_when_it_grows_again(
     cluster: Cluster, run_file: Path, tmp_path: Path
 ) -> None:
