@@ -143,8 +143,9 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
     members = psutil.Process(driver.pid).children(recursive=True)
     listening = [(process.name(), found.laddr.ip) for process in [psutil.Process(driver.pid), *members]
                  for found in process.net_connections() if found.status == psutil.CONN_LISTEN]  # fmt: skip
-    slots = [process for process in members if process.name().startswith("ray::Worker")]
-    slots[0].send_signal(signal.SIGKILL)
+    for process in members:
+        if process.name().startswith("ray::Worker"):  # all slots: one whose trial has finished may not be missed
+            process.kill()
     token = {"Authorization": f"Bearer {TOKEN}"}
     job = {"entrypoint": f'{sys.executable} -c "{SUBMITTED}"'}
     until(lambda: get(f"{dashboard}/api/jobs/", job, **token)[0] == 200, "the agent that takes jobs")
@@ -154,8 +155,9 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
 
     def all_seen() -> Samples | None:
         samples = scraped(targets)
-        seen = value(samples, f"{study}slot_restarts"), value(samples, f"{study}trials", state="finished")
-        return samples if seen == (1, 1) and f"{study}slot_images_per_s" in samples else None
+        lost = value(samples, f"{study}slot_restarts") or 0
+        finished = value(samples, f"{study}trials", state="finished")
+        return samples if lost >= 1 and finished == 1 and f"{study}slot_images_per_s" in samples else None
 
     samples = until(all_seen, "the metrics")
 
