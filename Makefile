@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test clusters lint format audit screenshots
+.PHONY: help quickstart test clusters lint format secrets audit screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: .venv/.installed  ## ruff and mypy, changing nothing
 format: .venv/.installed  ## rewrite the code in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+secrets: .venv/.installed  ## look for keys and passwords in the files
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^benchmarks/results/|/manifest\.json$$'
 
 audit: .venv/.installed  ## look the installed packages up in a database of known vulnerabilities; needs the network
 	@$(BIN)/pip-audit --strict --local --skip-editable

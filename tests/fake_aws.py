@@ -45,7 +45,7 @@ class Account:
         """Of boto3."""
         return boto3.client(
             service, region_name=REGION, endpoint_url=self.env["AWS_ENDPOINT_URL"], aws_access_key_id="test",
-            aws_secret_access_key="test",
+            aws_secret_access_key="test",  # pragma: allowlist secret
         )  # fmt: skip
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ IMAGES = RowReader(open_dataset("embedded:caltech101").split("test")).read(np.ar
 NAMES = ("cat", "dog", "wild cat")
 CONFIG = {
     "key": "key",
-    "secret": "secret",
+    "secret": "secret",  # pragma: allowlist secret
     "config_kwargs": {"retries": {"max_attempts": 1}, "read_timeout": 1.0},  # what lift_ray does itself shows
 }
 ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"

@@ -152,7 +152,7 @@ print(hashlib.sha256(data).hexdigest())
 
 
 def test_processes_share_the_index_and_the_shards(store: Store, tmp_path: Path) -> None:
-    environment = {**os.environ, "LIFT_CACHE_GB": "1", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret",
+    environment = {**os.environ, "LIFT_CACHE_GB": "1", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret",  # pragma: allowlist secret
                    "FSSPEC_S3_ENDPOINT_URL": store.endpoint}  # fmt: skip
     running = [subprocess.Popen([sys.executable, "-c", READ_ALL], env=environment, stdout=subprocess.PIPE, text=True)
                for _ in range(2)]  # fmt: skip

@@ -22,7 +22,7 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_consistency_weighs_sure_and_unsure_pictures_as_fixmatch_and_loft_do() -> None:
+def test_consistency_weighs_sure_and_unsure_pictures_as_fixmatch_and_loft_do() -> None:  # pragma: allowlist secret
     teacher, strong = (3 * drawn(40, 5)).softmax(1), drawn(40, 5)
     expected = 0.0
     for p, z in zip(teacher, strong, strict=True):

@@ -52,7 +52,7 @@ def test_classes_without_images_in_the_split_count_nowhere() -> None:
     })  # fmt: skip
 
 
-def test_accuracy_weighs_images_and_mean_class_accuracy_classes() -> None:
+def test_accuracy_weighs_images_and_mean_class_accuracy_classes() -> None:  # pragma: allowlist secret
     found = figures(array(90, 0), array(90, 10), array(200, 2))
     assert (found["accuracy"], found["mean_class_accuracy"]) == (0.9, 0.5)
     assert (found["many"], found["few"]) == (1.0, 0.0)
