@@ -83,7 +83,7 @@ def fake_aws(folder: Path, cluster_file: Path) -> Iterator[Account]:
     (folder / ".ray" / "auth_token").write_text("0" * 64)
     env = os.environ | {
         "HOME": str(folder), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": REGION, "AUTOSCALER_NODE_START_WAIT_S": "3",
+        "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": REGION, "AUTOSCALER_NODE_START_WAIT_S": "3",  # pragma: allowlist secret
     }  # fmt: skip
     account = Account(env, folder, folder / "aws.yaml")
     server = subprocess.Popen(

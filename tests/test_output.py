@@ -32,7 +32,8 @@ def bucket() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     _, port = server.get_host_and_port()
-    url = f"s3://key:secret@results/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"  # pragma: allowlist secret
+    # pragma: allowlist nextline secret
+    url = f"s3://key:secret@results/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
     filesystem, _ = fs.FileSystem.from_uri(url.format(""))
     filesystem.create_dir("results")
     yield url

@@ -230,7 +230,8 @@ def test_a_driver_that_fails_lets_the_next_one_in_at_once(tmp_path: Path, monkey
 
 @pytest.mark.parametrize(("url", "message"), [
     ("nonsense", "--storage: must be the URL of a database that answers, but got nonsense ("),
-    ("postgresql+nodriver://me:secret@127.0.0.1/x", "--storage: must be the URL of a database that answers, but got postgresql"),  # pragma: allowlist secret
+    # pragma: allowlist nextline secret
+    ("postgresql+nodriver://me:secret@127.0.0.1/x", "--storage: must be the URL of a database that answers, but got postgresql"),
     ("sqlite:////no/such/folder/x.db", "--storage: must be the URL of a database that answers, but got sqlite:"),
 ])  # fmt: skip
 def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(url: str, message: str, tmp_path: Path) -> None:

@@ -153,7 +153,8 @@ def bucket() -> Iterator[tuple[str, list[ThreadedMotoServer]]]:
         port = probe.getsockname()[1]
     servers = [ThreadedMotoServer(ip_address="127.0.0.1", port=port)]
     servers[0].start()
-    url = f"s3://key:secret@runs/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"  # pragma: allowlist secret
+    # pragma: allowlist nextline secret
+    url = f"s3://key:secret@runs/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
     fs.FileSystem.from_uri(url.format(""))[0].create_dir("runs")
     yield url, servers
     servers[-1].stop()
