@@ -143,9 +143,10 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
     members = psutil.Process(driver.pid).children(recursive=True)
     listening = [(process.name(), found.laddr.ip) for process in [psutil.Process(driver.pid), *members]
                  for found in process.net_connections() if found.status == psutil.CONN_LISTEN]  # fmt: skip
-    for process in members:
-        if process.name().startswith("ray::Worker"):  # all slots: one whose trial has finished may not be missed
-            process.kill()
+    until(lambda: "trial   0 finished" in text(), "the end of the short trial")
+    slots = [process for process in members if process.name().startswith("ray::Worker")]
+    training = max(slots, key=lambda slot: slot.cpu_percent(interval=1))  # an idle one would not be missed
+    training.kill()
     token = {"Authorization": f"Bearer {TOKEN}"}
     job = {"entrypoint": f'{sys.executable} -c "{SUBMITTED}"'}
     until(lambda: get(f"{dashboard}/api/jobs/", job, **token)[0] == 200, "the agent that takes jobs")
@@ -155,9 +156,8 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
 
     def all_seen() -> Samples | None:
         samples = scraped(targets)
-        lost = value(samples, f"{study}slot_restarts") or 0
-        finished = value(samples, f"{study}trials", state="finished")
-        return samples if lost >= 1 and finished == 1 and f"{study}slot_images_per_s" in samples else None
+        seen = value(samples, f"{study}slot_restarts"), value(samples, f"{study}trials", state="finished")
+        return samples if seen == (1, 1) and f"{study}slot_images_per_s" in samples else None
 
     samples = until(all_seen, "the metrics")
 
