@@ -182,7 +182,9 @@ class Warm:
         gain, offset = 1 / (255 * std), -torch.tensor(backbone.mean, device=device).view(3, 1, 1) / std
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+            if device.type == tensor.device.type:  # the CPU, or pictures that were decoded on the GPU
+                return tensor
+            return tensor.pin_memory().to(device, non_blocking=True)
 
         for batch in batches:
             patches = None if batch.patches is None else move(batch.patches)
