@@ -4,7 +4,8 @@ The step is that of `benchmarks/step.py` (AdaptFormer in every block, forward, l
 224 px with random weights: `plain` is open_clip's own tower with the same tuners. All variants take turns, round by round. The peak is
 torch's product of two 8192 x 8192 bf16 matrices.
 
-A run is `lift_ray.train --no-ray` on JPEGs of 256 px with the same tower; its figures are those of its last epoch.
+A run is `lift_ray.train --no-ray` on JPEGs of 256 px with the same tower; its figures are those of its last epoch. The stream is what
+decodes its pictures, alone, by the number of threads.
 
     python benchmarks/gpu.py --rounds 5 --images 6000
 """
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.data.shards import publish, write_split
+from lift_ray.data.stream import training_batches
 from lift_ray.distributed.plan import memory
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
@@ -177,6 +179,21 @@ def run(data: str, weights: str, threads: int, **overrides: Any) -> dict[str, fl
     return {name: round(value, 4) for name, value in figures.items()}
 
 
+def stream(data: str, threads: int) -> dict[str, float]:
+    """Pictures/s of a training epoch's stream alone, and milliseconds to its first batch."""
+    split = open_dataset(data).split("train")
+    with RowReader(split) as reader:
+        for _ in range(2):  # the first fills the reader's cache
+            began = time.perf_counter()
+            batches = training_batches(reader, split, size_px=224, global_batch_size=128, seed=0, epoch=0, epochs=2,
+                                       schedule="convex", num_threads=threads)  # fmt: skip
+            next(batches)
+            first = time.perf_counter() - began
+            number = 1 + sum(1 for _ in batches)
+            seconds = time.perf_counter() - began
+    return {"images_per_s": round(128 * number / seconds, 1), "first_batch_ms": round(1e3 * first, 1)}
+
+
 @contextlib.contextmanager
 def random_weights() -> Iterator[str]:
     """A file with an untrained tower."""
@@ -198,7 +215,8 @@ def main() -> None:
     args = parser.parse_args()
     figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "step": steps(args.batch, args.rounds, args.times)}
     kinds = {
-        "decode exact": {},
+        "bf16": {},
+        "compiled": {"backbone.compile": True},
         "decode gpu": {"augment.decode": "gpu"},
         "fp32": {"backbone.precision": "fp32"},
         "fp16": {"backbone.precision": "fp16"},
@@ -209,6 +227,10 @@ def main() -> None:
     }
     with random_weights() as weights, tempfile.TemporaryDirectory() as folder:
         data = photographs(Path(folder), args.images)
+        torch.set_num_threads(args.threads)
+        for threads in sorted({1, 4, max(1, args.threads - 1)}):
+            figures[f"stream, {threads} threads"] = stream(data, threads)
+            print(f"stream, {threads} threads", figures[f"stream, {threads} threads"], flush=True)
         for name, overrides in kinds.items():
             try:
                 figures[name] = run(data, weights, args.threads, **overrides)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +153,23 @@ def test_pictures_change_with_seed_and_epoch(small: Split) -> None:
 @pytest.mark.parametrize("num_threads", [2, 5])
 def test_threads_change_nothing(small: Split, num_threads: int) -> None:
     assert_same(train(small, num_threads=num_threads), train(small))
+
+
+def test_the_pictures_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    makers: list[str] = []
+    plain = stream.training_picture
+
+    def noted(*args: Any, **options: Any) -> Any:
+        makers.append(threading.current_thread().name)
+        time.sleep(0.002)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(stream, "training_picture", noted)
+    with RowReader(small) as reader:
+        batches = stream.training_batches(reader, small, size_px=24, global_batch_size=96, seed=0, epoch=0, epochs=2,
+                                          schedule="convex", num_threads=3)  # fmt: skip
+        assert len(next(batches).labels) == 96
+    assert len({name for name in makers if name.startswith("lift-decode")}) == 3
 
 
 def patches(batch: Batch) -> torch.Tensor:

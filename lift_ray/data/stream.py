@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -39,6 +40,7 @@ SHUFFLE_SAMPLES = 8192
 SHUFFLE_BYTES = 192 * 2**20
 AHEAD = 3
 READ_AHEAD_SAMPLES = 2048
+PIECE = 8  # pictures of a batch that one thread decodes at a time
 
 Decode = Literal["exact", "reduced", "gpu"]
 Made = TypeVar("Made")
@@ -120,7 +122,7 @@ def training_batches(
         shuffle_bytes: encoded pictures that are shuffled together; part of what decides the order.
     """
     order = epoch_order(split, seed, epoch, shuffle_bytes)
-    smallest = smallest_area(schedule, epoch, epochs)
+    smallest, decoders = smallest_area(schedule, epoch, epochs), _decoders(num_threads)
 
     def places(step: int) -> tuple[Int64s, Int64s]:
         batch = order[step * global_batch_size : (step + 1) * global_batch_size]
@@ -136,13 +138,13 @@ def training_batches(
             "crop_flip": lambda i: partial(any_crop, draw=draws[i]),
         }
         if kind == "none":
-            batch = _batch(reader, split, samples, lambda data, i: evaluation_picture(data, size_px))
+            batch = _batch(reader, split, samples, lambda data, i: evaluation_picture(data, size_px), decoders)
         elif decode == "gpu" and device is not None:
             crops = [finds[kind](i) for i in range(len(samples))]
             batch = _batch_on(device, reader, split, samples, size_px, crops)
         else:
             batch = _batch(reader, split, samples, lambda data, i: training_picture(
-                data, size_px, finds[kind](i), reduced=decode == "reduced"))  # fmt: skip
+                data, size_px, finds[kind](i), reduced=decode == "reduced"), decoders)  # fmt: skip
         if not patch_dropout:
             return batch
         kept = kept_patches(random, global_batch_size, num_patches, patch_dropout)[mine]
@@ -150,8 +152,9 @@ def training_batches(
 
     steps = range(start_step, steps_per_epoch(split, global_batch_size))
     return _ahead(
-        make, steps, num_threads, lambda step: reader.prefetch(places(step)[1]), READ_AHEAD_SAMPLES // global_batch_size
-    )
+        make, steps, num_threads, lambda step: reader.prefetch(places(step)[1]), READ_AHEAD_SAMPLES // global_batch_size,
+        decoders,
+    )  # fmt: skip
 
 
 def unlabelled_batches(
@@ -170,6 +173,7 @@ def unlabelled_batches(
     The others are those of `training_batches`.
     """
     order = lru_cache(4)(partial(epoch_order, split, seed, shuffle_bytes=shuffle_bytes))
+    decoders = _decoders(num_threads)
 
     def places(step: int) -> tuple[Int64s, Int64s]:
         rounds, at = np.divmod(np.arange(step * global_batch_size, (step + 1) * global_batch_size), split.num_samples)
@@ -181,7 +185,9 @@ def unlabelled_batches(
         mine, samples = places(step)
         random = np.random.default_rng([seed, step, 0, 1])
         draws = random.random((global_batch_size, NUM_DRAWS))[mine]
-        batch = _batch(reader, split, samples, lambda data, i: two_views(data, size_px, draws[i], cutout_frac))
+        batch = _batch(
+            reader, split, samples, lambda data, i: two_views(data, size_px, draws[i], cutout_frac), decoders
+        )
         if not patch_dropout:
             return batch
         kept = kept_patches(random, 2 * global_batch_size, num_patches, patch_dropout)
@@ -189,7 +195,7 @@ def unlabelled_batches(
 
     return _ahead(
         make, range(start_step, start_step + num_steps), num_threads, lambda step: reader.prefetch(places(step)[1]),
-        -(-READ_AHEAD_SAMPLES // global_batch_size),
+        -(-READ_AHEAD_SAMPLES // global_batch_size), decoders,
     )  # fmt: skip
 
 
@@ -205,17 +211,18 @@ def evaluation_batches(
     """
     wanted = np.arange(split.num_samples) if samples is None else samples
     mine = wanted[stretch(len(wanted), rank, world_size)]
-    picture = five_crops if crops else evaluation_picture
+    picture, decoders = five_crops if crops else evaluation_picture, _decoders(num_threads)
 
     def make(step: int) -> Batch:
-        return _batch(
-            reader, split, mine[step * batch_size : (step + 1) * batch_size], lambda data, i: picture(data, size_px)
-        )
+        places = mine[step * batch_size : (step + 1) * batch_size]
+        return _batch(reader, split, places, lambda data, i: picture(data, size_px), decoders)
 
     def prefetch(step: int) -> None:
         reader.prefetch(mine[step * batch_size : (step + 1) * batch_size])
 
-    return _ahead(make, range(-(-len(mine) // batch_size)), num_threads, prefetch, -(-READ_AHEAD_SAMPLES // batch_size))
+    return _ahead(
+        make, range(-(-len(mine) // batch_size)), num_threads, prefetch, -(-READ_AHEAD_SAMPLES // batch_size), decoders
+    )
 
 
 def stretch(number: int, rank: int, world_size: int) -> slice:
@@ -235,17 +242,32 @@ def kept_patches(random: np.random.Generator, batch_size: int, num_patches: int,
     return np.sort(order[:, :kept], axis=1)
 
 
-def _batch(reader: RowReader, split: Split, samples: Int64s, picture: Callable[[bytes, int], Pixels]) -> Batch:
-    pictures: Pixels | None = None
-    for index, data in enumerate(reader.read(samples)):
+def _decoders(num_threads: int) -> ThreadPoolExecutor | None:
+    """Threads that share the pictures of a batch, so that the first one is there soon; None where there is but one."""
+    return ThreadPoolExecutor(num_threads, "lift-decode") if num_threads > 1 else None
+
+
+def _batch(
+    reader: RowReader, split: Split, samples: Int64s, picture: Callable[[bytes, int], Pixels],
+    decoders: ThreadPoolExecutor | None,
+) -> Batch:  # fmt: skip
+    encoded = reader.read(samples)
+
+    def planar(place: int) -> Pixels:
         try:
-            planar = np.moveaxis(picture(data, index), -1, -3)
+            return np.moveaxis(picture(encoded[place], place), -1, -3)
         except PICTURE_ERRORS as error:
-            raise _broken(split, samples[index], error) from None
-        if pictures is None:
-            pictures = np.empty((len(samples), *planar.shape), np.uint8)
-        pictures[index] = planar
-    assert pictures is not None
+            raise _broken(split, samples[place], error) from None
+
+    def fill(places: range) -> None:
+        for place in places:
+            pictures[place] = planar(place)
+
+    first = planar(0)
+    pictures = np.empty((len(samples), *first.shape), np.uint8)
+    pictures[0] = first
+    pieces = [range(start, min(start + PIECE, len(samples))) for start in range(1, len(samples), PIECE)]
+    deque((decoders.map if decoders else map)(fill, pieces), maxlen=0)
     return Batch(torch.from_numpy(pictures), torch.from_numpy(split.labels[samples]))
 
 
@@ -274,11 +296,16 @@ def _broken(split: Split, sample: int, error: Exception) -> BadInput:
 
 def _ahead(
     make: Callable[[int], Made], steps: Iterable[int], num_threads: int,
-    prefetch: Callable[[int], None] = lambda step: None, read_ahead: int = 0,
+    prefetch: Callable[[int], None] = lambda step: None, read_ahead: int = 0, decoders: ThreadPoolExecutor | None = None,
 ) -> Iterator[Made]:  # fmt: skip
-    """Batches in order, a few made ahead by threads, and what `read_ahead` further steps need read ahead."""
+    """Batches in order, a few made ahead by threads, and what `read_ahead` further steps need read ahead.
+
+    Args:
+        decoders: threads that `make` gives its work to, closed at the end; the threads here then only wait for them.
+    """
     coming, to_read = iter(steps), iter(steps)
-    with ThreadPoolExecutor(num_threads, "lift-data") as pool:
+    makers = AHEAD if decoders else num_threads
+    with decoders or nullcontext(), ThreadPoolExecutor(makers, "lift-data") as pool:
         waiting: deque[Future[Made]] = deque()
         try:
             for step in islice(to_read, read_ahead):
@@ -287,7 +314,7 @@ def _ahead(
                 for later in islice(to_read, 1):
                     prefetch(later)
                 waiting.append(pool.submit(make, step))
-                if len(waiting) > AHEAD + num_threads - 1:
+                if len(waiting) > AHEAD + (0 if decoders else num_threads - 1):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -70,24 +70,30 @@ def memory(model: Lift, config: RunConfig, images: int) -> dict[str, int]:
     Args:
         images: of a worker in one step.
     """
-    value_bytes = DTYPES[config.backbone.precision].itemsize
     trained = sum(p.numel() for p in model.trained().values())
     tower = sum(p.numel() for p in model.tower.parameters())
     at_once = -(-images // config.optim.accumulate)
     picture = 3 * model.tower.resolution_px**2
+    value_bytes = DTYPES[config.backbone.precision].itemsize
     return {
-        "tower": 4 * tower,
+        "tower": 4 * tower + (value_bytes * tower if value_bytes < 4 else 0),  # autocast keeps a copy
         "trained, gradients and momentum": 3 * 4 * trained,
-        "activations": int(saved_bytes(model) / PROBE_IMAGES * at_once * value_bytes / 4) if trained else 0,
+        "activations": int(saved_bytes(model, value_bytes) / PROBE_IMAGES * at_once) if trained else 0,
         "batches": (AHEAD + 2) * images * picture + 4 * images * picture,
     }
 
 
-def saved_bytes(model: Lift) -> int:
-    """Bytes of fp32 activations that autograd keeps after a forward pass of PROBE_IMAGES images, each tensor counted once."""
-    px = model.tower.resolution_px
+def saved_bytes(model: Lift, value_bytes: int = 4) -> int:
+    """Bytes of activations that autograd keeps of PROBE_IMAGES images, each tensor counted once.
+
+    Tensors that a layer norm was given stay in fp32 also where the products are computed in less. With activation checkpointing it
+    is the input of every block, and what one block keeps while it is computed again.
+    """
+    px, tower = model.tower.resolution_px, model.tower
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
+    single: dict[int, int] = {}
+    inputs: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -95,7 +101,24 @@ def saved_bytes(model: Lift) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = model(torch.zeros(PROBE_IMAGES, 3, px, px))
+    def note_single(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if given[0].requires_grad or any(p.requires_grad for p in module.parameters()):
+            single[given[0].untyped_storage().data_ptr()] = 4
+
+    def note_input(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(given[0].numel() * 4 if given[0].requires_grad else 0)
+
+    hooks = [m.register_forward_pre_hook(note_single) for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+    hooks += [block.register_forward_pre_hook(note_input) for block in getattr(tower, "blocks", ())]
+    before, tower.checkpointing = tower.checkpointing, False
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            kept = model(torch.zeros(PROBE_IMAGES, 3, px, px))
+    finally:
+        tower.checkpointing = before
+        for hook in hooks:
+            hook.remove()
     del kept
-    return sum(found.values())
+    size = sum(number * single.get(pointer, value_bytes) // 4 for pointer, number in found.items())
+    computed = sum(1 for number in inputs if number)
+    return sum(inputs) + size // computed if before and computed else size
