@@ -19,7 +19,8 @@ from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 from lift_ray.results.output import Output
-from lift_ray.results.page import PAGE, Chapter, Example, write_page, write_pictures
+from lift_ray.results.page import PAGE, Chapter, Example, write_page
+from lift_ray.results.pictures import write_pictures
 from lift_ray.results.studies import BEST, FILES, PREDICTIONS, StudyFiles, read_study
 
 REPORT = "report"
@@ -38,7 +39,7 @@ def write_report(outs: Sequence[str], to: str | None = None, *, png: bool = Fals
         to: folder or URL; without it report/ inside the one study, or ./report for several.
 
     Raises:
-        BadInput: a folder that holds no study, or files that cannot be read.
+        BadInput: a folder that holds no study, files that cannot be read, or `png` where what it needs is missing.
         RunFailed: it cannot be written.
     """
     studies = [_read(Output(out, "OUT")) for out in outs]

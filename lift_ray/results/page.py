@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -118,28 +117,6 @@ def plotly_js() -> str:
     if spec is None or spec.origin is None:
         raise RunFailed("report: needs the package plotly, but it is not installed; pip install plotly")
     return (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-
-
-def write_pictures(named: Sequence[tuple[str, Figure]], folder: Path) -> None:
-    """folder/NAME.png of each figure, by kaleido and the Chrome it finds. Raises RunFailed when one of them is not there."""
-    try:
-        kaleido = import_module("kaleido")
-
-        paper = {"paper_bgcolor": "#fff", "plot_bgcolor": "#fff", "margin": {"l": 70, "r": 20, "t": 30, "b": 60}}
-        specs: list[dict[str, Any]] = [{
-            "fig": {"data": figure.traces, "layout": {"height": 400, **figure.layout, "width": 800, **paper}},
-            "path": folder / f"{name}.png", "opts": {"format": "png", "scale": 2},
-        } for name, figure in named]  # fmt: skip
-        kaleido.write_fig_from_object_sync(specs)
-    except ImportError:
-        raise RunFailed(
-            "--png: needs the package kaleido, but it is not installed; pip install kaleido, or leave out --png"
-        ) from None
-    except Exception as error:  # kaleido and what it stands on raise many kinds
-        text = " ".join(str(error).split())[:200]
-        raise RunFailed(
-            f"--png: needs a Chrome that kaleido can start, but {text}; install Chromium, or leave out --png"
-        ) from None
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
