@@ -23,6 +23,10 @@ def export(
         list[str] | None,
         typer.Option("--format", help="open_clip, onnx or torch; several if repeated.  [all that the tuner allows]"),
     ] = None,
+    posthoc_tau: Annotated[
+        float | None,
+        typer.Option("--posthoc-tau", min=0, help="Post-hoc logit adjustment, inside the files.  [as trained]"),
+    ] = None,
 ) -> None:
     """Write the model for other programs, with a model card, and compare each file's logits with the checkpoint's.
 
@@ -44,7 +48,7 @@ def export(
     from lift_ray.distributed.exporting import export_checkpoint
 
     with opened(checkpoint) as folder:
-        exported, left_out = export_checkpoint(folder, to, formats or [])
+        exported, left_out = export_checkpoint(folder, to, formats or [], posthoc_tau)
     for each in exported:
         print(f"{to / each.file}: largest difference from the checkpoint's logits {each.difference:.1e}")
     if left_out:

@@ -29,6 +29,9 @@ def predict(
         float | None,
         typer.Option(min=0.01, max=100, help="Divides the logits; 1: not calibrated.  [fitted on validation images]"),
     ] = None,
+    posthoc_tau: Annotated[
+        float | None, typer.Option("--posthoc-tau", min=0, help="Post-hoc logit adjustment.  [as trained]")
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Column of the images in Parquet.  [image]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Share the images out to so many Ray workers.")] = 1,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores for each; alone it takes all.")] = 1,
@@ -56,7 +59,7 @@ def predict(
 
     began = time.monotonic()
     with image_progress() as advance:
-        job = Job(absolute(checkpoint), pictures, top, temperature)
+        job = Job(absolute(checkpoint), pictures, top, temperature, posthoc_tau)
         done = run(job, out, advance, workers=workers, cpus_per_worker=cpus_per_worker)
     bad = f", {done.num_bad:,} of them not readable (column error)" if done.num_bad else ""
     print(f"{out}: {done.num_images:,} images{bad}, in {time.monotonic() - began:.0f} s")

@@ -37,6 +37,9 @@ def serve(
         float | None,
         typer.Option(min=0.01, max=100, help="Divides the logits; 1: not calibrated.  [fitted on validation images]"),
     ] = None,
+    posthoc_tau: Annotated[
+        float | None, typer.Option("--posthoc-tau", min=0, help="Post-hoc logit adjustment.  [as trained]")
+    ] = None,
     max_mb: Annotated[float, typer.Option(min=0.01, help="Largest upload, in MB.")] = 20,
     max_megapixels: Annotated[float, typer.Option(min=0.01, help="Largest picture.")] = 50,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
@@ -53,8 +56,8 @@ def serve(
     """
     from lift_ray.distributed.endpoint import serve_until_stopped
 
-    given = {"checkpoint": checkpoint, "temperature": temperature, "max_mb": max_mb, "max_megapixels": max_megapixels,
-             "replicas": replicas, "cpus": cpus, "gpus": gpus}  # fmt: skip
+    given = {"checkpoint": checkpoint, "temperature": temperature, "posthoc_tau": posthoc_tau, "max_mb": max_mb,
+             "max_megapixels": max_megapixels, "replicas": replicas, "cpus": cpus, "gpus": gpus}  # fmt: skip
     serve_until_stopped({name: value for name, value in given.items() if value is not None}, host, port)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lift_ray import export
+from lift_ray.data.stream import Batch
 from lift_ray.distributed.exporting import classifier, export_checkpoint
 from lift_ray.distributed.finished import Finished
 from lift_ray.distributed.ranks import Ranks
@@ -124,6 +125,35 @@ def test_two_tuners_merge_in_their_order_and_post_hoc_adjustment_is_inside(
     torch.testing.assert_close(finished.offset, 0.5 * (counts / counts.sum()).log())
 
 
+def test_another_posthoc_tau_is_in_the_file_and_in_the_card(small_data: str, small_clip: str, tmp_path: Path) -> None:
+    folder = saved(small_data, small_clip, tmp_path / "checkpoint", {"evaluation": {"posthoc_tau": 0.5}})
+    export.main([str(folder), "--to", str(tmp_path / "out"), "--format", "torch", "--posthoc-tau", "2"])
+    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    (own, _), *_ = finished.logits([Batch(images, torch.zeros(2))])
+    exported = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)
+    counts = torch.tensor(finished.record.class_counts)
+    torch.testing.assert_close(own - exported, (1.5 * (counts / counts.sum()).log()).expand(2, -1))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "That is with post-hoc adjustment of tau 0.5; the files adjust with tau 2." in card
+
+
+def test_the_card_says_how_good_it_is_on_test_where_a_search_has_measured_that(
+    small_data: str, small_clip: str, tmp_path: Path
+) -> None:
+    folder = saved(small_data, small_clip, tmp_path / "best", {"tuner": {"kind": "linear_probe"}})
+    export_checkpoint(folder, tmp_path / "before", ["open_clip"])
+    (folder / "metrics.json").write_text(json.dumps(
+        {"validation/accuracy": 0.5, "test/accuracy": 0.25, "test/mean_class_accuracy": 0.125, "test/few": 0.0625}))  # fmt: skip
+    export_checkpoint(folder, tmp_path / "after", ["open_clip"])
+    before, after = ((tmp_path / name / "README.md").read_text() for name in ("before", "after"))
+    assert "on the test split was not measured before the export; `python -m lift_ray.evaluate CHECKPOINT`" in before
+    assert "was not measured" not in after
+    assert "on the validation and test split:" in after
+    assert "\n| test | 25.0 | 12.5 |  |  | 6.2 |" in after
+    assert "\n| validation | 50.0 |" in after
+
+
 def test_a_tuner_beside_another_that_cannot_be_merged_is_exported(
     small_data: str, small_clip: str, tmp_path: Path
 ) -> None:
@@ -172,6 +202,7 @@ def test_the_verb_prints_differences_and_writes_a_card(
     assert "| few | under 20 | 7 | 72 |" in card
     assert "unknown; ask who published them" in card
     assert "kind: adaptformer" in card
+    assert "That is with post-hoc" not in card
     assert len(json.loads((out / "classes.json").read_text())) == 8
     with pytest.raises(BadInput, match=r"^--to: must be a new folder, but .* exists; delete it, or give another"):
         export.main([str(folder), "--to", str(out)])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lift_ray import predict
+from lift_ray import evaluate, export, predict, serve
 from lift_ray.data.catalog import open_dataset
 from lift_ray.data.pictures import PictureReader, find_pictures
 from lift_ray.data.reader import RowReader
-from lift_ray.distributed import prediction
+from lift_ray.distributed import checkpoint, prediction
 from lift_ray.distributed.calibration import fit_temperature
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
@@ -102,6 +103,49 @@ def test_shards_in_parts_give_the_same_rows_with_the_fitted_temperature(
     assert (about["dataset"], about["num_images"]) == (small_data, 24)
     assert json.loads((where / "checkpoint" / "calibration.json").read_text()) == about
     assert not list(tmp_path.glob("*.parts"))
+
+
+def test_another_posthoc_tau_gives_the_accuracy_that_evaluate_says_and_its_own_calibration(
+    trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, found = f"{small_data}/test-*.parquet", {}
+    names, labels = np.array(open_dataset(small_data).class_names), open_dataset(small_data).split("test").labels
+    for tau in ("0", "0.5", "3"):
+        words = [] if tau == "0.5" else ["--posthoc-tau", tau]  # 0.5 is the run's own
+        predict.main([str(trained[0]), shards, "--out", str(tmp_path / f"{tau}.parquet"), *words])
+        capsys.readouterr()
+        evaluate.main([str(trained[0]), "--posthoc-tau", tau, "--json"])
+        found[tau] = float(np.mean(np.array(pq.read_table(tmp_path / f"{tau}.parquet")["class_1"]) == names[labels]))
+        assert found[tau] == pytest.approx(json.loads(capsys.readouterr().out)["test/accuracy"])
+    assert found["3"] != found["0"]
+    fitted = [json.loads(path.read_text()) for path in (trained[0] / "checkpoint").glob("calibration*.json")]
+    assert len({each["error_before"] for each in fitted}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
+def test_several_models_that_answer_together_are_refused_with_the_path_of_one(tmp_path: Path, photos: Path) -> None:
+    config = {"method": {"kind": "backdoor", "members": {"plain": {}, "other": {}}}}
+    about = {
+        "config": config,
+        "digest": "",
+        "dataset": "x",
+        "class_names": ["a"],
+        "class_counts": [1],
+        "epoch": 1,
+        "step": 0,
+    }
+    folder = tmp_path / "out" / "checkpoint"
+    (tmp_path / "out" / "members" / "plain").mkdir(parents=True)
+    checkpoint.save(folder, SimpleNamespace(stored=dict), None, {}, checkpoint.Record(**about))  # type: ignore[arg-type]
+    rule = (f"^{folder}: must be a single model, but method backdoor made 2 that answer together .plain, other.; "
+            f"give one of them, {tmp_path}/out/members/plain$")  # fmt: skip
+    for verb, words in ((predict, [str(photos), "--out", str(tmp_path / "o.csv")]), (export, ["--to", str(tmp_path / "e")]),
+                        (serve, ["--port", "65001"])):  # fmt: skip
+        with pytest.raises(BadInput, match=rule):
+            verb.main([str(tmp_path / "out"), *words])
+    (tmp_path / "out" / "members" / "plain").rename(tmp_path / "out" / "members" / "0123abcd")
+    with pytest.raises(BadInput, match=f"give one of them, a folder in {tmp_path}/out/members$"):
+        export.main([str(folder), "--to", str(tmp_path / "e")])
 
 
 def test_the_fitted_temperature_is_the_one_that_the_labels_were_drawn_with() -> None:

@@ -21,7 +21,9 @@ from lift_ray.distributed.finished import Finished
 from lift_ray.errors import BadInput
 from lift_ray.results.tally import Tally
 
-FILE = "calibration.json"  # beside a checkpoint's weights
+FILE = (
+    "calibration.json"  # beside a checkpoint's weights; for another tau than that of its run calibration-tau-TAU.json
+)
 COLDEST, HOTTEST = 0.01, 100.0
 
 
@@ -54,26 +56,28 @@ def calibrated(folder: Path, finished: Finished) -> Calibration:
 
     Raises BadInput when its validation split cannot be read.
     """
-    if found := kept(folder):
+    tau = finished.config.evaluation.posthoc_tau
+    name = FILE if tau == finished.trained_tau else f"calibration-tau-{tau:g}.json"
+    if found := kept(folder / name):
         return found
     made = _fitted(finished)
     with suppress(
         OSError
     ):  # a checkpoint in object storage, or in a folder of somebody else, is fitted again each time
-        temporary = folder / f".{FILE}.{os.getpid()}"
+        temporary = folder / f".{name}.{os.getpid()}"
         temporary.write_text(json.dumps(asdict(made)) + "\n")
-        temporary.replace(folder / FILE)
+        temporary.replace(folder / name)
     return made
 
 
-def kept(folder: Path) -> Calibration | None:
-    """The calibration beside a checkpoint, if there is one. Raises BadInput when it is not readable."""
+def kept(path: Path) -> Calibration | None:
+    """The calibration in a file, if there is one. Raises BadInput when it is not readable."""
     try:
-        return Calibration(**json.loads((folder / FILE).read_text()))
+        return Calibration(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{folder / FILE}: must be a calibration, but got {error}; delete it") from None
+        raise BadInput(f"{path}: must be a calibration, but got {error}; delete it") from None
 
 
 def _fitted(finished: Finished) -> Calibration:

@@ -72,6 +72,6 @@ def _check(options: Any, host: str, port: int) -> None:
         except OSError as error:
             raise BadInput(f"--port: must be free, but {host}:{port} is not ({error.strerror}); give another") from None
     with opened(options.checkpoint) as folder:
-        finished = Finished(folder, Ranks.alone(num_cpus=os.cpu_count() or 1))
+        finished = Finished(folder, Ranks.alone(num_cpus=os.cpu_count() or 1), options.posthoc_tau)
         if options.temperature is None:
             print(calibrated(folder, finished), flush=True)

@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from lift_ray.results.card import Exported, model_card
 LARGEST_DIFFERENCE = 1e-4
 OPEN_CLIP, ONNX, TORCH = "open_clip", "onnx", "torch"
 CLASSES = "classes.json"
+METRICS = "metrics.json"  # as conclusion.py writes it
 
 GetProgram = Callable[[], torch.export.ExportedProgram]
 Logits = Callable[[Tensor], Tensor]
@@ -63,7 +64,9 @@ class Classifier(nn.Module):
         return logits - self.offset
 
 
-def export_checkpoint(folder: Path, to: Path, formats: Sequence[str] = ()) -> tuple[list[Exported], str]:
+def export_checkpoint(
+    folder: Path, to: Path, formats: Sequence[str] = (), posthoc_tau: float | None = None
+) -> tuple[list[Exported], str]:
     """Write a checkpoint's model for other programs, whole or not at all.
 
     Each file is loaded again and compared with the checkpoint on the same pictures, for other batch sizes than it was
@@ -73,6 +76,7 @@ def export_checkpoint(folder: Path, to: Path, formats: Sequence[str] = ()) -> tu
         folder: of the checkpoint.
         to: a folder that is not there yet.
         formats: open_clip, onnx, torch; none for all that the model allows.
+        posthoc_tau: as of `Finished`.
 
     Returns:
         What was written, and why open_clip was left out ("" when it was not, or not asked for).
@@ -83,7 +87,7 @@ def export_checkpoint(folder: Path, to: Path, formats: Sequence[str] = ()) -> tu
     """
     if to.exists():
         raise BadInput(f"--to: must be a new folder, but {to} exists; delete it, or give another")
-    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()), posthoc_tau)
     reason = not_for_open_clip(finished)
     if OPEN_CLIP in formats and reason:
         raise BadInput(f"--format open_clip: {reason}; use onnx or torch")
@@ -97,7 +101,7 @@ def export_checkpoint(folder: Path, to: Path, formats: Sequence[str] = ()) -> tu
         program = functools.cache(lambda: _program(finished))
         exported = [_exported(finished, name, temporary, program) for name in WRITERS if name in wanted]
         (temporary / CLASSES).write_text(json.dumps(finished.record.class_names, indent=1) + "\n")
-        (temporary / "README.md").write_text(_card(finished, exported))
+        (temporary / "README.md").write_text(_card(finished, exported, _metrics(folder, finished)))
         temporary.chmod(0o755)
         temporary.rename(to)
     except OSError as error:
@@ -196,12 +200,24 @@ def _program(finished: Finished) -> torch.export.ExportedProgram:
         return torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
 
 
-def _card(finished: Finished, exported: Sequence[Exported]) -> str:
+def _metrics(folder: Path, finished: Finished) -> dict[str, float]:
+    """Of the checkpoint's last evaluation; and of the test split, where a search kept them beside it (best/)."""
+    try:
+        kept: dict[str, float] = json.loads((folder / METRICS).read_text())
+    except FileNotFoundError:
+        kept = {}
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / METRICS}: must be metrics, but got {error}; delete it") from None
+    return finished.record.metrics | kept
+
+
+def _card(finished: Finished, exported: Sequence[Exported], metrics: Mapping[str, float]) -> str:
     record, wanted = finished.record, finished.config.backbone
     return model_card(
-        config=finished.config.to_dict(), class_names=record.class_names, class_counts=record.class_counts, metrics=record.metrics,
+        config=finished.config.to_dict(), class_names=record.class_names, class_counts=record.class_counts, metrics=metrics,
         dataset=record.dataset, digest=record.digest, version=record.lift_ray_version, size_px=finished.size_px,
         licence=licence(wanted.model, wanted.pretrained), exported=exported, five_crops=finished.five_crops,
+        trained_tau=finished.trained_tau,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from lift_ray.data.stream import Batch
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.warm import Warm, autocast
+from lift_ray.errors import BadInput
 from lift_ray.settings.run import RunConfig, apply_overrides
 
 
@@ -26,6 +28,20 @@ class _WithoutData(Warm):
         self._backbones, self._readers, self._kept = {}, {}, {}
 
 
+def single_record(folder: Path) -> checkpoint.Record:
+    """The record of a checkpoint of one model. Raises BadInput, also for several models that answer together."""
+    record = checkpoint.read_record(folder)
+    if record.config["method"]["kind"] == "backdoor":
+        names, place = list(record.config["method"]["members"]), folder.parent / "members"
+        if not place.is_dir():
+            one = "the folder members/NAME beside it"
+        else:  # train names them by their names, tune by their settings
+            one = str(place / names[0]) if (place / names[0]).is_dir() else f"a folder in {place}"
+        raise BadInput(f"{folder}: must be a single model, but method backdoor made {len(names)} that answer together "
+                       f"({', '.join(names)}); give one of them, {one}")  # fmt: skip
+    return record
+
+
 class Finished:
     """A checkpoint's model, ready to classify as an evaluation of it does.
 
@@ -34,13 +50,16 @@ class Finished:
     Args:
         folder: of the checkpoint.
         ranks: device and threads.
+        posthoc_tau: strength of the post-hoc adjustment; None for that of the run.
 
     Raises BadInput.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self.record, self.ranks = checkpoint.read_record(folder), ranks
-        here = {"backbone.precision": "fp32"} if ranks.device.type == "cpu" else {}
+    def __init__(self, folder: Path, ranks: Ranks, posthoc_tau: float | None = None) -> None:
+        self.record, self.ranks = single_record(folder), ranks
+        here: dict[str, Any] = {"backbone.precision": "fp32"} if ranks.device.type == "cpu" else {}
+        if posthoc_tau is not None:
+            here["evaluation.posthoc_tau"] = posthoc_tau
         self._warm = _WithoutData(self.record, ranks)
         self.config = self._warm.resolve(RunConfig.model_validate(apply_overrides(self.record.config, here)))
         self.backbone = self._warm.backbone(self.config)
@@ -51,6 +70,11 @@ class Finished:
         log_prior = torch.from_numpy(np.log(counts / counts.sum())).float().to(ranks.device)
         self.offset = self.config.evaluation.posthoc_tau * log_prior
         """(K,), what the post-hoc adjustment takes off the logits."""
+
+    @property
+    def trained_tau(self) -> float:
+        """Strength of the post-hoc adjustment in the run, which its metrics are of."""
+        return float(self.record.config["evaluation"]["posthoc_tau"])
 
     @property
     def size_px(self) -> int:

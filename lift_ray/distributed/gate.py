@@ -17,6 +17,7 @@ from lift_ray.data.index import absolute
 from lift_ray.errors import BadInput
 
 TRIES = 5  # of a picture whose replica died
+MAY_BE_0 = ("gpus", "posthoc_tau")
 PAGE_RULES = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'"
 )
@@ -29,6 +30,7 @@ class Options:
     Attributes:
         checkpoint: folder or URL that every replica reaches.
         temperature: divides the logits; None for the fitted one.
+        posthoc_tau: strength of the post-hoc adjustment; None for that of the run.
         max_mb: largest upload.
         max_megapixels: largest picture; a small file may hold a huge one.
         replicas: of the model.
@@ -38,6 +40,7 @@ class Options:
 
     checkpoint: str = ""
     temperature: float | None = None
+    posthoc_tau: float | None = None
     max_mb: float = 20.0
     max_megapixels: float = 50.0
     replicas: int = 1
@@ -61,8 +64,9 @@ class Options:
         if not values["checkpoint"]:
             raise BadInput("checkpoint: must be given, but got none; add checkpoint=FOLDER, or set LIFT_CHECKPOINT")
         for name, value in values.items():
-            if isinstance(value, int | float) and value <= 0 and name != "gpus":
-                raise BadInput(f"{name}: must be more than 0, but got {value:g}; mend it")
+            if isinstance(value, int | float) and (value < 0 or (value == 0 and name not in MAY_BE_0)):
+                rule = "at least" if name in MAY_BE_0 else "more than"
+                raise BadInput(f"{name}: must be {rule} 0, but got {value:g}; mend it")
         return cls(**values | {"checkpoint": absolute(values["checkpoint"])})
 
 

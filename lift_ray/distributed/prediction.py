@@ -26,7 +26,7 @@ from lift_ray.distributed import checkpoint
 from lift_ray.distributed.calibration import Calibration, calibrated
 from lift_ray.distributed.capacity import num_slots
 from lift_ray.distributed.cluster import connected
-from lift_ray.distributed.finished import Finished
+from lift_ray.distributed.finished import Finished, single_record
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.settings.search import Scale
@@ -47,6 +47,7 @@ class Job:
         pictures: all of them.
         top: classes in a row, at most K.
         temperature: given by hand; None for the fitted one.
+        posthoc_tau: as of `Finished`.
         part: pictures of a part.
     """
 
@@ -54,6 +55,7 @@ class Job:
     pictures: Pictures
     top: int = 5
     temperature: float | None = None
+    posthoc_tau: float | None = None
     part: int = PART
 
     @property
@@ -79,7 +81,7 @@ class Predictor:
     def __init__(self, job: Job, ranks: Ranks) -> None:
         self._job, self._ranks = job, ranks
         with checkpoint.opened(job.where) as folder:
-            self._finished = Finished(folder, ranks)
+            self._finished = Finished(folder, ranks, job.posthoc_tau)
             self.calibration = (
                 calibrated(folder, self._finished) if job.temperature is None else Calibration(job.temperature)
             )
@@ -245,7 +247,7 @@ def _on_workers(
 def _check_same_job(job: Job, parts: Path) -> None:
     """Parts are gone on with only where they are of the same pictures, checkpoint and settings."""
     with checkpoint.opened(job.where) as folder:
-        record = checkpoint.read_record(folder)
+        record = single_record(folder)
         if job.top > len(record.class_names):
             raise BadInput(f"--top: must be at most the {len(record.class_names)} classes, but got {job.top}; lower it")
         weights = hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()
@@ -271,7 +273,7 @@ def _settled(parts: Path, find: Callable[[], Calibration]) -> Calibration:
 
 def _joined(job: Job, parts: Path, out: Path) -> Predicted:
     calibration = _settled(parts, lambda: Calibration(1.0))
-    about = json.dumps({"checkpoint": job.where, "calibration": asdict(calibration)})
+    about = json.dumps({"checkpoint": job.where, "posthoc_tau": job.posthoc_tau, "calibration": asdict(calibration)})
     tables = (pq.read_table(_part(parts, number)) for number in range(job.num_parts))
     num_bad = 0
 

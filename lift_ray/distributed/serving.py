@@ -31,7 +31,7 @@ class Classifier:
     def __init__(self, options: Options) -> None:
         ranks = Ranks.alone(use_gpu=bool(options.gpus), num_cpus=options.cpus)
         with checkpoint.opened(options.checkpoint) as folder:
-            self._finished = Finished(folder, ranks)
+            self._finished = Finished(folder, ranks, options.posthoc_tau)
             fixed = options.temperature
             self._temperature = (Calibration(fixed) if fixed else calibrated(folder, self._finished)).temperature
         self._max_pixels, self._decoding = int(1e6 * options.max_megapixels), asyncio.Semaphore(options.cpus + 1)

@@ -31,18 +31,23 @@ class Exported:
 def model_card(
     *, config: Mapping[str, Any], class_names: Sequence[str], class_counts: Sequence[int], metrics: Mapping[str, float],
     dataset: str, digest: str, version: str, size_px: int, licence: str, exported: Sequence[Exported], five_crops: bool,
+    trained_tau: float,
 ) -> str:  # fmt: skip
     """README.md, in the form that model hubs read.
 
     Args:
         config: the resolved settings.
         class_counts: (K,), training images.
-        metrics: of the last evaluation, by `split/name`, in [0, 1].
+        metrics: of validation, and of test where that is known, by `split/name`, in [0, 1].
         size_px: side of the pictures.
         licence: of the backbone's weights, or "unknown".
         five_crops: whether the metrics are those of five crops of each picture.
+        trained_tau: the post-hoc adjustment that the metrics are of; that of `config` is in the files.
     """
-    backbone, tuner = config["backbone"], config["tuner"]["kind"]
+    backbone, tuner, tau = config["backbone"], config["tuner"]["kind"], config["evaluation"]["posthoc_tau"]
+    adjusted = [] if tau == trained_tau else [
+        f"That is with post-hoc adjustment of tau {trained_tau:g}; the files adjust with tau {tau:g}. `python -m lift_ray.evaluate "
+        f"CHECKPOINT --posthoc-tau {tau:g}` prints the accuracy for it.", ""]  # fmt: skip
     lines = [
         "---", "library_name: lift_ray", "pipeline_tag: image-classification", "---", "",
         f"# {backbone['model']}, {tuner}, {len(class_names):,} classes", "",
@@ -55,7 +60,7 @@ def model_card(
         f"Resize the short side to {round(size_px * 8 / 7)} (bicubic, antialiased), cut out the centre:", "",
         *(line for each in exported for line in _usage(each.name, size_px)),
         "## Data", "", *_counts(class_counts), "",
-        "## How good it is", "", *_metrics(metrics, five_crops), "",
+        "## How good it is", "", *_metrics(metrics, five_crops), "", *adjusted,
         "## Licence", "",
         f"Weights of the backbone (`{backbone['model']}`{', ' + str(backbone['pretrained']) if backbone['pretrained'] else ''}): "
         f"{licence}{'; ask who published them' if licence == 'unknown' else ''}. "
@@ -82,10 +87,12 @@ def _counts(class_counts: Sequence[int]) -> Iterator[str]:
 
 
 def _metrics(metrics: Mapping[str, float], five_crops: bool) -> Iterator[str]:
-    if not metrics:
-        yield "It was not evaluated yet: `python -m lift_ray.evaluate` does."
+    splits = sorted({name.partition("/")[0] for name in metrics} & {"validation", "test"}, reverse=True)
+    if "test" not in splits:
+        yield "How it does on the test split was not measured before the export; `python -m lift_ray.evaluate CHECKPOINT` prints it."
+        yield ""
+    if not splits:
         return
-    splits = list(dict.fromkeys(name.partition("/")[0] for name in metrics if "/" in name))
     yield f"In %, on the {' and '.join(splits)} split{' (five crops of each picture)' if five_crops else ''}:"
     yield ""
     shown = ("accuracy", "mean_class_accuracy", *GROUPS, "worst_class", "calibration_error")
