@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ def value(samples: Samples, name: str, **labels: str) -> float | None:
 def watched(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
     (folder / "space.yaml").write_text(SPACE.format(data=small_data, clip=small_clip))
+    with searching(folder) as (driver, ray_folder):
+        yield _watch(driver, folder, ray_folder)
+
+
+@contextmanager
+def searching(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A search of space.yaml in a process of its own, which writes to `log` and `out`; the driver, and where Ray's files are."""
     (folder / "token").write_text(TOKEN)
     hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -119,16 +127,27 @@ def watched(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathF
         }
         with (folder / "log").open("w") as log:
             driver = subprocess.Popen(
-                [sys.executable, "-m", "lift_ray.tune", "space.yaml", "--out", "out"], cwd=folder,
+                [sys.executable, "-m", "lift_ray.tune", "space.yaml", "--out", "out", *words], cwd=folder,
                 env=environment | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:
-            yield _watch(driver, folder, Path(ray_folder))
+            yield driver, Path(ray_folder)
         finally:
             family = [driver, *psutil.Process(driver.pid).children(recursive=True)] if driver.poll() is None else []
             for process in family:
                 process.kill()
             driver.wait()
+
+
+def listeners(driver: subprocess.Popen[bytes]) -> list[tuple[str, str]]:
+    """Name and address of whatever listens, of a driver and all that it started."""
+    main = psutil.Process(driver.pid)
+    return [
+        (process.name(), found.laddr.ip.removeprefix("::ffff:"))
+        for process in (main, *main.children(recursive=True))
+        for found in process.net_connections()
+        if found.status == psutil.CONN_LISTEN
+    ]
 
 
 def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> Watched:
@@ -141,8 +160,7 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
     until(lambda: list((folder / "out").glob("checkpoints/0001/epoch-*")), "the first epochs")
     page = until(lambda: get(page_address)[1], "the page")
     members = psutil.Process(driver.pid).children(recursive=True)
-    listening = [(process.name(), found.laddr.ip) for process in [psutil.Process(driver.pid), *members]
-                 for found in process.net_connections() if found.status == psutil.CONN_LISTEN]  # fmt: skip
+    listening = listeners(driver)
     until(lambda: "trial   0 finished" in text(), "the end of the short trial")
     slots = [process for process in members if process.name().startswith("ray::Worker")]
     training = max(slots, key=lambda slot: slot.cpu_percent(interval=1))  # an idle one would not be missed
@@ -216,7 +234,17 @@ def test_the_dashboards_entry_of_the_job_carries_the_address_of_the_page(watched
 def test_with_the_defaults_nothing_listens_beyond_loopback(watched: Watched) -> None:
     names = {name for name, _ in watched.listening}
     assert {"gcs_server", "raylet", "ray::DashboardAgent"} <= names
-    assert {ip.removeprefix("::ffff:") for _, ip in watched.listening} == {"127.0.0.1"}
+    assert {ip for _, ip in watched.listening} == {"127.0.0.1"}
+
+
+def test_nor_does_a_slot_of_two_workers(small_data: str, small_clip: str, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(SPACE.format(data=small_data, clip=small_clip))
+    with searching(tmp_path, "scale.workers_per_trial=2", "search.trials=1") as (driver, _):
+        until(lambda: list((tmp_path / "out").glob("checkpoints/0000/epoch-*")), "the first epoch")
+        listening = listeners(driver)
+    slots = [ip for name, ip in listening if name.startswith("ray::Worker")]
+    assert len(slots) > 2, "the meeting point, and gloo in both workers, beside what Ray opens"
+    assert {ip for _, ip in listening} == {"127.0.0.1"}
 
 
 def test_token_authentication_stays_on_and_neither_token_nor_secrets_are_written_anywhere(watched: Watched) -> None:
@@ -268,3 +296,11 @@ def test_prometheus_reads_the_list_of_nodes_that_ray_writes() -> None:
     [job] = config["scrape_configs"]
     assert job == {"job_name": "ray", "file_sd_configs": [{"files": [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]}
     assert all(re.fullmatch(r"\d+s", text) for text in config["global"].values())
+
+
+@pytest.mark.skipif(not shutil.which("promtool") and not os.environ.get("CI"), reason="needs Prometheus")
+def test_prometheus_takes_its_settings() -> None:
+    promtool = shutil.which("promtool")
+    assert promtool, "CI installs prometheus"
+    done = subprocess.run([promtool, "check", "config", MONITORING / "prometheus.yml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

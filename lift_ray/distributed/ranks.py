@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_address
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+GROUP_TIMEOUT = timedelta(minutes=30)  # as torch's own
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,14 @@ class Ranks:
 
 
 def join_group(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
-    """Form the process group of a slot with several workers (Ray Train forms its own)."""
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    """Form the process group of a slot with several workers (Ray Train forms its own).
+
+    The first rank listens at `address` alone, where torch by itself would take all interfaces. On loopback all traffic stays there.
+    """
+    if ip_address(address).is_loopback:
+        [loopback] = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
+        os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+    family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
+    listening = socket.create_server((address, port), family=family).detach() if rank == 0 else None
+    store = dist.TCPStore(address, port, world_size, rank == 0, GROUP_TIMEOUT, master_listen_fd=listening)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
