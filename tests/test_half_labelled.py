@@ -10,7 +10,12 @@ import torch
 from pydantic import ValidationError
 
 from lift_ray.data.catalog import open_dataset
+from lift_ray.distributed.ranks import Ranks
 from lift_ray.methods.half_labelled import OBJECTIVES, consistency
+from lift_ray.methods.lift import Lift
+from lift_ray.methods.ulfine import FusedHead
+from lift_ray.model.classifier import CosineHead
+from lift_ray.model.losses import logit_adjusted
 from lift_ray.results.metrics import pseudo_label_figures
 from lift_ray.settings.run import RunConfig, apply_overrides
 
@@ -30,6 +35,64 @@ def test_consistency_weighs_sure_and_unsure_pictures_as_fixmatch_and_loft_do() -
         expected += float(-3 * log_q[p.argmax()] if p.max() >= 0.6 else 0.5 * -(p * log_q).sum()) / 40
     assert 5 < int((teacher.amax(1) >= 0.6).sum()) < 35
     assert float(consistency(teacher, strong, 0.6, 3.0, 0.5)) == pytest.approx(expected, rel=1e-5)
+
+
+def nll(z: torch.Tensor, shift: torch.Tensor | float, label: int) -> float:
+    """CE(z + shift, y) of one picture."""
+    shifted = z + shift
+    return float(shifted.exp().sum().log() - shifted[label])
+
+
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "lift": {},
+    "fixmatch": {"lambda_u": 1.7},
+    "loft": {"lambda_1": 2.5, "lambda_2": 0.4},
+    "ulfine": {"lambda_u": 1.7, "lambda_s": 0.6, "similarity_tau": 0.5, "lambda_o": 40.0, "eta": 0.3, "mu": 0.4},
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_what_a_step_minimises_is_the_formula_with_the_weights_of_the_settings_and_the_loss_of_the_run(
+    kind: str,
+) -> None:
+    own = {} if kind == "lift" else {"threshold": 0.9, "unlabelled_ratio": 2, **WEIGHTS[kind]}
+    method: Any = RunConfig.model_validate({"method": {"kind": kind, **own}}).method
+    counts, labels = torch.tensor([60.0, 30.0, 10.0]), [1, 2, 0, 2]
+    features, text, linear = drawn(20, 8), drawn(3, 8) + 0.5, CosineHead(drawn(3, 7, 8)[:, 0], scale=8.0)
+    model = Lift.__new__(Lift)
+    torch.nn.Module.__init__(model)
+    model.head = linear
+    if kind == "ulfine":
+        model.head = FusedHead(linear, text, mu=0.4, ema=0.9, pseudo_ema=0.9, eta=0.3)
+    objective = OBJECTIVES[kind](method, counts, model, logit_adjusted(counts, tau=0.8), Ranks.alone())
+    z, s = (8 * torch.cosine_similarity(features[:, None], w[None], dim=2) for w in (linear.weight.detach(), text))
+    log_prior = (counts / counts.sum()).log()
+    if kind == "lift":
+        found, _ = objective(z[:4], torch.tensor(labels))
+    else:
+        found, _ = objective(features, torch.tensor([*labels, *[0] * 16]))
+
+    expected = sum(nll(z[i], 0.8 * log_prior, y) for i, y in enumerate(labels)) / 4
+    sure, unsure = {"fixmatch": (1.7, 0.0), "loft": (2.5, 0.4), "ulfine": (1.7, 0.0), "lift": (0.0, 0.0)}[kind]
+    answers = [z] if kind != "ulfine" else [z, s]
+    given = torch.zeros(3)
+    for weak in range(4, 12):
+        p = ((0.3 * s + 0.7 * z) if kind == "ulfine" else z)[weak].softmax(0)
+        is_sure = float(p.max()) >= 0.9
+        given[p.argmax()] += is_sure
+        for answer in answers:
+            each = [nll(answer[weak + 8], 0.0, k) for k in range(3)]
+            soft = sum(float(p[k]) * each[k] for k in range(3))
+            expected += (sure * each[int(p.argmax())] if is_sure else unsure * soft) / 8 / len(answers)
+    assert 0 < given.sum() < 8
+    if kind == "ulfine":
+        expected += 0.6 * sum(nll(s[i], 0.5 * log_prior, y) for i, y in enumerate(labels)) / 4
+        unit = torch.nn.functional.normalize(features[:4], dim=1)
+        means = torch.stack([unit[2], unit[0], (unit[1] + unit[3]) / 2])
+        alpha = (0.4 * given / given.max()).unsqueeze(1)
+        fitted = torch.nn.functional.normalize((1 - alpha) * text + alpha * means, dim=1)
+        expected += 40 * float((fitted @ fitted.T - torch.eye(3)).square().sum()) / 9
+    assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_pseudo_label_figures_are_by_group_of_classes_and_leave_out_what_is_not_there() -> None:

@@ -59,8 +59,9 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def head(mu: float = 0.1, ema: float = 0.9, eta: float = 0.5) -> FusedHead:
-    return FusedHead(CosineHead(drawn(3, 8)), F.normalize(drawn(3, 8) + 1, dim=1), mu=mu, ema=ema, eta=eta)
+def head(mu: float = 0.1, ema: float = 0.9, pseudo_ema: float = 0.8, eta: float = 0.5) -> FusedHead:
+    text = F.normalize(drawn(3, 8) + 1, dim=1)
+    return FusedHead(CosineHead(drawn(3, 8)), text, mu=mu, ema=ema, pseudo_ema=pseudo_ema, eta=eta)
 
 
 def test_prototypes_move_towards_the_moving_average_of_class_means_as_the_equations_say() -> None:
@@ -72,10 +73,10 @@ def test_prototypes_move_towards_the_moving_average_of_class_means_as_the_equati
     assert torch.allclose(first[1], 0.9 * text[1] + 0.1 * visual[1], atol=1e-6)
     assert torch.equal(first[2], text[2])  # no labelled picture yet
     second = one.fit(sums[1], torch.tensor([1.0, 0.0, 1.0]), torch.tensor([10, 0, 0]))
-    share = (0.9 * 0.5 + 1.0) / (0.9 * 0.5 + 1.0)  # P_0 = 1.45, the largest; P_1 = 0.9
     visual[0] = 0.9 * visual[0] + 0.1 * sums[1, 0]
-    assert torch.allclose(second[0], (1 - 0.1 * share) * first[0] + 0.1 * share * visual[0], atol=1e-6)
-    alpha = 0.1 * 0.9 / 1.45
+    p = [0.8 * 0.2 * 5 + 0.2 * 10, 0.8 * 0.2 * 10]
+    assert torch.allclose(second[0], 0.9 * first[0] + 0.1 * visual[0], atol=1e-6)
+    alpha = 0.1 * p[1] / p[0]
     assert torch.allclose(second[1], (1 - alpha) * first[1] + alpha * visual[1], atol=1e-6)
     assert torch.equal(one.prototypes, second)
 
@@ -110,9 +111,8 @@ def objective_of(one: FusedHead) -> UlfineObjective:
     model = Lift.__new__(Lift)
     torch.nn.Module.__init__(model)
     model.head = one
-    return UlfineObjective(
-        model, F.cross_entropy, Ranks.alone(), threshold=0.5, ratio=2, sure=2.0, lambda_o=0.3
-    )  # fmt: skip
+    weights = {"sure": 2.0, "similarity_loss": F.cross_entropy, "lambda_s": 1.0, "lambda_o": 0.3}
+    return UlfineObjective(model, F.cross_entropy, Ranks.alone(), threshold=0.5, ratio=2, **weights)
 
 
 def test_the_loss_of_ulfine_is_the_sum_that_its_docstring_names() -> None:

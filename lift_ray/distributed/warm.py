@@ -114,7 +114,7 @@ class Warm:
             if isinstance(config.method, Ulfine):
                 text = start if trained_already else backbone.semantic_weights(self.dataset.class_names, head.template)
                 assert isinstance(classifier, CosineHead)
-                classifier = FusedHead(classifier, text, **config.method.model_dump(include={"mu", "ema", "eta"}))
+                classifier = FusedHead(classifier, text, **config.method.model_dump(include={"mu", "ema", "pseudo_ema", "eta"}))
             return Lift(tower, parts, classifier).to(self.ranks.device)
 
     def _start_weights(self, config: RunConfig) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.ulfine import FusedHead, orthogonality
-from lift_ray.model.losses import Loss
+from lift_ray.model.losses import Loss, logit_adjusted
 
 if TYPE_CHECKING:
     from lift_ray.distributed.ranks import Ranks
@@ -98,19 +98,31 @@ class Consistent:
 
 
 class UlfineObjective(Consistent):
-    """ULFine (our reading): L(Z, y) + CE(S, y) + the mean of both logits' consistency with F(weak) + lambda_o * orthogonality.
+    """ULFine (our reading): L(Z, y) + lambda_s * CE(S + similarity_tau * log prior, y) + the mean of both logits' consistency with
+    F(weak) + lambda_o * orthogonality.
 
     The fused logits F make the pseudo-labels; the prototypes of a step's similarity logits S are those that the step began with,
     and those fitted in it are held orthogonal, with a gradient through the class means of its labelled features. All of this
     loss is assumed.
 
     Args:
-        lambda_o: weight of the orthogonality.
+        similarity_loss: of the similarity logits of labelled pictures.
+        lambda_s, lambda_o: weights of that loss and of the orthogonality.
     """
 
-    def __init__(self, model: Lift, loss: Loss, ranks: Ranks, *, lambda_o: float, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Lift,
+        loss: Loss,
+        ranks: Ranks,
+        *,
+        similarity_loss: Loss,
+        lambda_s: float,
+        lambda_o: float,
+        **options: Any,
+    ) -> None:
         super().__init__(model, loss, ranks, **options)
-        self.lambda_o = lambda_o
+        self.similarity_loss, self.lambda_s, self.lambda_o = similarity_loss, lambda_s, lambda_o
 
     def __call__(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """As of `Consistent`."""
@@ -124,8 +136,10 @@ class UlfineObjective(Consistent):
             consistency(teacher, strong, self.threshold, self.sure, self.unsure) for strong in (strong_z, strong_s)
         ]
         fitted = head.fit(*self.class_sums(features[: len(labelled)], labelled, len(pseudo_labels)), pseudo_labels)
-        loss = self.loss(linear, labelled) + F.cross_entropy(similarity, labelled) + (agree[0] + agree[1]) / 2
-        return loss + self.lambda_o * orthogonality(fitted), hits(head.fused(linear, similarity), labelled)
+        loss = self.loss(linear, labelled) + self.lambda_s * self.similarity_loss(similarity, labelled)
+        return loss + (agree[0] + agree[1]) / 2 + self.lambda_o * orthogonality(fitted), hits(
+            head.fused(linear, similarity), labelled
+        )
 
     def class_sums(self, features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """(K, D) unit features summed by class, and (K,) how many, over all ranks.
@@ -156,20 +170,23 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.detach().argmax(1) == labels).float().mean()
 
 
-# kind of the method -> from its settings, and from model, loss of the labelled pictures and ranks, what a step minimises
+# kind of the method -> from its settings, the training images of each class (K,), and from model, loss of the labelled pictures
+# and ranks, what a step minimises
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "lift": lambda method, *parts: Labelled(*parts),
-    "fixmatch": lambda method, *parts: Consistent(
+    "lift": lambda method, counts, *parts: Labelled(*parts),
+    "fixmatch": lambda method, counts, *parts: Consistent(
         *parts, threshold=method.threshold, ratio=method.unlabelled_ratio, sure=method.lambda_u
     ),
-    "loft": lambda method, *parts: Consistent(
+    "loft": lambda method, counts, *parts: Consistent(
         *parts, threshold=method.threshold, ratio=method.unlabelled_ratio, sure=method.lambda_1, unsure=method.lambda_2
     ),
-    "ulfine": lambda method, *parts: UlfineObjective(
+    "ulfine": lambda method, counts, *parts: UlfineObjective(
         *parts,
         threshold=method.threshold,
         ratio=method.unlabelled_ratio,
         sure=method.lambda_u,
+        similarity_loss=logit_adjusted(counts, tau=method.similarity_tau),
+        lambda_s=method.lambda_s,
         lambda_o=method.lambda_o,
     ),
 }

@@ -22,6 +22,7 @@ class FusedHead(nn.Module):
         text: (K, D), text features of the classes, where the prototypes start.
         mu: how far the prototype of the most frequent pseudo-label moves in a step, in [0, 1]; assumed.
         ema: how much of the visual prototypes stays in a step, in [0, 1); assumed.
+        pseudo_ema: how much of the frequency of the pseudo-labels does; assumed.
         eta: share of S, in [0, 1]; assumed.
     """
 
@@ -29,9 +30,11 @@ class FusedHead(nn.Module):
     visual: Tensor
     frequency: Tensor
 
-    def __init__(self, linear: CosineHead, text: Tensor, *, mu: float, ema: float, eta: float) -> None:
+    def __init__(
+        self, linear: CosineHead, text: Tensor, *, mu: float, ema: float, pseudo_ema: float, eta: float
+    ) -> None:
         super().__init__()
-        self.linear, self.mu, self.ema, self.eta = linear, mu, ema, eta
+        self.linear, self.mu, self.ema, self.pseudo_ema, self.eta = linear, mu, ema, pseudo_ema, eta
         self.register_buffer("prototypes", text.detach().clone().float())
         self.register_buffer("visual", torch.zeros_like(self.prototypes))
         self.register_buffer("frequency", torch.zeros_like(self.prototypes[:, 0]))
@@ -53,7 +56,7 @@ class FusedHead(nn.Module):
         """Prototype adaptive fitting of one step: c_k <- (1 - alpha_k) c_k + alpha_k v_k, alpha_k = mu P_k / max_i P_i.
 
         v_k is a moving average of the means of the labelled unit features of class k, the first of which counts whole; P that of
-        the confident pseudo-labels of each step, with the same decay, which is assumed. alpha_k is 0 for a class that had no
+        the confident pseudo-labels of each step, with a decay of its own, which is assumed. alpha_k is 0 for a class that had no
         pseudo-label yet, or no labelled picture.
 
         Args:
@@ -67,7 +70,7 @@ class FusedHead(nn.Module):
         seen, before = counts > 0, self.visual.any(1)
         keep = torch.where(seen, self.ema * before, 1.0).unsqueeze(1)
         visual = keep * self.visual + (1 - keep) * sums / counts.clamp(min=1).unsqueeze(1)
-        self.frequency.lerp_(pseudo_labels.to(self.frequency), 1 - self.ema)
+        self.frequency.lerp_(pseudo_labels.to(self.frequency), 1 - self.pseudo_ema)
         alpha = self.mu * self.frequency / self.frequency.max().clamp(min=torch.finfo(torch.float32).tiny)
         fitted = self.prototypes.lerp(visual, (alpha * (seen | before)).unsqueeze(1))
         self.visual, self.prototypes = visual.detach(), fitted.detach()
@@ -75,6 +78,9 @@ class FusedHead(nn.Module):
 
 
 def orthogonality(prototypes: Tensor) -> Tensor:
-    """|C C^T - I|^2 / K^2 of the prototypes as unit rows C (K, D): classes shall not share a direction. Assumed."""
+    """|C C^T - I|^2 / K^2 of the prototypes as unit rows C (K, D): classes shall not share a direction.
+
+    That there is such a term is said of the paper; this norm is assumed, and no setting changes it but its weight.
+    """
     unit = F.normalize(prototypes, dim=-1)
     return (unit @ unit.T - torch.eye(len(unit), device=unit.device)).square().mean()

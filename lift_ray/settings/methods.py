@@ -59,10 +59,16 @@ class Ulfine(HalfLabelled):
     """How far the text prototype of the most frequent pseudo-label moves towards its visual one."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """How much of the visual prototypes stays in a step."""
+    pseudo_ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How much of the frequency of the pseudo-labels stays in a step."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the similarity logits in the fused ones; the rest is the linear head's."""
     lambda_u: Weight = 1.0
     """Weight of the unlabelled loss."""
+    lambda_s: Weight = 1.0
+    """Weight of the cross-entropy of the similarity logits on labelled pictures."""
+    similarity_tau: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of the logit adjustment in that cross-entropy; 0 is without."""
     lambda_o: Weight = 0.1
     """Weight of the orthogonality of the prototypes."""
 
