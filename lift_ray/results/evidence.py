@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from lift_ray.results.studies import Answers, StudyFiles, Trial, numbers
 DRAWS = 2000
 CHUNK = 100  # draws at a time: thousands of classes fit into memory
 MEASURES = ("accuracy", "mean_class_accuracy", *GROUPS)
-FEWEST_TRIALS = 8
+FEWEST_POINTS = 5  # of size and accuracy, for a line with an interval
 FEWEST_SIZES = 3
 
 Floats = NDArray[np.float64]
@@ -90,59 +91,73 @@ class Heavy:
     """Does heavy fine-tuning hurt the few-shot classes? (arXiv 2309.10019)
 
     Args:
+        short: the answer in a sentence.
+        answer: the same with its interval and what it stands on.
+        trials: the best of each size, which it stands on.
         slope: change of few-shot validation accuracy for ten times as many trained parameters.
-        rank: Spearman's rank correlation.
         curve: (x, low, high) of the fitted line: trained parameters, and its 95% interval.
-        answer: in words.
     """
 
+    short: str
     answer: str
     trials: list[Trial]
     slope: Interval | None = None
-    rank: Interval | None = None
     curve: tuple[Floats, Floats, Floats] | None = None
 
 
-def heavy_tuning(study: StudyFiles) -> Heavy:
-    """The question answered from the finished trials of a study, or why they cannot tell."""
-    trials = [
-        t for t in study.finished if t.get("validation/few") is not None and (t.get("trained_parameters") or 0) > 0
-    ]
-    if not any(t.get("validation/few") is not None for t in study.trials):
-        return Heavy("Cannot tell: no trial has a few-shot accuracy, as no class has under 20 training images.", [])
+def sized(study: StudyFiles) -> list[Trial]:
+    """The finished trials that say something about size."""
+    return [t for t in study.finished if t.get("validation/few") is not None and (t.get("trained_parameters") or 0) > 0]
+
+
+def best_of_each_size(study: StudyFiles) -> list[Trial]:
+    """Of the trials of a size the best by the objective: a bad learning rate says nothing about the size.
+
+    A size is one number of trained parameters in a grid, else a kind of tuner and a number within a factor of two.
+    """
+    metric, mode = study.objective
+    is_grid = study.about.get("space", {}).get("search", {}).get("sampler") == "grid"
+    best: dict[tuple[Any, ...], Trial] = {}
+    for trial in sorted(sized(study), key=lambda t: t[metric], reverse=mode == "max"):
+        size = trial["trained_parameters"]
+        best.setdefault((size,) if is_grid else (trial.get("tuner.kind"), round(np.log2(size))), trial)
+    return sorted(best.values(), key=lambda t: (t["trained_parameters"], t["number"]))
+
+
+def heavy_tuning(*studies: StudyFiles) -> Heavy:
+    """The question answered from the finished trials of studies of one data set, or why they cannot tell.
+
+    few = a + b log10(trained parameters), an `a` for each study, which has a level of its own, and one `b` for all.
+    """
+    if not any(t.get("validation/few") is not None for study in studies for t in study.trials):
+        reason = "no trial has a few-shot accuracy, as no class has under 20 training images."
+        return Heavy("Cannot tell.", f"Cannot tell: {reason}", [])
+    points = [(i, trial) for i, study in enumerate(studies) for trial in best_of_each_size(study)]
+    owner, trials = np.array([i for i, _ in points], int), [trial for _, trial in points]
+    number = sum(len(sized(study)) for study in studies)
+    levels = np.eye(len(studies))[:, [i for i in range(len(studies)) if i in owner]]
     size, few = np.log10(numbers(trials, "trained_parameters")), numbers(trials, "validation/few")
-    sizes = len(np.unique(size))
-    if len(trials) < FEWEST_TRIALS or sizes < FEWEST_SIZES:
-        needed = f"at least {FEWEST_TRIALS} trials with {FEWEST_SIZES} numbers are needed (search_spaces/heavy.yaml)"
-        return Heavy(f"Cannot tell: {len(trials)} finished trials with {sizes} different numbers of trained parameters are too few; "
-                     f"{needed}.", trials)  # fmt: skip
+    design, fewest = np.column_stack([levels[owner], size]), FEWEST_POINTS + levels.shape[1] - 1
+    if len(trials) < fewest or len(np.unique(size)) < FEWEST_SIZES or np.linalg.matrix_rank(design) < design.shape[1]:
+        return Heavy("Cannot tell: too few sizes were tried.",
+                     f"Cannot tell: {number} finished trials of {len(trials)} sizes are too few; at least {fewest} sizes are needed "
+                     "(search_spaces/heavy.yaml).", trials)  # fmt: skip
     grid = np.linspace(size.min(), size.max(), 30)
-    line = np.column_stack([np.ones_like(grid), grid])
+    level = np.tile(levels[owner].mean(0), (len(grid), 1))
     slope, *heights = regression_intervals(
-        np.column_stack([np.ones_like(size), size]), few, np.concatenate([[[0.0, 1.0]], line])
-    )
-    rank = rank_interval(spearman(size, few), len(trials))
-    span = f"from {10 ** size.min():,.0f} to {10 ** size.max():,.0f} trained parameters, {len(trials)} finished trials"
-    points = f"{100 * abs(slope.value):.1f} points (95% interval of the change {100 * slope.low:+.1f} to {100 * slope.high:+.1f})"
-    words = {
-        (True, True): f"No: ten times as many trained parameters gain {points} on the few-shot classes ({span}).",
-        (True, False): f"Yes: ten times as many trained parameters cost {points} on the few-shot classes ({span}).",
-        (
-            False,
-            True,
-        ): f"Cannot tell: ten times as many trained parameters go with a gain of {points}; that may be chance ({span}).",
-        (
-            False,
-            False,
-        ): f"Cannot tell: ten times as many trained parameters go with a loss of {points}; that may be chance ({span}).",
-    }
-    return Heavy(
-        words[slope.excludes_zero, slope.value > 0],
-        trials,
-        slope,
-        rank,
-        (10**grid, np.array([h.low for h in heights]), np.array([h.high for h in heights])),
-    )
+        design, few, np.concatenate([np.eye(design.shape[1])[-1:], np.column_stack([level, grid])])
+    )  # fmt: skip
+    points_lost = f"{100 * abs(slope.value):.1f} points"
+    change = f"{'gain' if slope.value > 0 else 'lose'} {points_lost} on the few-shot classes"
+    if slope.excludes_zero:
+        short = f"{'No' if slope.value > 0 else 'Yes'}: ten times as many trained parameters {change}."
+    else:
+        short = f"Cannot tell: ten times as many trained parameters {change}, which may be chance."
+    span = f"from {10 ** size.min():,.0f} to {10 ** size.max():,.0f} trained parameters"
+    answer = f"{short} 95% interval of the change: {100 * slope.low:+.1f} to {100 * slope.high:+.1f} points, {span}. Of each of the " \
+             f"{len(trials)} sizes only the best of its trials counts, by {studies[0].objective[0]} ({number} finished trials)."  # fmt: skip
+    low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))
+    return Heavy(short, answer, trials, slope, (10**grid, low, high))
 
 
 def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool = False) -> list[Interval]:
@@ -174,27 +189,6 @@ def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool
     return [
         Interval(*map(float, three)) for three in zip(found, found - above * error, found - below * error, strict=True)
     ]
-
-
-def rank_interval(rank: float, number: int) -> Interval:
-    """Spearman's correlation of so many pairs, at least 4, with its 95% interval: Fisher's z, its variance as of Bonett and Wright."""
-    z, error = np.arctanh(np.clip(rank, -0.9999, 0.9999)), np.sqrt((1 + rank**2 / 2) / (number - 3))
-    return Interval(rank, float(np.tanh(z - 1.96 * error)), float(np.tanh(z + 1.96 * error)))
-
-
-def spearman(x: Floats, y: Floats) -> float:
-    """Rank correlation in [-1, 1], ties sharing their mean rank; 0 when one of them is constant."""
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = float(np.sqrt((a**2).sum() * (b**2).sum()))
-    return float((a * b).sum()) / norm if norm else 0.0
-
-
-def _ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks: Floats = (ends - (counts - 1) / 2)[inverse]
-    return ranks
 
 
 def seed_spread(study: StudyFiles) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lift_ray.results.evidence import MEASURES, Interval, accuracy_intervals, heavy_tuning, reliability
+from lift_ray.results.evidence import MEASURES, Interval, accuracy_intervals, heavy_tuning, reliability, sized
 from lift_ray.results.metrics import GROUPS, RULES
 from lift_ray.results.rows import describe
 from lift_ray.results.studies import BEST, StudyFiles, Trial, numbers
@@ -73,6 +73,7 @@ def _short_count(value: float) -> str:
 
 
 ACCURACY = "accuracy in %"
+HEAVY = "Does heavy fine-tuning hurt here?"
 
 
 def percents(values: Any) -> list[float | None]:
@@ -273,18 +274,19 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
         return None
     x, low, high = heavy.curve
     band = {"type": "scatter", "mode": "lines", "x": [*x.tolist(), *x[::-1].tolist()], "y": percents([*high, *low[::-1]]),
-            "fill": "toself", "fillcolor": "rgba(213,94,0,0.18)", "line": {"width": 0}, "name": "95% interval of the line",
+            "fill": "toself", "fillcolor": "rgba(213,94,0,0.18)", "line": {"width": 0}, "name": "95% interval",
             "hoverinfo": "skip"}  # fmt: skip
-    points = cloud(heavy.trials, [t["trained_parameters"] for t in heavy.trials], "few")
+    counted = {t["number"] for t in heavy.trials}
+    others = [t for t in sized(study) if t["number"] not in counted]
+    points = cloud(heavy.trials, [t["trained_parameters"] for t in heavy.trials], "few", name="best of its size")
+    faint = cloud(others, [t["trained_parameters"] for t in others], "few", name="others", opacity=0.7,
+                  marker={"color": "#808080", "symbol": "diamond-open", "size": 7})  # fmt: skip
     rows = [
-        {"trial": t["number"], "trained_parameters": t["trained_parameters"], "few": t["validation/few"]}
-        for t in heavy.trials
-    ]
-    assert heavy.rank is not None
-    spread = f"{heavy.rank.value:+.2f} (95% interval {heavy.rank.low:+.2f} to {heavy.rank.high:+.2f})"
-    note = f"Finished trials on validation. Rank correlation {spread}. The trials also differ in other settings, which the search " \
-           "chose; a grid over the size alone answers most cleanly."  # fmt: skip
-    return Figure("heavy", "Does heavy fine-tuning hurt here?", note, [band, points],
+        {"trial": t["number"], "trained_parameters": t["trained_parameters"], "few": t["validation/few"],
+         "best_of_its_size": t["number"] in counted} for t in sized(study)
+    ]  # fmt: skip
+    note = f"{heavy.answer} Trials also differ in other settings, which the search chose; a grid over the size answers most cleanly."
+    return Figure("heavy", HEAVY, note, [band, *([faint] if others else []), points],
                   {"xaxis": log_axis("trained parameters", x.tolist()), "yaxis": axis("few-shot accuracy in %")}, rows)  # fmt: skip
 
 
