@@ -50,7 +50,7 @@ def tune(
     live: Annotated[bool, typer.Option(help="Serve a page about the search on 127.0.0.1 while it runs.")] = True,
     live_port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 is a free one.")] = 0,
     log_to: Annotated[
-        list[str] | None, typer.Option(metavar="SERVICE", help="Keep trials in mlflow or wandb too; may be repeated.")
+        list[str] | None, typer.Option(metavar="SERVICE", help="Keep trials in mlflow, wandb or tensorboard too; may be repeated.")
     ] = None,
     schema: Annotated[
         str | None,
@@ -84,7 +84,7 @@ def tune(
     if resume and not (out or space.out):
         raise BadInput("--resume: must name the search to go on with, but --out is missing; add --out FOLDER")
     from lift_ray.distributed.cluster import connected, dashboard_url
-    from lift_ray.distributed.conclusion import write_found
+    from lift_ray.distributed.conclusion import machine, write_found
     from lift_ray.distributed.live import job_metadata, served, tell_job
     from lift_ray.distributed.reporting import kept_up_to_date, try_report
     from lift_ray.distributed.resume import study_in
@@ -97,7 +97,7 @@ def tune(
     target = Output(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began = time.monotonic()
     with (
-        trackers(log_to or [], space) as watchers,
+        trackers(log_to or [], space.name, target.folder) as watchers,
         study_in(target, space, dataset, url=storage, resume=resume) as study,
         served(space, study.rows, target.folder, live_port if live else None) as page,
         connected(dashboard=dashboard, metadata=job_metadata(space, page)) as nodes,
@@ -114,8 +114,8 @@ def tune(
         if page:
             print(f"live page: {page}", flush=True)
             tell_job(page)
-        write_json({"name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True)},
-                   target.folder / BEGUN)  # fmt: skip
+        write_json({"name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True),
+                    "machine": machine()}, target.folder / BEGUN)  # fmt: skip
         with kept_up_to_date(target):
             found = run_search(space, dataset, need, lambda: slots_now(space.scale, need), study, target, watchers)
         found.time_s["start"] += started_s
@@ -191,6 +191,9 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     given = f"{len(space.start)} given at the start, then " if space.start else ""
     each = f" ({search.per_kind} for each tuner.kind)" if search.per_kind else ""
     table.add_row("search", f"{number} trials{each}, {given}{search.sampler}; stops early: {search.scheduler.kind}")
+    if search.seeds_best > 1:
+        table.add_row("seeds", f"at the end {search.seeds_best - 1} more for the best settings"
+                               + (", and for the first start point" if space.start else ""))  # fmt: skip
     drawn = max(0, number - len(space.start))
     epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
     table.add_row("epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping")
@@ -213,7 +216,7 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
 
 def _print_found(space: SpaceFile, found: Found, out: Output) -> None:
     from lift_ray.results.rows import describe
-    from lift_ray.results.tables import accuracy_table, console, curve_table, pareto_table
+    from lift_ray.results.tables import accuracy_table, console, curve_table, pareto_table, seeds_table
 
     screen = console()
     states = [row.state for row in found.rows]
@@ -229,6 +232,8 @@ def _print_found(space: SpaceFile, found: Found, out: Output) -> None:
     print(f"best settings: {describe(found.best.values)}")
     screen.print(accuracy_table("validation (the search saw this), accuracy in %", "validation", found.compared))
     screen.print(accuracy_table("test (it did not), accuracy in %", "test", found.compared))
+    if found.seeds:
+        screen.print(seeds_table(found.seeds))
     if (optimism := found.best.last.get("validation/posthoc_optimism")) is not None:
         tau, value = (found.best.last[f"validation/posthoc_{name}"] for name in ("tau", "mean_class_accuracy"))
         print(f"after training, tau {tau:g} is best on validation: mean class accuracy {100 * value:.1f}, of which about "

@@ -194,9 +194,20 @@ def test_without_several_scales_there_is_no_law(epochs: list[float], words: str)
     assert law.points == []
 
 
-def test_seeds_say_how_far_results_spread() -> None:
-    found = study([1e4] * 3, [0.4, 0.5, 0.6], seed=[0, 1, 2])
-    assert "trained with 3 seeds: validation/mean_class_accuracy 50.0 ± 10.0" in seed_spread(found)
+@pytest.mark.parametrize(("theirs", "words"), [
+    ([0.38, 0.39], "above every one of the recipe"),
+    ([0.38, 0.45], "overlap, so chance may decide"),
+    ([0.5, 0.9], "overlap, so nothing is won"),
+])  # fmt: skip
+def test_seeds_say_whether_another_seed_would_change_the_winner(theirs: list[float], words: str) -> None:
+    runs = [("best found", v) for v in (0.4, 0.5, 0.6)] + [("the recipe", v) for v in theirs]
+    about = {"seeds": [{"label": label, "test/mean_class_accuracy": value} for label, value in runs]}
+    text = seed_spread(replace(study([1e4], [0.4]), about=about))
+    assert text.startswith("With 3 seeds the best settings reach 50.0% on test, give or take 10.0, and the recipe ")
+    assert words in text
+
+
+def test_one_seed_says_nothing_about_others() -> None:
     assert "one seed" in seed_spread(study([1e4], [0.4]))
 
 

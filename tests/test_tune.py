@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -53,9 +55,18 @@ def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_
 
 
 @pytest.fixture(scope="module")
-def searched(space_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+def printed() -> list[str]:
+    """What the search of `searched` printed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def searched(space_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None, printed: list[str]) -> Path:
     out = tmp_path_factory.mktemp("searched") / "out"
-    assert not tune.main([str(space_file), "--out", str(out)])
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        assert not tune.main([str(space_file), "--out", str(out)])
+    printed += screen.getvalue().splitlines()
     return out
 
 
@@ -87,6 +98,12 @@ def test_a_search_writes_what_it_promises(searched: Path) -> None:
     found = next(row for row in study["compared"] if row["label"] == "best found")
     assert found["validation/mean_class_accuracy"] == best["validation/mean_class_accuracy"]
     assert all("test/mean_class_accuracy" in row for row in study["compared"])
+
+
+def test_a_search_ends_by_saying_where_its_page_is(searched: Path, printed: list[str]) -> None:
+    page = searched / "report" / "index.html"
+    assert printed[-1] == f"report: {page}"
+    assert page.stat().st_size > 1_000_000
 
 
 def test_trials_share_the_processes_of_their_slots(searched: Path) -> None:
@@ -182,13 +199,24 @@ def test_a_killed_slot_is_replaced_and_its_trial_goes_on(
 def test_a_search_in_object_storage_goes_on_where_it_stood(space_file: Path, tmp_path: Path, ray_session: None) -> None:
     out, words = (
         tmp_path / "bucket" / "out",
-        ["search.scheduler.kind=none", "search.tte_best=0", "scale.max_concurrent=1"],
+        ["search.scheduler.kind=none", "search.tte_best=0", "search.seeds_best=2", "scale.max_concurrent=1"],
     )
     out.mkdir(parents=True)
     url = out.as_uri()  # storage that is no folder to the search, with nothing but a local disk
     assert not tune.main([str(space_file), *words, "search.trials=2", "--out", url])
-    before = stored(out)
+    before, again = (
+        stored(out),
+        out / "checkpoints" / "1000001" / "epoch-0003" / "run.json",
+    )  # trial 0 with another seed
+    trained_at = again.stat().st_mtime_ns
     assert not tune.main([str(space_file), *words, "search.trials=3", "--out", url, "--resume"])
+    assert again.stat().st_mtime_ns == trained_at, "a run with another seed was done twice"
+    study = json.loads((out / "study.json").read_text())
+    runs = {(run["label"], run["seed"]): run["test/mean_class_accuracy"] for run in study["seeds"]}
+    labels = {"best found", "the recipe"} if study["best"]["trial"] else {"best found"}
+    assert set(runs) == {(label, seed) for label in labels for seed in (0, 1)}
+    compared = {found["label"]: found["test/mean_class_accuracy"] for found in study["compared"]}
+    assert all(runs[label, 0] == compared[label] for label in labels)
     after = stored(out)
     assert [epochs(trial) for trial in after[:2]] == [epochs(trial) for trial in before]
     assert [row["state"] for row in pq.read_table(out / "trials.parquet").to_pylist()] == ["finished"] * 3

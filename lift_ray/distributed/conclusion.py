@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -38,6 +38,7 @@ class Found:
             another tau after training, test-time ensembling.
         front: the Pareto front, where there are several objectives; otherwise empty.
         posthoc: validation metrics of the best for each tau after training.
+        seeds: for `search.seeds_best` above 1, label, seed and metrics of each run of the best settings and the yardstick.
     """
 
     rows: list[TrialRow]
@@ -46,6 +47,7 @@ class Found:
     front: list[TrialRow]
     time_s: dict[str, float]
     posthoc: list[dict[str, float]]
+    seeds: list[dict[str, Any]] = field(default_factory=list)
 
 
 def best_of(rows: Sequence[TrialRow], space: SpaceFile, out: Output) -> TrialRow:
@@ -157,15 +159,21 @@ def write_found(space: SpaceFile, dataset: str, found: Found, out: Output) -> No
         "posthoc": {name.split("/")[1]: value for name, value in found.best.last.items() if "/posthoc_" in name},
         "posthoc_curve": found.posthoc,
         "compared": [{"label": label, **figures} for label, figures in found.compared],
+        "seeds": found.seeds,
         "pareto": [{"trial": row.number, "values": row.values, **{m: row.last[m] for m in space.objectives}} for row in found.front],
         "time_s": {name: round(seconds, 2) for name, seconds in found.time_s.items()},
         "versions": {"lift_ray": lift_ray.__version__, "ray": ray.__version__, "optuna": version("optuna"),
                      "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(),
-                    "nodes": [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []},
+        "machine": machine(),
     }  # fmt: skip
     write_json(about, out.folder / "study.json")
     out.publish()
+
+
+def machine() -> dict[str, Any]:
+    """Where a search runs: the driver's system, and what each node of the cluster offers."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "nodes": nodes}
 
 
 def _keep_best(found: Found, out: Output, figures: dict[str, float]) -> Record:

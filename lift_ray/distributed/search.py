@@ -18,6 +18,7 @@ from lift_ray.distributed.conclusion import Found, best_of, compare, front_of, p
 from lift_ray.distributed.metrics import StudyMetrics
 from lift_ray.distributed.monitor import Monitor
 from lift_ray.distributed.schedulers import decide, takeovers
+from lift_ray.distributed.seeds import Repeat, repeats, train_again, with_their_own
 from lift_ray.distributed.slot import DIVERGED, Answer, Order, Pool, Slot, folder_of, in_one_line
 from lift_ray.distributed.study import Study
 from lift_ray.results.output import Output
@@ -230,11 +231,11 @@ def run_search(
     """
     began = time.monotonic()
     monitor = Monitor(space, study.rows, out)
+    again: list[Repeat] = []
 
     def slots_now() -> int:
-        return min(
-            size(), max(1, sum(not row.has_ended for row in study.rows.values()) + space.num_trials - len(study.rows))
-        )
+        to_come = sum(not row.has_ended for row in study.rows.values()) + space.num_trials - len(study.rows)
+        return min(size(), max(1, to_come, len(again)))
 
     num_slots = slots_now()
     with Pool(dataset, need, out.url, slots_now, shrinks=bool(autoscaler_config()), study=space.name) as pool:
@@ -242,6 +243,9 @@ def run_search(
             Search(study, pool, Watchers([monitor, StudyMetrics(space, study.rows, pool), *watchers]), out).run()
         rows = [study.rows[number] for number in sorted(study.rows)]
         best, searched_s = best_of(rows, space, out), time.monotonic() - began
+        again += repeats(space, rows, best)
+        others = train_again(again, pool)
         compared, posthoc = compare(space, pool, rows, best), posthoc_curve(space, pool, best)
     times = where_time_went(rows, monitor, num_slots, searched_s, time.monotonic() - began)
-    return Found(rows, best, compared, front_of(rows, space), times, posthoc)
+    seeds = with_their_own(again, others, compared)
+    return Found(rows, best, compared, front_of(rows, space), times, posthoc, seeds)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lift_ray.results.metrics import GROUPS
-from lift_ray.results.studies import Answers, StudyFiles, Trial, numbers
+from lift_ray.results.studies import BEST, Answers, StudyFiles, Trial, numbers
 
 DRAWS = 2000
 CHUNK = 100  # draws at a time: thousands of classes fit into memory
@@ -147,15 +147,15 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     slope, *heights = regression_intervals(
         design, few, np.concatenate([np.eye(design.shape[1])[-1:], np.column_stack([level, grid])])
     )  # fmt: skip
-    points_lost = f"{100 * abs(slope.value):.1f} points"
-    change = f"{'gain' if slope.value > 0 else 'lose'} {points_lost} on the few-shot classes"
+    change = f"{'gain' if slope.value > 0 else 'lose'} {100 * abs(slope.value):.1f} points on the few-shot classes"
     if slope.excludes_zero:
         short = f"{'No' if slope.value > 0 else 'Yes'}: ten times as many trained parameters {change}."
     else:
         short = f"Cannot tell: ten times as many trained parameters {change}, which may be chance."
+    interval = f"95% interval of the change: {100 * slope.low:+.1f} to {100 * slope.high:+.1f} points"
     span = f"from {10 ** size.min():,.0f} to {10 ** size.max():,.0f} trained parameters"
-    answer = f"{short} 95% interval of the change: {100 * slope.low:+.1f} to {100 * slope.high:+.1f} points, {span}. Of each of the " \
-             f"{len(trials)} sizes only the best of its trials counts, by {studies[0].objective[0]} ({number} finished trials)."  # fmt: skip
+    base = f"Of each of the {len(trials)} sizes only the best of its trials counts, by {studies[0].objective[0]}"
+    answer = f"{short} {interval}, {span}. {base} ({number} finished trials)."
     low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))
     return Heavy(short, answer, trials, slope, (10**grid, low, high))
 
@@ -192,15 +192,22 @@ def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool
 
 
 def seed_spread(study: StudyFiles) -> str:
-    """What repeats with other seeds say; that there are none, when there are none."""
-    metric, _ = study.objective
-    best = study.best_trial
-    same = [t for t in study.finished if best and all(t.get(n) == best.get(n) for n in study.settings if n != "seed")]
-    if "seed" not in study.settings or len(same) < 2:
-        return "Each setting was trained with one seed: how much another seed would change is not known, and no interval here holds it."
-    values = numbers(same, metric)
-    spread = f"{100 * values.mean():.1f} ± {100 * values.std(ddof=1):.1f}"
-    return f"The best settings were trained with {len(same)} seeds: {metric} {spread} (mean ± standard deviation)."
+    """What runs with other seeds say, as `search.seeds_best` has them trained; that there are none, when there are none."""
+    runs: dict[str, list[float]] = {}
+    for run in study.about.get("seeds", []):
+        if "test/mean_class_accuracy" in run:
+            runs.setdefault(run["label"], []).append(100 * run["test/mean_class_accuracy"])
+    best, *others = (runs.pop(BEST, []), *runs.values())
+    if len(best) < 2:
+        return "Every setting was trained with one seed, so how much another seed changes is not known (search.seeds_best)."
+    text = f"With {len(best)} seeds the best settings reach {np.mean(best):.1f}% on test, give or take {np.std(best, ddof=1):.1f}"
+    if not others or len(others[0]) < 2:
+        return text + "."
+    label, theirs = next(iter(runs)), others[0]
+    text += f", and {label} {np.mean(theirs):.1f}%, give or take {np.std(theirs, ddof=1):.1f}"
+    if min(best) > max(theirs):
+        return f"{text}: every seed of the best is above every one of {label}."
+    return f"{text}: the seeds of the two overlap, so {'chance may decide' if np.mean(best) > np.mean(theirs) else 'nothing is won'}."
 
 
 def reliability(answers: Answers, num_bins: int = 15) -> list[tuple[float, float, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,11 @@ def percent(value: float | None) -> str:
 
 
 def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> rich.table.Table:
-    """Accuracy in percent for each named model, overall and by group; the best of each column stands out."""
+    """Accuracy in percent for each named model, overall and by group; the best of each column stands out.
+
+    Models with several logits (ULFine) have those of the linear head and of the prototypes below their own.
+    """
+    rows = [row for label, figures in rows for row in ((label, figures), *_further(split, figures))]
     table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("", overflow="fold")
     best = {
@@ -40,6 +45,35 @@ def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str
         values = [(figures.get(f"{split}/{name}"), best[name]) for name in ACCURACIES]
         table.add_row(label, *(f"[bold]{percent(v)}[/bold]" if v == top else percent(v) for v, top in values))
     return table
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Fractions as percent, `45.7 ± 0.8`: mean and standard deviation of at least two."""
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def seeds_table(runs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+    """Test accuracy of settings that were trained with several seeds, as `Found.seeds` has them."""
+    table = rich.table.Table(
+        title="test, several seeds, mean ± standard deviation in %", title_justify="left", box=rich.box.SIMPLE_HEAD
+    )
+    for heading in ("", "seeds", *HEADINGS):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label in dict.fromkeys(run["label"] for run in runs):
+        mine = [run for run in runs if run["label"] == label]
+        values = [[run[f"test/{name}"] for run in mine if f"test/{name}" in run] for name in ACCURACIES]
+        table.add_row(label, str(len(mine)), *(mean_and_deviation(v) if len(v) > 1 else "-" for v in values))
+    return table
+
+
+def _further(split: str, figures: Mapping[str, float]) -> list[tuple[str, dict[str, float]]]:
+    found = {
+        logits: {
+            f"{split}/{name}": figures[key] for name in ACCURACIES if (key := f"{split}/{name}_{logits}") in figures
+        }
+        for logits in ("linear", "similarity")
+    }
+    return [(f"  its {logits} logits", own) for logits, own in found.items() if own]
 
 
 def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> rich.table.Table:

@@ -69,6 +69,8 @@ class Search(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     tte_best: Annotated[int, Field(ge=0)] = 1
     """So many of the best trials are evaluated with test-time ensembling too, at the end."""
+    seeds_best: Annotated[int, Field(ge=1, le=100)] = 1
+    """At the end the best settings and the first start point are trained with so many seeds in all."""
 
     @model_validator(mode="after")
     def _one_number(self) -> Search:
