@@ -41,6 +41,7 @@ SHUFFLE_BYTES = 192 * 2**20
 AHEAD = 3
 READ_AHEAD_SAMPLES = 2048
 PIECE = 8  # pictures of a batch that one thread decodes at a time
+MOST_DECODERS = 4  # more threads of one interpreter wait for each other, and hold up the one that trains
 
 Decode = Literal["exact", "reduced", "gpu"]
 Made = TypeVar("Made")
@@ -244,7 +245,7 @@ def kept_patches(random: np.random.Generator, batch_size: int, num_patches: int,
 
 def _decoders(num_threads: int) -> ThreadPoolExecutor | None:
     """Threads that share the pictures of a batch, so that the first one is there soon; None where there is but one."""
-    return ThreadPoolExecutor(num_threads, "lift-decode") if num_threads > 1 else None
+    return ThreadPoolExecutor(min(num_threads, MOST_DECODERS), "lift-decode") if num_threads > 1 else None
 
 
 def _batch(
