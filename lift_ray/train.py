@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lift_ray.data.catalog import Dataset
     from lift_ray.distributed.capacity import Need
     from lift_ray.distributed.progress import Progress
+    from lift_ray.distributed.tracking import Tracked
     from lift_ray.results.output import Output
     from lift_ray.settings.run import RunFile
 
@@ -49,6 +50,12 @@ def train(
     heartbeat_s: Annotated[
         float, typer.Option(min=1, help="Workers that are silent for longer hang, and are replaced.")
     ] = 1800.0,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Serve Ray's dashboard when Ray is started here.")
+    ] = False,
+    log_to: Annotated[
+        list[str] | None, typer.Option(metavar="SERVICE", help="Keep the run in mlflow or wandb too; may be repeated.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print settings, steps and memory; start nothing.")
     ] = False,
@@ -73,6 +80,10 @@ def train(
     check_splits(run.method, data.uri, data.splits)
     members = _members(run)
     least = min(min_workers or workers, workers)
+    if no_ray and dashboard:
+        raise BadInput("--dashboard: must go without --no-ray, since Ray serves it; leave one of them out")
+    if "tensorboard" in (log_to or []):
+        raise BadInput("--log-to: must be mlflow or wandb, but got tensorboard; leave it out, every run writes it")
     for one in members.values() or [run]:
         _check_workers(one, workers, least, no_ray)
         if dry_run:
@@ -81,8 +92,12 @@ def train(
         return
     if resume and out is None:
         raise BadInput("--resume: must name the run to go on with, but --out is missing; add --out FOLDER")
+    from lift_ray.distributed.capacity import num_fitting, num_slots
+    from lift_ray.distributed.cluster import connected, dashboard_url
+    from lift_ray.distributed.tracking import trackers
     from lift_ray.distributed.trainer import Job, Patience, train_alone, train_on_workers
     from lift_ray.results.output import Output
+    from lift_ray.settings.space import Scale
 
     output = Output(out or run.out or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_out(output, run, resume)
@@ -92,30 +107,29 @@ def train(
             one.name, one.config.to_dict(), data.uri, target.url, cpus_per_worker, checkpoint_s, checkpoint_steps
         )
 
-    if no_ray:
+    with trackers(log_to or [], run.name, output.folder) as services:
+        if no_ray:
 
-        def train_one(one: RunFile, target: Output) -> Progress:
-            with _begun(one, data.uri, target, f"this process, {cpus_per_worker} CPU") as progress:
-                train_alone(job(one, target), progress)
-            return progress
+            def train_one(one: RunFile, target: Output) -> Progress:
+                with _begun(one, data.uri, target, f"this process, {cpus_per_worker} CPU", services) as progress:
+                    train_alone(job(one, target), progress)
+                return progress
 
-        _train_all(run, members, data, output, train_one, 1, None)
-        return
-    from lift_ray.distributed.capacity import num_fitting, num_slots
-    from lift_ray.distributed.cluster import connected
-    from lift_ray.settings.space import Scale
+            _train_all(run, members, data, output, train_one, 1, None)
+            return
+        with connected(dashboard=dashboard, metadata={"job_name": run.name}) as nodes:
+            if url := dashboard_url():
+                print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)", flush=True)
+            fits, _ = num_slots(Scale(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
+            need = replace(fits, workers=workers)
+            at_once = max(1, min(len(members), num_fitting(need, nodes)))
 
-    with connected(dashboard=False) as nodes:
-        fits, _ = num_slots(Scale(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
-        need = replace(fits, workers=workers)
-        at_once = max(1, min(len(members), num_fitting(need, nodes)))
+            def train_one(one: RunFile, target: Output) -> Progress:
+                with _begun(one, data.uri, target, str(need), services, beside=at_once > 1) as progress:
+                    train_on_workers(job(one, target), need, least, Patience(max_failures, heartbeat_s), progress)
+                return progress
 
-        def train_one(one: RunFile, target: Output) -> Progress:
-            with _begun(one, data.uri, target, str(need), beside=at_once > 1) as progress:
-                train_on_workers(job(one, target), need, least, Patience(max_failures, heartbeat_s), progress)
-            return progress
-
-        _train_all(run, members, data, output, train_one, at_once, fits)
+            _train_all(run, members, data, output, train_one, at_once, fits)
 
 
 def _members(run: RunFile) -> dict[str, RunFile]:
@@ -180,14 +194,21 @@ def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
 
 
 @contextmanager
-def _begun(run: RunFile, dataset: str, output: Output, where: str, *, beside: bool = False) -> Iterator[Progress]:
-    """Write run.yaml, say what begins, and show how it goes, `beside` other runs or alone."""
+def _begun(
+    run: RunFile, dataset: str, output: Output, where: str, services: Sequence[Tracked], *, beside: bool = False
+) -> Iterator[Progress]:
+    """Write run.yaml, say what begins, tell the services, and show how it goes, `beside` other runs or alone."""
     from lift_ray.distributed.members import MemberProgress
     from lift_ray.distributed.progress import Progress
+    from lift_ray.distributed.tracking import followed
 
     _write_settings(run, dataset, output)
     print(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}", flush=True)
-    with MemberProgress(output, run.name) if beside else Progress(output) as progress:
+    with (
+        followed(services, run.name, run.config.to_dict()) as tell,
+        MemberProgress(output, run.name) if beside else Progress(output) as progress,
+    ):
+        progress.listeners.append(tell)
         yield progress
     output.publish()
 

@@ -1,20 +1,24 @@
-"""--log-to: what MLflow and Weights & Biases are told of a search, and what happens without them."""
+"""--log-to: what MLflow, Weights & Biases and TensorBoard are told of a search or a run, and what happens without them."""
 
 from __future__ import annotations
 
+import json
+import struct
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from test_live import SPACE
 
-from lift_ray import tune
-from lift_ray.distributed.tracking import Tracked, trackers
-from lift_ray.errors import BadInput
+from lift_ray import train, tune
+from lift_ray.distributed import messages
+from lift_ray.distributed.messages import Began, EpochDone, Failed
+from lift_ray.distributed.progress import read_metrics
+from lift_ray.distributed.tracking import SERVICES, Tracked, followed, trackers
+from lift_ray.errors import BadInput, RunFailed
 from lift_ray.results.rows import TrialRow
-from lift_ray.settings.space import read_space
 
 
 def trial(state: str = "running") -> TrialRow:
@@ -34,16 +38,20 @@ class Recorder:
         self.told: list[Any] = []
         self.breaks = breaks
 
-    def begin(self, row: TrialRow) -> None:
-        self.told.append(("begin", row.number))
+    def begin(self, title: str, settings: Mapping[str, Any]) -> None:
+        self.told.append((title, settings))
 
-    def log(self, row: TrialRow, figures: dict[str, float]) -> None:
+    def log(self, title: str, figures: dict[str, float], epoch: int) -> None:
         if self.breaks:
             raise ConnectionError("no\nroute")
-        self.told.append(figures)
+        self.told.append((epoch, figures))
 
-    def end(self, row: TrialRow) -> None:
-        self.told.append(("end", row.state))
+    def end(self, title: str, state: str) -> None:
+        self.told.append(state)
+
+
+TRIAL = ("trial 3: lora, lr 0.1", {"tuner.kind": "lora", "optim.lr": 0.1})
+FIGURES = {"validation/accuracy": 0.5}
 
 
 def test_a_service_is_told_of_each_trial_and_a_broken_one_does_not_end_the_search(
@@ -52,47 +60,163 @@ def test_a_service_is_told_of_each_trial_and_a_broken_one_does_not_end_the_searc
     for breaks in (False, True):
         service = Recorder(breaks)
         tracked = Tracked("mlflow", service)
+        tell_of_a_trial(tracked)
+        assert service.told == [TRIAL, *([] if breaks else [(1, FIGURES), "pruned"])]
+    assert capsys.readouterr().out == "mlflow takes no more figures (no route); going on without it\n"
+
+
+def tell_of_a_trial(tracked: Tracked) -> None:
+    row = trial()
+    history, row.history = row.history, []
+    tracked.started(row)
+    row.history = history
+    tracked.reported(row)
+    tracked.ended(trial("pruned"))
+
+
+def test_a_service_is_told_of_the_epochs_before_when_a_trial_goes_on() -> None:
+    service = Recorder()
+    Tracked("mlflow", service).started(trial())
+    assert service.told == [TRIAL, (1, FIGURES)]
+
+
+def test_a_search_that_is_cut_short_ends_its_trials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    service = Recorder()
+    monkeypatch.setitem(SERVICES, "mlflow", lambda name, folder: service)
+    with trackers(["mlflow", "mlflow"], "watched", tmp_path) as [tracked]:
         tracked.started(trial())
-        tracked.reported(trial())
-        tracked.ended(trial("pruned"))
-        figures = [] if breaks else [{"epoch": 1, "validation/accuracy": 0.5}, ("end", "pruned")]
-        assert service.told == [("begin", 3), *figures]
-    assert capsys.readouterr().out == "mlflow takes no more figures (no route); the search goes on without it\n"
+    assert service.told[-1] == "stopped"
 
 
-def test_mlflow_gets_a_run_for_each_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
+def test_a_run_is_told_once_of_each_epoch_though_it_is_taken_up_again() -> None:
+    service = Recorder()
+    first, second = ({"epoch": epoch, "validation/accuracy": 0.1 * epoch} for epoch in (1, 2))
+    config = {"tuner": {"kind": "lora", "bottleneck": None}, "seed": 0}
+    with followed([Tracked("mlflow", service)], "mine", config) as tell:
+        for message in (
+            Began(2, 2, 5, 0, 0, [first]),
+            Failed("lost"),
+            Began(2, 2, 5, 1, 0, [first]),
+            EpochDone(second, ""),
+        ):
+            tell(message)
+        tell(messages.Tested({"epoch": 2, "test/accuracy": 0.3}))
+    told = [(1, {"validation/accuracy": 0.1}), (2, {"validation/accuracy": 0.2}), (2, {"test/accuracy": 0.3})]
+    assert service.told == [("mine", {"tuner.kind": "lora", "seed": 0}), *told, "finished"]
+    for error, state in ((KeyboardInterrupt(), "stopped"), (RunFailed("diverged"), "failed")):
+        with pytest.raises(type(error)), followed([Tracked("mlflow", service)], "mine", config):
+            raise error
+        assert service.told[-1] == state
 
-    class Client:
-        def get_experiment_by_name(self, name: str) -> None:
-            calls.append(("find", name))
 
-        def create_experiment(self, name: str) -> str:
-            return "7"
+def test_tensorboard_has_a_folder_for_each_trial(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
-        def create_run(self, experiment: str, run_name: str) -> Any:
-            calls.append(("run", experiment, run_name))
-            return SimpleNamespace(info=SimpleNamespace(run_id="id"))
+    with trackers(["tensorboard"], "watched", tmp_path) as [tracked]:
+        tell_of_a_trial(tracked)
+    [folder] = (tmp_path / "tensorboard").iterdir()
+    assert folder.name == "trial-3-lora-lr-0.1"
+    events = [Event.FromString(data) for path in folder.iterdir() for data in records(path.read_bytes())]
+    values = [(event.step, value) for event in events for value in event.summary.value]
+    assert [(step, value.simple_value) for step, value in values if value.tag == "validation/accuracy"] == [(1, 0.5)]
+    [start] = [v.metadata.plugin_data.content for _, v in values if v.tag.endswith("session_start_info")]
+    for text in (b"tuner.kind", b"lora", b"optim.lr", b"state", b"pruned"):
+        assert text in start, text
 
-        def log_param(self, *args: Any) -> None:
-            calls.append(args)
 
-        def log_metric(self, *args: Any, step: int) -> None:
-            calls.append((*args, step))
+def records(data: bytes) -> Iterator[bytes]:
+    """Of a file of events: length, checksum, data, checksum, and so on."""
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        yield data[at + 12 : at + 12 + length]
+        at += length + 16
 
-        def set_terminated(self, *args: Any) -> None:
-            calls.append(args)
 
-    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=Client))
-    (tmp_path / "space.yaml").write_text(SPACE)
-    with trackers(["mlflow", "mlflow"], read_space(tmp_path / "space.yaml")) as [tracked]:
-        tracked.started(trial())
-        tracked.reported(trial())
-        tracked.ended(trial("pruned"))
-    assert calls == [
-        ("find", "watched"), ("run", "7", "trial 3"), ("id", "tuner.kind", "lora"), ("id", "optim.lr", 0.1), ("id", "epoch", 1, 1),
-        ("id", "validation/accuracy", 0.5, 1), ("id", "KILLED"),
-    ]  # fmt: skip
+@pytest.fixture
+def run_file(small_data: str, small_clip: str, tmp_path: Path) -> str:
+    text = f"name: mine\ndataset: {small_data}\nbackbone: {{model: '{small_clip}'}}\noptim: {{epochs: 2, global_batch_size: 16}}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    return str(tmp_path / "run.yaml")
+
+
+def test_mlflow_has_settings_and_figures_of_trials_and_runs(
+    run_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with trackers(["mlflow"], "watched", tmp_path) as [tracked]:
+        tell_of_a_trial(tracked)
+    assert not train.main([run_file, "--no-ray", "--log-to", "mlflow", "--out", str(tmp_path / "out")])
+    client = mlflow.MlflowClient()
+
+    def run_of(name: str) -> Any:
+        [run] = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        return run
+
+    kept = run_of("watched")
+    assert (kept.info.run_name, kept.info.status) == (TRIAL[0], "KILLED")
+    assert (kept.data.params, kept.data.metrics) == ({"tuner.kind": "lora", "optim.lr": "0.1"}, FIGURES)
+    run, lines = run_of("mine"), read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert (run.info.run_name, run.info.status) == ("mine", "FINISHED")
+    assert run.data.params["optim.global_batch_size"] == "16"
+    for name in ("validation/mean_class_accuracy", "train/loss"):
+        kept = [(found.step, found.value) for found in client.get_metric_history(run.info.run_id, name)]
+        assert kept == [(line["epoch"], line[name]) for line in lines if name in line and "test/accuracy" not in line]
+    assert run.data.metrics["test/accuracy"] == lines[-1]["test/accuracy"]
+
+
+def test_weights_and_biases_has_settings_and_figures_of_trials_and_runs(
+    run_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    with trackers(["wandb"], "watched", tmp_path) as [tracked]:
+        tell_of_a_trial(tracked)
+    assert not train.main([run_file, "--no-ray", "--log-to", "wandb", "--out", str(tmp_path / "out")])
+    runs = {run["project"]: run for run in map(offline_run, sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")))}
+    kept = runs["watched"]
+    assert (kept["name"], kept["code"], kept["state"]) == (TRIAL[0], 0, "pruned")
+    assert kept["settings"].items() >= TRIAL[1].items()
+    assert kept["epochs"][1].items() >= FIGURES.items()
+    run, lines = runs["mine"], read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert (run["name"], run["code"], run["state"]) == ("mine", 0, "finished")
+    assert run["settings"]["optim.global_batch_size"] == 16
+    for epoch in (1, 2):
+        same = [line for line in lines if line["epoch"] == epoch]  # the test's come with the last epoch's
+        told = {name: value for line in same for name, value in line.items() if "/" in name}
+        assert run["epochs"][epoch].items() >= told.items()
+    assert "test/accuracy" in lines[-1]
+
+
+def offline_run(path: Path) -> dict[str, Any]:
+    """What wandb would upload: its log holds records as LevelDB's logs do, in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[import-untyped]
+
+    data, at, parts, found = path.read_bytes(), 7, b"", {"settings": {}, "epochs": {}}  # type: dict[str, Any]
+    while at + 7 <= len(data):
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        if kind:
+            parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+        if kind in (1, 4):  # whole, or the last part
+            record, parts = Record.FromString(parts), b""
+            if record.HasField("run"):
+                found |= {"project": record.run.project, "name": record.run.display_name}
+                found["settings"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif record.HasField("history"):
+                epoch = found["epochs"].setdefault(record.history.step.num, {})
+                epoch |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            elif record.HasField("summary"):
+                found |= {
+                    item.key: json.loads(item.value_json) for item in record.summary.update if item.key == "state"
+                }
+            elif record.HasField("exit"):
+                found["code"] = record.exit.exit_code
+    return found
 
 
 @pytest.mark.parametrize(("service", "message"), [
@@ -109,4 +233,22 @@ def test_a_service_that_is_not_there_is_said_before_anything_starts(
     with pytest.raises(BadInput) as caught:
         tune.main([str(tmp_path / "space.yaml"), "--log-to", service, "--out", str(tmp_path / "out")])
     assert str(caught.value) == message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_train_would_do_anyway_or_cannot_do_is_refused(run_file: str, tmp_path: Path) -> None:
+    for words, message in (
+        (
+            ["--log-to", "tensorboard"],
+            "--log-to: must be mlflow or wandb, but got tensorboard; leave it out, every run writes it",
+        ),
+        (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
+        (
+            ["--no-ray", "--dashboard"],
+            "--dashboard: must go without --no-ray, since Ray serves it; leave one of them out",
+        ),
+    ):
+        with pytest.raises(BadInput) as caught:
+            train.main([run_file, *words, "--out", str(tmp_path / "out")])
+        assert str(caught.value) == message
     assert not (tmp_path / "out").exists()

@@ -35,6 +35,7 @@ class Progress:
         problem: what ended it.
         halted: set when it stopped because it was told to.
         checkpoint: the name of the last one after an epoch.
+        listeners: told of every message too.
     """
 
     def __init__(self, output: Output) -> None:
@@ -47,6 +48,7 @@ class Progress:
         self.halted: Halted | None = None
         self.began: Began | None = None
         self.checkpoint = ""
+        self.listeners: list[Callable[[Message], None]] = []
         self._writer = SummaryWriter(str(output.folder / TENSORBOARD))
         self._console, self._started = console(), time.monotonic()
         self._bar = Bar(
@@ -70,6 +72,8 @@ class Progress:
     def take(self, message: Message) -> None:
         """Keep and show a message. Raises RunFailed when remote storage does not take the figures."""
         self._takes[type(message)](message)
+        for listener in self.listeners:
+            listener(message)
 
     def _began(self, message: Began) -> None:
         self.began = message

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lift_ray.distributed.autoscaler import autoscaler_config
@@ -42,8 +43,8 @@ class Job:
 
     name: str
     config: dict[str, Any]
-    dataset: str
-    out: str
+    dataset: str = field(repr=False)  # Ray's dashboard shows the rest, and a URL may hold credentials
+    out: str = field(repr=False)
     num_cpus: int = 1
     checkpoint_s: float = 300.0
     checkpoint_steps: int | None = None
@@ -231,7 +232,11 @@ class Fitting(threading.Thread):
         import ray.train
         from ray.train.torch import TorchTrainer
 
+        from lift_ray.distributed.cluster import dashboard_url
+
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        if dashboard_url():
+            os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's /api/train/v2/runs/v1
         if self.min_workers >= self.need.workers and autoscaler_config():
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODE_START_S))
         board, need = self.board, self.need
@@ -253,7 +258,7 @@ class Fitting(threading.Thread):
                     use_gpu=bool(need.gpus), resources_per_worker=need.bundle(), elastic_resize_monitor_interval_s=RESIZE_S,
                 ),
                 run_config=ray.train.RunConfig(
-                    name="train", storage_path=notes, callbacks=[Failures()],
+                    name=re.sub(r"[^\w.-]", "-", self.job.name), storage_path=notes, callbacks=[Failures()],
                     failure_config=ray.train.FailureConfig(max_failures=self.max_failures,
                                                            controller_failure_limit=self.max_failures),
                 ),
