@@ -21,6 +21,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+from browser import needs_browser, seen_in_browser
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -104,6 +105,13 @@ def test_a_search_ends_by_saying_where_its_page_is(searched: Path, printed: list
     page = searched / "report" / "index.html"
     assert printed[-1] == f"report: {page}"
     assert page.stat().st_size > 1_000_000
+
+
+@needs_browser
+def test_a_browser_shows_the_page_of_a_real_search_without_a_fault(searched: Path, tmp_path: Path) -> None:
+    seen = seen_in_browser(searched / "report" / "index.html", 1280, tmp_path)
+    assert seen["drawn"] == seen["plots"] >= 8
+    assert (seen["unnamed"], seen["requests"]) == (0, [])
 
 
 def test_trials_share_the_processes_of_their_slots(searched: Path) -> None:

@@ -1,0 +1,51 @@
+"""Chromium, headless: what it says of a page of ours, opened from its file with the network cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROME = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+needs_browser = pytest.mark.skipif(CHROME is None and not os.environ.get("CI"), reason="needs Chromium or Chrome")
+MEASURE = """<body style="margin:0"><iframe src="{page}" width="{width}" height="900"></iframe><script>
+onload = () => setTimeout(() => {{
+  const inside = document.querySelector("iframe").contentDocument, root = inside.documentElement;
+  const plots = [...inside.querySelectorAll(".plot")];
+  const unnamed = [...inside.querySelectorAll(".plot, img")].filter((x) => !x.getAttribute("aria-label") && !x.alt);
+  document.title = JSON.stringify({{width: root.scrollWidth, plots: plots.length, unnamed: unnamed.length,
+    drawn: plots.filter((x) => x.querySelector("svg.main-svg")).length, requests: inside.defaultView.performance
+      .getEntriesByType("resource").map((x) => x.name).filter((x) => !x.startsWith("data:"))}});
+}}, 4000);
+</script>"""
+
+
+def seen_in_browser(page: Path, width: int, folder: Path) -> dict[str, Any]:
+    """Width of the page in pixels, its plots, those drawn, what has no name for a screen reader, and requests that it made.
+
+    Args:
+        width: of the window.
+        folder: for the browser's files.
+
+    Raises AssertionError for a line in the console, a blocked request among them, and for a browser that CI lacks.
+    """
+    assert CHROME, "CI installs Chromium"
+    frame = folder / "frame.html"
+    frame.write_text(MEASURE.format(page=page.as_uri(), width=width))
+    done = subprocess.run(
+        [CHROME, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=1400,1000",
+         f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
+         "--virtual-time-budget=15000", "--dump-dom", frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    seen: dict[str, Any] = json.loads(title[1])
+    return seen
