@@ -111,7 +111,7 @@ def test_bad_rates_at_large_sizes_do_not_make_heavy_tuning_hurt(sampler: str) ->
     assert np.polyfit(np.log10(sizes), good + bad, 1)[0] < -0.02
     heavy = heavy_tuning(found)
     assert heavy.answer.startswith("No: ten times as many trained parameters gain 2.0 points")
-    assert "of each of the 7 sizes only the best of its trials counts" in heavy.answer.lower()
+    assert "Of the 14 finished trials only the best of each of 7 sizes (" in heavy.answer
     assert [t["number"] for t in heavy.trials] == list(range(7))
 
 
@@ -169,6 +169,22 @@ def test_a_power_law_is_found_and_predicts_larger_trials_exactly() -> None:
     assert "do not rely on it" not in law.answer
 
 
+@pytest.mark.parametrize(
+    ("fracs", "number"), [((1.0, 0.5), "twice the"), ((0.5, 0.25), "all"), ((0.2, 0.1), "80% of the")]
+)
+def test_a_law_says_what_more_pictures_would_give(fracs: tuple[float, float], number: str) -> None:
+    """The error falls with the pictures alone, at every width."""
+    shares = [fracs[0] / 2**n for n in range(4) for _ in range(3)]
+    sizes = [1e4, 2e4, 4e4] * 4
+    accuracy = [1 - 0.5 * (s / fracs[0]) ** -0.2 for s in shares]
+    law = fit_law(study(sizes, accuracy, **{"optim.data_frac": shares}), devices=1, unit="CPU-hours")
+    assert law.exponents["optim.data_frac"].value == pytest.approx(0.2)
+    more = {"twice the": 2.0, "all": 1.0, "80% of the": 0.8}[number]
+    expected = 100 * (1 - 0.5 * (more / fracs[0]) ** -0.2)
+    assert f"With {number} training pictures the best trial would get {expected:.1f}%" in law.answer
+    assert "trained parameters the best trial would get" in law.answer
+
+
 def test_a_law_without_an_effect_promises_nothing() -> None:
     law = law_of(0.0, noise=0.05)
     assert "No effect is clear" in law.answer
@@ -185,7 +201,7 @@ def test_of_trials_of_one_scale_the_best_counts() -> None:
 
 
 @pytest.mark.parametrize(("epochs", "words"), [
-    ([2.0] * 8, "Cannot tell: no trial differs in epochs"),
+    ([2.0] * 8, "Cannot tell: no trial differs in training pictures"),
     ([1.0, 2.0, 3.0], "Cannot tell: 3 trials"),
 ])  # fmt: skip
 def test_without_several_scales_there_is_no_law(epochs: list[float], words: str) -> None:

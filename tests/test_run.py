@@ -323,3 +323,23 @@ def test_evaluate_works_on_a_data_set_with_a_test_split_alone(
     assert {"test/medium", "test/few"} <= set(seen[0])
     with pytest.raises(BadInput, match="must hold the split 'validation', but got only test; choose one of these"):
         evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])
+
+
+def test_a_share_of_the_data_is_the_first_pictures_of_each_class(warm: Warm, small_clip: str) -> None:
+    whole = Run(settings(small_clip), warm)
+    half = Run(settings(small_clip, optim__data_frac=0.5), warm)
+    least = Run(settings(small_clip, optim__data_frac=0.001, optim__global_batch_size=8), warm)
+    assert half.class_counts.tolist() == [round(n / 2) for n in whole.class_counts.tolist()]
+    assert half.steps_per_epoch == whole.steps_per_epoch // 2
+    assert least.class_counts.tolist() == [1] * len(whole.class_counts)
+    for label in range(len(whole.class_counts)):
+        rows = whole.train.rows[whole.train.labels == label]
+        assert half.train.rows[half.train.labels == label].tolist() == rows[: len(rows) // 2].tolist()
+
+
+def test_kept_activations_are_those_of_the_share(warm: Warm, small_data: str, small_clip: str) -> None:
+    own = {"tuner__kind": "linear_probe", "augment__kind": "none"}
+    list(Run(settings(small_clip, **own), warm).epochs())  # keeps those of the whole split
+    found = list(Run(settings(small_clip, **own, optim__data_frac=0.5), warm).epochs())
+    alone = list(Run(settings(small_clip, **own, optim__data_frac=0.5), Warm(small_data, Ranks.alone())).epochs())
+    assert untimed(found) == untimed(alone)

@@ -17,7 +17,7 @@ SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if "\nspace:" in path.re
 
 def test_the_shipped_spaces_are_these_and_name_their_schema() -> None:
     assert [path.stem for path in SHIPPED] == [
-        "backdoor", "bottleneck", "cifar100_lt", "heavy", "imagenet_lt", "inat", "places_lt", "quickstart", "tau", "ulfine"
+        "backdoor", "bottleneck", "cifar100_lt", "heavy", "imagenet_lt", "inat", "places_lt", "quickstart", "scaling", "tau", "ulfine"
     ]  # fmt: skip
     for path in SHIPPED:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")

@@ -44,7 +44,7 @@ def test_the_defaults_are_lift_plus() -> None:
         "loss": {"kind": "logit_adjusted", "tau": 1.0},
         "optim": {
             "epochs": 5, "global_batch_size": 128, "accumulate": 1, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4,
-            "shuffle_mib": 192.0,
+            "shuffle_mib": 192.0, "data_frac": 1.0,
         },
         "evaluation": {"posthoc_tau": 0.0, "tte": False},
     }  # fmt: skip
@@ -286,7 +286,7 @@ OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it 
     "checkpointing": True, "cache_gib": 0.0, "schedule": "linear", "patch_dropout": 0.5, "start_px": 32, "decode": "reduced",
     "bottleneck": 4, "blocks": [0], "mlp": True, "norms": True, "length": 3, "ratio": 0.5, "last": 2, "scale": 20.0, "init": "random",
     "template": "{}", "tau": 0.5, "gamma": 1.0, "max_margin": 0.4, "beta": 0.9, "remine": 0.2, "weight": 0.2, "epochs": 6,
-    "global_batch_size": 64, "accumulate": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "shuffle_mib": 1.0,
+    "global_batch_size": 64, "accumulate": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "shuffle_mib": 1.0, "data_frac": 0.5,
     "posthoc_tau": 1.0, "tte": True, "threshold": 0.9, "unlabelled_ratio": 3, "cutout_frac": 0.25, "lambda_u": 2.0, "lambda_1": 1.0,
     "lambda_2": 1.0, "lambda_o": 0.2, "mu": 0.2, "ema": 0.5, "eta": 0.1, "members": {"a": {"seed": 1}, "b": {"seed": 3}}, "use": "a+b",
     "combine": "probabilities", "weights": {"a": 2.0},
@@ -312,7 +312,7 @@ def one_setting_apart() -> list[dict[str, Any]]:
 
 
 def test_a_digest_is_stable_and_differs_with_any_setting_of_any_kind() -> None:
-    assert RunConfig().digest() == "28abb54da557"
+    assert RunConfig().digest() == "5e96cdd83413"
     trees = one_setting_apart()
     assert len(trees) > 100
     digests = {RunConfig.model_validate(tree).digest() for tree in trees}

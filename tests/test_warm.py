@@ -73,7 +73,7 @@ def test_nothing_is_kept_for_tuned_blocks_and_for_pictures_that_change(warm: War
     trained(warm, settings(small_clip))
     assert not warm._kept
     trained(warm, settings(small_clip, tuner__kind="linear_probe", augment__kind="mda"))
-    assert [key[-2] for key in warm._kept] == ["validation"]
+    assert [key[-3] for key in warm._kept] == ["validation"]
 
 
 def test_a_linear_probe_from_kept_features_is_many_times_faster(small_clip: str, warm: Warm) -> None:

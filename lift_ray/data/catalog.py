@@ -79,6 +79,13 @@ class Split:
         """Kept samples of each class, (K,)."""
         return np.bincount(self.labels, minlength=num_classes).astype(np.int64)
 
+    def share(self, frac: float) -> Split:
+        """The first `round(frac * n)` kept samples of each class in storage order, at least one of each; frac in (0, 1]."""
+        if frac == 1:
+            return self
+        counts = self.class_counts(int(self.labels.max()) + 1)
+        return _kept(self, keep_first(self.labels, np.maximum(1, np.round(frac * counts).astype(np.int64))))
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:

@@ -29,7 +29,7 @@ def picture_batches(config: RunConfig, warm: Warm, tower: AnyTower, epoch: int, 
     start_px, patch_dropout = getattr(augment, "start_px", None), getattr(augment, "patch_dropout", 0.0)
     full_px = tower.resolution_px
     size_px = growing_px(start_px, full_px, tower.patch_px, epoch, optim.epochs) if start_px else full_px
-    train = warm.dataset.split("train")
+    train = warm.training(config)
     labelled = warm.to_device(config, training_batches(
         warm.reader(train, optim.shuffle_bytes), train, size_px=size_px,
         global_batch_size=optim.global_batch_size, seed=config.seed, epoch=epoch, epochs=optim.epochs, kind=augment.kind,

@@ -21,7 +21,7 @@ def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tupl
 
     Where the tower's weights cannot be had, what depends on them is said to be unknown.
     """
-    config, split = run.config, data.split("train")
+    config, split = run.config, data.split("train").share(run.config.optim.data_frac)
     model, unknown = None, ""
     try:
         model, config = _build(config, data)

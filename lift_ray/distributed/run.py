@@ -50,7 +50,7 @@ class Run:
         self.config = config = warm.resolve(config)
         self.warm, self.ranks = warm, warm.ranks
         if class_counts is None:
-            self.train = warm.dataset.split("train")
+            self.train = warm.training(config)
             self.class_counts = self.train.class_counts(warm.dataset.num_classes)
             check_splits(config.method, warm.dataset.uri, warm.dataset.splits)
         else:
@@ -86,7 +86,9 @@ class Run:
         self.losses = torch.zeros(self.steps_per_epoch, 2, device=self.ranks.device)
         counts = torch.from_numpy(self.class_counts).float().to(self.ranks.device)
         labelled, method = loss_of(self.config, self.warm, counts), self.config.method
-        self.objective = OBJECTIVES.get(method.kind, OBJECTIVES["lift"])(method, counts, self.model, labelled, self.ranks)
+        self.objective = OBJECTIVES.get(method.kind, OBJECTIVES["lift"])(
+            method, counts, self.model, labelled, self.ranks
+        )
         self.optimizer = make_optimizer(self.trained, self.config.optim)
         self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self.config.backbone.precision == "fp16")
         self.forward: Forward = self.objective.forward

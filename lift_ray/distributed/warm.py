@@ -40,7 +40,8 @@ class Warm:
         self.ranks = ranks
         self.dataset: Dataset = open_dataset(dataset)
         self._backbones: dict[tuple[Any, ...], Backbone] = {}
-        self._readers: dict[str, RowReader] = {}
+        self._readers: dict[tuple[str, int], RowReader] = {}
+        self._shares: dict[float, Split] = {}
         self._kept: dict[tuple[Any, ...], torch.Tensor] = {}
         self.load_s = time.monotonic() - began
 
@@ -63,11 +64,19 @@ class Warm:
 
     def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
         """The open files of a split, and memory for the encoded pictures that are shuffled together."""
-        if split.name not in self._readers:
-            self._readers[split.name] = RowReader(split)
-        reader = self._readers[split.name]
+        key = (split.name, split.num_samples)
+        if key not in self._readers:
+            self._readers[key] = RowReader(split)
+        reader = self._readers[key]
         reader.cache_bytes = memory_bytes(split, shuffle_bytes)
         return reader
+
+    def training(self, config: RunConfig) -> Split:
+        """What a run learns from: the training split, or a share of it. Raises BadInput when there is none."""
+        frac = config.optim.data_frac
+        if frac not in self._shares:
+            self._shares[frac] = self.dataset.split("train").share(frac)
+        return self._shares[frac]
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """The run with every derived value filled in, checked against the tower. Raises BadInput."""
@@ -114,16 +123,18 @@ class Warm:
             if isinstance(config.method, Ulfine):
                 text = start if trained_already else backbone.semantic_weights(self.dataset.class_names, head.template)
                 assert isinstance(classifier, CosineHead)
-                classifier = FusedHead(classifier, text, **config.method.model_dump(include={"mu", "ema", "pseudo_ema", "eta"}))
+                classifier = FusedHead(
+                    classifier, text, **config.method.model_dump(include={"mu", "ema", "pseudo_ema", "eta"})
+                )
             return Lift(tower, parts, classifier).to(self.ranks.device)
 
     def _start_weights(self, config: RunConfig) -> torch.Tensor:
         """(K, D), what the classifier starts from."""
         if config.head.init == "semantic":
             return self.backbone(config).semantic_weights(self.dataset.class_names, config.head.template)
-        key = (*_key(config), config.head.init)
+        split = self.training(config)
+        key = (*_key(config), config.head.init, split.num_samples)
         if key not in self._kept:
-            split = self.dataset.split("train")
             samples = first_of_each_class(split.labels, MEAN_OF)
             probe = Lift(self.backbone(config).tower, {"linear_probe": {}}, torch.nn.Identity())
             features = self.frozen(config, probe, split, samples).float().cpu()
@@ -158,7 +169,7 @@ class Warm:
         """`frozen` of a whole split, computed once for all runs; None when it would not fit, or nothing is frozen."""
         if not model.first_tuned:
             return None
-        key = (*_key(config), split.name, model.first_tuned)
+        key = (*_key(config), split.name, split.num_samples, model.first_tuned)
         if key not in self._kept:
             size = 4 * split.num_samples * int(np.prod(self._frozen_shape(config, model)))
             held = sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())

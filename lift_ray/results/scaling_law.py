@@ -1,4 +1,4 @@
-"""A power law fitted to a study's trials: what a longer training or a wider tuner would give (in the manner of arXiv 2203.15556)."""
+"""A power law fitted to a study's trials: what more pictures, longer training or a wider tuner would give (after arXiv 2203.15556)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lift_ray.results.evidence import Interval, regression_intervals
 from lift_ray.results.studies import StudyFiles, Trial, numbers
 
-SCALES = {"optim.epochs": "epochs", "trained_parameters": "trained parameters"}
+SCALES = {"optim.data_frac": "training pictures", "optim.epochs": "epochs", "trained_parameters": "trained parameters"}
 FEWEST_VALUES = 3  # of a scale, over a range of at least a factor of two
 HELD_OUT_FRAC = 0.25
 FARTHEST = 4.0  # times the largest scale seen: nothing is said of what lies beyond
@@ -78,8 +78,8 @@ def fit_law(study: StudyFiles, devices: int, unit: str) -> Law:
     trials = [t for t in study.finished if t.get(metric) is not None]
     used = [name for name in SCALES if _is_scale(numbers(trials, name))]
     if not used:
-        return Law("Cannot tell: no trial differs in epochs or trained parameters enough "
-                   f"(at least {FEWEST_VALUES} values over a factor of two; search optim.epochs or the width).")  # fmt: skip
+        return Law("Cannot tell: no trial differs in training pictures, epochs or trained parameters enough (at least "
+                   f"{FEWEST_VALUES} values over a factor of two; search optim.data_frac, optim.epochs or the width).")  # fmt: skip
     best = _best_at_each_scale(trials, used, metric)
     held = max(1, round(HELD_OUT_FRAC * len(best)))
     fewest = 4 + 2 * len(used)
@@ -99,7 +99,7 @@ def fit_law(study: StudyFiles, devices: int, unit: str) -> Law:
     exponents = dict(zip(used, law.exponents(), strict=True))
     parts = [_checked(points), _exponents(exponents)]
     if any(b.excludes_zero for b in exponents.values()):
-        parts.append(_next_hour(law, study, used, scales, devices, unit))
+        parts += [_more_pictures(law, study, used, scales), _next_hour(law, study, used, scales, devices, unit)]
     else:
         parts.append("No effect is clear, so what more of it would buy cannot be told.")
     return Law(" ".join(part for part in parts if part), points, exponents)
@@ -147,16 +147,34 @@ def _exponents(exponents: dict[str, Interval]) -> str:
     return " ".join(words)
 
 
+def _more_pictures(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales: Floats) -> str:
+    """The best trial on all training pictures; on twice as many where trials had them all."""
+    at = _scales_of_best(study, used)
+    if at is None or "optim.data_frac" not in used:
+        return ""
+    place = used.index("optim.data_frac")
+    most = float(scales[:, place].max())
+    at[0, place] = min(2.0 if most == 1 else 1.0, FARTHEST * most)
+    number = {1.0: "all", 2.0: "twice the"}.get(float(at[0, place]), f"{100 * at[0, place]:.0f}% of the")
+    return f"With {number} training pictures the best trial would get {_words(law.predict(at)[0])}."
+
+
+def _scales_of_best(study: StudyFiles, used: Sequence[str]) -> Floats | None:
+    """(1, S)."""
+    best = study.best_trial
+    return None if best is None or any(not best.get(n) for n in used) else np.array([[float(best[n]) for n in used]])
+
+
 def _next_hour(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales: Floats, devices: int, unit: str) -> str:
     """The best trial once more, trained for an hour longer."""
-    best = study.best_trial
-    if best is None or any(not best.get(name) for name in used):
+    best, at = study.best_trial, _scales_of_best(study, used)
+    if best is None or at is None:
         return ""
-    at = np.array([[float(best[name]) for name in used]])
     limit = FARTHEST * scales.max(0)
     if "optim.epochs" not in used:
-        wider = np.minimum(2 * at, limit)
-        return f"With twice the trained parameters the best trial would get {_words(law.predict(wider)[0])}."
+        wider = np.where(np.array(used) == "trained_parameters", np.minimum(2 * at, limit), at)
+        return "" if (wider == at).all() else \
+            f"With twice the trained parameters the best trial would get {_words(law.predict(wider)[0])}."  # fmt: skip
     seconds = (best.get("train_s") or 0) + (best.get("evaluate_s") or 0)
     if not seconds:
         return ""

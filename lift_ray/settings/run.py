@@ -198,6 +198,8 @@ class Optim(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     shuffle_mib: Annotated[float, Field(gt=0)] = 192.0
     """Encoded pictures that are shuffled together, at most 8,192: what a worker holds in memory of a larger data set."""
+    data_frac: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each class's training pictures that is learnt from, at least one of each: what would more pictures be worth?"""
 
     @property
     def shuffle_bytes(self) -> int:
