@@ -1,11 +1,11 @@
 #!/bin/bash
 # A study on a Slurm cluster: the first node of the job steers and trains, the others join it.
 #
-#     sbatch clusters/slurm.sh search_spaces/inat.yaml --out /shared/lift_ray/inat2018
-#     sbatch clusters/slurm.sh search_spaces/inat.yaml --out /shared/lift_ray/inat2018 --resume    # after the time limit
+#     sbatch clusters/slurm.sh search_spaces/inat.yaml --out '$LIFT_RESULTS/inat2018'
+#     sbatch clusters/slurm.sh search_spaces/inat.yaml --out '$LIFT_RESULTS/inat2018' --resume    # after the time limit
 #
-# All words are handed to `python -m lift_ray.tune`. --out must be a folder that all nodes see, or a URL. A job that Slurm starts
-# again after a preemption resumes by itself. The dashboard listens on the first node's loopback only; its log says where:
+# All words are handed to `python -m lift_ray.tune`, with $LIFT_RESULTS filled in here: a folder that all nodes see, or a URL. A job
+# that Slurm starts again after a preemption resumes by itself. The dashboard listens on the first node's loopback only; its log says where:
 #     ssh -N -L 8265:localhost:8265 FIRST_NODE         # then http://localhost:8265; it asks for `ray get-auth-token`
 #
 #SBATCH --job-name=lift
@@ -19,14 +19,20 @@
 # CHANGE: the lines above to your machines, and a #SBATCH --partition of them.
 set -euo pipefail
 
-# CHANGE: what to install (a git ref as here, or a wheel), into a folder that all nodes see; and where the Parquet shards are.
+# CHANGE: what to install (a git ref as here, or a wheel), into a folder that all nodes see; where the Parquet shards are; and
+# where results go. What your shell exports goes before what stands here.
 export LIFT_RAY="${LIFT_RAY:-lift_ray @ git+https://github.com/YOUR-ORG/lift_ray@v0.1.0}"
 export LIFT_ENV="${LIFT_ENV:-$HOME/lift}"
 export LIFT_DATA="${LIFT_DATA:-/shared/inat2018}"
+export LIFT_RESULTS="${LIFT_RESULTS:-/shared/lift_ray}"
 
-# Compute nodes without internet: run these two commands on the login node first.
+# Installed when LIFT_RAY is another one than the last time. Compute nodes without internet: run these lines on the login node first.
 test -x "$LIFT_ENV/bin/pip" || python3 -m venv "$LIFT_ENV"
-test -x "$LIFT_ENV/bin/ray" || "$LIFT_ENV/bin/pip" install -q "$LIFT_RAY" 'ray[default,train,tune]==2.60.0'
+if [ "$(cat "$LIFT_ENV/lift_ray" 2> /dev/null)" != "$LIFT_RAY" ]; then
+    "$LIFT_ENV/bin/pip" install -q "$LIFT_RAY" 'ray[default,train,tune]==2.60.0'
+    "$LIFT_ENV/bin/pip" install -q --force-reinstall --no-deps "$LIFT_RAY" # pip keeps a lift_ray of the same version
+    echo "$LIFT_RAY" > "$LIFT_ENV/lift_ray"
+fi
 export PATH="$LIFT_ENV/bin:$PATH" RAY_TRAIN_ENABLE_STATE_TRACKING=1 RAY_USAGE_STATS_ENABLED=0
 
 # All nodes know the token, from the home folder that they share; Ray refuses callers without it.
@@ -34,7 +40,11 @@ export RAY_AUTH_MODE=token
 ray get-auth-token --generate > /dev/null
 chmod 600 ~/.ray/auth_token
 
-# A port and a folder of this job's own: other jobs may share the node. Workers of Ray use ports up to 19999.
+# Since Slurm 22.05 `srun` gives a step the CPUs of the job only when it is told so.
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+
+# A port and a folder of this job's own (Ray's logs are in it; the other nodes use the same path): other jobs may share the nodes.
+# Workers of Ray use ports up to 19999.
 read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address="$head:$((20000 + SLURM_JOB_ID % 10000))"
 start='ray start --block --num-cpus="$SLURM_CPUS_ON_NODE"'
@@ -50,4 +60,4 @@ for _ in {1..60}; do ray health-check --address "$address" > /dev/null 2>&1 && b
 # When this script ends, Slurm ends what `srun` started.
 resume=()
 if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ " $* " != *" --resume "* ]]; then resume=(--resume); fi
-RAY_ADDRESS="$address" python -m lift_ray.tune "$@" "${resume[@]}"
+RAY_ADDRESS="$address" python -m lift_ray.tune "${@//'$LIFT_RESULTS'/"$LIFT_RESULTS"}" "${resume[@]}"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lift_ray.distributed.cluster_file import Cluster
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-PLACEHOLDER = re.compile(r"ami-0{17}|YOUR-ORG|\bmy-(?:bucket|project|container)\b|\bmystorageaccount\b")
+PLACEHOLDER = re.compile(r"ami-0{17}|YOUR-ORG|\bmy-(?:bucket|project|container)\b|\bmystorageaccount\b|\b0{8}-0{4}-")
 
 
 @app.callback()
@@ -31,7 +31,7 @@ def cluster() -> None:
 
 @app.command()
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="For `ray up`, or a RayCluster or RayJob of KubeRay.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="For `ray up`, KubeRay, Slurm, Prometheus or Grafana.")],
     settings: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Change the search space, e.g. plan.images_per_s=900."),
@@ -52,11 +52,21 @@ def check(
       python -m lift_ray.cluster check clusters/gcp.yaml --for search_spaces/inat.yaml plan.images_per_s=900
     """
     from lift_ray.distributed.cluster_file import read_cluster
+    from lift_ray.distributed.cluster_monitoring import check_monitoring, is_monitoring
+    from lift_ray.settings.files import SettingsFile
 
     if settings and space_file is None:
         raise BadInput(
             f"command line: settings need a search space, but got '{settings[0]}' without --for; add --for SPACE"
         )
+    if not file.endswith(".sh") and is_monitoring((read := SettingsFile.read(file)).data):
+        if space_file is not None or price:
+            raise BadInput(
+                f"{file}: must be a cluster's file for --for and --price, but it makes no machines; leave them out"
+            )
+        print(check_monitoring(read))
+        print("checked: the file is in order")
+        return
     found = read_cluster(file)
     prices = _prices(price or [], found)
     _print_cluster(found, prices)

@@ -20,7 +20,8 @@ from lift_ray.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 CLUSTERS = ROOT / "clusters"
-FILES = sorted(path.relative_to(CLUSTERS).as_posix() for path in CLUSTERS.rglob("*.yaml"))
+EVERY_FILE = sorted(path.relative_to(CLUSTERS).as_posix() for path in CLUSTERS.rglob("*") if path.is_file())
+FILES = [name for name in EVERY_FILE if not name.startswith("monitoring/")]
 SPACE = str(ROOT / "search_spaces" / "inat.yaml")
 
 
@@ -34,21 +35,29 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", EVERY_FILE)
 @pytest.mark.usefixtures("no_network")
-def test_the_files_that_come_with_the_project_pass(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["check", str(CLUSTERS / name), "--for", SPACE])
+def test_every_file_in_clusters_passes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", str(CLUSTERS / name), *(["--for", SPACE] if name in FILES else [])])
     out = capsys.readouterr().out
     assert out.endswith("checked: the file is in order\n")
     assert "not checked" not in out
-    assert "still to change before it can run: line " in out
+    assert ("still to change before it can run: line " in out) == (name in FILES)
 
 
 def test_there_is_a_file_for_each_kind_of_cluster() -> None:
-    assert {read_cluster(CLUSTERS / name).provider for name in FILES} == {*PROVIDERS, "kuberay"}
+    assert {read_cluster(CLUSTERS / name).provider for name in FILES} == {*PROVIDERS, "kuberay", "slurm"}
 
 
-# file, what stands there, what stands there in its place, the line that the check says
+def test_what_slurm_gives_is_what_the_search_is_planned_for(tmp_path: Path) -> None:
+    text = (CLUSTERS / "slurm.sh").read_text().replace("--nodes=2", "--nodes 3").replace("node=4", "node=a100:8")
+    (tmp_path / "x.sh").write_text(text)
+    (node,) = read_cluster(tmp_path / "x.sh").workers
+    assert (node.least, node.most, node.resources) == (3, 3, {"CPU": 48, "GPU": 8})
+
+
+OTHER_RAY = "must install the Ray that is here, HERE (lift_ray's pin is ==2.60.*), but got '{}'; write 'ray[default,train,tune]==HERE'"
+# file, what stands there, what stands there in its place, what the check says: of that line, or of so many lines from it
 BROKEN = [
     ("aws.yaml", "idle_timeout_minutes: 10", "idle_timeout_minuts: 10",
      "idle_timeout_minuts: unknown key 'idle_timeout_minuts'; did you mean 'idle_timeout_minutes'?"),
@@ -64,21 +73,64 @@ BROKEN = [
      "head_node_type: must be one of available_node_types, but got 'haed'; did you mean 'head'?"),
     ("aws.yaml", "        min_workers: 0\n        max_workers: 8", "        min_workers: 9\n        max_workers: 8",
      "available_node_types.gpu-spot.min_workers: min_workers <= max_workers must hold, but got 9 and 8; lower it"),
+    ("aws.yaml", "            IamInstanceProfile: {Name: lift-ray-head}\n", "",
+     "-9 available_node_types.head.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as clusters/ "
+     "does (keys do not belong in this file)"),
     ("aws.yaml", "            IamInstanceProfile: *worker_profile\n", "",
-     "available_node_types.gpu-ondemand.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as "
+     "-3 available_node_types.gpu-ondemand.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as "
      "clusters/ does (keys do not belong in this file)"),
     ("aws.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0",
-     "head_start_ray_commands.1: --dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got "
-     "0.0.0.0; write 127.0.0.1 and use `ray dashboard`"),
+     "-2 head_start_ray_commands.1: --dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got "
+     "0.0.0.0; write 127.0.0.1 and come through SSH, `ray dashboard` for one"),
     ("aws.yaml", "export RAY_AUTH_MODE=token ", "export ",
-     "setup_commands: must keep Ray's token authentication on, but no command exports RAY_AUTH_MODE=token; add it as clusters/ "
+     "-6 setup_commands: must keep Ray's token authentication on, but no command exports RAY_AUTH_MODE=token; add it as clusters/ "
      "does"),
     ("aws.yaml", "    ~/.ray/auth_token: ~/.ray/auth_token ", "    ~/notes: ~/notes ",
-     "file_mounts: must hand the token to every node, but ~/.ray/auth_token is missing; add "
+     "-1 file_mounts: must hand the token to every node, but ~/.ray/auth_token is missing; add "
      "`~/.ray/auth_token: ~/.ray/auth_token`"),
     ("aws.yaml", "tune]==2.60.0' boto3", "tune]==2.59.0' boto3",
-     "setup_commands.7: must install one exact Ray within ==2.60.* (lift_ray's pin), but got 'ray[default,train,tune]==2.59.0'; "
-     "write 'ray[default,train,tune]==HERE'"),
+     "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.59.0")),
+    ("aws.yaml", "tune]==2.60.0' boto3", "tune]==2.60.1' boto3",
+     "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.60.1")),
+    ("aws.yaml", "tune]==2.60.0' boto3", "tune]==2.60.*' boto3",
+     "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.60.*")),
+    ("aws.yaml", "head_setup_commands: []", "head_setup_commands: [~/lift/bin/pip install ray==2.59.0]",
+     "head_setup_commands.0: " + OTHER_RAY.format("ray==2.59.0")),
+    ("gcp.yaml", "worker_setup_commands: []", "worker_setup_commands: ['~/lift/bin/pip install -U ray boto3']",
+     "worker_setup_commands.0: " + OTHER_RAY.format("ray")),
+    ("gcp.yaml", "        priority: 1 ",
+     "        worker_setup_commands: [pip install https://x.org/ray-3.0.0.dev0-cp311.whl]\n        priority: 1 ",
+     "available_node_types.gpu-ondemand.worker_setup_commands.0: " + OTHER_RAY.format("ray-3.0.0.dev0-cp311.whl")),
+    ("aws.yaml", "upscaling_speed: 2.0", "docker: {image: 'rayproject/ray:2.59.0-py312-gpu', container_name: ray}",
+     "docker.image: must hold Ray HERE as all nodes do, but got 'rayproject/ray:2.59.0-py312-gpu'; change the tag"),
+    ("aws.yaml", "        priority: 1 ", "        docker: {worker_image: 'rayproject/ray-ml:2.58.0'}\n        priority: 1 ",
+     "available_node_types.gpu-ondemand.docker.worker_image: must hold Ray HERE as all nodes do, but got "
+     "'rayproject/ray-ml:2.58.0'; change the tag"),
+    ("gcp.yaml", "ulimit -n 65536; ray start --head", "ulimit -n 65536; RAY_AUTH_MODE=disabled ray start --head",
+     "-1 head_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it"),
+    ("gcp.yaml", "ulimit -n 65536; ray start --address", "RAY_AUTH_MODE=disabled ray start --address",
+     "worker_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it"),
+    ("onprem.yaml", "    - grep -q lift_env", "    - export RAY_AUTH_MODE='disabled'\n    - grep -q lift_env",
+     "setup_commands.4: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE='disabled'; remove it"),
+    ("onprem.yaml", "head_setup_commands: []", "head_setup_commands: [\"echo 'unset RAY_AUTH_MODE' >> ~/.bashrc\"]",
+     "head_setup_commands.0: must keep Ray's token authentication on, but got 'unset RAY_AUTH_MODE'; remove it"),
+    ("aws.yaml", "    cache_stopped_nodes: false ",
+     "    security_group: {IpPermissions: [{FromPort: 8265, ToPort: 8265, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n"
+     "    cache_stopped_nodes: false ",
+     "provider.security_group.IpPermissions.0: only port 22 may be open to everyone, but got 8265 to 8265 for 0.0.0.0/0; remove it "
+     "and use `ray dashboard`"),
+    ("aws.yaml", "    - ulimit -n 65536; ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076\n", "",
+     "-2 worker_start_ray_commands: must start Ray and join the head, but no command does; add `ray start "
+     "--address=$RAY_HEAD_IP:6379` as clusters/ does"),
+    ("onprem.yaml", "worker_start_ray_commands:\n    - ray stop\n    - ulimit -n 65536; ray start --address=$RAY_HEAD_IP:6379 "
+     "--object-manager-port=8076\n", "worker_start_ray_commands: []\n",
+     "worker_start_ray_commands: must start Ray and join the head, but no command does; add `ray start "
+     "--address=$RAY_HEAD_IP:6379` as clusters/ does"),
+    ("onprem.yaml", "RAY_enable_autoscaler_v2=0 ray start", "ray start",
+     "-1 head_start_ray_commands.1: ray start must get RAY_enable_autoscaler_v2=0 (the second autoscaler never starts the machines of "
+     "worker_ips), but does not; add it before `ray start`"),
+    ("azure.yaml", "    subscription_id: 00000000-0000-0000-0000-000000000000 ", "    tags: {} ",
+     "-2 provider: must have 'subscription_id', but it is missing; add it"),
     ("aws.yaml", "region: us-west-2 ", "region: ${AWS_REGION:-us-west-2} ",
      "provider.region: must be a plain value, but got '${AWS_REGION:-us-west-2}', which neither Ray nor kubectl fills in; write "
      "the value"),
@@ -96,32 +148,58 @@ BROKEN = [
     ("azure.yaml", "priority: Spot", "priority: Low",
      "available_node_types.gpu-spot.node_config.azure_arm_parameters.priority: unknown value 'Low'; known: Regular, Spot"),
     ("onprem.yaml", "worker_ips: [10.0.0.2, 10.0.0.3]", "worker_ips: [10.0.0.2, 10.0.0.3, 10.0.0.4]",
-     "max_workers: must be the 3 of provider.worker_ips (Ray cannot know what a machine holds before it runs), but got 2; "
+     "-7 max_workers: must be the 3 of provider.worker_ips (Ray cannot know what a machine holds before it runs), but got 2; "
      "write 3"),
     ("onprem.yaml", "head_ip: 10.0.0.1 ", "head_ip: 10.0.0.2 ",
-     "provider.worker_ips: must not hold head_ip, but got 10.0.0.2 in both; remove it here"),
+     "+1 provider.worker_ips: must not hold head_ip, but got 10.0.0.2 in both; remove it here"),
     ("kuberay/raycluster.yaml", "authOptions: {mode: token}", "authOptions: {mode: disabled}",
      "spec.authOptions: Ray's token authentication must be on, but is not; write `authOptions: {mode: token}`"),
     ("kuberay/raycluster.yaml", "serviceType: ClusterIP", "serviceType: LoadBalancer",
      "spec.headGroupSpec.serviceType: must be ClusterIP (whoever reaches the dashboard can run code), but got LoadBalancer; "
      "write ClusterIP and use `kubectl port-forward`"),
     ("kuberay/raycluster.yaml", "ray:2.60.0-py311-gpu", "ray:2.58.0-py311-gpu",
-     "spec.headGroupSpec.template.spec.containers.0.image: must hold the Ray of rayVersion, 2.60.0, but got "
-     "'rayproject/ray:2.58.0-py311-gpu'; change one"),
+     "spec.headGroupSpec.template.spec.containers.0.image: must hold Ray HERE as all nodes do, but got "
+     "'rayproject/ray:2.58.0-py311-gpu'; change the tag"),
+    ("kuberay/raycluster.yaml", "    serviceType: ClusterIP ", "    headService: {spec: {type: LoadBalancer}} ",
+     "spec.headGroupSpec.headService.spec.type: must be ClusterIP (whoever reaches the dashboard can run code), but got "
+     "LoadBalancer; write ClusterIP and use `kubectl port-forward`"),
+    ("kuberay/raycluster.yaml", "        serviceAccountName: lift-ray\n", "",
+     "-1 spec.headGroupSpec.template.spec: must reach storage by role, but serviceAccountName is missing; add it (keys do not belong "
+     "in this file)"),
+    ("kuberay/raycluster.yaml", '{name: RAY_TRAIN_ENABLE_STATE_TRACKING, value: "1"}', "{name: RAY_AUTH_MODE, value: disabled}",
+     "spec.headGroupSpec.template.spec.containers.0.env.3: must keep Ray's token authentication on, but got "
+     "'RAY_AUTH_MODE=disabled'; remove it"),
+    ("kuberay/rayjob.yaml", "bash -c 'python -m", "bash -c 'RAY_AUTH_MODE=disabled python -m",
+     "spec.entrypoint: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it"),
     ("kuberay/rayjob.yaml", "maxReplicas: 8", "maxReplica: 8",
      "spec.rayClusterSpec.workerGroupSpecs.0.maxReplica: unknown key 'maxReplica'; did you mean 'maxReplicas'?"),
     ("kuberay/rayjob.yaml", "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false",
-     "spec.ttlSecondsAfterFinished: needs shutdownAfterJobFinishes: true, but it is not; add it, or the cluster outlives the job"),
+     "+1 spec.ttlSecondsAfterFinished: needs shutdownAfterJobFinishes: true, but it is not; add it, or the cluster outlives the job"),
     ("kuberay/rayjob.yaml", '{name: LIFT_DATA, value: "s3://my-bucket/inat2018"}', "{name: HF_API_KEY, value: abc}",
      "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.env.1: HF_API_KEY must not stand in a file; take it from a "
      "secret (valueFrom: {secretKeyRef: ...}), or let pods in by role"),
     ("kuberay/rayjob.yaml", "kind: RayJob", "kind: Rayjob", "kind: unknown value 'Rayjob'; did you mean 'RayJob'?"),
+    ("slurm.sh", "ray[default,train,tune]==2.60.0", "ray[default,train,tune]==2.59.0",
+     OTHER_RAY.format("ray[default,train,tune]==2.59.0")),
+    ("slurm.sh", "#SBATCH --nodes=2", "#SBATCH --nodes=two",
+     "must have #SBATCH --nodes=NUMBER, but got 'two'; write it as clusters/slurm.sh does"),
+    ("slurm.sh", "#SBATCH --ntasks-per-node=1", "#SBATCH --ntasks-per-node=4",
+     "must start Ray once on a node, --ntasks-per-node=1, but got 4; write 1 and raise --cpus-per-task"),
+    ("slurm.sh", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0",
+     "--dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got 0.0.0.0; write 127.0.0.1 and come "
+     "through SSH, `ray dashboard` for one"),
+    ("slurm.sh", "export RAY_AUTH_MODE=token", "export RAY_AUTH_MODE=disabled",
+     "must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it"),
+    ("slurm.sh", "for _ in {1..60}; do", "for _ in {1..60};",
+     "must be what bash reads, but it says: syntax error near unexpected token `ray'; mend the script"),
+    ("monitoring/prometheus.yml", "scrape_interval: 10s", "scrape_intervall: 10s",
+     "global.scrape_intervall: unknown key 'scrape_intervall'; did you mean 'scrape_interval'?"),
+    ("monitoring/prometheus.yml", "[/tmp/ray/prom_metrics", "[/tmp/ray/metrics",
+     "scrape_configs.0.file_sd_configs.0.files: must hold Ray's list of nodes, but got ['/tmp/ray/metrics_service_discovery.json']; "
+     "write /tmp/ray/prom_metrics_service_discovery.json"),
+    ("monitoring/grafana.json", "ray_lift_ray_study_slots{", "ray_lift_ray_study_slot{",
+     "panels.10.targets.0.expr: unknown metric 'ray_lift_ray_study_slot'; did you mean 'ray_lift_ray_study_slots'?"),
 ]  # fmt: skip
-
-
-# where the fault is not said at the line that was changed, but so many lines from it
-AWAY = {"available_node_types.gpu-ondemand.node_config": -3, "head_start_ray_commands.1": -2, "setup_commands": -6,
-        "file_mounts": -1, "max_workers": -7, "provider.worker_ips": 1, "spec.ttlSecondsAfterFinished": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "right", "wrong", "said"), BROKEN)
@@ -129,12 +207,13 @@ AWAY = {"available_node_types.gpu-ondemand.node_config": -3, "head_start_ray_com
 def test_a_broken_file_is_refused_with_its_line(name: str, right: str, wrong: str, said: str, tmp_path: Path) -> None:
     text = (CLUSTERS / name).read_text()
     assert right in text
-    path = tmp_path / "broken.yaml"
+    path = tmp_path / f"broken{Path(name).suffix}"
     path.write_text(text.replace(right, wrong, 1))
     with pytest.raises(BadInput) as error:
         main(["check", str(path)])
-    line = text[: text.index(right)].count("\n") + 1 + AWAY.get(said.split(": ")[0], 0)
-    assert f"{path}:{line} {said.replace('HERE', version('ray'))}" in str(error.value).splitlines()
+    away, fault = re.fullmatch(r"(?:([+-]\d+) )?(.*)", said.replace("HERE", version("ray"))).groups("0")  # type: ignore[union-attr]
+    line = text[: text.index(right)].count("\n") + 1 + int(away)
+    assert f"{path}:{line}{':' if name == 'slurm.sh' else ''} {fault}" in str(error.value).splitlines()
 
 
 def test_all_faults_of_a_file_are_said_at_once_in_the_order_of_its_lines(tmp_path: Path) -> None:
@@ -229,7 +308,7 @@ def test_wrong_words_are_refused_in_one_line(words: list[str], said: str) -> Non
     assert str(error.value) == said
 
 
-@pytest.mark.parametrize("name", [*FILES, "slurm.sh"])
+@pytest.mark.parametrize("name", FILES)
 def test_every_file_installs_the_ray_of_the_projects_pin(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (pin,) = (found for found in map(Requirement, project["dependencies"]) if found.name == "ray")
@@ -264,14 +343,14 @@ def slurm(tmp_path: Path) -> Callable[..., list[str]]:
     _program(
         tmp_path / "env/bin",
         "python",
-        f"""{note}; echo "$RAY_ADDRESS $RAY_AUTH_MODE $LIFT_DATA" >> {calls}
+        f"""{note}; echo "$RAY_ADDRESS $RAY_AUTH_MODE $LIFT_DATA $SRUN_CPUS_PER_TASK" >> {calls}
         for _ in {{1..100}}; do [ $(grep -c "^ray start" {calls}) = $EXPECTED_STARTS ] && break || sleep 0.1; done; exit 3""",
     )
     _program(tmp_path / "env/bin", "pip", note)
 
     def run(*words: str, **env: str) -> list[str]:
         job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[7-9]", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_ON_NODE": "48",
-               "EXPECTED_STARTS": "2",
+               "SLURM_CPUS_PER_TASK": "40", "EXPECTED_STARTS": "2",
                "HOME": str(tmp_path), "LIFT_ENV": str(tmp_path / "env"), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}  # fmt: skip
         done = subprocess.run(["bash", str(CLUSTERS / "slurm.sh"), *words], env=job | env, capture_output=True, text=True,
                               timeout=30, check=False)  # fmt: skip
@@ -284,7 +363,7 @@ def slurm(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def test_slurm_starts_a_head_and_workers_and_searches(slurm: Callable[..., list[str]]) -> None:
-    calls = slurm("x.yaml", "--out", "/shared/x")
+    calls = slurm("x.yaml", "--out", "$LIFT_RESULTS/a & b", LIFT_RESULTS="/shared")
     starts = [call for call in calls if call.startswith("ray start")]
     common = "ray start --block --num-cpus=48"
     assert sorted(starts) == [
@@ -296,8 +375,21 @@ def test_slurm_starts_a_head_and_workers_and_searches(slurm: Callable[..., list[
     )
     assert head.startswith("srun --nodes=1 --ntasks=1 --overlap --nodelist=node7 ")
     assert others.startswith("srun --nodes=2 --ntasks=2 --overlap --exclude=node7 ")
-    assert "python -m lift_ray.tune x.yaml --out /shared/x" in calls
-    assert "node7:22345 token /shared/inat2018" in calls
+    assert "python -m lift_ray.tune x.yaml --out /shared/a & b" in calls
+    assert "node7:22345 token /shared/inat2018 40" in calls
+
+
+def test_slurm_installs_lift_ray_again_when_it_is_another_one(slurm: Callable[..., list[str]], tmp_path: Path) -> None:
+    for what in ("a.whl", "a.whl", "b.whl"):
+        calls = slurm("x.yaml", LIFT_RAY=what)
+        (tmp_path / "calls").rename(tmp_path / f"calls of {what}")
+        installs = [call for call in calls if call.startswith("pip")]
+        if what == "b.whl":
+            assert installs == [
+                f"pip install -q b.whl ray[default,train,tune]=={version('ray')}",
+                "pip install -q --force-reinstall --no-deps b.whl",
+            ]
+    assert not [c for c in (tmp_path / "calls of a.whl").read_text().splitlines() if c.startswith("pip")]
 
 
 def test_slurm_on_one_node_starts_no_workers_and_a_requeued_job_resumes(slurm: Callable[..., list[str]]) -> None:
@@ -312,4 +404,4 @@ def test_slurm_on_one_node_starts_no_workers_and_a_requeued_job_resumes(slurm: C
     )
     assert sum(call.startswith("srun") for call in calls) == 1
     assert "python -m lift_ray.tune x.yaml --out /shared/x --resume" in calls
-    assert "node7:22345 token s3://b/d" in calls
+    assert "node7:22345 token s3://b/d 40" in calls

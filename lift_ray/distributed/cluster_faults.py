@@ -77,28 +77,61 @@ def _listed(wanted: str | Iterable[str]) -> list[str]:
     return [wanted] if isinstance(wanted, str) else list(wanted)
 
 
-RAY_REQUIREMENT = re.compile(r"\bray(?:\[[\w,]*\])?\s*(?:[=<>~!]=|[<>@])[^'\"\s]*")
+RAY_REQUIREMENT = re.compile(r"\bray(?:\[[\w,]*\])?\s*(?:[=<>~!]=|[<>@])[^'\"\s]*|\bray-\d[^'\"\s]*\.whl")
+ANY_RAY = re.compile(r"(?<=[\s'\"])ray(?:\[[\w,]*\])?(?=['\"]?(?:\s|$))(?!\s*[=<>~!@])")
+RAY_IMAGE = re.compile(r"(?:^|/)ray(?:-\w+)?:([^-@]+)")
 
 
-def one_exact_ray(faults: Faults, installs: Mapping[Place, str], otherwise: Place) -> None:
-    """Every node must get the same Ray, inside the pin of this project."""
+def _asked_of_pip(command: str) -> list[str]:
+    """Every way in which a command asks for Ray, `pip install ray` among them."""
+    installs = [part for part in re.split(r"[;&|]", command) if re.search(r"\bpip3? .*install\b", part)]
+    return RAY_REQUIREMENT.findall(command) + [found for part in installs for found in ANY_RAY.findall(part)]
+
+
+def one_exact_ray(faults: Faults, commands: Mapping[Place, str], otherwise: Place) -> None:
+    """Every node must get the Ray that is installed here, from where jobs come and which is inside the pin of this project."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     pin = next(found for found in map(Requirement, requires("lift_ray") or []) if found.name == "ray").specifier
     here = version("ray")
-    found = [(place, text) for place, command in installs.items() for text in RAY_REQUIREMENT.findall(command)]
+    found = [(place, text) for place, command in commands.items() for text in _asked_of_pip(command)]
     if not found:
         faults.add(
-            otherwise, f"must install one exact Ray, but no command names one; add 'ray[default,train,tune]=={here}'"
+            otherwise, f"must install one exact Ray, but no line names one; add 'ray[default,train,tune]=={here}'"
         )
     for place, text in found:
         try:
             exact = [clause for clause in Requirement(text).specifier if clause.operator == "=="]
         except InvalidRequirement:
             exact = []
-        if not exact or "*" in exact[0].version or not pin.contains(exact[0].version):
-            faults.add(place, f"must install one exact Ray within {pin} (lift_ray's pin), but got '{text}'; write "
+        if not exact or exact[0].version != here:
+            faults.add(place, f"must install the Ray that is here, {here} (lift_ray's pin is {pin}), but got '{text}'; write "
                               f"'ray[default,train,tune]=={here}'")  # fmt: skip
+
+
+def one_ray_image(faults: Faults, place: Place, image: str, wanted: str) -> None:
+    """An image of the Ray project must hold this Ray; what is in another image cannot be seen from here."""
+    if (found := RAY_IMAGE.search(image)) and found[1] != wanted:
+        faults.add(place, f"must hold Ray {wanted} as all nodes do, but got '{image}'; change the tag")
+
+
+def loopback_only(faults: Faults, commands: Mapping[Place, str]) -> None:
+    """The dashboard that these commands start must listen on the head's loopback."""
+    for place, command in commands.items():
+        for host in re.findall(r"--dashboard-host[= ]\s*([^\s'\"]+)", command):
+            if host not in ("127.0.0.1", "localhost"):
+                faults.add(place, f"--dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got "
+                                  f"{host}; write 127.0.0.1 and come through SSH, `ray dashboard` for one")  # fmt: skip
+
+
+AUTH_MODE = re.compile(r"\bRAY_AUTH_MODE=['\"]?(\w*)|\bunset\b[^;&|]*\bRAY_AUTH_MODE\b")
+
+
+def token_stays_on(faults: Faults, commands: Mapping[Place, str]) -> None:
+    """No command may turn Ray's token authentication off, for itself or for those after it."""
+    for place, command in commands.items():
+        if wrong := next((found for found in AUTH_MODE.finditer(command) if found[1] != "token"), None):
+            faults.add(place, f"must keep Ray's token authentication on, but got '{wrong[0]}'; remove it")
 
 
 def walk(data: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:

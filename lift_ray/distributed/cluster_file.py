@@ -47,12 +47,15 @@ class Cluster:
 
 
 def read_cluster(path: str | Path) -> Cluster:
-    """Read and check a file for `ray up`, or a RayCluster or RayJob of KubeRay. No network.
+    """Read and check a file for `ray up`, a RayCluster or RayJob of KubeRay, or a script (.sh) for Slurm. No network.
 
     Raises BadInput with a line for each fault.
     """
     from lift_ray.distributed.cluster_kuberay import read_kuberay
     from lift_ray.distributed.cluster_ray_up import read_ray_up
+    from lift_ray.distributed.cluster_slurm import read_slurm
 
+    if str(path).endswith(".sh"):
+        return read_slurm(path)
     file = SettingsFile.read(path)
     return read_kuberay(file) if {"apiVersion", "kind"} & file.data.keys() else read_ray_up(file)

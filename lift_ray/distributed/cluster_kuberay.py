@@ -6,7 +6,16 @@ import copy
 from importlib.metadata import version
 from typing import Any
 
-from lift_ray.distributed.cluster_faults import SECRET_NAME, Faults, Place, no_secrets, one_exact_ray, plain_values
+from lift_ray.distributed.cluster_faults import (
+    SECRET_NAME,
+    Faults,
+    Place,
+    no_secrets,
+    one_exact_ray,
+    one_ray_image,
+    plain_values,
+    token_stays_on,
+)
 from lift_ray.distributed.cluster_file import Cluster, NodeType
 from lift_ray.distributed.cluster_schemas import KUBERAY
 from lift_ray.errors import did_you_mean
@@ -26,6 +35,7 @@ def read_kuberay(file: SettingsFile) -> Cluster:
     data = file.data["spec"] if kind == "RayCluster" else file.data["spec"]["rayClusterSpec"]
     _safety(faults, data, spec)
     _groups(faults, data, spec)
+    token_stays_on(faults, {("spec", "entrypoint"): file.data["spec"].get("entrypoint", "")})
     if (
         kind == "RayJob"
         and file.data["spec"].get("ttlSecondsAfterFinished")
@@ -46,10 +56,14 @@ def _safety(faults: Faults, data: dict[str, Any], spec: Place) -> None:
             "Ray's token authentication must be on, but is not; write `authOptions: {mode: token}`",
         )
     head = data["headGroupSpec"]
-    service = head.get("serviceType", "ClusterIP")
-    if service != "ClusterIP":
-        faults.add((*spec, "headGroupSpec", "serviceType"), f"must be ClusterIP (whoever reaches the dashboard can run "
-                   f"code), but got {service}; write ClusterIP and use `kubectl port-forward`")  # fmt: skip
+    of_service = (head.get("headService") or {}).get("spec") or {}
+    for place, service in (
+        (("serviceType",), head.get("serviceType")),
+        (("headService", "spec", "type"), of_service.get("type")),
+    ):
+        if service not in (None, "ClusterIP"):
+            faults.add((*spec, "headGroupSpec", *place), f"must be ClusterIP (whoever reaches the dashboard can run "
+                       f"code), but got {service}; write ClusterIP and use `kubectl port-forward`")  # fmt: skip
     if head.get("enableIngress"):
         faults.add((*spec, "headGroupSpec", "enableIngress"), "must be false (whoever reaches the dashboard can run code), but "
                    "got true; use `kubectl port-forward`")  # fmt: skip
@@ -66,17 +80,15 @@ def _groups(faults: Faults, data: dict[str, Any], spec: Place) -> None:
         pod: Place = (*place, "template", "spec")
         container = group["template"]["spec"]["containers"][0]
         first: Place = (*pod, "containers", 0)
-        tag = container["image"].rpartition(":")[2]
-        if tag.split("-")[0] != ray and "/ray:" in container["image"]:
-            faults.add(
-                (*first, "image"), f"must hold the Ray of rayVersion, {ray}, but got '{container['image']}'; change one"
-            )
+        one_ray_image(faults, (*first, "image"), container["image"], here)
         if not container.get("resources", {}).get("limits", {}).get("cpu"):
             faults.add(
                 (*first, "resources"), "must have limits with cpu, from which Ray counts, but has none; add them"
             )
+        commands: dict[Place, str] = {(*first, name): " ".join(container.get(name, [])) for name in ("command", "args")}
+        token_stays_on(faults, commands)
         if "/ray:" in container["image"]:
-            one_exact_ray(faults, {(*first, "command"): " ".join(container.get("command", []))}, first)
+            one_exact_ray(faults, commands, first)
         if (
             data.get("autoscalerOptions", {}).get("version") == "v2"
             and group["template"]["spec"].get("restartPolicy") != "Never"
@@ -84,7 +96,13 @@ def _groups(faults: Faults, data: dict[str, Any], spec: Place) -> None:
             faults.add(
                 (*pod, "restartPolicy"), "must be Never with autoscaler v2, but is not; write `restartPolicy: Never`"
             )
+        if "serviceAccountName" not in group["template"]["spec"]:
+            faults.add(
+                pod,
+                "must reach storage by role, but serviceAccountName is missing; add it (keys do not belong in this file)",
+            )
         for i, variable in enumerate(container.get("env", [])):
+            token_stays_on(faults, {(*first, "env", i): f"{variable['name']}={variable.get('value', '')}"})
             if "value" in variable and SECRET_NAME.search(variable["name"]):
                 faults.add((*first, "env", i), f"{variable['name']} must not stand in a file; take it from a secret (valueFrom: "
                                                "{secretKeyRef: ...}), or let pods in by role")  # fmt: skip
@@ -96,11 +114,6 @@ def _groups(faults: Faults, data: dict[str, Any], spec: Place) -> None:
         if not least <= start <= most:
             faults.add((*place, "maxReplicas"), f"minReplicas <= replicas <= maxReplicas must hold, but got {least}, {start} and "
                                                 f"{most}; change one")  # fmt: skip
-        if "serviceAccountName" not in group["template"]["spec"]:
-            faults.add(
-                pod,
-                "must reach storage by role, but serviceAccountName is missing; add it (keys do not belong in this file)",
-            )
 
 
 def _cluster(faults: Faults, data: dict[str, Any]) -> Cluster:

@@ -6,9 +6,19 @@ import copy
 import logging
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
-from lift_ray.distributed.cluster_faults import Faults, Place, no_secrets, one_exact_ray, plain_values
+from lift_ray.distributed.cluster_faults import (
+    Faults,
+    Place,
+    loopback_only,
+    no_secrets,
+    one_exact_ray,
+    one_ray_image,
+    plain_values,
+    token_stays_on,
+)
 from lift_ray.distributed.cluster_file import Cluster, NodeType
 from lift_ray.distributed.cluster_schemas import GCP_MACHINE, PROVIDERS, Schema, aws_machine, azure_machine, ray_schema
 from lift_ray.errors import did_you_mean
@@ -27,6 +37,7 @@ def read_ray_up(file: SettingsFile) -> Cluster:
     if file.data["provider"]["type"] == "local":
         _local_machines(faults)
     else:
+        _open_to_the_world(faults)
         unchecked = _node_types(faults)
     _commands(faults)
     plain_values(faults)
@@ -90,8 +101,9 @@ def _node_types(faults: Faults) -> tuple[str, ...]:
             )
         if machine is not None:
             faults.by_schema(machine, (*place, "node_config"))
-        if name != head and provider in ROLES and ROLES[provider] not in kind["node_config"]:
-            faults.add((*place, "node_config"), f"must reach storage by role, but {ROLES[provider]} is missing; add it as "
+        role = ROLES.get((provider, name == head))
+        if role is not None and role not in kind["node_config"]:
+            faults.add((*place, "node_config"), f"must reach storage by role, but {role} is missing; add it as "
                                                 "clusters/ does (keys do not belong in this file)")  # fmt: skip
         priced = kind["node_config"].get("azure_arm_parameters", kind["node_config"])
         if not kind["resources"].get("CPU"):
@@ -112,15 +124,56 @@ MACHINES: dict[str, Callable[[], Schema | None]] = {
     "gcp": lambda: GCP_MACHINE,
     "azure": azure_machine,
 }
-ROLES = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}  # on Azure Ray gives every machine an identity
+# by provider, and whether it is the head: Ray gives Google's head and every machine on Azure an identity itself
+ROLES = {("aws", True): "IamInstanceProfile", ("aws", False): "IamInstanceProfile", ("gcp", False): "serviceAccounts"}
 SIZES = {"aws": "InstanceType", "gcp": "machineType", "azure": "vmSize"}
+
+
+def _open_to_the_world(faults: Faults) -> None:
+    """AWS: whoever writes a security group may open SSH with it, and nothing else, to all addresses."""
+    place: Place = ("provider", "security_group", "IpPermissions")
+    for i, rule in enumerate((faults.file.data["provider"].get("security_group") or {}).get("IpPermissions") or []):
+        ranges = [r.get("CidrIp") for r in rule.get("IpRanges", [])] + [
+            r.get("CidrIpv6") for r in rule.get("Ipv6Ranges", [])
+        ]
+        first, last = rule.get("FromPort", 0), rule.get("ToPort", 65535)
+        for wide in (text for text in map(str, ranges) if re.search(r"/[0-7]$", text)):
+            if (first, last) != (22, 22):
+                faults.add((*place, i), f"only port 22 may be open to everyone, but got {first} to {last} for {wide}; remove it and "
+                                        "use `ray dashboard`")  # fmt: skip
+
+
+def _lists_of_commands(data: Data) -> dict[Place, str]:
+    """Every command of the file by its place."""
+    sections: list[tuple[Place, Data]] = [((), data)]
+    sections += [(("available_node_types", name), kind) for name, kind in data.get("available_node_types", {}).items()]
+    return {
+        (*place, name, i): command
+        for place, section in sections
+        for name, commands in section.items()
+        if name.endswith("_commands")
+        for i, command in enumerate(commands)
+    }
+
+
+def _images(faults: Faults) -> None:
+    data = faults.file.data
+    sections: list[tuple[Place, Data]] = [(("docker",), data.get("docker") or {})]
+    sections += [(("available_node_types", name, "docker"), kind.get("docker") or {})
+                 for name, kind in data.get("available_node_types", {}).items()]  # fmt: skip
+    for place, section in sections:
+        for name in ("image", "head_image", "worker_image"):
+            if section.get(name):
+                one_ray_image(faults, (*place, name), section[name], version("ray"))
 
 
 def _commands(faults: Faults) -> None:
     data = faults.file.data
-    installs: dict[Place, str] = {("setup_commands", i): c for i, c in enumerate(data.get("setup_commands", []))}
-    one_exact_ray(faults, installs, ("setup_commands",))
-    written = " ".join(installs.values())
+    commands = _lists_of_commands(data)
+    one_exact_ray(faults, commands, ("setup_commands",))
+    token_stays_on(faults, commands)
+    _images(faults)
+    written = " ".join(data.get("setup_commands", []))
     if "lift_ray" not in written:
         faults.add(
             ("setup_commands",), "must install lift_ray on every node, but no command does; add it as clusters/ does"
@@ -131,17 +184,21 @@ def _commands(faults: Faults) -> None:
     if not any(str(name).endswith(".ray/auth_token") for name in data.get("file_mounts", {})):
         faults.add(("file_mounts",), "must hand the token to every node, but ~/.ray/auth_token is missing; add "
                                      "`~/.ray/auth_token: ~/.ray/auth_token`")  # fmt: skip
+    workers = data.get("worker_start_ray_commands", ["ray start --address"])  # or Ray's own
+    if not any("ray start" in command and "--address" in command for command in workers):
+        faults.add(("worker_start_ray_commands",), "must start Ray and join the head, but no command does; add `ray start "
+                                                   "--address=$RAY_HEAD_IP:6379` as clusters/ does")  # fmt: skip
     starts = enumerate(data.get("head_start_ray_commands", []))
     heads = [(i, command) for i, command in starts if "ray start" in command]
     if not heads:
         faults.add(("head_start_ray_commands",), "must start Ray with the dashboard on loopback, but no command does (Ray's "
                                                  "default opens it to the network); add it as clusters/ does")  # fmt: skip
+    loopback_only(faults, {("head_start_ray_commands", i): command for i, command in heads})
     for i, command in heads:
         place = ("head_start_ray_commands", i)
-        host = re.search(r"--dashboard-host[= ]\s*(\S+)", command)
-        if host and host[1] not in ("127.0.0.1", "localhost"):
-            faults.add(place, f"--dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got "
-                              f"{host[1]}; write 127.0.0.1 and use `ray dashboard`")  # fmt: skip
+        if data["provider"]["type"] == "local" and "RAY_enable_autoscaler_v2=0" not in command:
+            faults.add(place, "ray start must get RAY_enable_autoscaler_v2=0 (the second autoscaler never starts the machines of "
+                              "worker_ips), but does not; add it before `ray start`")  # fmt: skip
         if "--autoscaling-config" not in command:
             faults.add(place, "ray start must get --autoscaling-config=~/ray_bootstrap_config.yaml, but does not; add it, or "
                               "no worker is ever started")  # fmt: skip

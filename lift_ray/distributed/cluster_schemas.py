@@ -38,10 +38,14 @@ def ray_schema() -> Schema:
     return schema
 
 
+RANGES = listed({"type": "object"})
+
 # What Ray 2.60 reads of `provider`, by provider; a test compares with its code.
 PROVIDERS: dict[str, Schema] = {
     "aws": mapping(
-        "type region", **anything("availability_zone cloudwatch cache_stopped_nodes security_group use_internal_ips"),
+        "type region", **anything("availability_zone cloudwatch cache_stopped_nodes use_internal_ips"),
+        security_group=mapping("", GroupName=TEXT, IpPermissions=listed(
+            {"type": "object", "properties": {"IpRanges": RANGES, "Ipv6Ranges": RANGES}})),
         type=TEXT, region=TEXT, key_pair={"type": "object"}, aws_credentials=ANY,
     ),
     "gcp": mapping(
@@ -49,7 +53,7 @@ PROVIDERS: dict[str, Schema] = {
         type=TEXT, project_id=TEXT, region=TEXT, availability_zone=TEXT,
     ),
     "azure": mapping(
-        "type location resource_group", **anything("availability_zone cache_stopped_nodes tags unique_id"),
+        "type subscription_id location resource_group", **anything("availability_zone cache_stopped_nodes tags unique_id"),
         **anything("use_internal_ips use_external_head_ip"),
         type=TEXT, location=TEXT, resource_group=TEXT, subscription_id=TEXT, subnet_mask=TEXT, msi_name=TEXT,
         msi_resource_group=TEXT,
@@ -192,7 +196,8 @@ CLUSTER_SPEC = mapping(
     ),
     authOptions=mapping("", mode={"enum": ["disabled", "token"]}, secretName=TEXT, enableK8sTokenAuth=FLAG),
     headGroupSpec=mapping(
-        "template", **GROUP, **anything("headService ingressOptions"), enableIngress=FLAG,
+        "template", **GROUP, **anything("ingressOptions"), enableIngress=FLAG,
+        headService={"type": "object", "properties": {"spec": {"type": "object"}}},
         serviceType={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     ),
     workerGroupSpecs=listed(mapping(
