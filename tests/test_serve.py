@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import io
 import json
@@ -13,8 +12,9 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +23,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from ray.exceptions import RayActorError
 
 from lift_ray import serve
 from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.distributed.gate import Gate, Options
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
@@ -61,11 +59,27 @@ class Server:
         finally:
             connection.close()
 
-    def replicas(self) -> list[psutil.Process]:
-        """The processes of the model, oldest first."""
-        found = [p for p in self.process.children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())
-                 and "Classifier" in " ".join(p.cmdline())]  # fmt: skip
+    def processes(self, *names: str) -> list[psutil.Process]:
+        """Those of the model (Classifier), of what takes requests in (Gate), and of the port (ProxyActor), oldest first."""
+        found = []
+        for process in self.process.children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                if any(name in " ".join(process.cmdline()) for name in names):
+                    found.append(process)
         return sorted(found, key=lambda p: p.create_time())
+
+    def until(self, holds: Callable[[], bool]) -> bool:
+        """Whether it came to hold in 90 s."""
+        ends = time.monotonic() + 90
+        while not (held := holds()) and time.monotonic() < ends:
+            time.sleep(0.2)
+        return held
+
+    def health(self) -> int:
+        """Status of /health, which may be 503."""
+        status = self.ask(path="/health", method="GET", kind=None)[0]
+        self.statuses.pop()
+        return status
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +197,18 @@ def test_a_body_of_unknown_length_is_cut_off_at_the_limit(server: Server) -> Non
 
 
 def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_stays_flat(server: Server) -> None:
+    bad = [
+        (bytes(MAX_BYTES + 1), 413),
+        (png(1000, 501), 413),
+        (bomb(60_000, 60_000), 413),
+        (photo()[:-900], 400),
+        (b"no", 400),
+    ]
+
     def one(number: int) -> bool:
+        if number % 8 == 0:
+            body, expected = bad[number // 8 % len(bad)]
+            return server.ask(body)[0] == expected
         status, _, text = server.ask(server.pictures[number % 24], "/predict?top=8")
         answer = json.loads(text)["classes"]
         assert status == 200
@@ -192,16 +217,18 @@ def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_sta
 
     with ThreadPoolExecutor(200) as pool:
         assert all(pool.map(one, range(200)))
-        before = [p.memory_info().rss for p in server.replicas()]
+        assert all(pool.map(one, range(200)))
+        processes = server.processes("Classifier", "Gate", "ProxyActor")
+        before = [p.memory_info().rss for p in processes]
         for _ in range(3):
             assert all(pool.map(one, range(200)))
-        after = [p.memory_info().rss for p in server.replicas()]
-    assert len(before) == 2
+        after = [p.memory_info().rss for p in processes]
+    assert len(before) == 5
     assert sum(after) - sum(before) < 40 * 2**20
 
 
 def test_a_killed_replica_costs_no_request(server: Server) -> None:
-    victim = server.replicas()[0]
+    victim = server.processes("Classifier")[0]
     with ThreadPoolExecutor(50) as pool:
         asked = [pool.submit(server.ask, server.pictures[n % 24]) for n in range(400)]
         while sum(future.done() for future in asked) < 50:
@@ -212,30 +239,34 @@ def test_a_killed_replica_costs_no_request(server: Server) -> None:
         victim.kill()
         found = [future.result()[0] for future in asked]
     assert found == [200] * 400
-    ends = time.monotonic() + 60
-    while (len(server.replicas()) < 2 or victim in server.replicas()) and time.monotonic() < ends:
-        time.sleep(0.2)
-    assert len(server.replicas()) == 2
+    assert server.until(lambda: len({*server.processes("Classifier")} - {victim}) == 2)
     assert max(server.statuses) < 500
 
 
-def test_what_a_replica_held_when_it_died_is_asked_again() -> None:
-    class Model:
-        calls = 0
+def test_when_what_takes_requests_in_is_killed_the_next_requests_go_to_the_other(server: Server) -> None:
+    victim, so_far = server.processes("Gate")[0], len(server.statuses)
+    with ThreadPoolExecutor(20) as pool:
+        inside = [pool.submit(server.ask, server.pictures[n % 24]) for n in range(100)]
+        while sum(future.done() for future in inside) < 30:
+            time.sleep(0.001)
+        victim.kill()
+        victim.wait(10)
+        while sum(future.done() for future in inside) < 100:
+            time.sleep(0.001)
+        found = [future.result()[0] for future in inside]
+        assert found.count(200) >= 100 - 20  # at most those that were under way
+        del server.statuses[so_far:]
+        assert [status for status, *_ in pool.map(server.ask, server.pictures * 4)] == [200] * 96
+    assert server.until(lambda: len({*server.processes("Gate")} - {victim}) == 2)
 
-        @property
-        def classify(self) -> Model:
-            return self
 
-        async def remote(self, body: bytes, top: int) -> tuple[int, dict[str, str]]:
-            self.calls += 1
-            if self.calls < 3:
-                raise RayActorError
-            return 200, {"body": body.decode()}
-
-    model = Model()
-    assert asyncio.run(Gate(model, Options("x"))._classified(b"picture", 5)) == (200, {"body": "picture"})
-    assert model.calls == 3
+def test_health_is_503_while_no_replica_lives_and_ok_again_when_one_does(server: Server) -> None:
+    assert server.health() == 200
+    for process in server.processes("Classifier"):
+        process.kill()
+    assert server.until(lambda: server.health() == 503)
+    assert server.until(lambda: server.health() == 200)
+    assert server.ask(server.pictures[0])[0] == 200
 
 
 def test_bad_options_are_one_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from lift_ray.distributed.cluster import connected
 from lift_ray.errors import BadInput, RunFailed, last_line
 
 NAME = "lift_ray"
+STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
@@ -45,17 +46,24 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
             http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
+        for number in STOP:  # only now: Ray sets handlers of its own when it starts
+            signal.signal(number, _stop)
         try:
             serve.run(application(options), name=NAME, route_prefix="/")
-            stop = threading.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray sets handlers of its own when it starts
-                signal.signal(number, lambda *_: stop.set())
             print(f"http://{host}:{port}/", flush=True)
-            stop.wait()
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass
         except RuntimeError as error:
             raise RunFailed(f"{options.checkpoint}: must start to serve, but: {last_line(error)}") from None
         finally:
             serve.delete(NAME)
+
+
+def _stop(*_: Any) -> None:
+    for number in STOP:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _check(options: Any, host: str, port: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
@@ -17,6 +19,8 @@ from lift_ray.data.index import absolute
 from lift_ray.errors import BadInput
 
 TRIES = 5  # of a picture whose replica died
+BYTES_AT_ONCE = 128_000_000  # of uploads in one process; what comes beyond is sent away
+FRESH_S, PATIENCE_S = 2.0, 3.0  # how long an answer of the model says that it lives; how long it may take to say so
 MAY_BE_0 = ("gpus", "posthoc_tau")
 PAGE_RULES = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'"
@@ -75,6 +79,8 @@ class Gate:
 
     def __init__(self, model: Any, options: Options) -> None:
         self._model, self._max_bytes = model, int(options.max_mb * 1e6)
+        self._bytes, self._bytes_at_once = 0, max(BYTES_AT_ONCE, self._max_bytes)
+        self._answered = -FRESH_S
         self._page = (importlib.resources.files("lift_ray") / "distributed" / "serving.html").read_text()
 
     async def __call__(self, request: Request) -> Response:
@@ -93,6 +99,14 @@ class Gate:
         return HTMLResponse(self._page, headers={"Content-Security-Policy": PAGE_RULES})
 
     async def _health(self, request: Request) -> Response:
+        if time.monotonic() - self._answered > FRESH_S:
+            try:
+                await asyncio.wait_for(self._model.alive.remote(), PATIENCE_S)
+            except (TimeoutError, RayActorError, DeploymentUnavailableError):
+                return _fault(
+                    503, f"model: must answer, but no replica did in {PATIENCE_S:g} s", **{"Retry-After": "5"}
+                )
+            self._answered = time.monotonic()
         return JSONResponse({"status": "ok"})
 
     async def _predict(self, request: Request) -> Response:
@@ -110,20 +124,26 @@ class Gate:
         body = bytearray()
         try:
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > self._max_bytes:
+                if len(body) + len(chunk) > self._max_bytes:
                     return self._too_large()
+                if self._bytes + len(chunk) > self._bytes_at_once:
+                    return _fault(503, "server: has too many uploads at once; send it again", **{"Retry-After": "1"})
+                body += chunk
+                self._bytes += len(chunk)
+            if not body:
+                return _fault(400, "body: must be a picture, but got 0 bytes")
+            status, answer = await self._classified(bytes(body), int(top))
+            return JSONResponse(answer, status)
         except ClientDisconnect:
             return _fault(400, "body: must come whole, but the client left")
-        if not body:
-            return _fault(400, "body: must be a picture, but got 0 bytes")
-        status, answer = await self._classified(bytes(body), int(top))
-        return JSONResponse(answer, status)
+        finally:
+            self._bytes -= len(body)
 
     async def _classified(self, body: bytes, top: int) -> tuple[int, dict[str, Any]]:
         for _ in range(TRIES - 1):
             try:
                 found: tuple[int, dict[str, Any]] = await self._model.classify.remote(body, top)
+                self._answered = time.monotonic()
                 return found
             except RayActorError:  # its replica died; Serve starts another
                 await asyncio.sleep(0.2)

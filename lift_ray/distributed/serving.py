@@ -22,6 +22,7 @@ from lift_ray.distributed.gate import Gate, Options
 from lift_ray.distributed.ranks import Ranks
 
 LARGEST_BATCH, WAIT_S = 32, 0.005
+GATES = 2  # so that there is one when the other dies
 AT_ONCE = 64  # pictures in a replica; the others wait where they came in
 
 
@@ -35,6 +36,10 @@ class Classifier:
             fixed = options.temperature
             self._temperature = (Calibration(fixed) if fixed else calibrated(folder, self._finished)).temperature
         self._max_pixels, self._decoding = int(1e6 * options.max_megapixels), asyncio.Semaphore(options.cpus + 1)
+
+    async def alive(self) -> bool:
+        """True, when the replica answers at all."""
+        return True
 
     async def classify(self, encoded: bytes, top: int) -> tuple[int, dict[str, Any]]:
         """HTTP status, and what to answer."""
@@ -82,5 +87,8 @@ def application(options: Options) -> Any:
         Classifier, num_replicas=options.replicas, ray_actor_options=actor, max_ongoing_requests=AT_ONCE,
         health_check_period_s=2,
     ).bind(options)  # fmt: skip
-    gate = serve.deployment(Gate, num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+    gate = serve.deployment(
+        Gate, num_replicas=GATES, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, max_queued_requests=1000,
+        health_check_period_s=2,
+    )  # fmt: skip
     return gate.bind(model, options)

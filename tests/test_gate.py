@@ -1,0 +1,91 @@
+"""What stands before the model of a server: what it asks again, sends away, and puts together. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lift_ray.distributed import gate, serving
+from lift_ray.distributed.gate import Gate, Options
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
+
+
+def test_what_a_replica_held_when_it_died_is_asked_again() -> None:
+    class Model:
+        calls = 0
+
+        @property
+        def classify(self) -> Model:
+            return self
+
+        async def remote(self, body: bytes, top: int) -> tuple[int, dict[str, str]]:
+            self.calls += 1
+            if self.calls < 3:
+                raise RayActorError
+            return 200, {"body": body.decode()}
+
+    model = Model()
+    assert asyncio.run(Gate(model, Options("x"))._classified(b"picture", 5)) == (200, {"body": "picture"})
+    assert model.calls == 3
+
+
+def test_uploads_that_are_too_many_bytes_at_once_are_sent_away_and_may_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gate, "BYTES_AT_ONCE", 2500)
+    let_go = asyncio.Event()
+
+    class Model:
+        classify = property(lambda self: self)
+
+        async def remote(self, body: bytes, top: int) -> tuple[int, dict[str, str]]:
+            await let_go.wait()
+            return 200, {}
+
+    async def ask(at: Gate) -> Response:
+        scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"",
+                 "headers": [(b"content-type", b"image/png")]}  # fmt: skip
+        sent = iter([{"type": "http.request", "body": bytes(500), "more_body": more} for more in (True, False)])
+
+        async def receive() -> dict[str, Any]:
+            return next(sent)
+
+        return await at(Request(scope, receive))
+
+    async def main() -> list[Response]:
+        at = Gate(Model(), Options("x", max_mb=0.002))
+        held = [asyncio.create_task(ask(at)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        too_many = [await ask(at) for _ in range(3)]
+        let_go.set()
+        return [*too_many, *[await task for task in held], *[await ask(at) for _ in range(3)]]
+
+    answers = asyncio.run(main())
+    assert [answer.status_code for answer in answers] == [503] * 3 + [200] * 5
+    assert answers[0].headers["Retry-After"] == "1"
+
+
+def test_pictures_that_come_together_are_classified_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def of_batch(self: Any, pictures: list[int]) -> list[int]:
+        sizes.append(len(pictures))
+        return [2 * picture for picture in pictures]
+
+    monkeypatch.setattr(serving.Classifier, "_of_batch", of_batch)
+    settings = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=serving.AT_ONCE))
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: settings)
+
+    async def main() -> list[int]:
+        model = object.__new__(serving.Classifier)
+        return list(await asyncio.gather(*[model._probabilities(n) for n in range(40)]))
+
+    assert asyncio.run(main()) == [2 * n for n in range(40)]
+    assert sizes == [32, 8]
