@@ -36,8 +36,8 @@ format: .venv/.installed  ## rewrite the code in the house format
 secrets: .venv/.installed  ## look for keys and passwords in the files
 	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^benchmarks/results/|/manifest\.json$$' --exclude-lines '^ *sourceImage: '
 
-audit: .venv/.installed  ## look the installed packages up in a database of known vulnerabilities; needs the network
-	@$(BIN)/pip-audit --strict --local --skip-editable
+audit: .venv/.installed  ## look the installed packages up in a database of known vulnerabilities; says where none can be reached
+	@$(BIN)/python .ci/audit.py
 
-screenshots: .venv/.installed  ## take the pictures of docs/monitoring.md again; needs Chromium
+screenshots: .venv/.installed  ## take the pictures in docs/ again; needs Chromium, 20 minutes
 	@$(BIN)/python tests/screenshots.py
