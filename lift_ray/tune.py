@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,7 +51,8 @@ def tune(
     live: Annotated[bool, typer.Option(help="Serve a page about the search on 127.0.0.1 while it runs.")] = True,
     live_port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 is a free one.")] = 0,
     log_to: Annotated[
-        list[str] | None, typer.Option(metavar="SERVICE", help="Keep trials in mlflow, wandb or tensorboard too; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="SERVICE", help="Keep trials in mlflow, wandb or tensorboard too; may be repeated."),
     ] = None,
     schema: Annotated[
         str | None,
@@ -115,7 +117,7 @@ def tune(
             print(f"live page: {page}", flush=True)
             tell_job(page)
         write_json({"name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True),
-                    "machine": machine()}, target.folder / BEGUN)  # fmt: skip
+                    "each_trial": asdict(need), "machine": machine()}, target.folder / BEGUN)  # fmt: skip
         with kept_up_to_date(target):
             found = run_search(space, dataset, need, lambda: slots_now(space.scale, need), study, target, watchers)
         found.time_s["start"] += started_s
@@ -217,6 +219,7 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
 def _print_found(space: SpaceFile, found: Found, out: Output) -> None:
     from lift_ray.results.rows import describe
     from lift_ray.results.tables import accuracy_table, console, curve_table, pareto_table, seeds_table
+    from lift_ray.results.together import crossed_table, together_table
 
     screen = console()
     states = [row.state for row in found.rows]
@@ -232,6 +235,9 @@ def _print_found(space: SpaceFile, found: Found, out: Output) -> None:
     print(f"best settings: {describe(found.best.values)}")
     screen.print(accuracy_table("validation (the search saw this), accuracy in %", "validation", found.compared))
     screen.print(accuracy_table("test (it did not), accuracy in %", "test", found.compared))
+    if found.together:
+        screen.print(together_table(found.together))
+        screen.print(crossed_table(next(one["report"] for one in found.together if one["trial"] == found.best.number)))
     if found.seeds:
         screen.print(seeds_table(found.seeds))
     if (optimism := found.best.last.get("validation/posthoc_optimism")) is not None:

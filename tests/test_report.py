@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from made_study import make_trials, write_study
 
 from lift_ray import report
 from lift_ray.distributed import reporting
-from lift_ray.distributed.importance import importances
+from lift_ray.distributed.importance import importances, importances_within
 from lift_ray.errors import BadInput
+from lift_ray.results.evidence import Interval
 from lift_ray.results.page import Chapter, figures_of
+from lift_ray.results.scaling_law import Law, Point
+from lift_ray.results.search_figures import cost_in_words, unit_of
 from lift_ray.results.studies import StudyFiles, read_study
-from lift_ray.results.summary import summary
+from lift_ray.results.summary import Cell, accuracy_rows, gain_rows, law_in_words, seed_rows, summary
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +75,64 @@ def test_the_summary_says_what_won_by_how_much_and_how_sure(study: Path) -> None
     lines = summary(read_study(study, "out"))
     best = read_study(study, "out").best_trial
     assert best
-    assert lines[0].startswith(f"Best is trial {best['number']}: {best['tuner.kind']}, ")
+    assert re.fullmatch(
+        r"The best settings recognise 59\.\d% of the test images, which the search did not see \(mean over classes\): "
+        r"5\d\.\d points more than zero-shot and 1[789]\.\d more than the recipe\.", lines[0]
+    )  # fmt: skip
+    assert lines[1] == "Each of these differences is more than chance over the test images."
     assert re.match(
-        r"On the test split, .* it recognises \d+\.\d% \(mean over classes; 95% interval 5\d\.\d to 6\d\.\d\)", lines[1]
+        r"On the few-shot classes it recognises 5\d\.\d%, .* the strongest yardstick there \(the recipe\)\.", lines[2]
     )
-    assert re.match(r"That is [45]\d\.\d points more than zero-shot \(95% interval \+.* more than chance", lines[2])
-    assert "points more than the recipe" in lines[3]
+    assert lines[3].startswith("Does heavy fine-tuning hurt here? ")
     assert "one seed" in lines[4]
-    assert lines[5] == "24 trials: 20 finished, 4 stopped early."
+    assert lines[5].startswith(f"Best is trial {best['number']}: {best['tuner.kind']}, ")
+    assert lines[6] == "24 trials: 20 finished, 4 stopped early."
+    assert not any("95%" in line for line in lines), "the intervals stand in the table"
+
+
+def test_a_loss_on_the_rare_classes_is_said(study: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(study, tmp_path / "out"))
+    about = json.loads((folder / "study.json").read_text())
+    about["compared"][2]["test/few"] = about["compared"][1]["test/few"] - 0.1
+    (folder / "study.json").write_text(json.dumps(about))
+    assert "10.0 points less than the strongest yardstick there (the recipe)." in summary(read_study(folder, "out"))[2]
 
 
 def test_equal_models_are_called_equal(tmp_path: Path) -> None:
     lines = summary(read_study(write_study(tmp_path / "out", make_trials(3), shares=(0.1, 0.5, 0.5)), "out"))
-    assert (
-        "That is 0.0 points more than the recipe (95% interval +0.0 to +0.0: which may be chance over the test images)"
-        in lines[3]
-    )
+    assert lines[0].endswith("more than zero-shot and as much as the recipe.")
+    assert lines[1] == "The difference to the recipe may be chance over the test images."
+
+
+def test_the_tables_hold_the_intervals_and_the_gains(study: Path) -> None:
+    found = read_study(study, "out")
+    best, gain = accuracy_rows(found)[-1]["mean class"], gain_rows(found)[1]["mean class"]
+    assert isinstance(best, Cell)
+    assert isinstance(gain, Cell)
+    low, high = map(float, best.below.split("\u2013"))
+    assert low < float(best.text) < high
+    low, high = map(float, gain.below.split(" to "))
+    assert 0 < low < float(gain.text) < high
+    assert gain_rows(found)[1]["better than"] == "the recipe"
+
+
+def test_several_seeds_have_a_table_and_a_word(study: Path) -> None:
+    found = read_study(study, "out")
+    runs = [{"label": "best found", "seed": k, "test/mean_class_accuracy": v} for k, v in enumerate((0.5, 0.6))]
+    found = replace(found, about=found.about | {"seeds": runs})
+    (row,) = seed_rows(found)
+    assert (row["model"], row["mean class"]) == ("best found, 2 seeds", Cell("55.0", "\u00b1 7.1"))
+    assert "With 2 seeds the best settings reach 55.0% on test" in "".join(summary(found))
+
+
+def test_a_law_that_says_no_more_than_the_mean_is_one_sentence() -> None:
+    def point(found: float, predicted: float, held_out: bool) -> Point:
+        return Point({}, {}, found, Interval(predicted, 0, 1), held_out)
+
+    small = [point(0.5, 0.5, False), point(0.6, 0.6, False)]
+    assert law_in_words(Law("five lines", [*small, point(0.7, 0.69, True)])) == "five lines"
+    assert law_in_words(Law("five lines", [*small, point(0.7, 0.9, True)])).startswith("Cannot tell: ")
+    assert law_in_words(Law("too few")) == "too few"
 
 
 def running(folder: Path) -> None:
@@ -138,14 +184,14 @@ def as_it_is(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (as_it_is, "On the test split"),
+    (as_it_is, "The best settings recognise"),
     (running, "Best so far is trial"),
     (nothing_finished, "Of the failures: the loss must be finite"),
     (before_the_first_trial, "No trial has finished yet."),
-    (without_predictions, "On the test split"),
+    (without_predictions, "The best settings recognise"),
     (without_a_test_split, "There are no figures of a test split"),
     (with_lost_data, "There are no pictures to show"),
-    (of_an_older_version, "On the test split"),
+    (of_an_older_version, "The best settings recognise"),
 ])  # fmt: skip
 @pytest.mark.parametrize("number", [1, 12])
 def test_every_kind_of_study_gets_a_page(change: Any, words: str, number: int, tmp_path: Path) -> None:
@@ -158,12 +204,19 @@ def test_every_kind_of_study_gets_a_page(change: Any, words: str, number: int, t
         go.Figure(figure)
 
 
-def test_several_objectives_and_a_diverged_trial_get_a_page(tmp_path: Path) -> None:
+def test_several_objectives_and_a_diverged_trial_get_a_page_with_the_front(tmp_path: Path) -> None:
     trials = make_trials(9)
     trials[3] |= {"validation/mean_class_accuracy": math.nan, "validation/few": math.nan, "state": "failed"}
     folder = write_study(tmp_path / "out", trials, objectives={"validation/few": "max", "trained_parameters": "min"})
+    about = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(about | {"pareto": [{"trial": 0}, {"trial": 2}]}))
     assert not report.main([str(folder)])
-    assert "few accuracy in %" in json.dumps(drawn_in((folder / "report" / "index.html").read_text())["history"])
+    figures = drawn_in((folder / "report" / "index.html").read_text())
+    assert "few accuracy in %" in json.dumps(figures["history"])
+    front = next(trace for trace in figures["pareto"]["data"] if trace["name"] == "not beaten")
+    assert sorted(zip(front["x"], front["y"], strict=True)) == sorted(
+        (trials[i]["trained_parameters"], round(100 * trials[i]["validation/few"], 4)) for i in (0, 2)
+    )
 
 
 def test_studies_stand_side_by_side_and_keep_apart(study: Path, tmp_path: Path) -> None:
@@ -172,8 +225,28 @@ def test_studies_stand_side_by_side_and_keep_apart(study: Path, tmp_path: Path) 
     page = (tmp_path / "both" / "index.html").read_text()
     figures = drawn_in(page)
     assert {"studies", "1-history", "2-history"} <= set(figures)
-    assert figures["studies"]["data"][0]["y"] == ["study 1", "study 2"]
-    assert re.findall(r'<section id="(study-\d)">', page) == ["study-1", "study-2"]
+    assert figures["studies"]["layout"]["yaxis"]["ticktext"] == ["study 1", "study 2"]
+    assert re.findall(r'<h2 class="wide" id="(study-\d)">', page) == ["study-1", "study-2"]
+    assert "From study 1, study 2 together, each with its own level (embedded:caltech101-lt)." in page
+
+
+def test_the_best_is_found_after_some_minutes_by_the_clock(tmp_path: Path) -> None:
+    trials = [t | {"began_at": 1e9 + 60 * i, "ended_at": 1e9 + 60 * i + 90} for i, t in enumerate(make_trials(12))]
+    found = read_study(write_study(tmp_path / "out", trials), "out")
+    assert found.best
+    assert f"{found.best + 1.5:.1f} minutes by the clock" in cost_in_words(found)
+
+
+def test_hours_are_of_what_a_trial_held_while_the_search_still_runs(tmp_path: Path) -> None:
+    """`use_gpu: auto` on a cluster whose GPU nodes have not come yet, or have gone."""
+    folder = write_study(tmp_path / "out", make_trials(2))
+    about = json.loads((folder / "study.json").read_text())
+    running(folder)
+    begun = {name: about[name] for name in ("name", "dataset", "space", "machine")}
+    (folder / "space.json").write_text(json.dumps(begun | {"each_trial": {"workers": 4, "cpus": 2, "gpus": 1}}))
+    assert unit_of(read_study(folder, "out")) == (4, "GPU-hours")
+    (folder / "space.json").write_text(json.dumps(begun | {"each_trial": {"workers": 4, "cpus": 2, "gpus": 0}}))
+    assert unit_of(read_study(folder, "out")) == (8, "CPU-hours")
 
 
 def test_names_from_outside_are_text_and_not_html(tmp_path: Path) -> None:
@@ -225,20 +298,39 @@ def test_a_report_that_fails_does_not_end_a_search(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.startswith("the report was not written: ")
 
 
-def test_a_running_search_has_a_page_soon(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(study / "trials.parquet", tmp_path)
+def test_a_running_search_has_a_page_soon_though_the_first_try_fails(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trials.parquet").write_bytes(b"PAR1....")
     monkeypatch.setattr(reporting, "EVERY_S", 0.05)
     with reporting.kept_up_to_date(reporting.Output(str(tmp_path))):
+        reporting.time.sleep(1.0)
+        shutil.copy(study / "trials.parquet", tmp_path)
         ends = reporting.time.monotonic() + 30
         while not (tmp_path / "report" / "index.html").exists() and reporting.time.monotonic() < ends:
             reporting.time.sleep(0.05)
     assert "This search has not ended" in (tmp_path / "report" / "index.html").read_text()
+    assert capsys.readouterr().out.count("the report was not written: ") == 1, "the same fault was told twice"
 
 
 def test_the_setting_that_decides_is_the_most_important(study: Path) -> None:
     found = importances(read_study(study, "out"))
     assert set(found) == {"tuner.kind", "loss.tau", "optim.lr"}, "a setting that not every trial has was ranked"
     assert max(found, key=lambda name: found[name]) == "loss.tau"
+
+
+def test_a_setting_that_some_kinds_have_is_ranked_among_their_trials(study: Path, tmp_path: Path) -> None:
+    trials = make_trials(60)
+    for trial in trials:  # here the width decides, among those that have one
+        if trial["tuner.bottleneck"] is not None:
+            trial["validation/mean_class_accuracy"] = 0.01 * trial["tuner.bottleneck"]
+    found = read_study(write_study(tmp_path / "out", trials), "out")
+    within = importances_within(found)
+    assert set(within) == {"tuner.bottleneck"}
+    assert within["tuner.bottleneck"] > 0.5
+    made, _ = figures_of(Chapter(found, importances(found), within))
+    drawn = next(figure for figure in made if figure.name == "importance")
+    assert {row["setting"]: row["among"] for row in drawn.rows}["tuner.bottleneck"] == "trials that have it"
 
 
 def test_too_few_trials_have_no_importances(tmp_path: Path) -> None:

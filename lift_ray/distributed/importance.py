@@ -11,20 +11,32 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
-from lift_ray.results.studies import StudyFiles
+from lift_ray.results.studies import StudyFiles, Trial
 
 FEWEST_TRIALS = 10
 
 
 def importances(study: StudyFiles) -> dict[str, float]:
-    """Shares that add up to 1, of the settings that every trial has; empty when the finished trials are too few to tell.
+    """Shares that add up to 1, of the settings that every trial has; empty when the finished trials are too few to tell."""
+    return _shares(study, study.finished)
 
-    Settings that only some kinds of tuner have are left out: their trials are not all the trials.
-    """
+
+def importances_within(study: StudyFiles) -> dict[str, float]:
+    """Of a setting that only some trials have, such as a bottleneck: its share among these trials, where they are enough."""
+    out: dict[str, float] = {}
+    for name, param in study.space.items():
+        if param.get("when"):
+            found = _shares(study, [t for t in study.finished if t.get(name) is not None])
+            out |= {name: found[name]} if name in found else {}
+    return out
+
+
+def _shares(study: StudyFiles, trials: list[Trial]) -> dict[str, float]:
+    """Of the settings that all these trials have."""
     metric, mode = study.objective
-    trials = study.finished
-    ranges = {name: distribution(param) for name, param in study.space.items() if param and not param.get("when")}
-    varied = {n: d for n, d in ranges.items() if not d.single() and len({t.get(n) for t in trials}) > 1}
+    shared = [name for name, param in study.space.items() if param and all(t.get(name) is not None for t in trials)]
+    ranges = {name: distribution(study.space[name]) for name in shared}
+    varied = {n: d for n, d in ranges.items() if not d.single() and len({t[n] for t in trials}) > 1}
     if len(trials) < FEWEST_TRIALS or len(varied) < 2:
         return {}
     with warnings.catch_warnings():

@@ -69,10 +69,10 @@ def _read(out: Output) -> StudyFiles:
 
 
 def _chapter(study: StudyFiles) -> Chapter:
-    from lift_ray.distributed.importance import importances
+    from lift_ray.distributed.importance import importances, importances_within
 
     examples, why = worst_classes(study)
-    return Chapter(study, importances(study), examples, why)
+    return Chapter(study, importances(study), importances_within(study), examples, why)
 
 
 def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
@@ -125,8 +125,12 @@ def try_report(out: Output) -> str | None:
     try:
         return write_report([out.url])
     except Exception as error:  # whatever it is, the search is worth more
-        print(f"the report was not written: {' '.join(str(error).split())[:300]}; try python -m lift_ray.report {out}")
+        print(_fault(error, out))
         return None
+
+
+def _fault(error: Exception, out: Output) -> str:
+    return f"the report was not written: {' '.join(str(error).split())[:300]}; try python -m lift_ray.report {out}"
 
 
 @contextmanager
@@ -147,11 +151,16 @@ def kept_up_to_date(out: Output) -> Iterator[None]:
 
 
 def _keep(out: Output, trials: Path, over: threading.Event) -> None:
-    pause_s, written = EVERY_S, 0.0
+    pause_s, written, told = EVERY_S, 0.0, ""
     while not over.wait(pause_s):
         if not trials.exists() or (changed := trials.stat().st_mtime) == written:
             continue
         began = time.monotonic()
-        if try_report(out) is None:
-            return
-        written, pause_s = changed, max(EVERY_S, (time.monotonic() - began) / SHARE)
+        try:
+            write_report([out.url])
+            written, told = changed, ""
+        except Exception as error:  # a file that is half written, a full disk: the next time may be better
+            if (text := _fault(error, out)) != told:
+                print(text)
+            told = text
+        pause_s = max(EVERY_S, (time.monotonic() - began) / SHARE)

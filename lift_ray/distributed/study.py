@@ -30,7 +30,8 @@ from lift_ray.settings.space import Draw, SpaceFile, grid_points
 JOURNAL = "optuna.journal"
 BEAT_S, LOST_S = 15.0, 90.0
 WORST = 1e9
-FREE = ("scale", "out", "plan")  # may change when a search goes on; so may the number of trials
+FREE = ("scale", "out", "plan")  # may change when a search goes on
+MORE = ("trials", "per_kind", "tte_best", "seeds_best")  # so may these of `search`
 
 
 class Study:
@@ -86,7 +87,7 @@ class Study:
         for name, value in about.items():
             was, now = before.get(name, value), value
             if name == "search":
-                was, now = ({k: v for k, v in d.items() if k not in ("trials", "per_kind")} for d in (was, now))
+                was, now = ({k: v for k, v in d.items() if k not in MORE} for d in (was, now))
             if name not in FREE and was != now:
                 raise BadInput(f"--resume: {name} must stay as the search began, {was}, but got {now}; "
                                "give another --out, or the settings it began with")  # fmt: skip
@@ -137,6 +138,9 @@ class Study:
                 row.values, row.released = change["values"], change["epoch"]
         self.rows[row.number] = row
         self._trials[row.number] = optuna.Trial(study, frozen._trial_id)
+        began, ended = frozen.datetime_start, frozen.datetime_complete
+        row.began_at = began.timestamp() if began else None
+        row.ended_at = ended.timestamp() if ended else None
         if end := frozen.user_attrs.get("end"):
             row.state, row.error = end["state"], end["error"]
             if frozen.state == TrialState.RUNNING:
@@ -166,7 +170,13 @@ class Study:
         values = Draw(self.space.of_kind(kind))(trial)
         is_start = point is not None and self.space.search.sampler != "grid"
         row = TrialRow(
-            number, values, self._num_epochs(values), "waiting", group=kind, start=number if is_start else None
+            number,
+            values,
+            self._num_epochs(values),
+            "waiting",
+            group=kind,
+            start=number if is_start else None,
+            began_at=time.time(),
         )
         trial.set_user_attr("trial", {"number": number, "values": values, "start": row.start})
         self.rows[number], self._trials[number] = row, trial
@@ -205,7 +215,7 @@ class Study:
         tell = TELL[state].name
         if state == "finished" and (broken := [name for name, value in excess.items() if value > 0]):
             state, error = "infeasible", ", ".join(f"{name} is {figures[name]:g}" for name in broken)
-        row.state, row.error = state, error
+        row.state, row.error, row.ended_at = state, error, time.time()
         worst = [-WORST if mode == "max" else WORST for mode in self.space.objectives.values()]
         values = [row.last.get(metric, math.nan) for metric in self.space.objectives]
         end: dict[str, Any] = {"state": state, "error": error, "tell": tell, "values": values}

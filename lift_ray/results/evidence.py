@@ -110,17 +110,22 @@ def sized(study: StudyFiles) -> list[Trial]:
     return [t for t in study.finished if t.get("validation/few") is not None and (t.get("trained_parameters") or 0) > 0]
 
 
+def is_grid(study: StudyFiles) -> bool:
+    """Was every combination tried?"""
+    return bool(study.about.get("space", {}).get("search", {}).get("sampler") == "grid")
+
+
 def best_of_each_size(study: StudyFiles) -> list[Trial]:
     """Of the trials of a size the best by the objective: a bad learning rate says nothing about the size.
 
     A size is one number of trained parameters in a grid, else a kind of tuner and a number within a factor of two.
     """
     metric, mode = study.objective
-    is_grid = study.about.get("space", {}).get("search", {}).get("sampler") == "grid"
+    by_number = is_grid(study)
     best: dict[tuple[Any, ...], Trial] = {}
     for trial in sorted(sized(study), key=lambda t: t[metric], reverse=mode == "max"):
         size = trial["trained_parameters"]
-        best.setdefault((size,) if is_grid else (trial.get("tuner.kind"), round(np.log2(size))), trial)
+        best.setdefault((size,) if by_number else (trial.get("tuner.kind"), round(np.log2(size))), trial)
     return sorted(best.values(), key=lambda t: (t["trained_parameters"], t["number"]))
 
 
@@ -148,14 +153,13 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
         design, few, np.concatenate([np.eye(design.shape[1])[-1:], np.column_stack([level, grid])])
     )  # fmt: skip
     change = f"{'gain' if slope.value > 0 else 'lose'} {100 * abs(slope.value):.1f} points on the few-shot classes"
-    if slope.excludes_zero:
-        short = f"{'No' if slope.value > 0 else 'Yes'}: ten times as many trained parameters {change}."
-    else:
-        short = f"Cannot tell: ten times as many trained parameters {change}, which may be chance."
-    interval = f"95% interval of the change: {100 * slope.low:+.1f} to {100 * slope.high:+.1f} points"
-    span = f"from {10 ** size.min():,.0f} to {10 ** size.max():,.0f} trained parameters"
-    base = f"Of each of the {len(trials)} sizes only the best of its trials counts, by {studies[0].objective[0]}"
-    answer = f"{short} {interval}, {span}. {base} ({number} finished trials)."
+    word = ("No" if slope.value > 0 else "Yes") if slope.excludes_zero else "Cannot tell"
+    chance = "" if slope.excludes_zero else ", which may be chance"
+    short = f"{word}: ten times as many trained parameters {change}{chance}."
+    interval = f"95% interval {100 * slope.low:+.1f} to {100 * slope.high:+.1f}"
+    span = f"{10 ** size.min():,.0f} to {10 ** size.max():,.0f}"
+    answer = f"{short.removesuffix('.')} ({interval}). Of the {number} finished trials only the best of each of {len(trials)} sizes " \
+             f"({span}) counts, by {studies[0].objective[0]}."  # fmt: skip
     low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))
     return Heavy(short, answer, trials, slope, (10**grid, low, high))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lift_ray.results.evidence import MEASURES, Interval, accuracy_intervals, heavy_tuning, reliability, sized
+from lift_ray.results.evidence import MEASURES, heavy_tuning, is_grid, reliability, sized
 from lift_ray.results.metrics import GROUPS, RULES
 from lift_ray.results.rows import describe
 from lift_ray.results.studies import BEST, StudyFiles, Trial, numbers
@@ -51,6 +51,24 @@ class Figure:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
+SETTINGS = {
+    "tuner.kind": "kind of tuner", "tuner.bottleneck": "width of the bottleneck", "tuner.length": "prompt length",
+    "tuner.ratio": "share of weights tuned", "tuner.blocks": "tuned blocks", "loss.tau": "tau in training", "loss.kind": "loss",
+    "optim.lr": "learning rate", "optim.global_batch_size": "batch size", "augment.patch_dropout": "patches left out",
+    "augment.kind": "cropping", "head.kind": "kind of classifier", "head.init": "start of the classifier",
+}  # fmt: skip
+
+
+def plain(name: str) -> str:
+    """A setting or metric in words."""
+    return SETTINGS.get(name, name.rsplit("/", 1)[-1].rsplit(".", 1)[-1].replace("_", " "))
+
+
+def spelled(name: str, between: str = " ") -> str:
+    """The same, with the setting's own name in small."""
+    return f"{plain(name)}{between}<span style='font-size:0.8em'>{name}</span>" if "." in name else plain(name)
+
+
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """An axis with a heading."""
     return {"title": {"text": title}, "automargin": True, **more}
@@ -61,14 +79,14 @@ def log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
     low, high = min(values), max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [m * 10.0**k for k in powers for m in ((1, 2, 5) if high < 50 * low else (1,))]
-    return axis(title, type="log", tickvals=ticks, ticktext=[_short_count(v) for v in ticks])
+    return axis(title, type="log", tickvals=ticks, ticktext=[short_count(v) for v in ticks])
 
 
-def _short_count(value: float) -> str:
+def short_count(value: float) -> str:
     """20000 -> 20k."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:g}{unit}"
+            return f"{value / size:.3g}{unit}"
     return f"{value:g}"
 
 
@@ -104,36 +122,6 @@ def measures_of(trials: Sequence[Trial], wanted: Sequence[str] = (*GROUPS, "mean
     return [m for m in wanted if any(t.get(f"validation/{m}") is not None for t in trials)]
 
 
-def compared_figure(study: StudyFiles) -> Figure | None:
-    """Test accuracy of everything compared, with intervals."""
-    found = list(zip(study.compared, study.answers, strict=True))
-    rows, traces = [], []
-    if not any(f"test/{m}" in figures for figures, _ in found for m in MEASURES):
-        return None
-    for measure in [m for m in (*GROUPS, "mean_class_accuracy") if any(f"test/{m}" in figures for figures, _ in found)]:
-        colour, symbol, _ = STYLES[measure]
-        here = []
-        for figures, answers in found:
-            value = figures.get(f"test/{measure}", float("nan"))
-            spread = accuracy_intervals(answers, study.groups).get(measure) if answers and study.class_counts else None
-            here.append(spread or Interval(value, value, value))
-            rows.append({"model": figures["label"], "measure": WORDS[measure], "test": here[-1].value, "low": here[-1].low,
-                         "high": here[-1].high})  # fmt: skip
-        values = np.array([[i.value, i.high - i.value, i.value - i.low] for i in here])
-        traces.append({
-            "type": "scatter", "mode": "markers", "name": WORDS[measure], "y": [figures["label"] for figures, _ in found],
-            "x": percents(values[:, 0]), "marker": {"color": colour, "symbol": symbol, "size": 9},
-            "error_x": {"type": "data", "symmetric": False, "array": percents(values[:, 1]), "arrayminus": percents(values[:, 2]),
-                        "color": colour, "thickness": 1.5, "width": 3},
-            "hovertemplate": "%{y}: %{x:.1f}%<extra>%{fullData.name}</extra>",
-        })  # fmt: skip
-    note = (
-        "Accuracy on the test split, which the search did not see. Bars: 95% intervals by bootstrap over test images."
-    )
-    layout = {"xaxis": axis(ACCURACY), "yaxis": axis("", autorange="reversed"), "height": 210 + 42 * len(found)}
-    return Figure("compared", "Best against the yardsticks", note, traces, layout, rows)
-
-
 def size_figure(study: StudyFiles) -> Figure | None:
     """Accuracy against trained parameters, and the front of what no smaller trial beats."""
     trials = [t for t in study.finished if t.get("trained_parameters")]
@@ -142,11 +130,12 @@ def size_figure(study: StudyFiles) -> Figure | None:
     x = [t["trained_parameters"] for t in trials]
     traces = [cloud(trials, x, measure) for measure in measures_of(trials)]
     front = small_front(trials)
-    traces.append({
-        "type": "scatter", "mode": "lines", "name": "Pareto front, mean class", "x": [t["trained_parameters"] for t in front],
-        "y": percents(numbers(front, "validation/mean_class_accuracy")), "line": {"color": STYLES["mean_class_accuracy"][0],
-        "shape": "hv", "dash": "dash"}, "hoverinfo": "skip",
-    })  # fmt: skip
+    traces.insert(
+        0,
+        front_line(
+            [t["trained_parameters"] for t in front], percents(numbers(front, "validation/mean_class_accuracy"))
+        ),
+    )
     least = min(front, key=lambda t: t["trained_parameters"])
     most = front[-1]
     note = "Each finished trial, on validation. The line is the Pareto front of mean class accuracy: no trial with fewer trained " \
@@ -157,6 +146,12 @@ def size_figure(study: StudyFiles) -> Figure | None:
              **{m: t.get(f"validation/{m}") for m in MEASURES}, "on_front": t["number"] in on_front} for t in trials]  # fmt: skip
     return Figure("size", "Accuracy against trained parameters", note, traces,
                   {"xaxis": log_axis("trained parameters", x), "yaxis": axis(ACCURACY)}, rows)  # fmt: skip
+
+
+def front_line(x: Sequence[float], y: Sequence[float | None]) -> dict[str, Any]:
+    """A Pareto front as a trace."""
+    return {"type": "scatter", "mode": "lines", "name": "Pareto front", "x": list(x), "y": list(y), "hoverinfo": "skip",
+            "line": {"color": "#808080", "width": 1.5, "shape": "hv"}}  # fmt: skip
 
 
 def value_of(trial: Trial) -> str:
@@ -192,7 +187,8 @@ def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> 
     rows = [
         {"trial": t["number"], setting: t[setting], **{m: t.get(f"validation/{m}") for m in MEASURES}} for t in trials
     ]
-    layout = {"xaxis": log_axis(setting, x.tolist()) if is_log else axis(setting), "yaxis": axis(ACCURACY)}
+    named = spelled(setting)
+    layout = {"xaxis": log_axis(named, x.tolist()) if is_log else axis(named), "yaxis": axis(ACCURACY)}
     return Figure(name, title, note, traces, layout, rows)
 
 
@@ -200,7 +196,7 @@ def width_figures(study: StudyFiles) -> list[Figure]:
     """A curve for each number of the tuner that was searched: bottleneck, prompt length, share of weights."""
     widths = [n for n in study.settings if n.startswith(("tuner.", "extra_tuner.")) and not n.endswith("kind")]
     note = "Finished trials on validation; a line joins the means where the values are few. Other settings differ between the points."
-    found = [curve(study, n, f"width-{n.replace('.', '-')}", f"How wide: {n.rsplit('.', 1)[-1]}", note) for n in widths]
+    found = [curve(study, n, f"width-{n.replace('.', '-')}", f"How wide: {plain(n)}", note) for n in widths]
     return [figure for figure in found if figure is not None]
 
 
@@ -285,7 +281,11 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
         {"trial": t["number"], "trained_parameters": t["trained_parameters"], "few": t["validation/few"],
          "best_of_its_size": t["number"] in counted} for t in sized(study)
     ]  # fmt: skip
-    note = f"{heavy.answer} Trials also differ in other settings, which the search chose; a grid over the size answers most cleanly."
+    note = heavy.answer
+    if not is_grid(study):
+        note += (
+            " They differ in other settings too: a grid over the size answers most cleanly (search_spaces/heavy.yaml)."
+        )
     return Figure("heavy", HEAVY, note, [band, *([faint] if others else []), points],
                   {"xaxis": log_axis("trained parameters", x.tolist()), "yaxis": axis("few-shot accuracy in %")}, rows)  # fmt: skip
 
@@ -304,13 +304,14 @@ def classes_figure(study: StudyFiles) -> Figure | None:
         here = seen[groups[seen] == group]
         colour, symbol, _ = STYLES[group]
         traces.append({
-            "type": "scatter", "mode": "markers", "name": f"{group} ({RULES[group]})", "x": counts[here].tolist(),
+            "type": "scatter", "mode": "markers", "name": group, "x": counts[here].tolist(),
             "y": percents(correct[here] / total[here]), "text": [study.class_names[k] for k in here],
             "marker": {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75},
             "hovertemplate": "%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
         })  # fmt: skip
     never = int((correct[seen] == 0).sum())
-    note = f"Each point is a class, best found, on test. {never} of {len(seen)} classes are never recognised."
+    rules = ", ".join(f"{group} {RULES[group]}" for group in GROUPS)
+    note = f"Each point is a class, best found, on test. {never} of {len(seen)} classes are never recognised. Training images: {rules}."
     rows = [{"class": study.class_names[k], "group": str(groups[k]), "train_images": int(counts[k]), "test_images": int(total[k]),
              "correct": int(correct[k])} for k in seen]  # fmt: skip
     layout = {
@@ -340,7 +341,7 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
         errors.append(f"{label} {100 * sum(abs(b[0] - b[1]) * b[2] for b in bins) / len(found[1].label):.1f}%")
     if not rows:
         return None
-    note = "How often a prediction is right when the model says how sure it is; above the dotted line it is too modest. " \
+    note = "How often a prediction is right when the model says how sure it is; below the dotted line it is too sure. " \
            f"Expected calibration error on test: {', '.join(errors)}."  # fmt: skip
     layout = {"xaxis": axis("confidence in %", range=[0, 100]), "yaxis": axis(ACCURACY, range=[0, 100])}
     return Figure("calibration", "Calibration: can its confidence be trusted?", note, traces, layout, rows)

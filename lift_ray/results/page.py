@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from lift_ray.errors import RunFailed
-from lift_ray.results import figures, search_figures
+from lift_ray.results import comparison_figures, figures, search_figures
 from lift_ray.results.evidence import heavy_tuning
-from lift_ray.results.figures import Figure
+from lift_ray.results.figures import HEAVY, Figure
 from lift_ray.results.scaling_law import fit_law
-from lift_ray.results.studies import StudyFiles
-from lift_ray.results.summary import accuracy_rows, summary
+from lift_ray.results.studies import BEST, StudyFiles
+from lift_ray.results.summary import Cell, accuracy_rows, gain_rows, law_in_words, seed_rows, summary
 
 PAGE = "index.html"
 MOST_ROWS = 60  # of a table in the page; the CSV has all
+TOGETHER = "together"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Chapter:
 
     study: StudyFiles
     importances: Mapping[str, float] = field(default_factory=dict)
+    importances_within: Mapping[str, float] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     without_examples: str = ""
 
@@ -58,8 +60,9 @@ def figures_of(chapter: Chapter) -> tuple[list[Figure], list[str]]:
     study = chapter.study
     law = fit_law(study, *search_figures.unit_of(study))
     makers: dict[str, Callable[[], Figure | None]] = {
-        "yardsticks": lambda: figures.compared_figure(study),
+        "yardsticks": lambda: comparison_figures.compared_figure(study),
         "does heavy fine-tuning hurt": lambda: figures.heavy_figure(study),
+        "trade-off": lambda: search_figures.pareto_figure(study),
         "accuracy against trained parameters": lambda: figures.size_figure(study),
         "tau in training": lambda: figures.tau_figure(study),
         "tau after training": lambda: figures.posthoc_figure(study),
@@ -68,7 +71,9 @@ def figures_of(chapter: Chapter) -> tuple[list[Figure], list[str]]:
         "calibration": lambda: figures.calibration_figure(study),
         "history": lambda: search_figures.history_figure(study),
         "all settings at once": lambda: search_figures.parallel_figure(study),
-        "importance of the settings": lambda: search_figures.importance_figure(study, chapter.importances),
+        "importance of the settings": lambda: search_figures.importance_figure(
+            study, chapter.importances, chapter.importances_within
+        ),
         "cost": lambda: search_figures.cost_figure(study),
         "scaling": lambda: search_figures.scaling_figure(law),
     }
@@ -76,6 +81,8 @@ def figures_of(chapter: Chapter) -> tuple[list[Figure], list[str]]:
     found = [figure for figure in made.values() if figure is not None]
     place = next((i for i, figure in enumerate(found) if figure.name in ("tau", "posthoc-tau")), len(found))
     widths = figures.width_figures(study)
+    if len(study.objectives) < 2:
+        made.pop("trade-off")
     missing = [name for name, figure in made.items() if figure is None] + ([] if widths else ["width"])
     return found[:place] + widths + found[place:], missing
 
@@ -88,7 +95,7 @@ def write_page(chapters: Sequence[Chapter], folder: Path) -> list[tuple[str, Fig
     folder.mkdir(parents=True, exist_ok=True)
     named: list[tuple[str, Figure]] = []
     sections = [_together(chapters)] if len(chapters) > 1 else []
-    if len(chapters) > 1 and (both := search_figures.studies_figure([c.study for c in chapters])):
+    if len(chapters) > 1 and (both := comparison_figures.studies_figure([c.study for c in chapters])):
         named.append(("studies", both))
         sections.append(_figure("studies", both))
     for index, chapter in enumerate(chapters):
@@ -96,7 +103,7 @@ def write_page(chapters: Sequence[Chapter], folder: Path) -> list[tuple[str, Fig
         prefix = f"{index + 1}-" if len(chapters) > 1 else ""
         mine = [(prefix + figure.name, figure) for figure in made]
         named += mine
-        sections.append(_chapter(chapter, mine, missing, index))
+        sections.append(_chapter(chapter, mine, missing, index, alone=len(chapters) == 1))
     for name, figure in named:
         _write(folder / f"{name}.csv", as_csv(figure.rows))
     drawn = {name: {"data": figure.traces, "layout": figure.layout} for name, figure in named}
@@ -144,32 +151,43 @@ def _navigation(chapters: Sequence[Chapter], named: Sequence[tuple[str, Figure]]
 
 
 def _together(chapters: Sequence[Chapter]) -> str:
-    rows = []
+    """The best of each study, and the question of heavy tuning to all studies of a data set at once."""
+    rows: list[dict[str, Any]] = []
     for chapter in chapters:
         study = chapter.study
-        row = next((dict(r) for r in accuracy_rows(study) if r["model"] == "best found"), {})
+        best = next((row for row in accuracy_rows(study) if row["model"] == BEST), {})
         rows.append(
-            {"study": study.name, "trials": len(study.trials), **{k: v for k, v in row.items() if k != "model"}}
+            {"study": study.name, **{k: v for k, v in best.items() if k != "model"}, "trials": len(study.trials)}
         )
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    table = _table([{key: row.get(key, "-") for key in keys} for row in rows])
-    return f'<section class="wide"><h2>Side by side</h2><p>The best of each study, test accuracy in %.</p>{table}</section>'
+    keys.append(keys.pop(keys.index("trials")))
+    text = f"<p>The best of each study, test accuracy in %.</p>{_table([{k: row.get(k, '-') for k in keys} for row in rows])}"
+    by_data: dict[str, list[StudyFiles]] = {}
+    for chapter in chapters:
+        by_data.setdefault(chapter.study.dataset, []).append(chapter.study)
+    for dataset, studies in by_data.items():
+        if len(studies) > 1:
+            who = f"{', '.join(study.name for study in studies)} together, each with its own level ({dataset})"
+            text += f"<h3>{HEAVY}</h3><p>{escape(heavy_tuning(*studies).answer)} From {escape(who)}.</p>"
+    return f'<section class="wide" id="{TOGETHER}"><h2>Side by side</h2>{text}</section>'
 
 
-def _chapter(chapter: Chapter, named: Sequence[tuple[str, Figure]], missing: Sequence[str], index: int) -> str:
-    study = chapter.study
-    state = "" if study.is_done else '<p class="running">This search has not ended: the page shows what is there.</p>'
-    found = "<ul class='summary'>" + "".join(f"<li>{escape(text)}</li>" for text in summary(study)) + "</ul>"
-    rows, law = accuracy_rows(study), fit_law(study, *search_figures.unit_of(study))
-    table = _table(rows, "Accuracy in %") if rows else ""
-    heavy = f"<h3>Does heavy fine-tuning hurt here?</h3><p>{escape(heavy_tuning(study).answer)}</p>"
-    more = f"<h3>What would more training buy?</h3><p>{escape(law.answer)}</p>"
-    parts = [
-        f'<section id="study-{index + 1}"><h2>{escape(study.name)}</h2><p class="where">{escape(study.dataset)}</p>{state}'
-        f'<div class="two"><div>{found}</div><div>{table}{heavy}{more}</div></div></section>'
-    ]
-    for name, figure in named:
-        parts.append(_figure(name, figure))
+def _chapter(
+    chapter: Chapter, named: Sequence[tuple[str, Figure]], missing: Sequence[str], index: int, *, alone: bool
+) -> str:
+    """A study, what was found first, then each figure with what it answers."""
+    study, found = chapter.study, {figure.name: (name, figure) for name, figure in named}
+    title = "" if alone else f'<h2 class="wide" id="study-{index + 1}">{escape(study.name)}</h2>'
+    parts = [title + _found(study)]
+    parts += [_figure(*found.pop("compared"))] if "compared" in found else []
+    parts += [_numbers(study)] if study.compared else []
+    answers = {"heavy": (HEAVY, heavy_tuning(study).answer)}
+    answers["scaling"] = ("What would more training buy?", law_in_words(fit_law(study, *search_figures.unit_of(study))))
+    for name, (heading, text) in answers.items():
+        if name not in found:
+            parts.append(f"<section><h3>{escape(heading)}</h3><p>{escape(text)}</p></section>")
+    for name, figure in found.values():
+        parts.append(_figure(name, figure, answers["scaling"][1] if figure.name == "scaling" else ""))
         if figure.name == "classes":
             parts.append(_examples(chapter))
     if missing:
@@ -178,12 +196,35 @@ def _chapter(chapter: Chapter, named: Sequence[tuple[str, Figure]], missing: Seq
     return "".join(parts)
 
 
-def _figure(name: str, figure: Figure) -> str:
+def _found(study: StudyFiles) -> str:
+    lead, *others = summary(study)
+    more = "".join(f"<li>{escape(text)}</li>" for text in others)
+    state = "" if study.is_done else " running"
+    return (
+        f'<section class="found"><h3>What it found</h3><p class="lead{state}">{escape(lead)}</p><ul>{more}</ul>'
+        f'<p class="where">Data: {escape(study.dataset)}</p></section>'
+    )
+
+
+def _numbers(study: StudyFiles) -> str:
+    tables = [(accuracy_rows(study), "Accuracy in %"), (gain_rows(study), "How much better the best is, in points"),
+              (seed_rows(study), "Several seeds, accuracy on test in %, mean ± standard deviation")]  # fmt: skip
+    text = "".join(_table(rows, caption) for rows, caption in tables if rows)
+    note = (
+        "<p>In small: 95% intervals by bootstrap over test images; gains pair the images.</p>"
+        if gain_rows(study)
+        else ""
+    )
+    return f"<section><h3>How sure</h3>{note}{text}</section>"
+
+
+def _figure(name: str, figure: Figure, answer: str = "") -> str:
     data = base64.b64encode(as_csv(figure.rows).encode()).decode()
     more = f"<p>{len(figure.rows) - MOST_ROWS} more rows are in the CSV.</p>" if len(figure.rows) > MOST_ROWS else ""
+    note = f"{answer} {figure.note}" if answer else figure.note
     return (
-        f'<section id="{escape(name)}"><h3>{escape(figure.title)}</h3><p>{escape(figure.note)}</p>'
-        f'<div class="plot" data-figure="{escape(name)}" role="img" aria-label="{escape(figure.title)}. {escape(figure.note)}"></div>'
+        f'<section id="{escape(name)}"><h3>{escape(figure.title)}</h3><p>{escape(note)}</p>'
+        f'<div class="plot" data-figure="{escape(name)}" role="img" aria-label="{escape(figure.title)}. {escape(note)}"></div>'
         f'<details><summary>The numbers</summary><p><a download="{escape(name)}.csv" href="data:text/csv;base64,{data}">'
         f"{escape(name)}.csv</a></p>{_table(figure.rows[:MOST_ROWS])}{more}</details></section>"
     )
@@ -210,14 +251,14 @@ def _table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
     if not rows:
         return "<p>There is nothing yet.</p>"
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f'<div class="table" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, Cell):
+        return escape(value.text) + (f"<small>{escape(value.below)}</small>" if value.below else "")
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return escape(f"{value:.4g}" if isinstance(value, float) else str(value))

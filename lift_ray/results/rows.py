@@ -28,6 +28,7 @@ class TrialRow:
         group: the tuner kind, when each kind has trials of its own.
         start: the number of the start point that it is.
         released: epochs after which it went on from a pause.
+        began_at, ended_at: by the clock, in seconds since 1970.
     """
 
     number: int
@@ -39,6 +40,8 @@ class TrialRow:
     group: str = ""
     start: int | None = None
     released: int = 0
+    began_at: float | None = None
+    ended_at: float | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -106,7 +109,8 @@ def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:
         {"number": row.number, "state": row.state, "epochs": len(row.history), **row.values,
          **{k: v for k, v in row.last.items() if "/" in k and not k.startswith("time/")},
          "trained_parameters": row.last.get("trained_parameters"),
-         "train_s": row.seconds("train_s"), "evaluate_s": row.seconds("evaluate_s"), "error": row.error}
+         "train_s": row.seconds("train_s"), "evaluate_s": row.seconds("evaluate_s"),
+         "began_at": row.began_at, "ended_at": row.ended_at, "error": row.error}
         for row in rows
     ]  # fmt: skip
     columns = list(dict.fromkeys(name for record in records for name in record))

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 
 from lift_ray.results import figures
-from lift_ray.results.evidence import Interval, accuracy_intervals
-from lift_ray.results.figures import COLOURS, STATES, Figure, axis, scale_of, tell
-from lift_ray.results.metrics import GROUPS
+from lift_ray.results.figures import COLOURS, STATES, Figure, axis, front_line, plain, scale_of, spelled, tell
 from lift_ray.results.rows import short
 from lift_ray.results.scaling_law import Law
-from lift_ray.results.studies import BEST, StudyFiles, Trial, numbers
+from lift_ray.results.studies import StudyFiles, Trial, numbers
 
 MOST_LABELS = 5  # that a phone has room for
 SHADES = ("#0072b2", "#4aa3a0", "#9aa33f", "#e08214", "#c2410c")  # dark to bright as well as blue to red: worst to best
@@ -39,7 +37,7 @@ def history_figure(study: StudyFiles) -> Figure | None:
     so_far = (
         (np.maximum if mode == "max" else np.minimum).accumulate(scale * numbers(done, metric)) if done else np.zeros(0)
     )
-    traces.append({"type": "scatter", "mode": "lines", "name": "best finished so far", "x": [t["number"] for t in done],
+    traces.append({"type": "scatter", "mode": "lines", "name": "best so far", "x": [t["number"] for t in done],
                    "y": so_far.round(4).tolist(), "line": {"shape": "hv", "color": COLOURS[2]}, "hoverinfo": "skip"})  # fmt: skip
     note = "Each trial's last value on validation, in the order of starting."
     if best := study.best_trial:
@@ -72,8 +70,8 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
             traces.append({"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "name": words.get(k, ""), "connectgaps": False,
                            "showlegend": k in words, "line": {"color": colour, "width": 1 + k / 2}, "marker": {"size": 4},
                            "opacity": 0.35 + 0.13 * k, "hoverinfo": "skip"})  # fmt: skip
-    heads = [{"x": 0, "y": name, "text": f"<b>{name.rsplit('/', 1)[-1]}</b>", "showarrow": False, "yshift": 13, "xanchor": "left"}
-             for name in names]  # fmt: skip
+    heads = [{"x": 0, "y": name, "text": spelled(name).replace(plain(name), f"<b>{plain(name)}</b>", 1), "showarrow": False,
+              "yshift": 13, "xanchor": "left"} for name in names]  # fmt: skip
     ends = [
         {"x": at, "y": name, "text": text, "showarrow": False, "yshift": -12, "xanchor": anchor, "font": {"size": 10}}
         for name in names for at, text, anchor in axes[name][1]
@@ -107,27 +105,79 @@ def positions(
     return [None if p != p else float(p) for p in where], ends
 
 
-def importance_figure(study: StudyFiles, importances: Mapping[str, float]) -> Figure | None:
-    """How much each setting decides about the objective."""
+def importance_figure(
+    study: StudyFiles, importances: Mapping[str, float], within: Mapping[str, float]
+) -> Figure | None:
+    """How much each setting decides about the objective; `within`: of settings that only some trials have, among these."""
     if not importances:
         return None
+    within = {name: share for name, share in within.items() if name not in importances}
     names = sorted(importances, key=lambda n: importances[n])
-    traces = [{"type": "bar", "orientation": "h", "y": names, "x": percents_of(importances, names), "showlegend": False,
-               "marker": {"color": COLOURS[0]}, "hovertemplate": "%{y}: %{x:.0f}%<extra></extra>"}]  # fmt: skip
+    some = sorted(within, key=lambda n: within[n])
+    traces = []
+    for label, shares, order, place in (
+        ("of all trials", importances, names, 0),
+        ("of the trials that have it", within, some, 2),
+    ):
+        if order:
+            traces.append({
+                "type": "bar", "orientation": "h", "name": label, "y": [spelled(n, "<br>") for n in order],
+                "x": figures.percents([shares[n] for n in order]), "marker": {"color": COLOURS[place]},
+                "hovertemplate": "%{x:.0f}%<extra></extra>",
+            })  # fmt: skip
     note = f"PED-ANOVA (arXiv 2304.10255): how far the settings of the better trials differ from those of all. " \
-           f"{names[-1]} matters most here. With few trials this is rough."  # fmt: skip
+           f"The {plain(names[-1])} matters most here. With few trials this is rough."  # fmt: skip
+    if some:
+        note += " A setting that only some kinds have is ranked among their trials, beside the settings they share with the others."
+    order = [spelled(n, "<br>") for n in (*some, *names)]
     layout = {
-        "xaxis": axis("importance in %", rangemode="tozero"),
-        "yaxis": axis(""),
-        "height": 140 + 36 * len(names),
-    }
-    rows = [{"setting": n, "importance": importances[n]} for n in reversed(names)]
+        "xaxis": axis("importance in %", rangemode="tozero"), "height": 140 + 44 * len(order),
+        "yaxis": axis("", categoryorder="array", categoryarray=order),
+    }  # fmt: skip
+    rows = [{"setting": n, "importance": shares[n], "among": among}
+            for shares, among, order in ((importances, "all trials", names), (within, "trials that have it", some))
+            for n in reversed(order)]  # fmt: skip
     return Figure("importance", "Which settings matter", note, traces, layout, rows)
 
 
-def percents_of(values: Mapping[str, float], names: Sequence[str]) -> list[float | None]:
-    """In the order of the names."""
-    return figures.percents([values[n] for n in names])
+def pareto_figure(study: StudyFiles) -> Figure | None:
+    """Two objectives against each other, and the front that study.json has of all of them."""
+    (first, first_mode), *others = study.objectives.items()
+    trials = [t for t in study.finished if all(t.get(metric) is not None for metric in study.objectives)]
+    if not others or not trials:
+        return None
+    second, second_mode = others[0]
+    on_front = {row["trial"] for row in study.about.get("pareto", [])}
+    (y_scale, y_title), (x_scale, x_title) = scale_of(first), scale_of(second)
+    x, y = x_scale * numbers(trials, second), y_scale * numbers(trials, first)
+    traces = []
+    for is_on, label, place in ((False, "beaten", 4), (True, "not beaten", 2)):
+        here = [i for i, t in enumerate(trials) if (t["number"] in on_front) == is_on]
+        if here:
+            traces.append({
+                "type": "scatter", "mode": "markers", "name": label if on_front else "finished", "x": x[here].tolist(),
+                "y": y[here].round(4).tolist(), "text": [tell(trials[i]) for i in here],
+                "marker": {"color": COLOURS[place], "symbol": figures.SYMBOLS[place], "size": 9},
+                "hovertemplate": "%{y:.2f} at %{x:,.4g}<br>%{text}<extra>%{fullData.name}</extra>",
+            })  # fmt: skip
+    if len(others) == 1 and on_front:
+        line = sorted((i for i, t in enumerate(trials) if t["number"] in on_front), key=lambda i: x[i])
+        shape = {"shape": "hv" if second_mode == "min" else "vh"}
+        trace = front_line(x[line].tolist(), y[line].tolist())
+        traces.insert(0, trace | {"line": trace["line"] | shape})
+    note = f"Each finished trial, on validation: {plain(first)} ({first_mode}) against {plain(second)} ({second_mode}). " + (
+        f"{len(on_front)} trials are not beaten in all objectives by another; which to take is a matter of taste."
+        if on_front else "The Pareto front comes at the end of the search."
+    )  # fmt: skip
+    if len(others) > 1:
+        note += f" The front is of {len(study.objectives)} objectives; the others are in the numbers."
+    rows = [
+        {"trial": t["number"], "on_front": t["number"] in on_front, **{m: t[m] for m in study.objectives}}
+        for t in trials
+    ]
+    is_log = x.min() > 0 and x.max() >= 50 * x.min()
+    layout = {"xaxis": figures.log_axis(x_title, x.tolist()) if is_log else axis(x_title), "yaxis": axis(y_title)}
+    return Figure("pareto", "The trade-off", note, traces, layout, rows)
 
 
 def worker_hours(trials: Sequence[Trial]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -139,7 +189,13 @@ def worker_hours(trials: Sequence[Trial]) -> np.ndarray[Any, np.dtype[np.float64
 
 def unit_of(study: StudyFiles) -> tuple[int, str]:
     """How many devices a trial holds, and what to call an hour of one."""
-    scale = study.about.get("space", {}).get("scale", {})
+    if each := study.about.get("each_trial"):
+        return (
+            (each["workers"] * each["gpus"], "GPU-hours")
+            if each["gpus"]
+            else (each["workers"] * each["cpus"], "CPU-hours")
+        )
+    scale = study.about.get("space", {}).get("scale", {})  # of a search before space.json said what a trial holds
     nodes = study.about.get("machine", {}).get("nodes", [])
     gpu = scale.get("use_gpu", "auto")
     on_gpu = any(node.get("GPU", 0) > 0 for node in nodes) if gpu == "auto" else bool(gpu)
@@ -147,23 +203,35 @@ def unit_of(study: StudyFiles) -> tuple[int, str]:
     return (workers, "GPU-hours") if on_gpu else (workers * int(scale.get("cpus_per_worker", 1)), "CPU-hours")
 
 
+def spent_on(study: StudyFiles) -> tuple[np.ndarray[Any, np.dtype[np.float64]], str]:
+    """What the trials up to each took of the devices, in hours, or minutes where it was less than an hour, and the unit."""
+    devices, unit = unit_of(study)
+    hours: np.ndarray[Any, np.dtype[np.float64]] = devices * np.cumsum(worker_hours(study.trials))
+    return (60 * hours, unit.replace("hours", "minutes")) if not len(hours) or hours[-1] < 1 else (hours, unit)
+
+
+def by_the_clock(study: StudyFiles) -> dict[int, float]:
+    """Minutes from the start of the first trial to the end of each, by number; none of a search that did not keep them."""
+    began = [t["began_at"] for t in study.trials if t.get("began_at")]
+    return {t["number"]: (t["ended_at"] - min(began)) / 60 for t in study.trials if began and t.get("ended_at")}
+
+
 def cost_figure(study: StudyFiles) -> Figure | None:
     """The best value so far against the hours spent on the trials up to there."""
     metric, mode = study.objective
     if not study.finished:
         return None
-    devices, unit = unit_of(study)
-    hours = devices * np.cumsum(worker_hours(study.trials))
-    at = {t["number"]: float(h) for t, h in zip(study.trials, hours, strict=True)}
+    spent, unit = spent_on(study)
+    at = {t["number"]: round(float(h), 4) for t, h in zip(study.trials, spent, strict=True)}
     scale, title = scale_of(metric)
     so_far = (np.maximum if mode == "max" else np.minimum).accumulate(scale * numbers(study.finished, metric))
-    minutes = bool(hours[-1] < 1)
-    x = [round(at[t["number"]] * (60 if minutes else 1), 4) for t in study.finished]
-    unit = unit.replace("hours", "minutes") if minutes else unit
+    x = [at[t["number"]] for t in study.finished]
     traces = [{"type": "scatter", "mode": "lines+markers", "x": x, "y": so_far.round(4).tolist(), "showlegend": False,
                "line": {"shape": "hv", "color": COLOURS[0]}, "marker": {"size": 6}, "text": [tell(t) for t in study.finished],
                "hovertemplate": "after %{x:.2f} " + unit + ": %{y:.2f}<extra></extra>"}]  # fmt: skip
-    rows = [{"trial": t["number"], f"{unit} so far": h, f"best {metric} so far": float(b) / scale}
+    clock = by_the_clock(study)
+    rows = [{"trial": t["number"], f"{unit} so far": h, "minutes by the clock": clock.get(t["number"]),
+             f"best {metric} so far": float(b) / scale}
             for t, h, b in zip(study.finished, x, so_far, strict=True)]  # fmt: skip
     layout = {"xaxis": axis(f"{unit} spent on trials", rangemode="tozero"), "yaxis": axis(title)}
     return Figure("cost", "What it cost", cost_in_words(study), traces, layout, rows)
@@ -171,19 +239,22 @@ def cost_figure(study: StudyFiles) -> Figure | None:
 
 def cost_in_words(study: StudyFiles) -> str:
     """Device hours in all and up to the best trial, and the speed of training."""
-    devices, unit = unit_of(study)
-    hours, best = devices * worker_hours(study.trials), study.best_trial
-    words = f"All trials together took {hours.sum():.2g} {unit}."
+    spent, unit = spent_on(study)
+    best, total = study.best_trial, float(spent[-1]) if len(spent) else 0.0
+    words = f"All trials together took {total:.2g} {unit}."
     if best is not None:
-        until = sum(h for t, h in zip(study.trials, hours, strict=True) if t["number"] <= best["number"])
-        words += f" The best was found after {until:.2g}."
+        until = float(spent[[t["number"] for t in study.trials].index(best["number"])])
+        minutes = by_the_clock(study).get(best["number"])
+        words += f" The best was found after {until:.2g}" + (
+            f", {minutes:.1f} minutes by the clock." if minutes else "."
+        )
     speed = numbers(study.trials, "train/images_per_s")
     if not np.isnan(speed).all():
         words += f" A trial trained on {np.nanmedian(speed):,.0f} images/s (median)."
     times = study.about.get("time_s", {})
     if "total" in times:
-        minutes = [times[name] / 60 for name in ("total", "final comparison")]
-        words += f" The whole search took {minutes[0]:.1f} minutes, of which the final comparison {minutes[1]:.1f}."
+        total, last = (times[name] / 60 for name in ("total", "final comparison"))
+        words += f" The whole search took {total:.1f} minutes, of which the final comparison {last:.1f}."
     return words
 
 
@@ -195,7 +266,8 @@ def scaling_figure(law: Law) -> Figure | None:
     for label, held_out, k in (("fitted", False, 0), ("held out", True, 2)):
         here = [p for p in law.points if p.held_out == held_out]
         spread = [
-            [100 * (p.predicted.high - p.predicted.value), 100 * (p.predicted.value - p.predicted.low)] for p in here
+            [100 * (p.predicted.high - p.predicted.value), 100 * (p.predicted.value - max(0.0, p.predicted.low))]
+            for p in here
         ]
         colour = COLOURS[k]
         traces.append({
@@ -214,38 +286,3 @@ def scaling_figure(law: Law) -> Figure | None:
     note = "What a law fitted to the smaller trials predicts for each, with 95% intervals, against what was found on validation."
     layout = {"xaxis": axis("found, accuracy in %"), "yaxis": axis("predicted, accuracy in %")}
     return Figure("scaling", "What more training would buy: the check", note, traces, layout, rows)
-
-
-def studies_figure(studies: Sequence[StudyFiles]) -> Figure | None:
-    """The best of each study on its test split."""
-    rows: list[dict[str, Any]] = []
-    for study in studies:
-        found = study.entry(BEST)
-        if found is None:
-            continue
-        spread = accuracy_intervals(found[1], study.groups) if found[1] and study.class_counts else {}
-        for measure in [m for m in (*GROUPS, "mean_class_accuracy") if f"test/{m}" in found[0]]:
-            value = found[0][f"test/{measure}"]
-            bar = spread.get(measure, Interval(value, value, value))
-            rows.append({"study": study.name, "measure": measure, "test": bar.value, "low": bar.low, "high": bar.high})
-    if not rows:
-        return None
-    traces = []
-    for measure in dict.fromkeys(row["measure"] for row in rows):
-        here = [row for row in rows if row["measure"] == measure]
-        colour, symbol, _ = figures.STYLES[measure]
-        traces.append({
-            "type": "scatter", "mode": "markers", "name": figures.WORDS[measure], "y": [row["study"] for row in here],
-            "x": figures.percents([row["test"] for row in here]), "marker": {"color": colour, "symbol": symbol, "size": 9},
-            "error_x": {"type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 3,
-                        "array": figures.percents([row["high"] - row["test"] for row in here]),
-                        "arrayminus": figures.percents([row["test"] - row["low"] for row in here])},
-            "hovertemplate": "%{y}: %{x:.1f}%<extra>%{fullData.name}</extra>",
-        })  # fmt: skip
-    note = "The best of each study on its test split, with 95% intervals by bootstrap over test images."
-    layout = {
-        "xaxis": axis(figures.ACCURACY),
-        "yaxis": axis("", autorange="reversed"),
-        "height": 210 + 42 * len(studies),
-    }
-    return Figure("studies", "The studies side by side", note, traces, layout, rows)

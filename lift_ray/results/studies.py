@@ -64,7 +64,7 @@ class StudyFiles:
         answers: for each of `compared`, what it made of the test images, None when that was not kept.
         best: number of the best trial.
         posthoc: for each tau after training, the best trial's figures on validation.
-        about: the whole study.json, or what was written at the start.
+        about: what was written at the start, and over it the whole study.json.
         class_names, class_counts: of the training split; empty when not known yet.
     """
 
@@ -125,7 +125,7 @@ class StudyFiles:
 
 def read_study(folder: Path, shown: str) -> StudyFiles:
     """The study whose files are in a folder. Raises BadInput when there is none, or a file cannot be read."""
-    about = _json(folder / "study.json", shown) or _json(folder / BEGUN, shown)
+    about = _json(folder / BEGUN, shown) | _json(folder / "study.json", shown)
     if not about and not (folder / "trials.parquet").exists():
         raise BadInput(f"{shown}: must be the results of a search, but there is no study.json and no trials.parquet; "
                        "give the --out of python -m lift_ray.tune")  # fmt: skip
@@ -140,7 +140,7 @@ def read_study(folder: Path, shown: str) -> StudyFiles:
 
 def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], folder: Path, shown: str) -> StudyFiles:
     space, compared = about.get("space", {}), about.get("compared", [])
-    seen = {"number", "state", "epochs", "error", "trained_parameters", "train_s", "evaluate_s"}
+    seen = {"number", "state", "epochs", "error", "trained_parameters", "train_s", "evaluate_s", "began_at", "ended_at"}
     named = {n: {} for t in trials[:1] for n in t if n not in seen and "/" not in n} if not space else space["space"]
     if trials and (missing := {"number", "state"} - trials[0].keys()):
         raise KeyError(", ".join(sorted(missing)))
