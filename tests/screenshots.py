@@ -1,4 +1,6 @@
-"""docs/monitoring-*.png: Ray's dashboard and the live page in headless Chromium during a real search. `make screenshots`.
+"""docs/monitoring-*.png and docs/report-*.png in headless Chromium, of a real search and a real run. `make screenshots`.
+
+    python tests/screenshots.py [FOLDER]    FOLDER: the results of a search, to take the pictures of its report alone
 
 Needs Chromium (`apt-get install chromium`). Prometheus, where it is on the PATH, adds a picture of its graphs.
 """
@@ -14,13 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
-from playwright.sync_api import Page, sync_playwright
+from browser import CHROME
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
 from ray._private.authentication.authentication_constants import AUTHENTICATION_TOKEN_COOKIE_NAME
 
 from lift_ray.results.page import plotly_js
@@ -29,54 +35,128 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SIZE = {"width": 1280, "height": 800}
 PROMETHEUS = "127.0.0.1:9099"
-PATIENCE_S = 600.0
-LARGEST_BYTES = 300_000
-WORDS = ["search.trials=60", "search.scheduler.kind=none", "base.optim.epochs=1"]  # more trials than the pictures take
+PATIENCE_S = 1800.0
+LARGEST_BYTES = 400_000
+SEARCH = ["lift_ray.tune", "search_spaces/quickstart.yaml", "search.trials=24", "base.optim.epochs=3"]
+TRAIN = ["lift_ray.train", "search_spaces/lift_plus.yaml", "--workers", "2", "--dashboard"]
+RUNS = "/api/train/v2/runs/v1"
 VIEWS = ("jobs", "cluster", "actors")
-ENDED = 2  # trials, so that there is something to see
+ENDED = 4  # trials, so that there is something to see
+REPORT = {  # picture: sections of the page that it shows
+    "classes": ("section:has(+ section > .cards)", "section:has(> .cards)"),
+    "search": ("#history", "#parallel", "#importance", "#cost"),
+}
 
 
 def main() -> None:
-    """Start a search, take the pictures, end it."""
+    """Take all pictures, or those of a report."""
     with (
-        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        searching(Path(folder)) as (dashboard, page),
-        prometheus(Path(folder)) as graphs,
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name,
         sync_playwright() as browsers,
     ):
+        browser, folder = browsers.chromium.launch(executable_path=CHROME, args=["--no-sandbox"]), Path(name)
+        if not (study := next((Path(word) for word in sys.argv[1:]), None)):
+            study = ROOT / "runs" / time.strftime("pictures-%Y%m%d-%H%M%S")
+            watch_search(browser, folder, study)
+            watch_training(browser, folder)
+        look_at_report(browser, study / "report" / "index.html")
+        browser.close()
+
+
+def watch_search(browser: Browser, folder: Path, out: Path) -> None:
+    """The live page, the dashboard and the graphs of a search; returns when it has ended."""
+    with running([*SEARCH, "--out", str(out)], folder) as (driver, log), prometheus(folder) as graphs:
+        page = until(lambda: address("live page", log), "the live page")
         until(
             lambda: len(re.findall('<td class="text">(finished|pruned)', read(page))) >= ENDED,
             f"the end of {ENDED} trials",
         )
-        browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        seen = browser.new_page(viewport=SIZE)
-        sign_in(seen, dashboard)
+        dashboard = str(address("dashboard", log))
+        seen = signed_in(browser, dashboard)
         shoot(seen, page, "live")
         for name in VIEWS:
             shoot(seen, f"{dashboard}/#/{name}", name)
         if graphs:
-            (Path(folder) / "metrics.html").write_text(panels(graphs))
+            (folder / "metrics.html").write_text(panels(graphs))
             shoot(seen, f"file://{folder}/metrics.html", "metrics")
         else:
             print("docs/monitoring-metrics.png stays as it is: prometheus is not on the PATH")
-        browser.close()
+        seen.close()
+        until(lambda: driver.poll() is not None, "the end of the search")
+        assert address("report", log), log.read_text()
 
 
-def sign_in(seen: Page, dashboard: str) -> None:
-    """Hand the browser the token as the cookie that the dashboard keeps it in: nothing prints it."""
+def watch_training(browser: Browser, folder: Path) -> None:
+    """What the dashboard has of a run of Ray Train."""
+    with running([*TRAIN, "--out", str(folder / "run")], folder) as (_, log):
+        until(lambda: "epoch 1/" in log.read_text(), "the first epoch")
+        dashboard = str(address("dashboard", log))
+        seen = signed_in(browser, dashboard)
+        seen.goto(f"{dashboard}{RUNS}")
+        (folder / "train.html").write_text(train_runs(json.loads(seen.inner_text("body"))))
+        shoot(seen, f"{dashboard}/#/actors", "train-actors")
+        shoot(seen, f"file://{folder}/train.html", "train")
+        seen.close()
+
+
+def look_at_report(browser: Browser, page: Path) -> None:
+    """The report on a desktop and on a phone, and some of its figures, with the network cut off."""
+    for name, width, height, dark in (("desktop", 1280, 2050, False), ("phone", 390, 2300, True)):
+        seen = browser.new_page(
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", offline=True
+        )
+        faults: list[str] = []
+        seen.on("console", lambda message, faults=faults: faults.append(message.text))
+        seen.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
+        seen.on("requestfailed", lambda request, faults=faults: faults.append(request.url))
+        seen.goto(page.as_uri())
+        seen.wait_for_timeout(4000)
+        keep(seen, "report-" + name)
+        if not dark:
+            for part, sections in REPORT.items():
+                boxes = [seen.locator(section).first.bounding_box() for section in sections]
+                keep(seen, f"report-{part}", around([box for box in boxes if box]))
+        assert not faults, faults
+        seen.close()
+
+
+def around(boxes: list[Any], margin: float = 12) -> dict[str, float]:
+    """The part of a page that holds all of them."""
+    x, y = (min(box[side] for box in boxes) - margin for side in ("x", "y"))
+    right, bottom = (max(box[a] + box[b] for box in boxes) + margin for a, b in (("x", "width"), ("y", "height")))
+    return {"x": x, "y": y, "width": right - x, "height": bottom - y}
+
+
+def signed_in(browser: Browser, dashboard: str) -> Page:
+    """A page with the token in the cookie that the dashboard keeps it in: nothing prints it."""
+    seen = browser.new_page(viewport=SIZE)
     ray = Path(sys.executable).with_name("ray")
     token = subprocess.run([ray, "get-auth-token"], capture_output=True, text=True, check=True).stdout.split()[-1]
     seen.context.add_cookies([{"name": AUTHENTICATION_TOKEN_COOKIE_NAME, "value": token, "url": dashboard}])
+    return seen
 
 
 def shoot(seen: Page, address: str, name: str) -> None:
     """docs/monitoring-NAME.png"""
     seen.goto(address)
     seen.wait_for_timeout(6000)  # the dashboard keeps asking, so there is no moment without traffic to wait for
-    path = DOCS / f"monitoring-{name}.png"
-    seen.screenshot(path=path)
+    keep(seen, f"monitoring-{name}")
+
+
+def keep(seen: Page, name: str, clip: Any = None) -> None:
+    """docs/NAME.png of what the window shows, or of a part of the page; in few colours when it is large."""
+    path = DOCS / f"{name}.png"
+    seen.screenshot(path=path, full_page=clip is not None, clip=clip)
+    if path.stat().st_size > LARGEST_BYTES:
+        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
     assert path.stat().st_size < LARGEST_BYTES, f"{path}: {path.stat().st_size} bytes"
     print(path.relative_to(ROOT), path.stat().st_size)
+
+
+def address(name: str, log: Path) -> str | None:
+    """What a verb printed as `NAME: ADDRESS`."""
+    found = re.search(rf"^{name}: (\S+)", log.read_text(), re.MULTILINE)
+    return found[1] if found else None
 
 
 def read(address: str) -> str:
@@ -84,11 +164,45 @@ def read(address: str) -> str:
         return str(answer.read().decode())
 
 
-def until(found: Callable[[], bool], what: str) -> None:
+def until(found: Callable[[], Any], what: str) -> Any:
+    """What `found` returns once it is true."""
     ends = time.monotonic() + PATIENCE_S
-    while not found():
+    while not (value := found()):
         assert time.monotonic() < ends, f"{what} did not come in {PATIENCE_S:.0f} s"
         time.sleep(1)
+    return value
+
+
+def train_runs(answer: Mapping[str, Any]) -> str:
+    """What the dashboard answers about runs of Ray Train, as tables."""
+    parts = [f"<h1>GET {RUNS}</h1><p>Ray's dashboard answers in JSON; here as tables, a part of it.</p>"]
+    for run in answer["train_runs"]:
+        settings = run["run_settings"]
+        about = {
+            "run": run["name"], "status": run["status"], "job": run["job_id"], "entrypoint": run["job_details"]["entrypoint"],
+            "versions": ", ".join(f"{name} {version}" for name, version in run["framework_versions"].items()),
+            "workers": settings["scaling_config"]["num_workers"], "each": settings["scaling_config"]["resources_per_worker"],
+            "failures allowed": settings["run_config"]["failure_config"]["max_failures"],
+            "settings": settings["train_loop_config"]["job"],
+        }  # fmt: skip
+        parts.append(table([{"": name, " ": value} for name, value in about.items()]))
+        for attempt in run["attempts"]:
+            parts.append(f"<h2>Attempt {attempt['attempt_id'][:8]}: {attempt['status']}</h2>")
+            parts.append(table([
+                {"rank": worker["world_rank"], "status": worker["status"], "node": worker["node_ip"], "process": worker["pid"],
+                 "actor": worker["actor_id"][:8], "processor": f"{worker['processStats']['cpuPercent']:.0f} %",
+                 "memory": f"{worker['processStats']['memoryInfo']['rss'] / 2**30:.1f} GiB",
+                 "log": Path(worker["log_file_path"]).name}
+                for worker in attempt["workers"]
+            ]))  # fmt: skip
+    style = "body{font:15px/1.5 'DejaVu Sans',sans-serif;margin:24px}td,th{padding:4px 14px 4px 0;text-align:left;vertical-align:top}"
+    return f"<!doctype html><meta charset=utf-8><style>{style}h1{{font-size:20px}}h2{{font-size:17px}}</style>{''.join(parts)}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    cells = ["".join(f"<td>{escape(str(cell))}</td>" for cell in line) for line in lines]
+    return f"<table><tr>{'<tr>'.join(cells)}</table>"
 
 
 def panels(address: str) -> str:
@@ -107,7 +221,7 @@ def panels(address: str) -> str:
                     {"x": times, "y": [float(value) for _, value in series["values"]], "name": name, "mode": "lines"}
                 )
         if traces and panel["type"] == "timeseries":
-            layout = {"title": {"text": panel["title"], "font": {"size": 13}}, "height": 250, "width": 620, "xaxis": {"type": "date"},
+            layout = {"title": {"text": panel["title"], "font": {"size": 13}}, "height": 250, "width": 620, "xaxis": {"type": "date", "nticks": 4, "tickangle": 0},
                       "margin": {"l": 50, "r": 10, "t": 30, "b": 30}, "showlegend": True, "yaxis": {"rangemode": "tozero"}}  # fmt: skip
             drawn.append((traces, layout))
     return (
@@ -118,20 +232,21 @@ def panels(address: str) -> str:
 
 
 @contextmanager
-def searching(folder: Path) -> Iterator[tuple[str, str]]:
-    """A search in a process of its own; the addresses of dashboard and live page."""
-    log, environment = folder / "log", os.environ | {"RAY_TMPDIR": str(folder)}
+def running(command: list[str], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A verb in a process of its own, and its log."""
+    log, environment = folder / f"{command[0]}.log", os.environ | {"RAY_TMPDIR": str(folder)}
     environment.pop("RAY_ADDRESS", None)
     environment["PATH"] = (
         f"{Path(sys.executable).parent}:{environment['PATH']}"  # no path of this machine in the pictures
     )
-    command = ["python", "-m", "lift_ray.tune", "search_spaces/quickstart.yaml", *WORDS, "--out", str(folder / "out")]
     with log.open("w") as out:
-        driver = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        driver = subprocess.Popen(
+            ["python", "-m", *command], stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+        )
     try:
-        until(lambda: "live page:" in log.read_text(), "the live page")
-        text = log.read_text()
-        yield tuple(re.search(rf"^{name}: (\S+)", text, re.MULTILINE)[1] for name in ("dashboard", "live page"))  # type: ignore
+        until(lambda: driver.poll() is not None or address("dashboard", log), "the dashboard")
+        assert driver.poll() is None, log.read_text()
+        yield driver, log
     finally:
         driver.send_signal(signal.SIGINT)
         try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from browser import needs_browser, seen_in_browser
+from browser import seen_in_browser
 from made_study import make_trials, write_study
 
 from lift_ray import report
 
 
-@needs_browser
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_the_page_without_a_fault(width: int, tmp_path: Path) -> None:
     folder = write_study(tmp_path / "out", make_trials(24))
