@@ -15,7 +15,7 @@ from typing import Any
 import boto3
 import requests
 import yaml  # type: ignore[import-untyped]
-from fake_cloud import RAY, free_ports, wait_for
+from fake_cloud import RAY, TOKEN, free_ports, wait_for
 
 REGION = "us-west-2"
 # What the head's autoscaler does for trials that wait, with the file that `ray up` gives it.
@@ -80,7 +80,7 @@ def fake_aws(folder: Path, cluster_file: Path) -> Iterator[Account]:
     """An account that has the file's instance profiles; the file gets an image of this account, and an ssh that reaches nobody."""
     (port,) = free_ports(1)
     (folder / ".ray").mkdir()
-    (folder / ".ray" / "auth_token").write_text("0" * 64)
+    (folder / ".ray" / "auth_token").write_text(TOKEN)
     env = os.environ | {
         "HOME": str(folder), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": REGION, "AUTOSCALER_NODE_START_WAIT_S": "3",  # pragma: allowlist secret

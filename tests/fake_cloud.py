@@ -21,6 +21,8 @@ import requests
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_ID = "f" * 51 + "00000"  # fixed by the provider
 STORE_BYTES = 80 * 2**20
+TOKEN = "0123456789abcdef" * 4
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 EMPTY_LISTS = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
     "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
@@ -48,16 +50,16 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float) -> Any:
 
 @dataclass(frozen=True)
 class Head:
-    """A running head; `env` is what a process needs to reach it."""
+    """A running head; `env` is what a process needs to reach it, `results` is $LIFT_RESULTS on its machines alone."""
 
     dashboard: str
     env: dict[str, str]
-    token: str
+    results: Path
 
     def nodes(self) -> set[str]:
         """The ids of the worker nodes that are alive, as the dashboard knows them."""
         answer = requests.get(
-            f"{self.dashboard}/api/v0/nodes", headers={"Authorization": f"Bearer {self.token}"}, timeout=20
+            f"{self.dashboard}/api/v0/nodes", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=20
         )
         nodes = answer.json()["data"]["result"]["result"]
         return {node["node_id"] for node in nodes if node["state"] == "ALIVE" and not node["is_head_node"]}
@@ -77,16 +79,17 @@ def _is_raylet_of(process: psutil.Process, node: str) -> bool:
 
 
 @contextmanager
-def fake_cloud(folder: Path, kinds: dict[str, dict[str, Any]], idle_s: float) -> Iterator[Head]:
+def fake_cloud(
+    folder: Path, kinds: dict[str, dict[str, Any]], idle_s: float, provider: str = PROVIDER
+) -> Iterator[Head]:
     """A head without cores, and an autoscaler that starts nodes of these kinds (`resources`, `max_workers`)."""
     gcs, dashboard, agent, client = free_ports(4)
-    token = "0123456789abcdef" * 4
-    (folder / "token").write_text(token)
+    (folder / "token").write_text(TOKEN)
     config: dict[str, Any] = {
         "cluster_name": "fake", "upscaling_speed": 10.0, "idle_timeout_minutes": idle_s / 60,
         "max_workers": sum(kind["max_workers"] for kind in kinds.values()),
         "provider": {
-            "type": "external", "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "type": "external", "module": provider, "asked": str(folder / "asked"),
             "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
             "launch_multiple": True, "head_node_id": HEAD_ID, "gcs_address": f"127.0.0.1:{gcs}",
         },
@@ -111,10 +114,12 @@ def fake_cloud(folder: Path, kinds: dict[str, dict[str, Any]], idle_s: float) ->
         env=env | {
             "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+            "LIFT_RESULTS": str(folder / "results"),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         },
         stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    head = Head(f"http://127.0.0.1:{dashboard}", env | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}, token)
+    head = Head(f"http://127.0.0.1:{dashboard}", env | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}, folder / "results")
     try:
         wait_for("the head", lambda: _answers(head, started), 90)
         yield head

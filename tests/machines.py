@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from fake_cloud import wait_for
+from fake_cloud import TOKEN, wait_for
 
 SSHD = "/usr/sbin/sshd"
 BIN = Path(sys.executable).parent
@@ -75,7 +75,30 @@ class Lab:
         return self.folder / f"machine{number}"
 
     def run(self, *command: str, seconds: float = 240) -> subprocess.CompletedProcess[str]:
-        """Run a command on the laptop, which is in the network too, with a home and a token of its own."""
+        """Run a command on the laptop, which is in the network too, with a home and a token of its own. No output holds the token."""
+        done = subprocess.run(
+            self._there(*command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+            timeout=seconds,
+        )  # fmt: skip
+        assert TOKEN not in done.stdout, command
+        return done
+
+    @contextmanager
+    def running(self, *command: str) -> Iterator[Path]:
+        """The same for a command that stays; where its output goes."""
+        log = self.folder / "running.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                self._there(*command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
+        try:
+            yield log
+        finally:
+            process.kill()
+            process.wait(20)
+        assert TOKEN not in log.read_text(), command
+
+    def _there(self, *command: str) -> list[str]:
         env = {
             "HOME": str(self.folder / "laptop"), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0", "TERM": "dumb",
@@ -90,10 +113,7 @@ class Lab:
             "-i",
             *(f"{k}={v}" for k, v in env.items()),
         ]
-        return subprocess.run(
-            [*inside, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            timeout=seconds,
-        )  # fmt: skip
+        return [*inside, *command]
 
     def processes(self, name: str) -> list[int]:
         """Of this name, on all machines."""
@@ -111,7 +131,7 @@ def machines(folder: Path, number: int) -> Iterator[Lab]:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     token = folder / "laptop" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
-    token.write_text("0123456789abcdef" * 4)
+    token.write_text(TOKEN)
     for machine in range(1, number + 1):
         home = folder / f"machine{machine}"
         for name, script in {

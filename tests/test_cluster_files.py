@@ -6,6 +6,7 @@ import copy
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,37 @@ def test_later_commands_see_what_the_setup_exports(path: Path, tmp_path: Path) -
     assert data.startswith(store)
     assert results.startswith(store)
     assert (tmp_path / ".bashrc").read_text().count("lift_env") == 1
+
+
+RAY_JOB_SUBMIT = f"""#!{sys.executable}
+import os, shlex, subprocess, sys
+entrypoint = shlex.join(sys.argv[sys.argv.index("--") + 1 :])  # as Ray's command does
+subprocess.run(["/bin/bash", "-c", entrypoint], env=os.environ | {{"LIFT_RESULTS": "s3://b/results"}}, check=True)
+"""
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> dict[str, str]:
+    """The environment of a laptop whose `ray job submit` runs the job on a head that alone knows $LIFT_RESULTS."""
+    for name, script in {"ray": RAY_JOB_SUBMIT, "python": '#!/bin/sh\necho "python $@"\n'}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    return {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+
+DOCUMENTED = [*FILES, ROOT / "clusters" / "kuberay" / "raycluster.yaml", ROOT / "docs" / "clusters.md"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: path.name)
+def test_the_documented_submit_sends_results_where_the_cluster_says(path: Path, head: dict[str, str]) -> None:
+    lines = re.sub(r"\\\n#?\s*", "", path.read_text())
+    (command,) = re.findall(r"^#?\s*(ray job submit --address.*)$", lines, re.MULTILINE)
+    done = subprocess.run(["bash", "-c", command], env=head, capture_output=True, text=True, check=True)
+    assert done.stdout == "python -m lift_ray.tune inat.yaml --out s3://b/results/inat2018\n"
+
+
+def test_the_pod_that_submits_a_rayjob_leaves_the_variables_to_the_head(head: dict[str, str]) -> None:
+    job = read(ROOT / "clusters" / "kuberay" / "rayjob.yaml")
+    command = f"ray job submit --address http://x --no-wait -- {job['spec']['entrypoint']} ;"  # as KubeRay's operator writes it
+    done = subprocess.run(["bash", "-c", command], env=head, capture_output=True, text=True, check=True)
+    assert done.stdout == "python -m lift_ray.tune search_spaces/inat.yaml --out s3://b/results/inat2018\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from fake_aws import REGION, Account, fake_aws
-from fake_cloud import RAY, Head, fake_cloud, wait_for
+from fake_cloud import RAY, TOKEN, Head, fake_cloud, wait_for
 from machines import Lab, machines, what_is_missing
 
 ROOT = Path(__file__).parents[1]
@@ -122,11 +123,11 @@ def submit(head: Head, *words: str) -> list[str]:
 def test_a_study_is_submitted_from_outside_stopped_and_submitted_again(
     cloud: Head, spaces: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
-    out = tmp_path / "out"
-    search = [sys.executable, "-m", "lift_ray.tune", str(spaces / "space.yaml"), "--out", str(out)]
+    out = cloud.results / "study"
+    search = f"{sys.executable} -m lift_ray.tune {spaces}/space.yaml --out $LIFT_RESULTS/study"
     log = tmp_path / "log"
     with log.open("w") as file:
-        command = submit(cloud, *search)
+        command = submit(cloud, "bash", "-c", search)
         started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True))
     wait_for("a trial under way", lambda: is_at_epoch(out, 0, 3)() or started[0].poll() is not None, 120)
     found = re.search(r"raysubmit_\w+", log.read_text())
@@ -134,17 +135,38 @@ def test_a_study_is_submitted_from_outside_stopped_and_submitted_again(
     subprocess.run([RAY, "job", "stop", "--address", cloud.dashboard, found[0]], env=cloud.env, check=True, timeout=60)
     started[0].wait(60)
     assert "study: 4 trials, 2 at a time, each 1 x (1 CPU)" in log.read_text(), "the driver's lines are followed"
-    again = subprocess.run(submit(cloud, *search, "--resume"), capture_output=True, text=True, timeout=200)
+    again = subprocess.run(
+        submit(cloud, "bash", "-c", f"{search} --resume"), capture_output=True, text=True, timeout=200
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{TRIALS} trials: {TRIALS} finished" in again.stdout
+    assert TOKEN not in log.read_text() + again.stdout + again.stderr
     assert [row["epochs"] for row in pq.read_table(out / "trials.parquet").to_pylist()] == [EPOCHS] * TRIALS
+
+
+@pytest.mark.timeout(400)
+def test_when_spot_cannot_be_had_the_same_machine_comes_on_demand(
+    spaces: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("s")  # short, as sockets are in it
+    kinds = {"cpu-ondemand": CPU_NODE | {"priority": 1}, "cpu-spot": CPU_NODE | {"priority": 10}}
+    command = [sys.executable, "-m", "lift_ray.tune", str(spaces / "space.yaml"), "search.trials=1", "base.optim.epochs=1",
+               "--out", str(tmp_path / "out"), "--no-dashboard"]  # fmt: skip
+    with fake_cloud(folder, kinds, IDLE_S, "fake_spot.NoSpot") as head:
+        done = subprocess.run(command, env=head.env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = (folder / "asked").read_text().split()
+    assert asked[0] == "cpu-spot"
+    assert "cpu-ondemand" in asked
+    (row,) = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
+    assert row["state"] == "finished"
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
     """A laptop and two machines."""
     if missing := what_is_missing():
-        pytest.skip(missing)
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     with machines(tmp_path, 2) as lab:
         yield lab
 
@@ -168,26 +190,46 @@ def onprem(lab: Lab, data: str, results: Path) -> str:
     return str(path)
 
 
-@pytest.mark.timeout(600)
-def test_ray_up_on_machines_of_ones_own_a_study_there_and_ray_down(
+def documented_submit(file: str) -> str:
+    """The command for `ray job submit` that stands at the top of a cluster file."""
+    (command,) = re.findall(r"ray job submit .*\\\n#.*", (ROOT / "clusters" / file).read_text())
+    return str(command).replace("\\\n#", "")
+
+
+@pytest.mark.timeout(900)
+def test_ray_up_on_machines_of_ones_own_studies_there_and_ray_down(
     lab: Lab, small_data: str, small_clip: str, tmp_path: Path
 ) -> None:
     file, results = onprem(lab, small_data, tmp_path / "results"), tmp_path / "results"
     (tmp_path / "wait.py").write_text(WAIT_FOR_NODES)
+    (tmp_path / "search_spaces").mkdir()
     space = SPACE.format(data="${LIFT_DATA}", clip=small_clip, trials=2, epochs=2)
-    (tmp_path / "space.yaml").write_text(space.replace("use_gpu", "cpus_per_worker: 2, use_gpu"))
+    (tmp_path / "search_spaces" / "inat.yaml").write_text(space.replace("use_gpu", "cpus_per_worker: 2, use_gpu"))
     up = lab.run("ray", "up", "-y", file)
     assert up.returncode == 0, up.stdout
-    assert "'ray[default,train,tune]==2.60.0'" not in (lab.home(1) / "pip.txt").read_text(), "bash took the quotes"
-    assert "ray[default,train,tune]==2.60.0" in (lab.home(1) / "pip.txt").read_text()
     waited = lab.run("ray", "submit", file, str(tmp_path / "wait.py"))
     assert waited.returncode == 0, waited.stdout
-    command = f"RAY_ADDRESS=auto python -m lift_ray.tune {tmp_path}/space.yaml --out $LIFT_RESULTS/study"
-    study = lab.run("ray", "exec", file, command)
-    assert study.returncode == 0, study.stdout
-    assert "study: 2 trials, 2 at a time, each 1 x (2 CPU)" in study.stdout
-    found = json.loads((results / "study" / "study.json").read_text())
+    what = "lift_ray @ git+https://github.com/YOUR-ORG/lift_ray@v0.1.0"
+    for machine in (1, 2):
+        assert (lab.home(machine) / "pip.txt").read_text().splitlines() == [
+            f"install -q {what} ray[default,train,tune]==2.60.0",
+            f"install -q --force-reinstall --no-deps {what}",
+        ]
+        assert (lab.home(machine) / ".ray" / "auth_token").read_text() == TOKEN
+
+    with lab.running("ray", "dashboard", file) as log:
+        wait_for("the tunnel", lambda: lab.run("bash", "-c", ": < /dev/tcp/127.0.0.1/8265").returncode == 0, 60)
+        submitted = lab.run("bash", "-c", f"cd {tmp_path}; {documented_submit('onprem.yaml')}")
+    assert submitted.returncode == 0, submitted.stdout + log.read_text()
+    assert "study: 2 trials, 2 at a time, each 1 x (2 CPU)" in submitted.stdout
+    found = json.loads((results / "inat2018" / "study.json").read_text())
     assert len(found["machine"]["nodes"]) == 2
+
+    words = f"{ROOT}/search_spaces/quickstart.yaml search.trials=2 base.optim.epochs=1 --out $LIFT_RESULTS/quickstart"
+    study = lab.run("ray", "exec", file, f"RAY_ADDRESS=auto python -m lift_ray.tune {words}", seconds=400)
+    assert study.returncode == 0, study.stdout
+    assert "2 trials: 2 finished" in study.stdout
+    assert (results / "quickstart" / "best.yaml").exists()
     down = lab.run("ray", "down", "-y", file)
     assert down.returncode == 0, down.stdout
     wait_for("no Ray on the machines", lambda: not lab.processes("raylet") + lab.processes("gcs_server"), 60)
@@ -198,6 +240,7 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
     """An account in which clusters/aws.yaml was brought up, and one worker of each kind asked for."""
     with fake_aws(tmp_path_factory.mktemp("aws"), ROOT / "clusters" / "aws.yaml") as account:
         said = account.ray_up()
+        assert TOKEN not in said
         assert said.index("Launched a new head node") < said.index("Waiting for SSH to become available")
         assert said.index("SSH still not available") < said.index("Failed to setup head node")
         account.launch_workers()
