@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -58,6 +59,13 @@ def photos(small_data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / f"{number:02d}.jpg").write_bytes(data[:500] if number == 7 else data)
     (folder / "notes.txt").write_text("no image")
     return folder
+
+
+def repeated(data: str, times: int, path: Path) -> Path:
+    """The 24 test images so many times in one shard."""
+    shard = pq.read_table(next(Path(data).glob("test-*.parquet")))
+    pq.write_table(pa.concat_tables([shard] * times), path, row_group_size=50)
+    return path
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -159,8 +167,7 @@ def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path
 ) -> None:
     out, parts = tmp_path / "o.parquet", tmp_path / "o.parquet.parts"
-    shard = next(Path(small_data).glob("test-*.parquet"))
-    pq.write_table(pa.concat_tables([pq.read_table(shard)] * 100), tmp_path / "many.parquet", row_group_size=50)
+    repeated(small_data, 100, tmp_path / "many.parquet")
     code = (
         "import sys\nfrom pathlib import Path\nfrom lift_ray.data.pictures import find_pictures\n"
         "from lift_ray.distributed.prediction import Job, predict\n"
@@ -204,6 +211,53 @@ def test_two_ray_workers_give_the_rows_of_one(
         two.drop_columns([f"probability_{n}" for n in range(1, 6)])
     )
     np.testing.assert_allclose(one["probability_1"].to_numpy(), two["probability_1"].to_numpy(), atol=1e-6)
+
+
+def test_the_verb_killed_and_given_again_ends_with_the_bytes_of_an_undisturbed_one(
+    trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path
+) -> None:
+    many = repeated(small_data, 171, tmp_path / "many.parquet")  # three of the verb's parts
+
+    def words(name: str) -> list[str]:
+        return [sys.executable, "-m", "lift_ray.predict", str(trained[0]), str(many), "--out", str(tmp_path / name)]
+
+    killed = subprocess.Popen(words("killed.csv"))
+    parts, ends = tmp_path / "killed.csv.parts", time.monotonic() + 120
+    while not list(parts.glob("part-*")) and time.monotonic() < ends:
+        time.sleep(0.005)
+    killed.kill()
+    assert killed.wait(30) == -signal.SIGKILL
+    assert 1 <= len(list(parts.glob("part-*"))) < 3
+    assert not (tmp_path / "killed.csv").exists()
+    assert subprocess.run(words("killed.csv")).returncode == 0
+    predict.main(words("whole.csv")[3:])
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert [int(row["row"]) for row in rows_of(tmp_path / "killed.csv")] == list(range(4104))
+
+
+def test_a_ray_worker_that_is_killed_is_started_again_and_no_row_is_lost_or_twice(
+    trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, ray_session: None
+) -> None:
+    many = repeated(small_data, 40, tmp_path / "many.parquet")
+
+    def workers() -> list[psutil.Process]:
+        return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Worker")]
+
+    def advance(done: int, total: int) -> None:
+        seen.update(workers())
+        if done and not killed:
+            killed.append(next(iter(seen)))
+            killed[0].kill()
+
+    seen: set[psutil.Process] = set()
+    killed: list[psutil.Process] = []
+    job = prediction.Job(str(trained[0]), find_pictures([str(many)]), temperature=1.0, part=60)
+    prediction.predict(job, tmp_path / "two.parquet", advance, workers=2)
+    assert len(seen) == 3
+    prediction.predict(job, tmp_path / "one.parquet", lambda done, total: None)
+    one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
+    assert two.drop_columns("probability_1").equals(one.drop_columns("probability_1"))
+    np.testing.assert_allclose(two["probability_1"], one["probability_1"], atol=1e-5)
 
 
 def test_parts_of_another_job_are_refused(trained: tuple[Path, np.ndarray], photos: Path, tmp_path: Path) -> None:
