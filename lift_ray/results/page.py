@@ -169,7 +169,7 @@ def _together(chapters: Sequence[Chapter]) -> str:
         if len(studies) > 1:
             who = f"{', '.join(study.name for study in studies)} together, each with its own level ({dataset})"
             text += f"<h3>{HEAVY}</h3><p>{escape(heavy_tuning(*studies).answer)} From {escape(who)}.</p>"
-    return f'<section class="wide" id="{TOGETHER}"><h2>Side by side</h2>{text}</section>'
+    return f'<section id="{TOGETHER}"><h2>Side by side</h2>{text}</section>'
 
 
 def _chapter(
