@@ -109,13 +109,13 @@ def value(samples: Samples, name: str, **labels: str) -> float | None:
 def watched(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
     (folder / "space.yaml").write_text(SPACE.format(data=small_data, clip=small_clip))
-    with searching(folder) as (driver, ray_folder):
+    with driving(folder, "tune", "space.yaml") as (driver, ray_folder):
         yield _watch(driver, folder, ray_folder)
 
 
 @contextmanager
-def searching(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A search of space.yaml in a process of its own, which writes to `log` and `out`; the driver, and where Ray's files are."""
+def driving(folder: Path, verb: str, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A verb in a process of its own, which writes to `log` and `out`; the driver, and where Ray's files are."""
     (folder / "token").write_text(TOKEN)
     hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -127,7 +127,7 @@ def searching(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[byte
         }
         with (folder / "log").open("w") as log:
             driver = subprocess.Popen(
-                [sys.executable, "-m", "lift_ray.tune", "space.yaml", "--out", "out", *words], cwd=folder,
+                [sys.executable, "-m", f"lift_ray.{verb}", *words, "--out", "out"], cwd=folder,
                 env=environment | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:
@@ -239,12 +239,30 @@ def test_with_the_defaults_nothing_listens_beyond_loopback(watched: Watched) -> 
 
 def test_nor_does_a_slot_of_two_workers(small_data: str, small_clip: str, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(SPACE.format(data=small_data, clip=small_clip))
-    with searching(tmp_path, "scale.workers_per_trial=2", "search.trials=1") as (driver, _):
+    with driving(tmp_path, "tune", "space.yaml", "scale.workers_per_trial=2", "search.trials=1") as (driver, _):
         until(lambda: list((tmp_path / "out").glob("checkpoints/0000/epoch-*")), "the first epoch")
         listening = listeners(driver)
     slots = [ip for name, ip in listening if name.startswith("ray::Worker")]
     assert len(slots) > 2, "the meeting point, and gloo in both workers, beside what Ray opens"
     assert {ip for _, ip in listening} == {"127.0.0.1"}
+
+
+def test_the_dashboard_knows_the_train_runs_but_not_where_their_data_is(
+    small_data: str, small_clip: str, tmp_path: Path
+) -> None:
+    model, optim = f"{{model: '{small_clip}'}}", f"{{epochs: {LONG}, global_batch_size: 16}}"
+    text = f"name: my run\ndataset: {small_data}\nbackbone: {model}\noptim: {optim}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    with driving(tmp_path, "train", "run.yaml", "--workers", "2", "--dashboard") as (_, _):
+        log = tmp_path / "log"
+        until(lambda: "epoch 1/" in log.read_text(), "the first epoch", 200)
+        dashboard = re.search(r"dashboard: (\S+)", log.read_text())[1]  # type: ignore[index]
+        status, answer = get(f"{dashboard}/api/train/v2/runs/v1", Authorization=f"Bearer {TOKEN}")
+    assert status == 200, answer
+    [run] = json.loads(answer)["train_runs"]
+    assert (run["name"], run["status"], run["job_details"]["metadata"]) == ("my-run", "RUNNING", {"job_name": "my run"})
+    assert [worker["status"] for attempt in run["attempts"] for worker in attempt["workers"]] == ["ALIVE", "ALIVE"]
+    assert small_data not in answer, "a URL may hold credentials"
 
 
 def test_token_authentication_stays_on_and_neither_token_nor_secrets_are_written_anywhere(watched: Watched) -> None:
