@@ -1,4 +1,4 @@
-"""Figures that hold models against each other on the test split, with intervals."""
+"""Figures about the test split: models against each other with intervals, classes, calibration."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from lift_ray.results.evidence import Interval, accuracy_intervals
-from lift_ray.results.figures import ACCURACY, STYLES, WORDS, Figure, axis, percents
-from lift_ray.results.metrics import GROUPS
+import numpy as np
+
+from lift_ray.results.evidence import Interval, accuracy_intervals, reliability
+from lift_ray.results.figures import ACCURACY, COLOURS, STYLES, SYMBOLS, WORDS, Figure, axis, log_axis, percents
+from lift_ray.results.metrics import GROUPS, RULES
 from lift_ray.results.studies import BEST, Answers, StudyFiles
 
 SHOWN = ("mean_class_accuracy", *GROUPS)
@@ -79,3 +81,60 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
                     "line": {"color": "#808080", "width": 0.5}} for i in range(1, len(names))],
     }  # fmt: skip
     return Figure(name, title, note, traces, layout, rows)
+
+
+def classes_figure(study: StudyFiles) -> Figure | None:
+    """Accuracy of each class against its training images."""
+    found = study.entry(BEST)
+    if found is None or found[1] is None or not study.class_counts:
+        return None
+    answers, counts, groups = found[1], np.array(study.class_counts), study.groups
+    total = np.bincount(answers.label, minlength=len(counts))
+    correct = np.bincount(answers.label[answers.hits], minlength=len(counts))
+    seen = np.flatnonzero(total)
+    traces = []
+    for group in [g for g in GROUPS if (groups[seen] == g).any()]:
+        here = seen[groups[seen] == group]
+        colour, symbol, _ = STYLES[group]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": group, "x": counts[here].tolist(),
+            "y": percents(correct[here] / total[here]), "text": [study.class_names[k] for k in here],
+            "marker": {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75},
+            "hovertemplate": "%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
+        })  # fmt: skip
+    never = int((correct[seen] == 0).sum())
+    rules = ", ".join(f"{group} {RULES[group]}" for group in GROUPS)
+    note = f"Each point is a class, best found, on test. {never} of {len(seen)} classes are never recognised. Training images: {rules}."
+    rows = [{"class": study.class_names[k], "group": str(groups[k]), "train_images": int(counts[k]), "test_images": int(total[k]),
+             "correct": int(correct[k])} for k in seen]  # fmt: skip
+    layout = {
+        "xaxis": log_axis("training images of the class", counts[seen].tolist()),
+        "yaxis": axis(ACCURACY, range=[-4, 104]),
+    }
+    return Figure("classes", "Classes: accuracy against frequency", note, traces, layout, rows)
+
+
+def calibration_figure(study: StudyFiles) -> Figure | None:
+    """Reliability diagram of the best and of zero-shot."""
+    traces: list[dict[str, Any]] = [{"type": "scatter", "mode": "lines", "name": "perfect", "x": [0, 100], "y": [0, 100],
+                                     "line": {"color": "#808080", "dash": "dot"}, "hoverinfo": "skip"}]  # fmt: skip
+    rows, errors = [], []
+    for label, place in ((BEST, 0), ("zero-shot", 2)):
+        found = study.entry(label)
+        if found is None or found[1] is None:
+            continue
+        bins = reliability(found[1])
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "name": label, "x": percents([b[0] for b in bins]),
+            "y": percents([b[1] for b in bins]), "text": [f"{b[2]:,} images" for b in bins],
+            "marker": {"color": COLOURS[place], "symbol": SYMBOLS[place], "size": 8}, "line": {"color": COLOURS[place]},
+            "hovertemplate": "says %{x:.0f}%, right %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",
+        })  # fmt: skip
+        rows += [{"model": label, "confidence": b[0], "accuracy": b[1], "images": b[2]} for b in bins]
+        errors.append(f"{label} {100 * sum(abs(b[0] - b[1]) * b[2] for b in bins) / len(found[1].label):.1f}%")
+    if not rows:
+        return None
+    note = "How often a prediction is right when the model says how sure it is; below the dotted line it is too sure. " \
+           f"Expected calibration error on test: {', '.join(errors)}."  # fmt: skip
+    layout = {"xaxis": axis("confidence in %", range=[0, 100]), "yaxis": axis(ACCURACY, range=[0, 100])}
+    return Figure("calibration", "Calibration: can its confidence be trusted?", note, traces, layout, rows)

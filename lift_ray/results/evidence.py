@@ -158,7 +158,8 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     short = f"{word}: ten times as many trained parameters {change}{chance}."
     interval = f"95% interval {100 * slope.low:+.1f} to {100 * slope.high:+.1f}"
     span = f"{10 ** size.min():,.0f} to {10 ** size.max():,.0f}"
-    metrics = " or ".join(dict.fromkeys(study.objective[0].rsplit("/", 1)[-1].replace("_", " ") for study in studies))
+    names = dict.fromkeys(study.objective[0].rsplit("/", 1)[-1].replace("_", " ") for study in studies)
+    metrics = " or ".join(f"{name} accuracy" if name in GROUPS else name for name in names)
     answer = f"{short.removesuffix('.')} ({interval}). Of the {number} finished trials only the best of each of {len(trials)} sizes " \
              f"({span}) counts, by {metrics}."  # fmt: skip
     low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))

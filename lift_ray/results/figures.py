@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lift_ray.results.evidence import MEASURES, heavy_tuning, is_grid, reliability, sized
-from lift_ray.results.metrics import GROUPS, RULES
+from lift_ray.results.evidence import MEASURES, heavy_tuning, is_grid, sized
+from lift_ray.results.metrics import GROUPS
 from lift_ray.results.rows import describe
-from lift_ray.results.studies import BEST, StudyFiles, Trial, numbers
+from lift_ray.results.studies import StudyFiles, Trial, numbers
 
 # colours that differ for all kinds of colour vision and stand out on white and on black; symbols and dashes say the same again
 STYLES = {
@@ -141,6 +141,9 @@ def size_figure(study: StudyFiles) -> Figure | None:
     note = "Each finished trial, on validation. The line is the Pareto front of mean class accuracy: no trial with fewer trained " \
            f"parameters is better. It runs from {value_of(least)} with {least['trained_parameters']:,.0f} parameters to " \
            f"{value_of(most)} with {most['trained_parameters']:,.0f}."  # fmt: skip
+    if least is most:
+        note = f"Each finished trial, on validation. None is better in mean class accuracy than one of the smallest: " \
+               f"{value_of(least)} with {least['trained_parameters']:,.0f} trained parameters."  # fmt: skip
     on_front = {t["number"] for t in front}
     rows = [{"trial": t["number"], "trained_parameters": t["trained_parameters"],
              **{m: t.get(f"validation/{m}") for m in MEASURES}, "on_front": t["number"] in on_front} for t in trials]  # fmt: skip
@@ -221,8 +224,10 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
             "hovertemplate": "tau %{x}: %{y:.1f}%<extra>%{fullData.name}</extra>",
         })  # fmt: skip
     top = max(points, key=lambda p: p["validation/mean_class_accuracy"])
-    note = f"The best trial, its logits adjusted again after training, which costs nothing. On validation tau {top['tau']:g} gives " \
-           f"the best mean class accuracy, {value_of(top)}; without it it is {value_of(points[0])}."  # fmt: skip
+    gain = f"tau {top['tau']:g} gives the best mean class accuracy, {value_of(top)}; without it it is {value_of(points[0])}."
+    if top is points[0]:
+        gain = f"none gives a better mean class accuracy than without, {value_of(top)}."
+    note = f"The best trial, its logits adjusted again after training, which costs nothing. On validation {gain}"
     rows = [{"tau": p["tau"], **{m: p.get(f"validation/{m}") for m in MEASURES}} for p in points]
     return Figure("posthoc-tau", "Tau after training: how strongly to adjust", note, traces,
                   {"xaxis": axis("tau after training"), "yaxis": axis(ACCURACY)}, rows)  # fmt: skip
@@ -288,60 +293,3 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
         )
     return Figure("heavy", HEAVY, note, [band, *([faint] if others else []), points],
                   {"xaxis": log_axis("trained parameters", x.tolist()), "yaxis": axis("few-shot accuracy in %")}, rows)  # fmt: skip
-
-
-def classes_figure(study: StudyFiles) -> Figure | None:
-    """Accuracy of each class against its training images."""
-    found = study.entry(BEST)
-    if found is None or found[1] is None or not study.class_counts:
-        return None
-    answers, counts, groups = found[1], np.array(study.class_counts), study.groups
-    total = np.bincount(answers.label, minlength=len(counts))
-    correct = np.bincount(answers.label[answers.hits], minlength=len(counts))
-    seen = np.flatnonzero(total)
-    traces = []
-    for group in [g for g in GROUPS if (groups[seen] == g).any()]:
-        here = seen[groups[seen] == group]
-        colour, symbol, _ = STYLES[group]
-        traces.append({
-            "type": "scatter", "mode": "markers", "name": group, "x": counts[here].tolist(),
-            "y": percents(correct[here] / total[here]), "text": [study.class_names[k] for k in here],
-            "marker": {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75},
-            "hovertemplate": "%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
-        })  # fmt: skip
-    never = int((correct[seen] == 0).sum())
-    rules = ", ".join(f"{group} {RULES[group]}" for group in GROUPS)
-    note = f"Each point is a class, best found, on test. {never} of {len(seen)} classes are never recognised. Training images: {rules}."
-    rows = [{"class": study.class_names[k], "group": str(groups[k]), "train_images": int(counts[k]), "test_images": int(total[k]),
-             "correct": int(correct[k])} for k in seen]  # fmt: skip
-    layout = {
-        "xaxis": log_axis("training images of the class", counts[seen].tolist()),
-        "yaxis": axis(ACCURACY, range=[-4, 104]),
-    }
-    return Figure("classes", "Classes: accuracy against frequency", note, traces, layout, rows)
-
-
-def calibration_figure(study: StudyFiles) -> Figure | None:
-    """Reliability diagram of the best and of zero-shot."""
-    traces: list[dict[str, Any]] = [{"type": "scatter", "mode": "lines", "name": "perfect", "x": [0, 100], "y": [0, 100],
-                                     "line": {"color": "#808080", "dash": "dot"}, "hoverinfo": "skip"}]  # fmt: skip
-    rows, errors = [], []
-    for label, place in ((BEST, 0), ("zero-shot", 2)):
-        found = study.entry(label)
-        if found is None or found[1] is None:
-            continue
-        bins = reliability(found[1])
-        traces.append({
-            "type": "scatter", "mode": "lines+markers", "name": label, "x": percents([b[0] for b in bins]),
-            "y": percents([b[1] for b in bins]), "text": [f"{b[2]:,} images" for b in bins],
-            "marker": {"color": COLOURS[place], "symbol": SYMBOLS[place], "size": 8}, "line": {"color": COLOURS[place]},
-            "hovertemplate": "says %{x:.0f}%, right %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",
-        })  # fmt: skip
-        rows += [{"model": label, "confidence": b[0], "accuracy": b[1], "images": b[2]} for b in bins]
-        errors.append(f"{label} {100 * sum(abs(b[0] - b[1]) * b[2] for b in bins) / len(found[1].label):.1f}%")
-    if not rows:
-        return None
-    note = "How often a prediction is right when the model says how sure it is; below the dotted line it is too sure. " \
-           f"Expected calibration error on test: {', '.join(errors)}."  # fmt: skip
-    layout = {"xaxis": axis("confidence in %", range=[0, 100]), "yaxis": axis(ACCURACY, range=[0, 100])}
-    return Figure("calibration", "Calibration: can its confidence be trusted?", note, traces, layout, rows)

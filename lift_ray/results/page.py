@@ -67,8 +67,8 @@ def figures_of(chapter: Chapter) -> tuple[list[Figure], list[str]]:
         "tau in training": lambda: figures.tau_figure(study),
         "tau after training": lambda: figures.posthoc_figure(study),
         "tuner kinds": lambda: figures.kinds_figure(study),
-        "classes": lambda: figures.classes_figure(study),
-        "calibration": lambda: figures.calibration_figure(study),
+        "classes": lambda: comparison_figures.classes_figure(study),
+        "calibration": lambda: comparison_figures.calibration_figure(study),
         "history": lambda: search_figures.history_figure(study),
         "all settings at once": lambda: search_figures.parallel_figure(study),
         "importance of the settings": lambda: search_figures.importance_figure(

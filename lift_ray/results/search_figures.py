@@ -165,7 +165,9 @@ def pareto_figure(study: StudyFiles) -> Figure | None:
         shape = {"shape": "hv" if second_mode == "min" else "vh"}
         trace = front_line(x[line].tolist(), y[line].tolist())
         traces.insert(0, trace | {"line": trace["line"] | shape})
-    note = f"Each finished trial, on validation: {plain(first)} ({first_mode}) against {plain(second)} ({second_mode}). " + (
+    better = {"max": "the more the better", "min": "the less the better"}
+    y_name, x_name = (title.removesuffix(" in %") for title in (y_title, x_title))
+    note = f"Each finished trial: {y_name} ({better[first_mode]}) against {x_name} ({better[second_mode]}). " + (
         f"{len(on_front)} trials are not beaten in all objectives by another; which to take is a matter of taste."
         if on_front else "The Pareto front comes at the end of the search."
     )  # fmt: skip
