@@ -18,7 +18,9 @@ onload = () => setTimeout(() => {{
   const inside = document.querySelector("iframe").contentDocument, root = inside.documentElement;
   const plots = [...inside.querySelectorAll(".plot")];
   const unnamed = [...inside.querySelectorAll(".plot, img")].filter((x) => !x.getAttribute("aria-label") && !x.alt);
-  document.title = JSON.stringify({{width: root.scrollWidth, plots: plots.length, unnamed: unnamed.length,
+  const legends = [...inside.querySelectorAll(".legend")].map((x) => x.getBoundingClientRect().height);
+  document.title = JSON.stringify({{contents: inside.getElementById("contents").open, legend: Math.max(0, ...legends),
+    width: root.scrollWidth, plots: plots.length, unnamed: unnamed.length,
     drawn: plots.filter((x) => x.querySelector("svg.main-svg")).length, requests: inside.defaultView.performance
       .getEntriesByType("resource").map((x) => x.name).filter((x) => !x.startsWith("data:"))}});
 }}, 4000);
@@ -26,7 +28,8 @@ onload = () => setTimeout(() => {{
 
 
 def seen_in_browser(page: Path, width: int, folder: Path) -> dict[str, Any]:
-    """Width of the page in pixels, its plots, those drawn, what has no name for a screen reader, and requests that it made.
+    """Width of the page in pixels, its plots, those drawn, what has no name for a screen reader, and requests that it made;
+    whether its contents are open, and pixels of the highest legend.
 
     Args:
         width: of the window.

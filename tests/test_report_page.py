@@ -16,5 +16,7 @@ def test_a_browser_shows_the_page_without_a_fault(width: int, tmp_path: Path) ->
     folder = write_study(tmp_path / "out", make_trials(24))
     assert not report.main([str(folder)])
     seen = seen_in_browser(folder / "report" / "index.html", width, tmp_path)
+    assert seen.pop("legend") < 50, "a legend is higher than two lines"
+    assert seen.pop("contents") == (width > 700), "a long list of links stands before everything on a phone"
     assert seen == {"width": seen["width"], "plots": 14, "unnamed": 0, "drawn": 14, "requests": []}
     assert seen["width"] <= width
