@@ -81,7 +81,7 @@ def evaluate(
         every = [figures | found.report for figures in found.figures]
         print(json.dumps(every if len(every) > 1 else every[0], indent=1))
         return
-    from lift_ray.results.crossed import print_found
+    from lift_ray.results.together import print_found
 
     name = "together" if found.report else checkpoints[0]
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]

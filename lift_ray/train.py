@@ -157,8 +157,8 @@ def _train_all(
         return
     from lift_ray.distributed.evaluation import Question, evaluate_here, evaluate_on_workers
     from lift_ray.distributed.members import bind, place_of, train_members
-    from lift_ray.results.crossed import print_found
     from lift_ray.results.rows import write_json
+    from lift_ray.results.together import print_found
 
     _write_settings(run, data.uri, output)
     places = {name: place_of(output, name) for name in members}

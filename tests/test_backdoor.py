@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 
 from lift_ray import evaluate
 from lift_ray.data import decode, sizes
-from lift_ray.distributed.ensemble import LEFT, prior_left
+from lift_ray.distributed import evaluation, priors
+from lift_ray.distributed.ensemble import LEFT, Ensemble, prior_left, run_of
 from lift_ray.distributed.evaluation import Question, evaluate_here
 from lift_ray.distributed.priors import label_prior, loss_of
 from lift_ray.distributed.ranks import Ranks
@@ -34,8 +36,14 @@ from lift_ray.settings.run import RunConfig, apply_overrides
 OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": True}
 
 
+@pytest.fixture(scope="module")
+def small_clip() -> str:
+    """One that knows something of the pictures, for a random one has no label prior that could be fitted."""
+    return "embedded:lift-tiny"
+
+
 def settings(small_clip: str, **overrides: Any) -> dict[str, Any]:
-    tree = {"backbone": {"model": small_clip}, "tuner": {"kind": "adaptformer", "bottleneck": 4},
+    tree = {"backbone": {"model": small_clip, "resolution_px": 32}, "tuner": {"kind": "adaptformer", "bottleneck": 4},
             "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05}}  # fmt: skip
     return apply_overrides(tree, overrides)
 
@@ -163,7 +171,7 @@ def test_gla_is_its_formula_on_what_the_models_give_alone(
 def test_what_a_loss_leaves_of_the_training_prior_is_known_for_every_loss() -> None:
     assert set(LEFT) == set(LOSSES) - {"logit_adjusted"}
     losses = [{"kind": "cross_entropy"}, {"tau": 0.25}, {"tau": 2.0}, {"kind": "gla"}]
-    assert [prior_left(RunConfig.model_validate({"loss": loss}).loss) for loss in losses] == [1, 0.75, 0, 0]
+    assert [prior_left(RunConfig.model_validate({"loss": loss}).loss) for loss in losses] == [1, 0.75, -1, 0]
 
 
 def test_the_groups_are_means_of_class_accuracies_and_gains_their_differences() -> None:
@@ -267,6 +275,68 @@ def test_gla_without_a_text_tower_is_one_line_and_the_table_goes_without_paramet
         "few": ["all"],
         "all": ["all"],
     }
+
+
+def test_each_device_holds_models_in_turn_and_together_they_give_the_same_figures(
+    folders: list[str], small_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = Question((*folders, folders[0] + "-again"), small_data, "test")
+    shutil.copytree(folders[0], question.checkpoints[2], dirs_exist_ok=True)
+    expected = evaluate_here(question)
+    made, places = [], []
+    trained = evaluation._trained
+    monkeypatch.setattr(evaluation, "devices", lambda ranks: [ranks.device, torch.device("cpu", 0)])
+    monkeypatch.setattr(evaluation, "Warm", lambda *args: (made.append(Warm(*args)), made[-1])[1])
+    monkeypatch.setattr(evaluation, "_trained", lambda *args: (run := trained(*args), places.append(run.warm), run)[-1])
+    found = evaluate_here(question)
+    assert [warm.ranks.device for warm in made] == [torch.device("cpu"), torch.device("cpu", 0)]
+    assert [made.index(warm) for warm in places] == [0, 1, 0]
+    assert found.figures == [pytest.approx(one, abs=1e-6) for one in expected.figures]
+    assert found.rows == expected.rows
+
+
+def test_several_gpus_are_used_in_turn_and_a_cpu_is_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluation.devices(Ranks.alone()) == [torch.device("cpu")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    gpus = [torch.device("cuda"), torch.device("cuda", 1), torch.device("cuda", 2)]
+    assert evaluation.devices(Ranks(0, 1, torch.device("cuda"))) == gpus
+
+
+def test_the_members_of_one_checkpoint_are_shared_out_to_the_devices_too(small_data: str, small_clip: str) -> None:
+    warms = [Warm(small_data, Ranks.alone()) for _ in range(2)]
+    method = {"kind": "backdoor", "members": {"a": {}, "b": {"seed": 1}, "c": {"seed": 2}}}
+    config = RunConfig.model_validate(settings(small_clip) | {"method": method})
+    run = run_of(config, warms)
+    assert isinstance(run, Ensemble)
+    assert [warms.index(one.warm) for one in run.runs.values()] == [0, 1, 0]
+
+
+def test_a_class_has_its_parameter_group_in_the_table_of_classes(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main([*folders, "--per-class", str(tmp_path / "classes.csv"), "--json"])
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    with (tmp_path / "classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for group in ("many", "medium", "few"):
+        assert sum(row["parameter_group"] == group for row in rows) == groups["all"][group]["classes"]
+    evaluate.main([folders[0], "--per-class", str(tmp_path / "one.csv")])
+    assert "parameter_group" not in (tmp_path / "one.csv").read_text()
+
+
+def test_a_prior_that_cannot_be_fitted_is_one_line_and_the_table_says_that_it_goes_without(
+    folders: list[str], small_data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_fit(*args: Any, **options: Any) -> None:
+        raise ValueError("the label prior must settle, but it still changed by 3 after 500 rounds")
+
+    monkeypatch.setattr(priors, "fit", no_fit)
+    message = f"{small_data} validation: the label prior must settle, but it still changed by 3 after 500 rounds"
+    with pytest.raises(BadInput) as caught:
+        evaluate.main([folders[0], "--gla"])
+    assert str(caught.value) == f"{message}; GLA cannot be used with it"
+    evaluate.main(folders)
+    assert f"without parameter groups: {message}" in capsys.readouterr().out
 
 
 def without_text(load: Callable[..., backbone.Backbone]) -> Callable[..., backbone.Backbone]:

@@ -29,7 +29,7 @@ def row(job: Any, value: float) -> dict[str, Any]:
 
 
 def test_the_best_rate_of_the_first_seed_is_used_for_the_others(backdoor: ModuleType) -> None:
-    args = argparse.Namespace(groups=3, epochs=1, vits=Path("x"), backbones=list(backdoor.BACKBONES))
+    args = argparse.Namespace(groups=3, epochs=1, vits=Path("x"), backbones=list(backdoor.BACKBONES), rates={})
     jobs = backdoor.possible_jobs(args)
     assert len({job.key for job in jobs}) == len(jobs)
     first = [job for job in jobs if job.seed == 0]

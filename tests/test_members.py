@@ -155,7 +155,7 @@ def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
     again.load(tmp_path / "saved")
     assert again.history == first.history
     assert list(again.epochs()) == []
-    examined = run_of(first.config, warm)
+    examined = run_of(first.config, [warm])
     examined.model.load_stored(load_file(tmp_path / "saved" / "weights.safetensors"))
     assert examined.evaluate("validation")["validation/loss"] == pytest.approx(figures[1]["validation/loss"], abs=1e-6)
     epochs.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lift_ray.methods.prior import MOST_ROUNDS, fit, gla, mean_prior, thirds
+from lift_ray.methods.prior import fit, gla, mean_prior, thirds
 from lift_ray.model.losses import LOSSES
 
 
@@ -31,21 +32,29 @@ def distance(found: torch.Tensor, planted: torch.Tensor) -> float:
     return float((found.exp() - planted.exp()).abs().sum())
 
 
-@pytest.mark.parametrize(("num_classes", "images"), [(50, 40), (365, 20), (1000, 10)])
-def test_a_planted_prior_is_found_and_the_uniform_one_is_far_from_it(num_classes: int, images: int) -> None:
+@pytest.mark.parametrize(
+    ("num_classes", "images", "too_few", "calibrate"),
+    [(50, 40, 5, True), (50, 40, 5, False), (365, 5, 1, True), (1000, 5, 1, True)],
+)
+def test_a_planted_prior_is_found_with_so_many_images_of_each_class_but_not_with_fewer(
+    num_classes: int, images: int, too_few: int, calibrate: bool
+) -> None:
     logits, labels, log_q = planted(num_classes, images)
-    found = fit(logits, labels, calibrate=False)
-    assert found.rounds < MOST_ROUNDS
+    found = fit(logits, labels, calibrate=calibrate)
     assert distance(found.log_q, log_q) < 0.1 < 0.5 < distance(torch.zeros(num_classes).log_softmax(0), log_q)
     assert float(found.log_q.exp().sum()) == pytest.approx(1, abs=1e-5)
+    logits, labels, log_q = planted(num_classes, too_few)
+    assert 0.1 < distance(fit(logits, labels, calibrate=calibrate).log_q, log_q) < 0.25
 
 
-@pytest.mark.parametrize("temperature", [0.25, 4.0])
+@pytest.mark.parametrize("temperature", [1e-4, 0.25, 4.0, 300.0])
 def test_the_temperature_is_found_with_the_prior(temperature: float) -> None:
     logits, labels, log_q = planted(50, 80, temperature)
     found = fit(logits, labels)
     assert found.temperature == pytest.approx(temperature, rel=0.05)
-    assert distance(found.log_q, log_q) < 0.1 < distance(fit(logits, labels, calibrate=False).log_q, log_q)
+    assert distance(found.log_q, log_q) < 0.1
+    if 0.1 < temperature < 10:
+        assert distance(fit(logits, labels, calibrate=False).log_q, log_q) > 0.1
 
 
 def test_a_set_that_is_not_balanced_has_its_own_prior_taken_out() -> None:
@@ -88,6 +97,25 @@ def test_a_class_without_an_image_is_named() -> None:
     logits, labels, _ = planted(50, 4)
     with pytest.raises(ValueError, match=r"every class needs an image, but there is none of class 3, 7$"):
         fit(logits[(labels != 3) & (labels != 7)], labels[(labels != 3) & (labels != 7)])
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda z: -z, "the model's logits must say something of the labels, but no temperature makes them do"),
+    (lambda z: z * float("nan"), "the model's logits must be finite and differ, but their deviation is nan"),
+    (lambda z: z * 0, "the model's logits must be finite and differ, but their deviation is 0"),
+])  # fmt: skip
+def test_logits_without_skill_have_no_prior(spoil: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    logits, labels, _ = planted(50, 40)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        fit(spoil(logits), labels)
+
+
+def test_a_fit_that_does_not_settle_is_no_result() -> None:
+    logits, labels, _ = planted(50, 4, 300.0)
+    with pytest.raises(
+        ValueError, match=r"the label prior must settle, but it still changed by [0-9.]+ after 500 rounds"
+    ):
+        fit(logits, labels, calibrate=False)
 
 
 def test_gla_of_exact_models_that_hold_a_prior_each_is_exact_again() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lift_ray.data.longtail import semi_supervised_counts
 from lift_ray.settings.files import read_run
+from lift_ray.settings.methods import Loft, Ulfine
 from lift_ray.settings.run import RunConfig
 
 FOLDER = Path(__file__).parents[1] / "search_spaces" / "recipes"
@@ -16,7 +19,16 @@ DATA = {"cifar100_lt": (100, 4), "imagenet_lt": (1000, 32), "places_lt": (365, 8
 
 def test_there_is_every_recipe_for_every_data_set() -> None:
     found = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
-    assert found == {f"{data}/{name}.yaml" for data in DATA for name in NAMES}
+    assert found == {f"{data}/{name}.yaml" for data in DATA for name in NAMES} | {"cifar100_half/ulfine.yaml"}
+
+
+def test_ulfine_is_our_reading_with_about_1024_steps_and_can_be_changed_to_its_neighbours() -> None:
+    path = FOLDER / "cifar100_half" / "ulfine.yaml"
+    config = read_run(path).config
+    labelled, _ = semi_supervised_counts(np.full(100, 500), 50, 400, 10, 10)
+    assert 1000 <= config.optim.epochs * (labelled.sum() // config.optim.global_batch_size) <= 1024
+    assert (config.optim.lr, config.method) == (0.01, Ulfine())
+    assert read_run(path, {"method.kind": "loft"}).config.method == Loft()
 
 
 @pytest.mark.parametrize("data", DATA)

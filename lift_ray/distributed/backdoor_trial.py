@@ -24,7 +24,7 @@ def trial_of(config: RunConfig, warm: Warm, output: Output) -> Trial | BackdoorT
     """
     if not isinstance(config.method, Backdoor):
         return Trial(config, warm)
-    trial = BackdoorTrial.of(config, warm)
+    trial = BackdoorTrial.of(config, [warm])
     trial.output = output
     return trial
 

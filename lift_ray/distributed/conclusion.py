@@ -39,6 +39,7 @@ class Found:
         front: the Pareto front, where there are several objectives; otherwise empty.
         posthoc: validation metrics of the best for each tau after training.
         seeds: for `search.seeds_best` above 1, label, seed and metrics of each run of the best settings and the yardstick.
+        together: of each finished trial of `method: backdoor`, as `answer_together` gives it.
     """
 
     rows: list[TrialRow]
@@ -48,6 +49,7 @@ class Found:
     time_s: dict[str, float]
     posthoc: list[dict[str, float]]
     seeds: list[dict[str, Any]] = field(default_factory=list)
+    together: list[dict[str, Any]] = field(default_factory=list)
 
 
 def best_of(rows: Sequence[TrialRow], space: SpaceFile, out: Output) -> TrialRow:
@@ -101,6 +103,24 @@ def posthoc_curve(space: SpaceFile, pool: Pool, best: TrialRow) -> list[dict[str
     """Validation metrics of the best for each tau after training."""
     curve: list[dict[str, float]] = asked(pool, [("tau_curve", _exam(space, best, []))])[0]
     return curve
+
+
+def answer_together(space: SpaceFile, pool: Pool, rows: Sequence[TrialRow]) -> list[dict[str, Any]]:
+    """What the models of each finished trial of `method: backdoor` do together on the test split.
+
+    Returns trial, values, metrics as `test/name`, and the report of results.crossed.Crossed.result with the cost.
+    """
+    finished = [row for row in rows if row.state == "finished" and space.config(row.values).members()]
+    found = asked(pool, [("cross_examine", _exam(space, row, ["test"])) for row in finished])
+    for row, figures in zip(finished, found, strict=True):
+        figures["report"]["cost"] = {
+            "trained_parameters": int(row.last["trained_parameters"]),
+            "train_s": sum(epoch.get("cost/train_s", 0.0) for epoch in row.history),
+            "evaluate_s": figures.pop("time/evaluate_s"),
+        }
+    return [
+        {"trial": row.number, "values": row.values, **figures} for row, figures in zip(finished, found, strict=True)
+    ]
 
 
 def asked(pool: Pool, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -160,6 +180,7 @@ def write_found(space: SpaceFile, dataset: str, found: Found, out: Output) -> No
         "posthoc_curve": found.posthoc,
         "compared": [{"label": label, **figures} for label, figures in found.compared],
         "seeds": found.seeds,
+        "together": found.together,
         "pareto": [{"trial": row.number, "values": row.values, **{m: row.last[m] for m in space.objectives}} for row in found.front],
         "time_s": {name: round(seconds, 2) for name, seconds in found.time_s.items()},
         "versions": {"lift_ray": lift_ray.__version__, "ray": ray.__version__, "optuna": version("optuna"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -12,12 +13,12 @@ from numpy.typing import NDArray
 from lift_ray.data.catalog import Split
 from lift_ray.data.sizes import View, view_batches
 from lift_ray.data.stream import Batch
-from lift_ray.distributed.priors import label_prior, zero_shot
+from lift_ray.distributed.priors import fitted, label_prior, zero_shot
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm, autocast
 from lift_ray.errors import BadInput
 from lift_ray.methods.backdoor import COMBINE, Members
-from lift_ray.methods.prior import Prior, fit, gla, mean_prior, thirds
+from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
 from lift_ray.results.crossed import Crossed
 from lift_ray.results.tally import PerImage
 from lift_ray.settings.methods import Backdoor
@@ -50,6 +51,7 @@ class Ensemble(Run):
         self.combine, self.weights = COMBINE["logits"], [1.0] * len(runs)
         self.gla: Gla | None = None
         self.crossed: Crossed | None = None
+        self.p_groups: NDArray[np.str_] | None = None
 
     def answer(self, combine: str | None = None, weights: Sequence[float] = (), *, with_gla: bool = False) -> None:
         """How the models answer from now on; what is not given stays as it is.
@@ -69,11 +71,12 @@ class Ensemble(Run):
         self.gla = Gla(list(self.runs.values())) if with_gla else self.gla
 
     @classmethod
-    def of(cls, config: RunConfig, warm: Warm, class_counts: list[int] | None = None) -> Self:
-        """The members of `method: backdoor`, as `Run` makes one."""
+    def of(cls, config: RunConfig, warms: Sequence[Warm], class_counts: list[int] | None = None) -> Self:
+        """The members of `method: backdoor`, as `Run` makes one, each on one of the devices in turn."""
         method = config.method
         assert isinstance(method, Backdoor)
-        runs = {name: Run(member, warm, class_counts) for name, member in config.members().items()}
+        members = zip(config.members().items(), itertools.cycle(warms), strict=False)
+        runs = {name: Run(member, warm, class_counts) for (name, member), warm in members}
         out = cls(config, runs)
         out.answer(method.combine, [method.weights.get(name, 1.0) for name in runs])
         return out
@@ -100,21 +103,35 @@ class Ensemble(Run):
         """What the last evaluation, of this split, found (results.crossed.Crossed.result)."""
         assert self.crossed is not None
         assert self.per_class is not None
-        return self.crossed.result(split_name, self.per_class, self.class_counts, self._p_groups())
+        self.p_groups, why_not = self._p_groups()
+        found = self.crossed.result(split_name, self.per_class, self.class_counts, self.p_groups)
+        return found | ({"no_parameter_groups": why_not} if why_not else {})
 
-    def _p_groups(self) -> NDArray[np.str_] | None:
-        """many, medium or few by the label prior of the foundation models together, (K,); None where it cannot be had.
+    def _p_groups(self) -> tuple[NDArray[np.str_] | None, str]:
+        """many, medium or few by the label prior of the foundation models together, (K,), and ""; None where it cannot be had, and why.
 
         Models without a text tower have no say.
         """
-        data, models = self.warm.dataset, {}
+        models = {}
         for run in self.runs.values():
             if run.warm.backbone(run.config).text is not None:
                 models[run.config.backbone, str(run.config.head.template)] = run
-        there = "validation" in data.splits and data.split("validation").class_counts(data.num_classes).all()
-        if not models or not there:
-            return None
-        return thirds(mean_prior([label_prior(run.warm, run.config).log_q.cpu() for run in models.values()]))
+        if not models:
+            return None, "no model has a text tower"
+        if "validation" not in self.warm.dataset.splits:
+            return None, "the data set has no validation split"
+        try:
+            priors = [label_prior(run.warm, run.config).log_q.cpu() for run in models.values()]
+        except BadInput as error:
+            return None, str(error)
+        return thirds(mean_prior(priors)), ""
+
+    def per_class_rows(self) -> list[dict[str, Any]]:
+        """As of a run; after `report` with each class's parameter group, where it is known."""
+        rows = super().per_class_rows()
+        if self.p_groups is None:
+            return rows
+        return [row | {"parameter_group": str(group)} for row, group in zip(rows, self.p_groups, strict=True)]
 
     def _logits(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         used = list(self.runs.values())[: self.in_use]
@@ -132,7 +149,7 @@ class Gla:
     Args:
         runs: trained, on data with a validation split.
 
-    Raises BadInput for a backbone without a text tower.
+    Raises BadInput for a backbone without a text tower, and where no prior can be fitted.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -142,7 +159,7 @@ class Gla:
         parts = list(logits_of(runs, split))
         labels = torch.cat([labels for _, labels in parts])
         self.temperatures = [
-            fit(torch.cat([logits[m] for logits, _ in parts]), labels, reduce=run.ranks.sum).temperature
+            fitted(run.warm, torch.cat([logits[m] for logits, _ in parts]), labels, reduce=run.ranks.sum).temperature
             for m, run in enumerate(runs)
         ]
         self.log_priors = [
@@ -162,8 +179,8 @@ class Gla:
 
 
 def prior_left(loss: Loss) -> float:
-    """How much of log prior_train a loss leaves in the raw logits: all after cross-entropy, none after logit adjustment."""
-    return max(0.0, 1 - loss.tau) if isinstance(loss, LogitAdjusted) else LEFT[loss.kind]
+    """How much of log prior_train a loss leaves in the raw logits: all after cross-entropy, 1 - tau after logit adjustment."""
+    return 1 - loss.tau if isinstance(loss, LogitAdjusted) else LEFT[loss.kind]
 
 
 LEFT = {"cross_entropy": 1.0, "focal": 1.0, "ldam": 1.0, "class_balanced": 0.0, "reweighted": 0.0, "balanced_softmax": 0.0,
@@ -180,10 +197,8 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
     )  # fmt: skip
     with torch.inference_mode():
         for pictures, labels in batches:
-            logits = [
-                _answer(run, pictures[view], labels).to(first.device) for run, view in zip(runs, views, strict=True)
-            ]
-            yield logits, labels.to(first.device)
+            logits = [_answer(run, pictures[view], labels) for run, view in zip(runs, views, strict=True)]
+            yield [mine.to(first.device) for mine in logits], labels.to(first.device)  # all GPUs have work by now
 
 
 def _answer(run: Run, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -195,6 +210,8 @@ def _answer(run: Run, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return logits
 
 
-def run_of(config: RunConfig, warm: Warm, class_counts: list[int] | None = None) -> Run:
-    """The run of any method."""
-    return (Ensemble.of if isinstance(config.method, Backdoor) else Run)(config, warm, class_counts)
+def run_of(config: RunConfig, warms: Sequence[Warm], class_counts: list[int] | None = None) -> Run:
+    """The run of any method; a single model is on the first device."""
+    if isinstance(config.method, Backdoor):
+        return Ensemble.of(config, warms, class_counts)
+    return Run(config, warms[0], class_counts)

@@ -50,7 +50,8 @@ class Evaluated:
     """What an evaluation found; many, medium and few go by the counts that the (first) model was trained with.
 
     Args:
-        figures: for each tau the metrics as `split/name`, and trained_parameters.
+        figures: for each tau the metrics as `split/name`, trained_parameters, and of a single model how good the pseudo-labels of its
+            last epoch were.
         rows: one for each class, for the last tau.
         report: results.crossed.Crossed.result where several models answer together, otherwise empty.
     """
@@ -61,7 +62,7 @@ class Evaluated:
 
 
 def evaluate_here(question: Question) -> Evaluated:
-    """Evaluate in this process, on its GPU if it has one. Raises BadInput."""
+    """Evaluate in this process, several models shared out to its GPUs if it has some. Raises BadInput."""
     ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
     return _evaluate(question, ranks)
 
@@ -74,26 +75,40 @@ def evaluate_checkpoint(
     return found.figures, found.rows
 
 
+def devices(ranks: Ranks) -> list[torch.device]:
+    """Where the models of this process go in turn: its own device first, then the other GPUs that it sees."""
+    if ranks.device.type != "cuda":
+        return [ranks.device]
+    return [ranks.device, *(torch.device("cuda", number) for number in range(1, torch.cuda.device_count()))]
+
+
 def _evaluate(question: Question, ranks: Ranks) -> Evaluated:
-    warm = Warm(question.dataset, ranks)
-    runs = [_trained(where, warm, question.tte) for where in question.checkpoints]
+    warms = [Warm(question.dataset, replace(ranks, device=device)) for device in devices(ranks)]
+    runs = [
+        _trained(where, warms[number % len(warms) :] + warms[: number % len(warms)], question.tte)
+        for number, where in enumerate(question.checkpoints)
+    ]
     run, began = _together(runs, question), time.monotonic()
     figures = [
         found | {"trained_parameters": run.num_trained} for found in run.evaluate_taus(question.split, question.taus)
     ]
     if not isinstance(run, Ensemble) or len(run.runs) == 1:
-        return Evaluated(figures, run.per_class_rows(), {})
+        learnt = {
+            name: value for name, value in (runs[0].history or [{}])[-1].items() if name.startswith("unlabelled/")
+        }
+        return Evaluated([found | learnt for found in figures], run.per_class_rows(), {})
     epochs = [epoch for run in runs for epoch in run.history]
     cost = {"trained_parameters": run.num_trained, "evaluate_s": time.monotonic() - began,
             "train_s": sum(epoch.get("cost/train_s", epoch.get("time/train_s", 0.0)) for epoch in epochs)}  # fmt: skip
-    return Evaluated(figures, run.per_class_rows(), run.report(question.split) | {"cost": cost})
+    report = run.report(question.split) | {"cost": cost}
+    return Evaluated(figures, run.per_class_rows(), report)
 
 
-def _trained(where: str, warm: Warm, tte: bool) -> Run:
+def _trained(where: str, warms: list[Warm], tte: bool) -> Run:
     with checkpoint.opened(where) as folder:
         record = checkpoint.read_record(folder)
         config = RunConfig.model_validate(apply_overrides(record.config, {"evaluation.tte": True} if tte else {}))
-        run = run_of(config, warm, record.class_counts)
+        run = run_of(config, warms, record.class_counts)
         checkpoint.load_weights(folder, run.model)
     run.history = record.history
     return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -23,7 +25,7 @@ def zero_shot(config: RunConfig) -> RunConfig:
 def label_prior(warm: Warm, config: RunConfig) -> Prior:
     """`methods.prior.fit` of the zero-shot logits of the validation split, the same on every rank.
 
-    Raises BadInput without a text tower, and without a validation image of every class.
+    Raises BadInput without a text tower, without a validation image of every class, and where no prior can be fitted.
     """
     if (backbone := warm.backbone(config)).text is None:
         raise BadInput(f"GLA: needs a text tower, but {backbone.name} has none; leave it out, or use another backbone")
@@ -33,9 +35,14 @@ def label_prior(warm: Warm, config: RunConfig) -> Prior:
     if features is None:
         features = warm.frozen(plain, model, split, np.arange(split.num_samples))
     labels = torch.from_numpy(split.labels).to(features.device)
+    with torch.inference_mode():
+        return fitted(warm, torch.cat([model.classify(part) for part in features.split(1000)]), labels)
+
+
+def fitted(warm: Warm, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:
+    """`methods.prior.fit` on the validation split. Raises BadInput in one line where it cannot be fitted."""
     try:
-        with torch.inference_mode():
-            return fit(torch.cat([model.classify(part) for part in features.split(1000)]), labels)
+        return fit(logits, labels, **options)
     except ValueError as error:
         raise BadInput(f"{warm.dataset.uri} validation: {error}; GLA cannot be used with it") from None
 

@@ -14,7 +14,15 @@ from typing import Any, Protocol
 from lift_ray.distributed.autoscaler import autoscaler_config
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.checkpoint import RECORD, read_record
-from lift_ray.distributed.conclusion import Found, best_of, compare, front_of, posthoc_curve, where_time_went
+from lift_ray.distributed.conclusion import (
+    Found,
+    answer_together,
+    best_of,
+    compare,
+    front_of,
+    posthoc_curve,
+    where_time_went,
+)
 from lift_ray.distributed.metrics import StudyMetrics
 from lift_ray.distributed.monitor import Monitor
 from lift_ray.distributed.schedulers import decide, takeovers
@@ -246,6 +254,7 @@ def run_search(
         again += repeats(space, rows, best)
         others = train_again(again, pool)
         compared, posthoc = compare(space, pool, rows, best), posthoc_curve(space, pool, best)
+        together = answer_together(space, pool, rows)
     times = where_time_went(rows, monitor, num_slots, searched_s, time.monotonic() - began)
     seeds = with_their_own(again, others, compared)
-    return Found(rows, best, compared, front_of(rows, space), times, posthoc, seeds)
+    return Found(rows, best, compared, front_of(rows, space), times, posthoc, seeds, together)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -24,6 +24,7 @@ from lift_ray.settings.run import RunConfig
 
 if TYPE_CHECKING:
     from lift_ray.distributed.backdoor_trial import BackdoorTrial
+    from lift_ray.distributed.ensemble import Ensemble
     from lift_ray.distributed.run import Run
     from lift_ray.distributed.trial import Trial
 
@@ -159,6 +160,11 @@ class Worker:
                 write_predictions(table, self.output, keep)
         return figures
 
+    def cross_examine(self, exam: Exam) -> dict[str, Any]:
+        """Test metrics of the models of `method: backdoor` together, and the report of `Ensemble.report`."""
+        run = cast("Ensemble", self._trained(exam))
+        return {**run.evaluate("test"), "report": run.report("test")}
+
     def tau_curve(self, exam: Exam) -> list[dict[str, float]]:
         """Validation metrics of a model for each tau after training."""
         from lift_ray.distributed.trial import TAUS
@@ -172,7 +178,7 @@ class Worker:
         from lift_ray.distributed import checkpoint
         from lift_ray.distributed.ensemble import run_of
 
-        run = run_of(RunConfig.model_validate(exam.config), self.warm)
+        run = run_of(RunConfig.model_validate(exam.config), [self.warm])
         if exam.checkpoint is not None:
             with self.output.fetched(exam.checkpoint) as folder:
                 checkpoint.load_weights(folder, run.model)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-import rich.table
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lift_ray.results.metrics import GROUPS, PerClass, class_groups
-from lift_ray.results.tables import accuracy_table, console, percent
+from lift_ray.results.metrics import ANY, GROUPS, PerClass, class_groups
 from lift_ray.results.tally import Tally
-
-ANY = "all"
-FURTHER = ("worst_class", "harmonic_mean", "geometric_mean", "macro_f1", "calibration_error")
 
 
 class Crossed:
@@ -99,57 +94,3 @@ def _groups(
                     "gain": after - mean, "gain_over_best": after - alone[best],
                 }  # fmt: skip
     return out
-
-
-def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
-    """Class accuracy in percent by data group (rows) and parameter group (columns): mean of the members -> together, gain."""
-    groups = report["groups"]
-    table = rich.table.Table(
-        title="mean of the models alone -> together (gain), by data group D and parameter group P",
-        title_justify="left", box=rich.box.SIMPLE_HEAD,
-    )  # fmt: skip
-    table.add_column("")
-    columns = [p for p in (*GROUPS, ANY) if any(p in row for row in groups.values())]
-    for p in columns:
-        table.add_column(f"P-{p}", justify="right", no_wrap=True)
-    for d, row in groups.items():
-        table.add_row(f"D-{d}", *(_cell(row[p]) if p in row else "-" for p in columns))
-    return table
-
-
-def _cell(cell: dict[str, float]) -> str:
-    return f"{percent(cell['mean'])} -> {percent(cell['together'])} ({100 * cell['gain']:+.1f})"
-
-
-def print_found(
-    title: str, split: str, shown: Sequence[tuple[str, Mapping[str, float]]], report: Mapping[str, Any]
-) -> None:
-    """Print the accuracies of an evaluation, of the members of several models first.
-
-    Args:
-        shown: (label, metrics as `split/name`), for each strength of the post-hoc adjustment.
-        report: of `Crossed.result`, empty for one model.
-    """
-    screen = console()
-    screen.print(accuracy_table(title, split, [*report.get("members", {}).items(), *shown]))
-    for label, figures in shown:
-        values = (f"{name.replace('_', ' ')} {percent(figures[f'{split}/{name}'])}" for name in FURTHER)
-        print(f"{label}: {', '.join(values)}")
-    if report:
-        screen.print(crossed_table(report))
-        print("\n".join(_words(report)))
-
-
-def _words(report: Mapping[str, Any]) -> list[str]:
-    """What the table does not show, in words: gain by data group, how often two models differ, and what it cost."""
-    gains = [
-        f"{d} {100 * row[ANY]['gain']:+.1f} ({100 * row[ANY]['gain_over_best']:+.1f})"
-        for d, row in report["groups"].items()
-    ]
-    differ = [f"{a} and {b} {percent(share)}" for a, b, share in report["disagreement"]]
-    lines = [f"gain over the mean of the models (over the best of them here, {report['best']}): {', '.join(gains)}",
-             f"images on which two models differ, in %: {', '.join(differ)}"]  # fmt: skip
-    if cost := report.get("cost"):
-        lines.append(f"cost: {cost['trained_parameters']:,} trained parameters, {cost['train_s']:.0f} s of training steps, "
-                     f"{cost['evaluate_s']:.1f} s for this evaluation")  # fmt: skip
-    return lines

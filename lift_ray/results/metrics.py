@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 MANY_ABOVE = 100
 FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
+ANY = "all"  # of them, in tables by group
 RULES = {"many": f"over {MANY_ABOVE}", "medium": f"{FEW_BELOW} to {MANY_ABOVE}", "few": f"under {FEW_BELOW}"}
 
 
@@ -122,13 +123,16 @@ def per_class_rows(
 
 
 def write_per_class(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """The rows of `per_class_rows` as CSV, None as nothing, renamed into place."""
+    """The rows of `per_class_rows` as CSV, None as nothing, renamed into place; with the parameter groups where the rows have them."""
     import pyarrow as pa
     import pyarrow.csv
 
+    rows = list(rows)
     columns = {"class": pa.string(), "group": pa.string()}
     columns |= dict.fromkeys(("train_images", "images", "correct", "predicted"), pa.int64())
     columns |= dict.fromkeys(("accuracy", "precision", "f1"), pa.float64())
+    if rows and "parameter_group" in rows[0]:
+        columns["parameter_group"] = pa.string()
     temporary = path.with_name(path.name + ".tmp")
-    pyarrow.csv.write_csv(pa.Table.from_pylist(list(rows), schema=pa.schema(columns.items())), temporary)
+    pyarrow.csv.write_csv(pa.Table.from_pylist(rows, schema=pa.schema(columns.items())), temporary)
     temporary.replace(path)
