@@ -80,9 +80,13 @@ def _is_raylet_of(process: psutil.Process, node: str) -> bool:
 
 @contextmanager
 def fake_cloud(
-    folder: Path, kinds: dict[str, dict[str, Any]], idle_s: float, provider: str = PROVIDER
+    folder: Path, kinds: dict[str, dict[str, Any]], idle_s: float, provider: str = PROVIDER, ray_in: str = ""
 ) -> Iterator[Head]:
-    """A head without cores, and an autoscaler that starts nodes of these kinds (`resources`, `max_workers`)."""
+    """A head without cores, and an autoscaler that starts nodes of these kinds (`resources`, `max_workers`).
+
+    Args:
+        ray_in: a folder with another `ray` than the installed one, for the head and its nodes.
+    """
     gcs, dashboard, agent, client = free_ports(4)
     (folder / "token").write_text(TOKEN)
     config: dict[str, Any] = {
@@ -115,7 +119,7 @@ def fake_cloud(
             "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
             "LIFT_RESULTS": str(folder / "results"),
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([ray_in, str(Path(__file__).parent)]),
         },
         stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip

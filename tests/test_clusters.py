@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from fake_aws import REGION, Account, fake_aws
 from fake_cloud import RAY, TOKEN, Head, fake_cloud, wait_for
 from machines import Lab, machines, what_is_missing
@@ -144,15 +145,30 @@ def test_a_study_is_submitted_from_outside_stopped_and_submitted_again(
     assert [row["epochs"] for row in pq.read_table(out / "trials.parquet").to_pylist()] == [EPOCHS] * TRIALS
 
 
+@pytest.fixture
+def mended_ray(tmp_path: Path) -> str:
+    """A folder with the installed Ray as `setup_commands` of the files for clouds leave it: links, but for what they change."""
+    (command,) = re.findall(
+        r"- ~/lift/bin/(python -m lift_ray.distributed.\w+)", (ROOT / "clusters" / "aws.yaml").read_text()
+    )
+    subprocess.run(["cp", "-rs", str(Path(ray.__file__).parent), str(tmp_path / "ray")], check=True)
+    env = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    for _ in "12":  # `ray up` again does it again
+        subprocess.run(["/bin/sh", "-c", command], env=env, check=True, timeout=60)
+    changed = [path.name for path in (tmp_path / "ray").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert sorted(changed) == ["cloud_resource_monitor.py", "reconciler.py"]
+    return str(tmp_path)
+
+
 @pytest.mark.timeout(400)
 def test_when_spot_cannot_be_had_the_same_machine_comes_on_demand(
-    spaces: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    spaces: Path, mended_ray: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("s")  # short, as sockets are in it
     kinds = {"cpu-ondemand": CPU_NODE | {"priority": 1}, "cpu-spot": CPU_NODE | {"priority": 10}}
     command = [sys.executable, "-m", "lift_ray.tune", str(spaces / "space.yaml"), "search.trials=1", "base.optim.epochs=1",
                "--out", str(tmp_path / "out"), "--no-dashboard"]  # fmt: skip
-    with fake_cloud(folder, kinds, IDLE_S, "fake_spot.NoSpot") as head:
+    with fake_cloud(folder, kinds, IDLE_S, "fake_spot.NoSpot", mended_ray) as head:
         done = subprocess.run(command, env=head.env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     asked = (folder / "asked").read_text().split()
