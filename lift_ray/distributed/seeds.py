@@ -31,7 +31,7 @@ class Repeat:
 
 
 def repeats(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[Repeat]:
-    """What is still to be trained for `search.seeds_best`: the best trial and the first start point, if it is another."""
+    """What `search.seeds_best` asks for: the best trial again, and the first start point, if it is another."""
     start = next((row for row in rows if row.start == 0 and row.state == "finished" and row is not best), None)
     pairs = [(BEST, best)] + ([] if start is None else [(space.start_labels()[0], start)])
     out = []
