@@ -201,17 +201,13 @@ def test_a_killed_slot_is_replaced_and_its_trial_goes_on(
 
 
 def test_a_search_in_object_storage_goes_on_where_it_stood(space_file: Path, tmp_path: Path, ray_session: None) -> None:
-    out, words = (
-        tmp_path / "bucket" / "out",
-        ["search.scheduler.kind=none", "search.tte_best=0", "search.seeds_best=2", "scale.max_concurrent=1"],
-    )
+    out = tmp_path / "bucket" / "out"
+    words = ["search.scheduler.kind=none", "search.tte_best=0", "search.seeds_best=2", "scale.max_concurrent=1"]
     out.mkdir(parents=True)
     url = out.as_uri()  # storage that is no folder to the search, with nothing but a local disk
     assert not tune.main([str(space_file), *words, "search.trials=2", "--out", url])
-    before, again = (
-        stored(out),
-        out / "checkpoints" / "1000001" / "epoch-0003" / "run.json",
-    )  # trial 0 with another seed
+    before = stored(out)
+    again = out / "checkpoints" / "1000001" / "epoch-0003" / "run.json"  # trial 0 with another seed
     trained_at = again.stat().st_mtime_ns
     assert not tune.main([str(space_file), *words, "search.trials=3", "--out", url, "--resume"])
     assert again.stat().st_mtime_ns == trained_at, "a run with another seed was done twice"
