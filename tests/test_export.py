@@ -17,6 +17,7 @@ from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput, RunFailed
+from lift_ray.model.classifier import HEADS
 from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS
 
 MERGED: dict[str, dict[str, Any]] = {
@@ -169,9 +170,37 @@ def test_a_tuner_beside_another_that_cannot_be_merged_is_exported(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(("kind", "formats"), [("ssf", ["open_clip", "torch"]), ("batchnorm", ["open_clip"])])
-def test_a_residual_network_is_merged_too(kind: str, formats: list[str], small_data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", sorted({*HEADS} - {"cosine"}))  # cosine: all tests above
+def test_every_head_is_exported(head: str, small_data: str, small_clip: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    config = {"tuner": {"kind": "linear_probe"}, "head": {"kind": head}}
+    exported, _ = export_checkpoint(
+        saved(small_data, small_clip, tmp_path / "checkpoint", config), tmp_path / "out", ["torch", "onnx"]
+    )
+    assert max(each.difference for each in exported) <= 1e-4
+
+
+def test_a_tower_of_timm_is_exported_as_a_whole_classifier(small_data: str, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    pytest.importorskip("onnxruntime")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_vit", img_size=48).state_dict(), tmp_path / "vit.safetensors")
+    backbone = {"model": "timm:test_vit", "pretrained": str(tmp_path / "vit.safetensors"), "resolution_px": 32}
+    config = {"backbone": backbone, "head": {"init": "random"}, "tuner": {"kind": "lora", "bottleneck": 4}}
+    exported, left_out = export_checkpoint(saved(small_data, "", tmp_path / "checkpoint", config), tmp_path / "out")
+    assert [each.name for each in exported] == ["torch", "onnx"]
+    assert max(each.difference for each in exported) <= 1e-4
+    assert left_out == "must have a CLIP as its backbone, but got timm:test_vit"
+
+
+@pytest.mark.parametrize("kind", ["ssf", "batchnorm"])
+def test_a_residual_network_is_merged_too(kind: str, small_data: str, tmp_path: Path) -> None:
     import open_clip
+
+    pytest.importorskip("onnxruntime")
     from safetensors.torch import save_file
 
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
@@ -186,8 +215,9 @@ def test_a_residual_network_is_merged_too(kind: str, formats: list[str], small_d
     (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(about))
     config = {"tuner": {"kind": kind}, "augment": {"patch_dropout": 0.0}}
     folder = saved(small_data, f"local-dir:{tmp_path / 'clip'}", tmp_path / "checkpoint", config)
-    exported, _ = export_checkpoint(folder, tmp_path / "out", formats)
-    assert [each.name for each in exported] == formats
+    exported, _ = export_checkpoint(folder, tmp_path / "out")
+    assert [each.name for each in exported] == ["open_clip", "torch", "onnx"]
+    assert max(each.difference for each in exported) <= 1e-4
 
 
 def test_the_verb_prints_differences_and_writes_a_card(
