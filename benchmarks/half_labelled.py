@@ -105,6 +105,11 @@ def gains(summaries: Sequence[Summary]) -> list[str]:
         if s["method"] != LABELLED:
             own = s["test"]["mean_class_accuracy"]
             gain, noise = own["mean"] - base["mean"], (own["std"] ** 2 + base["std"] ** 2) ** 0.5
+            if len(s["seeds"]) < 2:
+                out.append(
+                    f"{s['method']}: {100 * gain:+.1f} points of mean class accuracy on one seed, which says little."
+                )
+                continue
             verdict = "helps" if gain > noise else "hurts" if gain < -noise else "makes no difference beyond the seeds"
             out.append(
                 f"{s['method']} {verdict}: {100 * gain:+.1f} points of mean class accuracy, noise {100 * noise:.1f}."

@@ -15,6 +15,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from lift_ray import evaluate
 from lift_ray.distributed.evaluation import evaluate_checkpoint
 from lift_ray.distributed.ranks import Ranks, join_group
 from lift_ray.distributed.run import Run
@@ -306,3 +307,17 @@ def test_a_tower_without_text_is_one_line(small_clip: str, monkeypatch: pytest.M
     assert str(caught.value) == (
         f"method ulfine: needs a text tower for its prototypes, but {small_clip} has none; use fixmatch or loft"
     )
+
+
+def test_evaluate_shows_the_accuracy_of_all_logits_and_how_good_the_pseudo_labels_were(
+    trained: tuple[list[dict[str, float]], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained[1].save(tmp_path / "here")
+    evaluate.main([str(tmp_path / "here")])
+    shown = capsys.readouterr().out
+    for words in (
+        "its linear logits",
+        "its similarity logits",
+        "pseudo-labels of the last epoch, in %: all precision ",
+    ):
+        assert words in shown, words
