@@ -56,17 +56,17 @@ def main() -> None:
         sync_playwright() as browsers,
     ):
         browser, folder = browsers.chromium.launch(executable_path=CHROME, args=["--no-sandbox"]), Path(name)
-        if not (study := next((Path(word) for word in sys.argv[1:]), None)):
-            study = ROOT / "runs" / time.strftime("pictures-%Y%m%d-%H%M%S")
+        if not (study := next(iter(sys.argv[1:]), "")):
+            study = time.strftime("runs/pictures-%Y%m%d-%H%M%S")
             watch_search(browser, folder, study)
-            watch_training(browser, folder)
-        look_at_report(browser, study / "report" / "index.html")
+            watch_training(browser, folder, f"{study}/run")
+        look_at_report(browser, ROOT / study / "report" / "index.html")
         browser.close()
 
 
-def watch_search(browser: Browser, folder: Path, out: Path) -> None:
+def watch_search(browser: Browser, folder: Path, out: str) -> None:
     """The live page, the dashboard and the graphs of a search; returns when it has ended."""
-    with running([*SEARCH, "--out", str(out)], folder) as (driver, log), prometheus(folder) as graphs:
+    with running([*SEARCH, "--out", out], folder) as (driver, log), prometheus(folder) as graphs:
         page = until(lambda: address("live page", log), "the live page")
         until(
             lambda: len(re.findall('<td class="text">(finished|pruned)', read(page))) >= ENDED,
@@ -87,9 +87,9 @@ def watch_search(browser: Browser, folder: Path, out: Path) -> None:
         assert address("report", log), log.read_text()
 
 
-def watch_training(browser: Browser, folder: Path) -> None:
+def watch_training(browser: Browser, folder: Path, out: str) -> None:
     """What the dashboard has of a run of Ray Train."""
-    with running([*TRAIN, "--out", str(folder / "run")], folder) as (_, log):
+    with running([*TRAIN, "--out", out], folder) as (_, log):
         until(lambda: "epoch 1/" in log.read_text(), "the first epoch")
         dashboard = str(address("dashboard", log))
         seen = signed_in(browser, dashboard)
