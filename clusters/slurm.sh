@@ -46,16 +46,22 @@ export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 # A port and a folder of this job's own (Ray's logs are in it; the other nodes use the same path): other jobs may share the nodes.
 # Workers of Ray use ports up to 19999.
 read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-address="$head:$((20000 + SLURM_JOB_ID % 10000))"
+# By number: a name may mean loopback on the node itself, or stand in /etc/hosts alone, where Ray does not look.
+ip="$(python -c 'import ray; print(ray.util.get_node_ip_address())')"
+address="$ip:$((20000 + SLURM_JOB_ID % 10000))"
 start='ray start --block --num-cpus="$SLURM_CPUS_ON_NODE"'
 srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" bash -c \
     "$start --head --port=${address#*:} --dashboard-host=127.0.0.1 --temp-dir=/tmp/lift-$SLURM_JOB_ID" &
 if ((SLURM_JOB_NUM_NODES > 1)); then
     others=$((SLURM_JOB_NUM_NODES - 1))
     srun --nodes=$others --ntasks=$others --overlap --exclude="$head" bash -c \
-        "until ray health-check --address $address > /dev/null 2>&1; do sleep 2; done; $start --address=$address" &
+        "until ray health-check --address $address > /dev/null 2>&1; do sleep 2; done; until $start --address=$address; do sleep 2; done" &
 fi
-for _ in {1..60}; do ray health-check --address "$address" > /dev/null 2>&1 && break || sleep 2; done
+# A search counts the nodes that are there when it starts, so it waits for all of them, ten minutes at most.
+all_there='import ray, sys; ray.init(logging_level="ERROR"); sys.exit(len(ray.nodes()) < int(sys.argv[1]))'
+for _ in {1..120}; do
+    RAY_ADDRESS="$address" python -c "$all_there" "$SLURM_JOB_NUM_NODES" > /dev/null 2>&1 && break || sleep 5
+done
 
 # When this script ends, Slurm ends what `srun` started.
 resume=()

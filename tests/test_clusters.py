@@ -52,6 +52,7 @@ with connected() as nodes:
     print(*num_slots(Scale(), nodes), sep=", ")
     num_slots(Scale(cpus_per_worker=5), nodes)
 """
+START_HERE = "from lift_ray.distributed.cluster import connected\nwith connected(dashboard=False): pass"
 pytestmark = pytest.mark.cluster
 
 
@@ -109,6 +110,12 @@ def test_a_study_brings_nodes_up_survives_the_loss_of_one_and_lets_them_go(
         (number, "finished", EPOCHS) for number in range(TRIALS)
     ]
     wait_for("no node", lambda: not cloud.nodes(), IDLE_S + 30)
+
+
+def test_the_token_that_ray_makes_on_this_machine_is_for_its_user_alone(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", START_HERE], env=env, check=True, timeout=120)
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
 
 def submit(head: Head, *words: str) -> list[str]:

@@ -6,8 +6,9 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partialmethod
+from pathlib import Path
 
 from lift_ray.distributed.autoscaler import cluster_nodes
 from lift_ray.errors import RunFailed, Stopped
@@ -49,6 +50,11 @@ def connected(
             raise RunFailed(
                 f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}"
             ) from None
+        if not address:
+            with suppress(
+                OSError
+            ):  # Ray writes it for every user of the machine to read; without authentication there is none
+                (Path.home() / ".ray" / "auth_token").chmod(0o600)
     try:
         yield cluster_nodes()
     except Stopped:
