@@ -14,7 +14,7 @@ import pytest
 
 PROJECT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LIMIT_S = 200
+LIMIT_S = 400
 
 
 def steps(text: str) -> list[tuple[str, list[str]]]:
