@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lift_ray.distributed.cluster import connected
@@ -29,6 +30,7 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
     """
     try:
         from ray import serve
+        from ray.exceptions import RayError
 
         from lift_ray.distributed.gate import Options
         from lift_ray.distributed.serving import application
@@ -42,22 +44,23 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
             raise BadInput(f"--replicas: must fit the cluster's {cores} cores, but got {options.replicas} with {options.cpus} "
                            "each; lower it, or --cpus")  # fmt: skip
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(
-            http_options={"host": host, "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
         for number in STOP:  # only now: Ray sets handlers of its own when it starts
             signal.signal(number, _stop)
         try:
+            serve.start(
+                http_options={"host": host, "port": port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
             serve.run(application(options), name=NAME, route_prefix="/")
             print(f"http://{host}:{port}/", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             pass
-        except RuntimeError as error:
+        except (RuntimeError, RayError) as error:
             raise RunFailed(f"{options.checkpoint}: must start to serve, but: {last_line(error)}") from None
         finally:
-            serve.delete(NAME)
+            with suppress(RuntimeError, RayError):  # it may not have started
+                serve.delete(NAME)
 
 
 def _stop(*_: Any) -> None:
