@@ -34,8 +34,7 @@ def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
 def together_table(found: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     """Test accuracy in percent of several sets of models, as distributed.conclusion.answer_together gives them."""
     table = rich.table.Table(
-        title="models together, test accuracy in %; gain over the mean of them, and over the best of them here;\n"
-        "images on which two differ, in %; seconds of training, of models shared with others too",
+        title="models together, test accuracy in %; gain over their mean, over the best of them",
         title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
     )  # fmt: skip
     table.add_column("")
