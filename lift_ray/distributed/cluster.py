@@ -50,11 +50,12 @@ def connected(
             raise RunFailed(
                 f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}"
             ) from None
-        if not address:
-            with suppress(
-                OSError
-            ):  # Ray writes it for every user of the machine to read; without authentication there is none
-                (Path.home() / ".ray" / "auth_token").chmod(0o600)
+        finally:
+            if not address:
+                with suppress(OSError):  # there is none without authentication
+                    (Path.home() / ".ray" / "auth_token").chmod(
+                        0o600
+                    )  # Ray writes it for every user of the machine to read
     try:
         yield cluster_nodes()
     except Stopped:
