@@ -177,7 +177,7 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
         seen = value(samples, f"{study}slot_restarts"), value(samples, f"{study}trials", state="finished")
         return samples if seen == (1, 1) and f"{study}slot_images_per_s" in samples else None
 
-    samples = until(all_seen, "the metrics")
+    samples = until(all_seen, "the metrics", 180)  # a new slot starts first, which a busy machine takes its time for
 
     def jobs() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(get(f"{dashboard}/api/jobs/", **token)[1])
