@@ -83,5 +83,7 @@ def join_group(rank: int, world_size: int, address: str, port: int, device: torc
         os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
     family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
     listening = socket.create_server((address, port), family=family).detach() if rank == 0 else None
-    store = dist.TCPStore(address, port, world_size, rank == 0, GROUP_TIMEOUT, master_listen_fd=listening)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, world_size, rank == 0, GROUP_TIMEOUT, master_listen_fd=listening
+    )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
