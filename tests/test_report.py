@@ -235,6 +235,10 @@ def test_the_best_is_found_after_some_minutes_by_the_clock(tmp_path: Path) -> No
     found = read_study(write_study(tmp_path / "out", trials), "out")
     assert found.best
     assert f"{found.best + 1.5:.1f} minutes by the clock" in cost_in_words(found)
+    found.about["time_s"] = {"total": 60.0, "final comparison": 30.0}  # of the last start of a search that was resumed
+    assert "The last trial ended 12.5 minutes after the first began" in cost_in_words(found)
+    found.about["time_s"]["total"] = 7200.0
+    assert "The whole search took 120.0 minutes" in cost_in_words(found)
 
 
 def test_hours_are_of_what_a_trial_held_while_the_search_still_runs(tmp_path: Path) -> None:

@@ -242,11 +242,11 @@ def cost_figure(study: StudyFiles) -> Figure | None:
 def cost_in_words(study: StudyFiles) -> str:
     """Device hours in all and up to the best trial, and the speed of training."""
     spent, unit = spent_on(study)
-    best, total = study.best_trial, float(spent[-1]) if len(spent) else 0.0
+    best, total, clock = study.best_trial, float(spent[-1]) if len(spent) else 0.0, by_the_clock(study)
     words = f"All trials together took {total:.2g} {unit}."
     if best is not None:
         until = float(spent[[t["number"] for t in study.trials].index(best["number"])])
-        minutes = by_the_clock(study).get(best["number"])
+        minutes = clock.get(best["number"])
         words += f" The best was found after {until:.2g}" + (
             f", {minutes:.1f} minutes by the clock." if minutes else "."
         )
@@ -256,7 +256,10 @@ def cost_in_words(study: StudyFiles) -> str:
     times = study.about.get("time_s", {})
     if "total" in times:
         total, last = (times[name] / 60 for name in ("total", "final comparison"))
-        words += f" The whole search took {total:.1f} minutes, of which the final comparison {last:.1f}."
+        if (apart := max(clock.values(), default=0.0)) > total:  # it was resumed, and its times are of the last start
+            words += f" The last trial ended {apart:.1f} minutes after the first began; the final comparison took {last:.1f}."
+        else:
+            words += f" The whole search took {total:.1f} minutes, of which the final comparison {last:.1f}."
     return words
 
 
