@@ -117,8 +117,8 @@ def test_two_checkpoints_are_the_mean_by_hand_of_what_each_gives_alone(
     labels = torch.from_numpy(warm.dataset.split("test").labels)
     found = said([*folders, *words], capsys)
     assert found["test/loss"] == pytest.approx(float(F.cross_entropy(expected, labels)), abs=1e-5)
-    assert found["test/accuracy"] == float((expected.argmax(1) == labels).float().mean())
-    assert found["disagreement"][0][2] == float((first.argmax(1) != second.argmax(1)).float().mean())
+    assert found["test/accuracy"] == (expected.argmax(1) == labels).double().mean().item()
+    assert found["disagreement"][0][2] == (first.argmax(1) != second.argmax(1)).double().mean().item()
     losses = [found["members"][folder]["test/loss"] for folder in folders]
     assert losses == pytest.approx([float(F.cross_entropy(z, labels)) for z in (first, second)], abs=1e-5)
 

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import step
@@ -41,7 +41,21 @@ def test_the_counted_flops_are_those_that_torch_counts(visual: nn.Module) -> Non
     def linear(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
         return 2 * x.numel() * weight[0]
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear}) as counter:
+    def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
+        return int(sdpa_flop_count(q, k, v))
+
+    def attention_backward(
+        grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
+    ) -> int:
+        return int(sdpa_backward_flop_count(grad, q, k, v))
+
+    aten = torch.ops.aten
+    further = {
+        torch.ops.mkldnn._linear_pointwise: linear,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,  # torch counts those of GPUs alone
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=further) as counter:
         ours()
     counted = step.step_flops(tower, BOTTLENECK, CLASSES, BATCH)
     assert counter.get_total_flops() == counted + step.recomputed_flops(tower, BATCH)
