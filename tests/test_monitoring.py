@@ -46,8 +46,8 @@ start:
   - {{{{name: long, optim.epochs: {LONG}, optim.lr: 0.02}}}}
 search: {{{{trials: 2, scheduler: {{{{kind: none}}}}, tte_best: 0}}}}
 """
-SUBMITTED = (
-    "import ray; ray.init(); from lift_ray.distributed.live import tell_job; tell_job('http://127.0.0.1:1/submitted')"
+SUBMITTED = (  # it waits as a search does before it has a page: Ray first notes that the job runs, over what stands there
+    "import time, ray; ray.init(); time.sleep(5); from lift_ray.distributed.live import tell_job; tell_job('http://127.0.0.1:1/submitted')"
 )
 TOKEN, SECRET = (f"{secrets.token_hex(32)}" for _ in range(2))
 Samples = dict[str, list[tuple[dict[str, str], float]]]
@@ -129,6 +129,7 @@ def driving(folder: Path, verb: str, *words: str) -> Iterator[tuple[subprocess.P
             driver = subprocess.Popen(
                 [sys.executable, "-m", f"lift_ray.{verb}", *words, "--out", "out"], cwd=folder,
                 env=environment | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
             )  # fmt: skip
         try:
             yield driver, Path(ray_folder)
