@@ -289,8 +289,7 @@ OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it 
     "global_batch_size": 64, "accumulate": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "shuffle_mib": 1.0, "data_frac": 0.5,
     "posthoc_tau": 1.0, "tte": True, "threshold": 0.9, "unlabelled_ratio": 3, "cutout_frac": 0.25, "lambda_u": 2.0, "lambda_1": 1.0,
     "lambda_2": 1.0, "lambda_o": 0.2, "mu": 0.2, "ema": 0.5, "pseudo_ema": 0.5, "eta": 0.1, "lambda_s": 0.5, "similarity_tau": 1.0,
-    "members": {"a": {"seed": 1}, "b": {"seed": 3}}, "use": "a+b",
-    "combine": "probabilities", "weights": {"a": 2.0},
+    "members": {"a": {"seed": 1}, "b": {"seed": 3}}, "use": "a+b", "combine": "probabilities", "weights": {"a": 2.0},
 }  # fmt: skip
 
 
