@@ -121,7 +121,8 @@ def steps(batch: int, rounds: int, times: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds + 1):  # the first warms up
         for name, call in calls.items():
-            found[name] += [milliseconds(call, times)] if index else [milliseconds(call, 2)][:0]
+            taken = milliseconds(call, times if index else 2)
+            found[name] += [taken] if index else []
     peak = 2 * SQUARE**3 / statistics.median(found.pop("matmul")) / 1e9
     flops = step_flops(tower, bottleneck, NUM_CLASSES, batch)
     figures |= {"bf16_peak_tflop_per_s": peak, "step_gflop": flops / 1e9}

@@ -38,7 +38,7 @@ METRIC = "validation/mean_class_accuracy"
 FEWEST_FINISHED = 4  # before the law says anything
 SPACE = {
     "name": "stopping", "dataset": "embedded:caltech101-lt", "objectives": {METRIC: "max"},
-    "base": {"augment": {"kind": "none"}, "tuner": {"kind": "adaptformer", "blocks": [4, 5]}},
+    "base": {"augment": {"kind": "none"}, "tuner": {"kind": "adaptformer"}},
     "space": {
         "tuner.kind": {"choices": ["adaptformer", "lora", "ssf", "linear_probe"]},
         "tuner.bottleneck": {"int": [2, 32], "log": True, "when": {"tuner.kind": ["adaptformer", "lora"]}},

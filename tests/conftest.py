@@ -73,6 +73,16 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"local-dir:{folder}"
 
 
+@pytest.fixture
+def same_threads() -> Iterator[None]:
+    """A verb that a test runs in this process does not change torch's threads for the tests after it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray on this machine, started once for every test that uses it in this process."""

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,8 @@ from lift_ray.results.output import Output
 from lift_ray.settings.files import read_run
 from lift_ray.settings.run import RunConfig
 
+pytestmark = pytest.mark.usefixtures("same_threads")
 MEMBERS = {"plain": {}, "other": {"seed": 1, "loss.kind": "cross_entropy"}, "probe": {"tuner.kind": "linear_probe"}}
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def tree(small_clip: str, **method: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from lift_ray.errors import BadInput, RunFailed
 from lift_ray.results.output import Output
 from lift_ray.settings.files import read_run
 
+pytestmark = pytest.mark.usefixtures("same_threads")
 EPOCHS = 3
 OUTAGE_S = float(os.environ.get("LIFT_TEST_OUTAGE_S", "2"))
 
@@ -40,13 +41,6 @@ def run_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_cl
         f"tuner: {{kind: adaptformer, bottleneck: 4}}\noptim: {{epochs: {EPOCHS}, lr: 0.01, global_batch_size: 8}}\n"
     )
     return path
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
