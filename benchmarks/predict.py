@@ -1,8 +1,10 @@
 """python -m lift_ray.predict against its tower alone, on pictures that are decoded already, in the same process and rounds.
 
 Pictures of a data set, resized to a short side of --px and encoded again, out of one Parquet file. Of each round, by the clock
-and by processor time: the tower alone; `Predictor.parts`, which reads, decodes and classifies; and `predict`, the whole job with
-loading the model, parts on disk and joining them. The temperature is fitted before, once for a checkpoint; its seconds stand beside.
+and by processor time: the tower alone, as torch shares each of its operations out to the cores; `on_cores`, the tower with a batch of
+its own for each core, as `predict` runs it; `Predictor.parts`, which reads, decodes and classifies; and `predict`, the whole job
+with loading the model, parts on disk and joining them. The temperature is fitted before, once for a checkpoint; its seconds stand
+beside.
 On a machine that is shared, `--cores 1` and processor time say more than the clock.
 
 With the first tower, lift-tiny, decoding costs more than the tower; the second (ViT-S/14 at 70 px) is what decides the time.
@@ -37,8 +39,8 @@ from lift_ray.data.augment import evaluation_picture
 from lift_ray.data.catalog import open_dataset
 from lift_ray.data.pictures import find_pictures
 from lift_ray.data.reader import RowReader
-from lift_ray.data.stream import Batch
 from lift_ray.distributed.calibration import calibrated
+from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.finished import Finished
 from lift_ray.distributed.prediction import BATCH, Job, Predictor, predict
 from lift_ray.distributed.ranks import Ranks
@@ -91,13 +93,16 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
     calibration = calibrated(folder, finished)
     figures: dict[str, Any] = {"calibration_s": round(time.perf_counter() - began, 2)}
     predictor = Predictor(job, ranks)
-    batches = [
-        torch.from_numpy(np.stack([np.moveaxis(evaluation_picture(data, finished.size_px), -1, -3) for data in part]))
-        for part in (images[at : at + BATCH] for at in range(0, len(images), BATCH))
-    ]
+    pictures = torch.from_numpy(
+        np.stack([np.moveaxis(evaluation_picture(data, finished.size_px), -1, -3) for data in images])
+    )
 
     def tower() -> None:
-        for logits, _ in finished.logits(Batch(pictures, torch.empty(0)) for pictures in batches):
+        for batch in pictures.split(BATCH):
+            finished.logits(batch).cpu()
+
+    def cores() -> None:
+        for logits in on_cores(ranks.device, finished.logits, pictures.split(batch_size(ranks.device, BATCH))):
             logits.cpu()
 
     def parts() -> None:
@@ -109,7 +114,7 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
         with tempfile.TemporaryDirectory() as out:
             assert predict(job, Path(out) / "out.parquet", lambda done, total: None).num_bad == 0
 
-    ways: dict[str, Callable[[], None]] = {"tower": tower, "parts": parts, "predict": whole}
+    ways: dict[str, Callable[[], None]] = {"tower": tower, "on_cores": cores, "parts": parts, "predict": whole}
     tower()
     clock: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}
@@ -122,9 +127,9 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
     for name in ways:
         figures[f"{name}_images_s"] = round(len(images) / statistics.median(clock[name]), 1)
     for kind, seconds in (("clock", clock), ("processor", processor)):
-        for name in ("parts", "predict"):
-            ratios = [one / other for one, other in zip(seconds["tower"], seconds[name], strict=True)]
-            figures[f"{name}_to_tower_{kind}"] = round(statistics.median(ratios), 3)
+        for name, base in (("parts", "tower"), ("predict", "tower"), ("predict", "on_cores")):
+            ratios = [one / other for one, other in zip(seconds[base], seconds[name], strict=True)]
+            figures[f"{name}_to_{base}_{kind}"] = round(statistics.median(ratios), 3)
     return figures
 
 

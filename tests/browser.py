@@ -37,19 +37,27 @@ def seen_in_browser(page: Path, width: int, folder: Path) -> dict[str, Any]:
 
     Skips the test without a browser, which CI has. Raises AssertionError for a line in the console.
     """
-    if CHROME is None and not os.environ.get("CI"):
-        pytest.skip("needs Chromium or Chrome")
-    assert CHROME, "CI installs Chromium"
     frame = folder / "frame.html"
     frame.write_text(MEASURE.format(page=page.as_uri(), width=width))
-    done = subprocess.run(
-        [CHROME, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=1400,1000",
-         f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-         "--virtual-time-budget=15000", "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    done = _opened(frame.as_uri(), folder, "--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND")
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
     seen: dict[str, Any] = json.loads(title[1])
     return seen
+
+
+def dom_in_browser(url: str, folder: Path) -> str:
+    """What a page has become after some seconds; `folder` and skipping as above."""
+    return _opened(url, folder).stdout
+
+
+def _opened(url: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    if CHROME is None and not os.environ.get("CI"):
+        pytest.skip("needs Chromium or Chrome")
+    assert CHROME, "CI installs Chromium"
+    return subprocess.run(
+        [CHROME, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", f"--user-data-dir={folder / 'profile'}",
+         "--enable-logging=stderr", "--virtual-time-budget=15000", *options, "--dump-dom", url],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip

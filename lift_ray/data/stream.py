@@ -302,10 +302,11 @@ def _ahead(
     """Batches in order, a few made ahead by threads, and what `read_ahead` further steps need read ahead.
 
     Args:
+        num_threads: that make them, at most MOST_DECODERS.
         decoders: threads that `make` gives its work to, closed at the end; the threads here then only wait for them.
     """
     coming, to_read = iter(steps), iter(steps)
-    makers = AHEAD if decoders else num_threads
+    makers = AHEAD if decoders else min(num_threads, MOST_DECODERS)
     with decoders or nullcontext(), ThreadPoolExecutor(makers, "lift-data") as pool:
         waiting: deque[Future[Made]] = deque()
         try:
@@ -315,7 +316,7 @@ def _ahead(
                 for later in islice(to_read, 1):
                     prefetch(later)
                 waiting.append(pool.submit(make, step))
-                if len(waiting) > AHEAD + (0 if decoders else num_threads - 1):
+                if len(waiting) > AHEAD + (0 if decoders else makers - 1):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

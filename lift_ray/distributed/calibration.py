@@ -17,6 +17,7 @@ from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.data.stream import evaluation_batches
 from lift_ray.distributed.checkpoint import difference
+from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.finished import Finished
 from lift_ray.errors import BadInput
 from lift_ray.results.tally import Tally
@@ -92,9 +93,10 @@ def _fitted(finished: Finished) -> Calibration:
         raise BadInput(f"{error}; or give --temperature 1, for probabilities that are not calibrated") from None
     with RowReader(split) as reader:
         batches = evaluation_batches(
-            reader, split, size_px=finished.size_px, num_threads=ranks.num_threads, crops=finished.five_crops, batch_size=100
+            reader, split, size_px=finished.size_px, num_threads=ranks.num_threads, crops=finished.five_crops,
+            batch_size=batch_size(ranks.device, 100),
         )  # fmt: skip
-        found = [(logits.cpu(), labels.cpu()) for logits, labels in finished.logits(batches)]
+        found = list(on_cores(ranks.device, lambda batch: (finished.logits(batch.images).cpu(), batch.labels), batches))
     logits, labels = torch.cat([z for z, _ in found]), torch.cat([y for _, y in found])
     temperature = fit_temperature(logits, labels)
     errors = [_error(z, labels, record.class_counts) for z in (logits, logits / temperature)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from lift_ray.data.catalog import Split
 from lift_ray.data.sizes import View, view_batches
-from lift_ray.data.stream import Batch
+from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.priors import fitted, label_prior, zero_shot
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm, autocast
 from lift_ray.errors import BadInput
 from lift_ray.methods.backdoor import COMBINE, Members
 from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
+from lift_ray.model.classifier import over_crops
 from lift_ray.results.crossed import Crossed
 from lift_ray.results.tally import PerImage
 from lift_ray.settings.methods import Backdoor
@@ -193,21 +194,30 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
     views = [View(run.model.tower.resolution_px, run.config.evaluation.tte) for run in runs]
     batches = view_batches(
         runs[0].warm.reader(split), split, list(dict.fromkeys(views)), rank=first.rank, world_size=first.world_size,
-        num_threads=first.num_threads, batch_size=BATCH_OF_CROPS if any(view.crops for view in views) else BATCH,
+        num_threads=first.num_threads,
+        batch_size=batch_size(first.device, BATCH_OF_CROPS if any(view.crops for view in views) else BATCH),
     )  # fmt: skip
-    with torch.inference_mode():
-        for pictures, labels in batches:
-            logits = [_answer(run, pictures[view], labels) for run, view in zip(runs, views, strict=True)]
-            yield [mine.to(first.device) for mine in logits], labels.to(first.device)  # all GPUs have work by now
+    answers = [_answerer(run) for run in runs]
+
+    def answer(batch: tuple[Mapping[View, torch.Tensor], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        pictures, labels = batch
+        logits = [mine(pictures[view]) for mine, view in zip(answers, views, strict=True)]
+        return [mine.to(first.device) for mine in logits], labels.to(first.device)  # all GPUs have work by now
+
+    yield from on_cores(first.device, answer, batches)
 
 
-def _answer(run: Run, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(b, 3, H, W), or (b, 5, 3, H, W) whose logits are averaged -> (b, K)."""
-    ((images, _, _),) = run.warm.to_device(run.config, [Batch(pictures, labels)])
-    with autocast(run.config, run.ranks.device):
-        crops = images.unsqueeze(1) if images.ndim == 4 else images
-        logits: torch.Tensor = run.model(crops.flatten(0, 1)).float().unflatten(0, crops.shape[:2]).mean(1)
-    return logits
+def _answerer(run: Run) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes of pictures (b, 3, H, W), or (b, 5, 3, H, W) whose logits are averaged, the logits (b, K) of a run."""
+    normalised = run.warm.normaliser(run.config)
+
+    def answer(pictures: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(), autocast(run.config, run.ranks.device):
+            images = normalised(pictures)
+            logits: torch.Tensor = run.model(images.flatten(0, -4)).float()
+            return over_crops(logits.unflatten(0, images.shape[:-3]))
+
+    return answer
 
 
 def run_of(config: RunConfig, warms: Sequence[Warm], class_counts: list[int] | None = None) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,12 @@ import torch
 from torch import Tensor
 
 from lift_ray.data.catalog import Dataset
-from lift_ray.data.stream import Batch
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.warm import Warm, autocast
 from lift_ray.errors import BadInput
+from lift_ray.model.classifier import over_crops
 from lift_ray.settings.run import RunConfig, apply_overrides
-
-
-class _WithoutData(Warm):
-    """Only the class names of a data set, as a checkpoint knows them."""
-
-    def __init__(self, record: checkpoint.Record, ranks: Ranks) -> None:
-        self.ranks, self.load_s = ranks, 0.0
-        self.dataset = Dataset(record.dataset, tuple(record.class_names), {})
-        self._backbones, self._readers, self._kept = {}, {}, {}
 
 
 def single_record(folder: Path) -> checkpoint.Record:
@@ -60,9 +50,10 @@ class Finished:
         here: dict[str, Any] = {"backbone.precision": "fp32"} if ranks.device.type == "cpu" else {}
         if posthoc_tau is not None:
             here["evaluation.posthoc_tau"] = posthoc_tau
-        self._warm = _WithoutData(self.record, ranks)
+        self._warm = Warm(Dataset(self.record.dataset, tuple(self.record.class_names), {}), ranks)
         self.config = self._warm.resolve(RunConfig.model_validate(apply_overrides(self.record.config, here)))
         self.backbone = self._warm.backbone(self.config)
+        self._normalised = self._warm.normaliser(self.config)
         self.model = self._warm.build(self.config, trained_already=True)
         checkpoint.load_weights(folder, self.model)
         self.model.eval().requires_grad_(False)
@@ -86,12 +77,9 @@ class Finished:
         """Whether it looks at five crops of a picture (test-time ensembling)."""
         return self.config.evaluation.tte
 
-    def logits(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Adjusted logits (B, K) in fp32, and the labels; pictures are (B, 3, H, W) uint8, or (B, 5, 3, H, W)."""
+    def logits(self, pictures: Tensor) -> Tensor:
+        """Adjusted logits (B, K) in fp32 on the device; pictures are (B, 3, H, W) uint8, or (B, 5, 3, H, W)."""
         with torch.inference_mode(), autocast(self.config, self.ranks.device):
-            for images, labels, _ in self._warm.to_device(self.config, batches):
-                if images.ndim == 5:
-                    logits = self.model(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
-                else:
-                    logits = self.model(images)
-                yield logits.float() - self.offset, labels
+            images = self._normalised(pictures)
+            logits: Tensor = self.model(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
+            return over_crops(logits).float() - self.offset

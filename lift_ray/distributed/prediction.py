@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 from lift_ray.data.augment import evaluation_picture, five_crops
 from lift_ray.data.pictures import PictureReader, Pictures
 from lift_ray.data.store import one_line
-from lift_ray.data.stream import PICTURE_ERRORS, Batch, _ahead
+from lift_ray.data.stream import PICTURE_ERRORS, _ahead
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.calibration import Calibration, calibrated
 from lift_ray.distributed.capacity import num_slots
 from lift_ray.distributed.cluster import connected
+from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.finished import Finished, single_record
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.errors import BadInput, RunFailed
@@ -33,7 +35,7 @@ from lift_ray.settings.search import Scale
 
 PART = 2000
 BATCH = 100
-READ_AHEAD = 8  # batches
+READ_AHEAD = 800  # pictures
 TRIES = 3
 PLAN = "plan.json"
 
@@ -90,16 +92,17 @@ class Predictor:
     def parts(self, numbers: Sequence[int], temperature: float) -> Iterator[tuple[int, pa.Table]]:
         """The rows of these parts, in order; pictures are decoded ahead across their ends."""
         reader = PictureReader(self._job.pictures)
-        steps = [(number, start, min(start + BATCH, stop)) for number in numbers for first, stop in [self._job.span(number)]
-                 for start in range(first, stop, BATCH)]  # fmt: skip
-        made = _ahead(
+        size = batch_size(self._ranks.device, BATCH)
+        steps = [(number, start, min(start + size, stop)) for number in numbers for first, stop in [self._job.span(number)]
+                 for start in range(first, stop, size)]  # fmt: skip
+        decoded = _ahead(
             lambda index: (steps[index], *self._decoded(reader, *steps[index][1:])), range(len(steps)),
-            self._ranks.num_threads, lambda index: reader.prefetch(*steps[index][1:]), READ_AHEAD,
+            self._ranks.num_threads, lambda index: reader.prefetch(*steps[index][1:]), READ_AHEAD // size,
         )  # fmt: skip
         rows: list[pa.Table] = []
         try:
-            for (number, start, stop), images, errors in made:
-                rows.append(self._table(start, stop, images, errors, temperature))
+            for (number, stop), table in on_cores(self._ranks.device, partial(self._table, temperature), decoded):
+                rows.append(table)
                 if stop == self._job.span(number)[1]:
                     yield number, pa.concat_tables(rows)
                     rows = []
@@ -122,21 +125,21 @@ class Predictor:
         return torch.from_numpy(images[:good]), errors
 
     def _table(
-        self, start: int, stop: int, images: torch.Tensor, errors: list[str | None], temperature: float
-    ) -> pa.Table:
-        top = self._job.top
+        self, temperature: float, decoded: tuple[tuple[int, int, int], torch.Tensor, list[str | None]]
+    ) -> tuple[tuple[int, int], pa.Table]:
+        """The rows of what was decoded, with the number of its part and where it stops."""
+        ((number, start, stop), images, errors), top = decoded, self._job.top
         good = np.array([error is None for error in errors])
         classes, probabilities = np.zeros((stop - start, top), np.int64), np.zeros((stop - start, top), np.float32)
         if len(images):
-            for logits, _ in self._finished.logits([Batch(images, torch.empty(0))]):
-                best = torch.softmax(logits / temperature, dim=1).topk(top)
-                classes[good], probabilities[good] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+            best = torch.softmax(self._finished.logits(images) / temperature, dim=1).topk(top)
+            classes[good], probabilities[good] = best.indices.cpu().numpy(), best.values.cpu().numpy()
         files, rows = self._job.pictures.places(start, stop)
         columns: dict[str, Any] = {"file": pa.array(files, pa.string()), "row": pa.array(rows, pa.int64())}
         for place in range(top):
             columns[f"class_{place + 1}"] = pa.array(self._names[classes[:, place]], pa.string(), mask=~good)
             columns[f"probability_{place + 1}"] = pa.array(probabilities[:, place], mask=~good)
-        return pa.table(columns | {"error": pa.array(errors, pa.string())})
+        return (number, stop), pa.table(columns | {"error": pa.array(errors, pa.string())})
 
 
 class Worker:

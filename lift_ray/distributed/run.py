@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from lift_ray.data.catalog import Split
-from lift_ray.data.stream import evaluation_batches, steps_per_epoch, stretch
+from lift_ray.data.stream import Batch, evaluation_batches, steps_per_epoch, stretch
 from lift_ray.distributed import checkpoint
+from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.feed import Batches, Inputs, kept_batches, parts_of, picture_batches
 from lift_ray.distributed.priors import loss_of
 from lift_ray.distributed.warm import Warm, autocast
@@ -23,6 +24,7 @@ from lift_ray.errors import BadInput, RunFailed
 from lift_ray.methods.half_labelled import OBJECTIVES
 from lift_ray.methods.lift import make_optimizer
 from lift_ray.methods.ulfine import FusedHead
+from lift_ray.model.classifier import over_crops
 from lift_ray.results.metrics import GROUPS, PerClass, per_class_rows, pseudo_label_figures
 from lift_ray.results.tally import PerImage, Tally
 from lift_ray.settings.methods import check_splits
@@ -225,20 +227,16 @@ class Run:
                     tally.add(adjusted, labels)
                 if each is not None:
                     each.add(adjusted)
-        out = []
-        for tensor in [
-            tensor
-            for tally in (*tallies, *self.beside.values(), each)
-            if tally is not None
-            for tensor in tally.tensors()
-        ]:
-            self.ranks.sum(tensor)
+        for counted in (*tallies, *self.beside.values(), *([each] if each else [])):
+            for tensor in counted.tensors():
+                self.ranks.sum(tensor)
         further = {
             f"{split_name}/{metric}_{name}": value
             for name, tally in self.beside.items()
             for metric, value in tally.result(self.class_counts)[0].items()
             if metric in ("accuracy", "mean_class_accuracy", *GROUPS)
         }
+        out = []
         for tally in tallies:
             figures, self.per_class = tally.result(self.class_counts)
             out.append({f"{split_name}/{name}": value for name, value in figures.items()} | further)
@@ -267,11 +265,19 @@ class Run:
             return
         batches = evaluation_batches(
             self.warm.reader(split), split, size_px=self.model.tower.resolution_px, rank=ranks.rank,
-            world_size=ranks.world_size, num_threads=ranks.num_threads, crops=tte, batch_size=50 if tte else 250,
+            world_size=ranks.world_size, num_threads=ranks.num_threads, crops=tte,
+            batch_size=batch_size(ranks.device, 50 if tte else 250),
         )  # fmt: skip
-        for images, labels, _ in self.warm.to_device(self.config, batches):
-            features = self.model.feature(images.flatten(0, -4))
-            yield features.unflatten(0, images.shape[:-3]), labels
+        normalised = self.warm.normaliser(self.config)
+
+        def feature(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.inference_mode(), autocast(self.config, ranks.device):
+                images = normalised(batch.images)
+                return self.model.feature(images.flatten(0, -4)).unflatten(0, images.shape[:-3]), self.warm.moved(
+                    batch.labels
+                )
+
+        yield from on_cores(ranks.device, feature, batches)
 
     def epochs(self) -> Iterator[Figures]:
         """Train to the end from wherever the run stands; yields the figures of each epoch, validation included.
@@ -340,8 +346,3 @@ class Run:
         self.epoch, self.step = record.epoch, record.step - record.epoch * self.steps_per_epoch
         self.metrics, self.history = record.metrics, record.history
         self.seconds |= record.seconds
-
-
-def over_crops(logits: torch.Tensor) -> torch.Tensor:
-    """(b, K) as they are, (b, 5, K) to the mean of the crops."""
-    return logits.mean(1) if logits.dim() == 3 else logits

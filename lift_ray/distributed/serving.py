@@ -14,7 +14,7 @@ from ray import serve
 from lift_ray.data.augment import evaluation_picture, five_crops
 from lift_ray.data.images import FORMATS
 from lift_ray.data.store import one_line
-from lift_ray.data.stream import PICTURE_ERRORS, Batch
+from lift_ray.data.stream import PICTURE_ERRORS
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.calibration import Calibration, calibrated
 from lift_ray.distributed.finished import Finished
@@ -75,8 +75,7 @@ class Classifier:
         return list(await asyncio.to_thread(self._of_batch, pictures))
 
     def _of_batch(self, pictures: list[Any]) -> Any:
-        batch = Batch(torch.from_numpy(np.stack(pictures)), torch.empty(0))
-        (logits, _), *_ = self._finished.logits([batch])
+        logits = self._finished.logits(torch.from_numpy(np.stack(pictures)))
         return torch.softmax(logits / self._temperature, dim=1).cpu().numpy()
 
 

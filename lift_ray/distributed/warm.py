@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from lift_ray.data.catalog import Dataset, Split, open_dataset
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.reader import RowReader
 from lift_ray.data.stream import SHUFFLE_BYTES, Batch, evaluation_batches, memory_bytes, stretch
+from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
@@ -31,14 +32,14 @@ class Warm:
     """The loaded towers, the data set's index and open files, and kept activations.
 
     Args:
-        dataset: URI.
+        dataset: URI, or one that is open.
         ranks: this process among those that train together.
     """
 
-    def __init__(self, dataset: str, ranks: Ranks) -> None:
+    def __init__(self, dataset: str | Dataset, ranks: Ranks) -> None:
         began = time.monotonic()
         self.ranks = ranks
-        self.dataset: Dataset = open_dataset(dataset)
+        self.dataset = open_dataset(dataset) if isinstance(dataset, str) else dataset
         self._backbones: dict[tuple[Any, ...], Backbone] = {}
         self._readers: dict[tuple[str, int], RowReader] = {}
         self._shares: dict[float, Split] = {}
@@ -151,16 +152,20 @@ class Warm:
         backbone, ranks = self.backbone(config), self.ranks
         batches = evaluation_batches(
             self.reader(split), split, size_px=backbone.tower.resolution_px, rank=ranks.rank, world_size=ranks.world_size,
-            num_threads=ranks.num_threads, samples=samples,
+            num_threads=ranks.num_threads, samples=samples, batch_size=batch_size(ranks.device, 250),
         )  # fmt: skip
+        normalised = self.normaliser(config)
+
+        def frozen(batch: Batch) -> torch.Tensor:
+            with torch.no_grad(), autocast(config, ranks.device):
+                return model.frozen_part(normalised(batch.images))
+
         out, at = None, stretch(len(samples), ranks.rank, ranks.world_size).start
-        with torch.no_grad(), autocast(config, ranks.device):
-            for images, _, _ in self.to_device(config, batches):
-                part = model.frozen_part(images)
-                if out is None:
-                    out = part.new_zeros(len(samples), *part.shape[1:])
-                out[at : at + len(part)] = part
-                at += len(part)
+        for part in on_cores(ranks.device, frozen, batches):
+            if out is None:
+                out = part.new_zeros(len(samples), *part.shape[1:])
+            out[at : at + len(part)] = part
+            at += len(part)
         if out is None:
             out = torch.zeros(len(samples), *self._frozen_shape(config, model), device=ranks.device)
         return ranks.sum(out)
@@ -188,19 +193,23 @@ class Warm:
         self, config: RunConfig, batches: Iterable[Batch]
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Normalised float images, labels and kept patches on the device; copied without waiting on a GPU."""
+        normalised = self.normaliser(config)
+        for batch in batches:
+            patches = None if batch.patches is None else self.moved(batch.patches)
+            yield normalised(batch.images), self.moved(batch.labels), patches
+
+    def normaliser(self, config: RunConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes of pictures (..., 3, H, W) uint8 those that the backbone takes, on the device."""
         backbone, device = self.backbone(config), self.ranks.device
         std = torch.tensor(backbone.std, device=device).view(3, 1, 1)
         gain, offset = 1 / (255 * std), -torch.tensor(backbone.mean, device=device).view(3, 1, 1) / std
+        return lambda pictures: self.moved(pictures).float().mul_(gain).add_(offset)
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type == tensor.device.type:  # the CPU, or pictures that were decoded on the GPU
-                return tensor
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        for batch in batches:
-            patches = None if batch.patches is None else move(batch.patches)
-            images = move(batch.images).float().mul_(gain).add_(offset)
-            yield images, move(batch.labels), patches
+    def moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device; copied without waiting on a GPU."""
+        if self.ranks.device.type == tensor.device.type:  # the CPU, or pictures that were decoded on the GPU
+            return tensor
+        return tensor.pin_memory().to(self.ranks.device, non_blocking=True)
 
 
 def first_of_each_class(labels: Int64s, number: int) -> Int64s:

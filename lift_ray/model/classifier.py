@@ -97,6 +97,11 @@ class ZeroShotHead(nn.Module):
         return self.logit_scale * F.normalize(feature @ self.projection, dim=-1) @ self.text.T
 
 
+def over_crops(logits: Tensor) -> Tensor:
+    """(b, K) as they are, (b, 5, K) to the mean of the crops."""
+    return logits.mean(1) if logits.dim() == 3 else logits
+
+
 def random_weights(num_classes: int, width: int) -> Tensor:
     """Kaiming-uniform (K, D) weights."""
     weight = torch.empty(num_classes, width)

@@ -1,0 +1,87 @@
+"""Batches over all cores of a CPU: the same results in the same order, one torch thread for each, and everything put back after it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lift_ray.distributed.cores import CPU_BATCH, batch_size, on_cores
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_order_each_made_on_one_torch_thread_with_several_at_a_time(three_threads: None) -> None:
+    together = threading.Barrier(3)  # breaks when three are never at work at once
+    asked_by = []
+
+    def batches() -> Iterator[int]:
+        for number in range(12):
+            asked_by.append(threading.current_thread())
+            yield number
+
+    def compute(number: int) -> tuple[int, int]:
+        together.wait(30)
+        time.sleep(0.02 * (3 - number % 3))
+        return number, torch.get_num_threads()
+
+    assert list(on_cores(CPU, compute, batches())) == [(number, 1) for number in range(12)]
+    assert set(asked_by) == {threading.current_thread()}
+
+
+def test_the_threads_of_torch_are_put_back_at_the_end_after_an_error_and_when_nobody_goes_on(
+    three_threads: None,
+) -> None:
+    def threads_of_a_new_thread() -> int:
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    def compute(number: int) -> int:
+        if number == 4:
+            raise ValueError("four")
+        return number
+
+    def check() -> None:
+        assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+        assert not [thread for thread in threading.enumerate() if "lift-forward" in thread.name]
+
+    assert list(on_cores(CPU, compute, range(3))) == [0, 1, 2]
+    check()
+    with pytest.raises(ValueError, match="four"):
+        list(on_cores(CPU, compute, range(100)))
+    check()
+    some = on_cores(CPU, compute, iter(lambda: 0, 1))  # without end
+    assert next(some) == 0
+    some.close()  # type: ignore[attr-defined]
+    check()
+
+
+def test_one_torch_thread_and_a_gpu_take_a_batch_after_the_other_in_this_thread() -> None:
+    before = torch.get_num_threads()
+    here = threading.current_thread()
+    try:
+        torch.set_num_threads(1)
+        assert set(on_cores(CPU, lambda _: threading.current_thread(), range(5))) == {here}
+    finally:
+        torch.set_num_threads(before)
+    assert set(on_cores(torch.device("cuda"), lambda _: threading.current_thread(), range(5))) == {here}
+
+
+def test_batches_are_small_on_a_cpu_only() -> None:
+    assert batch_size(torch.device("cuda"), 250) == 250
+    assert batch_size(CPU, 250) == CPU_BATCH < 250
+    assert batch_size(CPU, 5) == 5

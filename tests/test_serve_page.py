@@ -1,0 +1,68 @@
+"""The page where one drops an image, in Chromium, against a server that fails as a gate that was killed does."""
+
+from __future__ import annotations
+
+import importlib.resources
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from browser import dom_in_browser
+
+from lift_ray.distributed.gate import PAGE_RULES
+
+DROP = "<script>onload = () => classify(new File(['x'], 'x.jpg', {type: 'image/jpeg'}));</script>"
+DIED = (500, "Internal Server Error")
+FOUND = (200, '{"classes": [{"name": "ant", "probability": 0.75}]}')
+REFUSED = (400, '{"error": "picture: must be whole"}')
+BUSY = (503, '{"error": "server: has too many uploads at once"}')
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "words"),
+    [
+        ([DIED, FOUND], 2, "ant<span>75.0%</span>"),
+        ([REFUSED], 1, "picture: must be whole"),
+        ([BUSY] * 3, 3, "server: has too many uploads at once"),
+        ([DIED] * 3, 3, "the server did not answer"),
+    ],
+)
+def test_the_page_asks_again_only_where_the_server_failed(
+    answers: list[tuple[int, str]], asked: int, words: str, tmp_path: Path
+) -> None:
+    page = (importlib.resources.files("lift_ray") / "distributed" / "serving.html").read_text()
+    posts: list[str] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(200, page.replace("</html>", f"{DROP}</html>"), "text/html")
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            posts.append(self.path)
+            self.answer(*answers[len(posts) - 1], "application/json")
+
+        def answer(self, status: int, text: str, kind: str) -> None:
+            self.send_response(status)
+            for name, value in {
+                "Content-Type": kind,
+                "Content-Length": str(len(text)),
+                "Content-Security-Policy": PAGE_RULES,
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        dom = dom_in_browser(f"http://127.0.0.1:{server.server_port}/", tmp_path)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert words in dom
+    assert posts == ["/predict"] * asked
