@@ -227,8 +227,8 @@ class Run:
                     tally.add(adjusted, labels)
                 if each is not None:
                     each.add(adjusted)
-        for counted in (*tallies, *self.beside.values(), *([each] if each else [])):
-            for tensor in counted.tensors():
+        for tensors in [tally.tensors() for tally in (*tallies, *self.beside.values(), each) if tally is not None]:
+            for tensor in tensors:
                 self.ranks.sum(tensor)
         further = {
             f"{split_name}/{metric}_{name}": value
