@@ -4,6 +4,11 @@ The search is `search_spaces/scaling.yaml`: shares of the training pictures, epo
 
     python -m lift_ray.tune search_spaces/scaling.yaml --out DIR
     python benchmarks/scaling_law.py DIR --record
+
+With --longer, also how well the law of all trials predicts a run beyond them, such as its best settings with more epochs:
+
+    python -m lift_ray.train DIR/best.yaml optim.epochs=16 --no-ray --out RUN
+    python benchmarks/scaling_law.py DIR --longer RUN --record
 """
 
 from __future__ import annotations
@@ -13,15 +18,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from record import record
 
-from lift_ray.results.scaling_law import fit_law
+from lift_ray.distributed.checkpoint import read_record
+from lift_ray.results.scaling_law import Law, PowerLaw, fit_law
 from lift_ray.results.search_figures import unit_of
 from lift_ray.results.studies import read_study
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """What the law says of a study, and how far it misses the trials that were held out."""
+def measure(folder: Path, longer: Path | None) -> dict[str, Any]:
+    """What the law says of a study, and how far it misses the trials that were held out, and a longer run."""
     study = read_study(folder, folder.name)
     law = fit_law(study, *unit_of(study))
     held = [p for p in law.points if p.held_out]
@@ -33,19 +40,34 @@ def measure(folder: Path) -> dict[str, Any]:
         "inside_95_interval": sum(p.predicted.low <= p.found <= p.predicted.high for p in held),
         "exponents": {name: [round(x, 4) for x in (b.value, b.low, b.high)] for name, b in law.exponents.items()},
         "answer": law.answer,
-    }  # fmt: skip
+    } | ({"longer": beyond(law, longer)} if longer else {})  # fmt: skip
+
+
+def beyond(law: Law, folder: Path) -> dict[str, Any]:
+    """Validation mean class accuracy of a run in %, and what the law of all trials predicts for it with its 95% interval."""
+    run = read_record(folder / "checkpoint")
+    known = {f"optim.{name}": run.config["optim"][name] for name in ("data_frac", "epochs")} | run.history[-1]
+    fitted = PowerLaw(np.array([list(p.scales.values()) for p in law.points]), np.array([p.found for p in law.points]))
+    at = {name: known[name] for name in law.exponents}
+    predicted = fitted.predict(np.array([list(at.values())], float))[0]
+    percent = [round(100 * x, 1) for x in (run.metrics["validation/mean_class_accuracy"], *vars(predicted).values())]
+    return at | dict(zip(("found", "predicted", "low", "high"), percent, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="the search's folder")
+    parser.add_argument("--longer", type=Path, help="folder of a run beyond the search's scales")
     parser.add_argument("--record", action="store_true", help="append a row to benchmarks/results/scaling_law.jsonl")
     args = parser.parse_args()
-    figures = measure(args.study)
+    figures = measure(args.study, args.longer)
     for name, value in figures.items():
         print(f"{name}: {value}")
     if args.record:
         command = "python -m lift_ray.tune search_spaces/scaling.yaml --out DIR && python benchmarks/scaling_law.py DIR"
+        if args.longer:
+            changed = f"optim.epochs={figures['longer']['optim.epochs']}"
+            command += f" --longer RUN, of python -m lift_ray.train DIR/best.yaml {changed} --no-ray --out RUN"
         print(record("scaling_law", command, figures, seeds=[0]))
 
 
