@@ -85,3 +85,9 @@ def test_batches_are_small_on_a_cpu_only() -> None:
     assert batch_size(torch.device("cuda"), 250) == 250
     assert batch_size(CPU, 250) == CPU_BATCH < 250
     assert batch_size(CPU, 5) == 5
+
+
+def test_many_cores_hold_four_times_the_pictures_of_one_batch_at_most(three_threads: None) -> None:
+    torch.set_num_threads(64)
+    assert batch_size(CPU, 250) == 15
+    assert batch_size(CPU, 4) == 1
