@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test clusters lint format secrets audit screenshots
+.PHONY: help quickstart test slow clusters lint format secrets audit screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -18,8 +18,11 @@ help:  ## show this list
 quickstart: .venv/.installed  ## search for the best way to fine-tune a small CLIP, on this machine, in minutes
 	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml
 
-test: .venv/.installed  ## run the tests, save those of clusters
-	@$(BIN)/python -m pytest -m "not cluster"
+test: .venv/.installed  ## run the tests, save those of the next two targets
+	@$(BIN)/python -m pytest -m "not slow and not cluster"
+
+slow: .venv/.installed  ## run the tests that kill whole runs, searches and servers, and type the tutorial
+	@$(BIN)/python -m pytest -m slow
 
 clusters: .venv/.installed  ## run the tests that start clusters, lose their nodes and wait for new ones
 	@$(BIN)/python -m pytest -m cluster

@@ -89,6 +89,7 @@ def test_a_member_is_what_its_settings_alone_train(trained: Path, run_file: Path
     assert all(torch.equal(stored[f"other/{name}"], value) for name, value in weights(tmp_path / "alone").items())
 
 
+@pytest.mark.slow
 def test_ray_trains_members_side_by_side_to_the_same_models(
     trained: Path, run_file: Path, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

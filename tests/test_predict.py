@@ -213,6 +213,7 @@ def test_two_ray_workers_give_the_rows_of_one(
     np.testing.assert_allclose(one["probability_1"].to_numpy(), two["probability_1"].to_numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_verb_killed_and_given_again_ends_with_the_bytes_of_an_undisturbed_one(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path
 ) -> None:
@@ -235,6 +236,7 @@ def test_the_verb_killed_and_given_again_ends_with_the_bytes_of_an_undisturbed_o
     assert [int(row["row"]) for row in rows_of(tmp_path / "killed.csv")] == list(range(4104))
 
 
+@pytest.mark.slow
 def test_a_ray_worker_that_is_killed_is_started_again_and_no_row_is_lost_or_twice(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, ray_session: None
 ) -> None:

@@ -33,7 +33,10 @@ from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
 from lift_ray.settings.run import RunConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`"),
+]  # in Ray Serve
 MAX_BYTES, MAX_PIXELS = 200_000, 500_000
 
 

@@ -30,6 +30,7 @@ from lift_ray.distributed.warm import Warm
 from lift_ray.settings.files import read_run
 from lift_ray.settings.run import RunConfig
 
+pytestmark = pytest.mark.cluster
 EPOCHS, STEPS = 14, 24
 SMALL_NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 Lines = list[dict[str, float]]
@@ -206,7 +207,6 @@ def test_a_run_goes_on_with_fewer_workers_and_the_same_losses(
         assert {name: one[name] for name in losses} == pytest.approx(losses, abs=1e-4)
 
 
-@pytest.mark.cluster
 def test_a_hung_worker_a_spot_notice_and_a_lost_node_leave_exactly_the_same_model(
     cluster: Cluster, run_file: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -229,7 +229,6 @@ def test_a_hung_worker_a_spot_notice_and_a_lost_node_leave_exactly_the_same_mode
     assert_same_model(out, undisturbed)
 
 
-@pytest.mark.cluster
 def test_a_run_goes_on_with_fewer_workers_when_the_cluster_shrinks_and_with_more_when_it_grows_again(
     cluster: Cluster, run_file: Path, tmp_path: Path
 ) -> None:

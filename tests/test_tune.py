@@ -168,6 +168,7 @@ def test_two_workers_a_trial_find_what_one_finds(
     assert together["validation/loss"] == pytest.approx(alone["validation/loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_slot_is_replaced_and_its_trial_goes_on(
     small_data: str, small_clip: str, tmp_path: Path, ray_session: None
 ) -> None:
@@ -303,6 +304,7 @@ def drivers() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
     small_data: str, small_clip: str, tmp_path: Path, ray_session: None, drivers: list[subprocess.Popen[str]]
 ) -> None:

@@ -46,6 +46,7 @@ def test_a_line_that_is_not_printed_is_missed() -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_every_block_runs_and_prints_what_stands_below_it(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
