@@ -21,7 +21,7 @@ quickstart: .venv/.installed  ## search for the best way to fine-tune a small CL
 test: .venv/.installed  ## run the tests, save those of the next two targets
 	@$(BIN)/python -m pytest -m "not slow and not cluster"
 
-slow: .venv/.installed  ## run the tests that kill whole runs, searches and servers, and type the tutorial
+slow: .venv/.installed  ## run the tests that kill whole runs, export every kind of model, and type the tutorial
 	@$(BIN)/python -m pytest -m slow
 
 clusters: .venv/.installed  ## run the tests that start clusters, lose their nodes and wait for new ones

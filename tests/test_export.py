@@ -71,6 +71,7 @@ def test_the_tests_name_every_kind_of_tuner() -> None:
 
 
 @pytest.mark.parametrize("name", [*MERGED, *BESIDE])
+@pytest.mark.slow
 def test_onnx_torch_and_open_clip_give_the_logits_of_the_checkpoint(
     name: str, small_data: str, small_clip: str, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_tuner_beside_another_that_cannot_be_merged_is_exported(
 
 
 @pytest.mark.parametrize("head", sorted({*HEADS} - {"cosine"}))  # cosine: all tests above
+@pytest.mark.slow
 def test_every_head_is_exported(head: str, small_data: str, small_clip: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     config = {"tuner": {"kind": "linear_probe"}, "head": {"kind": head}}
@@ -179,6 +181,7 @@ def test_every_head_is_exported(head: str, small_data: str, small_clip: str, tmp
     assert max(each.difference for each in exported) <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_tower_of_timm_is_exported_as_a_whole_classifier(small_data: str, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
@@ -196,6 +199,7 @@ def test_a_tower_of_timm_is_exported_as_a_whole_classifier(small_data: str, tmp_
 
 
 @pytest.mark.parametrize("kind", ["ssf", "batchnorm"])
+@pytest.mark.slow
 def test_a_residual_network_is_merged_too(kind: str, small_data: str, tmp_path: Path) -> None:
     import open_clip
 
