@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lift_ray import train, tune
 
 pytestmark = pytest.mark.usefixtures("same_threads")
+pytestmark = pytest.mark.slow
 EPOCHS = 3
 
 
