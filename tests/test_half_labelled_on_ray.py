@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from lift_ray import train, tune
 
-pytestmark = pytest.mark.usefixtures("same_threads")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_threads")]
 EPOCHS = 3
 
 
