@@ -15,11 +15,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+def three_threads(same_threads: None) -> None:
     torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_results_come_in_order_each_made_on_one_torch_thread_with_several_at_a_time(three_threads: None) -> None:
@@ -70,15 +67,11 @@ def test_the_threads_of_torch_are_put_back_at_the_end_after_an_error_and_when_no
     check()
 
 
-def test_one_torch_thread_and_a_gpu_take_a_batch_after_the_other_in_this_thread() -> None:
-    before = torch.get_num_threads()
+def test_one_torch_thread_and_a_gpu_take_a_batch_after_the_other_in_this_thread(three_threads: None) -> None:
     here = threading.current_thread()
-    try:
-        torch.set_num_threads(1)
-        assert set(on_cores(CPU, lambda _: threading.current_thread(), range(5))) == {here}
-    finally:
-        torch.set_num_threads(before)
     assert set(on_cores(torch.device("cuda"), lambda _: threading.current_thread(), range(5))) == {here}
+    torch.set_num_threads(1)
+    assert set(on_cores(CPU, lambda _: threading.current_thread(), range(5))) == {here}
 
 
 def test_batches_are_small_on_a_cpu_only() -> None:

@@ -35,8 +35,8 @@ from lift_ray.settings.run import RunConfig
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`"),
-]  # in Ray Serve
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`"),  # in Ray Serve
+]
 MAX_BYTES, MAX_PIXELS = 200_000, 500_000
 
 

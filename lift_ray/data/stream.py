@@ -44,6 +44,7 @@ PIECE = 8  # pictures of a batch that one thread decodes at a time
 MOST_DECODERS = 4  # more threads of one interpreter wait for each other, and hold up the one that trains
 
 Decode = Literal["exact", "reduced", "gpu"]
+Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
@@ -308,21 +309,37 @@ def _ahead(
     coming, to_read = iter(steps), iter(steps)
     makers = AHEAD if decoders else min(num_threads, MOST_DECODERS)
     with decoders or nullcontext(), ThreadPoolExecutor(makers, "lift-data") as pool:
-        waiting: deque[Future[Made]] = deque()
-        try:
-            for step in islice(to_read, read_ahead):
-                prefetch(step)
+        for step in islice(to_read, read_ahead):
+            prefetch(step)
+
+        def steps_read_ahead() -> Iterator[int]:
             for step in coming:
                 for later in islice(to_read, 1):
                     prefetch(later)
-                waiting.append(pool.submit(make, step))
-                if len(waiting) > AHEAD + (0 if decoders else makers - 1):
-                    yield waiting.popleft().result()
-            while waiting:
+                yield step
+
+        yield from in_order(pool, make, steps_read_ahead(), AHEAD + (0 if decoders else makers - 1))
+
+
+def in_order(
+    pool: ThreadPoolExecutor, make: Callable[[Given], Made], things: Iterable[Given], most: int
+) -> Iterator[Made]:
+    """What threads make of things, in order, at most so many ahead; what has not begun when it ends early is cancelled.
+
+    Args:
+        things: asked for by the caller's thread alone.
+    """
+    waiting: deque[Future[Made]] = deque()
+    try:
+        for thing in things:
+            waiting.append(pool.submit(make, thing))
+            if len(waiting) > most:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 # what Pillow raises for broken images

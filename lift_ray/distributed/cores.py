@@ -6,17 +6,14 @@ one decodes pictures. Here each core takes batches of its own, on one torch thre
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-CPU_BATCH = 50  # pictures: their activations stay near the core; 250 are slower
+from lift_ray.data.stream import Given, Made, in_order
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+CPU_BATCH = 50  # pictures: their activations stay near the core; 250 are slower
 
 
 def batch_size(device: torch.device, largest: int) -> int:
@@ -42,15 +39,8 @@ def on_cores(device: torch.device, compute: Callable[[Given], Made], batches: It
         torch.set_num_threads(1)  # of this thread, and of those to come
         return compute(batch)
 
-    waiting: deque[Future[Made]] = deque()
-    pool = ThreadPoolExecutor(cores, "lift-forward")
     try:
-        for batch in batches:
-            waiting.append(pool.submit(alone, batch))
-            if len(waiting) > cores:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        with ThreadPoolExecutor(cores, "lift-forward") as pool:
+            yield from in_order(pool, alone, batches, cores)
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)

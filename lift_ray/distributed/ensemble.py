@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +15,7 @@ from lift_ray.data.sizes import View, view_batches
 from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.priors import fitted, label_prior, zero_shot
 from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm, autocast
+from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
 from lift_ray.methods.backdoor import COMBINE, Members
 from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
@@ -197,27 +197,15 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
         num_threads=first.num_threads,
         batch_size=batch_size(first.device, BATCH_OF_CROPS if any(view.crops for view in views) else BATCH),
     )  # fmt: skip
-    answers = [_answerer(run) for run in runs]
+    answers = [run.warm.answerer(run.config, run.model) for run in runs]
 
     def answer(batch: tuple[Mapping[View, torch.Tensor], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
         pictures, labels = batch
-        logits = [mine(pictures[view]) for mine, view in zip(answers, views, strict=True)]
-        return [mine.to(first.device) for mine in logits], labels.to(first.device)  # all GPUs have work by now
+        with torch.inference_mode():
+            logits = [over_crops(mine(pictures[view]).float()) for mine, view in zip(answers, views, strict=True)]
+            return [mine.to(first.device) for mine in logits], labels.to(first.device)  # all GPUs have work by now
 
     yield from on_cores(first.device, answer, batches)
-
-
-def _answerer(run: Run) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What makes of pictures (b, 3, H, W), or (b, 5, 3, H, W) whose logits are averaged, the logits (b, K) of a run."""
-    normalised = run.warm.normaliser(run.config)
-
-    def answer(pictures: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(), autocast(run.config, run.ranks.device):
-            images = normalised(pictures)
-            logits: torch.Tensor = run.model(images.flatten(0, -4)).float()
-            return over_crops(logits.unflatten(0, images.shape[:-3]))
-
-    return answer
 
 
 def run_of(config: RunConfig, warms: Sequence[Warm], class_counts: list[int] | None = None) -> Run:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lift_ray.data.catalog import Dataset
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.warm import Warm, autocast
+from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
 from lift_ray.model.classifier import over_crops
 from lift_ray.settings.run import RunConfig, apply_overrides
@@ -53,10 +53,10 @@ class Finished:
         self._warm = Warm(Dataset(self.record.dataset, tuple(self.record.class_names), {}), ranks)
         self.config = self._warm.resolve(RunConfig.model_validate(apply_overrides(self.record.config, here)))
         self.backbone = self._warm.backbone(self.config)
-        self._normalised = self._warm.normaliser(self.config)
         self.model = self._warm.build(self.config, trained_already=True)
         checkpoint.load_weights(folder, self.model)
         self.model.eval().requires_grad_(False)
+        self._answer = self._warm.answerer(self.config, self.model)
         counts = np.array(self.record.class_counts)
         log_prior = torch.from_numpy(np.log(counts / counts.sum())).float().to(ranks.device)
         self.offset = self.config.evaluation.posthoc_tau * log_prior
@@ -79,7 +79,5 @@ class Finished:
 
     def logits(self, pictures: Tensor) -> Tensor:
         """Adjusted logits (B, K) in fp32 on the device; pictures are (B, 3, H, W) uint8, or (B, 5, 3, H, W)."""
-        with torch.inference_mode(), autocast(self.config, self.ranks.device):
-            images = self._normalised(pictures)
-            logits: Tensor = self.model(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
-            return over_crops(logits).float() - self.offset
+        with torch.inference_mode():
+            return over_crops(self._answer(pictures)).float() - self.offset

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lift_ray.data.catalog import Split
-from lift_ray.data.stream import Batch, evaluation_batches, steps_per_epoch, stretch
+from lift_ray.data.stream import evaluation_batches, steps_per_epoch, stretch
 from lift_ray.distributed import checkpoint
 from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.feed import Batches, Inputs, kept_batches, parts_of, picture_batches
@@ -268,16 +268,8 @@ class Run:
             world_size=ranks.world_size, num_threads=ranks.num_threads, crops=tte,
             batch_size=batch_size(ranks.device, 50 if tte else 250),
         )  # fmt: skip
-        normalised = self.warm.normaliser(self.config)
-
-        def feature(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            with torch.inference_mode(), autocast(self.config, ranks.device):
-                images = normalised(batch.images)
-                return self.model.feature(images.flatten(0, -4)).unflatten(0, images.shape[:-3]), self.warm.moved(
-                    batch.labels
-                )
-
-        yield from on_cores(ranks.device, feature, batches)
+        feature = self.warm.answerer(self.config, self.model.feature)
+        yield from on_cores(ranks.device, lambda one: (feature(one.images), self.warm.moved(one.labels)), batches)
 
     def epochs(self) -> Iterator[Figures]:
         """Train to the end from wherever the run stands; yields the figures of each epoch, validation included.

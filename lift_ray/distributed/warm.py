@@ -205,6 +205,20 @@ class Warm:
         gain, offset = 1 / (255 * std), -torch.tensor(backbone.mean, device=device).view(3, 1, 1) / std
         return lambda pictures: self.moved(pictures).float().mul_(gain).add_(offset)
 
+    def answerer(
+        self, config: RunConfig, model: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes of pictures (b, 3, H, W) or (b, 5, 3, H, W) uint8 the model's answers, (b, ...) or (b, 5, ...)."""
+        normalised, device = self.normaliser(config), self.ranks.device
+
+        def answer(pictures: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode(), autocast(config, device):
+                images = normalised(pictures)
+                answers: torch.Tensor = model(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
+            return answers
+
+        return answer
+
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device; copied without waiting on a GPU."""
         if self.ranks.device.type == tensor.device.type:  # the CPU, or pictures that were decoded on the GPU
