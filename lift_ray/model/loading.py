@@ -17,19 +17,21 @@ from lift_ray.model.tower import Tower
 def rebuild(visual: Any, name: str = "this tower") -> AnyTower:
     """A VisionTransformer of open_clip or timm, or a ModifiedResNet, as a tower with the same weights, frozen.
 
-    timm's layer scales are multiplied into the projection before them. Raises BadInput for other towers.
+    It takes the tensors over as they are, but for timm's layer scales, which are multiplied into the projection before them.
+    Raises BadInput for other towers.
     """
     plain = "VisionTransformer" in type(visual).__name__
     refused = BadInput(
         f"backbone.model: must be a plain vision transformer with a class token, but {name} is a {type(visual).__name__}"
         f"{' with other parts' if plain else ''}; use one of CLIP's ViT models"
     )
-    found = _open_clip_vit(visual) or _open_clip_resnet(visual) or _timm_vit(visual)
+    with torch.device("meta"):  # weights at random would take longer than those that replace them
+        found = _open_clip_vit(visual) or _open_clip_resnet(visual) or _timm_vit(visual)
     if found is None:
         raise refused
     tower, state = found
     try:
-        tower.load_state_dict(state, strict=True)
+        tower.load_state_dict(state, strict=True, assign=True)
     except RuntimeError:  # layer scale in open_clip, registers, norms elsewhere, pictures that are not square
         raise refused from None
     return tower.eval().requires_grad_(False)
