@@ -39,9 +39,9 @@ from lift_ray.data.catalog import open_dataset
 from lift_ray.data.pictures import find_pictures
 from lift_ray.data.reader import RowReader
 from lift_ray.distributed.calibration import calibrated
-from lift_ray.distributed.cores import batch_size, on_cores
-from lift_ray.distributed.finished import Finished
-from lift_ray.distributed.prediction import BATCH, Job, predict
+from lift_ray.distributed.cores import on_cores
+from lift_ray.distributed.finished import BATCH, Finished
+from lift_ray.distributed.prediction import Job, predict
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
@@ -100,7 +100,7 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
             finished.logits(batch).cpu()
 
     def cores() -> None:
-        for logits in on_cores(ranks.device, finished.logits, pictures.split(batch_size(ranks.device, BATCH))):
+        for logits in on_cores(ranks.device, finished.logits, pictures.split(finished.batch_size)):
             logits.cpu()
 
     def whole() -> None:

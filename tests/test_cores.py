@@ -5,13 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lift_ray.distributed import cores
 from lift_ray.distributed.cores import CPU_BATCH, batch_size, on_cores
+from lift_ray.model.resnet import AnyTower, ResNetTower
+from lift_ray.model.tower import Tower
 
 CPU = torch.device("cpu")
+BATCH = 7
+SMALL = Tower(width=8, num_blocks=1, num_heads=1, hidden=16, patch_px=8, resolution_px=16, activation=F.gelu)
 
 
 @pytest.fixture
@@ -75,12 +83,44 @@ def test_one_torch_thread_and_a_gpu_take_a_batch_after_the_other_in_this_thread(
 
 
 def test_batches_are_small_on_a_cpu_only() -> None:
-    assert batch_size(torch.device("cuda"), 250) == 250
-    assert batch_size(CPU, 250) == CPU_BATCH < 250
-    assert batch_size(CPU, 5) == 5
+    assert batch_size(torch.device("cuda"), 250, SMALL) == 250
+    assert batch_size(CPU, 250, SMALL) == CPU_BATCH < 250
+    assert batch_size(CPU, 5, SMALL) == 5
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made of a batch."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and len(out) == BATCH:  # not what is made of the weights
+            self.num_bytes = max(self.num_bytes, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        Tower(width=64, num_blocks=2, num_heads=2, hidden=1024, patch_px=16, resolution_px=64, activation=F.gelu),
+        ResNetTower(layers=[1, 1, 1, 1], stem_width=16, width=64, num_heads=2, resolution_px=64),
+    ],
+    ids=["transformer", "residual network"],
+)
+def test_batches_are_as_small_as_a_towers_activations_ask_for(tower: AnyTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Largest() as largest, torch.inference_mode():
+        tower.eval()(torch.rand(BATCH, 3, 64, 64))
+    assert largest.num_bytes == BATCH * tower.activation_bytes
+    monkeypatch.setattr(cores, "ACTIVATION_BYTES", 12 * tower.activation_bytes)
+    assert batch_size(CPU, 250, tower) == 12
+    assert batch_size(CPU, 250, tower, crops=True) == 2
+    monkeypatch.setattr(cores, "ACTIVATION_BYTES", 1)
+    assert batch_size(CPU, 250, tower) == 1
+    assert batch_size(torch.device("cuda"), 250, tower, crops=True) == 250
 
 
 def test_many_cores_hold_four_times_the_pictures_of_one_batch_at_most(three_threads: None) -> None:
     torch.set_num_threads(64)
-    assert batch_size(CPU, 250) == 15
-    assert batch_size(CPU, 4) == 1
+    assert batch_size(CPU, 250, SMALL) == 15
+    assert batch_size(CPU, 4, SMALL) == 1

@@ -17,7 +17,7 @@ from lift_ray.data.catalog import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.data.stream import evaluation_batches
 from lift_ray.distributed.checkpoint import difference
-from lift_ray.distributed.cores import batch_size, on_cores
+from lift_ray.distributed.cores import on_cores
 from lift_ray.distributed.finished import Finished
 from lift_ray.errors import BadInput
 from lift_ray.results.tally import Tally
@@ -94,7 +94,7 @@ def _fitted(finished: Finished) -> Calibration:
     with RowReader(split) as reader:
         batches = evaluation_batches(
             reader, split, size_px=finished.size_px, num_threads=ranks.num_threads, crops=finished.five_crops,
-            batch_size=batch_size(ranks.device, 100),
+            batch_size=finished.batch_size,
         )  # fmt: skip
         found = list(on_cores(ranks.device, lambda batch: (finished.logits(batch.images).cpu(), batch.labels), batches))
     logits, labels = torch.cat([z for z, _ in found]), torch.cat([y for _, y in found])

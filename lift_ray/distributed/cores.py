@@ -12,15 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from lift_ray.data.stream import Given, Made, in_order
+from lift_ray.model.resnet import AnyTower
 
 CPU_BATCH = 25  # pictures: their activations stay near the core; more are slower
+ACTIVATION_BYTES = 32 * 2**20  # a larger piece of memory comes from the system each time, page by page
 
 
-def batch_size(device: torch.device, largest: int) -> int:
-    """Pictures of a batch: as many as are asked for on a GPU; fewer on a CPU, four times as many at most on all its cores."""
+def batch_size(device: torch.device, largest: int, tower: AnyTower, crops: bool = False) -> int:
+    """Pictures of a batch: as many as are asked for on a GPU; fewer on a CPU, four times as many at most on all its cores.
+
+    Args:
+        largest: on a GPU.
+        crops: whether the tower looks at five crops of a picture.
+    """
     if device.type != "cpu":
         return largest
-    return max(1, min(largest, CPU_BATCH, 4 * largest // torch.get_num_threads()))
+    fit = ACTIVATION_BYTES // (tower.activation_bytes * (5 if crops else 1))
+    return max(1, min(largest, CPU_BATCH, 4 * largest // torch.get_num_threads(), fit))
 
 
 def on_cores(device: torch.device, compute: Callable[[Given], Made], batches: Iterable[Given]) -> Iterator[Made]:

@@ -192,10 +192,11 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
     """This rank's share of a split: fp32 logits (B, K) of each run on the first one's device, and labels (B,)."""
     first = runs[0].ranks
     views = [View(run.model.tower.resolution_px, run.config.evaluation.tte) for run in runs]
+    most = BATCH_OF_CROPS if any(view.crops for view in views) else BATCH
     batches = view_batches(
         runs[0].warm.reader(split), split, list(dict.fromkeys(views)), rank=first.rank, world_size=first.world_size,
         num_threads=first.num_threads,
-        batch_size=batch_size(first.device, BATCH_OF_CROPS if any(view.crops for view in views) else BATCH),
+        batch_size=min(batch_size(first.device, most, run.model.tower, run.config.evaluation.tte) for run in runs),
     )  # fmt: skip
     answers = [run.warm.answerer(run.config, run.model) for run in runs]
 

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from lift_ray.data.catalog import Dataset
 from lift_ray.distributed import checkpoint
+from lift_ray.distributed.cores import batch_size
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
 from lift_ray.model.classifier import over_crops
 from lift_ray.settings.run import RunConfig, apply_overrides
+
+BATCH = 100  # pictures, on a GPU
 
 
 def single_record(folder: Path) -> checkpoint.Record:
@@ -76,6 +79,11 @@ class Finished:
     def five_crops(self) -> bool:
         """Whether it looks at five crops of a picture (test-time ensembling)."""
         return self.config.evaluation.tte
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures to give it at a time."""
+        return batch_size(self.ranks.device, BATCH, self.backbone.tower, self.five_crops)
 
     def logits(self, pictures: Tensor) -> Tensor:
         """Adjusted logits (B, K) in fp32 on the device; pictures are (B, 3, H, W) uint8, or (B, 5, 3, H, W)."""

@@ -27,14 +27,13 @@ from lift_ray.distributed import checkpoint
 from lift_ray.distributed.calibration import Calibration, calibrated
 from lift_ray.distributed.capacity import num_slots
 from lift_ray.distributed.cluster import connected
-from lift_ray.distributed.cores import batch_size, on_cores
+from lift_ray.distributed.cores import on_cores
 from lift_ray.distributed.finished import Finished, single_record
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.settings.search import Scale
 
 PART = 2000
-BATCH = 100
 READ_AHEAD = 800  # pictures
 TRIES = 3
 PLAN = "plan.json"
@@ -92,7 +91,7 @@ class Predictor:
     def parts(self, numbers: Sequence[int], temperature: float) -> Iterator[tuple[int, pa.Table]]:
         """The rows of these parts, in order; pictures are decoded ahead across their ends."""
         reader = PictureReader(self._job.pictures)
-        size = batch_size(self._ranks.device, BATCH)
+        size = self._finished.batch_size
         steps = [(number, start, min(start + size, stop)) for number in numbers for first, stop in [self._job.span(number)]
                  for start in range(first, stop, size)]  # fmt: skip
         decoded = _ahead(

@@ -144,6 +144,11 @@ class ResNetTower(FrozenTower):
                 inputs = 4 * planes
         self.attnpool = AttentionPool(inputs, width, num_heads, resolution_px // self.patch_px)
 
+    @property
+    def activation_bytes(self) -> int:
+        """Of a picture in fp32, the largest: what the stem makes, before its pool."""
+        return 4 * self.conv3.out_channels * (self.resolution_px // 2) ** 2
+
     def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """The stem: (B, 3, H, W) -> (B, C, H / 4, W / 4). Raises ValueError when only some patches are asked for."""
         if patches is not None:

@@ -169,6 +169,11 @@ class Tower(FrozenTower):
         self.norm_post = nn.LayerNorm(width, eps)
         self._resized: dict[int, Tensor] = {}
 
+    @property
+    def activation_bytes(self) -> int:
+        """Of a picture in fp32, the largest: what an MLP has between its linears."""
+        return 4 * self.hidden * (self.num_patches(self.resolution_px) + 1)
+
     def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """What goes into the first block: (B, 3, H, W) -> (B, T, D)."""
         x = self.patch(images).flatten(2).transpose(1, 2)
