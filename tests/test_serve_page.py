@@ -31,17 +31,39 @@ BUSY = (503, '{"error": "server: has too many uploads at once"}')
 def test_the_page_asks_again_only_where_the_server_failed(
     answers: list[tuple[int, str]], asked: int, words: str, tmp_path: Path
 ) -> None:
+    posts, dom = asked_by_the_page({b"x": answers}, DROP, tmp_path)
+    assert words in dom
+    assert posts == [b"x"] * asked
+
+
+def test_the_page_asks_no_more_for_a_picture_that_another_one_has_replaced(tmp_path: Path) -> None:
+    then = "setTimeout(() => classify(new File(['y'], 'y.jpg', {type: 'image/jpeg'})), 200)"
+    answers = {b"x": [DIED, REFUSED, REFUSED], b"y": [DIED, FOUND]}
+    posts, dom = asked_by_the_page(answers, DROP.replace(";</script>", f"; {then};</script>"), tmp_path)
+    assert "ant<span>75.0%</span>" in dom
+    assert posts == [b"x", b"y", b"y"]  # x would have come again before the second y
+
+
+def asked_by_the_page(
+    answers: dict[bytes, list[tuple[int, str]]], script: str, tmp_path: Path
+) -> tuple[list[bytes], str]:
+    """Pictures in the order in which the page sent them, and its DOM after that.
+
+    Args:
+        answers: for each picture, what comes back each time.
+        script: run in the page.
+    """
     page = (importlib.resources.files("lift_ray") / "distributed" / "serving.html").read_text()
-    posts: list[str] = []
+    posts: list[bytes] = []
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer(200, page.replace("</html>", f"{DROP}</html>"), "text/html")
+            self.answer(200, page.replace("</html>", f"{script}</html>"), "text/html")
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            posts.append(self.path)
-            self.answer(*answers[len(posts) - 1], "application/json")
+            picture = self.rfile.read(int(self.headers["Content-Length"]))
+            posts.append(picture)
+            self.answer(*answers[picture][posts.count(picture) - 1], "application/json")
 
         def answer(self, status: int, text: str, kind: str) -> None:
             self.send_response(status)
@@ -64,5 +86,4 @@ def test_the_page_asks_again_only_where_the_server_failed(
     finally:
         server.shutdown()
         server.server_close()
-    assert words in dom
-    assert posts == ["/predict"] * asked
+    return posts, dom
