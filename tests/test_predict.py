@@ -23,7 +23,7 @@ from lift_ray import evaluate, export, predict, serve
 from lift_ray.data.catalog import open_dataset
 from lift_ray.data.pictures import PictureReader, find_pictures
 from lift_ray.data.reader import RowReader
-from lift_ray.distributed import checkpoint, prediction
+from lift_ray.distributed import checkpoint, finished, prediction
 from lift_ray.distributed.calibration import fit_temperature
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
@@ -96,7 +96,7 @@ def test_shards_in_parts_give_the_same_rows_with_the_fitted_temperature(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where, (classes, _) = trained
-    monkeypatch.setattr(prediction, "BATCH", 5)
+    monkeypatch.setattr(finished, "BATCH", 5)
     names, out = open_dataset(small_data).class_names, tmp_path / "o.parquet"
     pictures = find_pictures([f"{small_data}/test-*.parquet"])
     calls: list[tuple[int, int]] = []
