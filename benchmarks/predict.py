@@ -3,7 +3,8 @@
 Pictures of a data set, resized to a short side of --px and encoded again, out of one Parquet file. Of each round, by the clock
 and by processor time: the tower alone, as torch shares each of its operations out to the cores; `on_cores`, the tower with a batch of
 its own for each core, as `predict` runs it; and `predict`, the whole job with loading the model, reading, decoding, parts on disk and
-joining them. Every second round goes backwards. The temperature is fitted before, once for a checkpoint; its seconds stand beside.
+joining them, which runs between the halves of the others. The temperature is fitted before, once for a checkpoint; its seconds stand
+beside.
 On a machine that is shared, `--cores 1` and processor time say more than the clock.
 
 With the first tower, lift-tiny, decoding takes a third of the time; the second, ViT-S/14 at 70 px, decides the time itself. Any
@@ -96,28 +97,29 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
         np.stack([np.moveaxis(evaluation_picture(data, finished.size_px), -1, -3) for data in images])
     )
 
-    def tower() -> None:
-        for batch in pictures.split(BATCH):
+    def tower(some: torch.Tensor) -> None:
+        for batch in some.split(BATCH):
             finished.logits(batch).cpu()
 
-    def cores() -> None:
-        for logits in on_cores(ranks.device, finished.logits, pictures.split(finished.batch_size)):
+    def cores(some: torch.Tensor) -> None:
+        for logits in on_cores(ranks.device, finished.logits, some.split(finished.batch_size)):
             logits.cpu()
 
-    def whole() -> None:
+    def whole(_: torch.Tensor) -> None:
         with tempfile.TemporaryDirectory() as out:
             assert predict(job, Path(out) / "out.parquet", lambda done, total: None).num_bad == 0
 
-    ways: dict[str, Callable[[], None]] = {"tower": tower, "on_cores": cores, "predict": whole}
-    tower()
-    clock: dict[str, list[float]] = {name: [] for name in ways}
-    processor: dict[str, list[float]] = {name: [] for name in ways}
+    ways: dict[str, Callable[[torch.Tensor], None]] = {"tower": tower, "on_cores": cores, "predict": whole}
+    first, rest = pictures.tensor_split(2)
+    pieces = [("on_cores", first), ("tower", first), ("predict", pictures), ("tower", rest), ("on_cores", rest)]
+    tower(first)
+    clock, processor = ({name: [0.0] * rounds for name in ways} for _ in range(2))
     for number in range(rounds):
-        for name, way in list(ways.items())[:: -1 if number % 2 else 1]:
+        for name, some in pieces:
             began, used = time.perf_counter(), time.process_time()
-            way()
-            processor[name].append(time.process_time() - used)
-            clock[name].append(time.perf_counter() - began)
+            ways[name](some)
+            processor[name][number] += time.process_time() - used
+            clock[name][number] += time.perf_counter() - began
     for name in ways:
         figures[f"{name}_images_s"] = round(len(images) / statistics.median(clock[name]), 1)
     for kind, seconds in (("clock", clock), ("processor", processor)):
