@@ -83,9 +83,9 @@ def test_one_torch_thread_and_a_gpu_take_a_batch_after_the_other_in_this_thread(
 
 
 def test_batches_are_small_on_a_cpu_only() -> None:
-    assert batch_size(torch.device("cuda"), 250, SMALL) == 250
-    assert batch_size(CPU, 250, SMALL) == CPU_BATCH < 250
-    assert batch_size(CPU, 5, SMALL) == 5
+    assert batch_size(torch.device("cuda"), SMALL) == 250
+    assert batch_size(CPU, SMALL) == CPU_BATCH < 250
+    assert batch_size(CPU, SMALL, largest=5) == 5
 
 
 class Largest(TorchDispatchMode):
@@ -113,14 +113,15 @@ def test_batches_are_as_small_as_a_towers_activations_ask_for(tower: AnyTower, m
         tower.eval()(torch.rand(BATCH, 3, 64, 64))
     assert largest.num_bytes == BATCH * tower.activation_bytes
     monkeypatch.setattr(cores, "ACTIVATION_BYTES", 12 * tower.activation_bytes)
-    assert batch_size(CPU, 250, tower) == 12
-    assert batch_size(CPU, 250, tower, crops=True) == 2
+    assert batch_size(CPU, tower) == 12
+    assert batch_size(CPU, tower, crops=True) == 2
     monkeypatch.setattr(cores, "ACTIVATION_BYTES", 1)
-    assert batch_size(CPU, 250, tower) == 1
-    assert batch_size(torch.device("cuda"), 250, tower, crops=True) == 250
+    assert batch_size(CPU, tower) == 1
+    assert batch_size(torch.device("cuda"), tower, crops=True, largest=250) == 250
+    assert batch_size(torch.device("cuda"), tower, crops=True) == 50
 
 
 def test_many_cores_hold_four_times_the_pictures_of_one_batch_at_most(three_threads: None) -> None:
     torch.set_num_threads(64)
-    assert batch_size(CPU, 250, SMALL) == 15
-    assert batch_size(CPU, 4, SMALL) == 1
+    assert batch_size(CPU, SMALL) == 15
+    assert batch_size(CPU, SMALL, largest=4) == 1

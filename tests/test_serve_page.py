@@ -12,7 +12,7 @@ from browser import dom_in_browser
 
 from lift_ray.distributed.gate import PAGE_RULES
 
-DROP = "<script>onload = () => classify(new File(['x'], 'x.jpg', {type: 'image/jpeg'}));</script>"
+DROP = "classify(new File(['%s'], 'x.jpg', {type: 'image/jpeg'}))"
 DIED = (500, "Internal Server Error")
 FOUND = (200, '{"classes": [{"name": "ant", "probability": 0.75}]}')
 REFUSED = (400, '{"error": "picture: must be whole"}')
@@ -31,15 +31,14 @@ BUSY = (503, '{"error": "server: has too many uploads at once"}')
 def test_the_page_asks_again_only_where_the_server_failed(
     answers: list[tuple[int, str]], asked: int, words: str, tmp_path: Path
 ) -> None:
-    posts, dom = asked_by_the_page({b"x": answers}, DROP, tmp_path)
+    posts, dom = asked_by_the_page({b"x": answers}, DROP % "x", tmp_path)
     assert words in dom
     assert posts == [b"x"] * asked
 
 
 def test_the_page_asks_no_more_for_a_picture_that_another_one_has_replaced(tmp_path: Path) -> None:
-    then = "setTimeout(() => classify(new File(['y'], 'y.jpg', {type: 'image/jpeg'})), 200)"
     answers = {b"x": [DIED, REFUSED, REFUSED], b"y": [DIED, FOUND]}
-    posts, dom = asked_by_the_page(answers, DROP.replace(";</script>", f"; {then};</script>"), tmp_path)
+    posts, dom = asked_by_the_page(answers, f"{DROP % 'x'}; setTimeout(() => {DROP % 'y'}, 200)", tmp_path)
     assert "ant<span>75.0%</span>" in dom
     assert posts == [b"x", b"y", b"y"]  # x would have come again before the second y
 
@@ -51,17 +50,20 @@ def asked_by_the_page(
 
     Args:
         answers: for each picture, what comes back each time.
-        script: run in the page.
+        script: run when the page is there.
     """
     page = (importlib.resources.files("lift_ray") / "distributed" / "serving.html").read_text()
     posts: list[bytes] = []
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer(200, page.replace("</html>", f"{script}</html>"), "text/html")
+            self.answer(
+                200, page.replace("</html>", f"<script>onload = () => {{ {script} }}</script></html>"), "text/html"
+            )
 
         def do_POST(self) -> None:
             picture = self.rfile.read(int(self.headers["Content-Length"]))
+            assert self.path == "/predict"
             posts.append(picture)
             self.answer(*answers[picture][posts.count(picture) - 1], "application/json")
 

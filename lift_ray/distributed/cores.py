@@ -14,17 +14,19 @@ import torch
 from lift_ray.data.stream import Given, Made, in_order
 from lift_ray.model.resnet import AnyTower
 
-CPU_BATCH = 25  # pictures: their activations stay near the core; more are slower
+BATCH, BATCH_OF_CROPS = 250, 50  # pictures, on a GPU
+CPU_BATCH = 25  # pictures: their activations stay near the core; more are not faster
 ACTIVATION_BYTES = 32 * 2**20  # a larger piece of memory comes from the system each time, page by page
 
 
-def batch_size(device: torch.device, largest: int, tower: AnyTower, crops: bool = False) -> int:
-    """Pictures of a batch: as many as are asked for on a GPU; fewer on a CPU, four times as many at most on all its cores.
+def batch_size(device: torch.device, tower: AnyTower, crops: bool = False, largest: int | None = None) -> int:
+    """Pictures of a batch: the largest on a GPU; fewer on a CPU, four times as many at most on all its cores.
 
     Args:
-        largest: on a GPU.
         crops: whether the tower looks at five crops of a picture.
+        largest: BATCH when not given, BATCH_OF_CROPS with crops.
     """
+    largest = largest or (BATCH_OF_CROPS if crops else BATCH)
     if device.type != "cpu":
         return largest
     fit = ACTIVATION_BYTES // (tower.activation_bytes * (5 if crops else 1))

@@ -25,8 +25,6 @@ from lift_ray.results.tally import PerImage
 from lift_ray.settings.methods import Backdoor
 from lift_ray.settings.run import LogitAdjusted, Loss, RunConfig
 
-BATCH, BATCH_OF_CROPS = 250, 50
-
 
 class Ensemble(Run):
     """A run whose logits are the mean of several runs' on the same data; what a run is asked when it is evaluated.
@@ -192,11 +190,10 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
     """This rank's share of a split: fp32 logits (B, K) of each run on the first one's device, and labels (B,)."""
     first = runs[0].ranks
     views = [View(run.model.tower.resolution_px, run.config.evaluation.tte) for run in runs]
-    most = BATCH_OF_CROPS if any(view.crops for view in views) else BATCH
     batches = view_batches(
         runs[0].warm.reader(split), split, list(dict.fromkeys(views)), rank=first.rank, world_size=first.world_size,
         num_threads=first.num_threads,
-        batch_size=min(batch_size(first.device, most, run.model.tower, run.config.evaluation.tte) for run in runs),
+        batch_size=min(batch_size(first.device, run.model.tower, run.config.evaluation.tte) for run in runs),
     )  # fmt: skip
     answers = [run.warm.answerer(run.config, run.model) for run in runs]
 

@@ -83,7 +83,7 @@ class Finished:
     @property
     def batch_size(self) -> int:
         """Pictures to give it at a time."""
-        return batch_size(self.ranks.device, BATCH, self.backbone.tower, self.five_crops)
+        return batch_size(self.ranks.device, self.backbone.tower, self.five_crops, BATCH)
 
     def logits(self, pictures: Tensor) -> Tensor:
         """Adjusted logits (B, K) in fp32 on the device; pictures are (B, 3, H, W) uint8, or (B, 5, 3, H, W)."""

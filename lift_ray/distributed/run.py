@@ -266,7 +266,7 @@ class Run:
         batches = evaluation_batches(
             self.warm.reader(split), split, size_px=self.model.tower.resolution_px, rank=ranks.rank,
             world_size=ranks.world_size, num_threads=ranks.num_threads, crops=tte,
-            batch_size=batch_size(ranks.device, 50 if tte else 250, self.model.tower, tte),
+            batch_size=batch_size(ranks.device, self.model.tower, tte),
         )  # fmt: skip
         feature = self.warm.answerer(self.config, self.model.feature)
         yield from on_cores(ranks.device, lambda one: (feature(one.images), self.warm.moved(one.labels)), batches)

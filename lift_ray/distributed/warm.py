@@ -152,7 +152,7 @@ class Warm:
         backbone, ranks = self.backbone(config), self.ranks
         batches = evaluation_batches(
             self.reader(split), split, size_px=backbone.tower.resolution_px, rank=ranks.rank, world_size=ranks.world_size,
-            num_threads=ranks.num_threads, samples=samples, batch_size=batch_size(ranks.device, 250, backbone.tower),
+            num_threads=ranks.num_threads, samples=samples, batch_size=batch_size(ranks.device, backbone.tower),
         )  # fmt: skip
         normalised = self.normaliser(config)
 
