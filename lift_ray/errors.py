@@ -22,7 +22,23 @@ class RunFailed(Exception):
 
 
 class Stopped(RunFailed):
-    """The run was told to stop. A thread may still wait for Ray, whose shutdown would then crash: the process ends without it."""
+    """The run was told to stop. A thread may still wait for Ray, whose shutdown would then crash: the process ends without it.
+
+    Args:
+        exit_code: 128 + the number of the signal that told it, as shells have it.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came where nothing could be stopped in order."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
 
 
 def last_line(error: BaseException) -> str:
@@ -46,7 +62,7 @@ def did_you_mean(value: object, options: Iterable[object]) -> str:
 
 
 def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], NoReturn]:
-    """Wrap a verb: 0 done, 1 the run failed, 2 bad input, 130 interrupted. A traceback is for a bug."""
+    """Wrap a verb: 0 done, 1 the run failed, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM. A traceback is for a bug."""
 
     @wraps(main)
     def run(argv: list[str]) -> NoReturn:
@@ -59,11 +75,11 @@ def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]],
             print(error, file=sys.stderr, flush=True)
             if isinstance(error, Stopped):
                 sys.stdout.flush()
-                os._exit(1)
+                os._exit(error.exit_code)
             sys.exit(1)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(128 + error.signum if isinstance(error, Interrupted) else 130)
 
     return run
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lift_ray.errors import BadInput, exit_codes, run_verb
+from lift_ray.errors import BadInput, Stopped, exit_codes, run_verb
 
 if TYPE_CHECKING:
     from lift_ray.data.catalog import Dataset
-    from lift_ray.distributed.conclusion import Found
+    from lift_ray.distributed.final_comparison import SearchResult
     from lift_ray.results.output import Output
     from lift_ray.settings.space import SpaceFile
 
@@ -79,26 +79,32 @@ def tune(
     from lift_ray.settings.space import read_space
 
     space = read_space(space_file, parse_overrides(settings or []))
+    if resume and not (out or space.out):
+        raise BadInput("--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER")
     dataset, data = _open(space, dry_run)
     if dry_run:
+        from lift_ray.distributed.preflight import check_before_start
+
+        check_before_start(space, dataset, out=out or space.out, storage=storage, resume=resume, log_to=log_to or [])
         _print_plan(space, dataset, data)
         return
-    if resume and not (out or space.out):
-        raise BadInput("--resume: must name the search to go on with, but --out is missing; add --out FOLDER")
     from lift_ray.distributed.cluster import connected, dashboard_url
-    from lift_ray.distributed.conclusion import machine, write_found
+    from lift_ray.distributed.driver import run_search
+    from lift_ray.distributed.final_comparison import machine, write_result
+    from lift_ray.distributed.interrupts import Interrupts
     from lift_ray.distributed.live import job_metadata, served, tell_job
     from lift_ray.distributed.reporting import kept_up_to_date, try_report
     from lift_ray.distributed.resume import study_in
-    from lift_ray.distributed.search import run_search
     from lift_ray.distributed.tracking import trackers
     from lift_ray.results.output import Output
     from lift_ray.results.rows import write_json
     from lift_ray.results.studies import BEGUN
 
+    assert data is not None
     target = Output(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began = time.monotonic()
     with (
+        Interrupts() as interrupts,
         trackers(log_to or [], space.name, target.folder) as watchers,
         study_in(target, space, dataset, url=storage, resume=resume) as study,
         served(space, study.rows, target.folder, live_port if live else None) as page,
@@ -106,6 +112,7 @@ def tune(
     ):
         from lift_ray.distributed.capacity import num_slots, slots_now
 
+        interrupts.listen()
         need, slots = num_slots(space.scale, nodes)
         started_s = time.monotonic() - began
         before = f" ({sum(row.has_ended for row in study.rows.values())} ended before)" if resume else ""
@@ -118,11 +125,18 @@ def tune(
             tell_job(page)
         write_json({"name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True),
                     "each_trial": asdict(need), "machine": machine()}, target.folder / BEGUN)  # fmt: skip
-        with kept_up_to_date(target):
-            found = run_search(space, dataset, need, lambda: slots_now(space.scale, need), study, target, watchers)
+        try:
+            with kept_up_to_date(target):
+                found = run_search(
+                    study, dataset, need, lambda: slots_now(space.scale, need), target, interrupts,
+                    num_images={name: split.num_samples for name, split in data.splits.items()}, watchers=watchers,
+                )  # fmt: skip
+        except Stopped:
+            try_report(target)
+            raise
         found.time_s["start"] += started_s
         found.time_s["total"] += started_s
-        write_found(space, dataset, found, target)
+        write_result(space, dataset, found, target)
     _print_found(space, found, target)
     if page := try_report(target):
         print(f"report: {page}")
@@ -139,21 +153,39 @@ def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
     for split in ("train", "validation", "test"):
         data.split(split)
     check_splits(space.config({}).method, data.uri, data.splits)
-    _check_objective(space, data)
+    _check_objectives(space, data)
+    _check_batch(space, data.split("train").num_samples)
     return data.uri, data
 
 
-def _check_objective(space: SpaceFile, data: Dataset) -> None:
-    """A group without classes has no accuracy to search for."""
+def _check_objectives(space: SpaceFile, data: Dataset) -> None:
+    """A group without classes, or without validation images of them, has no accuracy to search for."""
     from lift_ray.results.metrics import RULES, class_groups
 
     groups = class_groups(data.split("train").class_counts(data.num_classes))
+    measured = groups[data.split("validation").class_counts(data.num_classes) > 0]
     for metric in (*space.objectives, *space.constraints):
         group = metric.split("/")[-1]
-        if group not in RULES or group in groups:
+        if group not in RULES or group in measured:
             continue
-        raise BadInput(f"objectives: {metric} needs classes with {RULES[group]} training images, but {data.uri} has none; "
-                       "choose validation/mean_class_accuracy")  # fmt: skip
+        what = f"classes with {RULES[group]} training images"
+        what += ", and validation images of them" if group in groups else ""
+        raise BadInput(
+            f"objectives: {metric} needs {what}, but {data.uri} has none; choose validation/mean_class_accuracy"
+        )
+
+
+def _check_batch(space: SpaceFile, num_images: int) -> None:
+    """A trial with a batch that is larger than what it learns from would have no step."""
+    name = "optim.global_batch_size"
+    searched = space.space.get(name)
+    sizes = (
+        [space.config({}).optim.global_batch_size] if searched is None else searched.choices or searched.bounds or ()
+    )
+    sizes = [*sizes, *(point[name] for point in space.start_points() if name in point)]
+    kinds = space.space["tuner.kind"].choices if "tuner.kind" in space.space else [space.config({}).tuner.kind]
+    if kinds != ["zero_shot"] and (largest := max(int(str(size)) for size in sizes)) > num_images:
+        raise BadInput(f"{name}: must be at most the {num_images:,} training images, but got {largest:,}; lower it")
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
@@ -161,7 +193,7 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
 
     from rich.table import Table
 
-    from lift_ray.distributed.capacity import lacking, need, num_fitting
+    from lift_ray.distributed.capacity import gpus_here, lacking, need, num_fitting
     from lift_ray.results.tables import console
     from lift_ray.settings.search import expected_epochs
 
@@ -199,7 +231,7 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     drawn = max(0, number - len(space.start))
     epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
     table.add_row("epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping")
-    wanted = need(space.scale, has_gpu=False)
+    wanted = need(space.scale, has_gpu=gpus_here() > 0)
     images = space.plan.training_images if data is None else data.split("train").num_samples
     if images and (speed := space.plan.images_per_s):
         hours = epochs * images / speed / 3600
@@ -208,15 +240,15 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
             "work",
             f"{epochs * images:,.0f} training images, about {hours:.0f} {unit} at {speed:g} images/s a worker (plan)",
         )
-    here = {"CPU": float(os.cpu_count() or 1)}
+    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus_here())}
     table.add_row("each trial", str(wanted))
-    fits = f"{int(here['CPU'])} CPU: fits {num_fitting(wanted, [here])} trials at a time"
+    fits = f"{int(here['CPU'])} CPU, {int(here['GPU'])} GPU: fits {num_fitting(wanted, [here])} trials at a time"
     table.add_row("this machine", lacking(wanted, here) or fits)
     out.print(table)
     print("checked: the file is in order")
 
 
-def _print_found(space: SpaceFile, found: Found, out: Output) -> None:
+def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
     from lift_ray.results.rows import describe
     from lift_ray.results.tables import accuracy_table, console, curve_table, pareto_table, seeds_table
     from lift_ray.results.together import crossed_table, together_table

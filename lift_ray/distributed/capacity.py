@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from lift_ray.distributed.autoscaler import cluster_nodes
 from lift_ray.errors import BadInput
@@ -65,6 +67,13 @@ def slots_now(scale: Scale, wanted: Need) -> int:
     """How many trials fit the cluster as it is at the moment, and as it may become while they wait."""
     fitting = num_fitting(wanted, cluster_nodes())
     return fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)
+
+
+def gpus_here() -> int:
+    """NVIDIA GPUs of this machine, as its driver lists them; neither torch nor Ray is loaded for it."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return there if listed is None else min(there, len([name for name in listed.split(",") if name.strip()]))
 
 
 def lacking(wanted: Need, node: dict[str, float]) -> str:

@@ -46,7 +46,7 @@ class Ensemble(Run):
         self.model = Members({name: run.model for name, run in runs.items()})  # type: ignore[assignment]
         self.optimizer, self.epoch, self.step, self.steps_per_epoch = None, 0, 0, 0
         self.losses, self.seconds, self.metrics, self.history = torch.zeros(0, 2), {}, {}, []
-        self.pulse, self.per_class = lambda: None, None
+        self.pulse, self.per_class, self.evaluated = lambda: None, None, 0.0
         self.combine, self.weights = COMBINE["logits"], [1.0] * len(runs)
         self.gla: Gla | None = None
         self.crossed: Crossed | None = None
@@ -86,7 +86,7 @@ class Ensemble(Run):
         return sum(run.num_trained for run in self.runs.values())
 
     def evaluate_taus(
-        self, split_name: str, taus: Sequence[float], each: PerImage | None = None
+        self, split_name: str, taus: Sequence[float], each: Sequence[PerImage] = ()
     ) -> list[dict[str, float]]:
         """As of a run; `report` then says what the models did alone, too, all at the last tau."""
         used = list(self.runs)[: self.in_use]

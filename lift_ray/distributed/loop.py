@@ -80,7 +80,7 @@ class Pulse:
         if reason := self.stop_asked():
             raise StopAsked(reason)
         if self.run.ranks.is_first and time.monotonic() - self._told_at >= TELL_EVERY_S:
-            self.tell(Stepped(self.run.epoch, self.run.step, self._figures()))
+            self.tell(Stepped(self.run.epoch, self.run.step, self._figures(), self.run.evaluated))
             self._told_at = time.monotonic()
             self._remember()
 

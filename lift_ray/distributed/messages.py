@@ -1,8 +1,9 @@
-"""What a run in training tells: from the first rank to whoever shows and keeps it."""
+"""Events of a run in training, from its first rank to whoever shows and stores them; and what else a slot of a search answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 Figures = dict[str, float]
 
@@ -14,6 +15,7 @@ class Began:
     Args:
         epoch, step: where the run stands: whole epochs, and steps into the next one.
         history: the figures of the epochs that are done.
+        trained_parameters: number of trained values.
     """
 
     num_workers: int
@@ -22,6 +24,7 @@ class Began:
     epoch: int
     step: int
     history: list[Figures]
+    trained_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Stepped:
     Args:
         epoch, step: as in Began.
         figures: of the steps since the last message, by the names in progress.STEP_FIGURES.
+        evaluated: share of a split that an evaluation has done; 0 in training.
     """
 
     epoch: int
     step: int
     figures: Figures = field(default_factory=dict)
+    evaluated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,25 @@ class Failed:
 
 @dataclass(frozen=True)
 class Problem:
-    """What no retry can mend."""
+    """An error that no retry can fix."""
 
     line: str
     is_bad_input: bool
 
 
+@dataclass(frozen=True)
+class Diverged:
+    """The training loss is not finite: the settings are to blame, and a retry would end the same way."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The result of a job that is not a trial: a dict for JSON."""
+
+    value: dict[str, Any]
+
+
 Message = Began | Stepped | EpochDone | Tested | Halted | Failed | Problem
+Reply = Began | Stepped | EpochDone | Diverged | Done | Problem  # of a slot of a search

@@ -1,10 +1,10 @@
-"""A search in figures that others can draw: Ray's metrics, which reach Prometheus as `ray_lift_ray_study_NAME`."""
+"""Metrics of a search for Prometheus, by way of Ray: `ray_lift_ray_study_NAME`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from ray.util.metrics import Gauge
 
@@ -12,7 +12,7 @@ from lift_ray.distributed.messages import Message, Stepped
 from lift_ray.results.rows import TrialRow, best_row
 from lift_ray.settings.space import SpaceFile
 
-STATES = ("to_come", "waiting", "running", "paused", "finished", "pruned", "infeasible", "failed")
+STATES = ("to_come", "waiting", "running", "finished", "pruned", "infeasible", "failed")
 STUDY_GAUGES = {
     "trials": ("trials in each state", "state"),
     "best": ("first objective of the best finished trial", "objective"),
@@ -27,9 +27,11 @@ SLOT_GAUGES = {
 
 
 class SlotCounts(Protocol):
-    """What is counted of a pool of slots."""
+    """What is counted of the slots: how many there are, and how many were lost."""
 
-    slots: list[Any]
+    @property
+    def num_slots(self) -> int: ...
+
     lost: int
 
 
@@ -40,8 +42,8 @@ class StudyMetrics:
         rows: by number; the search fills them.
     """
 
-    def __init__(self, space: SpaceFile, rows: Mapping[int, TrialRow], pool: SlotCounts) -> None:
-        self.space, self.rows, self.pool = space, rows, pool
+    def __init__(self, space: SpaceFile, rows: Mapping[int, TrialRow], slots: SlotCounts) -> None:
+        self.space, self.rows, self.slots = space, rows, slots
         self._gauges = {
             name: Gauge(f"lift_ray_study_{name}", text, tag_keys=("study", tag) if tag else ("study",))
             for name, (text, tag) in STUDY_GAUGES.items()
@@ -70,8 +72,8 @@ class StudyMetrics:
         if best := best_row(self.rows.values(), *self.space.objective):
             metric = self.space.objective[0]
             self._gauges["best"].set(best.last[metric], {"objective": metric})
-        self._gauges["slots"].set(len(self.pool.slots))
-        self._gauges["slot_restarts"].set(self.pool.lost)
+        self._gauges["slots"].set(self.slots.num_slots)
+        self._gauges["slot_restarts"].set(self.slots.lost)
 
 
 class SlotGauges:

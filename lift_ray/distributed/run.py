@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Run:
         self.pulse: Callable[[], None] = lambda: None
         self.per_class: PerClass | None = None
         self.beside: dict[str, Tally] = {}  # what an evaluation counts of further logits of the head
+        self.evaluated = 0.0  # share of the split that an evaluation has done
         if class_counts is None and self.trained:
             self._prepare_training()
 
@@ -207,11 +209,11 @@ class Run:
         return found | {"time/evaluate_s": time.monotonic() - began}
 
     def evaluate_taus(
-        self, split_name: str, taus: Sequence[float], each: PerImage | None = None
+        self, split_name: str, taus: Sequence[float], each: Sequence[PerImage] = ()
     ) -> list[dict[str, float]]:
         """Metrics for several strengths of the post-hoc adjustment z - tau * log prior, the logits computed once.
 
-        `each` takes what the last of them makes of every image. The accuracies of further logits of the head, unadjusted, stand
+        `each`, one for each tau, takes the predictions for every image. The accuracies of further logits of the head, unadjusted, stand
         beside them as `split/accuracy_linear` and the like.
         """
         device = self.ranks.device
@@ -220,16 +222,21 @@ class Run:
         names = ("linear", "similarity") if isinstance(self.model.head, FusedHead) else ()
         self.beside = {name: Tally(self.warm.dataset.num_classes, device) for name in names}
         with torch.inference_mode(), autocast(self.config, device):
-            for logits, labels in self._logits(self.warm.dataset.split(split_name)):
+            split = self.warm.dataset.split(split_name)
+            for logits, labels in self._logits(split):
+                self.evaluated += len(labels) * self.ranks.world_size / split.num_samples
                 self.pulse()
-                for tau, tally in zip(taus, tallies, strict=True):
+                for tau, tally, images in zip_longest(taus, tallies, each):
                     adjusted = logits.float() - tau * log_prior if tau else logits.float()
                     tally.add(adjusted, labels)
-                if each is not None:
-                    each.add(adjusted)
-        for tensors in [tally.tensors() for tally in (*tallies, *self.beside.values(), each) if tally is not None]:
-            for tensor in tensors:
-                self.ranks.sum(tensor)
+                    if images is not None:
+                        images.add(adjusted)
+        self.evaluated = 0.0
+        counts = [tally.tensors() for tally in (*tallies, *self.beside.values())] + [
+            images.tensors() for images in each
+        ]
+        for tensor in chain.from_iterable(counts):
+            self.ranks.sum(tensor)
         further = {
             f"{split_name}/{metric}_{name}": value
             for name, tally in self.beside.items()

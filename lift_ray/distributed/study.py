@@ -1,17 +1,18 @@
-"""A search's memory: Optuna chooses the settings of the next trial, and keeps every report the moment it is made.
+"""The durable memory of a search: Optuna chooses the settings of the next trial, and stores every report as soon as it is made.
 
-What is not in Optuna's storage has not happened: a search that goes on reads all its trials from there.
+What is not in Optuna's storage has not happened: a search that is resumed reads all its trials from there.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lift_ray.distributed.schedulers import Takeover
 from lift_ray.errors import BadInput
 from lift_ray.results.rows import TrialRow
 from lift_ray.settings.space import Draw, SpaceFile, grid_points
@@ -30,8 +30,10 @@ from lift_ray.settings.space import Draw, SpaceFile, grid_points
 JOURNAL = "optuna.journal"
 BEAT_S, LOST_S = 15.0, 90.0
 WORST = 1e9
-FREE = ("scale", "out", "plan")  # may change when a search goes on
+FREE = ("scale", "out", "plan")  # may change when a search is resumed
 MORE = ("trials", "per_kind", "tte_best", "seeds_best")  # so may these of `search`
+RESULT = "result "  # before the key of what a job after the trials found
+MOST_DIFFERENCES = 4  # shown of a resume with other settings
 
 
 class Study:
@@ -40,10 +42,14 @@ class Study:
     Args:
         dataset: its URI.
         storage: of Optuna.
-        resume: go on with the search that the storage holds.
-        shared: other machines reach the storage, so that a beating heart must keep second drivers out.
+        resume: continue the search that the storage holds.
+        shared: other machines reach the storage, so that a heartbeat must keep second drivers out.
 
-    Raises BadInput: the storage holds such a search already, or, to go on, none or another one; another driver is at work.
+    Attributes:
+        rows: the trials, by number.
+        results: what jobs after the trials found, by their keys.
+
+    Raises BadInput: the storage holds such a search already, or, to resume, none or another one; another driver is at work.
     """
 
     def __init__(
@@ -53,17 +59,21 @@ class Study:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # TPE's `group`
         self.space, self.storage, self.shared = space, storage, shared
         self.rows: dict[int, TrialRow] = {}
+        self.results: dict[str, dict[str, Any]] = {}
         self._trials: dict[int, optuna.Trial] = {}
         self._points = grid_points(space.space) if space.search.sampler == "grid" else space.start_points()
         self._beaten_at = -math.inf
         names = {kind: f"{space.name}/{kind}" if kind else space.name for kind in space.kinds()}
         known = set(optuna.get_all_study_names(storage))
-        if not resume and (taken := sorted(known & set(names.values()))):
-            raise BadInput(f"--storage: must not hold a study named {taken[0]} yet, but it does; "
-                           "add --resume to go on with it, or change `name`")  # fmt: skip
+        if not resume:
+            for taken in sorted(known & set(names.values())):
+                if reports_in(storage, taken):
+                    raise BadInput(f"--storage: must not hold a study named {taken} yet, but it does; "
+                                   "add --resume to continue it, or change `name`")  # fmt: skip
+                optuna.delete_study(study_name=taken, storage=storage)  # its driver failed before the first epoch
         if resume and not known & set(names.values()):
             raise BadInput(
-                f"--resume: must name a search that began, but there is no study {space.name}; leave out --resume"
+                f"--resume: must name a search that has started, but there is no study {space.name}; leave out --resume"
             )
         directions = [DIRECTIONS[mode] for mode in space.objectives.values()]
         self._studies = {
@@ -71,9 +81,9 @@ class Study:
             for kind, name in names.items()
         }
         self._first = next(iter(self._studies.values()))
-        about = {**space.model_dump(mode="json", by_alias=True), "dataset": dataset}
-        if resume:
-            self._check_same(about)
+        about = described(space, dataset)
+        if resume and (difference := differences(self._first.user_attrs.get("settings", about), about)):
+            raise BadInput(difference)
         self._check_alone()
         self.beat()
         self._first.set_user_attr("settings", about)
@@ -81,16 +91,8 @@ class Study:
             for frozen in study.get_trials(deepcopy=False):
                 self._take_up(kind, study, frozen)
         self.rows = dict(sorted(self.rows.items()))
-
-    def _check_same(self, about: Mapping[str, Any]) -> None:
-        before: dict[str, Any] = self._first.user_attrs.get("settings", {})
-        for name, value in about.items():
-            was, now = before.get(name, value), value
-            if name == "search":
-                was, now = ({k: v for k, v in d.items() if k not in MORE} for d in (was, now))
-            if name not in FREE and was != now:
-                raise BadInput(f"--resume: {name} must stay as the search began, {was}, but got {now}; "
-                               "give another --out, or the settings it began with")  # fmt: skip
+        found = self._first.user_attrs.items()
+        self.results = {key.removeprefix(RESULT): value for key, value in found if key.startswith(RESULT)}
 
     def _check_alone(self) -> None:
         driver = self._first.user_attrs.get("driver")
@@ -133,9 +135,6 @@ class Study:
                        [value for _, value in figures], group=kind, start=about["start"])  # fmt: skip
         if row.history:
             row.num_epochs = int(row.last.get("num_epochs", row.num_epochs))
-        for _, changes in sorted(self._first.user_attrs.get("takeovers", {}).items(), key=lambda item: int(item[0])):
-            if change := changes.get(str(row.number)):
-                row.values, row.released = change["values"], change["epoch"]
         self.rows[row.number] = row
         self._trials[row.number] = optuna.Trial(study, frozen._trial_id)
         began, ended = frozen.datetime_start, frozen.datetime_complete
@@ -152,7 +151,7 @@ class Study:
     def next(self) -> TrialRow | None:
         """A new trial; None when there are as many as there should be.
 
-        Its chance is seeded by (seed, number) alone: what was drawn before a driver was killed is not drawn again after.
+        Its random numbers are seeded by (seed, number) alone: what was drawn before a driver was killed is not drawn again after.
         """
         number = len(self.rows)
         if number >= self.space.num_trials:
@@ -229,17 +228,60 @@ class Study:
         study = self._studies[row.group]
         study.tell(self._trials[row.number], end["values"] if state == TrialState.COMPLETE else None, state=state)
 
-    def release(self, changes: Mapping[int, Takeover]) -> None:
-        """Store, all at once, what the paused trials go on with."""
-        done = dict(self._first.user_attrs.get("takeovers", {}))
-        stored = {
-            str(n): {"epoch": len(self.rows[n].history), "source": c.source, "values": c.values}
-            for n, c in changes.items()
-        }
-        self._first.set_user_attr("takeovers", {**done, str(len(done)): stored})
-        for number, change in changes.items():
-            row = self.rows[number]
-            row.values, row.released, row.state = change.values, len(row.history), "waiting"
+    def store_result(self, key: str, value: dict[str, Any]) -> None:
+        """Store what a job after the trials found, so that a resumed search does not do it again."""
+        self._first.set_user_attr(RESULT + key, value)
+        self.results[key] = value
+
+
+def described(space: SpaceFile, dataset: str) -> dict[str, Any]:
+    """What a search is, as its storage keeps it."""
+    return {**space.model_dump(mode="json", by_alias=True), "dataset": dataset}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The error of a search that is resumed with other settings than it started with; "" when there is none."""
+    was, given = ({path: value for path, value in _leaves(tree) if _is_fixed(path)} for tree in (before, now))
+    changed = [path for path in dict.fromkeys((*was, *given)) if was.get(path) != given.get(path)]
+    if not changed:
+        return ""
+    shown = [f"{path} {_shown(was, path)} -> {_shown(given, path)}" for path in changed[:MOST_DIFFERENCES]]
+    more = f" and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
+    return (
+        f"--resume: the settings must stay as the search started, but got {', '.join(shown)}{more}; "
+        "use the settings it started with, or another --out"
+    )
+
+
+def _leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{before}{name}.")
+        else:
+            yield before + name, value
+
+
+def _is_fixed(path: str) -> bool:
+    section, _, name = path.partition(".")
+    return section not in FREE and not (section == "search" and name in MORE)
+
+
+def _shown(values: Mapping[str, Any], path: str) -> str:
+    return "(not set)" if path not in values else json.dumps(values[path])
+
+
+def reports_in(storage: BaseStorage, name: str) -> bool:
+    """Whether a trial of a study has reported an epoch, or ended."""
+    trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
+    return any("end" in trial.user_attrs or "epoch 1" in trial.user_attrs for trial in trials)
+
+
+def stored_search(storage: BaseStorage) -> tuple[bool, dict[str, Any]]:
+    """Whether a trial of any study has reported, and the settings that the search started with."""
+    studies = storage.get_all_studies()
+    found = [study.user_attrs["settings"] for study in studies if "settings" in study.user_attrs]
+    settings: dict[str, Any] = found[0] if found else {}
+    return any(reports_in(storage, study.study_name) for study in studies), settings
 
 
 def _me() -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,8 +183,7 @@ def trackers(names: Sequence[str], name: str, folder: Path) -> Iterator[list[Tra
     """
     found = []
     for service in dict.fromkeys(names):
-        if service not in SERVICES:
-            raise BadInput(f"--log-to: unknown service '{service}'; {did_you_mean(service, SERVICES)}")
+        check_service(service)
         try:
             found.append(Tracked(service, SERVICES[service](name, folder)))
         except BadInput:
@@ -197,6 +197,14 @@ def trackers(names: Sequence[str], name: str, folder: Path) -> Iterator[list[Tra
         for tracked in found:  # of a search that was cut short
             for title in list(tracked.begun):
                 tracked.end(title, "stopped")
+
+
+def check_service(name: str) -> None:
+    """Raises BadInput for a service that is not known, or whose package is not installed."""
+    if name not in SERVICES:
+        raise BadInput(f"--log-to: unknown service '{name}'; {did_you_mean(name, SERVICES)}")
+    if find_spec(PACKAGES.get(name, name)) is None:
+        raise _not_installed(name)
 
 
 @contextmanager
@@ -247,9 +255,14 @@ def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise BadInput(
-            f"--log-to {name}: needs the package {name}, but it is not installed; pip install {name}"
-        ) from None
+        raise _not_installed(name) from None
+
+
+def _not_installed(name: str) -> BadInput:
+    return BadInput(f"--log-to {name}: needs the package {name}, but it is not installed; pip install {name}")
+
+
+PACKAGES = {"tensorboard": "tensorboardX"}
 
 
 SERVICES: dict[str, Callable[[str, Path], Tracker]] = {

@@ -10,8 +10,7 @@ from lift_ray.data.catalog import Split
 from lift_ray.data.stream import stretch
 from lift_ray.distributed.run import Figures, Run
 from lift_ray.results.tally import TauGrid, halves_of
-
-TAUS = tuple(0.25 * i for i in range(9))  # 0 ... 2
+from lift_ray.settings.search import TAUS
 
 
 class Trial(Run):

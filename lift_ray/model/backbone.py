@@ -19,7 +19,7 @@ from lift_ray.model.classifier import ZeroShotHead
 from lift_ray.model.loading import rebuild
 from lift_ray.model.resnet import AnyTower
 
-EMBEDDED, TIMM = "embedded:", "timm:"
+EMBEDDED, TIMM, LOCAL = "embedded:", "timm:", "local-dir:"
 ON_RESNET = ("ssf", "bitfit", "batchnorm", "full", "partial", "linear_probe", "zero_shot")
 
 
@@ -173,9 +173,24 @@ def _load_open_clip(model: str, pretrained: str | None) -> Backbone:
     return Backbone(model, tower, tuple(config["mean"]), tuple(config["std"]), text, projection, scale)
 
 
-def _load_timm(model: str, pretrained: str | None) -> Backbone:
+def check_source(model: str, pretrained: str | None) -> None:
+    """Whether there is such a model, with such weights, as far as it can be said without network. Raises BadInput.
+
+    Args: as of `load_backbone`.
+    """
+    if model.startswith(TIMM):
+        _timm_name(model, pretrained)
+    else:
+        source, _ = _source(model, pretrained)
+        if source.startswith(LOCAL) and not Path(source.removeprefix(LOCAL), "open_clip_config.json").is_file():
+            raise BadInput(
+                f"backbone.model: must be a folder with open_clip_config.json, but got {model}; check the path"
+            )
+
+
+def _timm_name(model: str, pretrained: str | None) -> str:
+    """timm's name for a model of ours. Raises BadInput when it, or the file of its weights, is not there."""
     import timm
-    from timm.data.config import resolve_model_data_config
 
     name = model.removeprefix(TIMM)
     arch = name.partition(".")[0]
@@ -189,6 +204,14 @@ def _load_timm(model: str, pretrained: str | None) -> Backbone:
             f"backbone.pretrained: must be a safetensors file that exists, but got {pretrained!r}; "
             "check the path, or convert the file, as nothing is unpickled"
         )
+    return name
+
+
+def _load_timm(model: str, pretrained: str | None) -> Backbone:
+    import timm
+    from timm.data.config import resolve_model_data_config
+
+    name = _timm_name(model, pretrained)
     try:
         with torch.device("cpu" if pretrained is None else "meta"):  # a file's weights replace all of them
             vit = timm.create_model(name, pretrained=pretrained is None)
@@ -238,19 +261,19 @@ def _not_loaded(model: str, error: Exception) -> BadInput:
 
 def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
     """open_clip's name for a model of ours, and whether its weights were trained with QuickGELU."""
-    import open_clip
-
     if model.startswith(EMBEDDED):
         assets = importlib.resources.files("lift_ray") / "assets"
         folder = Path(str(assets / model.removeprefix(EMBEDDED)))
         if not (folder / "open_clip_config.json").is_file():
             known = [p.parent.name for p in Path(str(assets)).glob("*/open_clip_config.json")]
             raise BadInput(f"backbone.model: unknown embedded model '{model}'; {did_you_mean(folder.name, known)}")
-        model = f"local-dir:{folder}"
+        model = f"{LOCAL}{folder}"
     if ":" in model:
         if pretrained is not None:
             raise BadInput(f"backbone.pretrained: must not be given with {model}, but got {pretrained!r}; remove it")
         return model, False
+    import open_clip
+
     if model not in open_clip.list_models():
         raise BadInput(f"backbone.model: unknown model '{model}'; {did_you_mean(model, open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(model)

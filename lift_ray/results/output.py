@@ -59,15 +59,6 @@ class Output:
             ) from None
         self.folder = Path(tempfile.mkdtemp(prefix="lift_ray-"))
 
-    def must_be_new(self) -> None:
-        """Make the folder. Raises BadInput when it already holds a search."""
-        for name in ("study.json", "optuna.journal"):
-            if self.holds(name):
-                raise BadInput(
-                    f"{self.shown}: must be a new folder, but it holds a search already; give another --out, or delete it"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-
     def publish(self) -> None:
         """Upload what is new or changed; nothing to do for a local folder. Raises RunFailed when the storage refuses."""
         if self._remote is None:

@@ -22,12 +22,11 @@ class TrialRow:
     Args:
         number: from 0, in the order of starting.
         values: the searched settings.
-        state: waiting, running, paused, finished (trained to its end), pruned (stopped early), infeasible (breaks a
+        state: waiting (for a slot), running, finished (trained to its end), pruned (stopped early), infeasible (breaks a
             constraint, so not trained) or failed.
         history: the figures of each epoch, in order.
         group: the tuner kind, when each kind has trials of its own.
         start: the number of the start point that it is.
-        released: epochs after which it went on from a pause.
         began_at, ended_at: by the clock, in seconds since 1970.
     """
 
@@ -39,7 +38,6 @@ class TrialRow:
     error: str = ""
     group: str = ""
     start: int | None = None
-    released: int = 0
     began_at: float | None = None
     ended_at: float | None = None
 
@@ -47,11 +45,6 @@ class TrialRow:
     def has_ended(self) -> bool:
         """Nothing more will come of it."""
         return self.state in ENDED
-
-    def paused_at(self, interval: int) -> bool:
-        """Does it wait for the others after its last epoch?"""
-        epoch = len(self.history)
-        return epoch > self.released and epoch % interval == 0 and epoch < self.num_epochs
 
     @property
     def last(self) -> dict[str, float]:

@@ -26,9 +26,14 @@ DEFAULT_OBJECTIVES = {"validation/mean_class_accuracy": "max"}
 Trial = dict[str, Any]
 
 
-def predictions_of(index: int) -> str:
-    """The folder in OUT with what compared model `index` made of each test image."""
-    return f"predictions/{index:02d}"
+def predictions_of(model: str, tau: float) -> str:
+    """The folder in OUT with a model's predictions for the test images, with this post-hoc adjustment."""
+    return f"predictions/{model}-tau-{tau:g}"
+
+
+def _predictions_path(folder: Path, figures: dict[str, Any], index: int) -> Path:
+    """Where the predictions of a compared model are; older studies number them by its place in the comparison."""
+    return folder / "predictions" / Path(figures.get("predictions", f"{index:02d}")).name / PREDICTIONS
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
     return StudyFiles(
         where=shown, name=about.get("name", Path(shown).name), dataset=about.get("dataset", ""),
         objectives=space.get("objectives", DEFAULT_OBJECTIVES), space=named, trials=trials, compared=compared,
-        answers=[_answers(folder / predictions_of(i) / PREDICTIONS, shown) for i in range(len(compared))],
+        answers=[_answers(_predictions_path(folder, f, i), shown) for i, f in enumerate(compared)],
         best=about["best"]["trial"] if "best" in about else None, posthoc=about.get("posthoc_curve", []), about=about,
         class_names=best.get("class_names", []), class_counts=best.get("class_counts", []),
     )  # fmt: skip

@@ -13,8 +13,14 @@ from lift_ray.results.rows import TrialRow, describe, short
 
 ACCURACIES = ("accuracy", "mean_class_accuracy", "many", "medium", "few")
 HEADINGS = ("overall", "mean class", "many", "medium", "few")
-STYLES = {"running": "cyan", "finished": "green", "pruned": "dim", "failed": "red", "waiting": "cyan",
-          "paused": "dim", "infeasible": "dim"}  # fmt: skip
+STYLES = {
+    "running": "cyan",
+    "finished": "green",
+    "pruned": "dim",
+    "failed": "red",
+    "waiting": "cyan",
+    "infeasible": "dim",
+}
 
 
 def console() -> Console:

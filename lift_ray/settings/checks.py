@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.settings.files import Path_, SettingsFile, explain, models_of
 from lift_ray.settings.run import RunConfig, check_global_batch
-from lift_ray.settings.search import Asha, Hyperband, Median, NoScheduler, Pbt
+from lift_ray.settings.search import NoScheduler
 from lift_ray.settings.space import LARGEST_GRID, SpaceFile, grid_points, is_active, listed, parents_first, seeded_draws
 
 METRICS = (
@@ -60,8 +60,6 @@ def _search_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
     rules: list[tuple[Path_, str]] = [(("search", "sampler"), SAMPLER_RULES.get(search.sampler, _nothing)(space))]
     if search.per_kind is not None:
         rules.append((("search", "per_kind"), _per_kind_rule(space)))
-    if isinstance(search.scheduler, Pbt):
-        rules.append((("search", "scheduler", "kind"), _pbt_rule(space)))
     return [f"{file.where(at)}: {problem}" for at, problem in rules if problem] or _epoch_problems(file, space)
 
 
@@ -109,21 +107,8 @@ def _per_kind_rule(space: SpaceFile) -> str:
         return "must have tuner.kind with choices in the space, but got none; add it, or set trials"
     if any("tuner.kind" not in point for point in space.start):
         return "needs start points that name their tuner.kind, but got one that does not; add it"
-    if space.search.sampler == "grid" or isinstance(space.search.scheduler, Pbt):
-        return "goes with neither grid nor pbt, but got one; set trials"
-    return ""
-
-
-def _pbt_rule(space: SpaceFile) -> str:
-    scheduler = space.search.scheduler
-    if space.search.sampler not in ("random", "grid"):
-        return f"pbt goes with sampler random or grid, but got {space.search.sampler}; change it"
-    if len(space.objectives) > 1:
-        return f"pbt needs one objective, but got {len(space.objectives)}; keep one"
-    if "optim.epochs" in space.space:
-        return "pbt needs the same number of epochs in all trials, but optim.epochs is searched; move it to base"
-    if isinstance(scheduler, Pbt) and scheduler.interval_epochs >= space.most_epochs():
-        return f"pbt needs more epochs than interval_epochs, but got {space.most_epochs()}; raise base.optim.epochs"
+    if space.search.sampler == "grid":
+        return "does not go with sampler grid; set trials"
     return ""
 
 
@@ -236,9 +221,8 @@ def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any
 def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
     """A scheduler that could stop nothing."""
     scheduler, most = space.search.scheduler, space.most_epochs()
-    if isinstance(scheduler, NoScheduler | Pbt) or scheduler.grace_epochs <= most:
+    if isinstance(scheduler, NoScheduler) or scheduler.grace_epochs <= most:
         return []
-    assert isinstance(scheduler, Asha | Hyperband | Median)
     return [
         f"{file.where(('search', 'scheduler', 'grace_epochs'))}: must be at most the {most} epochs of a trial, "
         f"but got {scheduler.grace_epochs}; lower it, or set search.scheduler.kind=none"

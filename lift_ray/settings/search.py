@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from lift_ray.settings.base import OneOf, Settings
 
 Epochs = Annotated[int, Field(ge=1)]
+TAUS = tuple(0.25 * i for i in range(9))  # 0 ... 2: the strengths of post-hoc adjustment that are tried after training
 
 
 class NoScheduler(Settings):
@@ -19,7 +20,7 @@ class NoScheduler(Settings):
 
 
 class Asha(Settings):
-    """Stop the worse trials early (arXiv 1810.05934). Start points always run to their end: they are the yardstick."""
+    """Stop the worse trials early (arXiv 1810.05934). Baselines (`start`) always run to their end."""
 
     kind: Literal["asha"] = "asha"
     grace_epochs: Epochs = 1
@@ -40,22 +41,10 @@ class Median(Settings):
     kind: Literal["median"] = "median"
     grace_epochs: Epochs = 1
     min_trials: Annotated[int, Field(ge=1)] = 3
-    """So many others must have come as far."""
+    """Minimum number of other trials that have reached this epoch."""
 
 
-class Pbt(Settings):
-    """Population based training (arXiv 1711.09846): all trials are trained in step. After each interval the worst take over
-    weights and settings of the best, with another optim.lr and loss.tau. No trial is stopped early."""
-
-    kind: Literal["pbt"] = "pbt"
-    interval_epochs: Epochs = 1
-    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """Share of the trials that take over, and that are taken over."""
-    factor: Annotated[float, Field(gt=1)] = 1.25
-    """optim.lr and loss.tau are multiplied with or divided by it."""
-
-
-AnyScheduler = NoScheduler | Asha | Hyperband | Median | Pbt
+AnyScheduler = NoScheduler | Asha | Hyperband | Median
 
 
 class Search(Settings):
@@ -68,9 +57,9 @@ class Search(Settings):
     scheduler: Annotated[AnyScheduler, Field(discriminator="kind")] = Asha()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     tte_best: Annotated[int, Field(ge=0)] = 1
-    """So many of the best trials are evaluated with test-time ensembling too, at the end."""
+    """Number of the best trials that are also evaluated with test-time ensembling at the end."""
     seeds_best: Annotated[int, Field(ge=1, le=100)] = 1
-    """At the end the best settings and the first start point are trained with so many seeds in all."""
+    """Number of seeds with which the best settings and the first baseline are trained, the search's own included."""
 
     @model_validator(mode="after")
     def _one_number(self) -> Search:
@@ -91,7 +80,7 @@ class Scale(Settings):
 
 
 class Plan(Settings):
-    """What a dry run reckons with; it decides nothing else."""
+    """Estimates used by --dry-run only."""
 
     training_images: Annotated[int, Field(ge=1)] | None = None
     """Of data that a dry run does not open."""

@@ -1,0 +1,93 @@
+"""The driver of a search: its study, its slots, and whoever watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lift_ray.distributed.autoscaler import autoscaler_config
+from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.engine import Engine, run_jobs
+from lift_ray.distributed.final_comparison import SearchResult, best_of, conclude, none_finished, write_best
+from lift_ray.distributed.interrupts import Interrupts
+from lift_ray.distributed.jobs import SlotSettings
+from lift_ray.distributed.metrics import StudyMetrics
+from lift_ray.distributed.monitor import Monitor, time_breakdown
+from lift_ray.distributed.search import Search, Watcher
+from lift_ray.distributed.study import Study
+from lift_ray.errors import Stopped
+from lift_ray.results.output import Output
+from lift_ray.results.rows import describe
+
+if TYPE_CHECKING:
+    from ray.tune import Callback
+
+
+def run_search(
+    study: Study,
+    dataset: str,
+    need: Need,
+    size: Callable[[], int],
+    out: Output,
+    interrupts: Interrupts,
+    *,
+    num_images: Mapping[str, int],
+    watchers: Sequence[Watcher] = (),
+    callbacks: Sequence[Callback] = (),
+) -> SearchResult:
+    """Search, then compare the best with zero-shot and the baselines on the test split.
+
+    Args:
+        dataset: URI, absolute.
+        need: resources of a slot.
+        size: number of slots that the cluster can hold now, and as its autoscaler may make it.
+        out: for checkpoints and the trials table.
+        num_images: of each split, for the time that is left.
+        watchers: told what happens to trials, beside the table on the terminal and Ray's metrics.
+        callbacks: of Ray Tune, for users of Python. They hear of every job of a slot: `trial.config["job"]` is a
+            `jobs.TrainJob` for a trial, and results between epochs have no figures.
+
+    Raises:
+        BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
+        RunFailed: no trial finished, slots do not start, or results cannot be written.
+        Stopped: a signal came. The best trial so far, if one has finished, is in OUT/best and OUT/best.yaml.
+    """
+    began = time.monotonic()
+    search = Search(study, out)
+    monitor = Monitor(search, num_images)
+
+    def on_step() -> None:
+        if study.beat():
+            out.publish()
+        monitor.tick(engine.num_slots)
+
+    engine = Engine(
+        search, SlotSettings(dataset, need, out.url, study.space.name), size, should_stop=lambda: interrupts.came,
+        on_step=on_step, keeps_slots=not autoscaler_config(),
+    )  # fmt: skip
+    search.watchers += [monitor, StudyMetrics(study.space, study.rows, engine), *watchers]
+    interrupts.ask(lambda: print("stopping at the next step; once more ends it at once", flush=True))
+    with monitor:
+        run_jobs(engine, callbacks)
+    if interrupts.came and not search.is_over:
+        raise _stopped(search, dataset, out, interrupts)
+    rows = list(search.rows())
+    if best_of(rows, study.space) is None:
+        raise none_finished(rows, out)
+    times = time_breakdown(rows, monitor, max(1, engine.num_slots), time.monotonic() - began)
+    return conclude(study.space, rows, study.results, times)
+
+
+def _stopped(search: Search, dataset: str, out: Output, interrupts: Interrupts) -> Stopped:
+    """Write the best so far, and say how far the search is."""
+    best = best_of(list(search.rows()), search.space)
+    so_far = "none has finished yet"
+    if best is not None:
+        write_best(search.space, dataset, best, out, best.last)
+        so_far = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
+    return Stopped(
+        f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {so_far}; "
+        "add --resume to the command to continue",
+        128 + interrupts.signum,
+    )

@@ -1,0 +1,309 @@
+"""Ray Tune runs the jobs of a search: one `Tuner.fit()` for all of them, from the first trial to the last evaluation.
+
+Three of Tune's extension points, and nothing private of it:
+
+* a `Searcher` hands out jobs as they come, and has nothing to give while all slots are busy;
+* a `TrialScheduler` stores each reply and answers whether the slot continues; it is also the `Stopper`;
+* a `Trainable` that is reused is the slot (slot.py).
+
+Tune's trial is a job of ours. Its own memory is not used: results and snapshots go to a temporary folder that is never read. A
+driver that is killed loses nothing, because Optuna's storage has every report, and the next driver builds a new Tuner over it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.execution import class_cache
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from lift_ray.distributed.jobs import IdleJob, Job, SlotSettings
+from lift_ray.distributed.messages import Problem
+from lift_ray.distributed.search import Search
+from lift_ray.distributed.slot import REPLY, SLOT, Slot, slot_resources
+from lift_ray.errors import BadInput, RunFailed, last_line
+
+MAX_FAILURES = 2
+LOOK_S = 5.0  # between two looks at the cluster's size
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they cost 0.03 to 0.06 s a trial; nobody reads what they write
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # snapshots are never read, and cost 0.14 to 0.34 s each
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the limit is in JobSearcher.suggest
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupts.py has ours
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+
+
+class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
+    """What Tune asks and tells: it keeps track of which slot has which job, and passes all else on to the search.
+
+    Args:
+        size: number of slots that the cluster can hold now.
+        should_stop: whether the search is to stop as soon as it can.
+        on_step: called many times a second.
+        keeps_slots: give slots without a job an IdleJob while the search runs. Tune would end all but one of them, and they
+            would load everything again for the final comparison. Not on a cluster that shrinks: their nodes are to go.
+
+    Attributes:
+        error: what ended the search.
+        lost: number of slots that ended and should not have.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        slot: SlotSettings,
+        size: Callable[[], int],
+        *,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[], None],
+        keeps_slots: bool,
+    ) -> None:
+        super().__init__()
+        self.search, self.slot, self.size = search, slot, size
+        self.should_stop, self.on_step, self.keeps_slots = should_stop, on_step, keeps_slots
+        self.error: Exception | None = None
+        self.lost = 0
+        self.jobs: dict[str, Job] = {}  # by Tune's id of the trial
+        self.numbers: dict[str, int] = {}  # of the slots that work on them, or that will be started for them
+        self.open_slots: set[int] = set()  # numbers of those that have replied
+        self._trials: list[Any] = []  # of Tune, oldest first; those that no slot has taken up yet are pending
+        self._errors: dict[str, str] = {}
+        self._has_worked = False
+        self._room, self._looked_at = 0, float("-inf")
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that have replied, and are not lost."""
+        return len(self.open_slots)
+
+    # As the source of jobs
+
+    def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The config of a new Tune trial; None when there is nothing to do now, or FINISHED."""
+        if self.error is not None or self.should_stop():
+            return str(Searcher.FINISHED)
+        if len(self.jobs) >= self._slots_now():
+            return None
+        job = self.search.next_job() or self._idle_job()
+        if job is None:
+            return str(Searcher.FINISHED) if not self.jobs and self.search.is_over else None
+        # A job that needs a new slot starts it with the lowest free number; another slot that takes the job keeps its own.
+        number = min(set(range(len(self.jobs) + 1)) - set(self.numbers.values()))
+        self.jobs[trial_id], self.numbers[trial_id] = job, number
+        return {"slot": replace(self.slot, number=number), "job": job}
+
+    def _slots_now(self) -> int:
+        if time.monotonic() - self._looked_at >= LOOK_S:
+            self._room, self._looked_at = max(1, self.size()), time.monotonic()
+        return self._room
+
+    def _idle_job(self) -> Job | None:
+        is_free = len(self.jobs) < self.num_slots
+        return IdleJob() if self.keeps_slots and is_free and not self.search.is_over and not self._pending() else None
+
+    def _pending(self) -> list[Any]:
+        """Tune's trials that wait for a slot."""
+        self._trials = [trial for trial in self._trials if trial.status == "PENDING" and trial.trial_id in self.jobs]
+        return self._trials
+
+    def failed_for_good(self, trial_id: str) -> None:
+        """A job that failed more than MAX_FAILURES times."""
+        job = self.jobs[trial_id]
+        self._forget(trial_id)
+        if not self._has_worked:
+            raise RunFailed(f"slots must start, but none did; the last error: {self._errors[trial_id]}")
+        self.search.failed(job, self._errors[trial_id])
+
+    # TrialScheduler
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Tune's own metric is not used."""
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """A job waits for a slot: for the first time, or again after it lost one."""
+        self._trials.append(trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Store what a slot replied, then decide."""
+        with self._kept():
+            if self._take(trial.trial_id, result):
+                return str(self.CONTINUE)
+        return str(self.STOP)
+
+    def _take(self, trial_id: str, result: dict[str, Any]) -> bool:
+        reply, number, job = result[REPLY], int(result[SLOT]), self.jobs[trial_id]
+        self._has_worked = True
+        self.numbers[trial_id] = number
+        self.open_slots.add(number)
+        if isinstance(reply, Problem):
+            raise (BadInput if reply.is_bad_input else RunFailed)(reply.line)
+        if isinstance(job, IdleJob):
+            return not (self.search.has_job or self.search.is_over or self._pending())
+        return self.search.take(job, reply)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """The slot is free."""
+        self._forget(trial.trial_id)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """A job that no slot had taken up was dropped."""
+        self._forget(trial.trial_id)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A slot was lost. Tune starts another one for the job, which keeps the number, or tells the searcher that it gives up."""
+        if (job := self.jobs.get(trial.trial_id)) is None:
+            return
+        self.lost += 1
+        self._errors[trial.trial_id] = _error_line(trial)
+        number = self.numbers[trial.trial_id]
+        self.open_slots.discard(number)
+        trial.set_config({**trial.config, "slot": replace(self.slot, number=number)})
+        with self._kept():
+            self.search.interrupted(job)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The newest that waits. A slot that became free then takes the job that was just handed out, and not the one whose
+        own slot is starting, which Tune would end."""
+        pending = self._pending()
+        return pending[-1] if pending else None
+
+    def debug_string(self) -> str:
+        """Nothing for Tune's own table, which is not shown."""
+        return ""
+
+    def _forget(self, trial_id: str) -> None:
+        self.jobs.pop(trial_id, None)
+        self.numbers.pop(trial_id, None)
+
+    # Stopper
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Single jobs are stopped by `on_trial_result`."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Tune asks this after each of its steps."""
+        with self._kept():
+            self.on_step()
+        return self.error is not None or self.should_stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its Stopper into a snapshot, which is never read."""
+        return {}
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Keep an error for after the fit: Tune would make it a TuneError with a traceback."""
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+
+
+class JobSearcher(Searcher):  # type: ignore[misc]
+    """Hands out the jobs of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Tune's own metric and space are not used."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next job; None when there is nothing to do now."""
+        with self.engine._kept():
+            return self.engine.next_config(trial_id)
+        return None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tune gives a job up."""
+        if error:
+            with self.engine._kept():
+                self.engine.failed_for_good(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: Optuna's storage has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as no Tuner is ever restored."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of the engine."""
+        return {}
+
+
+def run_jobs(engine: Engine, callbacks: Sequence[tune.Callback] = ()) -> None:
+    """Run a search's jobs until it is over, or is to stop.
+
+    Args:
+        callbacks: of the user. They hear of every job: `trial.config["job"]` is a TrainJob for a trial.
+
+    Raises what ended the search early: BadInput, RunFailed, or what a callback raised.
+    """
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    slots = tune.with_resources(Slot, slot_resources(engine.slot.need))
+    with _environment(), tempfile.TemporaryDirectory(prefix="lift_ray-tune-") as folder:
+        tuner = tune.Tuner(
+            slots,
+            tune_config=tune.TuneConfig(
+                search_alg=JobSearcher(engine), scheduler=engine, num_samples=-1, reuse_actors=True,
+                trial_name_creator=lambda trial: trial.config["job"].key, trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="search", storage_path=folder, verbose=0, stop=engine, callbacks=list(callbacks),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # else a pickle for every job
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            ),
+        )  # fmt: skip
+        tuner.fit()
+    if engine.error is not None:
+        raise engine.error
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Tune's settings for the time of a fit; and it must not copy keys of AWS into the runtime environment of the slots, which
+    the dashboard shows and logs hold. Slots have those of their node."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    propagated = class_cache.ENV_VARS_TO_PROPAGATE & SECRETS
+    os.environ.update(ENVIRONMENT)
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE.update(propagated)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _error_line(trial: Any) -> str:
+    """What ended a slot: the last line of what it raised, or that its processes were lost."""
+    with suppress(OSError):
+        text = Path(trial.error_file).read_text()
+        text = text[text.rindex("Failure # ") :]
+        if "ray.exceptions.RayTaskError" in text:
+            return last_line(RuntimeError(text))
+    return "its processes were lost"
