@@ -51,13 +51,19 @@ def write_study(
     luck, compared = random.random(len(labels)), []
     for i, (label, share) in enumerate(zip(("zero-shot", "the recipe", "best found"), shares, strict=False)):
         predicted = np.where(luck < share, labels, (labels + 1) % data.num_classes)
-        target = folder / predictions_of(i)
+        target = folder / predictions_of(f"model-{i}", 0)
         target.mkdir(parents=True)
         columns = {"label": labels, "predicted": predicted, "confidence": random.uniform(0.3, 1, len(labels))}
         pq.write_table(pa.table(columns), target / PREDICTIONS)
         hit = float((predicted == labels).mean())
         figures = dict.fromkeys(("accuracy", "mean_class_accuracy", "many", "medium", "few"), hit)
-        compared.append({"label": label, **{f"{s}/{m}": v for s in ("validation", "test") for m, v in figures.items()}})
+        compared.append(
+            {
+                "label": label,
+                "predictions": target.name,
+                **{f"{s}/{m}": v for s in ("validation", "test") for m, v in figures.items()},
+            }
+        )
     (folder / "best").mkdir()
     counts = data.split("train").class_counts(data.num_classes).tolist()
     (folder / "best" / "run.json").write_text(

@@ -1,4 +1,4 @@
-"""What a cluster may become, and the slots that follow it."""
+"""The nodes that a cluster has, and may get."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
 
-from lift_ray.distributed import autoscaler, slot
+from lift_ray.distributed import autoscaler
 from lift_ray.distributed.autoscaler import may_come
 from lift_ray.distributed.capacity import Need, num_slots
 from lift_ray.settings.search import Scale
@@ -73,33 +73,3 @@ def test_a_pod_that_may_not_read_its_cluster_counts_on_no_nodes(monkeypatch: pyt
     monkeypatch.setenv("RAY_CLUSTER_NAME", "lift")
     monkeypatch.setenv("RAY_CLUSTER_NAMESPACE", "default")
     assert autoscaler._kuberay_config() == {}
-
-
-class FakeSlot:
-    """A slot that is as it is made."""
-
-    def __init__(self, *about: Any) -> None:
-        self.number = about[-1]
-        self.asked, self.is_idle, self.is_closed = "open", False, False
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-@pytest.mark.parametrize(("shrinks", "size", "closed"), [
-    (True, 3, [False, False, True, False]), (True, 2, [False, True, True, False]), (True, 0, [False, True, True, False]),
-    (False, 0, [False] * 4), (True, 4, [False] * 4),
-])  # fmt: skip
-def test_slots_that_are_too_many_are_closed_but_none_that_works(
-    shrinks: bool, size: int, closed: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = iter([4, size])
-    monkeypatch.setattr(slot, "Slot", FakeSlot)
-    pool = slot.Pool("data", Need(1, 1, 0), "out", lambda: next(sizes), shrinks)
-    pool.idle()
-    works, idle, _, also_works = slots = list(pool.slots)
-    works.asked, idle.asked, also_works.asked, idle.is_idle = "epoch", "epoch", "examine", True
-    pool._looked_at = -slot.LOOK_S
-    assert pool.idle() == ([idle] if not closed[1] else [])
-    assert [one.is_closed for one in slots] == closed
-    assert pool.slots == [one for one in slots if not one.is_closed]

@@ -83,7 +83,7 @@ BROKEN = {
         KIND + "search: {per_kind: 0}", "6 search.per_kind: must be greater than or equal to 1, but got 0; change it"),
     "shares on a grid": (
         HEAD + "space:\n  tuner.kind: {choices: [lora, adapter]}\nsearch: {per_kind: 3, sampler: grid}",
-        "5 search.per_kind: goes with neither grid nor pbt, but got one; set trials"),
+        "5 search.per_kind: does not go with sampler grid; set trials"),
     "shares and a start point of no kind": (
         KIND + "start: [{tuner.bottleneck: 2}]\nsearch: {per_kind: 3}",
         "6 start.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it"),
@@ -103,21 +103,9 @@ BROKEN = {
         LR + "search: {scheduler: {kind: median, grace_epochs: 6}}",
         "5 search.scheduler.grace_epochs: must be at most the 5 epochs of a trial, but got 6; lower it, or set "
         "search.scheduler.kind=none"),
-    "pbt with tpe": (
+    "pbt, which is no longer there": (
         LR + "search: {scheduler: {kind: pbt}}",
-        "5 search.scheduler.kind: pbt goes with sampler random or grid, but got tpe; change it"),
-    "pbt with two objectives": (
-        LR + f"objectives: {{validation/few: max, {COUNT}: min}}\nsearch: {{sampler: random, scheduler: {{kind: pbt}}}}",
-        "6 search.scheduler.kind: pbt needs one objective, but got 2; keep one"),
-    "pbt with epochs that differ": (
-        HEAD + "space:\n  optim.epochs: {int: [2, 5]}\nsearch: {sampler: random, scheduler: {kind: pbt}}",
-        "5 search.scheduler.kind: pbt needs the same number of epochs in all trials, but optim.epochs is searched; move it to base"),
-    "pbt with too long an interval": (
-        LR + "search: {sampler: random, scheduler: {kind: pbt, interval_epochs: 5}}",
-        "5 search.scheduler.kind: pbt needs more epochs than interval_epochs, but got 5; raise base.optim.epochs"),
-    "pbt in which all take over": (
-        LR + "search: {sampler: random, scheduler: {kind: pbt, quantile: 0.6}}",
-        "5 search.scheduler.quantile: must be less than or equal to 0.5, but got 0.6; change it"),
+        "5 search.scheduler.kind: unknown value 'pbt'; known: asha, hyperband, median, none"),
     "a plan of no images": (
         LR + "plan: {training_images: 0}", "5 plan.training_images: must be greater than or equal to 1, but got 0; change it"),
     "a plan without speed": (LR + "plan: {images_per_s: 0}", "5 plan.images_per_s: must be greater than 0, but got 0; change it"),
@@ -153,9 +141,9 @@ def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--resume"], "--resume: must name the search to go on with, but --out is missing; add --out FOLDER"),
+    (["--resume"], "--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER"),
     (["--resume", "--out", "{tmp}/none"],
-     "{tmp}/none: must hold a search to go on with, but there is no optuna.journal; check --out, or leave out --resume"),
+     "{tmp}/none: must hold a search to resume, but there is no optuna.journal; check --out, or leave out --resume"),
     (["--schema", "{tmp}/no/schema.json"],
      "--schema: must be a file that can be written, but got {tmp}/no/schema.json (No such file or directory); give another"),
     (["search.sampler=cmaes"], "command line search.sampler: cmaes needs at least 2 settings, but got 1; use tpe"),
@@ -210,7 +198,7 @@ WHOLE = (
     "start: [{name: a, tuner.kind: linear_probe, optim.lr: 0.2}]\n"
     "search: {per_kind: 4, sampler: tpe, scheduler: {kind: hyperband, grace_epochs: 2}, seed: 1}\nplan: {images_per_s: 3}\n"
 )
-PIECES = ["per_kind", "trials: 3", "grid", "cmaes", "gp", "nsga2", "pbt", "kind", "max", "min", "-1", "0", ".nan", "1e999", "[]", "{}",
+PIECES = ["per_kind", "trials: 3", "grid", "cmaes", "gp", "nsga2", "kind", "max", "min", "-1", "0", ".nan", "1e999", "[]", "{}",
           "\n", "  ", ": ", "!!python/object:os.system", "&a", "*a", "\x00", "\ud7ff", "#", "'", '"', "|", ">", "%", "---\n", "when",
           "tuner.mlp", "2000000000000000000000", "null", "true", "validation/loss", "${X}"]  # fmt: skip
 

@@ -250,7 +250,7 @@ def test_two_ranks_fill_in_what_one_finds() -> None:
 def test_what_is_kept_of_each_image_gives_the_same_accuracy(small_data: str, small_clip: str, tmp_path: Path) -> None:
     config = RunConfig.model_validate({"backbone": {"model": small_clip}, "tuner": {"kind": "zero_shot"}})
     warm = Warm(small_data, Ranks.alone(use_gpu=False, num_cpus=1))
-    figures, table = evaluate_each(Run(config, warm), "test")
+    ((figures, table),) = evaluate_each(Run(config, warm), "test")
     write_predictions(table, Output(str(tmp_path)), "predictions/00")
     (tmp_path / "study.json").write_text('{"compared": [{"label": "zero-shot"}], "space": {"space": {}}}')
     kept = read_study(tmp_path, "out").answers[0]

@@ -163,7 +163,7 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
     members = psutil.Process(driver.pid).children(recursive=True)
     listening = listeners(driver)
     until(lambda: "trial   0 finished" in text(), "the end of the short trial")
-    slots = [process for process in members if process.name().startswith("ray::Worker")]
+    slots = [process for process in members if process.name().startswith("ray::Slot")]
     training = max(slots, key=lambda slot: slot.cpu_percent(interval=1))  # an idle one would not be missed
     training.kill()
     token = {"Authorization": f"Bearer {TOKEN}"}
@@ -243,7 +243,7 @@ def test_nor_does_a_slot_of_two_workers(small_data: str, small_clip: str, tmp_pa
     with driving(tmp_path, "tune", "space.yaml", "scale.workers_per_trial=2", "search.trials=1") as (driver, _):
         until(lambda: list((tmp_path / "out").glob("checkpoints/0000/epoch-*")), "the first epoch")
         listening = listeners(driver)
-    slots = [ip for name, ip in listening if name.startswith("ray::Worker")]
+    slots = [ip for name, ip in listening if name.startswith("ray::RankWorker")]
     assert len(slots) > 2, "the meeting point, and gloo in both workers, beside what Ray opens"
     assert {ip for _, ip in listening} == {"127.0.0.1"}
 

@@ -70,7 +70,7 @@ def test_a_search_can_write_to_object_storage(
 ])  # fmt: skip
 def test_storage_that_is_not_there_is_bad_input(where: str, message: str) -> None:
     with pytest.raises(BadInput) as caught:
-        Output(where).must_be_new()
+        Output(where).holds("study.json")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 

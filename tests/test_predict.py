@@ -44,7 +44,7 @@ def trained(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathF
     run.save(out / "checkpoint")
     from lift_ray.distributed.predictions import evaluate_each
 
-    _, table = evaluate_each(run, "test")
+    ((_, table),) = evaluate_each(run, "test")
     torch.set_num_threads(threads)
     return out, np.stack([table["predicted"].to_numpy(), table["confidence"].to_numpy()])
 

@@ -1,4 +1,4 @@
-"""A search that is killed at every write to its storage and goes on, with slots that are played; test_tune has real ones."""
+"""A search that is killed at every write to its storage and resumed, with slots that are played; test_tune has real ones."""
 
 from __future__ import annotations
 
@@ -12,74 +12,17 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages import InMemoryStorage
+from played import METRIC, Played, figures_of, play, searched, space
 
+from lift_ray.distributed.final_comparison import conclude
+from lift_ray.distributed.jobs import EvaluationJob
 from lift_ray.distributed.resume import LOCK, study_in
 from lift_ray.distributed.search import Search
-from lift_ray.distributed.slot import DIVERGED, Answer, Order
-from lift_ray.distributed.study import JOURNAL, Study, mended, open_storage
+from lift_ray.distributed.study import JOURNAL, Study, mended, open_storage, reports_in
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.results.output import Output
-from lift_ray.results.rows import TrialRow, best_row
-from lift_ray.settings.space import SpaceFile
-
-METRIC = "validation/mean_class_accuracy"
-EPOCHS = 9
-
-
-def space(**search: Any) -> SpaceFile:
-    return SpaceFile.model_validate({
-        "name": "played", "dataset": "d", "base": {"optim": {"epochs": EPOCHS}},
-        "space": {"optim.lr": {"float": [0.01, 1.0], "log": True}, "loss.tau": {"float": [0.0, 2.0]}},
-        "start": [{"optim.lr": 0.02, "loss.tau": 1.0}], "search": {"trials": 10, "sampler": "random", **search},
-    })  # fmt: skip
-
-
-class PlayedSlot:
-    """A slot whose checkpoints are in a dict and whose accuracies are a function of settings and epoch."""
-
-    def __init__(self, disk: dict[int, list[dict[str, float]]], began: list[int]) -> None:
-        self.disk, self.began, self.answer = disk, began, None
-        self.waiting: Any = None
-
-    def ask(self, asked: str, job: TrialRow, *args: Order) -> None:
-        if asked == "begin":
-            self.order = args[0]
-            self.began.append(self.order.number)
-            value: Any = {"num_epochs": EPOCHS, "trained_parameters": 8, "history": list(self.disk.get(job.number, []))}
-        else:
-            history = self.disk.setdefault(job.number, [])
-            optim, loss = self.order.config["optim"], self.order.config["loss"]
-            accuracy = 1 / (1 + abs(loss["tau"] - 1) + abs(optim["lr"] - 0.3)) * (1 - 0.5 ** (len(history) + 1))
-            value = {"epoch": len(history) + 1, METRIC: accuracy, "num_epochs": EPOCHS, "trained_parameters": 8}
-            history.append(value)  # saved before it is reported
-        self.answer = Answer(self, asked, job, value)  # type: ignore[arg-type]
-
-
-class PlayedSlots:
-    """Two of them."""
-
-    is_busy = property(lambda self: any(slot.answer for slot in self.slots))
-
-    def __init__(self, disk: dict[int, list[dict[str, float]]]) -> None:
-        self.began: list[int] = []
-        self.slots = [PlayedSlot(disk, self.began) for _ in range(2)]
-
-    def idle(self) -> list[Any]:
-        return [slot for slot in self.slots if slot.answer is None]
-
-    def wait(self, timeout_s: float = 1.0) -> list[Answer]:
-        answers = [slot.answer for slot in self.slots if slot.answer]
-        for slot in self.slots:
-            slot.answer = None
-        return answers
-
-
-class Nobody:
-    """Watches nothing."""
-
-    def started(self, row: TrialRow) -> None: ...
-    def reported(self, row: TrialRow) -> None: ...
-    def ended(self, row: TrialRow) -> None: ...
+from lift_ray.results.rows import best_row
+from lift_ray.settings.search import TAUS
 
 
 class KilledError(BaseException):
@@ -107,38 +50,26 @@ for _name in ("create_new_trial", "set_trial_param", "set_trial_user_attr", "set
     setattr(Mortal, _name, _dying)
 
 
-def searched(
-    wanted: SpaceFile, storage: Mortal, disk: dict[int, Any], out: Path, resume: bool = False
-) -> tuple[Study, list[int]]:
-    study = Study(wanted, "d", storage, resume=resume)
-    slots = PlayedSlots(disk)
-    Search(study, slots, Nobody(), Output(str(out))).run()
-    return study, slots.began
-
-
 def outcome(study: Study) -> list[tuple[int, dict[str, Any], str, list[float]]]:
     return [(row.number, row.values, row.state, [f["epoch"] for f in row.history]) for row in study.rows.values()]
 
 
 @pytest.mark.parametrize("search", [
-    {"scheduler": {"kind": "none"}}, {"scheduler": {"kind": "pbt", "interval_epochs": 3}}, {"sampler": "tpe"},
-], ids=["none", "pbt", "tpe with asha"])  # fmt: skip
-def test_a_search_killed_at_any_write_ends_as_if_nothing_had_been(
-    search: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    {"scheduler": {"kind": "none"}, "seeds_best": 2}, {"sampler": "tpe"},
+], ids=["none", "tpe with asha"])  # fmt: skip
+def test_a_search_killed_at_any_write_ends_as_if_nothing_had_been(search: dict[str, Any], tmp_path: Path) -> None:
     wanted = space(**search)
-    monkeypatch.setattr("lift_ray.distributed.search.take_over", lambda *args: None)  # there are no files
-    undisturbed, began = searched(wanted, Mortal(), {}, tmp_path)
-    assert len(began) >= 10
+    undisturbed, worker = searched(wanted, Mortal(), tmp_path)
+    assert sum(key.startswith("train") for key in worker.began) >= 10
     chance = random.Random(0)
     for first in [*range(3, 60), *(chance.randrange(60, 200) for _ in range(15))]:
-        storage, disk, resume = Mortal(), {}, False
+        storage, disk, resume = Mortal(), Played(), False
         for left in (first, chance.randrange(1, 80), 10**9):
             storage.left = left
             try:
-                study, _ = searched(wanted, storage, disk, tmp_path, resume)
+                study, _ = searched(wanted, storage, tmp_path, disk, resume)
             except KilledError:
-                resume = "played" in optuna.get_all_study_names(storage)
+                resume = "played" in optuna.get_all_study_names(storage) and reports_in(storage, "played")
                 continue
             break
         rows = outcome(study)
@@ -150,31 +81,87 @@ def test_a_search_killed_at_any_write_ends_as_if_nothing_had_been(
         assert sorted(counted) == list(range(10))
         if search.get("sampler") != "tpe":
             assert rows == outcome(undisturbed), f"killed after {first} writes"
+            assert study.results == undisturbed.results
+        assert conclude(wanted, list(study.rows.values()), study.results, {}).compared
 
 
-def test_finished_trials_are_not_begun_again(tmp_path: Path) -> None:
-    storage, disk = Mortal(), {}
-    searched(space(scheduler={"kind": "none"}), storage, disk, tmp_path)
-    _, began = searched(space(scheduler={"kind": "none"}, trials=12), storage, disk, tmp_path, resume=True)
-    assert began == [10, 11], "more trials may be asked for, and only these are done"
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    storage, disk = Mortal(), Played()
+    searched(space(scheduler={"kind": "none"}), storage, tmp_path, disk)
+    first = list(disk.began)
+    assert len(first) == len(set(first))
+    disk.began.clear()
+    searched(space(scheduler={"kind": "none"}), storage, tmp_path, disk, resume=True)
+    assert disk.began == [], "neither a trial nor an evaluation is done twice"
+    searched(space(scheduler={"kind": "none"}, trials=12), storage, tmp_path, disk, resume=True)
+    assert [key for key in disk.began if key.startswith("train")] == ["train 10", "train 11"], "more may be asked for"
+    assert not {key for key in disk.began if "zero-shot" in key}
+
+
+def test_no_more_trials_are_resumed_than_are_asked_for(tmp_path: Path) -> None:
+    storage, disk = Mortal(), Played()
+    search = Search(Study(space(scheduler={"kind": "none"}), "d", storage), Output(str(tmp_path)))
+    jobs = [search.next_job() for _ in range(4)]
+    for job in jobs[:3]:  # three trials end, the fourth is interrupted after its first epoch
+        assert job
+        disk.begin(job)
+        while search.take(job, next(disk.replies)):
+            pass
+    assert jobs[3]
+    disk.begin(jobs[3])
+    for _ in range(2):
+        assert search.take(jobs[3], next(disk.replies))
+    disk.began.clear()
+    study, _ = searched(space(scheduler={"kind": "none"}, trials=3), storage, tmp_path, disk, resume=True)
+    assert not [key for key in disk.began if key.startswith("train")]
+    assert [row.state for row in study.rows.values()] == ["finished"] * 3 + ["waiting"]
+    searched(space(scheduler={"kind": "none"}, trials=5), storage, tmp_path, disk, resume=True)
+    assert [key for key in disk.began if key.startswith("train")] == ["train 3", "train 4"]
+
+
+def test_a_model_is_evaluated_once_for_all_that_it_is_compared_as(tmp_path: Path) -> None:
+    """The best is the baseline here."""
+    wanted = space(scheduler={"kind": "none"}, trials=3, tte_best=1)
+    wanted.start[0].update({"optim.lr": 0.3, "loss.tau": 1.0})
+    for slots in (1, 2, 5):
+        search = Search(Study(wanted, "d", InMemoryStorage()), Output(str(tmp_path)))
+        worker = play(search, slots=slots)
+        jobs = [job for job in search.done if isinstance(job, EvaluationJob)]
+        evaluated = [(job.model, job.split, tau) for job in jobs for tau in job.taus]
+        assert sorted(evaluated) == sorted([
+            *(("zero-shot", split, 0.0) for split in ("test", "validation")), ("trial-0000", "test", 0.0), ("trial-0000", "test", 0.5),
+            *(("trial-0000", "validation", tau) for tau in TAUS), *(("trial-0000-tte", s, 0.0) for s in ("test", "validation")),
+        ])  # fmt: skip
+        early = next(key for key in worker.began if key.startswith("evaluate"))
+        assert (slots == 1) == ("zero-shot" not in early), "a slot without a trial starts with what needs no result"
+        rows = list(search.rows())
+        assert [label for label, _ in conclude(wanted, rows, search.study.results, {}).compared] == [
+            "zero-shot", "start point 1", "best found", "best found, tau 0.5 after training", "best found, TTE"
+        ]  # fmt: skip
 
 
 def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Path) -> None:
     storage = Mortal()
-    searched(space(), storage, {}, tmp_path)
-    with pytest.raises(BadInput) as caught:
-        Study(space(seed=1), "d", storage, resume=True)
-    assert str(caught.value).startswith("--resume: search must stay as the search began, {")
-    with pytest.raises(
-        BadInput, match=r"^--resume: dataset must stay as the search began, d, but got e; give another --out"
-    ):
-        Study(space(), "e", storage, resume=True)
+    searched(space(), storage, tmp_path)
+    for other, dataset, shown in (
+        (space(seed=1), "d", "search.seed 0 -> 1"),
+        (space(), "e", 'dataset "d" -> "e"'),
+        (space(epochs=3), "d", "base.optim.epochs 9 -> 3"),
+        (space(scheduler={"kind": "none"}), "d", "search.scheduler.kind \"asha\" -> \"none\", search.scheduler.grace_epochs 1 -> "
+         "(not set), search.scheduler.reduction_factor 3 -> (not set)"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput) as caught:
+            Study(other, dataset, storage, resume=True)
+        assert str(caught.value) == (
+            f"--resume: the settings must stay as the search started, but got {shown}; "
+            "use the settings it started with, or another --out"
+        )
     with pytest.raises(BadInput) as caught:
         Study(space(), "d", storage)
-    assert str(caught.value) == ("--storage: must not hold a study named played yet, but it does; add --resume to go on with it, "
+    assert str(caught.value) == ("--storage: must not hold a study named played yet, but it does; add --resume to continue it, "
                                  "or change `name`")  # fmt: skip
     with pytest.raises(
-        BadInput, match=r"^--resume: must name a search that began, but there is no study played; leave out"
+        BadInput, match=r"^--resume: must name a search that has started, but there is no study played; leave out"
     ):
         Study(space(), "d", InMemoryStorage(), resume=True)
 
@@ -182,8 +169,11 @@ def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Pat
 def test_a_second_driver_on_a_folder_is_refused_at_once(tmp_path: Path) -> None:
     out = Output(str(tmp_path / "out"))
     with study_in(out, space(), "d", url=None, resume=False):
-        for resume, message in ((True, "one driver, but process"), (False, "a new folder")):
-            with pytest.raises(BadInput, match=message), study_in(out, space(), "d", url=None, resume=resume):
+        for resume in (True, False):
+            with (
+                pytest.raises(BadInput, match="one driver, but process"),
+                study_in(out, space(), "d", url=None, resume=resume),
+            ):
                 pass
     with study_in(out, space(), "d", url=None, resume=True) as study:
         assert study.rows == {}
@@ -207,7 +197,7 @@ def test_a_second_driver_on_a_database_is_refused_while_the_first_is_heard(
     first = Study(space(), "d", open_storage(url, tmp_path), shared=True)
     monkeypatch.setattr("lift_ray.distributed.study._me", lambda: "process 2 on there")
     with pytest.raises(
-        BadInput, match=r"^--storage: must have one driver, but process \d+ on .* works on played \(heard 0 s ago\)"
+        BadInput, match=r"^--storage: must have one driver, but process \d+ on .* works on played \(heard \d+ s ago\)"
     ):
         Study(space(), "d", open_storage(url, tmp_path), resume=True, shared=True)
     monkeypatch.setattr("lift_ray.distributed.study.LOST_S", 0.0)
@@ -256,44 +246,29 @@ def test_half_a_line_and_a_lock_of_a_killed_driver_are_cleared_away(tmp_path: Pa
     assert len(optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").trials) == 2
 
 
-class Breaking(PlayedSlots):
-    """Slots that fail at the first epoch of some trials, with this error, so often."""
-
-    def __init__(self, error: Exception, times: dict[int, int]) -> None:
-        super().__init__({})
-        self.error, self.times = error, times
-
-    def wait(self, timeout_s: float = 1.0) -> list[Answer]:
-        out = []
-        for answer in super().wait():
-            number = answer.job.number
-            fails = answer.asked == "epoch" and self.times.get(number, 0) > 0
-            self.times[number] = self.times.get(number, 0) - fails
-            if fails and isinstance(self.error, RunFailed):
-                answer = Answer(answer.slot, answer.asked, answer.job, {DIVERGED: str(self.error)})
-            elif fails:
-                answer = Answer(answer.slot, answer.asked, answer.job, error=self.error)
-            out.append(answer)
-        return out
-
-
-def test_a_trial_is_tried_three_times_and_a_diverged_one_once(tmp_path: Path) -> None:
-    wanted = space(scheduler={"kind": "none"})
-    for error, times, state, told in (
-        (ValueError("lost"), 2, "finished", "COMPLETE"), (ValueError("lost"), 3, "failed", "FAIL"),
-        (RunFailed("the loss must be finite"), 1, "failed", "COMPLETE"),
-    ):  # fmt: skip
-        slots = Breaking(error, {4: times})
-        study = Study(wanted, "d", InMemoryStorage())
-        Search(study, slots, Nobody(), Output(str(tmp_path))).run()
-        assert study.rows[4].state == state
+def test_a_failed_trial_reaches_optuna_as_failed_and_a_diverged_one_with_the_worst_value(tmp_path: Path) -> None:
+    for fault, told in (("diverge", "COMPLETE"), ("raise", "FAIL")):
+        study, _ = searched(space(scheduler={"kind": "none"}), InMemoryStorage(), tmp_path, Played(faults={"4": fault}))
         trial = optuna.load_study(study_name="played", storage=study.storage).trials[4]
-        assert (trial.state.name, slots.began.count(4)) == (
-            told,
-            min(times, 2) + 1 if told != "COMPLETE" or state == "finished" else 1,
-        )
-        if state == "failed" and told == "COMPLETE":
-            assert (trial.value, study.rows[4].error) == (-1e9, "the loss must be finite")
+        error = "the loss must be finite" if fault == "diverge" else "a bug in the worker"
+        assert (study.rows[4].state, study.rows[4].error, trial.state.name) == ("failed", error, told)
+        assert trial.value == (-1e9 if told == "COMPLETE" else None)
         best = best_row(study.rows.values(), METRIC, "max")
         assert best is not None
         assert best.state == "finished"
+
+
+def test_a_search_that_failed_before_its_first_epoch_does_not_block_its_folder(tmp_path: Path) -> None:
+    out = Output(str(tmp_path / "out"))
+    with study_in(out, space(), "d", url=None, resume=False) as study:
+        assert study.next() is not None
+    with study_in(out, space(seed=1), "d", url=None, resume=False) as study:
+        assert study.rows == {}
+        row = study.next()
+        assert row is not None
+        study.report(row, figures_of({"loss": {"tau": 1}, "optim": {"lr": 1, "epochs": 9}}, 1))
+    with pytest.raises(BadInput) as caught, study_in(out, space(), "d", url=None, resume=False):
+        pass
+    assert str(caught.value) == (
+        f"{out.url}: must be a new folder, but it holds a search already; add --resume to continue it, or give another --out"
+    )

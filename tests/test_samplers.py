@@ -16,8 +16,8 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from lift_ray import tune
-from lift_ray.distributed.schedulers import RULES, decide, takeovers
-from lift_ray.distributed.study import PACKAGES, SAMPLERS, Study, check_sampler, open_storage
+from lift_ray.distributed.stopping import RULES, decide
+from lift_ray.distributed.study import PACKAGES, SAMPLERS, Study, check_sampler
 from lift_ray.errors import BadInput
 from lift_ray.results.rows import TrialRow, pareto_front
 from lift_ray.settings.search import (
@@ -25,7 +25,6 @@ from lift_ray.settings.search import (
     Asha,
     Hyperband,
     Limit,
-    Pbt,
     Search,
     expected_epochs,
     num_brackets,
@@ -68,7 +67,7 @@ def play(wanted: SpaceFile) -> Study:
 
 def test_there_is_a_sampler_and_a_rule_for_every_choice_of_the_settings() -> None:
     assert set(SAMPLERS) == set(get_args(Search.model_fields["sampler"].annotation))
-    assert {*RULES, Pbt} == set(get_args(AnyScheduler))
+    assert set(RULES) == set(get_args(AnyScheduler))
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
@@ -179,16 +178,16 @@ def test_asha_stops_at_its_rungs_what_is_not_among_the_best_third() -> None:
     assert rungs(wanted.search.scheduler, 9) == [1, 3]
     rows = rows_of([0.5, 0.6, 0.7], [0.6], [0.2])
     assert decide(wanted, rows[2], rows) == "stop"
-    assert decide(wanted, rows[1], rows) == "go on"
-    assert decide(wanted, rows_of([0.5, 0.1])[0], rows) == "go on", "epoch 2 is no rung"
-    assert decide(wanted, rows_of([0.0])[0], rows[:1]) == "go on", "nobody else was there"
+    assert decide(wanted, rows[1], rows) == "continue"
+    assert decide(wanted, rows_of([0.5, 0.1])[0], rows) == "continue", "epoch 2 is no rung"
+    assert decide(wanted, rows_of([0.0])[0], rows[:1]) == "continue", "nobody else was there"
     rows[2].start = 0
-    assert decide(wanted, rows[2], rows) == "go on", "a start point runs to its end"
+    assert decide(wanted, rows[2], rows) == "continue", "a start point runs to its end"
     rows[2].start, rows[2].group = None, "lora"
-    assert decide(wanted, rows[2], rows) == "go on", "it is compared with its own kind"
+    assert decide(wanted, rows[2], rows) == "continue", "it is compared with its own kind"
     least = space(PLAIN, objectives={"validation/loss": "min"})
     losses = [TrialRow(i, {}, 9, history=[{"epoch": 1, "validation/loss": v}]) for i, v in enumerate((1.0, 0.5, 2.0))]
-    assert [decide(least, row, losses) for row in losses] == ["stop", "go on", "stop"]
+    assert [decide(least, row, losses) for row in losses] == ["stop", "continue", "stop"]
 
 
 def test_hyperband_gives_each_bracket_a_longer_grace() -> None:
@@ -196,17 +195,17 @@ def test_hyperband_gives_each_bracket_a_longer_grace() -> None:
     assert [rungs(scheduler, 9, b) for b in range(num_brackets(scheduler, 9))] == [[1, 3], [3], []]
     wanted = space(PLAIN, search={"scheduler": {"kind": "hyperband"}})
     rows = rows_of([0.5], [0.5], [0.5], [0.1], [0.1], [0.1])
-    assert [decide(wanted, row, rows) for row in rows[3:]] == ["stop", "go on", "go on"]
+    assert [decide(wanted, row, rows) for row in rows[3:]] == ["stop", "continue", "continue"]
 
 
 def test_median_stops_what_was_never_as_good_as_half_of_the_others() -> None:
     wanted = space(PLAIN, search={"scheduler": {"kind": "median", "grace_epochs": 2}})
     rows = rows_of([0.4, 0.6], [0.2, 0.4], [0.5, 0.7], [0.1, 0.35], [0.1, 0.55])
     assert decide(wanted, rows[3], rows) == "stop"
-    assert decide(wanted, rows[4], rows) == "go on"
+    assert decide(wanted, rows[4], rows) == "continue"
     assert decide(wanted, rows[3], rows[:3]) == "stop"
-    assert decide(wanted, rows[3], rows[:2]) == "go on", "too few others"
-    assert decide(wanted, rows_of([0.0])[0], rows_of([1.0], [1.0], [1.0], [1.0])) == "go on", "within the grace"
+    assert decide(wanted, rows[3], rows[:2]) == "continue", "too few others"
+    assert decide(wanted, rows_of([0.0])[0], rows_of([1.0], [1.0], [1.0], [1.0])) == "continue", "within the grace"
 
 
 @limits(max_examples=60, deadline=None)
@@ -218,32 +217,11 @@ def test_no_rule_stops_the_best_and_order_does_not_matter(values: list[list[floa
         decision = decide(wanted, row, rows)
         assert decision == decide(wanted, row, rows[::-1])
         best = all(max(v[: len(row.history)]) <= row.history[-1][METRIC] for v in values)
-        assert decision == "go on" or (kind != "none" and not best)
-
-
-def test_the_worst_take_over_from_the_best_with_another_rate_within_the_space() -> None:
-    wanted = space(
-        PLAIN, search={"sampler": "random", "scheduler": {"kind": "pbt", "interval_epochs": 2, "quantile": 0.25}}
-    )
-    rows = rows_of(*([0.1 * i, 0.1 * i] for i in range(8)))
-    assert [decide(wanted, row, rows) for row in rows] == ["pause"] * 8
-    assert decide(wanted, rows_of([0.5])[0], rows) == "go on"
-    for row in rows:
-        row.state = "paused"
-    changes = takeovers(wanted, rows)
-    assert changes == takeovers(wanted, rows[::-1]), "a second driver decides as the first did"
-    assert {n for n, c in changes.items() if c.source is not None} == {0, 1}
-    assert {changes[0].source, changes[1].source} <= {6, 7}
-    for number in (0, 1):
-        theirs, mine = rows[changes[number].source or 0].values["optim.lr"], changes[number].values["optim.lr"]
-        assert mine in (pytest.approx(min(1.0, theirs * 1.25)), pytest.approx(theirs / 1.25))
-    assert all(changes[n].values == rows[n].values for n in range(2, 8))
-    rows[0].released = 2
-    assert decide(wanted, rows[0], rows) == "go on", "it has been released"
+        assert decision == "continue" or (kind != "none" and not best)
 
 
 @pytest.mark.parametrize(("scheduler", "epochs", "expected"), [
-    (Asha(grace_epochs=2), 15, 2 + 4 / 3 + 9 / 9), (Asha(grace_epochs=1), 1, 1.0), (Pbt(), 7, 7.0),
+    (Asha(grace_epochs=2), 15, 2 + 4 / 3 + 9 / 9), (Asha(grace_epochs=1), 1, 1.0),
     (Hyperband(), 9, ((1 + 2 / 3 + 6 / 9) + (3 + 6 / 3) + 9) / 3),
 ])  # fmt: skip
 def test_the_plan_reckons_with_what_early_stopping_saves(scheduler: Any, epochs: int, expected: float) -> None:
@@ -268,24 +246,6 @@ space:
   optim.lr: {{float: [1.0e-4, 1.0e-1], log: true}}
 search: {{trials: {trials}, sampler: {sampler}, scheduler: {{kind: {scheduler}}}, tte_best: 0}}
 """
-
-
-def test_population_based_training_changes_rates_and_trains_all_to_their_end(
-    small_data: str, small_clip: str, tmp_path: Path, ray_session: None
-) -> None:
-    file, out = tmp_path / "space.yaml", tmp_path / "out"
-    file.write_text(SPACE.format(name="pbt", data=small_data, clip=small_clip, objectives=f"{{{METRIC}: max}}", more="", trials=4,
-                                 sampler="random", scheduler="pbt"))  # fmt: skip
-    assert not tune.main([str(file), "--out", str(out)])
-    table = pq.read_table(out / "trials.parquet").to_pylist()
-    assert [(row["state"], row["epochs"]) for row in table] == [("finished", 3)] * 4
-    study = optuna.load_study(storage=open_storage(None, out), study_name="pbt")
-    generations = study.user_attrs["takeovers"]
-    changed = {n: c for g in generations.values() for n, c in g.items() if c["source"] is not None}
-    assert len(generations) == 2
-    assert changed
-    drawn = {str(t.user_attrs["trial"]["number"]): t.params["optim.lr"] for t in study.trials}
-    assert all(change["values"]["optim.lr"] != drawn[number] for number, change in changed.items())
 
 
 def test_a_pareto_search_under_a_constraint_writes_its_front(

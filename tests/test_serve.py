@@ -96,7 +96,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     run.save(folder)
     from lift_ray.distributed.predictions import evaluate_each
 
-    _, table = evaluate_each(run, "test")
+    ((_, table),) = evaluate_each(run, "test")
     torch.set_num_threads(threads)
     dataset = open_dataset(small_data)
     with RowReader(dataset.split("test")) as reader:

@@ -15,6 +15,7 @@ from lift_ray.distributed.jobs import SlotSettings
 from lift_ray.distributed.metrics import StudyMetrics
 from lift_ray.distributed.monitor import Monitor, time_breakdown
 from lift_ray.distributed.search import Search, Watcher
+from lift_ray.distributed.slot import Slot
 from lift_ray.distributed.study import Study
 from lift_ray.errors import Stopped
 from lift_ray.results.output import Output
@@ -35,6 +36,7 @@ def run_search(
     num_images: Mapping[str, int],
     watchers: Sequence[Watcher] = (),
     callbacks: Sequence[Callback] = (),
+    slot_class: type[Slot] = Slot,
 ) -> SearchResult:
     """Search, then compare the best with zero-shot and the baselines on the test split.
 
@@ -47,6 +49,7 @@ def run_search(
         watchers: told what happens to trials, beside the table on the terminal and Ray's metrics.
         callbacks: of Ray Tune, for users of Python. They hear of every job of a slot: `trial.config["job"]` is a
             `jobs.TrainJob` for a trial, and results between epochs have no figures.
+        slot_class: what does the jobs; tests have one that trains nothing.
 
     Raises:
         BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
@@ -69,7 +72,7 @@ def run_search(
     search.watchers += [monitor, StudyMetrics(study.space, study.rows, engine), *watchers]
     interrupts.ask(lambda: print("stopping at the next step; once more ends it at once", flush=True))
     with monitor:
-        run_jobs(engine, callbacks)
+        run_jobs(engine, callbacks, slot_class)
     if interrupts.came and not search.is_over:
         raise _stopped(search, dataset, out, interrupts)
     rows = list(search.rows())

@@ -30,7 +30,7 @@ from ray.tune.search import Searcher
 from lift_ray.distributed.jobs import IdleJob, Job, SlotSettings
 from lift_ray.distributed.messages import Problem
 from lift_ray.distributed.search import Search
-from lift_ray.distributed.slot import REPLY, SLOT, Slot, slot_resources
+from lift_ray.distributed.slot import REPLY, SLOT, Slot
 from lift_ray.errors import BadInput, RunFailed, last_line
 
 MAX_FAILURES = 2
@@ -253,19 +253,18 @@ class JobSearcher(Searcher):  # type: ignore[misc]
         return {}
 
 
-def run_jobs(engine: Engine, callbacks: Sequence[tune.Callback] = ()) -> None:
+def run_jobs(engine: Engine, callbacks: Sequence[tune.Callback] = (), slot_class: type[Slot] = Slot) -> None:
     """Run a search's jobs until it is over, or is to stop.
 
     Args:
+        slot_class: what does them.
         callbacks: of the user. They hear of every job: `trial.config["job"]` is a TrainJob for a trial.
 
     Raises what ended the search early: BadInput, RunFailed, or what a callback raised.
     """
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    slots = tune.with_resources(Slot, slot_resources(engine.slot.need))
     with _environment(), tempfile.TemporaryDirectory(prefix="lift_ray-tune-") as folder:
         tuner = tune.Tuner(
-            slots,
+            slot_class,
             tune_config=tune.TuneConfig(
                 search_alg=JobSearcher(engine), scheduler=engine, num_samples=-1, reuse_actors=True,
                 trial_name_creator=lambda trial: trial.config["job"].key, trial_dirname_creator=lambda trial: trial.trial_id,
@@ -285,13 +284,16 @@ def run_jobs(engine: Engine, callbacks: Sequence[tune.Callback] = ()) -> None:
 def _environment() -> Iterator[None]:
     """Tune's settings for the time of a fit; and it must not copy keys of AWS into the runtime environment of the slots, which
     the dashboard shows and logs hold. Slots have those of their node."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    logger = logging.getLogger("ray.tune")  # it would report, with tracebacks, what the search has a line for
+    before, level = {name: os.environ.get(name) for name in ENVIRONMENT}, logger.level
+    logger.setLevel(logging.CRITICAL)
     propagated = class_cache.ENV_VARS_TO_PROPAGATE & SECRETS
     os.environ.update(ENVIRONMENT)
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
     try:
         yield
     finally:
+        logger.setLevel(level)
         class_cache.ENV_VARS_TO_PROPAGATE.update(propagated)
         for name, value in before.items():
             os.environ.pop(name, None)
@@ -303,7 +305,7 @@ def _error_line(trial: Any) -> str:
     """What ended a slot: the last line of what it raised, or that its processes were lost."""
     with suppress(OSError):
         text = Path(trial.error_file).read_text()
-        text = text[text.rindex("Failure # ") :]
-        if "ray.exceptions.RayTaskError" in text:
+        text = text[text.rindex("Failure # ") :]  # one for each time that the job failed
+        if "ray::" in text and "The actor is dead" not in text:
             return last_line(RuntimeError(text))
     return "its processes were lost"

@@ -38,7 +38,7 @@ class Monitor:
         self.last_result_s = 0.0
         self.trials_over_s: float | None = None
         self.num_slots = 1
-        self._done: list[str] = []
+        self._num_told = 0  # of the final comparison
         self._said_at = self._shown_at = self.began
         self.console = console()
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
@@ -85,9 +85,10 @@ class Monitor:
     def tick(self, num_slots: int) -> None:
         """Called often: shows what changed since, and without a terminal a line when there was none for a while."""
         self.num_slots = max(1, num_slots)
-        for key in self.search.done[len(self._done) :]:
-            self._done.append(key)
-            self._say(f"{self._compared()}: {key.rpartition(' (')[0] or key}")
+        for job in self.search.done[self._num_told :]:
+            self._num_told += 1
+            what = f"{job.model} on {job.split}" if isinstance(job, EvaluationJob) else "another seed"
+            self._say(f"{self._compared()} ({what})")
         now = time.monotonic()
         if self.live and now - self._shown_at >= SHOW_EVERY_S:
             self._show()

@@ -39,7 +39,7 @@ class Search:
         running: the jobs that slots work on, by key.
         progress: what each of them replied last.
         began: what each of those that train began with.
-        done: keys of the final jobs that are done, in order.
+        done: the jobs of the final comparison that are done, in order.
     """
 
     def __init__(self, study: Study, out: Output) -> None:
@@ -48,7 +48,7 @@ class Search:
         self.running: dict[str, Job] = {}
         self.progress: dict[str, Stepped] = {}
         self.began: dict[str, Began] = {}
-        self.done: list[str] = []
+        self.done: list[Job] = []
         self._told: set[int] = set()  # trials whose start was told by this driver
         self._final: list[Job] | None = None  # None: to be looked up again
         for row in self.study.rows.values():  # what was reported, but not decided, when the last driver was killed
@@ -222,7 +222,7 @@ class Search:
                 self.study.store_result(key, value)
         else:  # a repeat with another seed; nothing is known of one that diverged
             self.study.store_result(job.key, reply.value if isinstance(reply, Done) else {})
-        self.done.append(job.key)
+        self.done.append(job)
         return False
 
     def rows(self) -> Sequence[TrialRow]:

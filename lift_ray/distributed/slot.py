@@ -22,6 +22,13 @@ class Slot(tune.Trainable):  # type: ignore[misc]
     Nothing is loaded before the first step: while a new slot starts, Tune may give its job to one that became free, and end it.
     """
 
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """The placement group of a slot; with several workers, the Trainable itself takes nothing."""
+        need: Need = config["slot"].need
+        bundles = [need.bundle()] * need.workers
+        return tune.PlacementGroupFactory(bundles if need.workers == 1 else [{}, *bundles])
+
     def setup(self, config: dict[str, Any]) -> None:
         """Start the processes, without loading anything."""
         self.slot: SlotSettings = config["slot"]
@@ -101,9 +108,3 @@ class Ranks:
         """End the processes. A rank that stops at a step would leave the others waiting for it."""
         for worker in self.workers:
             ray.kill(worker)
-
-
-def slot_resources(need: Need) -> tune.PlacementGroupFactory:
-    """The placement group of a slot: with several workers, the Trainable itself takes nothing."""
-    bundles = [need.bundle()] * need.workers
-    return tune.PlacementGroupFactory(bundles if need.workers == 1 else [{}, *bundles])

@@ -1,0 +1,230 @@
+"""Searches whose slots train nothing: accuracy is a function of settings and epoch, a checkpoint is a line of JSON.
+
+python tests/played.py OUT '{"slots": 8, "trials": 24}'    one driver, on a Ray of its own; prints what it did as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import BaseStorage
+
+from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.interrupts import Interrupts
+from lift_ray.distributed.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob
+from lift_ray.distributed.messages import Began, Diverged, Done, EpochDone, Problem, Reply, Stepped
+from lift_ray.distributed.search import Search
+from lift_ray.distributed.study import Study, open_storage
+from lift_ray.results.output import Output
+from lift_ray.settings.space import SpaceFile
+
+METRIC = "validation/mean_class_accuracy"
+EPOCHS = 9
+
+
+def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
+    """Ten trials by default, the first of which is a baseline."""
+    return SpaceFile.model_validate({
+        "name": "played", "dataset": "d", "base": {"optim": {"epochs": epochs}},
+        "space": {"optim.lr": {"float": [0.01, 1.0], "log": True}, "loss.tau": {"float": [0.0, 2.0]}},
+        "start": [{"optim.lr": 0.02, "loss.tau": 1.0}], "search": {"trials": 10, "sampler": "random", **search},
+    })  # fmt: skip
+
+
+def figures_of(config: dict[str, Any], epoch: int) -> dict[str, float]:
+    """What a trial reports after an epoch."""
+    distance = abs(config["loss"]["tau"] - 1) + abs(config["optim"]["lr"] - 0.3)
+    accuracy = 1 / (1 + distance) * (1 - 0.5**epoch)
+    epochs = config["optim"]["epochs"]
+    return {"epoch": epoch, METRIC: accuracy, "num_epochs": epochs, "trained_parameters": 8,
+            "validation/posthoc_tau": 0.5, "time/train_s": 0.0, "time/evaluate_s": 0.0}  # fmt: skip
+
+
+@dataclass
+class Played:
+    """A worker of a slot, as worker.Worker is one.
+
+    Args:
+        disk: the history of each trial that was saved.
+        epoch_s, load_s: how long an epoch takes, and the first job of a process.
+        faults: trial number -> what its first epoch does: raise, die, diverge or bad; or so once a process (`die once`).
+    """
+
+    disk: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+    folder: Path | None = None
+    epoch_s: float = 0.0
+    load_s: float = 0.0
+    faults: dict[str, str] = field(default_factory=dict)
+    began: list[str] = field(default_factory=list)
+    replies: Iterator[Reply] = field(default_factory=lambda: iter(()))
+    is_loaded: bool = False
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self, job: Job) -> None:
+        self.began.append(job.key)
+        self.job, self.replies = job, self._run(job)
+
+    def next(self, timeout_s: float = 1.0) -> Reply:
+        if not self.is_loaded and not isinstance(self.job, IdleJob):
+            self.is_loaded = True
+            self._log("loaded")
+            time.sleep(self.load_s)
+        return next(self.replies)
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def _run(self, job: Job) -> Iterator[Reply]:
+        if isinstance(job, EvaluationJob):
+            time.sleep(self.epoch_s)
+            self._log(f"done {job.key}")
+            yield Done({"figures": [{f"{job.split}/mean_class_accuracy": 0.5 - tau / 10, "time/evaluate_s": 0.0,
+                                     "trained_parameters": 8} for tau in job.taus]})  # fmt: skip
+        elif isinstance(job, IdleJob):
+            while not self.stopped.wait(0.05):
+                yield Stepped(0, 0)
+        else:
+            yield from self._train(job)
+
+    def _train(self, job: TrainJob) -> Iterator[Reply]:
+        history = self.disk.setdefault(job.number, self._saved(job.number))
+        epochs = job.config["optim"]["epochs"]
+        yield Began(1, epochs, 1, len(history), 0, list(history), 8)
+        while len(history) < epochs:
+            yield from self._fault(job)
+            time.sleep(self.epoch_s)
+            figures = figures_of(job.config, len(history) + 1)
+            history.append(figures)
+            self._save(job.number, history)
+            self._log(f"epoch {job.number} {len(history)}")
+            yield EpochDone(dict(figures), "")
+        if job.then_test:
+            yield Done({**history[-1], "test/mean_class_accuracy": 0.5})
+
+    def _fault(self, job: TrainJob) -> Iterator[Reply]:
+        fault = self.faults.get(str(job.number), "")
+        if fault.endswith(" once") and self._count(f"fault {job.number}"):
+            return
+        if fault:
+            self._log(f"fault {job.number}")
+        if fault.startswith("raise"):
+            raise ValueError("a bug in the worker")
+        if fault.startswith("die"):
+            os._exit(1)
+        if fault == "diverge":
+            yield Diverged("the loss must be finite")
+        if fault == "bad":
+            yield Problem("backbone.model: unknown model 'x'", True)
+
+    def _saved(self, number: int) -> list[dict[str, float]]:
+        path = self.folder and self.folder / "checkpoints" / f"{number:04d}.json"
+        return json.loads(path.read_text()) if path and path.exists() else []
+
+    def _save(self, number: int, history: list[dict[str, float]]) -> None:
+        if self.folder:
+            path = self.folder / "checkpoints" / f"{number:04d}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".tmp").write_text(json.dumps(history))
+            path.with_suffix(".tmp").replace(path)
+
+    def _log(self, text: str) -> None:
+        if self.folder:
+            with (self.folder / "log").open("a") as log:
+                log.write(f"{os.getpid()} {text}\n")
+
+    def _count(self, text: str) -> int:
+        return sum(line.split(" ", 1)[1] == text for line in log_of(self.folder)) if self.folder else 0
+
+
+def log_of(folder: Path | None) -> list[str]:
+    """`pid loaded`, `pid epoch TRIAL NUMBER`, `pid done KEY`, in their order."""
+    path = folder and folder / "log"
+    return path.read_text().splitlines() if path and path.exists() else []
+
+
+def play(search: Search, worker: Played | None = None, slots: int = 2) -> Played:
+    """Do all jobs of a search in this process, as an engine would have slots do them."""
+    worker = worker or Played()
+    busy: list[tuple[Job, Iterator[Reply]]] = []
+    while not search.is_over:
+        while len(busy) < slots and (job := search.next_job()) is not None:
+            worker.begin(job)
+            busy.append((job, worker.replies))
+        assert busy, "the search is not over, and has no job"
+        for job, replies in list(busy):
+            try:
+                continues = search.take(job, next(replies))
+            except ValueError as error:  # of a slot; an engine would try again first
+                search.failed(job, str(error))
+                continues = False
+            if not continues:
+                busy.remove((job, replies))
+    return worker
+
+
+def searched(
+    wanted: SpaceFile, storage: BaseStorage, out: Path, worker: Played | None = None, resume: bool = False
+) -> tuple[Study, Played]:
+    """A whole search in this process."""
+    study = Study(wanted, "d", storage, resume=resume)
+    return study, play(Search(study, Output(str(out))), worker)
+
+
+def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[str, Any]:
+    """A search on the connected Ray, through the real engine; what it did. Options: trials, slots, search, and Played's."""
+    from lift_ray.distributed.driver import run_search
+
+    out.mkdir(parents=True, exist_ok=True)
+    own = {name: options[name] for name in ("epoch_s", "load_s", "faults", "broken") if name in options}
+    wanted = space(options.get("epochs", 3), **{"trials": options.get("trials", 12), "tte_best": 0,
+                                                "scheduler": {"kind": "none"}, **options.get("search", {})})  # fmt: skip
+    resume = (out / "optuna.journal").exists()
+    study = Study(wanted, "d", open_storage(None, out), resume=resume)
+    dataset, began = json.dumps(own), time.monotonic()
+    with Interrupts() as interrupts:
+        found = run_search(
+            study, dataset, Need(options.get("workers", 1), 1, 0), lambda: options.get("slots", 2), Output(str(out)), interrupts,
+            num_images={"train": 100, "validation": 10, "test": 10}, callbacks=callbacks, slot_class=slot_class(),
+        )  # fmt: skip
+    lines = log_of(out)
+    return {
+        "states": dict(Counter(row.state for row in study.rows.values())), "trials": len(study.rows),
+        "processes": len({line.split()[0] for line in lines}), "loads": sum(line.endswith(" loaded") for line in lines),
+        "compared": [label for label, _ in found.compared], "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+def slot_class() -> Any:
+    """The slot as Tune has it, with a worker that is played. Imported late: it needs Ray."""
+    from played_slot import PlayedSlot
+
+    return PlayedSlot
+
+
+def worker_of(slot: SlotSettings) -> Played:
+    """The worker of a slot: its options travel as the dataset."""
+    if "broken" in slot.dataset:
+        raise ValueError("no such option")
+    return Played(folder=Path(slot.out), **json.loads(slot.dataset))
+
+
+def main() -> None:
+    import ray
+
+    options = json.loads(sys.argv[2])
+    ray.init(address="local", num_cpus=options.get("slots", 2), include_dashboard=False, log_to_driver=False,
+             object_store_memory=100 * 2**20)  # fmt: skip
+    print(json.dumps(run_on_ray(Path(sys.argv[1]), options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The engine of a search on real Ray processes: who works, who is started, what ends it. Slots train nothing (played.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from optuna.storages import InMemoryStorage
+from played import METRIC, log_of, run_on_ray, searched, space
+from ray import tune
+
+from lift_ray.distributed import engine
+from lift_ray.distributed.capacity import Need
+from lift_ray.distributed.engine import Engine, JobSearcher
+from lift_ray.distributed.jobs import SlotSettings, TrainJob
+from lift_ray.distributed.slot import Slot
+from lift_ray.distributed.study import Study, open_storage
+from lift_ray.errors import BadInput, RunFailed
+
+PLAYED = Path(__file__).with_name("played.py")
+
+
+def epochs_of(folder: Path) -> Counter[str]:
+    """How often each epoch of each trial was trained."""
+    return Counter(line.split(" ", 1)[1] for line in log_of(folder) if " epoch " in line)
+
+
+def working(folder: Path) -> dict[int, int]:
+    """Process -> epochs that it trained."""
+    return dict(Counter(int(line.split()[0]) for line in log_of(folder) if " epoch " in line))
+
+
+@contextmanager
+def driver(folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A search in a process of its own, with its own Ray; it and all it started are ended afterwards."""
+    folder.mkdir(exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (folder / "said").open("a") as said:
+        process = subprocess.Popen(
+            [sys.executable, str(PLAYED), str(folder), json.dumps(options)], stdout=said, stderr=said, text=True, env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in a background job
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+        process.wait(30)
+
+
+def until(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
+    """Wait until so many epochs are trained, or the driver has ended."""
+    ends = time.monotonic() + 120
+    while sum(epochs_of(folder).values()) < lines and process.poll() is None:
+        assert time.monotonic() < ends, (folder / "said").read_text()
+        time.sleep(0.02)
+
+
+def test_short_trials_do_not_rob_a_slot_that_starts(tmp_path: Path, ray_session: None) -> None:
+    did = run_on_ray(tmp_path, {"trials": 60, "load_s": 0.2, "epoch_s": 0.01})
+    assert did["states"] == {"finished": 60}
+    assert (did["processes"], did["loads"]) == (2, 2)
+    shares = list(working(tmp_path).values())
+    assert min(shares) > 20, "one process did nearly all"
+
+
+@pytest.mark.slow
+def test_eight_slots_all_work_and_stay_for_the_final_comparison_although_one_trial_takes_longer(tmp_path: Path) -> None:
+    with driver(tmp_path, slots=8, trials=17, epochs=2, epoch_s=0.3, load_s=0.5, search={"seeds_best": 3}) as process:
+        assert process.wait(150) == 0, (tmp_path / "said").read_text()
+    did = json.loads((tmp_path / "said").read_text().splitlines()[-1])
+    assert (did["processes"], did["loads"]) == (8, 8), "a slot was ended at the barrier and loaded again"
+    assert did["states"] == {"finished": 17}
+    assert set(did["compared"]) == {"zero-shot", "start point 1", "best found", "best found, tau 0.5 after training"}
+
+
+def test_a_search_with_fewer_trials_than_slots_ends(tmp_path: Path, ray_session: None) -> None:
+    did = run_on_ray(tmp_path, {"trials": 1})
+    assert did["states"] == {"finished": 1}
+    done = [line.split(" done ")[1] for line in log_of(tmp_path) if " done " in line]
+    assert len(done) == len(set(done)) == 4, "zero-shot on two splits, the baseline that is the best on two, each once"
+
+
+def test_each_fault_of_a_slot_is_retried_twice_and_the_rest_goes_on(tmp_path: Path, ray_session: None) -> None:
+    faults = {"1": "die once", "2": "raise", "3": "diverge", "4": "die"}
+    out = tmp_path / "out"
+    did = run_on_ray(out, {"trials": 6, "faults": faults})
+    study = Study(space(3, trials=6, tte_best=0, scheduler={"kind": "none"}), "d", open_storage(None, out), resume=True)
+    assert {row.number: row.state for row in study.rows.values()} == {
+        0: "finished", 1: "finished", 2: "failed", 3: "failed", 4: "failed", 5: "finished"
+    }  # fmt: skip
+    assert did["states"] == {"finished": 3, "failed": 3}
+    errors = [study.rows[number].error for number in (2, 3, 4)]
+    assert errors == ["ValueError: a bug in the worker", "the loss must be finite", "its processes were lost"]
+    tries = Counter(line.split(" ", 1)[1] for line in log_of(out) if " fault " in line)
+    assert tries == {"fault 1": 1, "fault 2": 3, "fault 3": 1, "fault 4": 3}
+    assert all(number == 1 for number in epochs_of(out).values()), "an epoch was trained twice"
+
+
+def test_bad_input_that_a_slot_finds_ends_the_search_with_its_line(tmp_path: Path, ray_session: None) -> None:
+    with pytest.raises(BadInput) as caught:
+        run_on_ray(tmp_path, {"trials": 6, "faults": {"0": "bad"}})
+    assert str(caught.value) == "backbone.model: unknown model 'x'"
+
+
+def test_slots_that_never_start_end_the_search(tmp_path: Path, ray_session: None) -> None:
+    with pytest.raises(RunFailed, match=r"^slots must start, but none did; the last error: .*no such option"):
+        run_on_ray(tmp_path, {"trials": 4, "slots": 1, "broken": True})
+
+
+def test_callbacks_of_tune_are_passed_on_and_hear_of_every_trial(tmp_path: Path, ray_session: None) -> None:
+    class Heard(tune.Callback):
+        def __init__(self) -> None:
+            self.figures: dict[str, list[float]] = {}
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            if isinstance(trial.config["job"], TrainJob) and METRIC in result:
+                self.figures.setdefault(str(trial), []).append(result[METRIC])
+
+    heard = Heard()
+    did = run_on_ray(tmp_path, {"trials": 4}, [heard])
+    assert did["states"] == {"finished": 4}
+    assert {name: len(values) for name, values in heard.figures.items()} == {f"train {n}": 3 for n in range(4)}
+
+
+def test_what_tune_pickles_of_us_is_nothing() -> None:
+    import pickle
+
+    made = Engine(
+        None, SlotSettings("d", Need(1, 1, 0), "o", "s"), lambda: 1,  # type: ignore[arg-type]
+        should_stop=lambda: False, on_step=lambda: None, keeps_slots=True,
+    )  # fmt: skip
+    for ours in (made, JobSearcher(made)):
+        assert len(pickle.dumps(ours)) < 200
+
+
+def test_tune_keeps_neither_settings_nor_secrets_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    before = set(ENV_VARS_TO_PROPAGATE)
+    assert before >= engine.SECRETS, "Ray has another list; see what it would show of the environment"
+    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "1")
+    monkeypatch.delenv("TUNE_GLOBAL_CHECKPOINT_S", raising=False)
+    with engine._environment():
+        assert not ENV_VARS_TO_PROPAGATE & engine.SECRETS
+        assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
+    assert before == ENV_VARS_TO_PROPAGATE
+    assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "1"
+    assert "TUNE_GLOBAL_CHECKPOINT_S" not in os.environ
+
+
+def test_a_slot_of_several_workers_takes_nothing_for_itself() -> None:
+    def of(need: Need) -> Any:
+        return Slot.default_resource_request({"slot": SlotSettings("d", need, "o", "s")})
+
+    assert of(Need(1, 2, 1)).required_resources == {"CPU": 2.0, "GPU": 1.0}
+    several = of(Need(3, 2, 1))
+    assert several.required_resources == {"CPU": 6.0, "GPU": 3.0}
+    assert several.head_cpus == 0
+
+
+@pytest.mark.slow
+def test_drivers_and_slots_that_are_killed_lose_no_epoch_and_repeat_none(tmp_path: Path) -> None:
+    chance, killed = random.Random(3), Counter[str]()
+    out, options = tmp_path / "out", {"trials": 24, "epochs": 4, "epoch_s": 0.25, "load_s": 0.5}
+    for victims in (("slot", "slot", "driver"),) * 3 + ((),):
+        with driver(out, **options) as process:
+            for victim in victims:
+                until(out, process, sum(epochs_of(out).values()) + chance.randint(3, 7))
+                time.sleep(chance.uniform(0, 0.25))
+                pid = (
+                    process.pid
+                    if victim == "driver"
+                    else int([li for li in log_of(out) if " epoch " in li][-1].split()[0])
+                )
+                family = psutil.Process(process.pid).children(recursive=True)
+                os.kill(pid, signal.SIGKILL)
+                killed[victim] += 1
+                if victim == "driver":
+                    process.wait(10)
+                    for child in family:  # of the Ray that went down with it: they must not train on
+                        try:
+                            child.wait(20)
+                        except psutil.TimeoutExpired:
+                            child.kill()
+            if not victims:
+                assert process.wait(200) == 0, (out / "said").read_text()
+    assert killed == {"slot": 6, "driver": 3}
+    wanted = space(4, trials=24, tte_best=0, scheduler={"kind": "none"})
+    study = Study(wanted, "d", open_storage(None, out), resume=True)
+    undisturbed, _ = searched(wanted, InMemoryStorage(), tmp_path)
+    for row, other in zip(study.rows.values(), undisturbed.rows.values(), strict=True):
+        assert (row.number, row.values, row.state) == (other.number, other.values, "finished")
+        assert [figures[METRIC] for figures in row.history] == [figures[METRIC] for figures in other.history]
+    trained = epochs_of(out)
+    assert len(trained) == 24 * 4
+    assert max(trained.values()) == 1, [name for name, number in trained.items() if number > 1]
+
+
+def test_two_signals_end_it_at_once(tmp_path: Path) -> None:
+    with driver(tmp_path, trials=12, epochs=2, epoch_s=60) as process:
+        ends = time.monotonic() + 60
+        while not log_of(tmp_path) and time.monotonic() < ends:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 130

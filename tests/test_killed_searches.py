@@ -1,0 +1,176 @@
+"""What ends a search before its time: a killed slot, a killed driver, Ctrl-C and SIGTERM. Real Ray processes, real training."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+from test_tune import SPACE, epochs, stored
+
+from lift_ray import tune
+from lift_ray.distributed.study import JOURNAL
+from lift_ray.settings.files import read_run
+
+
+@pytest.fixture(scope="module")
+def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
+    path = tmp_path_factory.mktemp("space") / "e2e.yaml"
+    path.write_text(SPACE.format(data=small_data, clip=small_clip, trials=8))
+    return path
+
+
+@pytest.fixture
+def drivers() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_and_sigterm_write_the_best_so_far_and_say_how_to_continue(
+    space_file: Path, tmp_path: Path, drivers: list[subprocess.Popen[str]]
+) -> None:
+    out, environment = tmp_path / "out", {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "lift_ray.tune", str(space_file), "search.trials=200", "search.scheduler.kind=none",
+               "--no-dashboard", "--out", str(out)]  # fmt: skip
+    for number, code, words, least in (
+        (signal.SIGINT, 130, [], 2), (signal.SIGTERM, 143, ["--resume"], 5),
+    ):  # fmt: skip
+        log = tmp_path / f"log-{code}"
+        with log.open("w") as file:
+            drivers.append(subprocess.Popen(
+                [*command, *words], env=environment, stdout=file, stderr=subprocess.STDOUT, text=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in a background job
+            ))  # fmt: skip
+        ends = time.monotonic() + 120
+        while log.read_text().count(" finished ") < least and drivers[-1].poll() is None and time.monotonic() < ends:
+            time.sleep(0.05)
+        drivers[-1].send_signal(number)
+        assert drivers[-1].wait(60) == code, log.read_text()
+        said = log.read_text().splitlines()
+        done = sum(row["state"] == "finished" for row in pq.read_table(out / "trials.parquet").to_pylist())
+        best = json.loads((out / "best" / "metrics.json").read_text())["validation/mean_class_accuracy"]
+        assert re.fullmatch(
+            rf"stopped with {done} of 200 trials done; the best so far is trial \d+ \(.*\), in {out}/best and "
+            rf"{out}/best.yaml; add --resume to the command to continue", said[-1]
+        ), said[-1]  # fmt: skip
+        assert not [line for line in said if "Traceback" in line or "*** SIG" in line or "Check failed" in line]
+        table = pq.read_table(out / "trials.parquet").to_pylist()
+        assert best == max(row["validation/mean_class_accuracy"] or 0 for row in table if row["state"] == "finished")
+        assert read_run(out / "best.yaml").config
+        assert (out / "report" / "index.html").exists()
+        assert not (out / "study.json").exists()
+    done = sum(row["state"] == "finished" for row in pq.read_table(out / "trials.parquet").to_pylist())
+    command[command.index("search.trials=200")] = f"search.trials={done}"
+    last = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
+    assert last.returncode == 0, last.stdout + last.stderr
+    table = pq.read_table(out / "trials.parquet").to_pylist()
+    assert [row["state"] for row in table].count("finished") == done, "another trial was started"
+    assert json.loads((out / "study.json").read_text())["compared"]
+
+
+@pytest.mark.slow
+def test_a_killed_slot_is_replaced_and_its_trial_goes_on(
+    small_data: str, small_clip: str, tmp_path: Path, ray_session: None
+) -> None:
+    space, out = tmp_path / "space.yaml", tmp_path / "out"
+    text = SPACE.format(data=small_data, clip=small_clip, trials=2)
+    space.write_text(text.replace("epochs: 3", "epochs: 40"))
+    killed: list[int] = []
+
+    def kill_one_slot() -> None:
+        ends = time.monotonic() + 120
+        while not list(out.glob("checkpoints/*/epoch-0005")):
+            if time.monotonic() > ends:
+                return
+            time.sleep(0.05)
+        below = psutil.Process().children(recursive=True)
+        workers = [process for process in below if process.name().startswith("ray::Slot")]
+        killed.append(workers[0].pid)
+        workers[0].send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one_slot)
+    killer.start()
+    assert not tune.main([str(space), "search.scheduler.kind=none", "--out", str(out)])
+    killer.join()
+    assert killed
+    table = pq.read_table(out / "trials.parquet").to_pylist()
+    assert [(row["state"], row["epochs"]) for row in table] == [("finished", 40)] * 2
+    for trial in stored(out):
+        assert [figures["epoch"] for figures in epochs(trial)] == list(range(1, 41)), (
+            "an epoch was done twice, or left out"
+        )
+
+
+KILLED = """\
+name: killed
+dataset: {data}
+base:
+  backbone: {{model: '{clip}'}}
+  optim: {{epochs: 2, global_batch_size: 16}}
+space:
+  loss.tau: {{float: [0.0, 2.0]}}
+  optim.lr: {{float: [1.0e-3, 3.0e-1], log: true}}
+search: {{trials: 24, sampler: random, scheduler: {{kind: none}}, tte_best: 0}}
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
+    small_data: str, small_clip: str, tmp_path: Path, ray_session: None, drivers: list[subprocess.Popen[str]]
+) -> None:
+    file, out = tmp_path / "space.yaml", tmp_path / "out"
+    file.write_text(KILLED.format(data=small_data, clip=small_clip))
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    chance = random.Random(7)
+    for attempt in range(3):
+        words = ["--resume"] if attempt else []
+        command = [sys.executable, "-m", "lift_ray.tune", str(file), "--out", str(out), *words]
+        drivers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True))
+        size = (out / JOURNAL).stat().st_size if attempt else 0
+        ends = time.monotonic() + 90
+        while (
+            time.monotonic() < ends
+            and ((out / JOURNAL).stat().st_size if (out / JOURNAL).exists() else 0) < size + 4000
+        ):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 0.6))
+        assert drivers[-1].poll() is None, "the search ended before it was killed"
+        drivers[-1].send_signal(signal.SIGKILL)
+        drivers[-1].wait()
+    before = stored_epochs(out)
+    assert not tune.main([str(file), "--out", str(out), "--resume"])
+    undisturbed = tmp_path / "undisturbed"
+    assert not tune.main([str(file), "scale.max_concurrent=1", "--out", str(undisturbed)])
+    table, other = (pq.read_table(folder / "trials.parquet").to_pylist() for folder in (out, undisturbed))
+    assert [row["state"] for row in table] == ["finished"] * 24
+    for name in ("number", "optim.lr", "loss.tau", "validation/mean_class_accuracy", "train/loss"):
+        assert [row[name] for row in table] == [row[name] for row in other], name
+    first, second = (json.loads((folder / "study.json").read_text())["best"] for folder in (out, undisturbed))
+    assert (first["trial"], first["values"]) == (second["trial"], second["values"])
+    after = stored_epochs(out)
+    assert all(after[key] == value for key, value in before.items()), (
+        "what was stored before a kill was changed after it"
+    )
+    assert len(before) > 0
+
+
+def stored_epochs(out: Path) -> dict[tuple[int, str], Any]:
+    """Every stored epoch with its times, so that one that was done again is seen."""
+    trials = stored(out, "killed")
+    return {(t.number, key): value for t in trials for key, value in t.user_attrs.items() if key.startswith("epoch ")}

@@ -1,0 +1,59 @@
+"""`tune --dry-run` finds what would end a search only after it has started; nothing is written, and Ray is not started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_tune import SPACE
+
+from lift_ray import tune
+from lift_ray.distributed.resume import study_in
+from lift_ray.errors import BadInput
+from lift_ray.results.output import Output
+from lift_ray.settings.space import read_space
+
+
+@pytest.fixture(scope="module")
+def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
+    path = tmp_path_factory.mktemp("space") / "e2e.yaml"
+    path.write_text(SPACE.format(data=small_data, clip=small_clip, trials=8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory, space_file: Path, small_data: str) -> Path:
+    """The folder of a search that was killed after its first epoch."""
+    out = tmp_path_factory.mktemp("started") / "out"
+    with study_in(Output(str(out)), read_space(space_file), small_data, url=None, resume=False) as study:
+        row = study.next()
+        assert row is not None
+        study.report(row, {"epoch": 1, "validation/mean_class_accuracy": 0.5, "num_epochs": 3})
+    return out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["base.backbone.model=ViT-B-61"], "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
+    (["base.backbone.model=ViT-B-16"],
+     "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got None; known: "),
+    (["base.backbone.model=ViT-B-16", "base.backbone.pretrained=openia"],
+     "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got 'openia'; did you mean 'openai'?"),
+    (["base.backbone.model=local-dir:/none"], "backbone.model: must be a folder with open_clip_config.json, but got local-dir:/none"),
+    (["base.backbone.precision=fp16", "scale.use_gpu=false"], "backbone.precision: fp16 needs a GPU, but scale.use_gpu is false; "),
+    (["base.optim.global_batch_size=4096"],
+     "optim.global_batch_size: must be at most the 96 training images, but got 4,096; lower it"),
+    (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
+    (["--out", "{started}"], "{started}: must be a new folder, but it holds a search already; add --resume to continue it, or"),
+    (["--out", "{started}", "--resume", "base.optim.epochs=5", "search.trials=80"],
+     "--resume: the settings must stay as the search started, but got base.optim.epochs 3 -> 5; use the settings it started with"),
+])  # fmt: skip
+def test_a_dry_run_finds_what_would_fail_later(
+    words: list[str], message: str, started: Path, space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(started=started) for word in words]
+    with pytest.raises(BadInput) as caught:
+        tune.main([str(space_file), *words, "--dry-run"])
+    assert str(caught.value).startswith(message.format(started=started))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
