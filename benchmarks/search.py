@@ -1,10 +1,11 @@
-"""What a trial costs beside its training: warm slots against a TorchTrainer inside a Tune function, and trials/h by slots.
+"""The overhead of a trial: warm slots of the search's engine, and beside them a TorchTrainer inside a Tune function.
 
-python benchmarks/search.py [--trials 16] [--naive-trials 4] [--record]
+python benchmarks/search.py [--trials 24 200 1000] [--naive-trials 4] [--record]
 
-Both run the same draws of the same space: linear probes of the embedded pictures, one epoch. The naive way takes half a minute a
+Both run the same draws of the same space: linear probes of the embedded images, one epoch. The naive way takes half a minute a
 trial, so fewer of its trials are run; its overhead is a mean over them. Overhead per trial is the slots' wall time without
-training and evaluation; for warm slots it is given with and without the start of the slots, which a search pays once.
+training and evaluation; the start of the slots, which a search pays once, is given beside it. Eight slots on a machine with fewer
+cores train nothing (tests/played.py): for these the wall time of a slot for a trial, and the driver's processor time, are given.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import psutil
 from quickstart import memory
 from record import record
 
+PLAYED = Path(__file__).parents[1] / "tests" / "played.py"
 SPACE = """\
 name: overhead
 dataset: embedded:caltech101-lt
@@ -48,8 +50,15 @@ def watched(command: list[str]) -> tuple[float, float]:
 
 def warm(space: Path, folder: Path, trials: int, slots: int) -> dict[str, Any]:
     """A search with so many warm slots."""
-    out = folder / f"warm-{slots}"
-    words = [f"search.trials={trials}", f"scale.max_concurrent={slots}", "--no-dashboard", "--out", str(out)]
+    out = folder / f"warm-{slots}-{trials}"
+    words = [
+        f"search.trials={trials}",
+        f"scale.max_concurrent={slots}",
+        "--no-dashboard",
+        "--no-live",
+        "--out",
+        str(out),
+    ]
     wall_s, peak_gib = watched(["-m", "lift_ray.tune", str(space), *words])
     times = json.loads((out / "study.json").read_text())["time_s"]
     between_s = times["between trials and idle"] + times["saving"]
@@ -57,9 +66,20 @@ def warm(space: Path, folder: Path, trials: int, slots: int) -> dict[str, Any]:
     return {
         "slots": slots, "trials": trials, "wall_s": round(wall_s, 1), "peak_gib": round(peak_gib, 2),
         "start_s": times["start"], "overhead_s": round(between_s * slots / trials, 3),
-        "overhead_with_start_s": round((between_s + times["start"]) * slots / trials, 2),
         "trials_per_h": round(3600 * trials / (between_s + trained_s)),
     }  # fmt: skip
+
+
+def trivial(folder: Path, trials: int, slots: int) -> dict[str, Any]:
+    """A search whose slots train nothing, in a process of its own."""
+    options = {"slots": slots, "trials": trials, "epochs": 1}
+    command = [sys.executable, str(PLAYED), str(folder / f"trivial-{trials}"), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    did = json.loads(done.stdout.splitlines()[-1])
+    assert did["states"] == {"finished": trials}, did
+    return {"slots": slots, "trials": trials, "processes": did["processes"],
+            "slot_s_per_trial": round(did["trials_s"] * slots / trials, 3),
+            "driver_cpu_s_per_trial": round(did["driver_cpu_s"] / trials, 4)}  # fmt: skip
 
 
 def naive(space: Path, folder: Path, trials: int, slots: int) -> dict[str, Any]:
@@ -131,7 +151,7 @@ def main() -> None:
         run_naive(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--trials", type=int, nargs="+", default=[24, 200, 1000])
     parser.add_argument("--naive-trials", type=int, default=4)
     parser.add_argument("--record", action="store_true", help="append a row to benchmarks/results/search.jsonl")
     options = parser.parse_args()
@@ -139,17 +159,26 @@ def main() -> None:
     space = folder / "space.yaml"
     space.write_text(SPACE)
     most = os.cpu_count() or 1
-    rows = [warm(space, folder, options.trials, slots) for slots in sorted({1, 2, 4, most}) if slots <= most]
     slowly = naive(space, folder, options.naive_trials, most)
+    rows = []
+    for trials in options.trials:
+        for slots in sorted({1, 2, most}):
+            rows.append(warm(space, folder, trials, slots))
+            print("warm", rows[-1], flush=True)
+    idle = [trivial(folder, trials, 8) for trials in options.trials]
+    print(f"{'slots':>6} {'trials':>7} {'start s':>8} {'overhead s a trial':>19} {'trials/h':>9} {'GiB':>5}")
     for row in rows:
-        print(f"warm, {row['slots']} slots: {row['wall_s']:.0f} s for {row['trials']}, overhead {row['overhead_s']:.2f} s a trial "
-              f"({row['overhead_with_start_s']:.2f} with the start of the slots), {row['peak_gib']:.1f} GiB, "
-              f"{row['trials_per_h']} trials/h")  # fmt: skip
-    print(f"naive, {most} at a time: {slowly['wall_s']:.0f} s for {slowly['trials']} trials, overhead {slowly['overhead_s']:.1f} s a "
-          f"trial, {slowly['peak_gib']:.1f} GiB, {slowly['trials_per_h']} trials/h")  # fmt: skip
-    print(f"naive / warm: {slowly['overhead_s'] / rows[-1]['overhead_s']:.0f} x")
+        print(f"{row['slots']:6d} {row['trials']:7d} {row['start_s']:8.1f} {row['overhead_s']:19.3f} {row['trials_per_h']:9d} "
+              f"{row['peak_gib']:5.1f}")  # fmt: skip
+    for row in idle:
+        print(f"8 slots that train nothing, {row['trials']} trials: {row['slot_s_per_trial']:.3f} s of a slot a trial, "
+              f"driver {1000 * row['driver_cpu_s_per_trial']:.1f} ms of processor time, {row['processes']} processes")  # fmt: skip
+    print(f"naive, {most} at a time: overhead {slowly['overhead_s']:.1f} s a trial over {slowly['trials']}, {slowly['peak_gib']:.1f} "
+          f"GiB, {slowly['trials_per_h']} trials/h")  # fmt: skip
+    print(f"naive / warm: {slowly['overhead_s'] / max(row['overhead_s'] for row in rows):.0f} x or more")
     if options.record:
-        print(record("search", "python benchmarks/search.py", {"warm": rows, "naive": slowly}, seeds=[0], digest=""))
+        figures = {"warm": rows, "trivial": idle, "naive": slowly}
+        print(record("search", "python benchmarks/search.py", figures, seeds=[0], digest=""))
 
 
 if __name__ == "__main__":

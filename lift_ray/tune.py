@@ -92,7 +92,7 @@ def tune(
     from lift_ray.distributed.driver import run_search
     from lift_ray.distributed.final_comparison import machine, write_result
     from lift_ray.distributed.interrupts import Interrupts
-    from lift_ray.distributed.live import job_metadata, served, tell_job
+    from lift_ray.distributed.live import Status, job_metadata, served, tell_job
     from lift_ray.distributed.reporting import kept_up_to_date, try_report
     from lift_ray.distributed.resume import study_in
     from lift_ray.distributed.tracking import trackers
@@ -102,12 +102,12 @@ def tune(
 
     assert data is not None
     target = Output(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    began = time.monotonic()
+    began, status = time.monotonic(), Status()
     with (
         Interrupts() as interrupts,
         trackers(log_to or [], space.name, target.folder) as watchers,
         study_in(target, space, dataset, url=storage, resume=resume) as study,
-        served(space, study.rows, target.folder, live_port if live else None) as page,
+        served(space, study.rows, target.folder, live_port if live else None, status) as page,
         connected(dashboard=dashboard, metadata=job_metadata(space, page)) as nodes,
     ):
         from lift_ray.distributed.capacity import num_slots, slots_now
@@ -129,7 +129,8 @@ def tune(
             with kept_up_to_date(target):
                 found = run_search(
                     study, dataset, need, lambda: slots_now(space.scale, need), target, interrupts,
-                    num_images={name: split.num_samples for name, split in data.splits.items()}, watchers=watchers,
+                    num_images={name: split.num_samples for name, split in data.splits.items()},
+                    show=status.show, watchers=watchers,
                 )  # fmt: skip
         except Stopped:
             try_report(target)
@@ -265,8 +266,8 @@ def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
     if found.front:
         screen.print(pareto_table(found.front, space.objectives))
     print(f"best settings: {describe(found.best.values)}")
-    screen.print(accuracy_table("validation (the search saw this), accuracy in %", "validation", found.compared))
-    screen.print(accuracy_table("test (it did not), accuracy in %", "test", found.compared))
+    screen.print(accuracy_table("Validation accuracy (%), used by the search", "validation", found.compared))
+    screen.print(accuracy_table("Test accuracy (%), held out from the search", "test", found.compared))
     if found.together:
         screen.print(together_table(found.together))
         screen.print(crossed_table(next(one["report"] for one in found.together if one["trial"] == found.best.number)))
@@ -274,8 +275,8 @@ def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
         screen.print(seeds_table(found.seeds))
     if (optimism := found.best.last.get("validation/posthoc_optimism")) is not None:
         tau, value = (found.best.last[f"validation/posthoc_{name}"] for name in ("tau", "mean_class_accuracy"))
-        print(f"after training, tau {tau:g} is best on validation: mean class accuracy {100 * value:.1f}, of which about "
-              f"{100 * optimism:.1f} is luck of the choice")  # fmt: skip
+        print(f"Best post-hoc tau on validation: {tau:g} (mean class accuracy {100 * value:.1f}, "
+              f"about {100 * optimism:.1f} points of it selection bias)")  # fmt: skip
     times = dict(found.time_s)
     total = times.pop("total")
     print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))

@@ -189,17 +189,18 @@ def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[
                                                 "scheduler": {"kind": "none"}, **options.get("search", {})})  # fmt: skip
     resume = (out / "optuna.journal").exists()
     study = Study(wanted, "d", open_storage(None, out), resume=resume)
-    dataset, began = json.dumps(own), time.monotonic()
+    dataset, began, cpu_s = json.dumps(own), time.monotonic(), time.process_time()
     with Interrupts() as interrupts:
         found = run_search(
             study, dataset, Need(options.get("workers", 1), 1, 0), lambda: options.get("slots", 2), Output(str(out)), interrupts,
             num_images={"train": 100, "validation": 10, "test": 10}, callbacks=callbacks, slot_class=slot_class(),
         )  # fmt: skip
-    lines = log_of(out)
+    lines, ends = log_of(out), [row.ended_at or 0.0 for row in study.rows.values()]
     return {
         "states": dict(Counter(row.state for row in study.rows.values())), "trials": len(study.rows),
         "processes": len({line.split()[0] for line in lines}), "loads": sum(line.endswith(" loaded") for line in lines),
         "compared": [label for label, _ in found.compared], "seconds": time.monotonic() - began,
+        "trials_s": max(ends) - min(ends), "driver_cpu_s": time.process_time() - cpu_s,
     }  # fmt: skip
 
 

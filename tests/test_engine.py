@@ -192,11 +192,9 @@ def test_drivers_and_slots_that_are_killed_lose_no_epoch_and_repeat_none(tmp_pat
                 killed[victim] += 1
                 if victim == "driver":
                     process.wait(10)
-                    for child in family:  # of the Ray that went down with it: they must not train on
-                        try:
-                            child.wait(20)
-                        except psutil.TimeoutExpired:
-                            child.kill()
+                    _, left = psutil.wait_procs(family, timeout=20)  # the Ray of the driver goes down with it
+                    for child in left:
+                        child.kill()
             if not victims:
                 assert process.wait(200) == 0, (out / "said").read_text()
     assert killed == {"slot": 6, "driver": 3}

@@ -34,6 +34,7 @@ def run_search(
     interrupts: Interrupts,
     *,
     num_images: Mapping[str, int],
+    show: Callable[[str], None] = lambda text: None,
     watchers: Sequence[Watcher] = (),
     callbacks: Sequence[Callback] = (),
     slot_class: type[Slot] = Slot,
@@ -46,6 +47,7 @@ def run_search(
         size: number of slots that the cluster can hold now, and as its autoscaler may make it.
         out: for checkpoints and the trials table.
         num_images: of each split, for the time that is left.
+        show: takes a line about how far the search is, once a second.
         watchers: told what happens to trials, beside the table on the terminal and Ray's metrics.
         callbacks: of Ray Tune, for users of Python. They hear of every job of a slot: `trial.config["job"]` is a
             `jobs.TrainJob` for a trial, and results between epochs have no figures.
@@ -58,7 +60,7 @@ def run_search(
     """
     began = time.monotonic()
     search = Search(study, out)
-    monitor = Monitor(search, num_images)
+    monitor = Monitor(search, num_images, show)
 
     def on_step() -> None:
         if study.beat():

@@ -38,13 +38,26 @@ progress { width: 100%; }
 """
 
 
+class Status:
+    """How far a search is, in a line that its monitor keeps up to date."""
+
+    text = ""
+
+    def show(self, text: str) -> None:
+        """The line from now on."""
+        self.text = text
+
+
 @contextmanager
-def served(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, port: int | None) -> Iterator[str | None]:
+def served(
+    space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, port: int | None, status: Status | None = None
+) -> Iterator[str | None]:
     """Serve the page on 127.0.0.1 while a search runs; yields its address.
 
     Args:
         rows: by number; the search fills them.
         folder: holds report/ when it is written.
+        status: shown below the counts.
         port: 0 for a free one; None for no page.
 
     Raises BadInput when the port cannot be had.
@@ -52,7 +65,7 @@ def served(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, port: i
     if port is None:
         yield None
         return
-    began = time.monotonic()
+    began, now = time.monotonic(), status or Status()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -60,9 +73,8 @@ def served(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, port: i
             local = urlsplit(f"//{self.headers.get('Host', '')}").hostname in (HOST, "localhost")
             path = urlsplit(self.path).path
             if local and path == "/":
-                self._answer(
-                    200, "text/html; charset=utf-8", live_page(space, rows, folder, time.monotonic() - began).encode()
-                )
+                page = live_page(space, rows, folder, time.monotonic() - began, now.text)
+                self._answer(200, "text/html; charset=utf-8", page.encode())
             elif local and (file := _report_file(folder, path)) is not None:
                 self._answer(200, guess_type(file.name)[0] or "text/plain", file.read_bytes())
             else:
@@ -100,8 +112,8 @@ def _report_file(folder: Path, path: str) -> Path | None:
     return file if place == REPORT and file.parent == folder / REPORT and file.is_file() and name != ".." else None
 
 
-def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seconds: float) -> str:
-    """How a search stands, as HTML that asks for itself again."""
+def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seconds: float, status: str = "") -> str:
+    """The state of a search as HTML that reloads itself."""
     trials = sorted(rows.values(), key=lambda row: (row.has_ended, -row.number))
     metric, mode = space.objective
     states = Counter(row.state for row in trials)
@@ -111,6 +123,7 @@ def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seco
     parts = [
         f"<p>{ended} of {total} trials after {seconds:.0f} s{': ' if counts else ''}{counts}</p>",
         f'<progress aria-label="trials that ended" max="{total}" value="{ended}"></progress>',
+        f"<p>{escape(status)}</p>" if status else "",
         f"<p>best {escape(metric)}: {best.last[metric]:.4f}, trial {best.number}: {escape(describe(best.values))}</p>" if best
         else "<p>no trial has finished yet</p>",
         f'<p><a href="/{REPORT}/">report: figures of what ended so far</a></p>' if (folder / REPORT / PAGE).exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Group
@@ -27,11 +27,14 @@ class Monitor:
 
     Args:
         num_images: of each split; it says how long evaluations will take.
+        show: takes a line about how far the search is, once a second.
     """
 
-    def __init__(self, search: Search, num_images: Mapping[str, int]) -> None:
+    def __init__(
+        self, search: Search, num_images: Mapping[str, int], show: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.search, self.space, self.rows, self.out = search, search.space, search.study.rows, search.out
-        self.num_images = num_images
+        self.num_images, self.show = num_images, show
         self.began = time.monotonic()
         self.ended_before = search.num_ended
         self.first_step_s: float | None = None
@@ -90,10 +93,14 @@ class Monitor:
             what = f"{job.model} on {job.split}" if isinstance(job, EvaluationJob) else "another seed"
             self._say(f"{self._compared()} ({what})")
         now = time.monotonic()
-        if self.live and now - self._shown_at >= SHOW_EVERY_S:
-            self._show()
-        elif not self.live and now - self._said_at >= LINE_EVERY_S:
-            self._say("  |  ".join([*self._counts(), *self._running()]))
+        if now - self._shown_at < SHOW_EVERY_S:
+            return
+        self._shown_at = now
+        line = "  |  ".join([*self._counts(), *self._running()])
+        self.show(line)
+        self._show()
+        if now - self._said_at >= LINE_EVERY_S:
+            self._say(line)
 
     def _say(self, text: str) -> None:
         self._said_at = time.monotonic()
@@ -109,7 +116,6 @@ class Monitor:
 
     def _show(self) -> None:
         if self.live:
-            self._shown_at = time.monotonic()
             table = self._table(limit=max(5, self.console.height - 10))
             self.live.update(Group(table, Text(self._status())), refresh=True)
 
