@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -103,6 +104,11 @@ def tune(
     assert data is not None
     target = Output(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began, status = time.monotonic(), Status()
+    where = os.environ.get("RAY_ADDRESS")
+    print(
+        f"{space.name}: {f'joining the Ray cluster at {where}' if where else 'starting Ray on this machine'} ...",
+        flush=True,
+    )
     with (
         Interrupts() as interrupts,
         trackers(log_to or [], space.name, target.folder) as watchers,
@@ -190,8 +196,6 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
-    import os
-
     from rich.table import Table
 
     from lift_ray.distributed.capacity import gpus_here, lacking, need, num_fitting

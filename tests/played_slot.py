@@ -12,7 +12,6 @@ from lift_ray.distributed.slot import Slot
 class PlayedSlot(Slot):
     """As a real one, with another worker."""
 
-    def setup(self, config: dict[str, Any]) -> None:
-        self.slot = config["slot"]
-        self.workers = worker_of(self.slot)  # type: ignore[assignment]
-        self.reset_config(config)
+    def start_workers(self) -> Any:
+        """What plays it."""
+        return worker_of(self.slot)

@@ -214,7 +214,9 @@ def test_two_signals_end_it_at_once(tmp_path: Path) -> None:
         ends = time.monotonic() + 60
         while not log_of(tmp_path) and time.monotonic() < ends:
             time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
+        assert not psutil.wait_procs(family, timeout=20)[1], "what the driver started outlived it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from functools import cache, partialmethod
 from pathlib import Path
 
 from lift_ray.distributed.autoscaler import cluster_nodes
-from lift_ray.errors import RunFailed, Stopped
+from lift_ray.errors import Interrupted, RunFailed, Stopped
 
 OBJECT_STORE_BYTES = 150 * 2**20  # shards are read by the workers themselves; only settings and figures travel
 
@@ -46,6 +47,8 @@ def connected(
                 job_config=ray.job_config.JobConfig(metadata=dict(metadata or {})),
                 **({} if address else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}),
             )  # fmt: skip
+        except SystemExit as error:  # Ray's own handler of SIGTERM, while it starts
+            raise Interrupted(signal.SIGTERM) if error.code == signal.SIGTERM else error from None
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(
                 f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}"

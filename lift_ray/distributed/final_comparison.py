@@ -26,7 +26,7 @@ from lift_ray.settings.run import apply_overrides
 from lift_ray.settings.search import TAUS
 from lift_ray.settings.space import SpaceFile
 
-CROPS = 5  # of test-time ensembling
+CROPS, TTE = 5, "-tte"  # of test-time ensembling: images for one, and the end of a model's name
 POSTHOC = "validation/posthoc_tau"
 Results = Mapping[str, dict[str, Any]]
 
@@ -79,6 +79,11 @@ class Entry:
     row: TrialRow | None = None
 
 
+def has_text(space: SpaceFile) -> bool:
+    """Whether the foundation model knows names: those of timm have no text tower."""
+    return not space.config({}).backbone.model.startswith("timm:")
+
+
 def zero_shot(space: SpaceFile) -> Model:
     """The foundation model as it is."""
     changes = {"method.kind": "lift", "tuner.kind": "zero_shot", "extra_tuner": None}
@@ -90,7 +95,7 @@ def trained(space: SpaceFile, row: TrialRow, *, tte: bool = False) -> Model:
     config = space.config(row.values).to_dict()
     config = apply_overrides(config, {"evaluation.tte": True}) if tte else config
     path = trial_checkpoint_path(row.number, int(row.last["epoch"]))
-    return Model(f"trial-{row.number:04d}{'-tte' if tte else ''}", config, path)
+    return Model(f"trial-{row.number:04d}{TTE if tte else ''}", config, path)
 
 
 def final_jobs(space: SpaceFile, rows: Sequence[TrialRow], results: Results, *, is_over: bool) -> list[Job]:
@@ -106,7 +111,7 @@ def final_jobs(space: SpaceFile, rows: Sequence[TrialRow], results: Results, *, 
 
     def want(model: Model, split: str, *taus: float) -> None:
         _, here = wanted.setdefault((model.name, split), (model, []))
-        here += [tau for tau in taus if tau not in here and result_key(model, split, tau) not in results]
+        here += [tau for tau in taus if tau not in here and result_key(model.name, split, tau) not in results]
 
     for entry in comparison(space, rows) if is_over else early_comparison(space, rows):
         want(entry.model, "test", entry.tau)
@@ -114,9 +119,7 @@ def final_jobs(space: SpaceFile, rows: Sequence[TrialRow], results: Results, *, 
             want(entry.model, "validation", entry.tau)
     for row in ensembles(space, rows):
         want(trained(space, row), "test", trained(space, row).tau)
-    if is_over:
-        best = best_of(rows, space)
-        assert best is not None
+    if is_over and (best := best_of(rows, space)) is not None:
         want(trained(space, best), "validation", *TAUS)
         jobs = [
             job for _, row in repeated(space, rows, best) for job in repeat_jobs(space, row) if job.key not in results
@@ -127,35 +130,33 @@ def final_jobs(space: SpaceFile, rows: Sequence[TrialRow], results: Results, *, 
         if taus
     ]
     # the long ones first, so that the slots end together
-    return [*jobs, *sorted(evaluations, key=lambda job: "-tte" not in job.model)]
+    return [*jobs, *sorted(evaluations, key=lambda job: not job.model.endswith(TTE))]
 
 
 def comparison_seconds(
     space: SpaceFile,
-    rows: Sequence[TrialRow],
-    results: Results,
+    waiting: Sequence[Job],
     num_images: Mapping[str, int],
     image_s: float,
     run_s: float,
+    *,
+    is_over: bool,
 ) -> float:
-    """An estimate of the slot time that the rest of the final comparison takes, for tables; also before the best is known.
+    """An estimate of the slot time that the rest of the final comparison takes.
 
     Args:
+        waiting: the jobs that are known; until the trials are over, what the space asks for counts instead.
         num_images: of each split.
         image_s: to evaluate an image.
         run_s: to train a run to its end.
     """
-    both = num_images["validation"] + num_images["test"]
-    is_over = all(row.has_ended for row in rows) and len(rows) >= space.num_trials
-    if is_over:
-        jobs = final_jobs(space, rows, results, is_over=True)
-        evaluations = [job for job in jobs if isinstance(job, EvaluationJob)]
-        images = sum(num_images[job.split] * (CROPS if "-tte" in job.model else 1) for job in evaluations)
-        return image_s * images + run_s * (len(jobs) - len(evaluations))
-    early = len(space.start) * num_images["test"] + both
-    done = sum(num_images[key.split(" ")[1]] for key in results if " tau " in key)
-    repeats = (space.search.seeds_best - 1) * (1 + bool(space.start))
-    return image_s * (max(0, early - done) + (1 + CROPS * space.search.tte_best) * both) + run_s * repeats
+    if not is_over:
+        both = num_images["validation"] + num_images["test"]
+        images = (2 + CROPS * space.search.tte_best) * both + len(space.start) * num_images["test"]
+        return image_s * images + run_s * (space.search.seeds_best - 1) * (1 + bool(space.start))
+    evaluations = [job for job in waiting if isinstance(job, EvaluationJob)]
+    images = sum(num_images[job.split] * (CROPS if job.model.endswith(TTE) else 1) for job in evaluations)
+    return image_s * images + run_s * (len(waiting) - len(evaluations))
 
 
 def own_last(model: Model, taus: Sequence[float]) -> tuple[float, ...]:
@@ -167,28 +168,24 @@ def results_of(job: EvaluationJob, value: Mapping[str, Any]) -> dict[str, dict[s
     """What a slot found, by the keys under which it is stored: one for each tau."""
     further = {name: found for name, found in value.items() if name != "figures"}
     return {
-        _key(job.model, job.split, tau): {**figures, **(further if tau == job.taus[-1] else {})}
+        result_key(job.model, job.split, tau): {**figures, **(further if tau == job.taus[-1] else {})}
         for tau, figures in zip(job.taus, value["figures"], strict=True)
     }
 
 
-def result_key(model: Model, split: str, tau: float) -> str:
+def result_key(model: str, split: str, tau: float) -> str:
     """Under which the figures of a model on a split are stored."""
-    return _key(model.name, split, tau)
-
-
-def _key(model: str, split: str, tau: float) -> str:
     return f"{model} {split} tau {tau:g}"
 
 
 def early_comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
-    """Zero-shot, and the baselines that are finished."""
+    """Zero-shot, where the foundation model has a text tower, and the baselines that are finished."""
     labels, plain = space.start_labels(), zero_shot(space)
-    baselines = [row for row in rows if row.start is not None and row.state == "finished"]
-    out = [Entry("zero-shot", plain, plain.tau)]
-    for row in baselines:
-        model = trained(space, row)
-        out.append(Entry(labels[row.start or 0], model, model.tau, row))
+    out = [Entry("zero-shot", plain, plain.tau)] if has_text(space) else []
+    for row in rows:
+        if row.start is not None and row.state == "finished":
+            model = trained(space, row)
+            out.append(Entry(labels[row.start], model, model.tau, row))
     return out
 
 
@@ -217,7 +214,7 @@ def compared(space: SpaceFile, rows: Sequence[TrialRow], results: Results) -> li
             if split == "validation" and entry.row is not None:
                 figures |= {name: value for name, value in entry.row.last.items() if name.startswith("validation/")}
             else:
-                figures |= results[result_key(entry.model, split, entry.tau)]
+                figures |= results[result_key(entry.model.name, split, entry.tau)]
         figures = {name: value for name, value in figures.items() if name not in ("time/evaluate_s", "report")}
         place = predictions_of(entry.model.name, entry.tau)
         out.append((entry.label, figures | {"predictions": Path(place).name}))
@@ -248,7 +245,7 @@ def _ranked(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
 
 def posthoc_curve(space: SpaceFile, best: TrialRow, results: Results) -> list[dict[str, float]]:
     """Validation metrics of the best for each tau after training."""
-    found = [(tau, results[result_key(trained(space, best), "validation", tau)]) for tau in TAUS]
+    found = [(tau, results[result_key(trained(space, best).name, "validation", tau)]) for tau in TAUS]
     return [{"tau": tau, **{n: v for n, v in figures.items() if n.startswith("validation/")}} for tau, figures in found]
 
 
@@ -267,7 +264,7 @@ def ensemble_results(space: SpaceFile, rows: Sequence[TrialRow], results: Result
     out = []
     for row in ensembles(space, rows):
         model = trained(space, row)
-        figures = results[result_key(model, "test", model.tau)]
+        figures = results[result_key(model.name, "test", model.tau)]
         cost = {
             "trained_parameters": int(row.last["trained_parameters"]),
             "train_s": sum(epoch.get("cost/train_s", 0.0) for epoch in row.history),

@@ -126,15 +126,14 @@ class Monitor:
     def _status(self) -> str:
         if not self.rows:
             return "starting Ray and loading the backbone ..."
-        parts = [*self._counts(), *self._running()]
+        parts = [f"{self._seconds():.0f} s", *self._counts(), *self._running()]
         if best := best_row(self.rows.values(), *self.space.objective):
             parts.append(f"best {best.last[self.space.objective[0]]:.4f}: {describe(best.values)}")
         return "  |  ".join(parts)
 
     def _counts(self) -> list[str]:
         """How far the search is, and how long it will take."""
-        ended, seconds = self.search.num_ended, self._seconds()
-        parts = [f"{ended} of {self.space.num_trials} trials", f"{seconds:.0f} s"]
+        parts = [f"{self.search.num_ended} of {self.space.num_trials} trials"]
         if self.search.trials_are_over or self.search.done:
             parts.append(self._compared())
         if (left_s := self.seconds_left()) is not None:
@@ -142,7 +141,7 @@ class Monitor:
         return parts
 
     def _compared(self) -> str:
-        known = len(self.search.done) + self.search.num_final_jobs
+        known = len(self.search.done) + len(self.search.final_jobs())
         return f"final comparison: {len(self.search.done)} of {known} done"
 
     def _running(self) -> list[str]:
@@ -181,8 +180,9 @@ class Monitor:
         if not epochs or "validation" not in self.num_images:
             return 0.0
         image_s, run_s = statistics.fmean(epochs) / self.num_images["validation"], max(map(_slot_seconds, ended))
-        rows, results = self.search.rows(), self.search.study.results
-        return comparison_seconds(self.space, rows, results, self.num_images, image_s, run_s)
+        return comparison_seconds(
+            self.space, self.search.final_jobs(), self.num_images, image_s, run_s, is_over=self.search.trials_are_over
+        )
 
 
 def _slot_seconds(row: TrialRow) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from lift_ray.distributed.final_comparison import final_jobs, results_of
+from lift_ray.distributed import final_comparison
 from lift_ray.distributed.jobs import EvaluationJob, Job, TrainJob
 from lift_ray.distributed.messages import Began, Diverged, Done, EpochDone, Reply, Stepped
 from lift_ray.distributed.stopping import decide
@@ -68,7 +68,7 @@ class Search:
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to do, the final comparison included."""
-        return self.trials_are_over and not self.running and not self._final_jobs()
+        return self.trials_are_over and not self.running and not self.final_jobs()
 
     def next_job(self) -> Job | None:
         """A trial that was interrupted, else a new one, else a part of the final comparison; None when there is nothing now."""
@@ -81,11 +81,6 @@ class Search:
             return None
         self.running[job.key] = job
         return job
-
-    @property
-    def num_final_jobs(self) -> int:
-        """Known jobs of the final comparison that are not done."""
-        return len(self._final_jobs())
 
     @property
     def has_job(self) -> bool:
@@ -140,21 +135,17 @@ class Search:
         free = (r for r in rows if r.state == "waiting" and TrainJob(r.number, {}).key not in self.running)
         return next(free, None) or self.study.next()
 
-    def _final_jobs(self) -> list[Job]:
+    def final_jobs(self) -> list[Job]:
         """The known jobs of the final comparison that are not done; looked up again whenever a job has ended."""
         if self._final is None:
-            rows = [self.study.rows[number] for number in sorted(self.study.rows)]
             is_over = self.trials_are_over
-            if is_over and not any(row.state == "finished" for row in rows):
-                self._final = []
-            else:
-                self._final = final_jobs(self.space, rows, self.study.results, is_over=is_over)
+            self._final = final_comparison.final_jobs(self.space, self.rows(), self.study.results, is_over=is_over)
         return self._final
 
     def _waiting(self) -> list[Job]:
         busy = {(job.model, job.split) for job in self.running.values() if isinstance(job, EvaluationJob)}
         return [
-            job for job in self._final_jobs() if job.key not in self.running
+            job for job in self.final_jobs() if job.key not in self.running
             and not (isinstance(job, EvaluationJob) and (job.model, job.split) in busy)
         ]  # fmt: skip
 
@@ -218,7 +209,7 @@ class Search:
             return True
         if isinstance(job, EvaluationJob):
             assert isinstance(reply, Done)
-            for key, value in results_of(job, reply.value).items():
+            for key, value in final_comparison.results_of(job, reply.value).items():
                 self.study.store_result(key, value)
         else:  # a repeat with another seed; nothing is known of one that diverged
             self.study.store_result(job.key, reply.value if isinstance(reply, Done) else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -11,6 +11,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.jobs import Job, SlotSettings
 from lift_ray.distributed.messages import EpochDone, Problem, Reply, Stepped
+
+if TYPE_CHECKING:
+    from lift_ray.distributed.worker import Worker
 
 REPLY, SLOT = "reply", "slot"
 TICK_S = 2.0  # between two results of a long epoch: how soon a stop is heard, and how often progress is shown
@@ -30,30 +33,38 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         return tune.PlacementGroupFactory(bundles if need.workers == 1 else [{}, *bundles])
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start the processes, without loading anything."""
+        """Nothing but the number: a slot keeps the one it was started with."""
         self.slot: SlotSettings = config["slot"]
-        if self.slot.need.workers == 1:
-            from lift_ray.distributed.worker import Worker
-
-            self.workers: Worker | Ranks = Worker(self.slot)
-        else:
-            self.workers = Ranks(self.slot)
-        self.reset_config(config)
+        self.workers: Worker | Ranks | None = None
+        self.job: Job | None = config["job"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take up the next job."""
-        self.workers.begin(new_config["job"])
+        """The next job."""
+        self.job = new_config["job"]
         return True
+
+    def start_workers(self) -> Worker | Ranks:
+        """The slot's process, or processes; torch is loaded with them."""
+        if self.slot.need.workers > 1:
+            return Ranks(self.slot)
+        from lift_ray.distributed.worker import Worker
+
+        return Worker(self.slot)
 
     def step(self) -> dict[str, Any]:
         """The job's next reply, or how far it is."""
+        self.workers = self.workers or self.start_workers()
+        if self.job is not None:
+            self.workers.begin(self.job)
+            self.job = None
         reply = self.workers.next(TICK_S)
         figures = reply.figures if isinstance(reply, EpochDone) else {}
         return {REPLY: reply, SLOT: self.slot.number, **figures}
 
     def cleanup(self) -> None:
         """Stop the job, and end the processes."""
-        self.workers.stop()
+        if self.workers is not None:
+            self.workers.stop()
 
     def __repr__(self) -> str:
         """What Ray's dashboard shows."""
