@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,11 +86,13 @@ def same_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """Ray on this machine, started once for every test that uses it in this process."""
+    """Ray on this machine, started once for every test that uses it in this process; its workers can import from tests/."""
     from lift_ray.distributed.cluster import connected
 
-    with connected(dashboard=False):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        with connected(dashboard=False):
+            yield
 
 
 @pytest.fixture(scope="module")

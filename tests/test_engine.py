@@ -93,6 +93,9 @@ def test_a_search_with_fewer_trials_than_slots_ends(tmp_path: Path, ray_session:
     assert did["states"] == {"finished": 1}
     done = [line.split(" done ")[1] for line in log_of(tmp_path) if " done " in line]
     assert len(done) == len(set(done)) == 4, "zero-shot on two splits, the baseline that is the best on two, each once"
+    lines = log_of(tmp_path)
+    assert run_on_ray(tmp_path, {"trials": 1})["compared"] == did["compared"]
+    assert log_of(tmp_path) == lines, "a search that is over did something again"
 
 
 def test_each_fault_of_a_slot_is_retried_twice_and_the_rest_goes_on(tmp_path: Path, ray_session: None) -> None:

@@ -67,16 +67,23 @@ def run_search(
             out.publish()
         monitor.tick(engine.num_slots)
 
+    so_far: list[str] = []
+
+    def should_stop() -> bool:
+        if interrupts.came and not so_far:  # before the slots stop: whoever sent the signal may not wait long
+            so_far.append(_write_best_so_far(search, dataset, out))
+        return interrupts.came
+
     engine = Engine(
-        search, SlotSettings(dataset, need, out.url, study.space.name), size, should_stop=lambda: interrupts.came,
+        search, SlotSettings(dataset, need, out.url, study.space.name), size, should_stop=should_stop,
         on_step=on_step, keeps_slots=not autoscaler_config(),
     )  # fmt: skip
     search.watchers += [monitor, StudyMetrics(study.space, study.rows, engine), *watchers]
     interrupts.ask(lambda: print("stopping at the next step; once more ends it at once", flush=True))
     with monitor:
         run_jobs(engine, callbacks, slot_class)
-    if interrupts.came and not search.is_over:
-        raise _stopped(search, dataset, out, interrupts)
+    if so_far and not search.is_over:
+        raise Stopped("".join(so_far), 128 + interrupts.signum)
     rows = list(search.rows())
     if best_of(rows, study.space) is None:
         raise none_finished(rows, out)
@@ -84,15 +91,14 @@ def run_search(
     return conclude(study.space, rows, study.results, times)
 
 
-def _stopped(search: Search, dataset: str, out: Output, interrupts: Interrupts) -> Stopped:
-    """Write the best so far, and say how far the search is."""
+def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
+    """Write OUT/best and OUT/best.yaml; returns the line that says how far the search is."""
     best = best_of(list(search.rows()), search.space)
-    so_far = "none has finished yet"
+    found = "none has finished yet"
     if best is not None:
         write_best(search.space, dataset, best, out, best.last)
-        so_far = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
-    return Stopped(
-        f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {so_far}; "
-        "add --resume to the command to continue",
-        128 + interrupts.signum,
+        found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
+    return (
+        f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; "
+        "add --resume to the command to continue"
     )
