@@ -2,7 +2,7 @@
 
 The arms are trials with random settings on the embedded long-tailed Caltech-101, each trained to its end once, its validation figure
 kept after every epoch. Then searches over them are replayed: the arms come in a random order, some at a time, and a rule
-(`lift_ray.distributed.schedulers`, or the law below) looks at each after every epoch. Of each replay: the epochs it trained, and
+(`lift_ray.distributed.stopping`, or the law below) looks at each after every epoch. Of each replay: the epochs it trained, and
 its regret, how far the best arm that was trained to its end is behind the best of all.
 
 The law: over the arms that are finished, log of the final error = a + b * log of the error after as many epochs. An arm is stopped
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from record import record
 
-from lift_ray.distributed import schedulers
+from lift_ray.distributed import stopping
 from lift_ray.distributed.ranks import Ranks
 from lift_ray.distributed.run import Run
 from lift_ray.distributed.warm import Warm
@@ -84,7 +84,7 @@ def train_arms(out: Path, arms: int, epochs: int, data_frac: float) -> list[list
 def by_scheduler(scheduler: dict[str, Any], epochs: int) -> Rule:
     """One of the search's own rules: true to stop."""
     plan = space(scheduler, epochs)
-    return lambda row, rows: schedulers.decide(plan, row, rows) == "stop"
+    return lambda row, rows: stopping.decide(plan, row, rows) == "stop"
 
 
 def by_law(z: float, grace: int, epochs: int) -> Rule:

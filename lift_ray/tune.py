@@ -39,7 +39,7 @@ def tune(
         str | None, typer.Option(help="New folder for the results, or s3:// or gs:// URL.  [runs/NAME-DATE-TIME]")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the search in --out; nothing is done twice.")
+        bool, typer.Option("--resume", help="Continue the search in --out; what is done is kept.")
     ] = False,
     storage: Annotated[
         str | None,
@@ -65,9 +65,10 @@ def tune(
         ),
     ] = None,
 ) -> None:
-    """Search a space of LIFT settings with Optuna on Ray, and compare the best with the published recipe.
+    """Search a space of LIFT settings with Optuna on Ray Tune, and compare the best with the published recipe.
 
-    Starts Ray on this machine, or uses the cluster at $RAY_ADDRESS (`ray job submit` sets it).
+    Starts Ray on this machine, or uses the cluster at $RAY_ADDRESS (`ray job submit` sets it). Ctrl-C stops at the next step and
+    writes the best so far; --resume continues.
 
     \b
     Examples:

@@ -42,6 +42,7 @@ def drivers() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_sigterm_write_the_best_so_far_and_say_how_to_continue(
     space_file: Path, tmp_path: Path, drivers: list[subprocess.Popen[str]]
 ) -> None:

@@ -259,10 +259,13 @@ def test_a_failed_trial_reaches_optuna_as_failed_and_a_diverged_one_with_the_wor
 
 
 def test_a_search_that_failed_before_its_first_epoch_does_not_block_its_folder(tmp_path: Path) -> None:
-    out = Output(str(tmp_path / "out"))
+    out, checkpoint = Output(str(tmp_path / "out")), tmp_path / "out" / "checkpoints" / "0000" / "epoch-0001"
+    checkpoint.mkdir(parents=True)
     with study_in(out, space(), "d", url=None, resume=False) as study:
+        assert checkpoint.exists(), "a folder may hold other things"
         assert study.next() is not None
     with study_in(out, space(seed=1), "d", url=None, resume=False) as study:
+        assert not checkpoint.exists(), "saved before the driver failed, with other settings"
         assert study.rows == {}
         row = study.next()
         assert row is not None

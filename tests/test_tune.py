@@ -181,13 +181,10 @@ def test_a_search_in_object_storage_goes_on_where_it_stood(space_file: Path, tmp
     assert {path.name for path in (out / "best").iterdir()} >= {"run.json", "weights.safetensors", "metrics.json"}
 
 
-def test_input_that_only_a_slot_finds_bad_ends_the_search_and_does_not_block_its_folder(
-    space_file: Path, tmp_path: Path, ray_session: None
-) -> None:
-    for name, near in (("ViT-B-61", "ViT-B-16"), ("RN05", "RN50")):
-        with pytest.raises(BadInput) as caught:
-            tune.main([str(space_file), f"base.backbone.model={name}", "--out", str(tmp_path / "out")])
-        assert str(caught.value) == f"backbone.model: unknown model '{name}'; did you mean '{near}'?"
+def test_input_that_only_a_slot_finds_bad_ends_the_search(space_file: Path, tmp_path: Path, ray_session: None) -> None:
+    with pytest.raises(BadInput) as caught:
+        tune.main([str(space_file), "base.backbone.model=ViT-B-61", "--out", str(tmp_path / "out")])
+    assert str(caught.value) == "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"
 
 
 def test_a_trial_that_fits_no_node_is_said_before_anything_starts(

@@ -96,7 +96,8 @@ def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
     best = best_of(list(search.rows()), search.space)
     found = "none has finished yet"
     if best is not None:
-        write_best(search.space, dataset, best, out, best.last)
+        figures = {name: value for name, value in best.last.items() if name.startswith("validation/")}
+        write_best(search.space, dataset, best, out, figures)
         found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
     return (
         f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; "

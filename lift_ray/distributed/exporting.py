@@ -28,7 +28,7 @@ from lift_ray.results.card import Exported, model_card
 LARGEST_DIFFERENCE = 1e-4
 OPEN_CLIP, ONNX, TORCH = "open_clip", "onnx", "torch"
 CLASSES = "classes.json"
-METRICS = "metrics.json"  # as conclusion.py writes it
+METRICS = "metrics.json"  # as final_comparison.py writes it
 
 GetProgram = Callable[[], torch.export.ExportedProgram]
 Logits = Callable[[Tensor], Tensor]

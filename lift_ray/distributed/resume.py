@@ -42,9 +42,10 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
     out.folder.mkdir(parents=True, exist_ok=True)
     is_local = "://" not in out.url
     with _alone(out):
-        if not resume:
-            (out.folder / JOURNAL).unlink(missing_ok=True)  # of a driver that failed before the first epoch
-        elif not is_local and database is None:
+        if not resume and out.holds(JOURNAL):  # of a driver that failed before it heard of an epoch
+            (out.folder / JOURNAL).unlink(missing_ok=True)
+            out.remove("checkpoints")
+        elif resume and not is_local and database is None:
             with out.fetched(JOURNAL) as journal:
                 shutil.copyfile(journal, out.folder / JOURNAL)
         storage = database or open_storage(None, out.folder)

@@ -59,9 +59,11 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def seeds_table(runs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
-    """Test accuracy of settings that were trained with several seeds, as `Found.seeds` has them."""
+    """Test accuracy of settings that were trained with several seeds, as `SearchResult.seeds` has them."""
     table = rich.table.Table(
-        title="test, several seeds, mean ± standard deviation in %", title_justify="left", box=rich.box.SIMPLE_HEAD
+        title="Test accuracy (%), several seeds, mean ± standard deviation",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
     )
     for heading in ("", "seeds", *HEADINGS):
         table.add_column(heading, justify="right" if heading else "left")

@@ -32,7 +32,7 @@ def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
 
 
 def together_table(found: Sequence[Mapping[str, Any]]) -> rich.table.Table:
-    """Test accuracy in percent of several sets of models, as distributed.conclusion.answer_together gives them."""
+    """Test accuracy in percent of several sets of models, as distributed.final_comparison.ensemble_results gives them."""
     table = rich.table.Table(
         title="models together, test accuracy in %; gain over their mean, over the best of them",
         title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
