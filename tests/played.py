@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.interrupts import Interrupts
 from lift_ray.distributed.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob
-from lift_ray.distributed.messages import Began, Diverged, Done, EpochDone, Problem, Reply, Stepped
+from lift_ray.distributed.messages import Began, Diverged, Done, EpochDone, Problem, Reply
 from lift_ray.distributed.search import Search
 from lift_ray.distributed.study import Study, open_storage
 from lift_ray.results.output import Output
@@ -74,7 +74,7 @@ class Played:
         self.job, self.replies = job, self._run(job)
 
     def next(self, timeout_s: float = 1.0) -> Reply:
-        if not self.is_loaded and not isinstance(self.job, IdleJob):
+        if not self.is_loaded:
             self.is_loaded = True
             self._log("loaded")
             time.sleep(self.load_s)
@@ -90,8 +90,9 @@ class Played:
             yield Done({"figures": [{f"{job.split}/mean_class_accuracy": 0.5 - tau / 10, "time/evaluate_s": 0.0,
                                      "trained_parameters": 8} for tau in job.taus]})  # fmt: skip
         elif isinstance(job, IdleJob):
+            yield Done({})
             while not self.stopped.wait(0.05):
-                yield Stepped(0, 0)
+                yield Done({})
         else:
             yield from self._train(job)
 

@@ -25,9 +25,12 @@ from lift_ray.distributed import engine
 from lift_ray.distributed.capacity import Need
 from lift_ray.distributed.engine import Engine, JobSearcher
 from lift_ray.distributed.jobs import SlotSettings, TrainJob
+from lift_ray.distributed.messages import Done
+from lift_ray.distributed.search import Search
 from lift_ray.distributed.slot import Slot
 from lift_ray.distributed.study import Study, open_storage
 from lift_ray.errors import BadInput, RunFailed
+from lift_ray.results.output import Output
 
 PLAYED = Path(__file__).with_name("played.py")
 
@@ -121,7 +124,9 @@ def test_bad_input_that_a_slot_finds_ends_the_search_with_its_line(tmp_path: Pat
 
 
 def test_slots_that_never_start_end_the_search(tmp_path: Path, ray_session: None) -> None:
-    with pytest.raises(RunFailed, match=r"^slots must start, but none did; the last error: .*no such option"):
+    with pytest.raises(
+        RunFailed, match=r"^slots must start, but 3 in a row did not; the last error: ValueError: no such option$"
+    ):
         run_on_ray(tmp_path, {"trials": 4, "slots": 1, "broken": True})
 
 
@@ -138,6 +143,58 @@ def test_callbacks_of_tune_are_passed_on_and_hear_of_every_trial(tmp_path: Path,
     did = run_on_ray(tmp_path, {"trials": 4}, [heard])
     assert did["states"] == {"finished": 4}
     assert {name: len(values) for name, values in heard.figures.items()} == {f"train {n}": 3 for n in range(4)}
+
+
+def test_a_fit_that_ends_with_an_error_of_rays_is_begun_again(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ray's memory monitor killed a slot, which Tune's loop does not expect."""
+    broken, step = [], Engine.stop_all
+
+    def breaks(self: Engine) -> bool:
+        if len(broken) < 2 and len(log_of(tmp_path)) > 12 * (1 + len(broken)):
+            broken.append(len(self.jobs))
+            raise RuntimeError("Caught unexpected exception: OutOfMemoryError")
+        return step(self)
+
+    monkeypatch.setattr(Engine, "stop_all", breaks)
+    did = run_on_ray(tmp_path, {"trials": 12})
+    assert len(broken) == 2
+    assert did["states"] == {"finished": 12}
+    assert set(epochs_of(tmp_path).values()) == {1}
+
+
+def test_a_slot_that_dies_between_two_jobs_costs_its_next_job_nothing(tmp_path: Path) -> None:
+    """Tune tells of it twice: for the actor, and for the reset that it did not do; then it gives the trial up."""
+    study = Study(space(scheduler={"kind": "none"}), "d", InMemoryStorage())
+    search = Search(study, Output(str(tmp_path)))
+    made = Engine(search, SlotSettings("d", Need(1, 1, 0), "o", "s"), lambda: 1, should_stop=lambda: False,
+                  on_step=lambda: None, keeps_slots=True)  # fmt: skip
+
+    class TuneTrial:
+        trial_id, status, config, error_file = "b", "ERROR", {}, "/none"
+
+        def set_config(self, config: dict[str, Any]) -> None:
+            self.config = config
+
+    assert isinstance(made.next_config("a"), dict)  # opens the slot
+    assert not made._take("a", {"reply": Done({}), "slot": 0}), "there is work"
+    made._forget("a")
+    config = made.next_config("b")
+    assert isinstance(config, dict)
+    assert config["job"].number == 0
+    trial = TuneTrial()
+    made.on_trial_error(None, trial)
+    trial.status = "PENDING"
+    made.on_trial_error(None, trial)
+    made.gave_up("b")
+    assert (study.rows[0].state, made.lost, made.error) == ("waiting", 1, None)
+    assert isinstance(made.next_config("c"), dict)
+    made._take("c", {"reply": Done({}), "slot": 0})
+    made._forget("c")
+    again = made.next_config("d")
+    assert isinstance(again, dict)
+    assert again["job"].number == 0
 
 
 def test_what_tune_pickles_of_us_is_nothing() -> None:

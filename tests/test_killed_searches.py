@@ -86,8 +86,9 @@ def test_ctrl_c_and_sigterm_write_the_best_so_far_and_say_how_to_continue(
 
 
 @pytest.mark.slow
-def test_a_killed_slot_is_replaced_and_its_trial_goes_on(
-    small_data: str, small_clip: str, tmp_path: Path, ray_session: None
+@pytest.mark.parametrize(("workers", "victim"), [(1, "ray::Slot"), (2, "ray::RankWorker")])
+def test_a_slot_that_loses_a_process_is_replaced_and_its_trial_continues(
+    workers: int, victim: str, small_data: str, small_clip: str, tmp_path: Path, ray_session: None
 ) -> None:
     space, out = tmp_path / "space.yaml", tmp_path / "out"
     text = SPACE.format(data=small_data, clip=small_clip, trials=2)
@@ -101,13 +102,14 @@ def test_a_killed_slot_is_replaced_and_its_trial_goes_on(
                 return
             time.sleep(0.05)
         below = psutil.Process().children(recursive=True)
-        workers = [process for process in below if process.name().startswith("ray::Slot")]
+        workers = [process for process in below if process.name().startswith(victim)]
         killed.append(workers[0].pid)
         workers[0].send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one_slot)
     killer.start()
-    assert not tune.main([str(space), "search.scheduler.kind=none", "--out", str(out)])
+    words = ["search.scheduler.kind=none", f"scale.workers_per_trial={workers}"]
+    assert not tune.main([str(space), *words, "--out", str(out)])
     killer.join()
     assert killed
     table = pq.read_table(out / "trials.parquet").to_pylist()

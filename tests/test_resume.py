@@ -200,6 +200,9 @@ def test_a_second_driver_on_a_database_is_refused_while_the_first_is_heard(
         BadInput, match=r"^--storage: must have one driver, but process \d+ on .* works on played \(heard \d+ s ago\)"
     ):
         Study(space(), "d", open_storage(url, tmp_path), resume=True, shared=True)
+    with pytest.raises(BadInput, match=r"^--storage: must have one driver, but process \d+ on .* works on played"):
+        Study(space(), "d", open_storage(url, tmp_path), shared=True)  # before the first has reported anything
+    assert first.next() is not None
     monkeypatch.setattr("lift_ray.distributed.study.LOST_S", 0.0)
     second = Study(space(), "d", open_storage(url, tmp_path), resume=True, shared=True)
     monkeypatch.setattr("lift_ray.distributed.study._me", lambda: "process 1 on here")

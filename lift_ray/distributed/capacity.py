@@ -70,9 +70,9 @@ def slots_now(scale: Scale, wanted: Need) -> int:
 
 
 def gpus_here() -> int:
-    """NVIDIA GPUs of this machine, as its driver lists them; neither torch nor Ray is loaded for it."""
+    """NVIDIA GPUs of this machine, as its driver lists them (in WSL at most one); neither torch nor Ray is loaded for it."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    there = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or int(Path("/dev/dxg").exists())
     return there if listed is None else min(there, len([name for name in listed.split(",") if name.strip()]))
 
 

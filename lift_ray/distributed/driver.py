@@ -17,7 +17,7 @@ from lift_ray.distributed.monitor import Monitor, time_breakdown
 from lift_ray.distributed.search import Search, Watcher
 from lift_ray.distributed.slot import Slot
 from lift_ray.distributed.study import Study
-from lift_ray.errors import Stopped
+from lift_ray.errors import RunFailed, Stopped, last_line
 from lift_ray.results.output import Output
 from lift_ray.results.rows import describe
 
@@ -82,8 +82,9 @@ def run_search(
     interrupts.ask(lambda: print("stopping at the next step; once more ends it at once", flush=True))
     with monitor:
         run_jobs(engine, callbacks, slot_class)
-    if so_far and not search.is_over:
-        raise Stopped("".join(so_far), 128 + interrupts.signum)
+    if not search.is_over:
+        text = "".join(so_far) or _write_best_so_far(search, dataset, out)  # without so_far: something else ended Tune
+        raise Stopped(text, 128 + interrupts.signum if interrupts.came else 1)
     rows = list(search.rows())
     if best_of(rows, study.space) is None:
         raise none_finished(rows, out)
@@ -96,9 +97,12 @@ def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
     best = best_of(list(search.rows()), search.space)
     found = "none has finished yet"
     if best is not None:
-        figures = {name: value for name, value in best.last.items() if name.startswith("validation/")}
-        write_best(search.space, dataset, best, out, figures)
         found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
+        figures = {name: value for name, value in best.last.items() if name.startswith("validation/")}
+        try:
+            write_best(search.space, dataset, best, out, figures)
+        except (RunFailed, OSError) as error:  # a full disk must not keep the search from stopping
+            found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
     return (
         f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; "
         "add --resume to the command to continue"

@@ -16,6 +16,7 @@ import logging
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -28,12 +29,13 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from lift_ray.distributed.jobs import IdleJob, Job, SlotSettings
-from lift_ray.distributed.messages import Problem
+from lift_ray.distributed.messages import Problem, Stepped
 from lift_ray.distributed.search import Search
 from lift_ray.distributed.slot import REPLY, SLOT, Slot
 from lift_ray.errors import BadInput, RunFailed, last_line
 
-MAX_FAILURES = 2
+MAX_FAILURES = 2  # of a job, or of slots in a row that do not start; one more ends it
+MAX_TUNERS = 3
 LOOK_S = 5.0  # between two looks at the cluster's size
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they cost 0.03 to 0.06 s a trial; nobody reads what they write
@@ -61,6 +63,8 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
     Attributes:
         error: what ended the search.
         lost: number of slots that ended and should not have.
+        jobs: by Tune's id of the trial.
+        open_slots: numbers of the slots that have loaded what they need.
     """
 
     def __init__(
@@ -78,33 +82,47 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self.should_stop, self.on_step, self.keeps_slots = should_stop, on_step, keeps_slots
         self.error: Exception | None = None
         self.lost = 0
-        self.jobs: dict[str, Job] = {}  # by Tune's id of the trial
-        self.numbers: dict[str, int] = {}  # of the slots that work on them, or that will be started for them
-        self.open_slots: set[int] = set()  # numbers of those that have replied
-        self._trials: list[Any] = []  # of Tune, oldest first; those that no slot has taken up yet are pending
+        self.jobs: dict[str, Job] = {}
+        self.open_slots: set[int] = set()
+        self._opening: set[str] = set()  # Tune's ids of the jobs that are to open a slot, and have not yet
+        self._numbers: dict[str, int] = {}  # of the slots that work on jobs, or will be started for them
+        self._waiting: list[Any] = []  # Tune's trials that no slot has taken up yet, oldest first
         self._errors: dict[str, str] = {}
-        self._has_worked = False
+        self._failures: Counter[str] = Counter()  # by the job's key
+        self._failed_starts = 0  # in a row
         self._room, self._looked_at = 0, float("-inf")
 
     @property
     def num_slots(self) -> int:
-        """Slots that have replied, and are not lost."""
+        """Open slots."""
         return len(self.open_slots)
 
     # As the source of jobs
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The config of a new Tune trial; None when there is nothing to do now, or FINISHED."""
-        if self.error is not None or self.should_stop():
+        """The config of a new Tune trial; None when there is nothing to do now, or FINISHED.
+
+        A job is handed out when an open slot is free. It is then the newest that waits, so that slot takes it. Otherwise an
+        IdleJob opens another slot, if there is room and work for it.
+        """
+        if self.error is not None or self.should_stop() or self.search.is_over:
             return str(Searcher.FINISHED)
         if len(self.jobs) >= self._slots_now():
             return None
-        job = self.search.next_job() or self._idle_job()
+        opens = len(self.jobs) - len(self._opening) >= self.num_slots
+        if opens:
+            job: Job | None = IdleJob() if self.search.num_waiting > len(self._opening) else None
+        else:
+            job = self.search.next_job() or (IdleJob() if self.keeps_slots and not self._pending() else None)
         if job is None:
-            return str(Searcher.FINISHED) if not self.jobs and self.search.is_over else None
-        # A job that needs a new slot starts it with the lowest free number; another slot that takes the job keeps its own.
-        number = min(set(range(len(self.jobs) + 1)) - set(self.numbers.values()))
-        self.jobs[trial_id], self.numbers[trial_id] = job, number
+            if not opens:  # Tune keeps one slot without a job, and ends the others
+                self.open_slots = set(sorted(self.open_slots)[: len(self.jobs) - len(self._opening) + 1])
+            return None
+        if opens:
+            self._opening.add(trial_id)
+        # A new slot gets the lowest free number; an open one that takes the job keeps its own.
+        number = min(set(range(len(self.jobs) + 1)) - set(self._numbers.values()))
+        self.jobs[trial_id], self._numbers[trial_id] = job, number
         return {"slot": replace(self.slot, number=number), "job": job}
 
     def _slots_now(self) -> int:
@@ -112,22 +130,31 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
             self._room, self._looked_at = max(1, self.size()), time.monotonic()
         return self._room
 
-    def _idle_job(self) -> Job | None:
-        is_free = len(self.jobs) < self.num_slots
-        return IdleJob() if self.keeps_slots and is_free and not self.search.is_over and not self._pending() else None
-
     def _pending(self) -> list[Any]:
-        """Tune's trials that wait for a slot."""
-        self._trials = [trial for trial in self._trials if trial.status == "PENDING" and trial.trial_id in self.jobs]
-        return self._trials
+        """Jobs, as Tune's trials, that wait for a slot and are not to open one."""
+        self._waiting = [trial for trial in self._waiting if trial.status == "PENDING" and trial.trial_id in self.jobs]
+        return [trial for trial in self._waiting if trial.trial_id not in self._opening]
 
-    def failed_for_good(self, trial_id: str) -> None:
-        """A job that failed more than MAX_FAILURES times."""
+    def gave_up(self, trial_id: str) -> None:
+        """Tune starts no other slot for a job. Raises RunFailed when slots do not start, or for a job that cannot be done without."""
         job = self.jobs[trial_id]
         self._forget(trial_id)
-        if not self._has_worked:
-            raise RunFailed(f"slots must start, but none did; the last error: {self._errors[trial_id]}")
-        self.search.failed(job, self._errors[trial_id])
+        if isinstance(job, IdleJob):
+            if self._failed_starts > MAX_FAILURES:
+                raise RunFailed(f"slots must start, but {self._failed_starts} in a row did not; "
+                                f"the last error: {self._errors[trial_id]}")  # fmt: skip
+        elif self._failures[job.key] > MAX_FAILURES:
+            self.search.failed(job, self._errors[trial_id])
+        else:  # Tune counted a slot twice that died between two jobs
+            self.search.put_back(job)
+
+    def put_all_back(self) -> None:
+        """Start again with no slots: a new Tuner follows."""
+        for job in self.jobs.values():
+            if not isinstance(job, IdleJob):
+                self.search.put_back(job)
+        for known in (self.jobs, self._numbers, self._opening, self.open_slots, self._waiting):
+            known.clear()
 
     # TrialScheduler
 
@@ -137,24 +164,29 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """A job waits for a slot: for the first time, or again after it lost one."""
-        self._trials.append(trial)
+        self._waiting.append(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Store what a slot replied, then decide."""
-        with self._kept():
+        with self.kept():
             if self._take(trial.trial_id, result):
                 return str(self.CONTINUE)
         return str(self.STOP)
 
     def _take(self, trial_id: str, result: dict[str, Any]) -> bool:
-        reply, number, job = result[REPLY], int(result[SLOT]), self.jobs[trial_id]
-        self._has_worked = True
-        self.numbers[trial_id] = number
-        self.open_slots.add(number)
+        if (job := self.jobs.get(trial_id)) is None:  # it was put back
+            return False
+        reply = result[REPLY]
+        self._numbers[trial_id] = int(result[SLOT])
         if isinstance(reply, Problem):
             raise (BadInput if reply.is_bad_input else RunFailed)(reply.line)
+        if isinstance(reply, Stepped) and trial_id in self._opening:
+            return True
+        self._opening.discard(trial_id)
+        self.open_slots.add(self._numbers[trial_id])
+        self._failed_starts = 0
         if isinstance(job, IdleJob):
-            return not (self.search.has_job or self.search.is_over or self._pending())
+            return not (self.search.num_waiting or self._pending())
         return self.search.take(job, reply)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -167,21 +199,28 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A slot was lost. Tune starts another one for the job, which keeps the number, or tells the searcher that it gives up."""
-        if (job := self.jobs.get(trial.trial_id)) is None:
+        if (
+            job := self.jobs.get(trial.trial_id)
+        ) is None or trial.status == "PENDING":  # told twice: it died between two jobs
             return
         self.lost += 1
         self._errors[trial.trial_id] = _error_line(trial)
-        number = self.numbers[trial.trial_id]
+        number = self._numbers[trial.trial_id]
+        if trial.trial_id in self._opening:
+            self._failed_starts += 1
+        else:
+            self._failures[job.key] += 1
         self.open_slots.discard(number)
+        self._opening.add(trial.trial_id)  # the job waits for a slot of its own now
         trial.set_config({**trial.config, "slot": replace(self.slot, number=number)})
-        with self._kept():
+        with self.kept():
             self.search.interrupted(job)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The newest that waits. A slot that became free then takes the job that was just handed out, and not the one whose
-        own slot is starting, which Tune would end."""
-        pending = self._pending()
-        return pending[-1] if pending else None
+        """The newest that waits. A slot that became free then takes the job that was just handed out, and not one whose own
+        slot is starting, which Tune would end."""
+        self._pending()
+        return self._waiting[-1] if self._waiting else None
 
     def debug_string(self) -> str:
         """Nothing for Tune's own table, which is not shown."""
@@ -189,7 +228,8 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
     def _forget(self, trial_id: str) -> None:
         self.jobs.pop(trial_id, None)
-        self.numbers.pop(trial_id, None)
+        self._numbers.pop(trial_id, None)
+        self._opening.discard(trial_id)
 
     # Stopper
 
@@ -198,17 +238,18 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        """Tune asks this after each of its steps."""
-        with self._kept():
+        """Tune asks this after each of its steps. Slots that are still opening when the search is over are ended with it."""
+        with self.kept():
             self.on_step()
-        return self.error is not None or self.should_stop()
+            return self.error is not None or self.should_stop() or self.search.is_over
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its Stopper into a snapshot, which is never read."""
         return {}
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
+    def kept(self) -> Iterator[None]:
         """Keep an error for after the fit: Tune would make it a TuneError with a traceback."""
         try:
             yield
@@ -229,15 +270,15 @@ class JobSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next job; None when there is nothing to do now."""
-        with self.engine._kept():
+        with self.engine.kept():
             return self.engine.next_config(trial_id)
         return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tune gives a job up."""
         if error:
-            with self.engine._kept():
-                self.engine.failed_for_good(trial_id)
+            with self.engine.kept():
+                self.engine.gave_up(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: Optuna's storage has it all."""
@@ -260,8 +301,27 @@ def run_jobs(engine: Engine, callbacks: Sequence[tune.Callback] = (), slot_class
         slot_class: what does them.
         callbacks: of the user. They hear of every job: `trial.config["job"]` is a TrainJob for a trial.
 
-    Raises what ended the search early: BadInput, RunFailed, or what a callback raised.
+    Raises what ended the search early: BadInput, RunFailed, or ray.tune.TuneError for what a callback raised.
     """
+    for tuners in range(1, MAX_TUNERS + 1):
+        try:
+            _fit(engine, callbacks, slot_class)
+        except RuntimeError as error:
+            # Tune knows lost actors, but not one that Ray's memory monitor killed: its loop ends with this error.
+            if engine.error is None and tuners == MAX_TUNERS:
+                raise RunFailed(
+                    f"Ray Tune must run the search, but: {last_line(error)}; add --resume to continue"
+                ) from None
+            engine.put_all_back()
+        else:
+            break
+        if engine.error is not None:
+            break
+    if engine.error is not None:
+        raise engine.error
+
+
+def _fit(engine: Engine, callbacks: Sequence[tune.Callback], slot_class: type[Slot]) -> None:
     with _environment(), tempfile.TemporaryDirectory(prefix="lift_ray-tune-") as folder:
         tuner = tune.Tuner(
             slot_class,
@@ -276,8 +336,6 @@ def run_jobs(engine: Engine, callbacks: Sequence[tune.Callback] = (), slot_class
             ),
         )  # fmt: skip
         tuner.fit()
-    if engine.error is not None:
-        raise engine.error
 
 
 @contextmanager

@@ -73,7 +73,11 @@ class EvaluationJob:
 
 @dataclass(frozen=True)
 class IdleJob:
-    """Keep a slot that would be needed again: Tune ends all but one of those that have no job."""
+    """Open a slot, and keep it open while there is nothing to do. Replies Done, again and again.
+
+    Each slot begins with one, so that a trial is drawn, and its time counts, when a slot is there for it. Later it keeps a slot
+    that will be needed again: Tune ends all but one of those without a job.
+    """
 
     key: str = "idle"
 

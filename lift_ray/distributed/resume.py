@@ -42,14 +42,13 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
     out.folder.mkdir(parents=True, exist_ok=True)
     is_local = "://" not in out.url
     with _alone(out):
-        if not resume and out.holds(JOURNAL):  # of a driver that failed before it heard of an epoch
-            (out.folder / JOURNAL).unlink(missing_ok=True)
-            out.remove("checkpoints")
-        elif resume and not is_local and database is None:
+        if database is None and not is_local and out.holds(JOURNAL):
             with out.fetched(JOURNAL) as journal:
                 shutil.copyfile(journal, out.folder / JOURNAL)
         storage = database or open_storage(None, out.folder)
         study = Study(space, dataset, storage, resume=resume, shared=not is_local or database is not None)
+        if study.replaced:  # what its slots saved is of other settings
+            out.remove("checkpoints")
         try:
             yield study
         finally:

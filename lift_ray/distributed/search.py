@@ -83,9 +83,9 @@ class Search:
         return job
 
     @property
-    def has_job(self) -> bool:
-        """Whether `next_job` has one, without drawing a trial."""
-        return self._num_to_start() > 0 or bool(self._waiting())
+    def num_waiting(self) -> int:
+        """How many jobs `next_job` could hand out now."""
+        return max(0, self._num_to_start()) + len(self._waiting())
 
     def take(self, job: Job, reply: Reply) -> bool:
         """Store and act on what a slot replied; returns whether the slot continues with this job. Raises RunFailed."""
@@ -107,10 +107,16 @@ class Search:
         if (row := self._row(job)) is not None:
             row.state = "waiting"
 
+    def put_back(self, job: Job) -> None:
+        """A job is to be handed out again."""
+        self.interrupted(job)
+        self._ended(job)
+
     def failed(self, job: Job, error: str) -> None:
         """A job failed as often as it may. Raises RunFailed for one that the search cannot do without."""
         if (row := self._row(job)) is None:
             raise RunFailed(f"the final comparison must finish, but {error}; add --resume to try again")
+        self._tell_started(row)
         self._end(row, "failed", error)
         self._ended(job)
 
@@ -161,10 +167,7 @@ class Search:
 
     def _began(self, row: TrialRow, reply: Began) -> bool:
         row.state, row.num_epochs = "running", reply.epochs
-        if row.number not in self._told:
-            self._told.add(row.number)
-            for watcher in self.watchers:
-                watcher.started(row)
+        self._tell_started(row)
         known = {"trained_parameters": reply.trained_parameters}
         broken = {n: v for n, v in known.items() if (limit := self.space.constraints.get(n)) and limit.excess(v) > 0}
         if broken:
@@ -174,6 +177,12 @@ class Search:
         for figures in reply.history[len(row.history) :]:  # saved, but the driver was gone before it heard
             self._reported(row, figures)
         return self._after_epoch(row)
+
+    def _tell_started(self, row: TrialRow) -> None:
+        if row.number not in self._told:
+            self._told.add(row.number)
+            for watcher in self.watchers:
+                watcher.started(row)
 
     def _reported(self, row: TrialRow, figures: Mapping[str, Any]) -> None:
         self.study.report(row, {name: value for name, value in figures.items() if isinstance(value, int | float)})

@@ -48,6 +48,7 @@ class Study:
     Attributes:
         rows: the trials, by number.
         results: what jobs after the trials found, by their keys.
+        replaced: whether it took the place of a study whose driver failed before the first epoch.
 
     Raises BadInput: the storage holds such a search already, or, to resume, none or another one; another driver is at work.
     """
@@ -60,6 +61,7 @@ class Study:
         self.space, self.storage, self.shared = space, storage, shared
         self.rows: dict[int, TrialRow] = {}
         self.results: dict[str, dict[str, Any]] = {}
+        self.replaced = False
         self._trials: dict[int, optuna.Trial] = {}
         self._points = grid_points(space.space) if space.search.sampler == "grid" else space.start_points()
         self._beaten_at = -math.inf
@@ -67,10 +69,12 @@ class Study:
         known = set(optuna.get_all_study_names(storage))
         if not resume:
             for taken in sorted(known & set(names.values())):
+                check_alone(storage, taken)
                 if reports_in(storage, taken):
                     raise BadInput(f"--storage: must not hold a study named {taken} yet, but it does; "
                                    "add --resume to continue it, or change `name`")  # fmt: skip
                 optuna.delete_study(study_name=taken, storage=storage)  # its driver failed before the first epoch
+                self.replaced = True
         if resume and not known & set(names.values()):
             raise BadInput(
                 f"--resume: must name a search that has started, but there is no study {space.name}; leave out --resume"
@@ -84,7 +88,8 @@ class Study:
         about = described(space, dataset)
         if resume and (difference := differences(self._first.user_attrs.get("settings", about), about)):
             raise BadInput(difference)
-        self._check_alone()
+        if shared:
+            check_alone(storage, self._first.study_name)
         self.beat()
         self._first.set_user_attr("settings", about)
         for kind, study in self._studies.items():
@@ -93,14 +98,6 @@ class Study:
         self.rows = dict(sorted(self.rows.items()))
         found = self._first.user_attrs.items()
         self.results = {key.removeprefix(RESULT): value for key, value in found if key.startswith(RESULT)}
-
-    def _check_alone(self) -> None:
-        driver = self._first.user_attrs.get("driver")
-        if not self.shared or driver is None or driver["id"] == _me():
-            return
-        if (silent_s := time.time() - driver["at"]) < LOST_S:
-            raise BadInput(f"--storage: must have one driver, but {driver['id']} works on {self.space.name} (heard {silent_s:.0f} s "
-                           f"ago); stop it, or try again in {LOST_S - silent_s:.0f} s if it is gone")  # fmt: skip
 
     def beat(self) -> bool:
         """Tell other drivers that this one lives; called often, written now and then.
@@ -274,6 +271,16 @@ def reports_in(storage: BaseStorage, name: str) -> bool:
     """Whether a trial of a study has reported an epoch, or ended."""
     trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
     return any("end" in trial.user_attrs or "epoch 1" in trial.user_attrs for trial in trials)
+
+
+def check_alone(storage: BaseStorage, name: str) -> None:
+    """Raises BadInput when another driver was heard of lately. Those of a local folder are told apart by its lock instead."""
+    driver = storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get("driver")
+    if driver is None or driver["id"] == _me():
+        return
+    if (silent_s := time.time() - driver["at"]) < LOST_S:
+        raise BadInput(f"--storage: must have one driver, but {driver['id']} works on {name} (heard {silent_s:.0f} s "
+                       f"ago); stop it, or try again in {LOST_S - silent_s:.0f} s if it is gone")  # fmt: skip
 
 
 def stored_search(storage: BaseStorage) -> tuple[bool, dict[str, Any]]:

@@ -75,11 +75,11 @@ class Worker:
 
     def _run(self, job: Job) -> Iterator[Reply]:
         try:
+            warm = self._warm = self._warm or self._open()
             if isinstance(job, IdleJob):
                 yield from self._idle()
-                return
-            warm = self._warm = self._warm or self._open()
-            yield from self._train(job, warm) if isinstance(job, TrainJob) else self._evaluate(job, warm)
+            else:
+                yield from self._train(job, warm) if isinstance(job, TrainJob) else self._evaluate(job, warm)
         except StopAsked:
             yield self._progress
         except (BadInput, RunFailed) as error:
@@ -98,8 +98,9 @@ class Worker:
 
     def _idle(self) -> Iterator[Reply]:
         pause_s = SHORTEST_IDLE_S
+        yield Done({})
         while not self._stop.wait(pause_s):
-            yield Stepped(0, 0)
+            yield Done({})
             pause_s = min(LONGEST_IDLE_S, 1.2 * pause_s)
 
     def _train(self, job: TrainJob, warm: Warm) -> Iterator[Reply]:
@@ -153,17 +154,17 @@ class Worker:
 
     def _evaluate(self, job: EvaluationJob, warm: Warm) -> Iterator[Reply]:
         """One Done: the figures for each tau, and what an ensemble reports."""
-        began = time.monotonic()
         run = run_of(RunConfig.model_validate(job.config), [warm])
         if job.checkpoint is not None:
             with self._output.fetched(job.checkpoint) as folder:
                 checkpoint.load_weights(folder, run.model)
         self._watch(run)
+        began = time.monotonic()
         found = evaluate_each(run, job.split, job.taus)
+        seconds = {"trained_parameters": run.num_trained, "time/evaluate_s": time.monotonic() - began}
         if job.split == "test" and self.rank == 0:
             for tau, (_, table) in zip(job.taus, found, strict=True):
                 write_predictions(table, self._output, predictions_of(job.model, tau))
-        seconds = {"trained_parameters": run.num_trained, "time/evaluate_s": time.monotonic() - began}
         report = {"report": run.report(job.split)} if isinstance(run, Ensemble) and job.split == "test" else {}
         yield Done({"figures": [figures | seconds for figures, _ in found], **report})
 
