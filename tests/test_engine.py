@@ -21,14 +21,15 @@ from optuna.storages import InMemoryStorage
 from played import METRIC, log_of, run_on_ray, searched, space
 from ray import tune
 
-from lift_ray.distributed import engine
+from lift_ray.distributed import tuner
 from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.engine import Engine, JobSearcher
+from lift_ray.distributed.engine import Engine
 from lift_ray.distributed.jobs import SlotSettings, TrainJob
 from lift_ray.distributed.messages import Done
 from lift_ray.distributed.search import Search
 from lift_ray.distributed.slot import Slot
 from lift_ray.distributed.study import Study, open_storage
+from lift_ray.distributed.tuner import JobSearcher
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.results.output import Output
 
@@ -212,11 +213,11 @@ def test_tune_keeps_neither_settings_nor_secrets_of_ours(monkeypatch: pytest.Mon
     from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
     before = set(ENV_VARS_TO_PROPAGATE)
-    assert before >= engine.SECRETS, "Ray has another list; see what it would show of the environment"
+    assert before >= tuner.SECRETS, "Ray has another list; see what it would show of the environment"
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "1")
     monkeypatch.delenv("TUNE_GLOBAL_CHECKPOINT_S", raising=False)
-    with engine._environment():
-        assert not ENV_VARS_TO_PROPAGATE & engine.SECRETS
+    with tuner._environment():
+        assert not ENV_VARS_TO_PROPAGATE & tuner.SECRETS
         assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
     assert before == ENV_VARS_TO_PROPAGATE
     assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "1"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lift_ray.distributed.autoscaler import autoscaler_config
 from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.engine import Engine, run_jobs
+from lift_ray.distributed.engine import Engine
 from lift_ray.distributed.final_comparison import SearchResult, best_of, conclude, none_finished, write_best
 from lift_ray.distributed.interrupts import Interrupts
 from lift_ray.distributed.jobs import SlotSettings
@@ -17,6 +17,7 @@ from lift_ray.distributed.monitor import Monitor, time_breakdown
 from lift_ray.distributed.search import Search, Watcher
 from lift_ray.distributed.slot import Slot
 from lift_ray.distributed.study import Study
+from lift_ray.distributed.tuner import run_jobs
 from lift_ray.errors import RunFailed, Stopped, last_line
 from lift_ray.results.output import Output
 from lift_ray.results.rows import describe
