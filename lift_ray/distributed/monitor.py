@@ -20,6 +20,7 @@ from lift_ray.results.tables import console, trial_table
 
 LINE_EVERY_S = 30.0  # without a terminal: at least one line in this time
 SHOW_EVERY_S = 1.0
+WRITE_SHARE = 0.05  # of the time that writing the table of trials may take
 
 
 class Monitor:
@@ -41,6 +42,7 @@ class Monitor:
         self.last_result_s = 0.0
         self.trials_over_s: float | None = None
         self.num_slots = 1
+        self._changed, self._write_at = False, self.began
         self._num_told = 0  # of the final comparison
         self._said_at = self._shown_at = self.began
         self.console = console()
@@ -75,7 +77,8 @@ class Monitor:
 
     def ended(self, row: TrialRow) -> None:
         """A trial ran to its end, was stopped early, or failed."""
-        self._write()
+        self._changed = True
+        self._write_when_due()
         if self.search.trials_are_over and self.trials_over_s is None:
             self.trials_over_s = self._seconds()
         value = row.last.get(self.space.objective[0])
@@ -92,6 +95,7 @@ class Monitor:
             self._num_told += 1
             what = f"{job.model} on {job.split}" if isinstance(job, EvaluationJob) else "another seed"
             self._say(f"{self._compared()} ({what})")
+        self._write_when_due()
         now = time.monotonic()
         if now - self._shown_at < SHOW_EVERY_S:
             return
@@ -110,9 +114,16 @@ class Monitor:
     def _seconds(self) -> float:
         return time.monotonic() - self.began
 
+    def _write_when_due(self) -> None:
+        """Write the table of trials, for at most a twentieth of the time: it is as long as the search has trials."""
+        if self._changed and time.monotonic() >= self._write_at:
+            self._write()
+
     def _write(self) -> None:
+        began = time.monotonic()
         write_rows(self.rows.values(), self.out.folder)
         self.out.publish()
+        self._changed, self._write_at = False, time.monotonic() + (time.monotonic() - began) / WRITE_SHARE
 
     def _show(self) -> None:
         if self.live:
