@@ -41,6 +41,7 @@ SEARCH = ["lift_ray.tune", "search_spaces/quickstart.yaml", "search.trials=20", 
 TRAIN = ["lift_ray.train", "search_spaces/lift_plus.yaml", "--workers", "2", "--dashboard"]
 RUNS = "/api/train/v2/runs/v1"
 VIEWS = ("jobs", "cluster", "actors")
+POINTS = 30  # of a graph, 2 s apart
 ENDED = 4  # trials, so that there is something to see
 REPORT = {  # picture: sections of the page that it shows
     "desktop": ("header", "#posthoc-tau"),
@@ -78,6 +79,7 @@ def watch_search(browser: Browser, folder: Path, out: str) -> None:
         for name in VIEWS:
             shoot(seen, f"{dashboard}/#/{name}", name)
         if graphs:
+            until(lambda: len(points(graphs)) >= POINTS, "points to draw")
             (folder / "metrics.html").write_text(panels(graphs))
             shoot(seen, f"file://{folder}/metrics.html", "metrics")
         else:
@@ -205,6 +207,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [rows[0].keys(), *(row.values() for row in rows)]
     cells = ["".join(f"<td>{escape(str(cell))}</td>" for cell in line) for line in lines]
     return f"<table><tr>{'<tr>'.join(cells)}</table>"
+
+
+def points(address: str) -> list[Any]:
+    """Of the slowest of the series that are drawn: Prometheus finds a node some time after it is there."""
+    query = {"query": "ray_lift_ray_study_trials", "start": time.time() - 150, "end": time.time(), "step": 2}
+    found = json.loads(read(f"{address}/api/v1/query_range?{urlencode(query)}"))["data"]["result"]
+    return min((series["values"] for series in found), key=len, default=[])
 
 
 def panels(address: str) -> str:

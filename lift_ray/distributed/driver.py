@@ -67,6 +67,7 @@ def run_search(
         if study.beat():
             out.publish()
         monitor.tick(engine.num_slots)
+        metrics.tick()
 
     so_far: list[str] = []
 
@@ -79,7 +80,8 @@ def run_search(
         search, SlotSettings(dataset, need, out.url, study.space.name), size, should_stop=should_stop,
         on_step=on_step, keeps_slots=not autoscaler_config(),
     )  # fmt: skip
-    search.watchers += [monitor, StudyMetrics(study.space, study.rows, engine), *watchers]
+    metrics = StudyMetrics(study.space, study.rows, engine)
+    search.watchers += [monitor, metrics, *watchers]
     interrupts.ask(lambda: print("stopping at the next step; once more ends it at once", flush=True))
     with monitor:
         run_jobs(engine, callbacks, slot_class)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Protocol
@@ -19,6 +20,7 @@ STUDY_GAUGES = {
     "slots": ("process groups that trials run in", None),
     "slot_restarts": ("slots lost and replaced since this driver began", None),
 }
+TELL_EVERY_S = 2.0  # more often than Ray and Prometheus look
 SLOT_GAUGES = {
     "images_per_s": "training images a second of a slot, over the last second or epoch",
     "data_wait_frac": "share of training time that a slot waited for data",
@@ -50,7 +52,13 @@ class StudyMetrics:
         }
         for gauge in self._gauges.values():
             gauge.set_default_tags({"study": space.name})
+        self._told_at = 0.0
         self._tell()
+
+    def tick(self) -> None:
+        """Called often: tells everything again now and then, as Ray drops a value that was not set since it last looked."""
+        if time.monotonic() - self._told_at >= TELL_EVERY_S:
+            self._tell()
 
     def started(self, row: TrialRow) -> None:
         """A trial was handed to a slot."""
@@ -65,6 +73,7 @@ class StudyMetrics:
         self._tell()
 
     def _tell(self) -> None:
+        self._told_at = time.monotonic()
         states = Counter(row.state for row in self.rows.values())
         states["to_come"] = self.space.num_trials - len(self.rows)
         for state in STATES:
