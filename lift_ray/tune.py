@@ -90,6 +90,33 @@ def tune(
         check_before_start(space, dataset, out=out or space.out, storage=storage, resume=resume, log_to=log_to or [])
         _print_plan(space, dataset, data)
         return
+    assert data is not None
+    _search(
+        space,
+        dataset,
+        data,
+        out or space.out,
+        storage=storage,
+        resume=resume,
+        dashboard=dashboard,
+        live_port=live_port if live else None,
+        log_to=log_to or [],
+    )
+
+
+def _search(
+    space: SpaceFile,
+    dataset: str,
+    data: Dataset,
+    out: str | None,
+    *,
+    storage: str | None,
+    resume: bool,
+    dashboard: bool,
+    live_port: int | None,
+    log_to: list[str],
+) -> None:
+    """Start or join Ray, search, write the results and print them."""
     from lift_ray.distributed.cluster import connected, dashboard_url
     from lift_ray.distributed.driver import run_search
     from lift_ray.distributed.final_comparison import machine, write_result
@@ -102,8 +129,7 @@ def tune(
     from lift_ray.results.rows import write_json
     from lift_ray.results.studies import BEGUN
 
-    assert data is not None
-    target = Output(out or space.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    target = Output(out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began, status = time.monotonic(), Status()
     where = os.environ.get("RAY_ADDRESS")
     print(
@@ -112,9 +138,9 @@ def tune(
     )
     with (
         Interrupts() as interrupts,
-        trackers(log_to or [], space.name, target.folder) as watchers,
+        trackers(log_to, space.name, target.folder) as watchers,
         study_in(target, space, dataset, url=storage, resume=resume) as study,
-        served(space, study.rows, target.folder, live_port if live else None, status) as page,
+        served(space, study.rows, target.folder, live_port, status) as page,
         connected(dashboard=dashboard, metadata=job_metadata(space, page)) as nodes,
     ):
         from lift_ray.distributed.capacity import num_slots, slots_now

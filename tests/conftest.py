@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 
 TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
 EVALUATION_COUNT = 3
+SMALL_SPACE = """\
+name: e2e
+dataset: {data}
+base:
+  backbone: {{model: '{clip}'}}
+  optim: {{epochs: 3, global_batch_size: 16}}
+space:
+  tuner.kind:       {{choices: [adaptformer, lora, linear_probe]}}
+  tuner.bottleneck: {{int: [2, 16], log: true, when: {{tuner.kind: [adaptformer, lora]}}}}
+  loss.tau:         {{float: [0.0, 2.0]}}
+  optim.lr:         {{float: [1.0e-3, 3.0e-1], log: true}}
+start:
+  - {{name: the recipe, tuner.kind: adaptformer, tuner.bottleneck: 4, loss.tau: 1.0, optim.lr: 0.02}}
+search: {{trials: 8, scheduler: {{kind: asha, grace_epochs: 1, reduction_factor: 3}}}}
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,6 +87,14 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file({n: t.contiguous() for n, t in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
+    """A search of eight trials on the small data, as a file."""
+    path = tmp_path_factory.mktemp("space") / "e2e.yaml"
+    path.write_text(SMALL_SPACE.format(data=small_data, clip=small_clip))
+    return path
 
 
 @pytest.fixture

@@ -19,18 +19,11 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
-from test_tune import SPACE, epochs, stored
+from test_tune import epochs, stored
 
 from lift_ray import tune
 from lift_ray.distributed.study import JOURNAL
 from lift_ray.settings.files import read_run
-
-
-@pytest.fixture(scope="module")
-def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
-    path = tmp_path_factory.mktemp("space") / "e2e.yaml"
-    path.write_text(SPACE.format(data=small_data, clip=small_clip, trials=8))
-    return path
 
 
 @pytest.fixture
@@ -88,11 +81,9 @@ def test_ctrl_c_and_sigterm_write_the_best_so_far_and_say_how_to_continue(
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "victim"), [(1, "ray::Slot"), (2, "ray::RankWorker")])
 def test_a_slot_that_loses_a_process_is_replaced_and_its_trial_continues(
-    workers: int, victim: str, small_data: str, small_clip: str, tmp_path: Path, ray_session: None
+    workers: int, victim: str, space_file: Path, tmp_path: Path, ray_session: None
 ) -> None:
-    space, out = tmp_path / "space.yaml", tmp_path / "out"
-    text = SPACE.format(data=small_data, clip=small_clip, trials=2)
-    space.write_text(text.replace("epochs: 3", "epochs: 40"))
+    out = tmp_path / "out"
     killed: list[int] = []
 
     def kill_one_slot() -> None:
@@ -108,8 +99,13 @@ def test_a_slot_that_loses_a_process_is_replaced_and_its_trial_continues(
 
     killer = threading.Thread(target=kill_one_slot)
     killer.start()
-    words = ["search.scheduler.kind=none", f"scale.workers_per_trial={workers}"]
-    assert not tune.main([str(space), *words, "--out", str(out)])
+    words = [
+        "search.trials=2",
+        "base.optim.epochs=40",
+        "search.scheduler.kind=none",
+        f"scale.workers_per_trial={workers}",
+    ]
+    assert not tune.main([str(space_file), *words, "--out", str(out)])
     killer.join()
     assert killed
     table = pq.read_table(out / "trials.parquet").to_pylist()
@@ -120,30 +116,25 @@ def test_a_slot_that_loses_a_process_is_replaced_and_its_trial_continues(
         )
 
 
-KILLED = """\
-name: killed
-dataset: {data}
-base:
-  backbone: {{model: '{clip}'}}
-  optim: {{epochs: 2, global_batch_size: 16}}
-space:
-  loss.tau: {{float: [0.0, 2.0]}}
-  optim.lr: {{float: [1.0e-3, 3.0e-1], log: true}}
-search: {{trials: 24, sampler: random, scheduler: {{kind: none}}, tte_best: 0}}
-"""
+KILLED = [
+    "search.trials=24",
+    "base.optim.epochs=2",
+    "search.sampler=random",
+    "search.scheduler.kind=none",
+    "search.tte_best=0",
+]
 
 
 @pytest.mark.slow
 def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
-    small_data: str, small_clip: str, tmp_path: Path, ray_session: None, drivers: list[subprocess.Popen[str]]
+    space_file: Path, tmp_path: Path, ray_session: None, drivers: list[subprocess.Popen[str]]
 ) -> None:
-    file, out = tmp_path / "space.yaml", tmp_path / "out"
-    file.write_text(KILLED.format(data=small_data, clip=small_clip))
+    out, words = tmp_path / "out", [str(space_file), *KILLED]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     chance = random.Random(7)
     for attempt in range(3):
-        words = ["--resume"] if attempt else []
-        command = [sys.executable, "-m", "lift_ray.tune", str(file), "--out", str(out), *words]
+        resume = ["--resume"] if attempt else []
+        command = [sys.executable, "-m", "lift_ray.tune", *words, "--out", str(out), *resume]
         drivers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True))
         size = (out / JOURNAL).stat().st_size if attempt else 0
         ends = time.monotonic() + 90
@@ -157,9 +148,9 @@ def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
         drivers[-1].send_signal(signal.SIGKILL)
         drivers[-1].wait()
     before = stored_epochs(out)
-    assert not tune.main([str(file), "--out", str(out), "--resume"])
+    assert not tune.main([*words, "--out", str(out), "--resume"])
     undisturbed = tmp_path / "undisturbed"
-    assert not tune.main([str(file), "scale.max_concurrent=1", "--out", str(undisturbed)])
+    assert not tune.main([*words, "scale.max_concurrent=1", "--out", str(undisturbed)])
     table, other = (pq.read_table(folder / "trials.parquet").to_pylist() for folder in (out, undisturbed))
     assert [row["state"] for row in table] == ["finished"] * 24
     for name in ("number", "optim.lr", "loss.tau", "validation/mean_class_accuracy", "train/loss"):
@@ -175,5 +166,5 @@ def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
 
 def stored_epochs(out: Path) -> dict[tuple[int, str], Any]:
     """Every stored epoch with its times, so that one that was done again is seen."""
-    trials = stored(out, "killed")
+    trials = stored(out)
     return {(t.number, key): value for t in trials for key, value in t.user_attrs.items() if key.startswith("epoch ")}

@@ -5,20 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_tune import SPACE
 
 from lift_ray import tune
 from lift_ray.distributed.resume import study_in
 from lift_ray.errors import BadInput
 from lift_ray.results.output import Output
 from lift_ray.settings.space import read_space
-
-
-@pytest.fixture(scope="module")
-def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
-    path = tmp_path_factory.mktemp("space") / "e2e.yaml"
-    path.write_text(SPACE.format(data=small_data, clip=small_clip, trials=8))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -21,28 +21,6 @@ from lift_ray.errors import BadInput
 from lift_ray.settings.files import read_run
 
 TRIALS = 8
-SPACE = """\
-name: e2e
-dataset: {data}
-base:
-  backbone: {{model: '{clip}'}}
-  optim: {{epochs: 3, global_batch_size: 16}}
-space:
-  tuner.kind:       {{choices: [adaptformer, lora, linear_probe]}}
-  tuner.bottleneck: {{int: [2, 16], log: true, when: {{tuner.kind: [adaptformer, lora]}}}}
-  loss.tau:         {{float: [0.0, 2.0]}}
-  optim.lr:         {{float: [1.0e-3, 3.0e-1], log: true}}
-start:
-  - {{name: the recipe, tuner.kind: adaptformer, tuner.bottleneck: 4, loss.tau: 1.0, optim.lr: 0.02}}
-search: {{trials: {trials}, scheduler: {{kind: asha, grace_epochs: 1, reduction_factor: 3}}}}
-"""
-
-
-@pytest.fixture(scope="module")
-def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_clip: str) -> Path:
-    path = tmp_path_factory.mktemp("space") / "e2e.yaml"
-    path.write_text(SPACE.format(data=small_data, clip=small_clip, trials=TRIALS))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +39,10 @@ def searched(space_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_ses
     return out
 
 
-def stored(out: Path, name: str = "e2e") -> list[optuna.trial.FrozenTrial]:
+def stored(out: Path) -> list[optuna.trial.FrozenTrial]:
     """Optuna's trials, in the order of their numbers, as its own loader finds them."""
     storage = JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
-    trials = optuna.load_study(study_name=name, storage=storage).trials
+    trials = optuna.load_study(study_name="e2e", storage=storage).trials
     return sorted((t for t in trials if "trial" in t.user_attrs), key=lambda t: t.user_attrs["trial"]["number"])
 
 

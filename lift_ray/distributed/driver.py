@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from lift_ray.distributed.autoscaler import autoscaler_config
@@ -49,7 +50,7 @@ def run_search(
         out: for checkpoints and the trials table.
         num_images: of each split, for the time that is left.
         show: takes a line about how far the search is, once a second.
-        watchers: told what happens to trials, beside the table on the terminal and Ray's metrics.
+        watchers: told what happens to trials, as the table on the terminal is.
         callbacks: of Ray Tune, for users of Python. They hear of every job of a slot: `trial.config["job"]` is a
             `jobs.TrainJob` for a trial, and results between epochs have no figures.
         slot_class: what does the jobs; tests have one that trains nothing.
@@ -63,32 +64,32 @@ def run_search(
     search = Search(study, out)
     monitor = Monitor(search, num_images, show)
 
+    @cache
+    def best_so_far() -> str:
+        return _write_best_so_far(search, dataset, out)
+
+    def should_stop() -> bool:
+        if interrupts.came:
+            best_so_far()  # before the slots stop: whoever sent the signal may not wait long
+        return interrupts.came
+
     def on_step() -> None:
         if study.beat():
             out.publish()
         monitor.tick(engine.num_slots)
         metrics.tick()
 
-    so_far: list[str] = []
-
-    def should_stop() -> bool:
-        if interrupts.came and not so_far:  # before the slots stop: whoever sent the signal may not wait long
-            so_far.append(_write_best_so_far(search, dataset, out))
-        return interrupts.came
-
-    engine = Engine(
-        search, SlotSettings(dataset, need, out.url, study.space.name), size, should_stop=should_stop,
-        on_step=on_step, keeps_slots=not autoscaler_config(),
-    )  # fmt: skip
+    slot = SlotSettings(dataset, need, out.url, study.space.name)
+    keeps_slots = not autoscaler_config()
+    engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)
     metrics = StudyMetrics(study.space, study.rows, engine)
-    search.watchers += [monitor, metrics, *watchers]
+    search.watchers += [monitor, *watchers]
     interrupts.ask(lambda: print("stopping at the next step; once more ends it at once", flush=True))
     with monitor:
         run_jobs(engine, callbacks, slot_class)
-    if not search.is_over:
-        text = "".join(so_far) or _write_best_so_far(search, dataset, out)  # without so_far: something else ended Tune
-        raise Stopped(text, 128 + interrupts.signum if interrupts.came else 1)
-    rows = list(search.rows())
+    if not search.is_over:  # a signal came, or Tune was ended by other means
+        raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
+    rows = search.rows()
     if best_of(rows, study.space) is None:
         raise none_finished(rows, out)
     times = time_breakdown(rows, monitor, max(1, engine.num_slots), time.monotonic() - began)
@@ -97,7 +98,7 @@ def run_search(
 
 def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
     """Write OUT/best and OUT/best.yaml; returns the line that says how far the search is."""
-    best = best_of(list(search.rows()), search.space)
+    best = best_of(search.rows(), search.space)
     found = "none has finished yet"
     if best is not None:
         found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"

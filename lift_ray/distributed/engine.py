@@ -1,4 +1,4 @@
-"""The engine of a search: what Ray Tune asks and tells while it runs the jobs. tuner.py starts it."""
+"""The engine of a search: Ray Tune's scheduler, stopper and source of jobs in one. tuner.py starts it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOK_S = 5.0  # between two looks at the cluster's size
 
 
 class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
-    """What Tune asks and tells: it keeps track of which slot has which job, and passes all else on to the search.
+    """Keeps track of which slot has which job, and passes the rest of what Tune asks and tells on to the search.
 
     Args:
         size: number of slots that the cluster can hold now.
@@ -115,8 +115,10 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self._forget(trial_id)
         if isinstance(job, IdleJob):
             if self._failed_starts > MAX_FAILURES:
-                raise RunFailed(f"slots must start, but {self._failed_starts} in a row did not; "
-                                f"the last error: {self._errors[trial_id]}")  # fmt: skip
+                raise RunFailed(
+                    f"slots must start, but {self._failed_starts} in a row did not; "
+                    f"the last error: {self._errors[trial_id]}"
+                )
         elif self._failures[job.key] > MAX_FAILURES:
             self.search.failed(job, self._errors[trial_id])
         else:  # Tune counted a slot twice that died between two jobs
@@ -173,9 +175,8 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A slot was lost. Tune starts another one for the job, which keeps the number, or tells the searcher that it gives up."""
-        if (
-            job := self.jobs.get(trial.trial_id)
-        ) is None or trial.status == "PENDING":  # told twice: it died between two jobs
+        job = self.jobs.get(trial.trial_id)
+        if job is None or trial.status == "PENDING":  # told a second time, of a slot that died between two jobs
             return
         self.lost += 1
         self._errors[trial.trial_id] = _error_line(trial)
@@ -232,7 +233,7 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
 
 def _error_line(trial: Any) -> str:
-    """What ended a slot: the last line of what it raised, or that its processes were lost."""
+    """Why a slot ended: the last line of its error, or that its processes were lost."""
     with suppress(OSError):
         text = Path(trial.error_file).read_text()
         text = text[text.rindex("Failure # ") :]  # one for each time that the job failed

@@ -79,11 +79,6 @@ class Entry:
     row: TrialRow | None = None
 
 
-def has_text(space: SpaceFile) -> bool:
-    """Whether the foundation model knows names: those of timm have no text tower."""
-    return not space.config({}).backbone.model.startswith("timm:")
-
-
 def zero_shot(space: SpaceFile) -> Model:
     """The foundation model as it is."""
     changes = {"method.kind": "lift", "tuner.kind": "zero_shot", "extra_tuner": None}
@@ -134,29 +129,23 @@ def final_jobs(space: SpaceFile, rows: Sequence[TrialRow], results: Results, *, 
 
 
 def comparison_seconds(
-    space: SpaceFile,
-    waiting: Sequence[Job],
-    num_images: Mapping[str, int],
-    image_s: float,
-    run_s: float,
-    *,
-    is_over: bool,
+    space: SpaceFile, jobs: Sequence[Job] | None, num_images: Mapping[str, int], image_s: float, run_s: float
 ) -> float:
-    """An estimate of the slot time that the rest of the final comparison takes.
+    """Estimated slot time of the rest of the final comparison.
 
     Args:
-        waiting: the jobs that are known; until the trials are over, what the space asks for counts instead.
+        jobs: those that are left; None while trials run, when what the space asks for counts.
         num_images: of each split.
         image_s: to evaluate an image.
         run_s: to train a run to its end.
     """
-    if not is_over:
+    if jobs is None:
         both = num_images["validation"] + num_images["test"]
         images = (2 + CROPS * space.search.tte_best) * both + len(space.start) * num_images["test"]
         return image_s * images + run_s * (space.search.seeds_best - 1) * (1 + bool(space.start))
-    evaluations = [job for job in waiting if isinstance(job, EvaluationJob)]
+    evaluations = [job for job in jobs if isinstance(job, EvaluationJob)]
     images = sum(num_images[job.split] * (CROPS if job.model.endswith(TTE) else 1) for job in evaluations)
-    return image_s * images + run_s * (len(waiting) - len(evaluations))
+    return image_s * images + run_s * (len(jobs) - len(evaluations))
 
 
 def own_last(model: Model, taus: Sequence[float]) -> tuple[float, ...]:
@@ -165,7 +154,7 @@ def own_last(model: Model, taus: Sequence[float]) -> tuple[float, ...]:
 
 
 def results_of(job: EvaluationJob, value: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a slot found, by the keys under which it is stored: one for each tau."""
+    """A slot's results by the keys under which they are stored: one for each tau."""
     further = {name: found for name, found in value.items() if name != "figures"}
     return {
         result_key(job.model, job.split, tau): {**figures, **(further if tau == job.taus[-1] else {})}
@@ -181,7 +170,7 @@ def result_key(model: str, split: str, tau: float) -> str:
 def early_comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
     """Zero-shot, where the foundation model has a text tower, and the baselines that are finished."""
     labels, plain = space.start_labels(), zero_shot(space)
-    out = [Entry("zero-shot", plain, plain.tau)] if has_text(space) else []
+    out = [Entry("zero-shot", plain, plain.tau)] if space.config({}).backbone.has_text else []
     for row in rows:
         if row.start is not None and row.state == "finished":
             model = trained(space, row)
@@ -229,9 +218,10 @@ def best_of(rows: Sequence[TrialRow], space: SpaceFile) -> TrialRow | None:
 
 def none_finished(rows: Sequence[TrialRow], out: Output) -> RunFailed:
     """The error of a search without a finished trial."""
-    errors = [row.error for row in rows if row.error]
-    return RunFailed(f"{out}: at least one trial must finish, but none of {len(rows)} did"
-                     + (f"; the last error: {errors[-1]}" if errors else "") + "; see trials.csv")  # fmt: skip
+    errors = [f"; the last error: {row.error}" for row in rows if row.error]
+    return RunFailed(
+        f"{out}: at least one trial must finish, but none of {len(rows)} did{''.join(errors[-1:])}; see trials.csv"
+    )
 
 
 def _ranked(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
@@ -251,13 +241,14 @@ def posthoc_curve(space: SpaceFile, best: TrialRow, results: Results) -> list[di
 
 def ensembles(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
     """The finished trials of `method: backdoor`."""
+    # Most searches have none. This answers without validating the settings of all trials whenever one has ended.
     if not any("method" in name for name in (*space.base, *space.space)):
         return []
     return [row for row in rows if row.state == "finished" and space.config(row.values).members()]
 
 
 def ensemble_results(space: SpaceFile, rows: Sequence[TrialRow], results: Results) -> list[dict[str, Any]]:
-    """What the models of each finished trial of `method: backdoor` do together on the test split.
+    """Test metrics of each finished trial of `method: backdoor`, and the gain of its models over each alone.
 
     Returns trial, values, metrics as `test/name`, and the report of results.crossed.Crossed.result with the cost.
     """
@@ -277,7 +268,7 @@ def ensemble_results(space: SpaceFile, rows: Sequence[TrialRow], results: Result
     return out
 
 
-def conclude(space: SpaceFile, rows: Sequence[TrialRow], results: Results, time_s: dict[str, float]) -> SearchResult:
+def conclude(space: SpaceFile, rows: list[TrialRow], results: Results, time_s: dict[str, float]) -> SearchResult:
     """Put together what the trials and the jobs after them found. At least one trial must have finished."""
     best = best_of(rows, space)
     assert best is not None
@@ -285,7 +276,7 @@ def conclude(space: SpaceFile, rows: Sequence[TrialRow], results: Results, time_
     seeds = seed_results(space, repeated(space, rows, best), results, table)
     front = pareto_front(rows, space.objectives) if len(space.objectives) > 1 else []
     together = ensemble_results(space, rows, results)
-    return SearchResult(list(rows), best, table, front, time_s, posthoc_curve(space, best, results), seeds, together)
+    return SearchResult(rows, best, table, front, time_s, posthoc_curve(space, best, results), seeds, together)
 
 
 def write_result(space: SpaceFile, dataset: str, found: SearchResult, out: Output) -> None:

@@ -1,4 +1,4 @@
-"""What a slot of a search can be asked to do. Plain data: the driver imports neither torch nor Ray for it."""
+"""The jobs of a slot. Plain data: the driver imports neither torch nor Ray for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lift_ray.distributed.capacity import Need
 
 @dataclass(frozen=True)
 class SlotSettings:
-    """What all jobs of a search share.
+    """The settings that all jobs of a search share.
 
     Args:
         dataset: URI, absolute.

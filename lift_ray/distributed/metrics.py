@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ SLOT_GAUGES = {
 
 
 class SlotCounts(Protocol):
-    """What is counted of the slots: how many there are, and how many were lost."""
+    """Number of slots, and of those that were lost."""
 
     @property
     def num_slots(self) -> int: ...
@@ -38,7 +39,7 @@ class SlotCounts(Protocol):
 
 
 class StudyMetrics:
-    """Tells Ray how a search stands: a watcher of its trials.
+    """The state of a search as metrics of Ray.
 
     Args:
         rows: by number; the search fills them.
@@ -52,25 +53,12 @@ class StudyMetrics:
         }
         for gauge in self._gauges.values():
             gauge.set_default_tags({"study": space.name})
-        self._told_at = 0.0
-        self._tell()
+        self._told_at = -math.inf
 
     def tick(self) -> None:
-        """Called often: tells everything again now and then, as Ray drops a value that was not set since it last looked."""
+        """Called often. Sets all values every TELL_EVERY_S, because Ray drops one that was not set since it last looked."""
         if time.monotonic() - self._told_at >= TELL_EVERY_S:
             self._tell()
-
-    def started(self, row: TrialRow) -> None:
-        """A trial was handed to a slot."""
-        self._tell()
-
-    def reported(self, row: TrialRow) -> None:
-        """An epoch is done."""
-        self._tell()
-
-    def ended(self, row: TrialRow) -> None:
-        """A trial ran to its end, was stopped early, or failed."""
-        self._tell()
 
     def _tell(self) -> None:
         self._told_at = time.monotonic()

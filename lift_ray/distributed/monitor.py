@@ -100,7 +100,7 @@ class Monitor:
         if now - self._shown_at < SHOW_EVERY_S:
             return
         self._shown_at = now
-        line = "  |  ".join([*self._counts(), *self._running()])
+        line = "  |  ".join([*self._counts(), *map(self._job, self.search.running.values())])
         self.show(line)
         self._show()
         if now - self._said_at >= LINE_EVERY_S:
@@ -137,7 +137,7 @@ class Monitor:
     def _status(self) -> str:
         if not self.rows:
             return "starting Ray and loading the backbone ..."
-        parts = [f"{self._seconds():.0f} s", *self._counts(), *self._running()]
+        parts = [f"{self._seconds():.0f} s", *self._counts(), *map(self._job, self.search.running.values())]
         if best := best_row(self.rows.values(), *self.space.objective):
             parts.append(f"best {best.last[self.space.objective[0]]:.4f}: {describe(best.values)}")
         return "  |  ".join(parts)
@@ -154,9 +154,6 @@ class Monitor:
     def _compared(self) -> str:
         known = len(self.search.done) + len(self.search.final_jobs())
         return f"final comparison: {len(self.search.done)} of {known} done"
-
-    def _running(self) -> list[str]:
-        return [self._job(job) for job in self.search.running.values()]
 
     def _job(self, job: Job) -> str:
         """How far a slot is with a job: `trial 3 epoch 2 40% 210 images/s`."""
@@ -191,9 +188,8 @@ class Monitor:
         if not epochs or "validation" not in self.num_images:
             return 0.0
         image_s, run_s = statistics.fmean(epochs) / self.num_images["validation"], max(map(_slot_seconds, ended))
-        return comparison_seconds(
-            self.space, self.search.final_jobs(), self.num_images, image_s, run_s, is_over=self.search.trials_are_over
-        )
+        jobs = self.search.final_jobs() if self.search.trials_are_over else None
+        return comparison_seconds(self.space, jobs, self.num_images, image_s, run_s)
 
 
 def _slot_seconds(row: TrialRow) -> float:

@@ -1,4 +1,4 @@
-"""What `--dry-run` looks at beyond the space file: whatever would end a search only after it has started."""
+"""The checks of `--dry-run` beyond the space file: they find what would otherwise end a search after it has started."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import os
 from collections.abc import Sequence
 
 from lift_ray.distributed.capacity import gpus_here, need
-from lift_ray.distributed.resume import check_out
+from lift_ray.distributed.resume import check_can_resume, check_is_new
 from lift_ray.distributed.study import check_sampler
 from lift_ray.distributed.tracking import check_service
 from lift_ray.errors import BadInput
 from lift_ray.results.output import Output
+from lift_ray.settings.checks import NUM_CHECK_DRAWS
 from lift_ray.settings.run import Backbone
 from lift_ray.settings.space import SpaceFile, seeded_draws
-
-NUM_DRAWS = 64
-EMBEDDED = "embedded:"
 
 
 def check_before_start(
@@ -40,7 +38,10 @@ def check_before_start(
     for service in dict.fromkeys(log_to):
         look(check_service, service)
     if out and "://" not in out:
-        look(check_out, Output(out), space, dataset, url=storage, resume=resume)
+        if resume:
+            look(check_can_resume, Output(out), space, dataset, url=storage)
+        else:
+            look(check_is_new, Output(out))
     for backbone in _backbones(space):
         look(_check_precision, space, backbone)
         look(_check_name, backbone)
@@ -50,7 +51,7 @@ def check_before_start(
 
 def _backbones(space: SpaceFile) -> list[Backbone]:
     """Every backbone that trials may ask for."""
-    points = [*space.start_points(), *seeded_draws(space.space, NUM_DRAWS)]
+    points = [*space.start_points(), *seeded_draws(space.space, NUM_CHECK_DRAWS)]
     found: list[Backbone] = []
     for config in (space.config(point) for point in points):
         for run in config.members().values() or [config]:
@@ -74,6 +75,6 @@ def _check_precision(space: SpaceFile, backbone: Backbone) -> None:
 def _check_name(backbone: Backbone) -> None:
     from lift_ray.model.backbone import check_source
 
-    if not backbone.model.startswith(EMBEDDED):
+    if not backbone.is_embedded:
         print(f"looking up {backbone.model} ...", flush=True)  # open_clip and torch take seconds to load
     check_source(backbone.model, backbone.pretrained)

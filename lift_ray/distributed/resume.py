@@ -37,7 +37,10 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
     Raises BadInput: the folder holds a search already, or none to resume; another driver is at work.
     """
     check_sampler(space)
-    check_out(out, space, dataset, url=url, resume=resume)
+    if resume:
+        _check_holds_search(out, url)
+    else:
+        check_is_new(out)
     database = open_storage(url, out.folder) if url is not None else None
     out.folder.mkdir(parents=True, exist_ok=True)
     is_local = "://" not in out.url
@@ -56,22 +59,29 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
             out.publish()
 
 
-def check_out(out: Output, space: SpaceFile, dataset: str, *, url: str | None, resume: bool) -> None:
-    """Whether a search can start, or be resumed, with this folder; changes nothing. Raises BadInput."""
-    has_journal = out.holds(JOURNAL)
-    if resume:
-        if url is None and not has_journal:
-            raise BadInput(f"{out.url}: must hold a search to resume, but there is no {JOURNAL}; "
-                           "check --out, or leave out --resume")  # fmt: skip
-        if url is None and (before := _stored(out)[1]) and (text := differences(before, described(space, dataset))):
-            raise BadInput(text)
-        return
+def check_is_new(out: Output) -> None:
+    """Raises BadInput when a folder holds a search that has reported an epoch, or a driver works on it. Changes nothing."""
     if _is_held(out):
         raise _held(out)
-    if (has_journal and _stored(out)[0]) or out.holds("study.json"):
+    if (out.holds(JOURNAL) and _stored(out)[0]) or out.holds("study.json"):
         raise BadInput(
             f"{out.shown}: must be a new folder, but it holds a search already; "
             "add --resume to continue it, or give another --out"
+        )
+
+
+def check_can_resume(out: Output, space: SpaceFile, dataset: str, *, url: str | None) -> None:
+    """Raises BadInput when a folder holds no search, or one with other settings. A database is not looked at."""
+    _check_holds_search(out, url)
+    now = described(space, dataset)
+    if url is None and (text := differences(_stored(out)[1] or now, now)):
+        raise BadInput(text)
+
+
+def _check_holds_search(out: Output, url: str | None) -> None:
+    if url is None and not out.holds(JOURNAL):
+        raise BadInput(
+            f"{out.url}: must hold a search to resume, but there is no {JOURNAL}; check --out, or leave out --resume"
         )
 
 

@@ -1,11 +1,11 @@
-"""What a search does next, whoever runs its jobs: trials from the study, what becomes of each, and what is evaluated after them.
+"""The course of a search, whoever runs its jobs: trials from the study, early stopping, and the final comparison.
 
 Each step writes to the study first. A driver that is killed between any two steps loses no trial, and repeats none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lift_ray.distributed import final_comparison
@@ -40,6 +40,7 @@ class Search:
         progress: what each of them replied last.
         began: what each of those that train began with.
         done: the jobs of the final comparison that are done, in order.
+        num_ended: trials that have ended. Counted as they end: Tune asks at each of its steps whether the search is over.
     """
 
     def __init__(self, study: Study, out: Output) -> None:
@@ -51,14 +52,10 @@ class Search:
         self.done: list[Job] = []
         self._told: set[int] = set()  # trials whose start was told by this driver
         self._final: list[Job] | None = None  # None: to be looked up again
+        self.num_ended = sum(row.has_ended for row in study.rows.values())
         for row in self.study.rows.values():  # what was reported, but not decided, when the last driver was killed
             if not row.has_ended and row.history:
                 self._after_epoch(row)
-
-    @property
-    def num_ended(self) -> int:
-        """Trials that have ended."""
-        return sum(row.has_ended for row in self.study.rows.values())
 
     @property
     def trials_are_over(self) -> bool:
@@ -149,11 +146,10 @@ class Search:
         return self._final
 
     def _waiting(self) -> list[Job]:
+        """Jobs of the final comparison that no slot works on, nor on the same model and split with other taus."""
         busy = {(job.model, job.split) for job in self.running.values() if isinstance(job, EvaluationJob)}
-        return [
-            job for job in self.final_jobs() if job.key not in self.running
-            and not (isinstance(job, EvaluationJob) and (job.model, job.split) in busy)
-        ]  # fmt: skip
+        free = (job for job in self.final_jobs() if job.key not in self.running)
+        return [job for job in free if not isinstance(job, EvaluationJob) or (job.model, job.split) not in busy]
 
     def _trial(self, row: TrialRow, reply: Reply) -> bool:
         if isinstance(reply, Began):
@@ -207,6 +203,7 @@ class Search:
         known: Mapping[str, float] | None = None,
     ) -> None:
         self.study.end(row, state, error, diverged=diverged, known=known)
+        self.num_ended += 1
         if row.state != "finished" and row.history:
             self.out.remove(f"checkpoints/{row.number:04d}")
         for watcher in self.watchers:
@@ -225,6 +222,6 @@ class Search:
         self.done.append(job)
         return False
 
-    def rows(self) -> Sequence[TrialRow]:
+    def rows(self) -> list[TrialRow]:
         """The trials in the order of their numbers."""
         return [self.study.rows[number] for number in sorted(self.study.rows)]

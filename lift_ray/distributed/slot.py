@@ -52,7 +52,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         return Worker(self.slot)
 
     def step(self) -> dict[str, Any]:
-        """The job's next reply, or how far it is."""
+        """The job's next reply, or its progress."""
         self.workers = self.workers or self.start_workers()
         if self.job is not None:
             self.workers.begin(self.job)
@@ -67,7 +67,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
             self.workers.stop()
 
     def __repr__(self) -> str:
-        """What Ray's dashboard shows."""
+        """The name that Ray's dashboard shows."""
         return f"{self.slot.study}: slot {self.slot.number}"
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lift_ray.errors import BadInput
 from lift_ray.results.rows import TrialRow
+from lift_ray.settings.base import dotted
 from lift_ray.settings.space import Draw, SpaceFile, grid_points
 
 JOURNAL = "optuna.journal"
@@ -32,7 +33,7 @@ BEAT_S, LOST_S = 15.0, 90.0
 WORST = 1e9
 FREE = ("scale", "out", "plan")  # may change when a search is resumed
 MORE = ("trials", "per_kind", "tte_best", "seeds_best")  # so may these of `search`
-RESULT = "result "  # before the key of what a job after the trials found
+RESULT = "result "  # before the key of a result of the final comparison
 MOST_DIFFERENCES = 4  # shown of a resume with other settings
 
 
@@ -47,7 +48,7 @@ class Study:
 
     Attributes:
         rows: the trials, by number.
-        results: what jobs after the trials found, by their keys.
+        results: figures of the final comparison, by their keys.
         replaced: whether it took the place of a study whose driver failed before the first epoch.
 
     Raises BadInput: the storage holds such a search already, or, to resume, none or another one; another driver is at work.
@@ -71,8 +72,10 @@ class Study:
             for taken in sorted(known & set(names.values())):
                 check_alone(storage, taken)
                 if reports_in(storage, taken):
-                    raise BadInput(f"--storage: must not hold a study named {taken} yet, but it does; "
-                                   "add --resume to continue it, or change `name`")  # fmt: skip
+                    raise BadInput(
+                        f"--storage: must not hold a study named {taken} yet, but it does; "
+                        "add --resume to continue it, or change `name`"
+                    )
                 optuna.delete_study(study_name=taken, storage=storage)  # its driver failed before the first epoch
                 self.replaced = True
         if resume and not known & set(names.values()):
@@ -226,19 +229,19 @@ class Study:
         study.tell(self._trials[row.number], end["values"] if state == TrialState.COMPLETE else None, state=state)
 
     def store_result(self, key: str, value: dict[str, Any]) -> None:
-        """Store what a job after the trials found, so that a resumed search does not do it again."""
+        """Store a result of the final comparison, so that a resumed search does not compute it again."""
         self._first.set_user_attr(RESULT + key, value)
         self.results[key] = value
 
 
 def described(space: SpaceFile, dataset: str) -> dict[str, Any]:
-    """What a search is, as its storage keeps it."""
+    """The settings of a search, as its storage keeps them."""
     return {**space.model_dump(mode="json", by_alias=True), "dataset": dataset}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The error of a search that is resumed with other settings than it started with; "" when there is none."""
-    was, given = ({path: value for path, value in _leaves(tree) if _is_fixed(path)} for tree in (before, now))
+    was, given = ({path: value for path, value in dotted(tree) if _is_fixed(path)} for tree in (before, now))
     changed = [path for path in dict.fromkeys((*was, *given)) if was.get(path) != given.get(path)]
     if not changed:
         return ""
@@ -248,14 +251,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         f"--resume: the settings must stay as the search started, but got {', '.join(shown)}{more}; "
         "use the settings it started with, or another --out"
     )
-
-
-def _leaves(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{before}{name}.")
-        else:
-            yield before + name, value
 
 
 def _is_fixed(path: str) -> bool:
@@ -279,8 +274,10 @@ def check_alone(storage: BaseStorage, name: str) -> None:
     if driver is None or driver["id"] == _me():
         return
     if (silent_s := time.time() - driver["at"]) < LOST_S:
-        raise BadInput(f"--storage: must have one driver, but {driver['id']} works on {name} (heard {silent_s:.0f} s "
-                       f"ago); stop it, or try again in {LOST_S - silent_s:.0f} s if it is gone")  # fmt: skip
+        raise BadInput(
+            f"--storage: must have one driver, but {driver['id']} works on {name} (heard {silent_s:.0f} s ago); "
+            f"stop it, or try again in {LOST_S - silent_s:.0f} s if it is gone"
+        )
 
 
 def stored_search(storage: BaseStorage) -> tuple[bool, dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from lift_ray.distributed.messages import Began, EpochDone, Figures, Message, Tested
 from lift_ray.errors import BadInput, Stopped, did_you_mean
 from lift_ray.results.rows import TrialRow, describe
+from lift_ray.settings.base import dotted
 
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}  # all else was cut short
 LONGEST_NAME = 120  # of a folder
@@ -216,7 +217,7 @@ def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterat
         config: its settings, as a tree.
     """
     for service in services:
-        service.begin(name, dict(_leaves(config)))
+        service.begin(name, {path: value for path, value in dotted(config) if value not in (None, {})})
     told = -1
 
     def tell(message: Message) -> None:
@@ -240,15 +241,6 @@ def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterat
     finally:
         for service in services:
             service.end(name, state)
-
-
-def _leaves(tree: Settings, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted settings; not those that are derived."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{name}.")
-        elif value is not None:
-            yield before + name, value
 
 
 def _package(name: str) -> Any:

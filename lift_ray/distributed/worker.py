@@ -37,11 +37,14 @@ class Worker:
     Args:
         slot: what all jobs share.
         rank: of this process in the slot.
+
+    Attributes:
         address: where the slot's process group meets; None for a slot of one process.
     """
 
-    def __init__(self, slot: SlotSettings, rank: int = 0, address: tuple[str, int] | None = None) -> None:
-        self.slot, self.rank, self.address = slot, rank, address
+    def __init__(self, slot: SlotSettings, rank: int = 0) -> None:
+        self.slot, self.rank = slot, rank
+        self.address: tuple[str, int] | None = None
         self._gauges = SlotGauges(slot.study, slot.number) if rank == 0 else None
         self._thread = ThreadPoolExecutor(1, "lift-job")
         self._pending: Future[Reply] | None = None
@@ -112,8 +115,15 @@ class Worker:
         epochs = trial.epochs()
         times = {"time/begin_s": time.monotonic() - began, "time/load_s": warm.load_s - self._loaded_s}
         self._opened_s, self._loaded_s = 0.0, warm.load_s
-        yield Began(self.slot.need.workers, trial.num_epochs, trial.steps_per_epoch, trial.epoch, trial.step,
-                    list(trial.history), trial.num_trained)  # fmt: skip
+        yield Began(
+            num_workers=self.slot.need.workers,
+            epochs=trial.num_epochs,
+            steps_per_epoch=trial.steps_per_epoch,
+            epoch=trial.epoch,
+            step=trial.step,
+            history=list(trial.history),
+            trained_parameters=trial.num_trained,
+        )
         while True:
             try:
                 figures = next(epochs, None)
@@ -183,17 +193,14 @@ class Worker:
 class RankWorker(Worker):
     """One of several processes of a slot, an actor in the slot's placement group."""
 
-    def __init__(self, slot: SlotSettings, rank: int) -> None:
-        super().__init__(slot, rank)
-
     def meeting_point(self) -> tuple[str, int]:
-        """Where the slot's process group can form."""
+        """An address of this node where the slot's process group can meet."""
         return meeting_point()
 
     def meet(self, address: tuple[str, int]) -> None:
-        """Where it forms, once there is a job."""
+        """The address where it meets, once there is a job."""
         self.address = address
 
     def __repr__(self) -> str:
-        """What Ray's dashboard shows."""
+        """The name that Ray's dashboard shows."""
         return f"{self.slot.study}: slot {self.slot.number}, rank {self.rank}"

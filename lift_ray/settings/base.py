@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
@@ -38,3 +39,12 @@ class OneOf:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """The union's own schema with this message."""
         return core_schema.custom_error_schema(handler(source), "one_of", custom_error_message=self.rule)
+
+
+def dotted(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The single settings of a tree by their dotted paths: `{"optim": {"lr": 0.1}}` has `optim.lr`. An empty section counts as one."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{before}{name}.")
+        else:
+            yield before + name, value

@@ -41,6 +41,16 @@ class Backbone(Settings):
     cache_gib: Annotated[float, Field(ge=0)] = 2.0
     """Memory a worker may use for what frozen blocks make of pictures that stay the same; 0 computes it every time."""
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it comes with the package."""
+        return self.model.startswith("embedded:")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it knows names: models of timm have no text tower."""
+        return not self.model.startswith("timm:")
+
 
 class RandomCrops(Settings):
     """What saves work with pictures that change from epoch to epoch."""
