@@ -48,17 +48,17 @@ from record import record
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from lift_ray.data.catalog import open_dataset
-from lift_ray.distributed.priors import label_prior
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.warm import Warm
-from lift_ray.methods.backdoor import COMBINE
+from lift_ray.data.open import open_dataset
+from lift_ray.ensembles.combine import COMBINE
+from lift_ray.ensembles.group_table import Crossed
+from lift_ray.evaluation.accumulator import Tally
+from lift_ray.evaluation.metrics import GROUPS
 from lift_ray.methods.prior import thirds
-from lift_ray.results.crossed import Crossed
-from lift_ray.results.metrics import GROUPS
-from lift_ray.results.tables import HEADINGS, console
-from lift_ray.results.tally import Tally
+from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
+from lift_ray.terminal.tables import HEADINGS, console
+from lift_ray.training.label_prior import label_prior
+from lift_ray.training.workspace import Warm
 
 RATES = [0.1, 0.3, 1.0]
 LOSSES = {"LA": "logit_adjusted", "CE": "cross_entropy"}
@@ -67,10 +67,19 @@ SPLITS = ("validation", "test")
 ACCURACIES = ("accuracy", "mean_class_accuracy", *GROUPS)
 BACKBONES: dict[str, dict[str, Any]] = {
     "tiny": {"augment.patch_dropout": 0.5},
-    "vits": {"backbone.model": "timm:vit_small_patch14_dinov2", "backbone.resolution_px": 70, "head.init": "class_mean",
-             "tuner.blocks": [10, 11], "augment.kind": "none"},
-    "tiny32": {"augment.patch_dropout": 0.5, "backbone.resolution_px": 32, "head.template": "a low resolution photo of a {}."},
-}  # fmt: skip
+    "vits": {
+        "backbone.model": "timm:vit_small_patch14_dinov2",
+        "backbone.resolution_px": 70,
+        "head.init": "class_mean",
+        "tuner.blocks": [10, 11],
+        "augment.kind": "none",
+    },
+    "tiny32": {
+        "augment.patch_dropout": 0.5,
+        "backbone.resolution_px": 32,
+        "head.template": "a low resolution photo of a {}.",
+    },
+}
 
 GAINS = ("gain", "gain_over_best")
 
@@ -160,12 +169,15 @@ def mean_cells(found: Sequence[Cells]) -> dict[str, dict[str, dict[str, Any]]]:
     first = found[0]
     return {
         d: {
-            p: {name: int(value) if name == "classes" else mean_std(cells[d][p][name] for cells in found)
-                for name, value in cell.items() if name != "best"}
+            p: {
+                name: int(value) if name == "classes" else mean_std(cells[d][p][name] for cells in found)
+                for name, value in cell.items()
+                if name != "best"
+            }
             for p, cell in row.items()
         }
         for d, row in first.items()
-    }  # fmt: skip
+    }
 
 
 def summarise(models: Models, groups: int, data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -175,10 +187,17 @@ def summarise(models: Models, groups: int, data: Mapping[str, Any]) -> list[dict
     for label in made[0]:
         there = [here[label] for here in made if label in here]
         both = {how: [figures_of(members, how, data) for members in there] for how in COMBINE}
-        out.append({"models": label, "number": len(there[0]), "groups": len(there), **{
-            how: {name: mean_std(found[name] for found, _ in all_found) for name in all_found[0][0]}
-            for how, all_found in both.items()
-        }})  # fmt: skip
+        out.append(
+            {
+                "models": label,
+                "number": len(there[0]),
+                "groups": len(there),
+                **{
+                    how: {name: mean_std(found[name] for found, _ in all_found) for name in all_found[0][0]}
+                    for how, all_found in both.items()
+                },
+            }
+        )
         if len(there[0]) > 1:
             out[-1]["crossed"] = mean_cells([cells for _, cells in both["logits"]])
     return out
@@ -188,8 +207,11 @@ def table(rows: Sequence[dict[str, Any]], epochs: int) -> Table:
     """Test accuracy in percent by combination."""
     out = Table(
         title=f"Test accuracy in percent, mean of the logits, mean ± standard deviation over groups of seeds, {epochs} epochs",
-        title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
-    )  # fmt: skip
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     out.add_column("models")
     for heading in (*HEADINGS, "gain", "over best", "differ", "probabilities"):
         out.add_column(heading, justify="right")
@@ -216,9 +238,11 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
         noise = (value[mixed]["std"] ** 2 + value[other]["std"] ** 2) ** 0.5
         return "beat" if gain > noise else "fall behind" if gain < -noise else "cannot be told from"
 
-    return (f"Several backbones {against(control)} seeds of one and {against(alone)} the best single model: {mixed} has "
-            f"{plus_minus(value[mixed])}% mean class accuracy, the best control, {control}, {plus_minus(value[control])}%, the best "
-            f"model alone, {alone}, {plus_minus(value[alone])}%. Each is the best of its kind on the test split itself.")  # fmt: skip
+    return (
+        f"Several backbones {against(control)} seeds of one and {against(alone)} the best single model: {mixed} has "
+        f"{plus_minus(value[mixed])}% mean class accuracy, the best control, {control}, {plus_minus(value[control])}%, the best "
+        f"model alone, {alone}, {plus_minus(value[alone])}%. Each is the best of its kind on the test split itself."
+    )
 
 
 def parameter_groups() -> NDArray[np.str_]:
@@ -238,8 +262,14 @@ def main() -> None:
     options.add_argument(
         "--groups", type=int, default=3, help="of three seeds (default %(default)s); --seeds is not used"
     )
-    options.add_argument("--rates", nargs="+", type=named_rates, default=[], metavar="NAME=RATE,...",
-                         help="other rates to compare for a backbone and loss")  # fmt: skip
+    options.add_argument(
+        "--rates",
+        nargs="+",
+        type=named_rates,
+        default=[],
+        metavar="NAME=RATE,...",
+        help="other rates to compare for a backbone and loss",
+    )
     args = options.parse_args()
     args.rates = dict(args.rates)
     args.backbones = [name for name in BACKBONES if name != "vits" or args.vits]
@@ -255,8 +285,12 @@ def main() -> None:
         (*row["name"].split(), row["seed"]): load_file(logits / f"{row['key']}.safetensors") for row in used
     }
     dataset = open_dataset(DATASET)
-    data = {"num_classes": dataset.num_classes, "counts": dataset.split("train").class_counts(dataset.num_classes),
-            "labels": torch.from_numpy(dataset.split("test").labels), "p_groups": parameter_groups()}  # fmt: skip
+    data = {
+        "num_classes": dataset.num_classes,
+        "counts": dataset.split("train").class_counts(dataset.num_classes),
+        "labels": torch.from_numpy(dataset.split("test").labels),
+        "p_groups": parameter_groups(),
+    }
     found, screen = summarise(models, args.groups, data), console()
     screen.print(table(found, args.epochs))
     screen.print(sentence := verdict(found))
@@ -267,11 +301,20 @@ def main() -> None:
         screen.print(f"the best rate is an end of those tried: {', '.join(marked)}")
     if args.record:
         cost = {name: float(np.mean([row["cpu_s"] for row in used if row["name"] == name])) for name in rates}
-        figures = {"sentence": sentence, "epochs": args.epochs, "rates": rates, "chosen_by": CHOSEN_BY, "cpu_s": cost,
-                   "by_rate": {name: {row["rate"]: final(row) for row in rows if row["name"] == name and row["seed"] == 0}
-                               for name in rates},
-                   "digests": {name: [row["digest"] for row in used if row["name"] == name] for name in rates},
-                   "trained_parameters": {row["name"]: row["trained_parameters"] for row in used}, "models": found}  # fmt: skip
+        figures = {
+            "sentence": sentence,
+            "epochs": args.epochs,
+            "rates": rates,
+            "chosen_by": CHOSEN_BY,
+            "cpu_s": cost,
+            "by_rate": {
+                name: {row["rate"]: final(row) for row in rows if row["name"] == name and row["seed"] == 0}
+                for name in rates
+            },
+            "digests": {name: [row["digest"] for row in used if row["name"] == name] for name in rates},
+            "trained_parameters": {row["name"]: row["trained_parameters"] for row in used},
+            "models": found,
+        }
         print(record("backdoor", command(), figures, seeds=list(range(PER_GROUP * args.groups))))
 
 

@@ -57,17 +57,21 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as torchvision
 
 from lift_ray.data.augment import SMALLEST_AREA, square_crop, training_picture
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.results.tables import console
+from lift_ray.terminal.tables import console
 
 MARKS = (2_000, 10_000, 50_000)  # images after which the peak memory is looked at
 COMPARED, RESUMES = 512, 3
 MIB = 2**20
 PACKAGES = {
-    "imagefolder": "torchvision", "datasets": "datasets", "webdataset": "webdataset", "mosaicml": "mosaicml-streaming",
-    "lift_ray": "torchcodec", "bare": "pillow",
-}  # fmt: skip
+    "imagefolder": "torchvision",
+    "datasets": "datasets",
+    "webdataset": "webdataset",
+    "mosaicml": "mosaicml-streaming",
+    "lift_ray": "torchcodec",
+    "bare": "pillow",
+}
 
 
 class Process:
@@ -178,9 +182,14 @@ def measure(args: argparse.Namespace, names: Sequence[str], folder: Path) -> dic
             for _ in range(RESUMES)
         ]
     figures |= {
-        "data": args.data, "images": len(samples), "px": args.px, "batch": args.batch, "rounds": args.rounds,
-        "transforms": faster, "contenders": evaluate(rounds[1:]),  # the first warms up
-    }  # fmt: skip
+        "data": args.data,
+        "images": len(samples),
+        "px": args.px,
+        "batch": args.batch,
+        "rounds": args.rounds,
+        "transforms": faster,
+        "contenders": evaluate(rounds[1:]),  # the first warms up
+    }
     for name, found in figures["contenders"].items():
         found |= {"first_batch_s": first[name]["seconds"], "imported_bytes": first[name]["imported_bytes"]}
         found |= {"resumed_s": median(r[name] for r in resumes)}
@@ -238,10 +247,15 @@ def show(figures: dict[str, Any]) -> None:
 
     for name, row in figures["contenders"].items():
         table.add_row(
-            name, f"{row['images_per_wall_s']:.0f}", f"{row['images_per_processor_s']:.0f}", ratio(row, "imagefolder"),
-            ratio(row, "bare"), f"{row['peak_bytes'] / MIB:.0f} ({row['imported_bytes'] / MIB:.0f})",
-            f"{row['first_batch_s']:.2f}", f"{row['resumed_s']:.2f}",
-        )  # fmt: skip
+            name,
+            f"{row['images_per_wall_s']:.0f}",
+            f"{row['images_per_processor_s']:.0f}",
+            ratio(row, "imagefolder"),
+            ratio(row, "bare"),
+            f"{row['peak_bytes'] / MIB:.0f} ({row['imported_bytes'] / MIB:.0f})",
+            f"{row['first_batch_s']:.2f}",
+            f"{row['resumed_s']:.2f}",
+        )
     out = console()
     compared = (
         f"against torchvision on {name}: {d['off_by_1_frac']:.3%} of the values off by 1, {d['off_by_2_frac']:.4%} by 2, "
@@ -256,7 +270,7 @@ def show(figures: dict[str, Any]) -> None:
         + ", ".join(f"{name} {ms:.2f}" for name, ms in figures["transforms_ms"].items()),
         *compared,
         sep="\n",
-    )  # fmt: skip
+    )
     if "memory" in figures:
         of = figures["memory"]
         peaks = ", ".join(f"{p / MIB:.0f} after {n:,}" for n, p in zip(of["images"], of["peak_bytes"], strict=True))

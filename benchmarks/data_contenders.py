@@ -59,7 +59,7 @@ class Contender(ABC):
     @staticmethod
     def write(samples: Sequence[Sample], class_names: Sequence[str], folder: Path) -> None:
         """Write the pictures where `__init__` looks for them: as our Parquet, unless another contender has."""
-        from lift_ray.data.shards import publish, write_split
+        from lift_ray.data.convert.shards import publish, write_split
 
         at = folder / "parquet"
         if not at.exists():
@@ -224,34 +224,43 @@ def normalised(images: Tensor) -> Tensor:
 class LiftRay(Contender):
     """lift_ray's stream, with one thread."""
 
-    imports = ("lift_ray.data.stream", "lift_ray.data.catalog", "lift_ray.data.reader")
+    imports = ("lift_ray.data.batches", "lift_ray.data.open", "lift_ray.data.reader")
 
     def __init__(self, setup: Setup) -> None:
-        from lift_ray.data.catalog import open_dataset
+        from lift_ray.data.open import open_dataset
+        from lift_ray.data.order import memory_bytes
         from lift_ray.data.reader import RowReader
-        from lift_ray.data.stream import memory_bytes
 
         self.setup = setup
         self.split = open_dataset(f"{setup.folder}/parquet").split("train")
         self.reader = RowReader(self.split, memory_bytes(self.split))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
-        from lift_ray.data.stream import training_batches
+        from lift_ray.data.batches import training_batches
 
         for batch in training_batches(
-            self.reader, self.split, size_px=self.setup.px, global_batch_size=self.setup.batch, seed=SEED, epoch=epoch,
-            epochs=epoch + 1, schedule="min", kind="mda", start_step=start, num_threads=1,
-        ):  # fmt: skip
+            self.reader,
+            self.split,
+            size_px=self.setup.px,
+            global_batch_size=self.setup.batch,
+            seed=SEED,
+            epoch=epoch,
+            epochs=epoch + 1,
+            schedule="min",
+            kind="mda",
+            start_step=start,
+            num_threads=1,
+        ):
             yield normalised(batch.images), batch.labels
 
 
 class Bare(Contender):
     """The limit: a loop that decodes, crops and resizes bytes in memory as lift_ray does, and nothing else."""
 
-    imports = ("lift_ray.data.augment", "lift_ray.data.catalog", "lift_ray.data.reader")
+    imports = ("lift_ray.data.augment", "lift_ray.data.open", "lift_ray.data.reader")
 
     def __init__(self, setup: Setup) -> None:
-        from lift_ray.data.catalog import open_dataset
+        from lift_ray.data.open import open_dataset
         from lift_ray.data.reader import RowReader
 
         self.setup = setup
@@ -274,9 +283,13 @@ class Bare(Contender):
 
 
 CONTENDERS: dict[str, type[Contender]] = {
-    "imagefolder": ImageFolder, "datasets": HuggingFace, "webdataset": WebDataset, "mosaicml": Mosaic, "lift_ray": LiftRay,
+    "imagefolder": ImageFolder,
+    "datasets": HuggingFace,
+    "webdataset": WebDataset,
+    "mosaicml": Mosaic,
+    "lift_ray": LiftRay,
     "bare": Bare,
-}  # fmt: skip
+}
 
 
 def first_batch(name: str, setup: Setup, start: int) -> tuple[Contender, float]:

@@ -21,11 +21,11 @@ import torch
 from record import record
 from safetensors.torch import save_file
 
-from lift_ray.distributed.exporting import export_checkpoint
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
+from lift_ray.inference.export import export_checkpoint
+from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 MODEL, DATASET = "ViT-B-32", "embedded:caltech101-lt"
 

@@ -36,16 +36,17 @@ from safetensors.torch import save_file
 from step import NUM_CLASSES, SEED, Plain, Step, difference, new_lift, step_flops
 from torch import Tensor, nn
 
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.batches import training_batches
+from lift_ray.data.convert.shards import publish, write_split
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.shards import publish, write_split
-from lift_ray.data.stream import training_batches
-from lift_ray.distributed.plan import memory
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
+from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import rebuild
-from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.training.plan import memory
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 TOWER, GIB, SQUARE = "ViT-B-16", 2**30, 8192
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,8 +101,11 @@ def steps(batch: int, rounds: int, times: int) -> dict[str, Any]:
     def step(of: nn.Module, precision: str) -> GpuStep:
         return GpuStep(of, images, labels, counts, precision)
 
-    variants = {f"{name} {precision}": step(of, precision)
-                for precision in DTYPES for name, of in (("ours", model), ("plain", plain))}  # fmt: skip
+    variants = {
+        f"{name} {precision}": step(of, precision)
+        for precision in DTYPES
+        for name, of in (("ours", model), ("plain", plain))
+    }
     differences = {p: difference(variants[f"ours {p}"], variants[f"plain {p}"]) for p in DTYPES}
     assert differences["fp32"] < 1e-3, differences
     began = time.perf_counter()
@@ -129,10 +133,13 @@ def steps(batch: int, rounds: int, times: int) -> dict[str, Any]:
     for name, values in found.items():
         middle, precision = statistics.median(values), name.split()[1]
         figures[name] = {
-            "ms": middle, "images_per_s": 1e3 * batch / middle, "tflop_per_s": flops / middle / 1e9,
-            "share_of_bf16_peak": flops / middle / 1e9 / peak, "peak_gib": peaks[name],
+            "ms": middle,
+            "images_per_s": 1e3 * batch / middle,
+            "tflop_per_s": flops / middle / 1e9,
+            "share_of_bf16_peak": flops / middle / 1e9 / peak,
+            "peak_gib": peaks[name],
             "times_plain": statistics.median(p / v for p, v in zip(found[f"plain {precision}"], values, strict=True)),
-        }  # fmt: skip
+        }
         print(f"{name:>14}: " + ", ".join(f"{key} {value:,.3g}" for key, value in figures[name].items()), flush=True)
     return figures
 
@@ -162,9 +169,14 @@ def photographs(folder: Path, number: int) -> str:
 
 def run(data: str, weights: str, threads: int, **overrides: Any) -> dict[str, float]:
     """Figures of a run's second epoch, and the memory it took against the planned."""
-    tree = {"backbone": {"model": TOWER, "pretrained": weights, "precision": "bf16"}, "head": {"init": "random"},
-            "optim": {"epochs": 2}}  # fmt: skip
-    config = RunConfig.model_validate(apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}))
+    tree = {
+        "backbone": {"model": TOWER, "pretrained": weights, "precision": "bf16"},
+        "head": {"init": "random"},
+        "optim": {"epochs": 2},
+    }
+    config = RunConfig.model_validate(
+        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
+    )
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -174,9 +186,13 @@ def run(data: str, weights: str, threads: int, **overrides: Any) -> dict[str, fl
     taken = torch.cuda.max_memory_allocated() - before
     parts = memory(one.model.cpu(), one.config, one.config.optim.global_batch_size)
     planned = parts["tower"] + parts["trained, gradients and momentum"] + parts["activations"]
-    figures = {"images_per_s": found["train/images_per_s"], "loss": found["train/loss"],
-               "data_wait_share": found["time/data_wait_s"] / found["time/train_s"],
-               "gib": taken / GIB, "planned_gib": planned / GIB}  # fmt: skip
+    figures = {
+        "images_per_s": found["train/images_per_s"],
+        "loss": found["train/loss"],
+        "data_wait_share": found["time/data_wait_s"] / found["time/train_s"],
+        "gib": taken / GIB,
+        "planned_gib": planned / GIB,
+    }
     return {name: round(value, 4) for name, value in figures.items()}
 
 
@@ -186,8 +202,17 @@ def stream(data: str, threads: int) -> dict[str, float]:
     with RowReader(split) as reader:
         for _ in range(2):  # the first fills the reader's cache
             began = time.perf_counter()
-            batches = training_batches(reader, split, size_px=224, global_batch_size=128, seed=0, epoch=0, epochs=2,
-                                       schedule="convex", num_threads=threads)  # fmt: skip
+            batches = training_batches(
+                reader,
+                split,
+                size_px=224,
+                global_batch_size=128,
+                seed=0,
+                epoch=0,
+                epochs=2,
+                schedule="convex",
+                num_threads=threads,
+            )
             next(batches)
             first = time.perf_counter() - began
             number = 1 + sum(1 for _ in batches)

@@ -25,11 +25,15 @@ from methods import Summary, choose, summarise
 from record import record
 from rich.table import Table
 
-from lift_ray.results.tables import ACCURACIES, console
+from lift_ray.terminal.tables import ACCURACIES, console
 
 RATES = [0.03, 0.1, 0.3]
-METHODS = {"fixmatch": "FixMatch + LA", "loft": "LoFT", "ulfine": "ULFine (our reading)",
-           "ulfine_adjusted": "ULFine (our reading), CE(S) adjusted"}  # fmt: skip
+METHODS = {
+    "fixmatch": "FixMatch + LA",
+    "loft": "LoFT",
+    "ulfine": "ULFine (our reading)",
+    "ulfine_adjusted": "ULFine (our reading), CE(S) adjusted",
+}
 FURTHER_SETTINGS = {"ulfine_adjusted": {"method.kind": "ulfine", "method.similarity_tau": 1.0}}
 LABELLED = "LIFT, labelled only"
 ARRANGEMENTS = {"consistent": "", "reversed": "-reversed", "uniform": "-uniform"}
@@ -134,13 +138,25 @@ def main() -> None:
     found = summarise(sorted(rows, key=lambda row: order[row["name"]]), args.seeds[0])
     summaries, screen = with_pseudo_labels(found, rows), console()
     steps = args.epochs * (497 // args.batch)
-    screen.print(table(summaries, f"Test accuracy in percent, mean ± standard deviation over seeds, {steps} steps; pseudo-labels of "
-                                  f"the last epoch, threshold {args.threshold:g}"))  # fmt: skip
+    screen.print(
+        table(
+            summaries,
+            f"Test accuracy in percent, mean ± standard deviation over seeds, {steps} steps; pseudo-labels of "
+            f"the last epoch, threshold {args.threshold:g}",
+        )
+    )
     for sentence in gains(summaries):
         screen.print(sentence)
     if args.record:
-        figures = {"epochs": args.epochs, "steps": steps, "batch": args.batch, "unlabelled_ratio": args.ratio,
-                   "threshold": args.threshold, "sentences": gains(summaries), "methods": summaries}  # fmt: skip
+        figures = {
+            "epochs": args.epochs,
+            "steps": steps,
+            "batch": args.batch,
+            "unlabelled_ratio": args.ratio,
+            "threshold": args.threshold,
+            "sentences": gains(summaries),
+            "methods": summaries,
+        }
         print(record("half_labelled", command(), figures, seeds=args.seeds))
 
 

@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 from record import record
 
-from lift_ray.results.evidence import Interval, accuracy_gains, accuracy_intervals, heavy_tuning, regression_intervals
-from lift_ray.results.scaling_law import PowerLaw
-from lift_ray.results.studies import Answers, StudyFiles
+from lift_ray.reporting.confidence import (
+    Interval,
+    accuracy_gains,
+    accuracy_intervals,
+    heavy_tuning,
+    regression_intervals,
+)
+from lift_ray.reporting.scaling_law import PowerLaw
+from lift_ray.reporting.study_files import Answers, StudyFiles
 
 TIMES = 1000
 CLASSES = 40
@@ -31,8 +37,10 @@ def heavy(trials: int, random: np.random.Generator) -> bool:
     """Of few-shot accuracy over 7 sizes that do not matter, the best of so many trials of each; the rates that ruin some do."""
     sizes = np.repeat(10.0 ** np.linspace(3, 6, 7), trials)
     few = 0.4 + random.normal(0, 0.02, len(sizes)) - 0.3 * (random.random(len(sizes)) < 0.3)
-    rows = [{"number": i, "state": "finished", "trained_parameters": float(s), "validation/few": float(v)}
-            for i, (s, v) in enumerate(zip(sizes, few, strict=True))]  # fmt: skip
+    rows = [
+        {"number": i, "state": "finished", "trained_parameters": float(s), "validation/few": float(v)}
+        for i, (s, v) in enumerate(zip(sizes, few, strict=True))
+    ]
     found = heavy_tuning(StudyFiles("", "", "", {"validation/few": "max"}, {}, rows)).slope
     return found is not None and holds(found, 0.0)
 
@@ -74,8 +82,14 @@ def _answers(images: int, share: Any, random: np.random.Generator) -> Answers:
     return Answers(label, np.where(hit, label, (label + 1) % CLASSES), np.full(len(label), 0.5))
 
 
-CASES = {slope: (5, 8, 14, 30), heavy: (1, 2, 4), exponent: (6, 8, 14), prediction: (6, 8, 14), accuracy: (2, 3, 10, 40),
-         gain: (2, 3, 10, 40)}  # fmt: skip
+CASES = {
+    slope: (5, 8, 14, 30),
+    heavy: (1, 2, 4),
+    exponent: (6, 8, 14),
+    prediction: (6, 8, 14),
+    accuracy: (2, 3, 10, 40),
+    gain: (2, 3, 10, 40),
+}
 
 
 def main() -> None:

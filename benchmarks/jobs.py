@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
 
 DATASET = "embedded:caltech101-lt"
 PROCESSES = 2
@@ -45,7 +46,7 @@ class Job:
     def config(self) -> RunConfig:
         """Its settings, derived values not filled in."""
         own = {"seed": self.seed, "optim.epochs": self.epochs} | ({"optim.lr": self.rate} if self.rate else {})
-        return RunConfig.model_validate(apply_overrides({}, {**self.overrides, **own}))
+        return RunConfig.model_validate(apply_overrides({}, {**self.overrides, **own}, RunConfig))
 
     @property
     def key(self) -> str:
@@ -85,10 +86,10 @@ def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None
         `pseudo_labels` (their figures of each epoch), `seconds` and `cpu_s` from building the model to the last step (loading,
         validation and test left out), `laps_s` (building, then each epoch); or `failed`, the reason.
     """
-    from lift_ray.distributed.ranks import Ranks
-    from lift_ray.distributed.run import Run
-    from lift_ray.distributed.warm import Warm
     from lift_ray.errors import RunFailed
+    from lift_ray.methods.world import Ranks
+    from lift_ray.training.run import Run
+    from lift_ray.training.workspace import Warm
 
     if cold or not _warm or _warm[0].dataset.uri != job.dataset:
         _warm[:] = [Warm(job.dataset, Ranks.alone(num_cpus=1))]
@@ -111,10 +112,15 @@ def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None
     if keep is not None:
         keep(job, run)
     return row | {
-        "digest": run.config.digest(), "trained_parameters": run.num_trained, "seconds": watch.wall_s, "cpu_s": watch.cpu_s,
-        "laps_s": watch.laps_s, "curve": curve, "metrics": metrics,
+        "digest": run.config.digest(),
+        "trained_parameters": run.num_trained,
+        "seconds": watch.wall_s,
+        "cpu_s": watch.cpu_s,
+        "laps_s": watch.laps_s,
+        "curve": curve,
+        "metrics": metrics,
         "pseudo_labels": [found for found in pseudo_labels if found],
-    }  # fmt: skip
+    }
 
 
 def end_with_parent() -> None:
@@ -134,9 +140,14 @@ def read(path: Path) -> list[Row]:
 
 
 def work_through(
-    path: Path, possible: Iterable[Job], choose: Callable[[list[Row]], list[Job]], *, cold: bool, minutes: float,
+    path: Path,
+    possible: Iterable[Job],
+    choose: Callable[[list[Row]], list[Job]],
+    *,
+    cold: bool,
+    minutes: float,
     keep: Callable[[Job, Any], None] | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Run the jobs that `choose` asks for, two at a time, until it asks for nothing new; returns the rows of `possible`.
 
     Args:

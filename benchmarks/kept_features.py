@@ -13,20 +13,24 @@ import time
 
 from record import record
 
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
+from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 DATASET = "embedded:caltech101-lt"
 
 
 def measure(cache_gib: float, epochs: int, threads: int) -> tuple[float, float, dict[str, float], str]:
     """Seconds of the pass before training, seconds of training, last metrics, digest."""
-    config = RunConfig.model_validate({
-        "backbone": {"cache_gib": cache_gib}, "augment": {"kind": "none"}, "tuner": {"kind": "linear_probe"},
-        "optim": {"epochs": epochs, "lr": 0.3},
-    })  # fmt: skip
+    config = RunConfig.model_validate(
+        {
+            "backbone": {"cache_gib": cache_gib},
+            "augment": {"kind": "none"},
+            "tuner": {"kind": "linear_probe"},
+            "optim": {"epochs": epochs, "lr": 0.3},
+        }
+    )
     warm = Warm(DATASET, Ranks.alone(num_cpus=threads))
     run = Run(config, warm)
     began = time.monotonic()
@@ -46,11 +50,16 @@ def main() -> None:
     names = [name for name in kept if not name.startswith("time/")]
     difference = max(abs(kept[name] - tower[name]) for name in names)
     figures = {
-        "epochs": args.epochs, "threads": args.threads, "features_s": round(pass_s, 2), "kept_s": round(kept_s, 3),
-        "tower_s": round(tower_s, 2), "ratio": round(tower_s / kept_s, 1),
-        "ratio_with_features": round(tower_s / (kept_s + pass_s), 2), "largest_difference": difference,
+        "epochs": args.epochs,
+        "threads": args.threads,
+        "features_s": round(pass_s, 2),
+        "kept_s": round(kept_s, 3),
+        "tower_s": round(tower_s, 2),
+        "ratio": round(tower_s / kept_s, 1),
+        "ratio_with_features": round(tower_s / (kept_s + pass_s), 2),
+        "largest_difference": difference,
         "validation_mean_class_accuracy": kept["validation/mean_class_accuracy"],
-    }  # fmt: skip
+    }
     print(
         f"{args.epochs} epochs through the tower {tower_s:.1f} s, from kept features {kept_s:.2f} s: {tower_s / kept_s:.0f} times"
         f" ({tower_s / (kept_s + pass_s):.1f} times with the {pass_s:.1f} s of computing them); metrics differ by {difference:.1e}"

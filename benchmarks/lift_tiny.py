@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from record import record
 from torch import Tensor
 
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.batches import evaluation_batches
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.stream import evaluation_batches
 from lift_ray.model.backbone import Backbone, load_backbone, rebuild
 
 L2 = [1e-4, 1e-3, 1e-2, 1e-1]

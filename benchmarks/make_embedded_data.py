@@ -17,9 +17,9 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from lift_ray.data.catalog import open_dataset
-from lift_ray.data.shards import SplitRecord, publish, write_split
-from lift_ray.data.store import locate
+from lift_ray.data.convert.shards import SplitRecord, publish, write_split
+from lift_ray.data.open import open_dataset
+from lift_ray.storage.store import locate
 
 SHORT_SIDE_PX = 48
 TRAIN_SHARDS = 4

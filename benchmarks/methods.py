@@ -20,7 +20,7 @@ from jobs import Job, Row, command, file_of, final, mean_std, parser, plus_minus
 from record import record
 from rich.table import Table
 
-from lift_ray.results.tables import ACCURACIES, HEADINGS, console
+from lift_ray.terminal.tables import ACCURACIES, HEADINGS, console
 
 # Bottlenecks and a new classifier take large rates, the tower's own weights small ones; a best rate at an end is marked.
 RATES: dict[str, list[float | None]] = {
@@ -85,14 +85,21 @@ def summarise(rows: Sequence[Row], seed: int) -> list[Summary]:
         chosen = sorted((row for row in mine if row["rate"] == best["rate"]), key=lambda row: int(row["seed"]))
         tried = sorted({row["rate"] for row in rows if row["name"] == method and row["rate"] is not None})
         names = [name for name in ACCURACIES if f"test/{name}" in best["metrics"]]
-        out.append({
-            "method": method, "rate": best["rate"], "rates": tried, "seeds": [row["seed"] for row in chosen],
-            "at_end_of_rates": len(tried) > 1 and best["rate"] in (tried[0], tried[-1]),
-            "trained_parameters": best["trained_parameters"], "cpu_s": statistics.fmean(r["cpu_s"] for r in chosen),
-            "validation": mean_std(final(row) for row in chosen), "digests": [row["digest"] for row in chosen],
-            "test": {name: mean_std(row["metrics"][f"test/{name}"] for row in chosen) for name in names},
-            "by_rate": {str(r["rate"]): final(r) for r in mine if r["seed"] == seed and r["rate"] is not None},
-        })  # fmt: skip
+        out.append(
+            {
+                "method": method,
+                "rate": best["rate"],
+                "rates": tried,
+                "seeds": [row["seed"] for row in chosen],
+                "at_end_of_rates": len(tried) > 1 and best["rate"] in (tried[0], tried[-1]),
+                "trained_parameters": best["trained_parameters"],
+                "cpu_s": statistics.fmean(r["cpu_s"] for r in chosen),
+                "validation": mean_std(final(row) for row in chosen),
+                "digests": [row["digest"] for row in chosen],
+                "test": {name: mean_std(row["metrics"][f"test/{name}"] for row in chosen) for name in names},
+                "by_rate": {str(r["rate"]): final(r) for r in mine if r["seed"] == seed and r["rate"] is not None},
+            }
+        )
     return out
 
 
@@ -100,8 +107,11 @@ def table(summaries: Sequence[Summary], epochs: int) -> Table:
     """Test accuracy in percent by method; the best mean of each column stands out."""
     out = Table(
         title=f"Test accuracy in percent, mean ± standard deviation over seeds, {epochs} epochs",
-        title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
-    )  # fmt: skip
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     out.add_column("method")
     for heading in (*HEADINGS, "trained", "rate", "cpu s", "seeds"):
         out.add_column(heading, justify="right", no_wrap=True)
@@ -169,8 +179,13 @@ def main() -> None:
             f"* the best rate is an end of those tried: {', '.join(marked)}; others with --rates may be better."
         )
     if args.record:
-        figures = {"few_hurt": hurts, "sentence": sentence, "epochs": args.epochs, "methods": summaries,
-                   "patch_dropout": args.patch_dropout}  # fmt: skip
+        figures = {
+            "few_hurt": hurts,
+            "sentence": sentence,
+            "epochs": args.epochs,
+            "methods": summaries,
+            "patch_dropout": args.patch_dropout,
+        }
         print(record("methods", command(), figures, seeds=args.seeds))
 
 

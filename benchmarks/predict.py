@@ -37,17 +37,17 @@ from record import record
 from safetensors.torch import save_file
 
 from lift_ray.data.augment import evaluation_picture
-from lift_ray.data.catalog import open_dataset
-from lift_ray.data.pictures import find_pictures
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.distributed.calibration import calibrated
-from lift_ray.distributed.cores import on_cores
-from lift_ray.distributed.finished import BATCH, Finished
-from lift_ray.distributed.prediction import Job, predict
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
+from lift_ray.evaluation.cpu_parallel import on_cores
+from lift_ray.inference.calibration import calibrated
+from lift_ray.inference.classifier import BATCH, Finished
+from lift_ray.inference.image_files import find_pictures
+from lift_ray.inference.predict import Job, predict
+from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 DATASET = "embedded:caltech101-lt"  # that the models are for, and whose validation split fits the temperature
 SMALL = {"backbone": {"model": "embedded:lift-tiny"}}
@@ -144,9 +144,12 @@ def main() -> None:
     os.cpu_count = lambda: args.cores  # what predict asks, too
     images = images_of(args.data, args.images, args.px)
     figures: dict[str, Any] = {
-        "images": args.images, "rounds": args.rounds, "cores": args.cores, "short_side_px": args.px, 
+        "images": args.images,
+        "rounds": args.rounds,
+        "cores": args.cores,
+        "short_side_px": args.px,
         "mean_bytes": round(statistics.mean(map(len, images))),
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         table = pa.table({"image": pa.array(images, pa.binary())})

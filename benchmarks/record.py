@@ -24,10 +24,15 @@ def record(name: str, command: str, figures: dict[str, Any], *, seeds: list[int]
     """
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     row = {
-        "date": date.today().isoformat(), "command": command, "commit": commit, "digest": digest, "seeds": seeds,
-        "figures": figures, "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "date": date.today().isoformat(),
+        "command": command,
+        "commit": commit,
+        "digest": digest,
+        "seeds": seeds,
+        "figures": figures,
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
-    }  # fmt: skip
+    }
     path = RESULTS / f"{name}.jsonl"
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -36,11 +36,11 @@ import torch.multiprocessing
 from record import record
 from rich.table import Table
 
-from lift_ray.distributed.ranks import Ranks, join_group
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
-from lift_ray.results.tables import console
+from lift_ray.methods.world import Ranks, join_group
 from lift_ray.settings.run import RunConfig
+from lift_ray.terminal.tables import console
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 DATASET, SEED, WARM_UP = "embedded:caltech101-lt", 0, 2
 GPUS = (8, 16, 32, 64)
@@ -72,11 +72,16 @@ def work(rank: int, workers: int, port: int, batch: int, steps: int, answers: An
         run.train_step(next(batches))
     seconds, processor_s = time.perf_counter() - began, time.process_time() - worked
     if rank == 0:
-        answers.put({
-            "step_s": seconds / steps, "processor_s": processor_s / steps, "bytes": sum(sent) / steps,
-            "trained": run.num_trained, "digest": run.config.digest(),
-            "data_wait_frac": (run.seconds["time/data_wait_s"] - waited) / seconds,
-        })  # fmt: skip
+        answers.put(
+            {
+                "step_s": seconds / steps,
+                "processor_s": processor_s / steps,
+                "bytes": sum(sent) / steps,
+                "trained": run.num_trained,
+                "digest": run.config.digest(),
+                "data_wait_frac": (run.seconds["time/data_wait_s"] - waited) / seconds,
+            }
+        )
     if workers > 1:
         torch.distributed.destroy_process_group()
 
@@ -111,12 +116,15 @@ def summary(rounds: Sequence[dict[int, dict[str, Any]]], batch: int) -> dict[int
         out[workers] = {
             "step_s": median(r[workers]["step_s"] for r in rounds),
             "images_per_s": median(batch / r[workers]["step_s"] for r in rounds),
-            "speedup": median(speedups), "speedup_least": speedups[0], "speedup_most": speedups[-1],
+            "speedup": median(speedups),
+            "speedup_least": speedups[0],
+            "speedup_most": speedups[-1],
             "processor_speedup": median(r[1]["processor_s"] / r[workers]["processor_s"] for r in rounds),
-            "efficiency": median(speedups) / workers, "bytes": first["bytes"],
+            "efficiency": median(speedups) / workers,
+            "bytes": first["bytes"],
             "bytes_times_trained": first["bytes"] / (4 * first["trained"]),
             "data_wait_frac": median(r[workers]["data_wait_frac"] for r in rounds),
-        }  # fmt: skip
+        }
     return out
 
 
@@ -145,15 +153,24 @@ def show(found: dict[int, dict[str, float]], modelled: dict[int, dict[str, float
         "bytes a step",
         "of 4 x trained",
     )
-    measured, predicted = (Table(*names, box=rich.box.SIMPLE_HEAD) for names in (
-        headings, ("GPUs", "communication, ms", "efficiency, same batch on each", "efficiency, one batch shared out")))  # fmt: skip
+    measured, predicted = (
+        Table(*names, box=rich.box.SIMPLE_HEAD)
+        for names in (
+            headings,
+            ("GPUs", "communication, ms", "efficiency, same batch on each", "efficiency, one batch shared out"),
+        )
+    )
     for workers, f in found.items():
         measured.add_row(
-            str(workers), f"{1e3 * f['step_s']:.1f}", f"{f['images_per_s']:.1f}",
+            str(workers),
+            f"{1e3 * f['step_s']:.1f}",
+            f"{f['images_per_s']:.1f}",
             f"{f['speedup']:.2f} ({f['speedup_least']:.2f}-{f['speedup_most']:.2f})",
-            f"{f['processor_speedup']:.2f}", f"{f['efficiency']:.0%}",
-            f"{f['bytes']:,.0f}", f"{f['bytes_times_trained']:.3f}",
-        )  # fmt: skip
+            f"{f['processor_speedup']:.2f}",
+            f"{f['efficiency']:.0%}",
+            f"{f['bytes']:,.0f}",
+            f"{f['bytes_times_trained']:.3f}",
+        )
     for gpus, f in modelled.items():
         predicted.add_row(str(gpus), f"{1e3 * f['communication_s']:.2f}", f"{f['weak']:.1%}", f"{f['strong']:.1%}")
     console().print(measured, f"model: {args.bandwidth_gbit_s:g} Gbit/s, {args.latency_us:g} us", predicted, sep="\n")

@@ -1,4 +1,4 @@
-"""How well a power law fitted to the smaller trials of a search predicts its larger ones (lift_ray.results.scaling_law).
+"""How well a power law fitted to the smaller trials of a search predicts its larger ones (lift_ray.reporting.scaling_law).
 
 The search is `search_spaces/scaling.yaml`: shares of the training pictures, epochs and widths of the tuner, each with each.
 
@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from record import record
 
-from lift_ray.distributed.checkpoint import read_record
-from lift_ray.results.scaling_law import Law, PowerLaw, fit_law
-from lift_ray.results.search_figures import unit_of
-from lift_ray.results.studies import read_study
+from lift_ray.reporting.figures.search import unit_of
+from lift_ray.reporting.scaling_law import Law, PowerLaw, fit_law
+from lift_ray.reporting.study_files import read_study
+from lift_ray.training.checkpoint import read_record
 
 
 def measure(folder: Path, longer: Path | None) -> dict[str, Any]:
@@ -34,13 +34,15 @@ def measure(folder: Path, longer: Path | None) -> dict[str, Any]:
     held = [p for p in law.points if p.held_out]
     mean = statistics.fmean(p.found for p in law.points if not p.held_out)
     return {
-        "trials": len(study.finished), "fitted": len(law.points) - len(held), "held_out": len(held),
+        "trials": len(study.finished),
+        "fitted": len(law.points) - len(held),
+        "held_out": len(held),
         "misses_by_points": round(100 * statistics.fmean(abs(p.found - p.predicted.value) for p in held), 3),
         "mean_misses_by_points": round(100 * statistics.fmean(abs(p.found - mean) for p in held), 3),
         "inside_95_interval": sum(p.predicted.low <= p.found <= p.predicted.high for p in held),
         "exponents": {name: [round(x, 4) for x in (b.value, b.low, b.high)] for name, b in law.exponents.items()},
         "answer": law.answer,
-    } | ({"longer": beyond(law, longer)} if longer else {})  # fmt: skip
+    } | ({"longer": beyond(law, longer)} if longer else {})
 
 
 def beyond(law: Law, folder: Path) -> dict[str, Any]:

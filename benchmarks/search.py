@@ -64,10 +64,14 @@ def warm(space: Path, folder: Path, trials: int, slots: int) -> dict[str, Any]:
     between_s = times["between trials and idle"] + times["saving"]
     trained_s = times["training steps"] + times["waiting for data"] + times["evaluation"]
     return {
-        "slots": slots, "trials": trials, "wall_s": round(wall_s, 1), "peak_gib": round(peak_gib, 2),
-        "start_s": times["start"], "overhead_s": round(between_s * slots / trials, 3),
+        "slots": slots,
+        "trials": trials,
+        "wall_s": round(wall_s, 1),
+        "peak_gib": round(peak_gib, 2),
+        "start_s": times["start"],
+        "overhead_s": round(between_s * slots / trials, 3),
         "trials_per_h": round(3600 * trials / (between_s + trained_s)),
-    }  # fmt: skip
+    }
 
 
 def trivial(folder: Path, trials: int, slots: int) -> dict[str, Any]:
@@ -77,9 +81,13 @@ def trivial(folder: Path, trials: int, slots: int) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     did = json.loads(done.stdout.splitlines()[-1])
     assert did["states"] == {"finished": trials}, did
-    return {"slots": slots, "trials": trials, "processes": did["processes"],
-            "slot_s_per_trial": round(did["trials_s"] * slots / trials, 3),
-            "driver_cpu_s_per_trial": round(did["driver_cpu_s"] / trials, 4)}  # fmt: skip
+    return {
+        "slots": slots,
+        "trials": trials,
+        "processes": did["processes"],
+        "slot_s_per_trial": round(did["trials_s"] * slots / trials, 3),
+        "driver_cpu_s_per_trial": round(did["driver_cpu_s"] / trials, 4),
+    }
 
 
 def naive(space: Path, folder: Path, trials: int, slots: int) -> dict[str, Any]:
@@ -88,8 +96,14 @@ def naive(space: Path, folder: Path, trials: int, slots: int) -> dict[str, Any]:
     wall_s, peak_gib = watched([__file__, "--run-naive", str(space), str(result), str(trials), str(slots)])
     found = json.loads(result.read_text())
     overhead_s = (found["search_s"] * slots - found["trained_s"]) / trials
-    return {"slots": slots, "trials": trials, "wall_s": round(wall_s, 1), "peak_gib": round(peak_gib, 2),
-            "overhead_s": round(overhead_s, 2), "trials_per_h": round(3600 * trials / found["search_s"])}  # fmt: skip
+    return {
+        "slots": slots,
+        "trials": trials,
+        "wall_s": round(wall_s, 1),
+        "peak_gib": round(peak_gib, 2),
+        "overhead_s": round(overhead_s, 2),
+        "trials_per_h": round(3600 * trials / found["search_s"]),
+    }
 
 
 def run_naive(space_file: str, result: str, trials: int, slots: int) -> None:
@@ -100,7 +114,8 @@ def run_naive(space_file: str, result: str, trials: int, slots: int) -> None:
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from lift_ray.settings.space import read_space, seeded_draws
+    from lift_ray.settings.checks import read_space
+    from lift_ray.settings.space import seeded_draws
 
     space = read_space(space_file)
     configs = [space.config(values).to_dict() for values in seeded_draws(space.space, trials)]
@@ -109,18 +124,21 @@ def run_naive(space_file: str, result: str, trials: int, slots: int) -> None:
     def trial(config: dict[str, Any]) -> None:
         name = f"trial-{ray.tune.get_context().get_trial_id()}"
         TorchTrainer(
-            train_alone, train_loop_config=config["run"],
+            train_alone,
+            train_loop_config=config["run"],
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.9}),
             run_config=RunConfig(name=name, storage_path=storage, callbacks=[TuneReportCallback()]),
-        ).fit()  # fmt: skip
+        ).fit()
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"
     ray.init(address="local", num_cpus=slots, log_to_driver=False)
     began = time.monotonic()
     grid = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0.05}), param_space={"run": tune.grid_search(configs)},
-        tune_config=tune.TuneConfig(max_concurrent_trials=slots), run_config=tune.RunConfig(storage_path=storage, verbose=0),
-    ).fit()  # fmt: skip
+        tune.with_resources(trial, {"CPU": 0.05}),
+        param_space={"run": tune.grid_search(configs)},
+        tune_config=tune.TuneConfig(max_concurrent_trials=slots),
+        run_config=tune.RunConfig(storage_path=storage, verbose=0),
+    ).fit()
     search_s = time.monotonic() - began
     done = [r.metrics for r in grid if r.metrics and "time/train_s" in r.metrics]
     if len(done) < trials:
@@ -136,10 +154,10 @@ def train_alone(config: dict[str, Any]) -> None:
     """What the naive worker does: load everything, train, report."""
     import ray.train
 
-    from lift_ray.distributed.ranks import Ranks
-    from lift_ray.distributed.run import Run
-    from lift_ray.distributed.warm import Warm
+    from lift_ray.methods.world import Ranks
     from lift_ray.settings.run import RunConfig
+    from lift_ray.training.run import Run
+    from lift_ray.training.workspace import Warm
 
     run = Run(RunConfig.model_validate(config), Warm("embedded:caltech101-lt", Ranks.alone(use_gpu=False, num_cpus=1)))
     for figures in run.epochs():
@@ -168,13 +186,19 @@ def main() -> None:
     idle = [trivial(folder, trials, 8) for trials in options.trials]
     print(f"{'slots':>6} {'trials':>7} {'start s':>8} {'overhead s a trial':>19} {'trials/h':>9} {'GiB':>5}")
     for row in rows:
-        print(f"{row['slots']:6d} {row['trials']:7d} {row['start_s']:8.1f} {row['overhead_s']:19.3f} {row['trials_per_h']:9d} "
-              f"{row['peak_gib']:5.1f}")  # fmt: skip
+        print(
+            f"{row['slots']:6d} {row['trials']:7d} {row['start_s']:8.1f} {row['overhead_s']:19.3f} {row['trials_per_h']:9d} "
+            f"{row['peak_gib']:5.1f}"
+        )
     for row in idle:
-        print(f"8 slots that train nothing, {row['trials']} trials: {row['slot_s_per_trial']:.3f} s of a slot a trial, "
-              f"driver {1000 * row['driver_cpu_s_per_trial']:.1f} ms of processor time, {row['processes']} processes")  # fmt: skip
-    print(f"naive, {most} at a time: overhead {slowly['overhead_s']:.1f} s a trial over {slowly['trials']}, {slowly['peak_gib']:.1f} "
-          f"GiB, {slowly['trials_per_h']} trials/h")  # fmt: skip
+        print(
+            f"8 slots that train nothing, {row['trials']} trials: {row['slot_s_per_trial']:.3f} s of a slot a trial, "
+            f"driver {1000 * row['driver_cpu_s_per_trial']:.1f} ms of processor time, {row['processes']} processes"
+        )
+    print(
+        f"naive, {most} at a time: overhead {slowly['overhead_s']:.1f} s a trial over {slowly['trials']}, {slowly['peak_gib']:.1f} "
+        f"GiB, {slowly['trials_per_h']} trials/h"
+    )
     print(f"naive / warm: {slowly['overhead_s'] / max(row['overhead_s'] for row in rows):.0f} x or more")
     if options.record:
         figures = {"warm": rows, "trivial": idle, "naive": slowly}

@@ -32,15 +32,16 @@ import torch.nn.functional as F
 from record import record
 from torch import Tensor, nn
 
-from lift_ray.methods.lift import Lift, make_optimizer
+from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import rebuild
-from lift_ray.model.classifier import CosineHead, random_weights
+from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.losses import LOSSES
 from lift_ray.model.tower import Tower
 from lift_ray.model.tuners import Adaptformer
-from lift_ray.results.tables import console
 from lift_ray.settings.run import Optim
 from lift_ray.settings.tuners import derived_width
+from lift_ray.terminal.tables import console
+from lift_ray.training.run import make_optimizer
 
 NUM_CLASSES, TOLERANCE, SEED = 100, 1e-4, 0
 SQUARES = (1024, 2048)
@@ -271,11 +272,14 @@ def evaluate(
             for which, key in best.items()
         }
         figures["variants"][name] = {
-            "step_s": step_s, "images_per_s": batch / step_s, "gflop_per_s": flops / step_s / 1e9,
+            "step_s": step_s,
+            "images_per_s": batch / step_s,
+            "gflop_per_s": flops / step_s / 1e9,
             **{which: median(values) for which, values in shares.items()},
             **{f"{which}_range": [values[0], values[-1]] for which, values in shares.items()},
-            "times_plain": median(ratios), "times_plain_range": [ratios[0], ratios[-1]],
-        }  # fmt: skip
+            "times_plain": median(ratios),
+            "times_plain_range": [ratios[0], ratios[-1]],
+        }
     return figures
 
 
@@ -292,9 +296,13 @@ def show(name: str, figures: dict[str, Any], rounds: int) -> None:
         ]
         least, most = v["times_plain_range"]
         table.add_row(
-            variant, f"{1e3 * v['step_s']:.1f}", f"{v['images_per_s']:.1f}", f"{v['gflop_per_s']:.1f}",
-            *cells, f"{v['times_plain']:.2f} ({least:.2f}-{most:.2f})",
-        )  # fmt: skip
+            variant,
+            f"{1e3 * v['step_s']:.1f}",
+            f"{v['images_per_s']:.1f}",
+            f"{v['gflop_per_s']:.1f}",
+            *cells,
+            f"{v['times_plain']:.2f} ({least:.2f}-{most:.2f})",
+        )
     out = console()
     out.print(
         f"[bold]{name}[/bold]: batch {figures['batch']}, bottleneck {figures['bottleneck']}, "
@@ -302,9 +310,12 @@ def show(name: str, figures: dict[str, Any], rounds: int) -> None:
         table,
         "matmuls, GFLOP/s: " + ", ".join(f"{key} {rate:.1f}" for key, rate in figures["matmul_gflop_per_s"].items()),
         f"peak: {figures['peak']}; torch.mm's: {figures['mm_peak']}",
-        *(f"{other} differs from ours by {v:.1e} of a tensor's largest value" for other, v in figures["differences"].items()),
+        *(
+            f"{other} differs from ours by {v:.1e} of a tensor's largest value"
+            for other, v in figures["differences"].items()
+        ),
         sep="\n",
-    )  # fmt: skip
+    )
     if "compile_s" in figures:
         out.print(f"compiling took {figures['compile_s']:.1f} s")
 

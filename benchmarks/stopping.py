@@ -2,7 +2,7 @@
 
 The arms are trials with random settings on the embedded long-tailed Caltech-101, each trained to its end once, its validation figure
 kept after every epoch. Then searches over them are replayed: the arms come in a random order, some at a time, and a rule
-(`lift_ray.distributed.stopping`, or the law below) looks at each after every epoch. Of each replay: the epochs it trained, and
+(`lift_ray.search.stopping`, or the law below) looks at each after every epoch. Of each replay: the epochs it trained, and
 its regret, how far the best arm that was trained to its end is behind the best of all.
 
 The law: over the arms that are finished, log of the final error = a + b * log of the error after as many epochs. An arm is stopped
@@ -25,19 +25,21 @@ from typing import Any
 import numpy as np
 from record import record
 
-from lift_ray.distributed import stopping
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
 from lift_ray.errors import RunFailed
-from lift_ray.results.rows import TrialRow
+from lift_ray.methods.world import Ranks
+from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.search import stopping
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 METRIC = "validation/mean_class_accuracy"
 FEWEST_FINISHED = 4  # before the law says anything
 SPACE = {
-    "name": "stopping", "dataset": "embedded:caltech101-lt", "objectives": {METRIC: "max"},
+    "name": "stopping",
+    "dataset": "embedded:caltech101-lt",
+    "objectives": {METRIC: "max"},
     "base": {"augment": {"kind": "none"}, "tuner": {"kind": "adaptformer"}},
     "space": {
         "tuner.kind": {"choices": ["adaptformer", "lora", "ssf", "linear_probe"]},
@@ -46,7 +48,7 @@ SPACE = {
         "optim.lr": {"float": [0.003, 1.0], "log": True},
         "optim.global_batch_size": {"choices": [32, 128]},
     },
-}  # fmt: skip
+}
 
 Rule = Callable[[TrialRow, Sequence[TrialRow]], bool]
 
@@ -143,14 +145,23 @@ def main() -> None:
             rules[f"law, z {z:g}, grace {grace}"] = by_law(z, grace, args.epochs)
     random = np.random.default_rng(0)
     orders = [random.permutation(len(curves)).tolist() for _ in range(args.orders)]
-    figures: dict[str, Any] = {"arms": len(curves), "epochs": args.epochs, "slots": args.slots, "orders": args.orders,
-                               "data_frac": args.data_frac, "best_finals": finals[:5]}  # fmt: skip
+    figures: dict[str, Any] = {
+        "arms": len(curves),
+        "epochs": args.epochs,
+        "slots": args.slots,
+        "orders": args.orders,
+        "data_frac": args.data_frac,
+        "best_finals": finals[:5],
+    }
     for name, rule in rules.items():
         found = [replay(curves, order, rule, args.slots) for order in orders]
         share = [epochs / (len(curves) * args.epochs) for epochs, _ in found]
         regret = [100 * r for _, r in found]
-        figures[name] = {"share_of_epochs": round(statistics.fmean(share), 4), "regret_points": round(statistics.fmean(regret), 4),
-                         "regret_90th_points": round(float(np.percentile(regret, 90)), 4)}  # fmt: skip
+        figures[name] = {
+            "share_of_epochs": round(statistics.fmean(share), 4),
+            "regret_points": round(statistics.fmean(regret), 4),
+            "regret_90th_points": round(float(np.percentile(regret, 90)), 4),
+        }
         print(f"{name:>22}: {figures[name]}", flush=True)
     if args.record:
         options = " ".join(

@@ -27,7 +27,7 @@ from jobs import Job, Row, command, file_of, final, mean_std, parser, plus_minus
 from record import record
 from rich.table import Table
 
-from lift_ray.results.tables import console
+from lift_ray.terminal.tables import console
 
 RECIPE = "recipe"
 LEFT_OUT = ("drop25", "grow_drop25", "last3_drop50")  # by default, so that three seeds take half an hour
@@ -56,8 +56,11 @@ NAMES = tuple(settings(1, 3))
 
 def backbone_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The tower, and the start of the classifier that goes with it."""
-    given = {"backbone.model": args.backbone, "backbone.pretrained": args.pretrained,
-             "backbone.resolution_px": args.resolution}  # fmt: skip
+    given = {
+        "backbone.model": args.backbone,
+        "backbone.pretrained": args.pretrained,
+        "backbone.resolution_px": args.resolution,
+    }
     out = {name: value for name, value in given.items() if value is not None}
     return out | ({"head.init": "class_mean"} if args.backbone.startswith("timm:") else {})
 
@@ -140,20 +143,31 @@ def summarise(rows: Sequence[Row], names: Sequence[str], seeds: Sequence[int], e
         found = [(target, run) for _, target, run in pairs if run is not None]
         complete = len(found) == len(pairs)
         equal = [(target, runs[epochs]) for runs, target, _ in pairs if "failed" not in runs[epochs]]
-        out.append({
-            "setting": name, "num_seeds": len(pairs), "num_reached": len(found),
-            "final": mean_std(final(run) for _, run in equal) if equal else None,
-            "best_final": mean_std(max(map(final, runs.values())) for runs, _, _ in pairs),
-            "target": mean_std(final(target) for _, target, _ in pairs),
-            "ratio_at_equal_epochs": _ratio(equal, "seconds") if equal else None,
-            "seconds": statistics.fmean(run["seconds"] for _, run in found) if complete else None,
-            "ratio": _ratio(found, "seconds") if complete else None, "cpu_ratio": _ratio(found, "cpu_s") if complete else None,
-            "test_gain": _test(run for _, run in found) - _test(target for target, _ in found) if complete else None,
-            "epochs": [run and run["epochs"] for _, _, run in pairs],
-            "ratios": [run and target["seconds"] / run["seconds"] for _, target, run in pairs],
-            "curves": {f"{n} epochs, seed {run['seed']}": run.get("curve") for runs, _, _ in pairs for n, run in runs.items()},
-            "digests": sorted({run["digest"] for runs, _, _ in pairs for run in runs.values() if "digest" in run}),
-        })  # fmt: skip
+        out.append(
+            {
+                "setting": name,
+                "num_seeds": len(pairs),
+                "num_reached": len(found),
+                "final": mean_std(final(run) for _, run in equal) if equal else None,
+                "best_final": mean_std(max(map(final, runs.values())) for runs, _, _ in pairs),
+                "target": mean_std(final(target) for _, target, _ in pairs),
+                "ratio_at_equal_epochs": _ratio(equal, "seconds") if equal else None,
+                "seconds": statistics.fmean(run["seconds"] for _, run in found) if complete else None,
+                "ratio": _ratio(found, "seconds") if complete else None,
+                "cpu_ratio": _ratio(found, "cpu_s") if complete else None,
+                "test_gain": _test(run for _, run in found) - _test(target for target, _ in found)
+                if complete
+                else None,
+                "epochs": [run and run["epochs"] for _, _, run in pairs],
+                "ratios": [run and target["seconds"] / run["seconds"] for _, target, run in pairs],
+                "curves": {
+                    f"{n} epochs, seed {run['seed']}": run.get("curve")
+                    for runs, _, _ in pairs
+                    for n, run in runs.items()
+                },
+                "digests": sorted({run["digest"] for runs, _, _ in pairs for run in runs.values() if "digest" in run}),
+            }
+        )
     return out
 
 
@@ -169,8 +183,11 @@ def table(summaries: Sequence[Summary], epochs: int) -> Table:
     """One line for each setting."""
     out = Table(
         title=f"Until the recipe's final validation mean class accuracy ({epochs} epochs) is reached",
-        title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
-    )  # fmt: skip
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     out.add_column("setting", no_wrap=True)
     for heading in (f"after {epochs} epochs", "times faster", "best final", "reached", "in epochs", "in s"):
         out.add_column(heading, justify="right")
@@ -231,8 +248,14 @@ def num_blocks(args: argparse.Namespace) -> int:
 def main() -> None:
     options = parser(__doc__, epochs=5, minutes=27)
     options.add_argument("--epochs-grid", type=int, nargs="+", default=[3, 5, 8], help="other lengths of schedules")
-    options.add_argument("--settings", nargs="+", choices=NAMES, default=[n for n in NAMES if n not in LEFT_OUT],
-                         metavar="SETTING", help=f"of {', '.join(NAMES)}; not run by default: {', '.join(LEFT_OUT)}")  # fmt: skip
+    options.add_argument(
+        "--settings",
+        nargs="+",
+        choices=NAMES,
+        default=[n for n in NAMES if n not in LEFT_OUT],
+        metavar="SETTING",
+        help=f"of {', '.join(NAMES)}; not run by default: {', '.join(LEFT_OUT)}",
+    )
     options.add_argument("--rate", type=float, help="learning rate of all settings; LIFT+'s own when not given")
     options.add_argument(
         "--rates", nargs="+", metavar="SETTING=RATE", default=[], help="learning rates of single settings"
@@ -252,8 +275,15 @@ def main() -> None:
     for sentence in sentences(summaries):
         screen.print(sentence)
     if args.record:
-        figures = {"backbone": backbone_overrides(args), "rate": args.rate, "rates": args.rates, "epochs": args.epochs,
-                   "settings": summaries, "epochs_grid": args.epochs_grid, "sentences": sentences(summaries)}  # fmt: skip
+        figures = {
+            "backbone": backbone_overrides(args),
+            "rate": args.rate,
+            "rates": args.rates,
+            "epochs": args.epochs,
+            "settings": summaries,
+            "epochs_grid": args.epochs_grid,
+            "sentences": sentences(summaries),
+        }
         print(record("time_to_accuracy", command(), figures, seeds=args.seeds))
 
 

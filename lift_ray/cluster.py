@@ -12,7 +12,7 @@ import typer
 from lift_ray.errors import BadInput, did_you_mean, exit_codes, run_verb
 
 if TYPE_CHECKING:
-    from lift_ray.distributed.cluster_file import Cluster
+    from lift_ray.clusters.model import Cluster
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 PLACEHOLDER = re.compile(r"ami-0{17}|YOUR-ORG|\bmy-(?:bucket|project|container)\b|\bmystorageaccount\b|\b0{8}-0{4}-")
@@ -51,9 +51,9 @@ def check(
       python -m lift_ray.cluster check clusters/kuberay/rayjob.yaml
       python -m lift_ray.cluster check clusters/gcp.yaml --for search_spaces/inat.yaml plan.images_per_s=900
     """
-    from lift_ray.distributed.cluster_file import read_cluster
-    from lift_ray.distributed.cluster_monitoring import check_monitoring, is_monitoring
-    from lift_ray.settings.files import SettingsFile
+    from lift_ray.clusters.monitoring import check_monitoring, is_monitoring
+    from lift_ray.clusters.read import read_cluster
+    from lift_ray.settings.yaml_file import SettingsFile
 
     if settings and space_file is None:
         raise BadInput(
@@ -94,8 +94,8 @@ def _prices(words: list[str], found: Cluster) -> dict[str, float]:
 
 
 def _print_cluster(found: Cluster, prices: dict[str, float]) -> None:
-    from lift_ray.distributed.cluster_plan import cluster_table, most_gpus
-    from lift_ray.results.tables import console
+    from lift_ray.clusters.cost import cluster_table, most_gpus
+    from lift_ray.terminal.tables import console
 
     console().print(cluster_table(found, prices))
     least, most = most_gpus(found)
@@ -109,10 +109,10 @@ def _print_cluster(found: Cluster, prices: dict[str, float]) -> None:
 
 
 def _print_search(found: Cluster, space_file: str, settings: list[str], prices: dict[str, float]) -> None:
-    from lift_ray.distributed.cluster_plan import fleet_table, fleets
-    from lift_ray.results.tables import console
-    from lift_ray.settings.files import parse_overrides
-    from lift_ray.settings.space import read_space
+    from lift_ray.clusters.cost import fleet_table, fleets
+    from lift_ray.settings.checks import read_space
+    from lift_ray.settings.overrides import parse_overrides
+    from lift_ray.terminal.tables import console
 
     space = read_space(space_file, parse_overrides(settings))
     try:

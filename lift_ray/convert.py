@@ -16,10 +16,10 @@ import typer
 from lift_ray.errors import BadInput, exit_codes, run_verb
 
 if TYPE_CHECKING:
-    from lift_ray.data.conversion import Converted
-    from lift_ray.data.index import ImageIndex
-    from lift_ray.data.splitting import Division
-    from lift_ray.data.tasks import RunTasks
+    from lift_ray.data.convert.conversion import Converted
+    from lift_ray.data.convert.index import ImageIndex
+    from lift_ray.data.convert.splitting import Division
+    from lift_ray.data.convert.tasks import RunTasks
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -91,12 +91,20 @@ class Options:
 
     def division(self) -> Division:
         """The options about splits. Raises BadInput for those that do not go together."""
-        from lift_ray.data.splitting import Division
+        from lift_ray.data.convert.splitting import Division
 
         return Division(
-            self.validation_frac, self.test_frac, self.seed, self.imbalance, self.largest,
-            self.labelled, self.unlabelled, self.gamma_l, self.gamma_u, self.reversed,
-        )  # fmt: skip
+            self.validation_frac,
+            self.test_frac,
+            self.seed,
+            self.imbalance,
+            self.largest,
+            self.labelled,
+            self.unlabelled,
+            self.gamma_l,
+            self.gamma_u,
+            self.reversed,
+        )
 
 
 def kind(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -104,13 +112,18 @@ def kind(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(function, eval_str=True).parameters
-        groups = {each.name: inspect.signature(each.annotation, eval_str=True).parameters
-                  for each in parameters.values() if isinstance(each.annotation, type) and is_dataclass(each.annotation)}  # fmt: skip
+        groups = {
+            each.name: inspect.signature(each.annotation, eval_str=True).parameters
+            for each in parameters.values()
+            if isinstance(each.annotation, type) and is_dataclass(each.annotation)
+        }
 
         @wraps(function)
         def command(**given: Any) -> None:
-            made = {group: parameters[group].annotation(**{field: given.pop(field) for field in fields})
-                    for group, fields in groups.items()}  # fmt: skip
+            made = {
+                group: parameters[group].annotation(**{field: given.pop(field) for field in fields})
+                for group, fields in groups.items()
+            }
             function(**given, **made)
 
         shown = [each for name, own in parameters.items() for each in groups.get(name, {name: own}).values()]
@@ -133,7 +146,7 @@ def folder(
     Example:
       python -m lift_ray.convert folder photos/ s3://bucket/photos --short-side 256 --test-frac 0.1
     """
-    from lift_ray.data.folder import scan_folder
+    from lift_ray.data.convert.folder import scan_folder
 
     _convert(scan_folder(source), destination, options)
 
@@ -155,7 +168,7 @@ def image_list(
       python -m lift_ray.convert list imagenet/ data/imagenet-lt --train ImageNet_LT_train.txt \\
           --test ImageNet_LT_test.txt --class-names classnames.txt --short-side 256
     """
-    from lift_ray.data.lists import scan_list
+    from lift_ray.data.convert.lists import scan_list
 
     index = scan_list(source, train=train, validation=validation, test=test, class_names=class_names)
     _convert(index, destination, options)
@@ -179,7 +192,7 @@ def inat(
     Example:
       python -m lift_ray.convert inat inat2018/ s3://bucket/inat2018 --short-side 256
     """
-    from lift_ray.data.inat import scan_inat
+    from lift_ray.data.convert.inat import scan_inat
 
     _convert(scan_inat(source, rank=rank, train=train, test=test, categories=categories), destination, options)
 
@@ -201,7 +214,7 @@ def cifar(
     """
     if options.largest is not None:
         raise BadInput("largest: must be left out for cifar, whose cut keeps all of the first class; drop it")
-    from lift_ray.data.cifar import scan_cifar
+    from lift_ray.data.convert.cifar import scan_cifar
 
     index = scan_cifar(source, imbalance=options.imbalance, coarse=coarse)
     _convert(index, destination, replace(options, imbalance=None))
@@ -239,7 +252,7 @@ def csv_table(
     Example:
       python -m lift_ray.convert csv labels.csv data/mine --image-column file --label-column species --root photos/
     """
-    from lift_ray.data.tables import scan_table
+    from lift_ray.data.convert.tables import scan_table
 
     _convert(scan_table(source, kind="csv", **asdict(columns)), destination, options)
 
@@ -257,7 +270,7 @@ def parquet_table(
     Example:
       python -m lift_ray.convert parquet 's3://bucket/raw/*.parquet' data/mine --label-column category
     """
-    from lift_ray.data.tables import scan_table
+    from lift_ray.data.convert.tables import scan_table
 
     _convert(scan_table(source, kind="parquet", **asdict(columns)), destination, options)
 
@@ -276,25 +289,32 @@ def torchvision(
     Example:
       python -m lift_ray.convert torchvision Food101 data/food101 --root downloads/ --download --short-side 256
     """
-    from lift_ray.data.torchvision_sets import scan_torchvision
+    from lift_ray.data.convert.torchvision_sets import scan_torchvision
 
     _convert(scan_torchvision(name, root=root, download=download), destination, options)
 
 
 def _convert(index: ImageIndex, destination: str, options: Options) -> None:
-    from lift_ray.data import conversion
-    from lift_ray.data.images import Encoding
-    from lift_ray.results.progress import image_progress
+    from lift_ray.data.convert import conversion
+    from lift_ray.data.convert.images import Encoding
+    from lift_ray.terminal.image_progress import image_progress
 
     for note in index.notes:
         print(note, file=sys.stderr)
     with _engine(options) as run_tasks, image_progress() as progress:
         converted = conversion.convert(
-            index, destination, division=options.division(),
+            index,
+            destination,
+            division=options.division(),
             encoding=Encoding(options.short_side, options.quality or 90, options.max_pixels),
-            rows_per_shard=options.rows_per_shard, row_group_rows=options.row_group_rows, skip_bad=options.skip_bad,
-            overwrite=options.overwrite, workers=options.workers, progress=progress, run_tasks=run_tasks,
-        )  # fmt: skip
+            rows_per_shard=options.rows_per_shard,
+            row_group_rows=options.row_group_rows,
+            skip_bad=options.skip_bad,
+            overwrite=options.overwrite,
+            workers=options.workers,
+            progress=progress,
+            run_tasks=run_tasks,
+        )
     _report(destination, converted, index.num_ignored)
 
 
@@ -304,10 +324,10 @@ def _engine(options: Options) -> Iterator[RunTasks | None]:
     if not (options.ray or os.environ.get("RAY_ADDRESS")):
         yield None
         return
-    from lift_ray.distributed.cluster import connected
+    from lift_ray.ray_runtime.session import connected
 
     with connected(options.ray, dashboard=False):
-        from lift_ray.distributed.conversion import on_cluster
+        from lift_ray.ray_runtime.conversion import on_cluster
 
         yield partial(on_cluster, at_once=options.workers)
 
@@ -317,9 +337,9 @@ def _report(destination: str, converted: Converted, num_ignored: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lift_ray.data.conversion import SKIPPED
+    from lift_ray.data.convert.conversion import SKIPPED
     from lift_ray.data.longtail import plot, summary
-    from lift_ray.data.store import join
+    from lift_ray.storage.store import join
 
     table = Table("split")
     for name in ("images", "classes", "shards", "MB"):

@@ -12,7 +12,7 @@ import typer
 from lift_ray.errors import BadInput, did_you_mean, exit_codes, run_verb
 
 if TYPE_CHECKING:
-    from lift_ray.distributed.checkpoint import Record
+    from lift_ray.training.checkpoint import Record
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 COMBINE = ("logits", "probabilities")
@@ -58,30 +58,32 @@ def evaluate(
       python -m lift_ray.evaluate runs/openai runs/laion runs/metaclip --combine probabilities --weights 2,1,1
       python -m lift_ray.evaluate runs/mine --gla
     """
-    from lift_ray.data.catalog import open_dataset
-    from lift_ray.distributed.checkpoint import difference
+    from lift_ray.data.open import open_dataset
+    from lift_ray.training.checkpoint import difference
 
     records = _records(checkpoints)
     dataset = open_dataset(data or records[0].dataset)
     dataset.split(split)
     if list(dataset.class_names) != records[0].class_names:
-        raise BadInput(f"{dataset.uri}: must have the classes of the checkpoint, but "
-                       f"{difference(records[0].class_names, dataset.class_names)}; give the data set it was trained for")  # fmt: skip
+        raise BadInput(
+            f"{dataset.uri}: must have the classes of the checkpoint, but "
+            f"{difference(records[0].class_names, dataset.class_names)}; give the data set it was trained for"
+        )
     taus = _taus(checkpoints, records, tau, gla)
     _check_together(records, combine, weights)
-    from lift_ray.distributed.evaluation import Question, evaluate_here, evaluate_on_workers
+    from lift_ray.inference.evaluate import Question, evaluate_here, evaluate_on_workers
 
     question = Question(tuple(checkpoints), dataset.uri, split, taus, tte, combine, _numbers(weights), gla)
     found = evaluate_here(question) if workers == 1 else evaluate_on_workers(question, workers, cpus_per_worker)
     if per_class is not None:
-        from lift_ray.results.metrics import write_per_class
+        from lift_ray.evaluation.metrics import write_per_class
 
         write_per_class(found.rows, per_class)
     if as_json:
         every = [figures | found.report for figures in found.figures]
         print(json.dumps(every if len(every) > 1 else every[0], indent=1))
         return
-    from lift_ray.results.together import print_found
+    from lift_ray.terminal.evaluation_tables import print_found
 
     name = "together" if found.report else checkpoints[0]
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
@@ -92,7 +94,7 @@ def evaluate(
 
 def _records(checkpoints: list[str]) -> list[Record]:
     """What the checkpoints say of themselves. Raises BadInput when they do not know the same classes in the same order."""
-    from lift_ray.distributed.checkpoint import opened, read_record
+    from lift_ray.training.checkpoint import opened, read_record
 
     records = []
     if twice := next((where for where in checkpoints if checkpoints.count(where) > 1), None):
@@ -105,8 +107,10 @@ def _records(checkpoints: list[str]) -> list[Record]:
         first, here = records[0].class_names, records[-1].class_names
         if here != first:
             odd = sorted(set(here) ^ set(first))[:3] or ["the same names in another order"]
-            raise BadInput(f"{where}: must have the classes of {checkpoints[0]} in the same order, but it has {len(here)} and that "
-                           f"{len(first)}, which differ ({', '.join(odd)}); combine models of one data set")  # fmt: skip
+            raise BadInput(
+                f"{where}: must have the classes of {checkpoints[0]} in the same order, but it has {len(here)} and that "
+                f"{len(first)}, which differ ({', '.join(odd)}); combine models of one data set"
+            )
     return records
 
 
@@ -122,8 +126,10 @@ def _taus(checkpoints: list[str], records: list[Record], tau: list[float] | None
         record.config["evaluation"]["posthoc_tau"]: where for where, record in zip(checkpoints, records, strict=True)
     }
     if not tau and len(own) > 1:
-        raise BadInput(f"--posthoc-tau: must be given for models trained with several, but got none for {', '.join(map(str, own))}; "
-                       "name one")  # fmt: skip
+        raise BadInput(
+            f"--posthoc-tau: must be given for models trained with several, but got none for {', '.join(map(str, own))}; "
+            "name one"
+        )
     return tuple(tau or own)
 
 

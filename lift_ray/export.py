@@ -44,8 +44,8 @@ def export(
     for name in formats or []:
         if name not in known:
             raise BadInput(f"--format: unknown format '{name}'; {did_you_mean(name, known)}")
-    from lift_ray.distributed.checkpoint import opened
-    from lift_ray.distributed.exporting import export_checkpoint
+    from lift_ray.inference.export import export_checkpoint
+    from lift_ray.training.checkpoint import opened
 
     with opened(checkpoint) as folder:
         exported, left_out = export_checkpoint(folder, to, formats or [], posthoc_tau)

@@ -45,17 +45,17 @@ def predict(
       python -m lift_ray.predict runs/quickstart photos/ --out photos.csv
       python -m lift_ray.predict runs/mine 's3://bucket/shards/*.parquet' --out found.parquet --top 3 --workers 8
     """
-    from lift_ray.data.index import absolute
-    from lift_ray.data.pictures import find_pictures
+    from lift_ray.data.convert.index import absolute
+    from lift_ray.inference.image_files import find_pictures
 
     if "://" in str(out) or out.suffix not in (".parquet", ".csv"):
         raise BadInput(f"--out: must be a local .parquet or .csv file, but got {out}; name one")
     if out.exists():
         raise BadInput(f"--out: must be a new file, but {out} exists; delete it, or give another")
     pictures = find_pictures(images, column)
-    from lift_ray.distributed.prediction import Job
-    from lift_ray.distributed.prediction import predict as run
-    from lift_ray.results.progress import image_progress
+    from lift_ray.inference.predict import Job
+    from lift_ray.inference.predict import predict as run
+    from lift_ray.terminal.image_progress import image_progress
 
     began = time.monotonic()
     with image_progress() as advance:

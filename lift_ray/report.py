@@ -33,7 +33,7 @@ def report(
       python -m lift_ray.report runs/bottleneck runs/heavy runs/tau --to runs/together
       python -m lift_ray.report s3://bucket/inat --to inat-report
     """
-    from lift_ray.distributed.reporting import write_report
+    from lift_ray.reporting.report import write_report
 
     where = write_report(outs, to, png=png)
     print(f"report: {where}")

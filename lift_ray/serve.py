@@ -18,8 +18,8 @@ def app(args: dict[str, str]) -> Any:
     Args:
         args: fields of `gate.Options`; what is missing is taken from LIFT_CHECKPOINT, LIFT_TEMPERATURE, and so on.
     """
-    from lift_ray.distributed.gate import Options
-    from lift_ray.distributed.serving import application
+    from lift_ray.inference.serve_http import Options
+    from lift_ray.inference.serve_model import application
 
     return application(Options.of(args))
 
@@ -54,10 +54,18 @@ def serve(
       curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' 'http://127.0.0.1:8000/predict?top=3'
       serve run lift_ray.serve:app checkpoint=runs/quickstart replicas=2
     """
-    from lift_ray.distributed.endpoint import serve_until_stopped
+    from lift_ray.inference.serve_run import serve_until_stopped
 
-    given = {"checkpoint": checkpoint, "temperature": temperature, "posthoc_tau": posthoc_tau, "max_mb": max_mb,
-             "max_megapixels": max_megapixels, "replicas": replicas, "cpus": cpus, "gpus": gpus}  # fmt: skip
+    given = {
+        "checkpoint": checkpoint,
+        "temperature": temperature,
+        "posthoc_tau": posthoc_tau,
+        "max_mb": max_mb,
+        "max_megapixels": max_megapixels,
+        "replicas": replicas,
+        "cpus": cpus,
+        "gpus": gpus,
+    }
     serve_until_stopped({name: value for name, value in given.items() if value is not None}, host, port)
 
 

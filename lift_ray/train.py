@@ -15,12 +15,12 @@ import typer
 from lift_ray.errors import BadInput, exit_codes, run_verb
 
 if TYPE_CHECKING:
-    from lift_ray.data.catalog import Dataset
-    from lift_ray.distributed.capacity import Need
-    from lift_ray.distributed.progress import Progress
-    from lift_ray.distributed.tracking import Tracked
-    from lift_ray.results.output import Output
-    from lift_ray.settings.run import RunFile
+    from lift_ray.data.dataset import Dataset
+    from lift_ray.ray_runtime.capacity import Need
+    from lift_ray.settings.run_file import RunFile
+    from lift_ray.storage.output import Output
+    from lift_ray.tracking.services import Tracked
+    from lift_ray.training.progress import Progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 SETTINGS, TOGETHER = "run.yaml", "together.json"
@@ -70,9 +70,10 @@ def train(
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 2 --out runs/mine
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 8 --min-workers 4 --out s3://bucket/mine --resume
     """
-    from lift_ray.data.catalog import open_dataset
-    from lift_ray.settings.files import parse_overrides, read_run
+    from lift_ray.data.open import open_dataset
     from lift_ray.settings.methods import check_splits
+    from lift_ray.settings.overrides import parse_overrides
+    from lift_ray.settings.run_file import read_run
 
     run = read_run(run_file, parse_overrides(settings or []))
     data = open_dataset(run.dataset)
@@ -92,12 +93,12 @@ def train(
         return
     if resume and out is None:
         raise BadInput("--resume: must name the run to go on with, but --out is missing; add --out FOLDER")
-    from lift_ray.distributed.capacity import num_fitting, num_slots
-    from lift_ray.distributed.cluster import connected, dashboard_url
-    from lift_ray.distributed.tracking import trackers
-    from lift_ray.distributed.trainer import Job, Patience, train_alone, train_on_workers
-    from lift_ray.results.output import Output
-    from lift_ray.settings.space import Scale
+    from lift_ray.ray_runtime.capacity import num_fitting, num_slots
+    from lift_ray.ray_runtime.session import connected, dashboard_url
+    from lift_ray.settings.search import Scale
+    from lift_ray.storage.output import Output
+    from lift_ray.tracking.services import trackers
+    from lift_ray.training.ray_train import Job, Patience, train_alone, train_on_workers
 
     output = Output(out or run.out or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_out(output, run, resume)
@@ -134,7 +135,7 @@ def train(
 
 def _members(run: RunFile) -> dict[str, RunFile]:
     """The runs that `method: backdoor` stands for, by name; none for other methods."""
-    from lift_ray.settings.run import RunFile
+    from lift_ray.settings.run_file import RunFile
 
     return {
         name: RunFile.model_validate({"name": name, "dataset": run.dataset, **config.model_dump()})
@@ -143,9 +144,14 @@ def _members(run: RunFile) -> dict[str, RunFile]:
 
 
 def _train_all(
-    run: RunFile, members: dict[str, RunFile], data: Dataset, output: Output,
-    train_one: Callable[[RunFile, Output], Progress], at_once: int, need: Need | None,
-) -> None:  # fmt: skip
+    run: RunFile,
+    members: dict[str, RunFile],
+    data: Dataset,
+    output: Output,
+    train_one: Callable[[RunFile, Output], Progress],
+    at_once: int,
+    need: Need | None,
+) -> None:
     """Train one model, or all members and put them together; then say what was found.
 
     Args:
@@ -155,10 +161,10 @@ def _train_all(
     if not members:
         _print_found(run, output, train_one(run, output))
         return
-    from lift_ray.distributed.evaluation import Question, evaluate_here, evaluate_on_workers
-    from lift_ray.distributed.members import bind, place_of, train_members
-    from lift_ray.results.rows import write_json
-    from lift_ray.results.together import print_found
+    from lift_ray.ensembles.train import bind, place_of, train_members
+    from lift_ray.inference.evaluate import Question, evaluate_here, evaluate_on_workers
+    from lift_ray.reporting.trial_rows import write_json
+    from lift_ray.terminal.evaluation_tables import print_found
 
     _write_settings(run, data.uri, output)
     places = {name: place_of(output, name) for name in members}
@@ -177,7 +183,7 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
     """The settings as YAML, and the plan as comments below them: together they are a run file."""
     from ruamel.yaml import YAML
 
-    from lift_ray.distributed.plan import plan
+    from lift_ray.training.plan import plan
 
     config, lines = plan(run, data, workers, checkpoint_s)
     YAML().dump({"name": run.name, "dataset": data.uri, **config.to_dict()}, sys.stdout)
@@ -186,7 +192,7 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
 
 
 def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
-    from lift_ray.settings.files import dump_yaml
+    from lift_ray.settings.yaml_file import dump_yaml
 
     output.folder.mkdir(parents=True, exist_ok=True)
     dump_yaml({"name": run.name, "dataset": dataset, **run.config.to_dict()}, output.folder / SETTINGS)
@@ -198,9 +204,9 @@ def _begun(
     run: RunFile, dataset: str, output: Output, where: str, services: Sequence[Tracked], *, beside: bool = False
 ) -> Iterator[Progress]:
     """Write run.yaml, say what begins, tell the services, and show how it goes, `beside` other runs or alone."""
-    from lift_ray.distributed.members import MemberProgress
-    from lift_ray.distributed.progress import Progress
-    from lift_ray.distributed.tracking import followed
+    from lift_ray.ensembles.train import MemberProgress
+    from lift_ray.tracking.services import followed
+    from lift_ray.training.progress import Progress
 
     _write_settings(run, dataset, output)
     print(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}", flush=True)
@@ -214,7 +220,7 @@ def _begun(
 
 
 def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
-    from lift_ray.results.tables import accuracy_table, console
+    from lift_ray.terminal.tables import accuracy_table, console
 
     last = progress.last
     split = "test" if "test/accuracy" in last else "validation"
@@ -225,7 +231,7 @@ def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
 
 
 def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:
-    from lift_ray.settings.run import check_global_batch
+    from lift_ray.settings.run_file import check_global_batch
 
     if no_ray and most > 1:
         raise BadInput(f"--workers: must be 1 with --no-ray, but got {most}; leave one of them out")
@@ -238,7 +244,7 @@ def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:
 
 def _check_out(output: Output, run: RunFile, resume: bool) -> None:
     """Refuse to write over a run, and to go on with one of other settings."""
-    from lift_ray.settings.files import read_run
+    from lift_ray.settings.run_file import read_run
 
     holds_run = output.holds(SETTINGS)
     if not resume:
@@ -248,14 +254,18 @@ def _check_out(output: Output, run: RunFile, resume: bool) -> None:
             )
         return
     if not holds_run:
-        raise BadInput(f"{output.shown}: must hold a run to go on with, but there is no {SETTINGS}; check --out, or leave out "
-                       "--resume")  # fmt: skip
+        raise BadInput(
+            f"{output.shown}: must hold a run to go on with, but there is no {SETTINGS}; check --out, or leave out "
+            "--resume"
+        )
     with output.fetched(SETTINGS) as path:
         before, now = read_run(path).config.to_dict(), run.config.to_dict()
     for section, value in now.items():
         if before[section] != value:
-            raise BadInput(f"{output.shown}/{SETTINGS} {section}: must stay as the run began, {before[section]}, but got "
-                           f"{value}; give another --out, or the settings it began with")  # fmt: skip
+            raise BadInput(
+                f"{output.shown}/{SETTINGS} {section}: must stay as the run began, {before[section]}, but got "
+                f"{value}; give another --out, or the settings it began with"
+            )
 
 
 def main(argv: list[str]) -> int | None:

@@ -13,10 +13,10 @@ import typer
 from lift_ray.errors import BadInput, Stopped, exit_codes, run_verb
 
 if TYPE_CHECKING:
-    from lift_ray.data.catalog import Dataset
-    from lift_ray.distributed.final_comparison import SearchResult
-    from lift_ray.results.output import Output
+    from lift_ray.data.dataset import Dataset
+    from lift_ray.search.final_comparison import SearchResult
     from lift_ray.settings.space import SpaceFile
+    from lift_ray.storage.output import Output
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -77,15 +77,15 @@ def tune(
       python -m lift_ray.tune search_spaces/inat.yaml search.trials=24 --dry-run
       python -m lift_ray.tune search_spaces/inat.yaml --out s3://bucket/inat --resume
     """
-    from lift_ray.settings.files import parse_overrides
-    from lift_ray.settings.space import read_space
+    from lift_ray.settings.checks import read_space
+    from lift_ray.settings.overrides import parse_overrides
 
     space = read_space(space_file, parse_overrides(settings or []))
     if resume and not (out or space.out):
         raise BadInput("--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER")
     dataset, data = _open(space, dry_run)
     if dry_run:
-        from lift_ray.distributed.preflight import check_before_start
+        from lift_ray.search.preflight import check_before_start
 
         check_before_start(space, dataset, out=out or space.out, storage=storage, resume=resume, log_to=log_to or [])
         _print_plan(space, dataset, data)
@@ -117,17 +117,17 @@ def _search(
     log_to: list[str],
 ) -> None:
     """Start or join Ray, search, write the results and print them."""
-    from lift_ray.distributed.cluster import connected, dashboard_url
-    from lift_ray.distributed.driver import run_search
-    from lift_ray.distributed.final_comparison import machine, write_result
-    from lift_ray.distributed.interrupts import Interrupts
-    from lift_ray.distributed.live import Status, job_metadata, served, tell_job
-    from lift_ray.distributed.reporting import kept_up_to_date, try_report
-    from lift_ray.distributed.resume import study_in
-    from lift_ray.distributed.tracking import trackers
-    from lift_ray.results.output import Output
-    from lift_ray.results.rows import write_json
-    from lift_ray.results.studies import BEGUN
+    from lift_ray.ray_runtime.session import connected, dashboard_url
+    from lift_ray.reporting.report import kept_up_to_date, try_report
+    from lift_ray.reporting.study_files import BEGUN
+    from lift_ray.reporting.trial_rows import write_json
+    from lift_ray.search.driver import run_search
+    from lift_ray.search.driver_lock import study_in
+    from lift_ray.search.final_comparison import machine, write_result
+    from lift_ray.search.interrupts import Interrupts
+    from lift_ray.search.live_page import Status, job_metadata, served, tell_job
+    from lift_ray.storage.output import Output
+    from lift_ray.tracking.services import trackers
 
     target = Output(out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began, status = time.monotonic(), Status()
@@ -143,28 +143,44 @@ def _search(
         served(space, study.rows, target.folder, live_port, status) as page,
         connected(dashboard=dashboard, metadata=job_metadata(space, page)) as nodes,
     ):
-        from lift_ray.distributed.capacity import num_slots, slots_now
+        from lift_ray.ray_runtime.capacity import num_slots, slots_now
 
         interrupts.listen()
         need, slots = num_slots(space.scale, nodes)
         started_s = time.monotonic() - began
         before = f" ({sum(row.has_ended for row in study.rows.values())} ended before)" if resume else ""
-        print(f"{space.name}: {space.num_trials} trials{before}, {min(slots, space.num_trials)} at a time, each {need}; "
-              f"results in {target}")  # fmt: skip
+        print(
+            f"{space.name}: {space.num_trials} trials{before}, {min(slots, space.num_trials)} at a time, each {need}; "
+            f"results in {target}"
+        )
         if url := dashboard_url():
             print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)")
         if page:
             print(f"live page: {page}", flush=True)
             tell_job(page)
-        write_json({"name": space.name, "dataset": dataset, "space": space.model_dump(mode="json", by_alias=True),
-                    "each_trial": asdict(need), "machine": machine()}, target.folder / BEGUN)  # fmt: skip
+        write_json(
+            {
+                "name": space.name,
+                "dataset": dataset,
+                "space": space.model_dump(mode="json", by_alias=True),
+                "each_trial": asdict(need),
+                "machine": machine(),
+            },
+            target.folder / BEGUN,
+        )
         try:
             with kept_up_to_date(target):
                 found = run_search(
-                    study, dataset, need, lambda: slots_now(space.scale, need), target, interrupts,
+                    study,
+                    dataset,
+                    need,
+                    lambda: slots_now(space.scale, need),
+                    target,
+                    interrupts,
                     num_images={name: split.num_samples for name, split in data.splits.items()},
-                    show=status.show, watchers=watchers,
-                )  # fmt: skip
+                    show=status.show,
+                    watchers=watchers,
+                )
         except Stopped:
             try_report(target)
             raise
@@ -178,7 +194,7 @@ def _search(
 
 def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
     """The data set's absolute URI, and its index; a dry run does not reach for remote data."""
-    from lift_ray.data.catalog import open_dataset
+    from lift_ray.data.open import open_dataset
     from lift_ray.settings.methods import check_splits
 
     if dry_run and "://" in space.dataset and not space.dataset.startswith("file://"):
@@ -194,7 +210,7 @@ def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
 
 def _check_objectives(space: SpaceFile, data: Dataset) -> None:
     """A group without classes, or without validation images of them, has no accuracy to search for."""
-    from lift_ray.results.metrics import RULES, class_groups
+    from lift_ray.evaluation.metrics import RULES, class_groups
 
     groups = class_groups(data.split("train").class_counts(data.num_classes))
     measured = groups[data.split("validation").class_counts(data.num_classes) > 0]
@@ -225,9 +241,9 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     from rich.table import Table
 
-    from lift_ray.distributed.capacity import gpus_here, lacking, need, num_fitting
-    from lift_ray.results.tables import console
+    from lift_ray.ray_runtime.capacity import gpus_here, lacking, need, num_fitting
     from lift_ray.settings.search import expected_epochs
+    from lift_ray.terminal.tables import console
 
     out = console()
     table = Table(title=f"{space.name}: the plan", title_justify="left", box=None, show_header=False)
@@ -235,8 +251,11 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
         table.add_row("data", f"{dataset} (remote: not opened in a dry run)")
     else:
         counts = data.split("train").class_counts(data.num_classes)
-        table.add_row("data", f"{dataset}: {data.num_classes} classes, {counts.sum():,} training images, {counts.max()} ... "
-                              f"{counts.min()} a class")  # fmt: skip
+        table.add_row(
+            "data",
+            f"{dataset}: {data.num_classes} classes, {counts.sum():,} training images, {counts.max()} ... "
+            f"{counts.min()} a class",
+        )
     config = space.config({})
     table.add_row(
         "backbone", f"{config.backbone.model} {config.backbone.pretrained or ''} in {config.backbone.precision}"
@@ -258,8 +277,11 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     each = f" ({search.per_kind} for each tuner.kind)" if search.per_kind else ""
     table.add_row("search", f"{number} trials{each}, {given}{search.sampler}; stops early: {search.scheduler.kind}")
     if search.seeds_best > 1:
-        table.add_row("seeds", f"at the end {search.seeds_best - 1} more for the best settings"
-                               + (", and for the first start point" if space.start else ""))  # fmt: skip
+        table.add_row(
+            "seeds",
+            f"at the end {search.seeds_best - 1} more for the best settings"
+            + (", and for the first start point" if space.start else ""),
+        )
     drawn = max(0, number - len(space.start))
     epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
     table.add_row("epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping")
@@ -281,9 +303,9 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
 
 
 def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
-    from lift_ray.results.rows import describe
-    from lift_ray.results.tables import accuracy_table, console, curve_table, pareto_table, seeds_table
-    from lift_ray.results.together import crossed_table, together_table
+    from lift_ray.search.tables import curve_table, pareto_table
+    from lift_ray.terminal.evaluation_tables import crossed_table, together_table
+    from lift_ray.terminal.tables import accuracy_table, console, describe, seeds_table
 
     screen = console()
     states = [row.state for row in found.rows]
@@ -306,8 +328,10 @@ def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
         screen.print(seeds_table(found.seeds))
     if (optimism := found.best.last.get("validation/posthoc_optimism")) is not None:
         tau, value = (found.best.last[f"validation/posthoc_{name}"] for name in ("tau", "mean_class_accuracy"))
-        print(f"Best post-hoc tau on validation: {tau:g} (mean class accuracy {100 * value:.1f}, "
-              f"about {100 * optimism:.1f} points of it selection bias)")  # fmt: skip
+        print(
+            f"Best post-hoc tau on validation: {tau:g} (mean class accuracy {100 * value:.1f}, "
+            f"about {100 * optimism:.1f} points of it selection bias)"
+        )
     times = dict(found.time_s)
     total = times.pop("total")
     print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))

@@ -57,7 +57,21 @@ def _opened(url: str, folder: Path, *options: str) -> subprocess.CompletedProces
         pytest.skip("needs Chromium or Chrome")
     assert CHROME, "CI installs Chromium"
     return subprocess.run(
-        [CHROME, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", f"--user-data-dir={folder / 'profile'}",
-         "--enable-logging=stderr", "--virtual-time-budget=15000", *options, "--dump-dom", url],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        [
+            CHROME,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--window-size=1400,1000",
+            f"--user-data-dir={folder / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=15000",
+            *options,
+            "--dump-dom",
+            url,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )

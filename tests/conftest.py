@@ -45,9 +45,9 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with 8 classes of the embedded pictures: 96 training, 24 validation and 24 test images."""
     import numpy as np
 
-    from lift_ray.data.catalog import open_dataset
+    from lift_ray.data.convert.shards import publish, write_split
+    from lift_ray.data.open import open_dataset
     from lift_ray.data.reader import RowReader
-    from lift_ray.data.shards import publish, write_split
 
     source = open_dataset("embedded:caltech101")
     classes = np.argsort(-source.split("train").class_counts(source.num_classes), kind="stable")[: len(TRAIN_COUNTS)]
@@ -57,8 +57,11 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     for split in ("train", "validation", "test"):
         here = source.split(split)
         counts = TRAIN_COUNTS if split == "train" else [EVALUATION_COUNT] * len(classes)
-        rows = [(row, label) for label, (c, n) in enumerate(zip(classes, counts, strict=True))
-                for row in np.flatnonzero(here.labels == c)[:n]]  # fmt: skip
+        rows = [
+            (row, label)
+            for label, (c, n) in enumerate(zip(classes, counts, strict=True))
+            for row in np.flatnonzero(here.labels == c)[:n]
+        ]
         rows.sort(key=lambda pair: pair[0] * 31 % 97)  # classes mixed, as in real shards
         with RowReader(here) as reader:
             images = reader.read(np.array([row for row, _ in rows]))
@@ -77,9 +80,15 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
     text = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    config = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text},
-              "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic",
-                                 "resize_mode": "shortest"}}  # fmt: skip
+    config = {
+        "model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {
+            "mean": [0.48, 0.46, 0.41],
+            "std": [0.27, 0.26, 0.28],
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.CLIP(32, vision, text)
@@ -110,7 +119,7 @@ def same_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray on this machine, started once for every test that uses it in this process; its workers can import from tests/."""
-    from lift_ray.distributed.cluster import connected
+    from lift_ray.ray_runtime.session import connected
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)

@@ -44,16 +44,24 @@ class Account:
     def client(self, service: str) -> Any:
         """Of boto3."""
         return boto3.client(
-            service, region_name=REGION, endpoint_url=self.env["AWS_ENDPOINT_URL"], aws_access_key_id="test",
+            service,
+            region_name=REGION,
+            endpoint_url=self.env["AWS_ENDPOINT_URL"],
+            aws_access_key_id="test",
             aws_secret_access_key="test",  # pragma: allowlist secret
-        )  # fmt: skip
+        )
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the account."""
         return subprocess.run(
-            command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             timeout=200,
-        )  # fmt: skip
+        )
 
     def ray_up(self) -> str:
         """What `ray up` says, which ends where the head would have to answer."""
@@ -82,14 +90,20 @@ def fake_aws(folder: Path, cluster_file: Path) -> Iterator[Account]:
     (folder / ".ray").mkdir()
     (folder / ".ray" / "auth_token").write_text(TOKEN)
     env = os.environ | {
-        "HOME": str(folder), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": REGION, "AUTOSCALER_NODE_START_WAIT_S": "3",  # pragma: allowlist secret
-    }  # fmt: skip
+        "HOME": str(folder),
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": REGION,
+        "AUTOSCALER_NODE_START_WAIT_S": "3",  # pragma: allowlist secret
+    }
     account = Account(env, folder, folder / "aws.yaml")
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         wait_for("moto", lambda: _answers(env["AWS_ENDPOINT_URL"]), 60)
         config = yaml.safe_load(cluster_file.read_text())

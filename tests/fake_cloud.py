@@ -24,9 +24,16 @@ STORE_BYTES = 80 * 2**20
 TOKEN = "0123456789abcdef" * 4
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 EMPTY_LISTS = (
-    "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
-    "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
-)  # fmt: skip
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+    "cluster_synced_files",
+    "rsync_exclude",
+    "rsync_filter",
+)
 
 
 def free_ports(number: int) -> list[int]:
@@ -90,39 +97,73 @@ def fake_cloud(
     gcs, dashboard, agent, client = free_ports(4)
     (folder / "token").write_text(TOKEN)
     config: dict[str, Any] = {
-        "cluster_name": "fake", "upscaling_speed": 10.0, "idle_timeout_minutes": idle_s / 60,
+        "cluster_name": "fake",
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": idle_s / 60,
         "max_workers": sum(kind["max_workers"] for kind in kinds.values()),
         "provider": {
-            "type": "external", "module": provider, "asked": str(folder / "asked"),
-            "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
-            "launch_multiple": True, "head_node_id": HEAD_ID, "gcs_address": f"127.0.0.1:{gcs}",
+            "type": "external",
+            "module": provider,
+            "asked": str(folder / "asked"),
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": HEAD_ID,
+            "gcs_address": f"127.0.0.1:{gcs}",
         },
         "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            **{name: {"node_config": {}, "labels": {"ray.io/node-group": name}, **kind,
-                      "resources": kind["resources"] | {"object_store_memory": STORE_BYTES}} for name, kind in kinds.items()},
+            **{
+                name: {
+                    "node_config": {},
+                    "labels": {"ray.io/node-group": name},
+                    **kind,
+                    "resources": kind["resources"] | {"object_store_memory": STORE_BYTES},
+                }
+                for name, kind in kinds.items()
+            },
         },
-        "auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
         **{name: [] for name in EMPTY_LISTS},
-    }  # fmt: skip
+    }
     (folder / "cluster.yaml").write_text(json.dumps(config))
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
         [
-            RAY, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=0", f"--object-store-memory={STORE_BYTES}",
-            f"--temp-dir={folder}", f"--autoscaling-config={folder / 'cluster.yaml'}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            f"--port={gcs}",
+            "--num-cpus=0",
+            f"--object-store-memory={STORE_BYTES}",
+            f"--temp-dir={folder}",
+            f"--autoscaling-config={folder / 'cluster.yaml'}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--ray-client-server-port={client}",
             "--disable-usage-stats",
         ],
-        env=env | {
-            "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
-            "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        env=env
+        | {
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
             "LIFT_RESULTS": str(folder / "results"),
             "PYTHONPATH": os.pathsep.join([ray_in, str(Path(__file__).parent)]),
         },
-        stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        stdout=(folder / "head.log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     head = Head(f"http://127.0.0.1:{dashboard}", env | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}, folder / "results")
     try:
         wait_for("the head", lambda: _answers(head, started), 90)

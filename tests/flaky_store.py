@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from lift_ray.data.catalog import Split, open_dataset
+from lift_ray.data.convert.shards import publish, write_split
+from lift_ray.data.dataset import Split
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.shards import publish, write_split
 
 IMAGES = RowReader(open_dataset("embedded:caltech101").split("test")).read(np.arange(60))
 NAMES = ("cat", "dog", "wild cat")

@@ -77,9 +77,13 @@ class Lab:
     def run(self, *command: str, seconds: float = 240) -> subprocess.CompletedProcess[str]:
         """Run a command on the laptop, which is in the network too, with a home and a token of its own. No output holds the token."""
         done = subprocess.run(
-            self._there(*command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+            self._there(*command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
             timeout=seconds,
-        )  # fmt: skip
+        )
         assert TOKEN not in done.stdout, command
         return done
 
@@ -100,9 +104,12 @@ class Lab:
 
     def _there(self, *command: str) -> list[str]:
         env = {
-            "HOME": str(self.folder / "laptop"), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
-            "RAY_USAGE_STATS_ENABLED": "0", "TERM": "dumb",
-        }  # fmt: skip
+            "HOME": str(self.folder / "laptop"),
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "TERM": "dumb",
+        }
         inside = [
             "nsenter",
             "-t",
@@ -135,8 +142,10 @@ def machines(folder: Path, number: int) -> Iterator[Lab]:
     for machine in range(1, number + 1):
         home = folder / f"machine{machine}"
         for name, script in {
-            "python": f'exec {sys.executable} "$@"', "ray": f'exec {BIN}/ray "$@"', "pip": 'echo "$@" >> ~/pip.txt',
-        }.items():  # fmt: skip
+            "python": f'exec {sys.executable} "$@"',
+            "ray": f'exec {BIN}/ray "$@"',
+            "pip": 'echo "$@" >> ~/pip.txt',
+        }.items():
             path = home / "lift" / "bin" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"#!/bin/sh\n{script}\n")

@@ -10,18 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lift_ray.data.catalog import open_dataset
-from lift_ray.results.studies import PREDICTIONS, predictions_of
+from lift_ray.data.open import open_dataset
+from lift_ray.reporting.study_files import PREDICTIONS, predictions_of
 
 DATASET = "embedded:caltech101-lt"
 KINDS = ("adaptformer", "lora", "linear_probe")
 SPACE: dict[str, Any] = {
     "tuner.kind": {"choices": list(KINDS), "int": None, "float": None, "log": False, "step": None, "when": {}},
-    "tuner.bottleneck": {"choices": None, "int": [2, 32], "float": None, "log": True, "step": None,
-                         "when": {"tuner.kind": ["adaptformer", "lora"]}},
+    "tuner.bottleneck": {
+        "choices": None,
+        "int": [2, 32],
+        "float": None,
+        "log": True,
+        "step": None,
+        "when": {"tuner.kind": ["adaptformer", "lora"]},
+    },
     "loss.tau": {"choices": None, "int": None, "float": [0.0, 2.0], "log": False, "step": None, "when": {}},
     "optim.lr": {"choices": None, "int": None, "float": [0.01, 0.3], "log": True, "step": None, "when": {}},
-}  # fmt: skip
+}
 
 
 def make_trials(number: int, **changes: Any) -> list[dict[str, Any]]:
@@ -30,21 +36,38 @@ def make_trials(number: int, **changes: Any) -> list[dict[str, Any]]:
     for i in range(number):
         kind, width, tau = KINDS[i % 3], int(2 ** random.integers(1, 6)), float(random.uniform(0, 2))
         value = 0.3 - 0.1 * (tau - 1) ** 2
-        rows.append({
-            "number": i, "state": "pruned" if i % 5 == 4 else "finished", "epochs": 2, "tuner.kind": kind,
-            "tuner.bottleneck": None if kind == "linear_probe" else width, "loss.tau": tau,
-            "optim.lr": float(random.uniform(0.01, 0.3)),
-            "train/images_per_s": 200.0, "validation/accuracy": value, "validation/mean_class_accuracy": value,
-            "validation/many": 0.8 - 0.1 * tau, "validation/medium": value + 0.05, "validation/few": 0.1 * tau,
-            "trained_parameters": 19_200 if kind == "linear_probe" else 19_200 + 3_000 * width, "train_s": 30.0, "evaluate_s": 3.0,
-            "error": "", **changes,
-        })  # fmt: skip
+        rows.append(
+            {
+                "number": i,
+                "state": "pruned" if i % 5 == 4 else "finished",
+                "epochs": 2,
+                "tuner.kind": kind,
+                "tuner.bottleneck": None if kind == "linear_probe" else width,
+                "loss.tau": tau,
+                "optim.lr": float(random.uniform(0.01, 0.3)),
+                "train/images_per_s": 200.0,
+                "validation/accuracy": value,
+                "validation/mean_class_accuracy": value,
+                "validation/many": 0.8 - 0.1 * tau,
+                "validation/medium": value + 0.05,
+                "validation/few": 0.1 * tau,
+                "trained_parameters": 19_200 if kind == "linear_probe" else 19_200 + 3_000 * width,
+                "train_s": 30.0,
+                "evaluate_s": 3.0,
+                "error": "",
+                **changes,
+            }
+        )
     return rows
 
 
 def write_study(
-    folder: Path, trials: list[dict[str, Any]], *, objectives: dict[str, str] | None = None, shares: tuple[float, ...] = (0.1, 0.4, 0.6)
-) -> Path:  # fmt: skip
+    folder: Path,
+    trials: list[dict[str, Any]],
+    *,
+    objectives: dict[str, str] | None = None,
+    shares: tuple[float, ...] = (0.1, 0.4, 0.6),
+) -> Path:
     """A finished study on real pictures; each compared model recognises the share of the test images that is given."""
     data = open_dataset(DATASET)
     labels, random = data.split("test").labels, np.random.default_rng(1)
@@ -75,10 +98,15 @@ def write_study(
         for tau in (0.0, 0.5, 1.0)
     ]
     about = {
-        "name": "study", "dataset": data.uri, "compared": compared, "best": {"trial": best["number"]}, "posthoc_curve": curve,
+        "name": "study",
+        "dataset": data.uri,
+        "compared": compared,
+        "best": {"trial": best["number"]},
+        "posthoc_curve": curve,
         "space": {"objectives": objectives or {"validation/mean_class_accuracy": "max"}, "space": SPACE, "scale": {}},
-        "time_s": {"total": 200.0, "final comparison": 8.0}, "machine": {"nodes": [{"CPU": 2.0}]},
-    }  # fmt: skip
+        "time_s": {"total": 200.0, "final comparison": 8.0},
+        "machine": {"nodes": [{"CPU": 2.0}]},
+    }
     (folder / "study.json").write_text(json.dumps(about))
     pq.write_table(pa.Table.from_pylist(trials), folder / "trials.parquet")
     return folder

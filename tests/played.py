@@ -18,14 +18,14 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from lift_ray.distributed.capacity import Need
-from lift_ray.distributed.interrupts import Interrupts
-from lift_ray.distributed.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob
-from lift_ray.distributed.messages import Began, Diverged, Done, EpochDone, Problem, Reply
-from lift_ray.distributed.search import Search
-from lift_ray.distributed.study import Study, open_storage
-from lift_ray.results.output import Output
+from lift_ray.ray_runtime.capacity import Need
+from lift_ray.search.interrupts import Interrupts
+from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob
+from lift_ray.search.state import Search
+from lift_ray.search.study import Study, open_storage
 from lift_ray.settings.space import SpaceFile
+from lift_ray.storage.output import Output
+from lift_ray.training.events import Began, Diverged, Done, EpochDone, Problem, Reply
 
 METRIC = "validation/mean_class_accuracy"
 EPOCHS = 9
@@ -33,11 +33,16 @@ EPOCHS = 9
 
 def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
     """Ten trials by default, the first of which is a baseline."""
-    return SpaceFile.model_validate({
-        "name": "played", "dataset": "d", "base": {"optim": {"epochs": epochs}},
-        "space": {"optim.lr": {"float": [0.01, 1.0], "log": True}, "loss.tau": {"float": [0.0, 2.0]}},
-        "start": [{"optim.lr": 0.02, "loss.tau": 1.0}], "search": {"trials": 10, "sampler": "random", **search},
-    })  # fmt: skip
+    return SpaceFile.model_validate(
+        {
+            "name": "played",
+            "dataset": "d",
+            "base": {"optim": {"epochs": epochs}},
+            "space": {"optim.lr": {"float": [0.01, 1.0], "log": True}, "loss.tau": {"float": [0.0, 2.0]}},
+            "start": [{"optim.lr": 0.02, "loss.tau": 1.0}],
+            "search": {"trials": 10, "sampler": "random", **search},
+        }
+    )
 
 
 def figures_of(config: dict[str, Any], epoch: int) -> dict[str, float]:
@@ -45,8 +50,15 @@ def figures_of(config: dict[str, Any], epoch: int) -> dict[str, float]:
     distance = abs(config["loss"]["tau"] - 1) + abs(config["optim"]["lr"] - 0.3)
     accuracy = 1 / (1 + distance) * (1 - 0.5**epoch)
     epochs = config["optim"]["epochs"]
-    return {"epoch": epoch, METRIC: accuracy, "num_epochs": epochs, "trained_parameters": 8,
-            "validation/posthoc_tau": 0.5, "time/train_s": 0.0, "time/evaluate_s": 0.0}  # fmt: skip
+    return {
+        "epoch": epoch,
+        METRIC: accuracy,
+        "num_epochs": epochs,
+        "trained_parameters": 8,
+        "validation/posthoc_tau": 0.5,
+        "time/train_s": 0.0,
+        "time/evaluate_s": 0.0,
+    }
 
 
 @dataclass
@@ -87,8 +99,18 @@ class Played:
         if isinstance(job, EvaluationJob):
             time.sleep(self.epoch_s)
             self._log(f"done {job.key}")
-            yield Done({"figures": [{f"{job.split}/mean_class_accuracy": 0.5 - tau / 10, "time/evaluate_s": 0.0,
-                                     "trained_parameters": 8} for tau in job.taus]})  # fmt: skip
+            yield Done(
+                {
+                    "figures": [
+                        {
+                            f"{job.split}/mean_class_accuracy": 0.5 - tau / 10,
+                            "time/evaluate_s": 0.0,
+                            "trained_parameters": 8,
+                        }
+                        for tau in job.taus
+                    ]
+                }
+            )
         elif isinstance(job, IdleJob):
             yield Done({})
             while not self.stopped.wait(0.05):
@@ -182,27 +204,45 @@ def searched(
 
 def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[str, Any]:
     """A search on the connected Ray, through the real engine; what it did. Options: trials, slots, search, and Played's."""
-    from lift_ray.distributed.driver import run_search
+    from lift_ray.search.driver import run_search
 
     out.mkdir(parents=True, exist_ok=True)
     own = {name: options[name] for name in ("epoch_s", "load_s", "faults", "broken") if name in options}
-    wanted = space(options.get("epochs", 3), **{"trials": options.get("trials", 12), "tte_best": 0,
-                                                "scheduler": {"kind": "none"}, **options.get("search", {})})  # fmt: skip
+    wanted = space(
+        options.get("epochs", 3),
+        **{
+            "trials": options.get("trials", 12),
+            "tte_best": 0,
+            "scheduler": {"kind": "none"},
+            **options.get("search", {}),
+        },
+    )
     resume = (out / "optuna.journal").exists()
     study = Study(wanted, "d", open_storage(None, out), resume=resume)
     dataset, began, cpu_s = json.dumps(own), time.monotonic(), time.process_time()
     with Interrupts() as interrupts:
         found = run_search(
-            study, dataset, Need(options.get("workers", 1), 1, 0), lambda: options.get("slots", 2), Output(str(out)), interrupts,
-            num_images={"train": 100, "validation": 10, "test": 10}, callbacks=callbacks, slot_class=slot_class(),
-        )  # fmt: skip
+            study,
+            dataset,
+            Need(options.get("workers", 1), 1, 0),
+            lambda: options.get("slots", 2),
+            Output(str(out)),
+            interrupts,
+            num_images={"train": 100, "validation": 10, "test": 10},
+            callbacks=callbacks,
+            slot_class=slot_class(),
+        )
     lines, ends = log_of(out), [row.ended_at or 0.0 for row in study.rows.values()]
     return {
-        "states": dict(Counter(row.state for row in study.rows.values())), "trials": len(study.rows),
-        "processes": len({line.split()[0] for line in lines}), "loads": sum(line.endswith(" loaded") for line in lines),
-        "compared": [label for label, _ in found.compared], "seconds": time.monotonic() - began,
-        "trials_s": max(ends) - min(ends), "driver_cpu_s": time.process_time() - cpu_s,
-    }  # fmt: skip
+        "states": dict(Counter(row.state for row in study.rows.values())),
+        "trials": len(study.rows),
+        "processes": len({line.split()[0] for line in lines}),
+        "loads": sum(line.endswith(" loaded") for line in lines),
+        "compared": [label for label, _ in found.compared],
+        "seconds": time.monotonic() - began,
+        "trials_s": max(ends) - min(ends),
+        "driver_cpu_s": time.process_time() - cpu_s,
+    }
 
 
 def slot_class() -> Any:
@@ -223,8 +263,13 @@ def main() -> None:
     import ray
 
     options = json.loads(sys.argv[2])
-    ray.init(address="local", num_cpus=options.get("slots", 2), include_dashboard=False, log_to_driver=False,
-             object_store_memory=100 * 2**20)  # fmt: skip
+    ray.init(
+        address="local",
+        num_cpus=options.get("slots", 2),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+    )
     print(json.dumps(run_on_ray(Path(sys.argv[1]), options)), flush=True)
 
 

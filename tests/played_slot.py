@@ -6,7 +6,7 @@ from typing import Any
 
 from played import worker_of
 
-from lift_ray.distributed.slot import Slot
+from lift_ray.search.slot import Slot
 
 
 class PlayedSlot(Slot):

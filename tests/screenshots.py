@@ -29,7 +29,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from ray._private.authentication.authentication_constants import AUTHENTICATION_TOKEN_COOKIE_NAME
 
-from lift_ray.results.page import plotly_js
+from lift_ray.reporting.page import plotly_js
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -183,22 +183,36 @@ def train_runs(answer: Mapping[str, Any]) -> str:
     for run in answer["train_runs"]:
         settings = run["run_settings"]
         about = {
-            "run": run["name"], "status": run["status"], "job": run["job_id"], "entrypoint": run["job_details"]["entrypoint"],
+            "run": run["name"],
+            "status": run["status"],
+            "job": run["job_id"],
+            "entrypoint": run["job_details"]["entrypoint"],
             "versions": ", ".join(f"{name} {version}" for name, version in run["framework_versions"].items()),
-            "workers": settings["scaling_config"]["num_workers"], "each": settings["scaling_config"]["resources_per_worker"],
+            "workers": settings["scaling_config"]["num_workers"],
+            "each": settings["scaling_config"]["resources_per_worker"],
             "failures allowed": settings["run_config"]["failure_config"]["max_failures"],
             "settings": settings["train_loop_config"]["job"],
-        }  # fmt: skip
+        }
         parts.append(table([{"": name, " ": value} for name, value in about.items()]))
         for attempt in run["attempts"]:
             parts.append(f"<h2>Attempt {attempt['attempt_id'][:8]}: {attempt['status']}</h2>")
-            parts.append(table([
-                {"rank": worker["world_rank"], "status": worker["status"], "node": worker["node_ip"], "process": worker["pid"],
-                 "actor": worker["actor_id"][:8], "processor": f"{worker['processStats']['cpuPercent']:.0f} %",
-                 "memory": f"{worker['processStats']['memoryInfo']['rss'] / 2**30:.1f} GiB",
-                 "log": Path(worker["log_file_path"]).name}
-                for worker in attempt["workers"]
-            ]))  # fmt: skip
+            parts.append(
+                table(
+                    [
+                        {
+                            "rank": worker["world_rank"],
+                            "status": worker["status"],
+                            "node": worker["node_ip"],
+                            "process": worker["pid"],
+                            "actor": worker["actor_id"][:8],
+                            "processor": f"{worker['processStats']['cpuPercent']:.0f} %",
+                            "memory": f"{worker['processStats']['memoryInfo']['rss'] / 2**30:.1f} GiB",
+                            "log": Path(worker["log_file_path"]).name,
+                        }
+                        for worker in attempt["workers"]
+                    ]
+                )
+            )
     style = "body{font:15px/1.5 'DejaVu Sans',sans-serif;margin:24px}td,th{padding:4px 14px 4px 0;text-align:left;vertical-align:top}"
     return f"<!doctype html><meta charset=utf-8><style>{style}h1{{font-size:20px}}h2{{font-size:17px}}</style>{''.join(parts)}"
 
@@ -233,10 +247,14 @@ def panels(address: str) -> str:
                 )
         if traces and panel["type"] == "timeseries":
             layout = {
-                "title": {"text": panel["title"], "font": {"size": 13}}, "height": 250, "width": 620, "showlegend": True,
-                "xaxis": {"type": "date", "nticks": 4, "tickangle": 0}, "yaxis": {"rangemode": "tozero"},
+                "title": {"text": panel["title"], "font": {"size": 13}},
+                "height": 250,
+                "width": 620,
+                "showlegend": True,
+                "xaxis": {"type": "date", "nticks": 4, "tickangle": 0},
+                "yaxis": {"rangemode": "tozero"},
                 "margin": {"l": 50, "r": 10, "t": 30, "b": 30},
-            }  # fmt: skip
+            }
             drawn.append((traces, layout))
     return (
         f"<!doctype html><body style='margin:0;display:flex;flex-wrap:wrap'><script>{plotly_js()}</script><script>"
@@ -277,8 +295,12 @@ def prometheus(folder: Path) -> Iterator[str | None]:
         return
     settings = (ROOT / "clusters/monitoring/prometheus.yml").read_text()
     (folder / "prometheus.yml").write_text(settings.replace("/tmp/ray/", f"{folder}/ray/").replace("10s", "2s"))
-    command = [program, f"--config.file={folder}/prometheus.yml", f"--web.listen-address={PROMETHEUS}",
-               f"--storage.tsdb.path={folder}/prometheus"]  # fmt: skip
+    command = [
+        program,
+        f"--config.file={folder}/prometheus.yml",
+        f"--web.listen-address={PROMETHEUS}",
+        f"--storage.tsdb.path={folder}/prometheus",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield f"http://{PROMETHEUS}"

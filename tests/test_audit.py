@@ -18,14 +18,26 @@ BAD = {"name": "pillow", "version": "9.0", "vulns": [{"id": "PYSEC-1", "fix_vers
     ("packages", "code", "said"),
     [
         ([OURS, SOUND], 0, ["audit: 1 packages looked up, 0 with known vulnerabilities"]),
-        ([OURS, UNKNOWN, SOUND], 0,
-         ["audit: NOT audited: torch", "audit: 1 packages looked up, 0 with known vulnerabilities"]),
-        ([UNKNOWN, SOUND, BAD], 1,
-         ["audit: pillow 9.0: PYSEC-1; mended in 9.0.1, 9.1", "audit: NOT audited: torch",
-          "audit: 2 packages looked up, 1 with known vulnerabilities"]),
-        ([OURS, UNKNOWN, UNKNOWN], 0,
-         ["audit: no database of vulnerabilities could be reached, 2 packages were NOT audited"]),
+        (
+            [OURS, UNKNOWN, SOUND],
+            0,
+            ["audit: NOT audited: torch", "audit: 1 packages looked up, 0 with known vulnerabilities"],
+        ),
+        (
+            [UNKNOWN, SOUND, BAD],
+            1,
+            [
+                "audit: pillow 9.0: PYSEC-1; mended in 9.0.1, 9.1",
+                "audit: NOT audited: torch",
+                "audit: 2 packages looked up, 1 with known vulnerabilities",
+            ],
+        ),
+        (
+            [OURS, UNKNOWN, UNKNOWN],
+            0,
+            ["audit: no database of vulnerabilities could be reached, 2 packages were NOT audited"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_vulnerability_fails_and_what_was_not_audited_is_said(packages: object, code: int, said: list[str]) -> None:
     assert verdict(packages) == (code, said)

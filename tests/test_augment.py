@@ -27,7 +27,7 @@ from lift_ray.data.augment import (
     training_picture,
     training_pictures_on,
 )
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 
 SPLIT = open_dataset("embedded:caltech101-lt").split("train")
@@ -36,10 +36,16 @@ SIDES = st.integers(1, 3000)
 DRAWS = st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3).map(np.array)
 
 
-@pytest.mark.parametrize(("schedule", "at_quarter", "at_end"), [
-    ("convex", 1 - math.sqrt(1 - 0.25**2), 1.0), ("linear", 0.25, 1.0), ("concave", math.sqrt(1 - 0.75**2), 1.0),
-    ("min", 0.0, 0.0), ("max", 1.0, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("schedule", "at_quarter", "at_end"),
+    [
+        ("convex", 1 - math.sqrt(1 - 0.25**2), 1.0),
+        ("linear", 0.25, 1.0),
+        ("concave", math.sqrt(1 - 0.75**2), 1.0),
+        ("min", 0.0, 0.0),
+        ("max", 1.0, 1.0),
+    ],
+)
 def test_the_smallest_area_grows_by_its_schedule(schedule: str, at_quarter: float, at_end: float) -> None:
     first = 1.0 if schedule == "max" else 0.0
     expected = [0.08 + 0.92 * growth for growth in (first, at_quarter, at_end)]
@@ -85,10 +91,15 @@ def test_a_picture_too_long_for_the_smallest_area_gives_its_largest_square(short
         assert square_crop(short, long, 0.5, np.array([area, 0.0, 0.0])).width == short
 
 
-@pytest.mark.parametrize(("draw", "expected"), [
-    ([0.0, 0.0, 0.0], (0, 0, 28)), ([0.999999, 0.0, 0.0], (0, 0, 100)), ([0.0, 0.999999, 0.999999], (72, 72, 28)),
-    ([0.5, 0.5, 0.5], (14, 14, 73)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        ([0.0, 0.0, 0.0], (0, 0, 28)),
+        ([0.999999, 0.0, 0.0], (0, 0, 100)),
+        ([0.0, 0.999999, 0.999999], (72, 72, 28)),
+        ([0.5, 0.5, 0.5], (14, 14, 73)),
+    ],
+)
 def test_the_draw_sets_area_left_and_top(draw: list[float], expected: tuple[int, int, int]) -> None:
     left, top, side = expected
     assert square_crop(100, 100, SMALLEST_AREA, np.array(draw)) == Crop(left, top, side, side)

@@ -9,9 +9,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
 
-from lift_ray.distributed import autoscaler
-from lift_ray.distributed.autoscaler import may_come
-from lift_ray.distributed.capacity import Need, num_slots
+from lift_ray.ray_runtime import autoscaler
+from lift_ray.ray_runtime.autoscaler import may_come
+from lift_ray.ray_runtime.capacity import Need, num_slots
 from lift_ray.settings.search import Scale
 
 CLUSTERS = Path(__file__).parents[1] / "clusters"
@@ -23,9 +23,16 @@ def read(name: str) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize(("up", "nodes"), [
-    ({}, 8), ({"head": 1}, 8), ({"head": 1, "gpu-spot": 3}, 5), ({"gpu-spot": 8}, 0), ({"gpu-spot": 1, "gpu-ondemand": 2}, 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("up", "nodes"),
+    [
+        ({}, 8),
+        ({"head": 1}, 8),
+        ({"head": 1, "gpu-spot": 3}, 5),
+        ({"gpu-spot": 8}, 0),
+        ({"gpu-spot": 1, "gpu-ondemand": 2}, 5),
+    ],
+)
 def test_no_more_nodes_may_come_than_the_file_has_room_for(up: dict[str, int], nodes: int) -> None:
     assert may_come(read("aws.yaml"), up) == [GPU4] * nodes
 

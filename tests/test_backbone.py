@@ -128,16 +128,30 @@ def test_the_class_token_alone_gives_what_all_tokens_give(make: Callable[[], Blo
     assert float((got - expected).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize(("model", "pretrained", "message"), [
-    ("ViT-B-61", "openai", "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
-    ("embedded:lift-tyni", None, "backbone.model: unknown embedded model 'embedded:lift-tyni'; did you mean 'lift-tiny'?"),
-    ("embedded:lift-tiny", "openai", "backbone.pretrained: must not be given with local-dir:"),
-    ("hf-hub:nobody/nothing", "openai",
-     "backbone.pretrained: must not be given with hf-hub:nobody/nothing, but got 'openai'; remove it"),
-    ("ViT-B-16", None, "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got None; known: "),
-    ("ViT-B-16", "opnai", "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got 'opnai'; did you mean 'openai'?"),
-    ("local-dir:/nowhere/at/all", None, "backbone.model: local-dir:/nowhere/at/all could not be loaded ("),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("ViT-B-61", "openai", "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
+        (
+            "embedded:lift-tyni",
+            None,
+            "backbone.model: unknown embedded model 'embedded:lift-tyni'; did you mean 'lift-tiny'?",
+        ),
+        ("embedded:lift-tiny", "openai", "backbone.pretrained: must not be given with local-dir:"),
+        (
+            "hf-hub:nobody/nothing",
+            "openai",
+            "backbone.pretrained: must not be given with hf-hub:nobody/nothing, but got 'openai'; remove it",
+        ),
+        ("ViT-B-16", None, "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got None; known: "),
+        (
+            "ViT-B-16",
+            "opnai",
+            "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got 'opnai'; did you mean 'openai'?",
+        ),
+        ("local-dir:/nowhere/at/all", None, "backbone.model: local-dir:/nowhere/at/all could not be loaded ("),
+    ],
+)
 def test_a_backbone_that_cannot_be_named_is_one_line(model: str, pretrained: str | None, message: str) -> None:
     with pytest.raises(BadInput) as caught:
         load_backbone(model, pretrained)
@@ -164,9 +178,18 @@ def test_a_tower_that_is_no_vision_transformer_is_refused_with_the_reason(monkey
     )
 
 
-@pytest.mark.parametrize("option", [{"pool_type": "avg"}, {"attentional_pool": True, "attn_pooler_queries": 4},
-                                    {"block_type": "custom", "scale_attn": True}, {"no_ln_pre": True}, {"ls_init_value": 0.1},
-                                    {"image_size": [16, 24]}, {"act_kwargs": {"approximate": "tanh"}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"pool_type": "avg"},
+        {"attentional_pool": True, "attn_pooler_queries": 4},
+        {"block_type": "custom", "scale_attn": True},
+        {"no_ln_pre": True},
+        {"ls_init_value": 0.1},
+        {"image_size": [16, 24]},
+        {"act_kwargs": {"approximate": "tanh"}},
+    ],
+)
 def test_a_vision_transformer_of_another_make_is_refused(option: dict[str, Any]) -> None:
     visual = clip_of({**SIZES["one block"], **option}).visual
     with pytest.raises(BadInput, match="must be a plain vision transformer with a class token, but this tower is a"):
@@ -189,8 +212,9 @@ def test_weights_trained_with_quick_gelu_get_it(
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
     backbone = load_backbone(model, tag)
-    assert asked == [{"name": model, "pretrained": tag, "force_quick_gelu": quick, "require_pretrained": True,
-                      "weights_only": True}]  # fmt: skip
+    assert asked == [
+        {"name": model, "pretrained": tag, "force_quick_gelu": quick, "require_pretrained": True, "weights_only": True}
+    ]
     assert backbone.tower.blocks[0].mlp.activation is (quick_gelu if quick else F.gelu)
 
 
@@ -270,8 +294,10 @@ def test_the_ensemble_is_clips_own_eighty_templates() -> None:
     assert len(asked) == 80
     assert asked[0] == ["a bad photo of a sea horse.", "a bad photo of a cat."]
     assert asked[-1] == ["a tattoo of the sea horse.", "a tattoo of the cat."]
-    parts = [numbered([])([template(name) for name in ("sea horse", "cat")])
-             for template in open_clip.OPENAI_IMAGENET_TEMPLATES]  # fmt: skip
+    parts = [
+        numbered([])([template(name) for name in ("sea horse", "cat")])
+        for template in open_clip.OPENAI_IMAGENET_TEMPLATES
+    ]
     assert torch.allclose(got, F.normalize(torch.stack(parts).mean(0), dim=-1), atol=1e-6)
 
 

@@ -16,22 +16,24 @@ import torch
 import torch.nn.functional as F
 
 from lift_ray import evaluate
-from lift_ray.data import decode, sizes
-from lift_ray.distributed import evaluation, priors
-from lift_ray.distributed.ensemble import LEFT, Ensemble, prior_left, run_of
-from lift_ray.distributed.evaluation import Question, evaluate_here
-from lift_ray.distributed.priors import label_prior, loss_of
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
+from lift_ray.data import decode, resolutions
+from lift_ray.ensembles.combine import COMBINE, mean_logits, mean_probabilities
+from lift_ray.ensembles.ensemble import LEFT, Ensemble, prior_left, run_of
+from lift_ray.ensembles.group_table import Crossed
 from lift_ray.errors import BadInput
-from lift_ray.methods.backdoor import COMBINE, mean_logits, mean_probabilities
+from lift_ray.evaluation.metrics import PerClass
+from lift_ray.inference import evaluate as evaluation
+from lift_ray.inference.evaluate import Question, evaluate_here
 from lift_ray.methods.prior import fit
+from lift_ray.methods.world import Ranks
 from lift_ray.model import backbone
 from lift_ray.model.losses import LOSSES
-from lift_ray.results.crossed import Crossed
-from lift_ray.results.metrics import PerClass
-from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.training import label_prior as priors
+from lift_ray.training.label_prior import label_prior, loss_of
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": True}
 
@@ -43,9 +45,12 @@ def small_clip() -> str:
 
 
 def settings(small_clip: str, **overrides: Any) -> dict[str, Any]:
-    tree = {"backbone": {"model": small_clip, "resolution_px": 32}, "tuner": {"kind": "adaptformer", "bottleneck": 4},
-            "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05}}  # fmt: skip
-    return apply_overrides(tree, overrides)
+    tree = {
+        "backbone": {"model": small_clip, "resolution_px": 32},
+        "tuner": {"kind": "adaptformer", "bottleneck": 4},
+        "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05},
+    }
+    return apply_overrides(tree, overrides, RunConfig)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def folders(warm: Warm, small_clip: str, tmp_path_factory: pytest.TempPathFactor
 
 def alone(folder: str, warm: Warm, split: str = "test") -> torch.Tensor:
     """The logits of a split as a run by itself gives them, (N, K)."""
-    from lift_ray.distributed import checkpoint
+    from lift_ray.training import checkpoint
 
     record = checkpoint.read_record(Path(folder))
     run = Run(RunConfig.model_validate(record.config), warm, record.class_counts)
@@ -125,7 +130,7 @@ def test_two_checkpoints_are_the_mean_by_hand_of_what_each_gives_alone(
 
 def test_each_picture_is_decoded_once(folders: list[str], monkeypatch: pytest.MonkeyPatch, small_data: str) -> None:
     decoded: list[bytes] = []
-    monkeypatch.setattr(sizes, "decode", lambda data: (decoded.append(data), decode.decode(data))[1])
+    monkeypatch.setattr(resolutions, "decode", lambda data: (decoded.append(data), decode.decode(data))[1])
     evaluate_here(Question(tuple(folders), small_data, "test"))
     assert len(decoded) == len(set(decoded)) == 24
 
@@ -191,12 +196,20 @@ def test_the_groups_are_means_of_class_accuracies_and_gains_their_differences() 
         "gain_over_best": 0,
     }
     assert report["groups"]["many"]["many"] == {
-        "classes": 1, "mean": 0.25, "best": 0.5, "together": 0.5, "gain": 0.25, "gain_over_best": 0
-    }  # fmt: skip
+        "classes": 1,
+        "mean": 0.25,
+        "best": 0.5,
+        "together": 0.5,
+        "gain": 0.25,
+        "gain_over_best": 0,
+    }
     assert report["groups"]["all"]["all"]["gain"] == 0.75 - 0.5
     assert {d: set(row) for d, row in report["groups"].items()} == {
-        "many": {"many", "few", "all"}, "medium": {"many", "all"}, "few": {"few", "all"}, "all": {"many", "few", "all"}
-    }  # fmt: skip
+        "many": {"many", "few", "all"},
+        "medium": {"many", "all"},
+        "few": {"few", "all"},
+        "all": {"many", "few", "all"},
+    }
     assert (report["best"], report["disagreement"]) == ("a", [["a", "b", 4 / 8]])
     assert set(crossed.result("test", together, np.array([200, 150, 30, 5]), None)["groups"]["many"]) == {"all"}
 
@@ -225,23 +238,51 @@ def test_the_loss_of_gla_trains_with_the_prior_of_the_foundation_model(warm: War
     assert np.isfinite(run.train_epoch()["train/loss"])
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["{a}", "--combine", "logits"], "--combine: needs at least 2 models, but got 1; name more checkpoints, or leave it out"),
-    (["{a}", "--weights", "1"], "--weights: needs at least 2 models, but got 1; name more checkpoints, or leave it out"),
-    (["{a}", "{b}", "--weights", "1,2,3"],
-     "--weights: must be one for each of the 2 models ({a}, {b}), but got 3; give 2, with commas between them"),
-    (["{a}", "{b}", "--weights", "1,0"], "--weights: must be numbers over 0 with commas between them, but got '1,0'; try 2,1,1"),
-    (["{a}", "{b}", "--weights", "one"], "--weights: must be numbers over 0 with commas between them, but got 'one'; try 2,1,1"),
-    (["{a}", "{b}", "--combine", "logit"], "--combine: unknown value 'logit'; did you mean 'logits'?"),
-    (["{a}", "{a}"], "CHECKPOINT: must each be named once, but got {a} twice; use --weights to make it count more"),
-    (["{a}", "{order}"], "{order}: must have the classes of {a} in the same order, but it has 8 and that 8, which differ (the same "
-     "names in another order); combine models of one data set"),
-    (["{a}", "{fewer}"], "{fewer}: must have the classes of {a} in the same order, but it has 7 and that 8, which differ ({last}); "
-     "combine models of one data set"),
-    (["{a}", "{b}", "--gla", "--posthoc-tau", "1"],
-     "--posthoc-tau: must not be given with --gla, which takes the prior out itself; leave one of them out"),
-    (["{a}", "{tau}"], "--posthoc-tau: must be given for models trained with several, but got none for 0.0, 0.5; name one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["{a}", "--combine", "logits"],
+            "--combine: needs at least 2 models, but got 1; name more checkpoints, or leave it out",
+        ),
+        (
+            ["{a}", "--weights", "1"],
+            "--weights: needs at least 2 models, but got 1; name more checkpoints, or leave it out",
+        ),
+        (
+            ["{a}", "{b}", "--weights", "1,2,3"],
+            "--weights: must be one for each of the 2 models ({a}, {b}), but got 3; give 2, with commas between them",
+        ),
+        (
+            ["{a}", "{b}", "--weights", "1,0"],
+            "--weights: must be numbers over 0 with commas between them, but got '1,0'; try 2,1,1",
+        ),
+        (
+            ["{a}", "{b}", "--weights", "one"],
+            "--weights: must be numbers over 0 with commas between them, but got 'one'; try 2,1,1",
+        ),
+        (["{a}", "{b}", "--combine", "logit"], "--combine: unknown value 'logit'; did you mean 'logits'?"),
+        (["{a}", "{a}"], "CHECKPOINT: must each be named once, but got {a} twice; use --weights to make it count more"),
+        (
+            ["{a}", "{order}"],
+            "{order}: must have the classes of {a} in the same order, but it has 8 and that 8, which differ (the same "
+            "names in another order); combine models of one data set",
+        ),
+        (
+            ["{a}", "{fewer}"],
+            "{fewer}: must have the classes of {a} in the same order, but it has 7 and that 8, which differ ({last}); "
+            "combine models of one data set",
+        ),
+        (
+            ["{a}", "{b}", "--gla", "--posthoc-tau", "1"],
+            "--posthoc-tau: must not be given with --gla, which takes the prior out itself; leave one of them out",
+        ),
+        (
+            ["{a}", "{tau}"],
+            "--posthoc-tau: must be given for models trained with several, but got none for 0.0, 0.5; name one",
+        ),
+    ],
+)
 def test_what_cannot_answer_together_is_one_line(
     words: list[str], message: str, folders: list[str], tmp_path: Path
 ) -> None:

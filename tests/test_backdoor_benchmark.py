@@ -24,8 +24,13 @@ def backdoor() -> Any:
 
 
 def row(job: Any, value: float) -> dict[str, Any]:
-    return {"key": job.key, "name": job.name, "seed": job.seed, "rate": job.rate,
-            "metrics": {"validation/mean_class_accuracy": value}}  # fmt: skip
+    return {
+        "key": job.key,
+        "name": job.name,
+        "seed": job.seed,
+        "rate": job.rate,
+        "metrics": {"validation/mean_class_accuracy": value},
+    }
 
 
 def test_the_best_rate_of_the_first_seed_is_used_for_the_others(backdoor: ModuleType) -> None:
@@ -51,14 +56,28 @@ def models(backdoor: ModuleType, noise: dict[str, float]) -> tuple[Any, dict[str
         return {"test": torch.eye(4)[labels] + size * torch.randn(400, 4, generator=random)}
 
     made = {(name, "LA", seed): logits(noise[name]) for name in noise for seed in range(6)}
-    return made, {"num_classes": 4, "counts": np.array([200, 150, 50, 5]), "labels": labels,
-                  "p_groups": np.array(["many", "few", "medium", "few"])}  # fmt: skip
+    return made, {
+        "num_classes": 4,
+        "counts": np.array([200, 150, 50, 5]),
+        "labels": labels,
+        "p_groups": np.array(["many", "few", "medium", "few"]),
+    }
 
 
 def test_every_pair_all_and_the_control_are_combined_of_seeds_that_groups_do_not_share(backdoor: ModuleType) -> None:
     made, data = models(backdoor, {"a": 1.0, "b": 1.0, "c": 1.0})
-    labels = ["a, LA", "b, LA", "c, LA", "a + b, LA", "a + c, LA", "b + c, LA", "a + b + c, LA", "a x 3, LA", "b x 3, LA",
-              "c x 3, LA"]  # fmt: skip
+    labels = [
+        "a, LA",
+        "b, LA",
+        "c, LA",
+        "a + b, LA",
+        "a + c, LA",
+        "b + c, LA",
+        "a + b + c, LA",
+        "a x 3, LA",
+        "b x 3, LA",
+        "c x 3, LA",
+    ]
     assert list(backdoor.combinations(made, 0)) == labels
     second = backdoor.combinations(made, 1)
     assert second["a + b, LA"] == [made["a", "LA", 3], made["b", "LA", 3]]

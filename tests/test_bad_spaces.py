@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lift_ray import tune
 from lift_ray.errors import BadInput, exit_codes
-from lift_ray.settings.files import parse_overrides
-from lift_ray.settings.space import read_space
+from lift_ray.settings.checks import read_space
+from lift_ray.settings.overrides import parse_overrides
 
 HEAD = "name: n\ndataset: embedded:caltech101-lt\n"
 LR = HEAD + "space:\n  optim.lr: {float: [0.1, 1]}\n"
@@ -29,104 +29,155 @@ QUICKSTART = (Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
 BROKEN = {
     "a grid without steps": (
         LR + "search: {sampler: grid}",
-        "5 search.sampler: grid needs choices, int, or float with a step, but got optim.lr without; give it a step, or use random"),
+        "5 search.sampler: grid needs choices, int, or float with a step, but got optim.lr without; give it a step, or use random",
+    ),
     "a grid with too few trials": (
         GRID + "search: {sampler: grid, trials: 5}",
-        "6 search.sampler: grid needs a trial for each of its 6 points, but got trials: 5; raise it, or use random"),
+        "6 search.sampler: grid needs a trial for each of its 6 points, but got trials: 5; raise it, or use random",
+    ),
     "a grid with start points": (
         GRID + "start: [{loss.tau: 0.0, seed: 1}]\nsearch: {sampler: grid}",
-        "7 search.sampler: grid has all points of the space, but got start points too; remove start"),
+        "7 search.sampler: grid has all points of the space, but got start points too; remove start",
+    ),
     "a grid without end": (
         HEAD + "space:\n  seed: {int: [0, 4000000000]}\nsearch: {sampler: grid}",
-        "5 search.sampler: grid needs at most 10000 points, but got more; give larger steps, or use random"),
+        "5 search.sampler: grid needs at most 10000 points, but got more; give larger steps, or use random",
+    ),
     "cmaes with choices": (
         KIND + "search: {sampler: cmaes}",
-        "6 search.sampler: cmaes needs int and float settings without `when`, but got tuner.kind; use tpe, or move it to base"),
+        "6 search.sampler: cmaes needs int and float settings without `when`, but got tuner.kind; use tpe, or move it to base",
+    ),
     "cmaes with one setting": (
-        LR + "search: {sampler: cmaes}", "5 search.sampler: cmaes needs at least 2 settings, but got 1; use tpe"),
+        LR + "search: {sampler: cmaes}",
+        "5 search.sampler: cmaes needs at least 2 settings, but got 1; use tpe",
+    ),
     "cmaes with two objectives": (
         TWO + f"objectives: {{validation/few: max, {COUNT}: min}}\nsearch: {{sampler: cmaes}}",
-        "7 search.sampler: cmaes needs one objective, but got 2; use nsga2 or tpe"),
+        "7 search.sampler: cmaes needs one objective, but got 2; use nsga2 or tpe",
+    ),
     "gp with when": (
         KIND + "search: {sampler: gp}",
-        "6 search.sampler: gp needs settings without `when`, but got tuner.bottleneck; use tpe"),
+        "6 search.sampler: gp needs settings without `when`, but got tuner.bottleneck; use tpe",
+    ),
     "nsga2 with one objective": (
-        TWO + "search: {sampler: nsga2}", "6 search.sampler: nsga2 needs several objectives, but got 1; use tpe, or add one"),
+        TWO + "search: {sampler: nsga2}",
+        "6 search.sampler: nsga2 needs several objectives, but got 1; use tpe, or add one",
+    ),
     "no objective": (LR + "objectives: {}", "5 objectives: must have at least 1 item, but got {}; change it"),
     "a size as the first objective": (
         LR + f"objectives: {{{COUNT}: min}}",
         f"5 objectives.{COUNT}: the first objective must be a metric of validation, but got {COUNT}; "
-        "name validation/mean_class_accuracy before it"),
+        "name validation/mean_class_accuracy before it",
+    ),
     "a constraint on an unknown figure": (
         LR + "constraints: {traned_parameters: {max: 3}}",
-        f"5 constraints.traned_parameters: unknown metric 'traned_parameters'; did you mean '{COUNT}'?"),
+        f"5 constraints.traned_parameters: unknown metric 'traned_parameters'; did you mean '{COUNT}'?",
+    ),
     "a constraint without a bound": (
         LR + f"constraints: {{{COUNT}: {{}}}}",
-        f"5 constraints.{COUNT}: must have min or max, but got neither; add one"),
+        f"5 constraints.{COUNT}: must have min or max, but got neither; add one",
+    ),
     "a constraint that nothing keeps to": (
         LR + f"constraints: {{{COUNT}: {{min: 3, max: 2}}}}",
-        f"5 constraints.{COUNT}: min <= max must hold, but got 3 and 2; swap them"),
+        f"5 constraints.{COUNT}: min <= max must hold, but got 3 and 2; swap them",
+    ),
     "a constraint that is a number": (
-        LR + f"constraints: {{{COUNT}: 3}}", f"5 constraints.{COUNT}: must be a mapping, but got 3; write {{key: value}}"),
+        LR + f"constraints: {{{COUNT}: 3}}",
+        f"5 constraints.{COUNT}: must be a mapping, but got 3; write {{key: value}}",
+    ),
     "a constraint that is text": (
         LR + f"constraints: {{{COUNT}: {{max: 1e6x}}}}",
-        f"5 constraints.{COUNT}.max: must be a valid number, but got '1e6x'; change it"),
+        f"5 constraints.{COUNT}.max: must be a valid number, but got '1e6x'; change it",
+    ),
     "a misspelt bound": (
-        LR + f"constraints: {{{COUNT}: {{maxx: 1}}}}", f"5 constraints.{COUNT}.maxx: unknown key 'maxx'; did you mean 'max'?"),
-    "constraints as a list": (LR + "constraints: [1]", "5 constraints: must be a mapping, but got [1]; write {key: value}"),
+        LR + f"constraints: {{{COUNT}: {{maxx: 1}}}}",
+        f"5 constraints.{COUNT}.maxx: unknown key 'maxx'; did you mean 'max'?",
+    ),
+    "constraints as a list": (
+        LR + "constraints: [1]",
+        "5 constraints: must be a mapping, but got [1]; write {key: value}",
+    ),
     "shares without kinds": (
         LR + "search: {per_kind: 3}",
-        "5 search.per_kind: must have tuner.kind with choices in the space, but got none; add it, or set trials"),
+        "5 search.per_kind: must have tuner.kind with choices in the space, but got none; add it, or set trials",
+    ),
     "shares and trials": (
-        KIND + "search: {per_kind: 3, trials: 6}", "6 search: must have trials or per_kind, but got both; remove one"),
+        KIND + "search: {per_kind: 3, trials: 6}",
+        "6 search: must have trials or per_kind, but got both; remove one",
+    ),
     "shares of nothing": (
-        KIND + "search: {per_kind: 0}", "6 search.per_kind: must be greater than or equal to 1, but got 0; change it"),
+        KIND + "search: {per_kind: 0}",
+        "6 search.per_kind: must be greater than or equal to 1, but got 0; change it",
+    ),
     "shares on a grid": (
         HEAD + "space:\n  tuner.kind: {choices: [lora, adapter]}\nsearch: {per_kind: 3, sampler: grid}",
-        "5 search.per_kind: does not go with sampler grid; set trials"),
+        "5 search.per_kind: does not go with sampler grid; set trials",
+    ),
     "shares and a start point of no kind": (
         KIND + "start: [{tuner.bottleneck: 2}]\nsearch: {per_kind: 3}",
-        "6 start.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it"),
+        "6 start.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it",
+    ),
     "an unknown scheduler": (
-        LR + "search: {scheduler: {kind: ahsa}}", "5 search.scheduler.kind: unknown value 'ahsa'; did you mean 'asha'?"),
+        LR + "search: {scheduler: {kind: ahsa}}",
+        "5 search.scheduler.kind: unknown value 'ahsa'; did you mean 'asha'?",
+    ),
     "a word of another scheduler": (
         LR + "search: {scheduler: {kind: median, reduction_factor: 3}}",
-        "5 search.scheduler.reduction_factor: unknown key 'reduction_factor'; known: grace_epochs, kind, min_trials"),
+        "5 search.scheduler.reduction_factor: unknown key 'reduction_factor'; known: grace_epochs, kind, min_trials",
+    ),
     "a reduction by 1": (
         LR + "search: {scheduler: {kind: hyperband, reduction_factor: 1}}",
-        "5 search.scheduler.reduction_factor: must be greater than or equal to 2, but got 1; change it"),
+        "5 search.scheduler.reduction_factor: must be greater than or equal to 2, but got 1; change it",
+    ),
     "grace beyond the end of hyperband": (
         LR + "search: {scheduler: {kind: hyperband, grace_epochs: 6}}",
         "5 search.scheduler.grace_epochs: must be at most the 5 epochs of a trial, but got 6; lower it, or set "
-        "search.scheduler.kind=none"),
+        "search.scheduler.kind=none",
+    ),
     "grace beyond the end of median": (
         LR + "search: {scheduler: {kind: median, grace_epochs: 6}}",
         "5 search.scheduler.grace_epochs: must be at most the 5 epochs of a trial, but got 6; lower it, or set "
-        "search.scheduler.kind=none"),
+        "search.scheduler.kind=none",
+    ),
     "pbt, which is no longer there": (
         LR + "search: {scheduler: {kind: pbt}}",
-        "5 search.scheduler.kind: unknown value 'pbt'; known: asha, hyperband, median, none"),
+        "5 search.scheduler.kind: unknown value 'pbt'; known: asha, hyperband, median, none",
+    ),
     "a plan of no images": (
-        LR + "plan: {training_images: 0}", "5 plan.training_images: must be greater than or equal to 1, but got 0; change it"),
-    "a plan without speed": (LR + "plan: {images_per_s: 0}", "5 plan.images_per_s: must be greater than 0, but got 0; change it"),
-    "a seed below 0": (LR + "search: {seed: -1}", "5 search.seed: must be greater than or equal to 0, but got -1; change it"),
+        LR + "plan: {training_images: 0}",
+        "5 plan.training_images: must be greater than or equal to 1, but got 0; change it",
+    ),
+    "a plan without speed": (
+        LR + "plan: {images_per_s: 0}",
+        "5 plan.images_per_s: must be greater than 0, but got 0; change it",
+    ),
+    "a seed below 0": (
+        LR + "search: {seed: -1}",
+        "5 search.seed: must be greater than or equal to 0, but got -1; change it",
+    ),
     "ensembling of half a trial": (
-        LR + "search: {tte_best: 0.5}", "5 search.tte_best: must be a valid integer, but got 0.5; change it"),
+        LR + "search: {tte_best: 0.5}",
+        "5 search.tte_best: must be a valid integer, but got 0.5; change it",
+    ),
     "a data set without its variable": (
         LR.replace("embedded:caltech101-lt", "${NOT_SET_ANYWHERE}/x"),
         "2 dataset: the environment variable NOT_SET_ANYWHERE must be set, but is not; export NOT_SET_ANYWHERE=... or write "
-        "${NOT_SET_ANYWHERE:-default}"),
+        "${NOT_SET_ANYWHERE:-default}",
+    ),
     "a result folder without its variable": (
         LR + "out: ${NOT_SET_ANYWHERE}",
         "5 out: the environment variable NOT_SET_ANYWHERE must be set, but is not; export NOT_SET_ANYWHERE=... or write "
-        "${NOT_SET_ANYWHERE:-default}"),
+        "${NOT_SET_ANYWHERE:-default}",
+    ),
     "nested when that cannot hold": (
         KIND + "  tuner.mlp: {choices: [true, false], when: {tuner.kind: adapter, tuner.bottleneck: 9}}",
-        "6 space.tuner.mlp.when.tuner.bottleneck: tuner.bottleneck never takes the value 9; known: 1 ... 3"),
+        "6 space.tuner.mlp.when.tuner.bottleneck: tuner.bottleneck never takes the value 9; known: 1 ... 3",
+    ),
     "an unknown second objective": (
         LR + "objectives:\n  validation/few: max\n  validation/fwe: min",
-        "7 objectives.validation/fwe: unknown metric 'validation/fwe'; did you mean 'validation/few'?"),
-}  # fmt: skip
+        "7 objectives.validation/fwe: unknown metric 'validation/fwe'; did you mean 'validation/few'?",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -140,23 +191,40 @@ def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, mo
     assert str(caught.value) == f"{path}:{message}"
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--resume"], "--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER"),
-    (["--resume", "--out", "{tmp}/none"],
-     "{tmp}/none: must hold a search to resume, but there is no optuna.journal; check --out, or leave out --resume"),
-    (["--schema", "{tmp}/no/schema.json"],
-     "--schema: must be a file that can be written, but got {tmp}/no/schema.json (No such file or directory); give another"),
-    (["search.sampler=cmaes"], "command line search.sampler: cmaes needs at least 2 settings, but got 1; use tpe"),
-    (["search.sampler=pte"], "command line search.sampler: unknown value 'pte'; did you mean 'tpe'?"),
-    (["objectives.validation/few=up"], "command line objectives.validation/few: unknown value 'up'; known: max, min"),
-    (["constraints.validation/los.max=1"],
-     "command line constraints.validation/los: unknown metric 'validation/los'; did you mean 'validation/loss'?"),
-    (["space.optim.lr.log=3"], "command line space.optim.lr.log: must be a valid boolean, but got 3; change it"),
-    (["space./=3"], "command line: settings must be written key=value, but got 'space./=3'; for example loss.tau=0.5"),
-    (["--storage", "nonsense", "--out", "{tmp}/out"],
-     "--storage: must be the URL of a database that answers, but got nonsense (Could not parse SQLAlchemy URL from given URL "
-     "string); for example postgresql://user@host/name or sqlite:///file.db"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume"], "--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER"),
+        (
+            ["--resume", "--out", "{tmp}/none"],
+            "{tmp}/none: must hold a search to resume, but there is no optuna.journal; check --out, or leave out --resume",
+        ),
+        (
+            ["--schema", "{tmp}/no/schema.json"],
+            "--schema: must be a file that can be written, but got {tmp}/no/schema.json (No such file or directory); give another",
+        ),
+        (["search.sampler=cmaes"], "command line search.sampler: cmaes needs at least 2 settings, but got 1; use tpe"),
+        (["search.sampler=pte"], "command line search.sampler: unknown value 'pte'; did you mean 'tpe'?"),
+        (
+            ["objectives.validation/few=up"],
+            "command line objectives.validation/few: unknown value 'up'; known: max, min",
+        ),
+        (
+            ["constraints.validation/los.max=1"],
+            "command line constraints.validation/los: unknown metric 'validation/los'; did you mean 'validation/loss'?",
+        ),
+        (["space.optim.lr.log=3"], "command line space.optim.lr.log: must be a valid boolean, but got 3; change it"),
+        (
+            ["space./=3"],
+            "command line: settings must be written key=value, but got 'space./=3'; for example loss.tau=0.5",
+        ),
+        (
+            ["--storage", "nonsense", "--out", "{tmp}/out"],
+            "--storage: must be the URL of a database that answers, but got nonsense (Could not parse SQLAlchemy URL from given URL "
+            "string); for example postgresql://user@host/name or sqlite:///file.db",
+        ),
+    ],
+)
 def test_a_word_that_cannot_be_is_one_exact_line_and_leaves_nothing(
     words: list[str], message: str, tmp_path: Path
 ) -> None:
@@ -168,13 +236,24 @@ def test_a_word_that_cannot_be_is_one_exact_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("word", "message"), [
-    ("space.tuner.botleneck.int=[4, 64]",
-     "command line space.tuner.botleneck: unknown setting 'tuner.botleneck'; did you mean 'tuner.bottleneck'?"),
-    ("space.loss.tau.float=[2, 1]", "command line space.loss.tau: low <= high must hold, but got [2.0, 1.0]; swap them"),
-    ("space.loss.tau.itn=[1, 2]", "command line space.loss.tau.itn: must be a mapping, but got [1, 2]; write {key: value}"),
-    ("space=3", "command line space: must be a mapping, but got 3; write {key: value}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "space.tuner.botleneck.int=[4, 64]",
+            "command line space.tuner.botleneck: unknown setting 'tuner.botleneck'; did you mean 'tuner.bottleneck'?",
+        ),
+        (
+            "space.loss.tau.float=[2, 1]",
+            "command line space.loss.tau: low <= high must hold, but got [2.0, 1.0]; swap them",
+        ),
+        (
+            "space.loss.tau.itn=[1, 2]",
+            "command line space.loss.tau.itn: must be a mapping, but got [1, 2]; write {key: value}",
+        ),
+        ("space=3", "command line space: must be a mapping, but got 3; write {key: value}"),
+    ],
+)
 def test_a_wrong_word_for_a_searched_setting_is_one_line(word: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(QUICKSTART)
@@ -198,9 +277,45 @@ WHOLE = (
     "start: [{name: a, tuner.kind: linear_probe, optim.lr: 0.2}]\n"
     "search: {per_kind: 4, sampler: tpe, scheduler: {kind: hyperband, grace_epochs: 2}, seed: 1}\nplan: {images_per_s: 3}\n"
 )
-PIECES = ["per_kind", "trials: 3", "grid", "cmaes", "gp", "nsga2", "kind", "max", "min", "-1", "0", ".nan", "1e999", "[]", "{}",
-          "\n", "  ", ": ", "!!python/object:os.system", "&a", "*a", "\x00", "\ud7ff", "#", "'", '"', "|", ">", "%", "---\n", "when",
-          "tuner.mlp", "2000000000000000000000", "null", "true", "validation/loss", "${X}"]  # fmt: skip
+PIECES = [
+    "per_kind",
+    "trials: 3",
+    "grid",
+    "cmaes",
+    "gp",
+    "nsga2",
+    "kind",
+    "max",
+    "min",
+    "-1",
+    "0",
+    ".nan",
+    "1e999",
+    "[]",
+    "{}",
+    "\n",
+    "  ",
+    ": ",
+    "!!python/object:os.system",
+    "&a",
+    "*a",
+    "\x00",
+    "\ud7ff",
+    "#",
+    "'",
+    '"',
+    "|",
+    ">",
+    "%",
+    "---\n",
+    "when",
+    "tuner.mlp",
+    "2000000000000000000000",
+    "null",
+    "true",
+    "validation/loss",
+    "${X}",
+]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -225,9 +340,30 @@ def test_any_file_is_a_plan_or_lines_and_exit_code_2(tmp_path: Path, changes: li
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(path=st.lists(st.sampled_from(["space", "optim", "lr", "float", "when", "search", "objectives", "validation/few", "start", "log",
-                                      "base", "constraints", "0"]), min_size=1, max_size=5),
-       value=st.sampled_from(["1", "[1, 2]", "{}", "null", "x", "{a: 1}", "[]", "true", "[[1]]"]))  # fmt: skip
+@given(
+    path=st.lists(
+        st.sampled_from(
+            [
+                "space",
+                "optim",
+                "lr",
+                "float",
+                "when",
+                "search",
+                "objectives",
+                "validation/few",
+                "start",
+                "log",
+                "base",
+                "constraints",
+                "0",
+            ]
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    value=st.sampled_from(["1", "[1, 2]", "{}", "null", "x", "{a: 1}", "[]", "true", "[[1]]"]),
+)
 def test_any_word_on_the_command_line_is_a_space_or_bad_input(tmp_path: Path, path: list[str], value: str) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(LR)

@@ -43,8 +43,19 @@ def row(name: str, seed: int, validation: float, **more: Any) -> Row:
     test, few = more.pop("test", 0.3), more.pop("few", 0.1)
     figures = {"accuracy": test, "mean_class_accuracy": test, "many": 0.7, "medium": 0.3, "few": few}
     metrics = {"validation/mean_class_accuracy": validation} | {f"test/{k}": v for k, v in figures.items()}
-    made = {"name": name, "seed": seed, "epochs": EPOCHS, "rate": 0.1, "seconds": 100.0, "cpu_s": 80.0, "metrics": metrics,
-            "trained_parameters": 1000, "digest": "d", "key": "k", "laps_s": [0.0] + [20.0] * 5}  # fmt: skip
+    made = {
+        "name": name,
+        "seed": seed,
+        "epochs": EPOCHS,
+        "rate": 0.1,
+        "seconds": 100.0,
+        "cpu_s": 80.0,
+        "metrics": metrics,
+        "trained_parameters": 1000,
+        "digest": "d",
+        "key": "k",
+        "laps_s": [0.0] + [20.0] * 5,
+    }
     return made | more
 
 
@@ -70,10 +81,13 @@ def method_rows(few_of_full: float) -> list[Row]:
 
 def test_the_rate_with_the_best_validation_accuracy_on_the_first_seed_is_reported(methods: ModuleType) -> None:
     rows = [
-        row("lora", 0, 0.20, rate=0.03), row("lora", 0, 0.24, rate=0.1, test=0.30, few=0.11), failed("lora", 0, rate=0.3),
-        row("lora", 1, 0.22, rate=0.1, test=0.32, few=0.12), row("lora", 2, 0.23, rate=0.1, test=0.34, few=0.13),
+        row("lora", 0, 0.20, rate=0.03),
+        row("lora", 0, 0.24, rate=0.1, test=0.30, few=0.11),
+        failed("lora", 0, rate=0.3),
+        row("lora", 1, 0.22, rate=0.1, test=0.32, few=0.12),
+        row("lora", 2, 0.23, rate=0.1, test=0.34, few=0.13),
         row("lora", 1, 0.99, rate=0.03, test=0.99),
-    ]  # fmt: skip
+    ]
     (summary,) = methods.summarise(rows, seed=0)
     assert (summary["rate"], summary["seeds"], summary["at_end_of_rates"]) == (0.1, [0, 1, 2], False)
     assert summary["test"]["mean_class_accuracy"] == pytest.approx({"mean": 0.32, "std": 0.02})
@@ -126,8 +140,18 @@ def test_other_seeds_are_run_with_the_best_rate_once_every_rate_is_done(methods:
 
 
 def test_every_setting_is_one_that_a_run_takes(timing: ModuleType) -> None:
-    args = argparse.Namespace(start_px=42, epochs=5, epochs_grid=[3, 8], seeds=[0], settings=timing.NAMES, rate=None, rates={},
-                              backbone="timm:x", pretrained="x.safetensors", resolution=70)  # fmt: skip
+    args = argparse.Namespace(
+        start_px=42,
+        epochs=5,
+        epochs_grid=[3, 8],
+        seeds=[0],
+        settings=timing.NAMES,
+        rate=None,
+        rates={},
+        backbone="timm:x",
+        pretrained="x.safetensors",
+        resolution=70,
+    )
     jobs = timing.possible_jobs(args, num_blocks=12)
     assert len({job.key for job in jobs}) == len(jobs) == 3 * len(timing.NAMES)
     configs = {job.name: job.config() for job in jobs}
@@ -164,10 +188,12 @@ def timed_rows() -> list[Row]:
     out = []
     for seed, target in enumerate((0.30, 0.32)):
         out += [
-            row("recipe", seed, target, test=0.30), row("drop50", seed, target, seconds=50.0, cpu_s=20.0, test=0.31),
+            row("recipe", seed, target, test=0.30),
+            row("drop50", seed, target, seconds=50.0, cpu_s=20.0, test=0.31),
             row("drop50", seed, target + 0.01 - 0.02 * seed, epochs=3, seconds=30.0, cpu_s=16.0, test=0.29),
-            row("last1", seed, target - 0.05, seconds=20.0), row("last1", seed, target - 0.03 * (1 - seed), epochs=8),
-        ]  # fmt: skip
+            row("last1", seed, target - 0.05, seconds=20.0),
+            row("last1", seed, target - 0.03 * (1 - seed), epochs=8),
+        ]
     return out
 
 

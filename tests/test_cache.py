@@ -15,7 +15,7 @@ import pytest
 from flaky_store import IMAGES, Store, opened, write
 
 from lift_ray.data import cache
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
@@ -141,7 +141,7 @@ def test_a_bad_cache_size_is_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path
 READ_ALL = """\
 import hashlib
 import numpy as np
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 split = open_dataset("s3://pets/set").split("train")
 with RowReader(split, cache_bytes=0) as reader:
@@ -152,10 +152,17 @@ print(hashlib.sha256(data).hexdigest())
 
 
 def test_processes_share_the_index_and_the_shards(store: Store, tmp_path: Path) -> None:
-    environment = {**os.environ, "LIFT_CACHE_GB": "1", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret",  # pragma: allowlist secret
-                   "FSSPEC_S3_ENDPOINT_URL": store.endpoint}  # fmt: skip
-    running = [subprocess.Popen([sys.executable, "-c", READ_ALL], env=environment, stdout=subprocess.PIPE, text=True)
-               for _ in range(2)]  # fmt: skip
+    environment = {
+        **os.environ,
+        "LIFT_CACHE_GB": "1",
+        "FSSPEC_S3_KEY": "key",
+        "FSSPEC_S3_SECRET": "secret",  # pragma: allowlist secret
+        "FSSPEC_S3_ENDPOINT_URL": store.endpoint,
+    }
+    running = [
+        subprocess.Popen([sys.executable, "-c", READ_ALL], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     digests = [process.communicate(timeout=100)[0].strip() for process in running]
     assert digests == [hashlib.sha256(b"".join(IMAGES)).hexdigest()] * 2
     whole = {f"bytes=0-{shard.num_bytes - 1}" for shard in opened().shards}

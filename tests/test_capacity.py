@@ -6,30 +6,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lift_ray.distributed.capacity import Need, need, num_fitting, num_slots
 from lift_ray.errors import BadInput
+from lift_ray.ray_runtime.capacity import Need, need, num_fitting, num_slots
 from lift_ray.settings.space import Scale
 
 CPU8 = {"CPU": 8.0}
 GPU4 = {"CPU": 16.0, "GPU": 4.0, "memory": 1e9}
 
 
-@pytest.mark.parametrize(("wanted", "nodes", "fitting"), [
-    (Need(1, 1, 0), [], 0),
-    (Need(1, 1, 0), [CPU8], 8),
-    (Need(1, 3, 0), [CPU8], 2),
-    (Need(2, 3, 0), [CPU8], 1),
-    (Need(1, 9, 0), [CPU8], 0),
-    (Need(1, 9, 0), [CPU8] * 4, 0),
-    (Need(3, 4, 0), [CPU8, CPU8], 1),
-    (Need(2, 5, 0), [CPU8, CPU8], 1),
-    (Need(1, 1, 1), [CPU8], 0),
-    (Need(1, 1, 1), [CPU8, GPU4], 4),
-    (Need(1, 8, 1), [GPU4], 2),
-    (Need(4, 1, 1), [GPU4, GPU4], 2),
-    (Need(3, 1, 1), [GPU4, GPU4], 2),
-    (Need(1, 4, 0), [{"CPU": 7.9}, {"CPU": 0.0}, {"memory": 3.0}], 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wanted", "nodes", "fitting"),
+    [
+        (Need(1, 1, 0), [], 0),
+        (Need(1, 1, 0), [CPU8], 8),
+        (Need(1, 3, 0), [CPU8], 2),
+        (Need(2, 3, 0), [CPU8], 1),
+        (Need(1, 9, 0), [CPU8], 0),
+        (Need(1, 9, 0), [CPU8] * 4, 0),
+        (Need(3, 4, 0), [CPU8, CPU8], 1),
+        (Need(2, 5, 0), [CPU8, CPU8], 1),
+        (Need(1, 1, 1), [CPU8], 0),
+        (Need(1, 1, 1), [CPU8, GPU4], 4),
+        (Need(1, 8, 1), [GPU4], 2),
+        (Need(4, 1, 1), [GPU4, GPU4], 2),
+        (Need(3, 1, 1), [GPU4, GPU4], 2),
+        (Need(1, 4, 0), [{"CPU": 7.9}, {"CPU": 0.0}, {"memory": 3.0}], 1),
+    ],
+)
 def test_each_worker_is_whole_on_one_node(wanted: Need, nodes: list[dict[str, float]], fitting: int) -> None:
     assert num_fitting(wanted, nodes) == fitting
 
@@ -41,9 +44,15 @@ def test_trials_that_fit_use_no_more_than_there_is(workers: int, cpus: int, node
     assert fitting * workers <= placed < (fitting + 1) * workers
 
 
-@pytest.mark.parametrize(("use_gpu", "has_gpu", "gpus"), [
-    ("auto", True, 1), ("auto", False, 0), (True, False, 1), (False, True, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("use_gpu", "has_gpu", "gpus"),
+    [
+        ("auto", True, 1),
+        ("auto", False, 0),
+        (True, False, 1),
+        (False, True, 0),
+    ],
+)
 def test_auto_takes_a_gpu_when_there_is_one(use_gpu: bool, has_gpu: bool, gpus: int) -> None:
     wanted = need(Scale(workers_per_trial=2, cpus_per_worker=3, use_gpu=use_gpu), has_gpu)
     assert wanted == Need(2, 3, gpus)
@@ -51,10 +60,17 @@ def test_auto_takes_a_gpu_when_there_is_one(use_gpu: bool, has_gpu: bool, gpus: 
     assert str(wanted) == ("2 x (3 CPU + 1 GPU)" if gpus else "2 x (3 CPU)")
 
 
-@pytest.mark.parametrize(("scale", "nodes", "slots"), [
-    (Scale(), [CPU8], 8), (Scale(max_concurrent=3), [CPU8], 3), (Scale(max_concurrent=99), [CPU8], 8),
-    (Scale(), [CPU8, GPU4], 4), (Scale(use_gpu=False), [CPU8, GPU4], 24), (Scale(workers_per_trial=5), [CPU8, CPU8], 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scale", "nodes", "slots"),
+    [
+        (Scale(), [CPU8], 8),
+        (Scale(max_concurrent=3), [CPU8], 3),
+        (Scale(max_concurrent=99), [CPU8], 8),
+        (Scale(), [CPU8, GPU4], 4),
+        (Scale(use_gpu=False), [CPU8, GPU4], 24),
+        (Scale(workers_per_trial=5), [CPU8, CPU8], 3),
+    ],
+)
 def test_slots_are_what_fits_or_what_was_asked_for(scale: Scale, nodes: list[dict[str, float]], slots: int) -> None:
     assert num_slots(scale, nodes)[1] == slots
 

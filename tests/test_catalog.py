@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lift_ray.data.catalog import open_dataset, schema_metadata
 from lift_ray.data.longtail import longtail_counts
+from lift_ray.data.open import open_dataset, schema_metadata
 from lift_ray.errors import BadInput
 
 EMBEDDED = Path(str(files("lift_ray"))) / "assets" / "caltech101"

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lift_ray.data import cifar
-from lift_ray.data.catalog import open_dataset
-from lift_ray.data.cifar import longtailed_rows, scan_cifar
-from lift_ray.data.index import ImageIndex
+from lift_ray.data.convert import cifar
+from lift_ray.data.convert.cifar import longtailed_rows, scan_cifar
+from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 

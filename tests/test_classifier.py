@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lift_ray.model import classifier
-from lift_ray.model.classifier import HEADS, class_means, probe_weights
+from lift_ray.model import heads
+from lift_ray.model.heads import HEADS, class_means, probe_weights
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lift_golden_dev.npz")
@@ -163,7 +163,7 @@ def test_the_probe_gives_the_same_for_any_chunk_and_any_length_of_the_features(m
     features, labels = toy(4, 24)
     whole = probe_weights(features, labels, 4)
     assert torch.equal(whole, probe_weights(features, labels, 4))
-    monkeypatch.setattr(classifier, "CHUNK_VALUES", 4 * 7)
+    monkeypatch.setattr(heads, "CHUNK_VALUES", 4 * 7)
     torch.testing.assert_close(probe_weights(5 * features, labels, 4), whole, rtol=0.0, atol=2e-2)
 
 

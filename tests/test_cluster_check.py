@@ -13,8 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from lift_ray.cluster import main
-from lift_ray.distributed.cluster_file import read_cluster
-from lift_ray.distributed.cluster_schemas import PROVIDERS
+from lift_ray.clusters.read import read_cluster
+from lift_ray.clusters.schemas import PROVIDERS
 from lift_ray.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -58,147 +58,374 @@ def test_what_slurm_gives_is_what_the_search_is_planned_for(tmp_path: Path) -> N
 OTHER_RAY = "must install the Ray that is here, HERE (lift_ray's pin is ==2.60.*), but got '{}'; write 'ray[default,train,tune]==HERE'"
 # file, what stands there, what stands there in its place, what the check says: of that line, or of so many lines from it
 BROKEN = [
-    ("aws.yaml", "idle_timeout_minutes: 10", "idle_timeout_minuts: 10",
-     "idle_timeout_minuts: unknown key 'idle_timeout_minuts'; did you mean 'idle_timeout_minutes'?"),
-    ("aws.yaml", "region: us-west-2 ", "regin: us-west-2 ", "provider.regin: unknown key 'regin'; did you mean 'region'?"),
-    ("aws.yaml", "InstanceType: m7i.2xlarge", "InstnceType: m7i.2xlarge",
-     "available_node_types.head.node_config.InstnceType: unknown key 'InstnceType'; did you mean 'InstanceType'?"),
-    ("aws.yaml", "VolumeSize: 200", "VolumeSize: 200GB",
-     "available_node_types.head.node_config.BlockDeviceMappings.0.Ebs.VolumeSize: must be a whole number, but got '200GB'; "
-     "change it"),
-    ("aws.yaml", "MarketType: spot", "MarketType: sport",
-     "available_node_types.gpu-spot.node_config.InstanceMarketOptions.MarketType: unknown value 'sport'; did you mean 'spot'?"),
-    ("aws.yaml", "head_node_type: head", "head_node_type: haed",
-     "head_node_type: must be one of available_node_types, but got 'haed'; did you mean 'head'?"),
-    ("aws.yaml", "        min_workers: 0\n        max_workers: 8", "        min_workers: 9\n        max_workers: 8",
-     "available_node_types.gpu-spot.min_workers: min_workers <= max_workers must hold, but got 9 and 8; lower it"),
-    ("aws.yaml", "            IamInstanceProfile: {Name: lift-ray-head}\n", "",
-     "-9 available_node_types.head.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as clusters/ "
-     "does (keys do not belong in this file)"),
-    ("aws.yaml", "            IamInstanceProfile: *worker_profile\n", "",
-     "-3 available_node_types.gpu-ondemand.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as "
-     "clusters/ does (keys do not belong in this file)"),
-    ("aws.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0",
-     "-2 head_start_ray_commands.1: --dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got "
-     "0.0.0.0; write 127.0.0.1 and come through SSH, `ray dashboard` for one"),
-    ("aws.yaml", "export RAY_AUTH_MODE=token ", "export ",
-     "-6 setup_commands: must keep Ray's token authentication on, but no command exports RAY_AUTH_MODE=token; add it as clusters/ "
-     "does"),
-    ("aws.yaml", "    ~/.ray/auth_token: ~/.ray/auth_token ", "    ~/notes: ~/notes ",
-     "-1 file_mounts: must hand the token to every node, but ~/.ray/auth_token is missing; add "
-     "`~/.ray/auth_token: ~/.ray/auth_token`"),
-    ("aws.yaml", "tune]==2.60.0' boto3", "tune]==2.59.0' boto3",
-     "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.59.0")),
-    ("aws.yaml", "tune]==2.60.0' boto3", "tune]==2.60.1' boto3",
-     "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.60.1")),
-    ("aws.yaml", "tune]==2.60.0' boto3", "tune]==2.60.*' boto3",
-     "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.60.*")),
-    ("aws.yaml", "head_setup_commands: []", "head_setup_commands: [~/lift/bin/pip install ray==2.59.0]",
-     "head_setup_commands.0: " + OTHER_RAY.format("ray==2.59.0")),
-    ("gcp.yaml", "worker_setup_commands: []", "worker_setup_commands: ['~/lift/bin/pip install -U ray boto3']",
-     "worker_setup_commands.0: " + OTHER_RAY.format("ray")),
-    ("gcp.yaml", "        priority: 1 ",
-     "        worker_setup_commands: [pip install https://x.org/ray-3.0.0.dev0-cp311.whl]\n        priority: 1 ",
-     "available_node_types.gpu-ondemand.worker_setup_commands.0: " + OTHER_RAY.format("ray-3.0.0.dev0-cp311.whl")),
-    ("aws.yaml", "upscaling_speed: 2.0", "docker: {image: 'rayproject/ray:2.59.0-py312-gpu', container_name: ray}",
-     "docker.image: must hold Ray HERE as all nodes do, but got 'rayproject/ray:2.59.0-py312-gpu'; change the tag"),
-    ("aws.yaml", "        priority: 1 ", "        docker: {worker_image: 'rayproject/ray-ml:2.58.0'}\n        priority: 1 ",
-     "available_node_types.gpu-ondemand.docker.worker_image: must hold Ray HERE as all nodes do, but got "
-     "'rayproject/ray-ml:2.58.0'; change the tag"),
-    ("gcp.yaml", "ulimit -n 65536; ray start --head", "ulimit -n 65536; RAY_AUTH_MODE=disabled ray start --head",
-     "-1 head_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it"),
-    ("gcp.yaml", "ulimit -n 65536; ray start --address", "RAY_AUTH_MODE=disabled ray start --address",
-     "worker_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it"),
-    ("onprem.yaml", "    - grep -q lift_env", "    - export RAY_AUTH_MODE='disabled'\n    - grep -q lift_env",
-     "setup_commands.4: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE='disabled'; remove it"),
-    ("onprem.yaml", "head_setup_commands: []", "head_setup_commands: [\"echo 'unset RAY_AUTH_MODE' >> ~/.bashrc\"]",
-     "head_setup_commands.0: must keep Ray's token authentication on, but got 'unset RAY_AUTH_MODE'; remove it"),
-    ("aws.yaml", "    cache_stopped_nodes: false ",
-     "    security_group: {IpPermissions: [{FromPort: 8265, ToPort: 8265, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n"
-     "    cache_stopped_nodes: false ",
-     "provider.security_group.IpPermissions.0: only port 22 may be open to everyone, but got 8265 to 8265 for 0.0.0.0/0; remove it "
-     "and use `ray dashboard`"),
-    ("aws.yaml", "    - ulimit -n 65536; ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076\n", "",
-     "-2 worker_start_ray_commands: must start Ray and join the head, but no command does; add `ray start "
-     "--address=$RAY_HEAD_IP:6379` as clusters/ does"),
-    ("onprem.yaml", "worker_start_ray_commands:\n    - ray stop\n    - ulimit -n 65536; ray start --address=$RAY_HEAD_IP:6379 "
-     "--object-manager-port=8076\n", "worker_start_ray_commands: []\n",
-     "worker_start_ray_commands: must start Ray and join the head, but no command does; add `ray start "
-     "--address=$RAY_HEAD_IP:6379` as clusters/ does"),
-    ("onprem.yaml", "RAY_enable_autoscaler_v2=0 ray start", "ray start",
-     "-1 head_start_ray_commands.1: ray start must get RAY_enable_autoscaler_v2=0 (the second autoscaler never starts the machines of "
-     "worker_ips), but does not; add it before `ray start`"),
-    ("azure.yaml", "    subscription_id: 00000000-0000-0000-0000-000000000000 ", "    tags: {} ",
-     "-2 provider: must have 'subscription_id', but it is missing; add it"),
-    ("aws.yaml", "region: us-west-2 ", "region: ${AWS_REGION:-us-west-2} ",
-     "provider.region: must be a plain value, but got '${AWS_REGION:-us-west-2}', which neither Ray nor kubectl fills in; write "
-     "the value"),
-    ("aws.yaml", "export LIFT_DATA=", "export AWS_SECRET_ACCESS_KEY=abc LIFT_DATA=",
-     "setup_commands.1: must hold no secret, but got what looks like one; remove it, revoke it, and let machines in by role"),
+    (
+        "aws.yaml",
+        "idle_timeout_minutes: 10",
+        "idle_timeout_minuts: 10",
+        "idle_timeout_minuts: unknown key 'idle_timeout_minuts'; did you mean 'idle_timeout_minutes'?",
+    ),
+    (
+        "aws.yaml",
+        "region: us-west-2 ",
+        "regin: us-west-2 ",
+        "provider.regin: unknown key 'regin'; did you mean 'region'?",
+    ),
+    (
+        "aws.yaml",
+        "InstanceType: m7i.2xlarge",
+        "InstnceType: m7i.2xlarge",
+        "available_node_types.head.node_config.InstnceType: unknown key 'InstnceType'; did you mean 'InstanceType'?",
+    ),
+    (
+        "aws.yaml",
+        "VolumeSize: 200",
+        "VolumeSize: 200GB",
+        "available_node_types.head.node_config.BlockDeviceMappings.0.Ebs.VolumeSize: must be a whole number, but got '200GB'; "
+        "change it",
+    ),
+    (
+        "aws.yaml",
+        "MarketType: spot",
+        "MarketType: sport",
+        "available_node_types.gpu-spot.node_config.InstanceMarketOptions.MarketType: unknown value 'sport'; did you mean 'spot'?",
+    ),
+    (
+        "aws.yaml",
+        "head_node_type: head",
+        "head_node_type: haed",
+        "head_node_type: must be one of available_node_types, but got 'haed'; did you mean 'head'?",
+    ),
+    (
+        "aws.yaml",
+        "        min_workers: 0\n        max_workers: 8",
+        "        min_workers: 9\n        max_workers: 8",
+        "available_node_types.gpu-spot.min_workers: min_workers <= max_workers must hold, but got 9 and 8; lower it",
+    ),
+    (
+        "aws.yaml",
+        "            IamInstanceProfile: {Name: lift-ray-head}\n",
+        "",
+        "-9 available_node_types.head.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as clusters/ "
+        "does (keys do not belong in this file)",
+    ),
+    (
+        "aws.yaml",
+        "            IamInstanceProfile: *worker_profile\n",
+        "",
+        "-3 available_node_types.gpu-ondemand.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as "
+        "clusters/ does (keys do not belong in this file)",
+    ),
+    (
+        "aws.yaml",
+        "--dashboard-host=127.0.0.1",
+        "--dashboard-host=0.0.0.0",
+        "-2 head_start_ray_commands.1: --dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got "
+        "0.0.0.0; write 127.0.0.1 and come through SSH, `ray dashboard` for one",
+    ),
+    (
+        "aws.yaml",
+        "export RAY_AUTH_MODE=token ",
+        "export ",
+        "-6 setup_commands: must keep Ray's token authentication on, but no command exports RAY_AUTH_MODE=token; add it as clusters/ "
+        "does",
+    ),
+    (
+        "aws.yaml",
+        "    ~/.ray/auth_token: ~/.ray/auth_token ",
+        "    ~/notes: ~/notes ",
+        "-1 file_mounts: must hand the token to every node, but ~/.ray/auth_token is missing; add "
+        "`~/.ray/auth_token: ~/.ray/auth_token`",
+    ),
+    (
+        "aws.yaml",
+        "tune]==2.60.0' boto3",
+        "tune]==2.59.0' boto3",
+        "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.59.0"),
+    ),
+    (
+        "aws.yaml",
+        "tune]==2.60.0' boto3",
+        "tune]==2.60.1' boto3",
+        "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.60.1"),
+    ),
+    (
+        "aws.yaml",
+        "tune]==2.60.0' boto3",
+        "tune]==2.60.*' boto3",
+        "setup_commands.7: " + OTHER_RAY.format("ray[default,train,tune]==2.60.*"),
+    ),
+    (
+        "aws.yaml",
+        "head_setup_commands: []",
+        "head_setup_commands: [~/lift/bin/pip install ray==2.59.0]",
+        "head_setup_commands.0: " + OTHER_RAY.format("ray==2.59.0"),
+    ),
+    (
+        "gcp.yaml",
+        "worker_setup_commands: []",
+        "worker_setup_commands: ['~/lift/bin/pip install -U ray boto3']",
+        "worker_setup_commands.0: " + OTHER_RAY.format("ray"),
+    ),
+    (
+        "gcp.yaml",
+        "        priority: 1 ",
+        "        worker_setup_commands: [pip install https://x.org/ray-3.0.0.dev0-cp311.whl]\n        priority: 1 ",
+        "available_node_types.gpu-ondemand.worker_setup_commands.0: " + OTHER_RAY.format("ray-3.0.0.dev0-cp311.whl"),
+    ),
+    (
+        "aws.yaml",
+        "upscaling_speed: 2.0",
+        "docker: {image: 'rayproject/ray:2.59.0-py312-gpu', container_name: ray}",
+        "docker.image: must hold Ray HERE as all nodes do, but got 'rayproject/ray:2.59.0-py312-gpu'; change the tag",
+    ),
+    (
+        "aws.yaml",
+        "        priority: 1 ",
+        "        docker: {worker_image: 'rayproject/ray-ml:2.58.0'}\n        priority: 1 ",
+        "available_node_types.gpu-ondemand.docker.worker_image: must hold Ray HERE as all nodes do, but got "
+        "'rayproject/ray-ml:2.58.0'; change the tag",
+    ),
+    (
+        "gcp.yaml",
+        "ulimit -n 65536; ray start --head",
+        "ulimit -n 65536; RAY_AUTH_MODE=disabled ray start --head",
+        "-1 head_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it",
+    ),
+    (
+        "gcp.yaml",
+        "ulimit -n 65536; ray start --address",
+        "RAY_AUTH_MODE=disabled ray start --address",
+        "worker_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it",
+    ),
+    (
+        "onprem.yaml",
+        "    - grep -q lift_env",
+        "    - export RAY_AUTH_MODE='disabled'\n    - grep -q lift_env",
+        "setup_commands.4: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE='disabled'; remove it",
+    ),
+    (
+        "onprem.yaml",
+        "head_setup_commands: []",
+        "head_setup_commands: [\"echo 'unset RAY_AUTH_MODE' >> ~/.bashrc\"]",
+        "head_setup_commands.0: must keep Ray's token authentication on, but got 'unset RAY_AUTH_MODE'; remove it",
+    ),
+    (
+        "aws.yaml",
+        "    cache_stopped_nodes: false ",
+        "    security_group: {IpPermissions: [{FromPort: 8265, ToPort: 8265, IpRanges: [{CidrIp: 0.0.0.0/0}]}]}\n"
+        "    cache_stopped_nodes: false ",
+        "provider.security_group.IpPermissions.0: only port 22 may be open to everyone, but got 8265 to 8265 for 0.0.0.0/0; remove it "
+        "and use `ray dashboard`",
+    ),
+    (
+        "aws.yaml",
+        "    - ulimit -n 65536; ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076\n",
+        "",
+        "-2 worker_start_ray_commands: must start Ray and join the head, but no command does; add `ray start "
+        "--address=$RAY_HEAD_IP:6379` as clusters/ does",
+    ),
+    (
+        "onprem.yaml",
+        "worker_start_ray_commands:\n    - ray stop\n    - ulimit -n 65536; ray start --address=$RAY_HEAD_IP:6379 "
+        "--object-manager-port=8076\n",
+        "worker_start_ray_commands: []\n",
+        "worker_start_ray_commands: must start Ray and join the head, but no command does; add `ray start "
+        "--address=$RAY_HEAD_IP:6379` as clusters/ does",
+    ),
+    (
+        "onprem.yaml",
+        "RAY_enable_autoscaler_v2=0 ray start",
+        "ray start",
+        "-1 head_start_ray_commands.1: ray start must get RAY_enable_autoscaler_v2=0 (the second autoscaler never starts the machines "
+        "of worker_ips), but does not; add it before `ray start`",
+    ),
+    (
+        "azure.yaml",
+        "    subscription_id: 00000000-0000-0000-0000-000000000000 ",
+        "    tags: {} ",
+        "-2 provider: must have 'subscription_id', but it is missing; add it",
+    ),
+    (
+        "aws.yaml",
+        "region: us-west-2 ",
+        "region: ${AWS_REGION:-us-west-2} ",
+        "provider.region: must be a plain value, but got '${AWS_REGION:-us-west-2}', which neither Ray nor kubectl fills in; write "
+        "the value",
+    ),
+    (
+        "aws.yaml",
+        "export LIFT_DATA=",
+        "export AWS_SECRET_ACCESS_KEY=abc LIFT_DATA=",
+        "setup_commands.1: must hold no secret, but got what looks like one; remove it, revoke it, and let machines in by role",
+    ),
     ("aws.yaml", "type: aws", "type: aws2", "provider.type: unknown value 'aws2'; did you mean 'aws'?"),
-    ("aws.yaml", "upscaling_speed: 2.0", "upscaling_speed: fast",
-     "upscaling_speed: must be a number, but got 'fast'; change it"),
-    ("gcp.yaml", "scheduling: {onHostMaintenance: TERMINATE}", "scheduling: [{preemptible: true}]",
-     "available_node_types.gpu-ondemand.node_config.scheduling: must be a mapping, but got [{'preemptible': True}]; change it"),
-    ("gcp.yaml", "machineType: n2-standard-8", "machine_type: n2-standard-8",
-     "available_node_types.head.node_config.machine_type: unknown key 'machine_type'; did you mean 'machineType'?"),
-    ("azure.yaml", "vmSize: Standard_D8s_v5", "vmSiz: Standard_D8s_v5",
-     "available_node_types.head.node_config.azure_arm_parameters.vmSiz: unknown key 'vmSiz'; did you mean 'vmSize'?"),
-    ("azure.yaml", "priority: Spot", "priority: Low",
-     "available_node_types.gpu-spot.node_config.azure_arm_parameters.priority: unknown value 'Low'; known: Regular, Spot"),
-    ("onprem.yaml", "worker_ips: [10.0.0.2, 10.0.0.3]", "worker_ips: [10.0.0.2, 10.0.0.3, 10.0.0.4]",
-     "-7 max_workers: must be the 3 of provider.worker_ips (Ray cannot know what a machine holds before it runs), but got 2; "
-     "write 3"),
-    ("onprem.yaml", "head_ip: 10.0.0.1 ", "head_ip: 10.0.0.2 ",
-     "+1 provider.worker_ips: must not hold head_ip, but got 10.0.0.2 in both; remove it here"),
-    ("kuberay/raycluster.yaml", "authOptions: {mode: token}", "authOptions: {mode: disabled}",
-     "spec.authOptions: Ray's token authentication must be on, but is not; write `authOptions: {mode: token}`"),
-    ("kuberay/raycluster.yaml", "serviceType: ClusterIP", "serviceType: LoadBalancer",
-     "spec.headGroupSpec.serviceType: must be ClusterIP (whoever reaches the dashboard can run code), but got LoadBalancer; "
-     "write ClusterIP and use `kubectl port-forward`"),
-    ("kuberay/raycluster.yaml", "ray:2.60.0-py311-gpu", "ray:2.58.0-py311-gpu",
-     "spec.headGroupSpec.template.spec.containers.0.image: must hold Ray HERE as all nodes do, but got "
-     "'rayproject/ray:2.58.0-py311-gpu'; change the tag"),
-    ("kuberay/raycluster.yaml", "    serviceType: ClusterIP ", "    headService: {spec: {type: LoadBalancer}} ",
-     "spec.headGroupSpec.headService.spec.type: must be ClusterIP (whoever reaches the dashboard can run code), but got "
-     "LoadBalancer; write ClusterIP and use `kubectl port-forward`"),
-    ("kuberay/raycluster.yaml", "        serviceAccountName: lift-ray\n", "",
-     "-1 spec.headGroupSpec.template.spec: must reach storage by role, but serviceAccountName is missing; add it (keys do not belong "
-     "in this file)"),
-    ("kuberay/raycluster.yaml", '{name: RAY_TRAIN_ENABLE_STATE_TRACKING, value: "1"}', "{name: RAY_AUTH_MODE, value: disabled}",
-     "spec.headGroupSpec.template.spec.containers.0.env.3: must keep Ray's token authentication on, but got "
-     "'RAY_AUTH_MODE=disabled'; remove it"),
-    ("kuberay/rayjob.yaml", "bash -c 'python -m", "bash -c 'RAY_AUTH_MODE=disabled python -m",
-     "spec.entrypoint: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it"),
-    ("kuberay/rayjob.yaml", "maxReplicas: 8", "maxReplica: 8",
-     "spec.rayClusterSpec.workerGroupSpecs.0.maxReplica: unknown key 'maxReplica'; did you mean 'maxReplicas'?"),
-    ("kuberay/rayjob.yaml", "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false",
-     "+1 spec.ttlSecondsAfterFinished: needs shutdownAfterJobFinishes: true, but it is not; add it, or the cluster outlives the job"),
-    ("kuberay/rayjob.yaml", '{name: LIFT_DATA, value: "s3://my-bucket/inat2018"}', "{name: HF_API_KEY, value: abc}",
-     "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.env.1: HF_API_KEY must not stand in a file; take it from a "
-     "secret (valueFrom: {secretKeyRef: ...}), or let pods in by role"),
+    (
+        "aws.yaml",
+        "upscaling_speed: 2.0",
+        "upscaling_speed: fast",
+        "upscaling_speed: must be a number, but got 'fast'; change it",
+    ),
+    (
+        "gcp.yaml",
+        "scheduling: {onHostMaintenance: TERMINATE}",
+        "scheduling: [{preemptible: true}]",
+        "available_node_types.gpu-ondemand.node_config.scheduling: must be a mapping, but got [{'preemptible': True}]; change it",
+    ),
+    (
+        "gcp.yaml",
+        "machineType: n2-standard-8",
+        "machine_type: n2-standard-8",
+        "available_node_types.head.node_config.machine_type: unknown key 'machine_type'; did you mean 'machineType'?",
+    ),
+    (
+        "azure.yaml",
+        "vmSize: Standard_D8s_v5",
+        "vmSiz: Standard_D8s_v5",
+        "available_node_types.head.node_config.azure_arm_parameters.vmSiz: unknown key 'vmSiz'; did you mean 'vmSize'?",
+    ),
+    (
+        "azure.yaml",
+        "priority: Spot",
+        "priority: Low",
+        "available_node_types.gpu-spot.node_config.azure_arm_parameters.priority: unknown value 'Low'; known: Regular, Spot",
+    ),
+    (
+        "onprem.yaml",
+        "worker_ips: [10.0.0.2, 10.0.0.3]",
+        "worker_ips: [10.0.0.2, 10.0.0.3, 10.0.0.4]",
+        "-7 max_workers: must be the 3 of provider.worker_ips (Ray cannot know what a machine holds before it runs), but got 2; "
+        "write 3",
+    ),
+    (
+        "onprem.yaml",
+        "head_ip: 10.0.0.1 ",
+        "head_ip: 10.0.0.2 ",
+        "+1 provider.worker_ips: must not hold head_ip, but got 10.0.0.2 in both; remove it here",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "authOptions: {mode: token}",
+        "authOptions: {mode: disabled}",
+        "spec.authOptions: Ray's token authentication must be on, but is not; write `authOptions: {mode: token}`",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "serviceType: ClusterIP",
+        "serviceType: LoadBalancer",
+        "spec.headGroupSpec.serviceType: must be ClusterIP (whoever reaches the dashboard can run code), but got LoadBalancer; "
+        "write ClusterIP and use `kubectl port-forward`",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "ray:2.60.0-py311-gpu",
+        "ray:2.58.0-py311-gpu",
+        "spec.headGroupSpec.template.spec.containers.0.image: must hold Ray HERE as all nodes do, but got "
+        "'rayproject/ray:2.58.0-py311-gpu'; change the tag",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "    serviceType: ClusterIP ",
+        "    headService: {spec: {type: LoadBalancer}} ",
+        "spec.headGroupSpec.headService.spec.type: must be ClusterIP (whoever reaches the dashboard can run code), but got "
+        "LoadBalancer; write ClusterIP and use `kubectl port-forward`",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "        serviceAccountName: lift-ray\n",
+        "",
+        "-1 spec.headGroupSpec.template.spec: must reach storage by role, but serviceAccountName is missing; add it (keys do not "
+        "belong in this file)",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        '{name: RAY_TRAIN_ENABLE_STATE_TRACKING, value: "1"}',
+        "{name: RAY_AUTH_MODE, value: disabled}",
+        "spec.headGroupSpec.template.spec.containers.0.env.3: must keep Ray's token authentication on, but got "
+        "'RAY_AUTH_MODE=disabled'; remove it",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "bash -c 'python -m",
+        "bash -c 'RAY_AUTH_MODE=disabled python -m",
+        "spec.entrypoint: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "maxReplicas: 8",
+        "maxReplica: 8",
+        "spec.rayClusterSpec.workerGroupSpecs.0.maxReplica: unknown key 'maxReplica'; did you mean 'maxReplicas'?",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "shutdownAfterJobFinishes: true",
+        "shutdownAfterJobFinishes: false",
+        "+1 spec.ttlSecondsAfterFinished: needs shutdownAfterJobFinishes: true, but it is not; add it, or the cluster outlives the job",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        '{name: LIFT_DATA, value: "s3://my-bucket/inat2018"}',
+        "{name: HF_API_KEY, value: abc}",
+        "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.env.1: HF_API_KEY must not stand in a file; take it from a "
+        "secret (valueFrom: {secretKeyRef: ...}), or let pods in by role",
+    ),
     ("kuberay/rayjob.yaml", "kind: RayJob", "kind: Rayjob", "kind: unknown value 'Rayjob'; did you mean 'RayJob'?"),
-    ("slurm.sh", "ray[default,train,tune]==2.60.0", "ray[default,train,tune]==2.59.0",
-     OTHER_RAY.format("ray[default,train,tune]==2.59.0")),
-    ("slurm.sh", "#SBATCH --nodes=2", "#SBATCH --nodes=two",
-     "must have #SBATCH --nodes=NUMBER, but got 'two'; write it as clusters/slurm.sh does"),
-    ("slurm.sh", "#SBATCH --ntasks-per-node=1", "#SBATCH --ntasks-per-node=4",
-     "must start Ray once on a node, --ntasks-per-node=1, but got 4; write 1 and raise --cpus-per-task"),
-    ("slurm.sh", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0",
-     "--dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got 0.0.0.0; write 127.0.0.1 and come "
-     "through SSH, `ray dashboard` for one"),
-    ("slurm.sh", "export RAY_AUTH_MODE=token", "export RAY_AUTH_MODE=disabled",
-     "must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it"),
-    ("slurm.sh", "for _ in {1..120}; do", "for _ in {1..120};",
-     '+1 must be what bash reads, but it says: syntax error near unexpected token `RAY_ADDRESS="$address"\'; mend the script'),
-    ("monitoring/prometheus.yml", "scrape_interval: 10s", "scrape_intervall: 10s",
-     "global.scrape_intervall: unknown key 'scrape_intervall'; did you mean 'scrape_interval'?"),
-    ("monitoring/prometheus.yml", "[/tmp/ray/prom_metrics", "[/tmp/ray/metrics",
-     "scrape_configs.0.file_sd_configs.0.files: must hold Ray's list of nodes, but got ['/tmp/ray/metrics_service_discovery.json']; "
-     "write /tmp/ray/prom_metrics_service_discovery.json"),
-    ("monitoring/grafana.json", "ray_lift_ray_study_slots{", "ray_lift_ray_study_slot{",
-     "panels.10.targets.0.expr: unknown metric 'ray_lift_ray_study_slot'; did you mean 'ray_lift_ray_study_slots'?"),
-]  # fmt: skip
+    (
+        "slurm.sh",
+        "ray[default,train,tune]==2.60.0",
+        "ray[default,train,tune]==2.59.0",
+        OTHER_RAY.format("ray[default,train,tune]==2.59.0"),
+    ),
+    (
+        "slurm.sh",
+        "#SBATCH --nodes=2",
+        "#SBATCH --nodes=two",
+        "must have #SBATCH --nodes=NUMBER, but got 'two'; write it as clusters/slurm.sh does",
+    ),
+    (
+        "slurm.sh",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --ntasks-per-node=4",
+        "must start Ray once on a node, --ntasks-per-node=1, but got 4; write 1 and raise --cpus-per-task",
+    ),
+    (
+        "slurm.sh",
+        "--dashboard-host=127.0.0.1",
+        "--dashboard-host=0.0.0.0",
+        "--dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got 0.0.0.0; write 127.0.0.1 and come "
+        "through SSH, `ray dashboard` for one",
+    ),
+    (
+        "slurm.sh",
+        "export RAY_AUTH_MODE=token",
+        "export RAY_AUTH_MODE=disabled",
+        "must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it",
+    ),
+    (
+        "slurm.sh",
+        "for _ in {1..120}; do",
+        "for _ in {1..120};",
+        '+1 must be what bash reads, but it says: syntax error near unexpected token `RAY_ADDRESS="$address"\'; mend the script',
+    ),
+    (
+        "monitoring/prometheus.yml",
+        "scrape_interval: 10s",
+        "scrape_intervall: 10s",
+        "global.scrape_intervall: unknown key 'scrape_intervall'; did you mean 'scrape_interval'?",
+    ),
+    (
+        "monitoring/prometheus.yml",
+        "[/tmp/ray/prom_metrics",
+        "[/tmp/ray/metrics",
+        "scrape_configs.0.file_sd_configs.0.files: must hold Ray's list of nodes, but got ['/tmp/ray/metrics_service_discovery.json']; "
+        "write /tmp/ray/prom_metrics_service_discovery.json",
+    ),
+    (
+        "monitoring/grafana.json",
+        "ray_lift_ray_study_slots{",
+        "ray_lift_ray_study_slot{",
+        "panels.10.targets.0.expr: unknown metric 'ray_lift_ray_study_slot'; did you mean 'ray_lift_ray_study_slots'?",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "right", "wrong", "said"), BROKEN)
@@ -267,8 +494,21 @@ def test_every_key_of_provider_that_ray_reads_is_known(provider: str) -> None:
 
 def test_hours_and_price_follow_from_the_search_and_the_given_figures(capsys: pytest.CaptureFixture[str]) -> None:
     figures = ["plan.images_per_s=1000", "plan.training_images=360000", "base.optim.epochs=10"]
-    main(["check", str(CLUSTERS / "aws.yaml"), "search.trials=8", "search.scheduler.kind=none", *figures,
-          "--for", SPACE, "--price", "head=1", "--price", "gpu-spot=2"])  # fmt: skip
+    main(
+        [
+            "check",
+            str(CLUSTERS / "aws.yaml"),
+            "search.trials=8",
+            "search.scheduler.kind=none",
+            *figures,
+            "--for",
+            SPACE,
+            "--price",
+            "head=1",
+            "--price",
+            "gpu-spot=2",
+        ]
+    )
     out = capsys.readouterr().out
     assert "GPUs: 0 when nothing runs, at most 32, in at most 8 workers" in out
     # 8 trials of 10 epochs of 100 s x 3.6 at once on 2 machines of 4 GPUs: 1 h, for the head and the two machines
@@ -295,12 +535,16 @@ def test_trials_that_fit_no_node_are_refused() -> None:
     ("words", "said"),
     [
         (["--price", "gpu-spt=2"], "--price: unknown node type 'gpu-spt'; did you mean 'gpu-spot'?"),
-        (["--price", "head=cheap"],
-         "--price: must be NODE_TYPE=PRICE, a number of at least 0, but got 'head=cheap'; write head=1.9"),
-        (["plan.images_per_s=2"],
-         "command line: settings need a search space, but got 'plan.images_per_s=2' without --for; add --for SPACE"),
+        (
+            ["--price", "head=cheap"],
+            "--price: must be NODE_TYPE=PRICE, a number of at least 0, but got 'head=cheap'; write head=1.9",
+        ),
+        (
+            ["plan.images_per_s=2"],
+            "command line: settings need a search space, but got 'plan.images_per_s=2' without --for; add --for SPACE",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_words_are_refused_in_one_line(words: list[str], said: str) -> None:
     with pytest.raises(BadInput) as error:
         main(["check", str(CLUSTERS / "aws.yaml"), *words])

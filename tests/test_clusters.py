@@ -45,14 +45,14 @@ while sum(node["Alive"] for node in ray.nodes()) < 2 and time.monotonic() < ends
 print([node["NodeManagerAddress"] for node in ray.nodes()])
 """
 HOW_MANY = """\
-from lift_ray.distributed.capacity import num_slots
-from lift_ray.distributed.cluster import connected
+from lift_ray.ray_runtime.capacity import num_slots
+from lift_ray.ray_runtime.session import connected
 from lift_ray.settings.search import Scale
 with connected() as nodes:
     print(*num_slots(Scale(), nodes), sep=", ")
     num_slots(Scale(cpus_per_worker=5), nodes)
 """
-START_HERE = "from lift_ray.distributed.cluster import connected\nwith connected(dashboard=False): pass"
+START_HERE = "from lift_ray.ray_runtime.session import connected\nwith connected(dashboard=False): pass"
 pytestmark = pytest.mark.cluster
 
 
@@ -173,8 +173,17 @@ def test_when_spot_cannot_be_had_the_same_machine_comes_on_demand(
 ) -> None:
     folder = tmp_path_factory.mktemp("s")  # short, as sockets are in it
     kinds = {"cpu-ondemand": CPU_NODE | {"priority": 1}, "cpu-spot": CPU_NODE | {"priority": 10}}
-    command = [sys.executable, "-m", "lift_ray.tune", str(spaces / "space.yaml"), "search.trials=1", "base.optim.epochs=1",
-               "--out", str(tmp_path / "out"), "--no-dashboard"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lift_ray.tune",
+        str(spaces / "space.yaml"),
+        "search.trials=1",
+        "base.optim.epochs=1",
+        "--out",
+        str(tmp_path / "out"),
+        "--no-dashboard",
+    ]
     with fake_cloud(folder, kinds, IDLE_S, "fake_spot.NoSpot", mended_ray) as head:
         done = subprocess.run(command, env=head.env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -272,8 +281,10 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
 
 def test_on_aws_the_head_is_on_demand_and_there_are_spot_workers(aws: Account) -> None:
     assert {kind: (i["InstanceType"], i.get("InstanceLifecycle")) for kind, i in aws.instances().items()} == {
-        "head": ("m7i.2xlarge", None), "gpu-spot": ("g6.12xlarge", "spot"), "gpu-ondemand": ("g6.12xlarge", None)
-    }  # fmt: skip
+        "head": ("m7i.2xlarge", None),
+        "gpu-spot": ("g6.12xlarge", "spot"),
+        "gpu-ondemand": ("g6.12xlarge", None),
+    }
 
 
 def test_machines_on_aws_have_the_roles_of_the_file_and_ray_makes_none(aws: Account) -> None:

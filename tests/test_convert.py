@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 from lift_ray import convert as verb
-from lift_ray.data.catalog import open_dataset
-from lift_ray.data.conversion import convert
-from lift_ray.data.folder import scan_folder
-from lift_ray.data.index import ImageIndex
+from lift_ray.data.convert.conversion import convert
+from lift_ray.data.convert.folder import scan_folder
+from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.convert.splitting import Division
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.splitting import Division
 from lift_ray.errors import BadInput
 
 VALIDATION = open_dataset("embedded:caltech101").split("validation")
@@ -155,12 +155,15 @@ def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
     for path in (source / "accordion").iterdir():
         path.write_bytes(b"")
     index = scan_folder(str(source))
-    index = replace(index, class_names=index.class_names[1:], splits={"train": [(name, max(0, label - 1))
-                    for name, label in index.splits["train"]]})  # fmt: skip
+    index = replace(
+        index,
+        class_names=index.class_names[1:],
+        splits={"train": [(name, max(0, label - 1)) for name, label in index.splits["train"]]},
+    )
     convert(index, str(tmp_path / "out"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
     dataset = open_dataset(f"{tmp_path}/out")
     assert (len(dataset.split("train").shards), dataset.split("train").num_samples) == (7, 2)
-    monkeypatch.setattr("lift_ray.data.tasks.SUSPICIOUS", 1)
+    monkeypatch.setattr("lift_ray.data.convert.tasks.SUSPICIOUS", 1)
     with pytest.raises(BadInput, match=r"got 0 bytes, as for all 1 images of a shard; check that each machine reaches"):
         convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
 
@@ -184,7 +187,7 @@ def test_a_semi_supervised_set_and_its_distribution_are_told(
 def test_progress_is_told_in_lines_where_there_is_no_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lift_ray.results.progress.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("lift_ray.terminal.image_progress.LINE_EVERY_S", 0.0)
     verb.main(["folder", str(photos(tmp_path / "photos")), f"{tmp_path}/out"])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 21

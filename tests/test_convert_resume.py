@@ -20,12 +20,12 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from lift_ray import convert as verb
-from lift_ray.data.catalog import open_dataset
-from lift_ray.data.conversion import convert
-from lift_ray.data.folder import scan_folder
-from lift_ray.data.index import FilesIn, ImageIndex
+from lift_ray.data.convert.conversion import convert
+from lift_ray.data.convert.folder import scan_folder
+from lift_ray.data.convert.index import FilesIn, ImageIndex
+from lift_ray.data.convert.splitting import Division
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.splitting import Division
 from lift_ray.errors import BadInput, RunFailed
 
 TRAIN = open_dataset("embedded:caltech101").split("train")
@@ -162,8 +162,15 @@ def test_after_a_bad_image_the_finished_shards_are_kept_for_skip_bad_and_not_the
 
     def run(**more: Any) -> None:
         seen.clear()
-        convert(index, f"{tmp_path}/out", rows_per_shard=10, division=Division(0.0), workers=1,
-                progress=lambda done, total: seen.append(done), **more)  # fmt: skip
+        convert(
+            index,
+            f"{tmp_path}/out",
+            rows_per_shard=10,
+            division=Division(0.0),
+            workers=1,
+            progress=lambda done, total: seen.append(done),
+            **more,
+        )
 
     with pytest.raises(
         BadInput, match=r"missing\.jpg: must be a whole image, but got nothing there; remove it or pass"
@@ -209,7 +216,7 @@ class KillsOnce:
 def test_a_killed_process_ends_the_conversion_with_one_line_and_it_goes_on(
     small: ImageIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lift_ray.data.tasks.FEW_IMAGES", 0)
+    monkeypatch.setattr("lift_ray.data.convert.tasks.FEW_IMAGES", 0)
     index = replace(small, read=KillsOnce(small.source, f"{tmp_path}/mark"))
     with pytest.raises(
         RunFailed, match=r"^.*/out: a process of the conversion was killed, perhaps for want of memory; "
@@ -221,7 +228,7 @@ def test_a_killed_process_ends_the_conversion_with_one_line_and_it_goes_on(
 
 
 def test_a_bad_image_in_another_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lift_ray.data.tasks.FEW_IMAGES", 0)
+    monkeypatch.setattr("lift_ray.data.convert.tasks.FEW_IMAGES", 0)
     source = photos(tmp_path / "photos", SMALL)
     Path(source, "class_0", "bad.jpg").write_bytes(b"no")
     with pytest.raises(BadInput) as caught:
@@ -236,7 +243,7 @@ def test_a_cluster_makes_the_same_bytes_and_replaces_a_lost_worker(
 ) -> None:
     import ray.cloudpickle
 
-    from lift_ray.distributed.conversion import on_cluster
+    from lift_ray.ray_runtime.conversion import on_cluster
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     index = replace(small, read=KillsOnce(small.source, f"{tmp_path}/mark"))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lift_ray.distributed import cores
-from lift_ray.distributed.cores import CPU_BATCH, batch_size, on_cores
+from lift_ray.evaluation import cpu_parallel
+from lift_ray.evaluation.cpu_parallel import CPU_BATCH, batch_size, on_cores
 from lift_ray.model.resnet import AnyTower, ResNetTower
 from lift_ray.model.tower import Tower
 
@@ -112,10 +112,10 @@ def test_batches_are_as_small_as_a_towers_activations_ask_for(tower: AnyTower, m
     with Largest() as largest, torch.inference_mode():
         tower.eval()(torch.rand(BATCH, 3, 64, 64))
     assert largest.num_bytes == BATCH * tower.activation_bytes
-    monkeypatch.setattr(cores, "ACTIVATION_BYTES", 12 * tower.activation_bytes)
+    monkeypatch.setattr(cpu_parallel, "ACTIVATION_BYTES", 12 * tower.activation_bytes)
     assert batch_size(CPU, tower) == 12
     assert batch_size(CPU, tower, crops=True) == 2
-    monkeypatch.setattr(cores, "ACTIVATION_BYTES", 1)
+    monkeypatch.setattr(cpu_parallel, "ACTIVATION_BYTES", 1)
     assert batch_size(CPU, tower) == 1
     assert batch_size(torch.device("cuda"), tower, crops=True, largest=250) == 250
     assert batch_size(torch.device("cuda"), tower, crops=True) == 50

@@ -110,8 +110,10 @@ def test_a_rounds_ratio_is_formed_within_the_round() -> None:
     def epoch(wall_s: float, processor_s: float) -> dict[str, Any]:
         return {"wall_s": wall_s, "processor_s": processor_s, "images": 100, "peak_bytes": 5}
 
-    rounds = [{"imagefolder": epoch(2.0, 1.0), "lift_ray": epoch(1.0, 0.25), "bare": epoch(0.5, 0.2)},
-              {"imagefolder": epoch(8.0, 3.0), "lift_ray": epoch(4.0, 0.75), "bare": epoch(2.0, 0.6)}]  # fmt: skip
+    rounds = [
+        {"imagefolder": epoch(2.0, 1.0), "lift_ray": epoch(1.0, 0.25), "bare": epoch(0.5, 0.2)},
+        {"imagefolder": epoch(8.0, 3.0), "lift_ray": epoch(4.0, 0.75), "bare": epoch(2.0, 0.6)},
+    ]
     found = data.evaluate(rounds)["lift_ray"]
     assert found["wall_times_imagefolder_range"] == [2.0, 2.0]
     assert found["processor_times_imagefolder"] == pytest.approx(4.0)

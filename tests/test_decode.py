@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lift_ray.data.catalog import open_dataset
 from lift_ray.data.decode import decode, decode_on, jpeg_size
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 
 ENCODED = RowReader(open_dataset("embedded:caltech101").split("test")).read(np.arange(0, 100, 9))

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lift_ray import evaluate
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
+from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lift_ray.distributed.predictions import evaluate_each, write_predictions
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
-from lift_ray.results.evidence import (
+from lift_ray.evaluation.accumulator import PerImage
+from lift_ray.methods.world import Ranks
+from lift_ray.reporting.confidence import (
     accuracy_gains,
     accuracy_intervals,
     best_of_each_size,
@@ -23,11 +21,13 @@ from lift_ray.results.evidence import (
     reliability,
     seed_spread,
 )
-from lift_ray.results.output import Output
-from lift_ray.results.scaling_law import Law, fit_law
-from lift_ray.results.studies import Answers, StudyFiles, read_study
-from lift_ray.results.tally import PerImage
+from lift_ray.reporting.scaling_law import Law, fit_law
+from lift_ray.reporting.study_files import Answers, StudyFiles, read_study
+from lift_ray.search.predictions import evaluate_each, write_predictions
 from lift_ray.settings.run import RunConfig
+from lift_ray.storage.output import Output
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 GROUPS = np.array(["many"] * 5 + ["few"] * 5)
 
@@ -74,10 +74,18 @@ def test_a_model_gains_nothing_on_itself() -> None:
 
 def study(sizes: list[float], few: list[float], **columns: list[Any]) -> StudyFiles:
     trials = [
-        {"number": i, "state": "finished", "trained_parameters": size, "validation/few": value, "train_s": 90.0, "evaluate_s": 0.0,
-         "validation/mean_class_accuracy": value, **{name: values[i] for name, values in columns.items()}}
+        {
+            "number": i,
+            "state": "finished",
+            "trained_parameters": size,
+            "validation/few": value,
+            "train_s": 90.0,
+            "evaluate_s": 0.0,
+            "validation/mean_class_accuracy": value,
+            **{name: values[i] for name, values in columns.items()},
+        }
         for i, (size, value) in enumerate(zip(sizes, few, strict=True))
-    ]  # fmt: skip
+    ]
     return StudyFiles("out", "s", "", {"validation/mean_class_accuracy": "max"}, {name: {} for name in columns}, trials)
 
 
@@ -200,21 +208,27 @@ def test_of_trials_of_one_scale_the_best_counts() -> None:
     assert law.exponents["optim.epochs"].value == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("epochs", "words"), [
-    ([2.0] * 8, "Cannot tell: no trial differs in training pictures"),
-    ([1.0, 2.0, 3.0], "Cannot tell: 3 trials"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("epochs", "words"),
+    [
+        ([2.0] * 8, "Cannot tell: no trial differs in training pictures"),
+        ([1.0, 2.0, 3.0], "Cannot tell: 3 trials"),
+    ],
+)
 def test_without_several_scales_there_is_no_law(epochs: list[float], words: str) -> None:
     law = fit_law(study([1e4] * len(epochs), [0.5] * len(epochs), **{"optim.epochs": epochs}), 1, "CPU-hours")
     assert law.answer.startswith(words)
     assert law.points == []
 
 
-@pytest.mark.parametrize(("theirs", "words"), [
-    ([0.38, 0.39], "above every one of the recipe"),
-    ([0.38, 0.45], "overlap, so chance may decide"),
-    ([0.5, 0.9], "overlap, so nothing is won"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ([0.38, 0.39], "above every one of the recipe"),
+        ([0.38, 0.45], "overlap, so chance may decide"),
+        ([0.5, 0.9], "overlap, so nothing is won"),
+    ],
+)
 def test_seeds_say_whether_another_seed_would_change_the_winner(theirs: list[float], words: str) -> None:
     runs = [("best found", v) for v in (0.4, 0.5, 0.6)] + [("the recipe", v) for v in theirs]
     about = {"seeds": [{"label": label, "test/mean_class_accuracy": value} for label, value in runs]}

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from lift_ray import export
-from lift_ray.distributed.exporting import classifier, export_checkpoint
-from lift_ray.distributed.finished import Finished
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.model.classifier import HEADS
+from lift_ray.inference.classifier import Finished
+from lift_ray.inference.export import classifier, export_checkpoint
+from lift_ray.methods.world import Ranks
+from lift_ray.model.heads import HEADS
 from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 MERGED: dict[str, dict[str, Any]] = {
     "lora": {"bottleneck": 4},
@@ -144,8 +144,11 @@ def test_the_card_says_how_good_it_is_on_test_where_a_search_has_measured_that(
 ) -> None:
     folder = saved(small_data, small_clip, tmp_path / "best", {"tuner": {"kind": "linear_probe"}})
     export_checkpoint(folder, tmp_path / "before", ["open_clip"])
-    (folder / "metrics.json").write_text(json.dumps(
-        {"validation/accuracy": 0.5, "test/accuracy": 0.25, "test/mean_class_accuracy": 0.125, "test/few": 0.0625}))  # fmt: skip
+    (folder / "metrics.json").write_text(
+        json.dumps(
+            {"validation/accuracy": 0.5, "test/accuracy": 0.25, "test/mean_class_accuracy": 0.125, "test/few": 0.0625}
+        )
+    )
     export_checkpoint(folder, tmp_path / "after", ["open_clip"])
     before, after = ((tmp_path / name / "README.md").read_text() for name in ("before", "after"))
     assert "on the test split was not measured before the export; `python -m lift_ray.evaluate CHECKPOINT`" in before
@@ -213,8 +216,10 @@ def test_a_residual_network_is_merged_too(kind: str, small_data: str, tmp_path: 
         torch.manual_seed(0)
         model = open_clip.CLIP(32, vision, text)
     save_file(dict(model.state_dict()), tmp_path / "clip" / "open_clip_model.safetensors")
-    about = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text},
-             "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}  # fmt: skip
+    about = {
+        "model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
     (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(about))
     config = {"tuner": {"kind": kind}, "augment": {"patch_dropout": 0.0}}
     folder = saved(small_data, f"local-dir:{tmp_path / 'clip'}", tmp_path / "checkpoint", config)
@@ -246,10 +251,10 @@ def test_the_verb_prints_differences_and_writes_a_card(
 def test_a_file_that_differs_is_refused_and_nothing_is_left(
     small_data: str, small_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lift_ray.distributed import exporting
+    from lift_ray.inference import export
 
     folder = saved(small_data, small_clip, tmp_path / "checkpoint", {})
-    monkeypatch.setitem(exporting.WRITERS, "torch", lambda *given: ("model.pt2", lambda x: torch.zeros(len(x), 8)))
+    monkeypatch.setitem(export.WRITERS, "torch", lambda *given: ("model.pt2", lambda x: torch.zeros(len(x), 8)))
     with pytest.raises(
         RunFailed, match=r"^model.pt2: the logits must be those of the checkpoint to 0.0001, but differ"
     ):

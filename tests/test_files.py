@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_ray.errors import BadInput, did_you_mean
-from lift_ray.settings.files import SettingsFile, dump_yaml, parse_overrides, read_run
-from lift_ray.settings.run import RunConfig, RunFile
+from lift_ray.settings.overrides import parse_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run_file import RunFile, read_run
+from lift_ray.settings.yaml_file import SettingsFile, dump_yaml
 
 D = "dataset: d\n"
 SECTIONS = "augment, backbone, dataset, evaluation, extra_tuner, head, loss, method, name, optim, out, seed, tuner"
@@ -29,71 +31,127 @@ def problem(text: str) -> str:
 BROKEN = {
     "a missing data set": ("seed: 1\n", "run.yaml:1 dataset: must be given, but is missing; add it"),
     "an unknown section": (D + "optm: {lr: 1}", "run.yaml:2 optm: unknown key 'optm'; did you mean 'optim'?"),
-    "an unknown key": (D + "optim:\n  lr: 0.1\n  epoch: 3",
-                       "run.yaml:4 optim.epoch: unknown key 'epoch'; did you mean 'epochs'?"),
+    "an unknown key": (
+        D + "optim:\n  lr: 0.1\n  epoch: 3",
+        "run.yaml:4 optim.epoch: unknown key 'epoch'; did you mean 'epochs'?",
+    ),
     "nothing near": (D + "zebra: 1", f"run.yaml:2 zebra: unknown key 'zebra'; known: {SECTIONS}"),
     "a key that is a number": (D + "1: 2", f"run.yaml:2 1: unknown key '1'; known: {SECTIONS}"),
-    "an unknown tuner": (D + "tuner:\n  kind: lorra", "run.yaml:3 tuner.kind: unknown value 'lorra'; did you mean 'lora'?"),
-    "a field of another kind": (D + "tuner: {kind: linear_probe, bottleneck: 4}",
-                                "run.yaml:2 tuner.bottleneck: unknown key 'bottleneck'; known: kind"),
-    "a name in place of a section": (D + "tuner: lora",
-                                     "run.yaml:2 tuner: must be a mapping, but got 'lora'; write {kind: lora}"),
-    "a number in place of a section": (D + "optim: 3",
-                                       "run.yaml:2 optim: must be a mapping, but got 3; write {key: value}"),
+    "an unknown tuner": (
+        D + "tuner:\n  kind: lorra",
+        "run.yaml:3 tuner.kind: unknown value 'lorra'; did you mean 'lora'?",
+    ),
+    "a field of another kind": (
+        D + "tuner: {kind: linear_probe, bottleneck: 4}",
+        "run.yaml:2 tuner.bottleneck: unknown key 'bottleneck'; known: kind",
+    ),
+    "a name in place of a section": (
+        D + "tuner: lora",
+        "run.yaml:2 tuner: must be a mapping, but got 'lora'; write {kind: lora}",
+    ),
+    "a number in place of a section": (
+        D + "optim: 3",
+        "run.yaml:2 optim: must be a mapping, but got 3; write {key: value}",
+    ),
     "an empty section": (D + "loss:\n", "run.yaml:2 loss: must be a mapping, but got None; write {key: value}"),
-    "a width of 0": (D + "tuner: {bottleneck: 0}",
-                     "run.yaml:2 tuner.bottleneck: must be greater than or equal to 1, but got 0; change it"),
-    "a block below 0": (D + "tuner:\n  kind: lora\n  blocks:\n    - 0\n    - -1",
-                        "run.yaml:6 tuner.blocks.1: must be greater than or equal to 0, but got -1; change it"),
-    "a block that is text": (D + "tuner: {blocks: [one]}",
-                             "run.yaml:2 tuner.blocks.0: must be a valid integer, but got 'one'; change it"),
-    "an unknown precision": (D + "backbone: {precision: fp17}",
-                             "run.yaml:2 backbone.precision: unknown value 'fp17'; did you mean 'fp16'?"),
-    "an unknown schedule": (D + "augment: {schedule: linaer}",
-                            "run.yaml:2 augment.schedule: unknown value 'linaer'; did you mean 'linear'?"),
-    "a negative tau": (D + "loss: {tau: -1}",
-                       "run.yaml:2 loss.tau: must be greater than or equal to 0, but got -1; change it"),
-    "tau without its loss": (D + "loss: {kind: cross_entropy, tau: 1.0}",
-                             "run.yaml:2 loss.tau: unknown key 'tau'; known: kind"),
-    "a number as text": (D + "optim: {lr: '0.1'}", "run.yaml:2 optim.lr: must be a valid number, but got '0.1'; change it"),
-    "half an epoch": (D + "optim: {epochs: 1.5}", "run.yaml:2 optim.epochs: must be a valid integer, but got 1.5; change it"),
+    "a width of 0": (
+        D + "tuner: {bottleneck: 0}",
+        "run.yaml:2 tuner.bottleneck: must be greater than or equal to 1, but got 0; change it",
+    ),
+    "a block below 0": (
+        D + "tuner:\n  kind: lora\n  blocks:\n    - 0\n    - -1",
+        "run.yaml:6 tuner.blocks.1: must be greater than or equal to 0, but got -1; change it",
+    ),
+    "a block that is text": (
+        D + "tuner: {blocks: [one]}",
+        "run.yaml:2 tuner.blocks.0: must be a valid integer, but got 'one'; change it",
+    ),
+    "an unknown precision": (
+        D + "backbone: {precision: fp17}",
+        "run.yaml:2 backbone.precision: unknown value 'fp17'; did you mean 'fp16'?",
+    ),
+    "an unknown schedule": (
+        D + "augment: {schedule: linaer}",
+        "run.yaml:2 augment.schedule: unknown value 'linaer'; did you mean 'linear'?",
+    ),
+    "a negative tau": (
+        D + "loss: {tau: -1}",
+        "run.yaml:2 loss.tau: must be greater than or equal to 0, but got -1; change it",
+    ),
+    "tau without its loss": (
+        D + "loss: {kind: cross_entropy, tau: 1.0}",
+        "run.yaml:2 loss.tau: unknown key 'tau'; known: kind",
+    ),
+    "a number as text": (
+        D + "optim: {lr: '0.1'}",
+        "run.yaml:2 optim.lr: must be a valid number, but got '0.1'; change it",
+    ),
+    "half an epoch": (
+        D + "optim: {epochs: 1.5}",
+        "run.yaml:2 optim.epochs: must be a valid integer, but got 1.5; change it",
+    ),
     "a truth as a number": (D + "seed: true", "run.yaml:2 seed: must be a valid integer, but got True; change it"),
-    "full momentum": (D + "optim: {momentum: 1}", "run.yaml:2 optim.momentum: must be less than 1, but got 1; change it"),
-    "an endless rate": (D + "optim: {lr: .inf}", "run.yaml:2 optim.lr: must be a finite number, but got inf; change it"),
+    "full momentum": (
+        D + "optim: {momentum: 1}",
+        "run.yaml:2 optim.momentum: must be less than 1, but got 1; change it",
+    ),
+    "an endless rate": (
+        D + "optim: {lr: .inf}",
+        "run.yaml:2 optim.lr: must be a finite number, but got inf; change it",
+    ),
     "no number": (D + "head: {scale: .nan}", "run.yaml:2 head.scale: must be a finite number, but got nan; change it"),
-    "a seed too large": (D + "seed: 4294967296",
-                         "run.yaml:2 seed: must be less than 4294967296, but got 4294967296; change it"),
-    "a huge number": (D + "optim: {epochs: 0x1" + 5000 * "0" + "}",
-                      f"run.yaml:2 optim.epochs: must be a valid integer, but got '0x1{53 * '0'}...; change it"),
-    "an unknown initialisation": (D + "head: {init: semantics}",
-                                  "run.yaml:2 head.init: unknown value 'semantics'; did you mean 'semantic'?"),
-    "a template without a place": (D + "head: {template: a photo}",
-                                   "run.yaml:2 head.template: must hold {} for the class name, but got 'a photo'; add it"),
+    "a seed too large": (
+        D + "seed: 4294967296",
+        "run.yaml:2 seed: must be less than 4294967296, but got 4294967296; change it",
+    ),
+    "a huge number": (
+        D + "optim: {epochs: 0x1" + 5000 * "0" + "}",
+        f"run.yaml:2 optim.epochs: must be a valid integer, but got '0x1{53 * '0'}...; change it",
+    ),
+    "an unknown initialisation": (
+        D + "head: {init: semantics}",
+        "run.yaml:2 head.init: unknown value 'semantics'; did you mean 'semantic'?",
+    ),
+    "a template without a place": (
+        D + "head: {template: a photo}",
+        "run.yaml:2 head.template: must hold {} for the class name, but got 'a photo'; add it",
+    ),
     "a list with a template without a place": (
         D + "head:\n  template:\n    - a {}\n    - a photo",
-        "run.yaml:3 head.template: must hold {} for the class name, but got 'a photo'; add it"),
+        "run.yaml:3 head.template: must hold {} for the class name, but got 'a photo'; add it",
+    ),
     "a template that is a number": (
         D + "head: {template: 3}",
-        "run.yaml:2 head.template: must be a text with {}, a list of such texts, or ensemble, but got 3; change it"),
-    "a second tuner without its kind": (D + "extra_tuner: {bottleneck: 2}",
-                                        "run.yaml:2 extra_tuner: must name its kind, but got {'bottleneck': 2}; add `kind: ...`"),
+        "run.yaml:2 head.template: must be a text with {}, a list of such texts, or ensemble, but got 3; change it",
+    ),
+    "a second tuner without its kind": (
+        D + "extra_tuner: {bottleneck: 2}",
+        "run.yaml:2 extra_tuner: must name its kind, but got {'bottleneck': 2}; add `kind: ...`",
+    ),
     "a field of another kind in the second tuner": (
         D + "extra_tuner:\n  kind: bitfit\n  bottleneck: 2",
-        "run.yaml:4 extra_tuner.bottleneck: unknown key 'bottleneck'; known: blocks, kind"),
+        "run.yaml:4 extra_tuner.bottleneck: unknown key 'bottleneck'; known: blocks, kind",
+    ),
     "two tuners that do not go together": (
         D + "tuner: {kind: full}\nextra_tuner:\n  kind: bitfit",
         "run.yaml:3 extra_tuner: must change other places than tuner, but got full and bitfit: both train the tower's own "
-        "weights, and share some of them; remove one"),
+        "weights, and share some of them; remove one",
+    ),
     "a data set that is a number": ("dataset: 3", "run.yaml:1 dataset: must be a valid string, but got 3; change it"),
     "a key with a line break": (D + '"a\\nb": 1', f"run.yaml:2 a b: unknown key 'a b'; known: {SECTIONS}"),
     "a merged key": (D + "optim:\n  <<: {lrr: 1}", "run.yaml:3 optim.lrr: unknown key 'lrr'; did you mean 'lr'?"),
     "a list": ("- 1", "run.yaml:1: must be a mapping of settings, but got a list; start with `dataset: ...`"),
     "an empty file": ("", "run.yaml:1: must be a mapping of settings, but got nothing; start with `dataset: ...`"),
-    "a repeated key": ("dataset: d\ndataset: e", 'run.yaml:2: must be YAML 1.2, but got: found duplicate key "dataset" with '
-                       'value "e" (original value: "d"); mend this line'),
-    "a broken line": (D + "optim: {lr: 1", "run.yaml:2: must be YAML 1.2, but got: expected ',' or '}', but got '<stream end>'; "
-                      "mend this line"),
-}  # fmt: skip
+    "a repeated key": (
+        "dataset: d\ndataset: e",
+        'run.yaml:2: must be YAML 1.2, but got: found duplicate key "dataset" with '
+        'value "e" (original value: "d"); mend this line',
+    ),
+    "a broken line": (
+        D + "optim: {lr: 1",
+        "run.yaml:2: must be YAML 1.2, but got: expected ',' or '}', but got '<stream end>'; mend this line",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -149,18 +207,33 @@ def test_command_line_settings_are_yaml_values() -> None:
         "backbone.pretrained=a=b",
         "optim.lr=3e-4",
     ]
-    assert parse_overrides(words) == {"loss.tau": 0.5, "tuner.kind": "lora", "tuner.blocks": [0, 1], "out": None,
-                                      "backbone.pretrained": "a=b", "optim.lr": 3e-4}  # fmt: skip
+    assert parse_overrides(words) == {
+        "loss.tau": 0.5,
+        "tuner.kind": "lora",
+        "tuner.blocks": [0, 1],
+        "out": None,
+        "backbone.pretrained": "a=b",
+        "optim.lr": 3e-4,
+    }
 
 
-@pytest.mark.parametrize(("word", "message"), [
-    ("loss.tau", "command line: settings must be written key=value, but got 'loss.tau'; for example loss.tau=0.5"),
-    ("--tau=1", "command line: settings must be written key=value, but got '--tau=1'; for example loss.tau=0.5"),
-    ("loss.tau=[", "command line loss.tau: must be a YAML value, but got '[' (expected the node content, but found "
-                   "'<stream end>'); quote it"),
-    ("name=\x07", "command line name: must be a YAML value, but got '\x07' (unacceptable character #x0007: special characters "
-                  "are not allowed in \"<unicode string>\", position 0); quote it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("loss.tau", "command line: settings must be written key=value, but got 'loss.tau'; for example loss.tau=0.5"),
+        ("--tau=1", "command line: settings must be written key=value, but got '--tau=1'; for example loss.tau=0.5"),
+        (
+            "loss.tau=[",
+            "command line loss.tau: must be a YAML value, but got '[' (expected the node content, but found "
+            "'<stream end>'); quote it",
+        ),
+        (
+            "name=\x07",
+            "command line name: must be a YAML value, but got '\x07' (unacceptable character #x0007: special characters "
+            'are not allowed in "<unicode string>", position 0); quote it',
+        ),
+    ],
+)
 def test_a_broken_command_line_setting_is_one_line(word: str, message: str) -> None:
     with pytest.raises(BadInput) as caught:
         parse_overrides([word])
@@ -178,10 +251,15 @@ def test_overrides_reach_the_run_and_their_faults_name_the_path(tmp_path: Path) 
         ({"loss.tau": -1}, "command line loss.tau: must be greater than or equal to 0, but got -1; change it"),
         ({"head.kind": "CE"}, "command line head.kind: unknown value 'CE'; known: cosine, l2norm, layernorm, linear"),
         ({"loss": 3}, "command line loss: must be a mapping, but got 3; write {key: value}"),
-        ({"tuner.kind": "linear_probe", "tuner.bottleneck": 4},
-         "command line tuner.bottleneck: unknown key 'bottleneck'; known: kind"),
-        ({"loss.kind": "cross_entropy", "optim.lr": 0}, "command line optim.lr: must be greater than 0, but got 0; change it"),
-    ):  # fmt: skip
+        (
+            {"tuner.kind": "linear_probe", "tuner.bottleneck": 4},
+            "command line tuner.bottleneck: unknown key 'bottleneck'; known: kind",
+        ),
+        (
+            {"loss.kind": "cross_entropy", "optim.lr": 0},
+            "command line optim.lr: must be greater than 0, but got 0; change it",
+        ),
+    ):
         with pytest.raises(BadInput) as caught:
             read_run(path, overrides)
         assert str(caught.value) == message
@@ -212,12 +290,71 @@ loss: {kind: logit_adjusted, tau: 1.0}
 optim: &o {epochs: 5, lr: 3e-4}
 """
 PIECES = [
-    "dataset", "tuner", "kind", "lora", "loss", "tau", "optim", "lr", "blocks", "seed", "name", "a", "1", "-1", "0.5", "1e9",
-    "0x1f", ".inf", ".nan", "null", "true", "~", "2001-01-01", "''", '""', '"', "'", ":", ": ", "\n", "\n  ", "\n- ", "- ",
-    ", ", "{", "}", "[", "]", "<<: ", "<<: *x", "&x ", "*x", "!!set ", "!!omap ", "!!binary ", "!!float ", "!!int ",
-    "!!python/x ", "!t ", "? ", "| ", "> ", "# ", "%YAML 1.1\n---\n", "---\n", "...\n", "\t", "\x07", "\x85", "\u2028",
-    "\ufeff", "${X}", "@", "`",
-]  # fmt: skip
+    "dataset",
+    "tuner",
+    "kind",
+    "lora",
+    "loss",
+    "tau",
+    "optim",
+    "lr",
+    "blocks",
+    "seed",
+    "name",
+    "a",
+    "1",
+    "-1",
+    "0.5",
+    "1e9",
+    "0x1f",
+    ".inf",
+    ".nan",
+    "null",
+    "true",
+    "~",
+    "2001-01-01",
+    "''",
+    '""',
+    '"',
+    "'",
+    ":",
+    ": ",
+    "\n",
+    "\n  ",
+    "\n- ",
+    "- ",
+    ", ",
+    "{",
+    "}",
+    "[",
+    "]",
+    "<<: ",
+    "<<: *x",
+    "&x ",
+    "*x",
+    "!!set ",
+    "!!omap ",
+    "!!binary ",
+    "!!float ",
+    "!!int ",
+    "!!python/x ",
+    "!t ",
+    "? ",
+    "| ",
+    "> ",
+    "# ",
+    "%YAML 1.1\n---\n",
+    "---\n",
+    "...\n",
+    "\t",
+    "\x07",
+    "\x85",
+    "\u2028",
+    "\ufeff",
+    "${X}",
+    "@",
+    "`",
+]
 CUTS = st.tuples(
     st.integers(0, len(GOOD)), st.integers(0, 12), st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
 )

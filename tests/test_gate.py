@@ -11,8 +11,8 @@ from ray.exceptions import RayActorError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lift_ray.distributed import gate, serving
-from lift_ray.distributed.gate import Gate, Options
+from lift_ray.inference import serve_http, serve_model
+from lift_ray.inference.serve_http import Gate, Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
 
@@ -39,7 +39,7 @@ def test_what_a_replica_held_when_it_died_is_asked_again() -> None:
 def test_uploads_that_are_too_many_bytes_at_once_are_sent_away_and_may_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gate, "BYTES_AT_ONCE", 2500)
+    monkeypatch.setattr(serve_http, "BYTES_AT_ONCE", 2500)
     let_go = asyncio.Event()
 
     class Model:
@@ -50,8 +50,13 @@ def test_uploads_that_are_too_many_bytes_at_once_are_sent_away_and_may_come_agai
             return 200, {}
 
     async def ask(at: Gate) -> Response:
-        scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"",
-                 "headers": [(b"content-type", b"image/png")]}  # fmt: skip
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/predict",
+            "query_string": b"",
+            "headers": [(b"content-type", b"image/png")],
+        }
         sent = iter([{"type": "http.request", "body": bytes(500), "more_body": more} for more in (True, False)])
 
         async def receive() -> dict[str, Any]:
@@ -79,12 +84,12 @@ def test_pictures_that_come_together_are_classified_together(monkeypatch: pytest
         sizes.append(len(pictures))
         return [2 * picture for picture in pictures]
 
-    monkeypatch.setattr(serving.Classifier, "_of_batch", of_batch)
-    settings = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=serving.AT_ONCE))
+    monkeypatch.setattr(serve_model.Classifier, "_of_batch", of_batch)
+    settings = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=serve_model.AT_ONCE))
     monkeypatch.setattr("ray.serve.get_replica_context", lambda: settings)
 
     async def main() -> list[int]:
-        model = object.__new__(serving.Classifier)
+        model = object.__new__(serve_model.Classifier)
         return list(await asyncio.gather(*[model._probabilities(n) for n in range(40)]))
 
     assert asyncio.run(main()) == [2 * n for n in range(40)]

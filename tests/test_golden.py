@@ -13,12 +13,13 @@ import open_clip
 import pytest
 import torch
 
-from lift_ray.methods.lift import Lift, make_optimizer
+from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import Backbone, rebuild
-from lift_ray.model.classifier import CosineHead
+from lift_ray.model.heads import CosineHead
 from lift_ray.model.losses import LOSSES
 from lift_ray.settings.run import Optim
 from lift_ray.settings.tuners import derived_width
+from lift_ray.training.run import make_optimizer
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = np.load(FOLDER / "lift_golden_dev.npz")
@@ -37,8 +38,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", ALL),
     "partial_1": ("partial", {"blocks": [2]}),
 }
-CANONICAL = {".attn_in.": ".attn.ssf.in_proj.", ".attn_out.": ".attn.ssf.out_proj.", ".mlp_1.": ".mlp.ssf.in_proj.",
-             ".mlp_2.": ".mlp.ssf.out_proj."}  # fmt: skip
+CANONICAL = {
+    ".attn_in.": ".attn.ssf.in_proj.",
+    ".attn_out.": ".attn.ssf.out_proj.",
+    ".mlp_1.": ".mlp.ssf.in_proj.",
+    ".mlp_2.": ".mlp.ssf.out_proj.",
+}
 
 
 def canonical(name: str) -> str:
@@ -67,15 +72,21 @@ def clip() -> open_clip.CLIP:
         "patch_size": INFO["patch"],
     }
     text = {
-        "context_length": INFO["text"]["context"], "vocab_size": INFO["text"]["vocab"], "width": INFO["text"]["width"],
-        "heads": INFO["text"]["heads"], "layers": INFO["text"]["layers"],
-    }  # fmt: skip
+        "context_length": INFO["text"]["context"],
+        "vocab_size": INFO["text"]["vocab"],
+        "width": INFO["text"]["width"],
+        "heads": INFO["text"]["heads"],
+        "layers": INFO["text"]["layers"],
+    }
     model = open_clip.CLIP(INFO["embed_dim"], {**vision, "head_width": 64}, text, quick_gelu=True)
     state = {
-        key: value if key == "attn_mask" else torch.tensor(math.log(100)) if key == "logit_scale"
+        key: value
+        if key == "attn_mask"
+        else torch.tensor(math.log(100))
+        if key == "logit_scale"
         else drawn("dev/" + key, tuple(value.shape), 0.05, 1.0 if is_norm_weight(key) else 0.0)
         for key, value in model.state_dict().items()
-    }  # fmt: skip
+    }
     model.load_state_dict(state)
     return model.eval()
 

@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 from lift_ray.data.augment import square_crop, training_picture, training_pictures_on
-from lift_ray.data.catalog import open_dataset
 from lift_ray.data.decode import decode, decode_on
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.distributed.plan import memory
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
-from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.methods.world import Ranks
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.training.plan import memory
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -29,7 +30,9 @@ LIFT_TINY = "embedded:lift-tiny"
 
 def settings(clip: str, **overrides: Any) -> RunConfig:
     tree = {"backbone": {"model": clip}, "optim": {"epochs": 2, "global_batch_size": 16, "lr": 0.05}}
-    return RunConfig.model_validate(apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}))
+    return RunConfig.model_validate(
+        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
+    )
 
 
 @pytest.fixture(scope="module")

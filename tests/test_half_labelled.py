@@ -9,15 +9,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lift_ray.data.catalog import open_dataset
-from lift_ray.distributed.ranks import Ranks
+from lift_ray.data.open import open_dataset
+from lift_ray.evaluation.metrics import pseudo_label_figures
 from lift_ray.methods.half_labelled import OBJECTIVES, consistency
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.ulfine import FusedHead
-from lift_ray.model.classifier import CosineHead
+from lift_ray.methods.world import Ranks
+from lift_ray.model.heads import CosineHead
 from lift_ray.model.losses import logit_adjusted
-from lift_ray.results.metrics import pseudo_label_figures
-from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
 
 DATA = "embedded:caltech101-half"
 KINDS = ("fixmatch", "loft", "ulfine")
@@ -99,10 +100,15 @@ def test_pseudo_label_figures_are_by_group_of_classes_and_leave_out_what_is_not_
     counts = np.array([[10, 10, 20, 0], [8, 4, 0, 0], [6, 2, 0, 0]])
     figures = pseudo_label_figures(counts, np.array([150, 120, 5, 6]))
     assert figures == {
-        "unlabelled/recall": 8 / 40, "unlabelled/pseudo_labels": 12, "unlabelled/precision": 8 / 12,
-        "unlabelled/recall_many": 8 / 20, "unlabelled/pseudo_labels_many": 12, "unlabelled/precision_many": 8 / 12,
-        "unlabelled/recall_few": 0, "unlabelled/pseudo_labels_few": 0,
-    }  # fmt: skip
+        "unlabelled/recall": 8 / 40,
+        "unlabelled/pseudo_labels": 12,
+        "unlabelled/precision": 8 / 12,
+        "unlabelled/recall_many": 8 / 20,
+        "unlabelled/pseudo_labels_many": 12,
+        "unlabelled/precision_many": 8 / 12,
+        "unlabelled/recall_few": 0,
+        "unlabelled/pseudo_labels_few": 0,
+    }
 
 
 @pytest.mark.parametrize(("suffix", "pool"), [("", 1084), ("-uniform", 2377), ("-reversed", 1084)])
@@ -128,7 +134,7 @@ def test_the_embedded_half_labelled_sets_follow_the_rules_of_semi_supervised_cou
 def test_a_method_may_be_given_by_its_name(kind: str) -> None:
     named = RunConfig.model_validate({"method": kind})
     assert named == RunConfig.model_validate({"method": {"kind": kind}})
-    assert apply_overrides({"method": kind}, {"method.kind": kind}) == {"method": {"kind": kind}}
+    assert apply_overrides({"method": kind}, {"method.kind": kind}, RunConfig) == {"method": {"kind": kind}}
 
 
 def test_the_methods_for_half_labelled_data_say_what_they_do_not_go_with() -> None:

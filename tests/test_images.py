@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from lift_ray.data.catalog import open_dataset
-from lift_ray.data.images import Encoding
+from lift_ray.data.convert.images import Encoding
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 
 PHOTO = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.array([0]))[0]

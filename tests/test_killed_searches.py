@@ -22,8 +22,8 @@ import ray
 from test_tune import epochs, stored
 
 from lift_ray import tune
-from lift_ray.distributed.study import JOURNAL
-from lift_ray.settings.files import read_run
+from lift_ray.search.study import JOURNAL
+from lift_ray.settings.run_file import read_run
 
 
 @pytest.fixture
@@ -40,17 +40,35 @@ def test_ctrl_c_and_sigterm_write_the_best_so_far_and_say_how_to_continue(
     space_file: Path, tmp_path: Path, drivers: list[subprocess.Popen[str]]
 ) -> None:
     out, environment = tmp_path / "out", {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "lift_ray.tune", str(space_file), "search.trials=200", "search.scheduler.kind=none",
-               "--no-dashboard", "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lift_ray.tune",
+        str(space_file),
+        "search.trials=200",
+        "search.scheduler.kind=none",
+        "--no-dashboard",
+        "--out",
+        str(out),
+    ]
     for number, code, words, least in (
-        (signal.SIGINT, 130, [], 2), (signal.SIGTERM, 143, ["--resume"], 5),
-    ):  # fmt: skip
+        (signal.SIGINT, 130, [], 2),
+        (signal.SIGTERM, 143, ["--resume"], 5),
+    ):
         log = tmp_path / f"log-{code}"
         with log.open("w") as file:
-            drivers.append(subprocess.Popen(
-                [*command, *words], env=environment, stdout=file, stderr=subprocess.STDOUT, text=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in a background job
-            ))  # fmt: skip
+            drivers.append(
+                subprocess.Popen(
+                    [*command, *words],
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    preexec_fn=lambda: signal.signal(
+                        signal.SIGINT, signal.default_int_handler
+                    ),  # ignored in a background job
+                )
+            )
         ends = time.monotonic() + 120
         while log.read_text().count(" finished ") < least and drivers[-1].poll() is None and time.monotonic() < ends:
             time.sleep(0.05)
@@ -61,8 +79,9 @@ def test_ctrl_c_and_sigterm_write_the_best_so_far_and_say_how_to_continue(
         best = json.loads((out / "best" / "metrics.json").read_text())["validation/mean_class_accuracy"]
         assert re.fullmatch(
             rf"stopped with {done} of 200 trials done; the best so far is trial \d+ \(.*\), in {out}/best and "
-            rf"{out}/best.yaml; add --resume to the command to continue", said[-1]
-        ), said[-1]  # fmt: skip
+            rf"{out}/best.yaml; add --resume to the command to continue",
+            said[-1],
+        ), said[-1]
         assert not [line for line in said if "Traceback" in line or "*** SIG" in line or "Check failed" in line]
         table = pq.read_table(out / "trials.parquet").to_pylist()
         assert best == max(row["validation/mean_class_accuracy"] or 0 for row in table if row["state"] == "finished")

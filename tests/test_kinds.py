@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lift_ray.methods.lift import Lift
-from lift_ray.model.classifier import HEADS, CosineHead, random_weights
+from lift_ray.model.heads import HEADS, CosineHead, random_weights
 from lift_ray.model.losses import LOSSES
 from lift_ray.model.tower import Tower
 from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS, Sparse
 from lift_ray.settings import run as settings_run
-from lift_ray.settings.files import models_of
+from lift_ray.settings.messages import models_of
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.tuners import Tuner, TunerKind
 
@@ -28,9 +28,14 @@ IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 def tower() -> Tower:
     torch.manual_seed(0)
     tower = Tower(
-        width=WIDTH, num_blocks=BLOCKS, num_heads=2, hidden=4 * WIDTH, patch_px=8, resolution_px=16,
+        width=WIDTH,
+        num_blocks=BLOCKS,
+        num_heads=2,
+        hidden=4 * WIDTH,
+        patch_px=8,
+        resolution_px=16,
         activation=torch.nn.functional.gelu,
-    )  # fmt: skip
+    )
     return tower.eval().requires_grad_(False)
 
 
@@ -70,8 +75,17 @@ def test_two_tuners_at_one_place_act_in_the_order_given(tower: Tower, kinds: tup
     first, second = (model.get_submodule(f"tuner.{kind}.1") for kind in kinds)
     both = model.tuner.per_block[1]
     h, x, inner = torch.randn(2, 4, WIDTH), torch.randn(2, 4, WIDTH), torch.randn(2, 4, 4 * WIDTH)
-    for place, args in {"norm1": (h,), "query": (h, x), "key": (h, x), "value": (h, x), "attention_out": (x,),
-                        "norm2": (h,), "mlp_in": (h, inner), "mlp_out": (inner, x), "beside_mlp": (h, x)}.items():  # fmt: skip
+    for place, args in {
+        "norm1": (h,),
+        "query": (h, x),
+        "key": (h, x),
+        "value": (h, x),
+        "attention_out": (x,),
+        "norm2": (h,),
+        "mlp_in": (h, inner),
+        "mlp_out": (inner, x),
+        "beside_mlp": (h, x),
+    }.items():
         *given, changed = args
         for tuner in (first, second):
             changed = getattr(tuner, place)(*given, changed)
@@ -79,10 +93,15 @@ def test_two_tuners_at_one_place_act_in_the_order_given(tower: Tower, kinds: tup
         assert torch.equal(changed, args[-1]) == (place == "beside_mlp"), place
 
 
-@pytest.mark.parametrize(("kind", "blocks", "prompts"), [
-    ("vpt_shallow", None, [0, None, None]), ("vpt_deep", [0, 1, 2], [0, 1, 2]), ("vpt_deep", [0, 2], [0, None, 2]),
-    ("vpt_deep", [1], ["none", 1, None]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "blocks", "prompts"),
+    [
+        ("vpt_shallow", None, [0, None, None]),
+        ("vpt_deep", [0, 1, 2], [0, 1, 2]),
+        ("vpt_deep", [0, 2], [0, None, 2]),
+        ("vpt_deep", [1], ["none", 1, None]),
+    ],
+)
 def test_prompts_stand_after_the_class_token_in_the_place_of_earlier_ones(
     tower: Tower, kind: str, blocks: list[int] | None, prompts: list[int | str | None]
 ) -> None:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lift_ray.data.catalog import open_dataset
 from lift_ray.data.layout import SPLITS, shard_names
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
@@ -27,21 +27,31 @@ def write(path: Path, image: str = "image", labels: tuple[str, ...] = ("label",)
     kinds = {image: {"_type": "Image"}, **{name: {"names": ["cat", "dog"], "_type": "ClassLabel"} for name in labels}}
     about = {b"huggingface": json.dumps({"info": {"features": kinds if features is None else features}}).encode()}
     types = [("id", pa.string()), (image, IMAGE), *[(name, pa.int64()) for name in labels]]
-    columns = {"id": list("abcdef"), image: [{"bytes": data, "path": None} for data in IMAGES[:6]],
-               **{name: [0, 1] * 3 for name in labels}}  # fmt: skip
+    columns = {
+        "id": list("abcdef"),
+        image: [{"bytes": data, "path": None} for data in IMAGES[:6]],
+        **{name: [0, 1] * 3 for name in labels},
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(
         pa.table(columns, schema=pa.schema(types, metadata=about)), path, row_group_size=4, write_statistics=False
     )
 
 
-@pytest.mark.parametrize("names", [
-    ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "val-00000-of-00001.parquet"],
-    ["train/0000.parquet", "train/0001.parquet", "valid/0000.parquet"],
-    ["data/train/0000.parquet", "data/train/0001.parquet", "data/dev/0000.parquet"],
-    ["data/train-00000-of-00002-0123abcd.parquet", "data/train-00001-of-00002-0123abcd.parquet", "data/dev.parquet"],
-    ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation.parquet", "notes/0000.parquet"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "val-00000-of-00001.parquet"],
+        ["train/0000.parquet", "train/0001.parquet", "valid/0000.parquet"],
+        ["data/train/0000.parquet", "data/train/0001.parquet", "data/dev/0000.parquet"],
+        [
+            "data/train-00000-of-00002-0123abcd.parquet",
+            "data/train-00001-of-00002-0123abcd.parquet",
+            "data/dev.parquet",
+        ],
+        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation.parquet", "notes/0000.parquet"],
+    ],
+)
 def test_names_of_hugging_face_are_understood(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         write(tmp_path / name)
@@ -81,9 +91,15 @@ def test_the_names_of_shards_are_sorted_by_split() -> None:
     }
 
 
-@pytest.mark.parametrize(("image", "labels"), [
-    ("img", ("label",)), ("image", ("fine_label",)), ("photo", ("species",)), ("image", ("label", "superclass")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("img", ("label",)),
+        ("image", ("fine_label",)),
+        ("photo", ("species",)),
+        ("image", ("label", "superclass")),
+    ],
+)
 def test_the_columns_are_found_by_their_kind(tmp_path: Path, image: str, labels: tuple[str, ...]) -> None:
     write(tmp_path / "train-00000-of-00001.parquet", image, labels)
     train = open_dataset(str(tmp_path)).split("train")
@@ -179,12 +195,17 @@ def test_the_manifest_gives_the_shards_their_checksums(tmp_path: Path) -> None:
     assert [0 < told - size < 300 for told, size in zip(shard.row_group_bytes, sizes, strict=True)] == [True, True]
 
 
-@pytest.mark.parametrize(("of_shard", "message"), [
-    ({"rows": 7}, "the manifest says 7 rows, but got 6; run convert again"),
-    ({"bytes": 7}, "the manifest says 7 bytes, but got {num_bytes}; copy it again, or run convert again"),
-    ({"name": "train-00001-of-00001.parquet"},
-     "must be in the manifest, but is not; remove one of the two, or run convert again"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("of_shard", "message"),
+    [
+        ({"rows": 7}, "the manifest says 7 rows, but got 6; run convert again"),
+        ({"bytes": 7}, "the manifest says 7 bytes, but got {num_bytes}; copy it again, or run convert again"),
+        (
+            {"name": "train-00001-of-00001.parquet"},
+            "must be in the manifest, but is not; remove one of the two, or run convert again",
+        ),
+    ],
+)
 def test_a_shard_that_is_not_what_the_manifest_says_is_bad_input(
     tmp_path: Path, of_shard: dict[str, int | str], message: str
 ) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from test_monitoring import get
 
-from lift_ray.distributed.live import live_page, served
 from lift_ray.errors import BadInput
-from lift_ray.results.rows import TrialRow
-from lift_ray.settings.space import SpaceFile, read_space
+from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.search.live_page import live_page, served
+from lift_ray.settings.checks import read_space
+from lift_ray.settings.space import SpaceFile
 
 SPACE = """\
 name: watched
@@ -48,8 +49,12 @@ def test_the_page_gives_out_its_report_and_nothing_else_and_only_under_its_own_n
             assert get(address + path)[0] == 404, path
         assert get(address, Host="localhost:9000")[0] == 200  # by way of a tunnel
         assert get(address, Host="example.org")[0] == 403
-        with pytest.raises(BadInput, match=r"^--live-port: must be a port that is free, but got \d+ \(Address already in use\)"), \
-                served(space, {}, tmp_path, int(address.rsplit(":", 1)[1])):  # fmt: skip
+        with (
+            pytest.raises(
+                BadInput, match=r"^--live-port: must be a port that is free, but got \d+ \(Address already in use\)"
+            ),
+            served(space, {}, tmp_path, int(address.rsplit(":", 1)[1])),
+        ):
             pass
     with served(space, {}, tmp_path, None) as none:
         assert none is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lift_ray.data.longtail import keep_first, longtail_counts, plot, semi_supervised_counts, summary
 from lift_ray.errors import BadInput
-from lift_ray.results.metrics import class_groups
+from lift_ray.evaluation.metrics import class_groups
 
 COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=40).map(lambda counts: np.array(counts, dtype=np.int64))
 
@@ -73,12 +73,20 @@ def test_the_kept_rows_are_the_first_of_each_class_in_storage_order(labels: list
 @pytest.mark.parametrize(
     ("labelled", "unlabelled", "gamma", "expected"),
     [
-        (500, 4000, 100, [[500, 299, 179, 107, 64, 38, 23, 13, 8, 5],
-                          [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]]),
-        (1500, 3000, 150, [[1500, 859, 492, 282, 161, 92, 53, 30, 17, 10],
-                           [3000, 1719, 985, 564, 323, 185, 106, 60, 34, 20]]),
+        (
+            500,
+            4000,
+            100,
+            [[500, 299, 179, 107, 64, 38, 23, 13, 8, 5], [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]],
+        ),
+        (
+            1500,
+            3000,
+            150,
+            [[1500, 859, 492, 282, 161, 92, 53, 30, 17, 10], [3000, 1719, 985, 564, 323, 185, 106, 60, 34, 20]],
+        ),
     ],
-)  # fmt: skip
+)
 def test_semi_supervised_cifar_10_has_the_counts_of_the_literature(
     labelled: int, unlabelled: int, gamma: float, expected: list[list[int]]
 ) -> None:

@@ -18,15 +18,28 @@ from lift_ray.model.losses import LOSSES, Loss
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lift_golden_dev.npz")
 OPTIONS: dict[str, dict[str, Any]] = {
-    "cross_entropy": {}, "focal": {"gamma": 2.0}, "ldam": {"max_margin": 0.5, "scale": 25.0},
-    "class_balanced": {"beta": 0.9999}, "reweighted": {}, "balanced_softmax": {}, "logit_adjusted": {"tau": 1.0},
-    "lade": {"remine": 0.1, "weight": 0.1}, "gla": {"log_q": torch.zeros(())},
-}  # fmt: skip
+    "cross_entropy": {},
+    "focal": {"gamma": 2.0},
+    "ldam": {"max_margin": 0.5, "scale": 25.0},
+    "class_balanced": {"beta": 0.9999},
+    "reweighted": {},
+    "balanced_softmax": {},
+    "logit_adjusted": {"tau": 1.0},
+    "lade": {"remine": 0.1, "weight": 0.1},
+    "gla": {"log_q": torch.zeros(())},
+}
 GOLDEN_CASES: list[tuple[str, str, dict[str, float]]] = [
-    ("CE", "cross_entropy", {}), ("Focal", "focal", {}), ("LDAM", "ldam", {}), ("CB", "class_balanced", {}),
-    ("GRW", "reweighted", {}), ("BS", "balanced_softmax", {}), ("LA", "logit_adjusted", {}),
-    ("LA_tau0.5", "logit_adjusted", {"tau": 0.5}), ("LA_tau2", "logit_adjusted", {"tau": 2.0}), ("LADE", "lade", {}),
-]  # fmt: skip
+    ("CE", "cross_entropy", {}),
+    ("Focal", "focal", {}),
+    ("LDAM", "ldam", {}),
+    ("CB", "class_balanced", {}),
+    ("GRW", "reweighted", {}),
+    ("BS", "balanced_softmax", {}),
+    ("LA", "logit_adjusted", {}),
+    ("LA_tau0.5", "logit_adjusted", {"tau": 0.5}),
+    ("LA_tau2", "logit_adjusted", {"tau": 2.0}),
+    ("LADE", "lade", {}),
+]
 COUNTS = torch.tensor([500.0, 120.0, 33.0, 7.0, 1.0])
 UNIFORM = torch.full((5,), 40.0)
 LOGITS = 3 * torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
@@ -77,10 +90,15 @@ def test_with_uniform_counts_what_depends_on_them_is_cross_entropy(kind: str) ->
     assert differ(made(kind), F.cross_entropy)
 
 
-@pytest.mark.parametrize(("kind", "options"), [
-    ("logit_adjusted", {"tau": 0.0}), ("focal", {"gamma": 0.0}), ("ldam", {"max_margin": 0.0}),
-    ("class_balanced", {"beta": 0.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("logit_adjusted", {"tau": 0.0}),
+        ("focal", {"gamma": 0.0}),
+        ("ldam", {"max_margin": 0.0}),
+        ("class_balanced", {"beta": 0.0}),
+    ],
+)
 def test_without_its_strength_a_loss_is_cross_entropy(kind: str, options: dict[str, float]) -> None:
     assert_same(made(kind, **options), F.cross_entropy)
     assert differ(made(kind), F.cross_entropy)

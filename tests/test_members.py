@@ -15,26 +15,29 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lift_ray import evaluate, train
-from lift_ray.distributed import loop
-from lift_ray.distributed.backdoor_trial import BackdoorTrial, trial_of
-from lift_ray.distributed.ensemble import run_of
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.trial import Trial
-from lift_ray.distributed.warm import Warm
+from lift_ray.ensembles.ensemble import run_of
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.results.output import Output
-from lift_ray.settings.files import read_run
+from lift_ray.methods.world import Ranks
+from lift_ray.search.backdoor_trial import BackdoorTrial, trial_of
+from lift_ray.search.trial import Trial
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run_file import read_run
+from lift_ray.storage.output import Output
+from lift_ray.training import loop
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 MEMBERS = {"plain": {}, "other": {"seed": 1, "loss.kind": "cross_entropy"}, "probe": {"tuner.kind": "linear_probe"}}
 
 
 def tree(small_clip: str, **method: Any) -> dict[str, Any]:
-    return {"backbone": {"model": small_clip}, "tuner": {"kind": "adaptformer", "bottleneck": 4},
-            "optim": {"epochs": 2, "lr": 0.05, "global_batch_size": 16},
-            "method": {"kind": "backdoor", "members": MEMBERS, **method}}  # fmt: skip
+    return {
+        "backbone": {"model": small_clip},
+        "tuner": {"kind": "adaptformer", "bottleneck": 4},
+        "optim": {"epochs": 2, "lr": 0.05, "global_batch_size": 16},
+        "method": {"kind": "backdoor", "members": MEMBERS, **method},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +165,45 @@ def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
     assert isinstance(trial_of(alone.config, warm, output), Trial)
 
 
-@pytest.mark.parametrize(("method", "message"), [
-    ({"members": {"a": {}}}, "method.members: must have at least 2 items, but got {'a': {}}; change it"),
-    ({"members": {"a": {}, "b": {"backbone.modl": 1}}}, "method: members.b backbone.modl: unknown key 'modl'; did you mean 'model'?"),
-    ({"members": {"a": {}, "b": {"optim.lr": -1.0}}}, "method: members.b optim.lr: must be greater than 0, but got -1.0; change it"),
-    ({"members": {"a": {}, "b": {"method.kind": "loft"}}},
-     "method: members.b method.kind: must not be set, since a member is a single model; remove it"),
-    ({"members": {"a": {}, "b": {}}, "use": "a+c"}, "method: use must name members, but got 'c'; known: a, b"),
-    ({"members": {"a": {}, "b": {}}, "use": "a"}, "method: use must name at least 2 members, each once, but got 'a'; write a+b"),
-    ({"members": {"a": {}, "b": {}}, "use": "a+a"}, "method: use must name at least 2 members, each once, but got 'a+a'; write a+b"),
-    ({"members": {"a": {}, "b": {}}, "weights": {"aa": 1.0}}, "method: weights must name members, but got 'aa'; did you mean 'a'?"),
-    ({"members": {"a": {}, "b": {}}, "weights": {"a": 0.0}}, "method.weights.a: must be greater than 0, but got 0.0; change it"),
-    ({"members": {"a": {}, "b": {}}, "combine": "mean"}, "method.combine: unknown value 'mean'; known: logits, probabilities"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"members": {"a": {}}}, "method.members: must have at least 2 items, but got {'a': {}}; change it"),
+        (
+            {"members": {"a": {}, "b": {"backbone.modl": 1}}},
+            "method: members.b backbone.modl: unknown key 'modl'; did you mean 'model'?",
+        ),
+        (
+            {"members": {"a": {}, "b": {"optim.lr": -1.0}}},
+            "method: members.b optim.lr: must be greater than 0, but got -1.0; change it",
+        ),
+        (
+            {"members": {"a": {}, "b": {"method.kind": "loft"}}},
+            "method: members.b method.kind: must not be set, since a member is a single model; remove it",
+        ),
+        ({"members": {"a": {}, "b": {}}, "use": "a+c"}, "method: use must name members, but got 'c'; known: a, b"),
+        (
+            {"members": {"a": {}, "b": {}}, "use": "a"},
+            "method: use must name at least 2 members, each once, but got 'a'; write a+b",
+        ),
+        (
+            {"members": {"a": {}, "b": {}}, "use": "a+a"},
+            "method: use must name at least 2 members, each once, but got 'a+a'; write a+b",
+        ),
+        (
+            {"members": {"a": {}, "b": {}}, "weights": {"aa": 1.0}},
+            "method: weights must name members, but got 'aa'; did you mean 'a'?",
+        ),
+        (
+            {"members": {"a": {}, "b": {}}, "weights": {"a": 0.0}},
+            "method.weights.a: must be greater than 0, but got 0.0; change it",
+        ),
+        (
+            {"members": {"a": {}, "b": {}}, "combine": "mean"},
+            "method.combine: unknown value 'mean'; known: logits, probabilities",
+        ),
+    ],
+)
 def test_members_that_make_no_run_are_one_line(method: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps({"dataset": "embedded:caltech101", "method": {"kind": "backdoor", **method}}))

@@ -14,10 +14,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lift_ray.results.metrics import PerClass, class_groups, per_class_rows, summarise, write_per_class
+from lift_ray.evaluation.metrics import PerClass, class_groups, per_class_rows, summarise, write_per_class
 
-NAMES = {"accuracy", "mean_class_accuracy", "many", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean",
-         "macro_f1", "calibration_error", "loss"}  # fmt: skip
+NAMES = {
+    "accuracy",
+    "mean_class_accuracy",
+    "many",
+    "medium",
+    "few",
+    "worst_class",
+    "harmonic_mean",
+    "geometric_mean",
+    "macro_f1",
+    "calibration_error",
+    "loss",
+}
 NO_BINS = np.zeros((3, 15))
 
 
@@ -26,9 +37,13 @@ def array(*values: int) -> np.ndarray:
 
 
 def figures(
-    correct: np.ndarray, total: np.ndarray, train_counts: np.ndarray, predicted: np.ndarray | None = None,
-    loss_sum: float = 0.0, bins: np.ndarray = NO_BINS,
-) -> dict[str, float]:  # fmt: skip
+    correct: np.ndarray,
+    total: np.ndarray,
+    train_counts: np.ndarray,
+    predicted: np.ndarray | None = None,
+    loss_sum: float = 0.0,
+    bins: np.ndarray = NO_BINS,
+) -> dict[str, float]:
     return summarise(PerClass(correct, total, total if predicted is None else predicted), bins, loss_sum, train_counts)
 
 
@@ -45,11 +60,20 @@ def test_a_group_without_classes_is_left_out() -> None:
 
 def test_classes_without_images_in_the_split_count_nowhere() -> None:
     found = figures(array(3, 0, 2), array(4, 0, 4), array(500, 5, 50), predicted=array(3, 3, 2), loss_sum=10.0)
-    assert found == pytest.approx({
-        "accuracy": 5 / 8, "mean_class_accuracy": 0.625, "many": 0.75, "medium": 0.5, "worst_class": 0.5,
-        "harmonic_mean": 0.6, "geometric_mean": math.sqrt(0.375), "macro_f1": (6 / 7 + 4 / 6) / 2,
-        "calibration_error": 0.0, "loss": 1.25,
-    })  # fmt: skip
+    assert found == pytest.approx(
+        {
+            "accuracy": 5 / 8,
+            "mean_class_accuracy": 0.625,
+            "many": 0.75,
+            "medium": 0.5,
+            "worst_class": 0.5,
+            "harmonic_mean": 0.6,
+            "geometric_mean": math.sqrt(0.375),
+            "macro_f1": (6 / 7 + 4 / 6) / 2,
+            "calibration_error": 0.0,
+            "loss": 1.25,
+        }
+    )
 
 
 def test_accuracy_weighs_images_and_mean_class_accuracy_classes() -> None:  # pragma: allowlist secret
@@ -104,10 +128,13 @@ def test_summarise_equals_counting_by_hand(classes: list[tuple[int, int, int, in
     expected = {name: sum(values) / len(values) for name, values in lists.items() if values}
     every = lists["mean_class_accuracy"]
     expected |= {
-        "accuracy": hits / images, "loss": loss_sum / images, "calibration_error": 0.0, "worst_class": min(every),
+        "accuracy": hits / images,
+        "loss": loss_sum / images,
+        "calibration_error": 0.0,
+        "worst_class": min(every),
         "geometric_mean": math.prod(every) ** (1 / len(every)),
         "harmonic_mean": len(every) / sum(1 / value for value in every) if min(every) else 0.0,
-    }  # fmt: skip
+    }
     assert found == pytest.approx(expected)
     assert all(0 <= value <= 1 + 1e-12 for name, value in found.items() if name != "loss")
     low, harmonic, geometric, mean = (
@@ -136,15 +163,25 @@ def test_the_rows_of_the_classes_average_to_the_metrics(classes: list[tuple[int,
 
 ROWS = per_class_rows(
     ["sea star", 'the "old", one', "never seen", "never said"],
-    array(101, 20, 3, 1), array(3, 1, 0, 0), array(4, 2, 0, 2), array(5, 1, 2, 0),
-)  # fmt: skip
+    array(101, 20, 3, 1),
+    array(3, 1, 0, 0),
+    array(4, 2, 0, 2),
+    array(5, 1, 2, 0),
+)
 
 
 def test_a_row_says_nothing_where_nothing_can_be_said() -> None:
     assert ROWS[0] == {
-        "class": "sea star", "group": "many", "train_images": 101, "images": 4, "correct": 3, "predicted": 5,
-        "accuracy": 0.75, "precision": 0.6, "f1": pytest.approx(2 / 3),
-    }  # fmt: skip
+        "class": "sea star",
+        "group": "many",
+        "train_images": 101,
+        "images": 4,
+        "correct": 3,
+        "predicted": 5,
+        "accuracy": 0.75,
+        "precision": 0.6,
+        "f1": pytest.approx(2 / 3),
+    }
     assert [(row["accuracy"], row["precision"], row["f1"]) for row in ROWS[2:]] == [(None, 0.0, None), (0.0, None, 0.0)]
 
 
@@ -188,6 +225,6 @@ def test_a_write_that_breaks_off_leaves_the_file_of_before(tmp_path: Path, monke
 
 
 def test_importing_the_metrics_loads_neither_torch_nor_pyarrow() -> None:
-    code = "import sys, lift_ray.results.metrics; print({'torch', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, lift_ray.evaluation.metrics; print({'torch', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -11,7 +11,7 @@ import optuna_dashboard
 import pytest
 from test_resume import METRIC, space
 
-from lift_ray.distributed.study import Study, open_storage
+from lift_ray.search.study import Study, open_storage
 
 
 @pytest.mark.parametrize("url", [None, "sqlite:///{}/studies.db"])
@@ -34,8 +34,16 @@ def test_the_dashboard_shows_the_trials_of_a_study(url: str | None, tmp_path: Pa
 def asked(app: Any, path: str) -> Any:
     """The JSON that a WSGI application answers."""
     statuses: list[str] = []
-    environment = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": "after=0", "SERVER_NAME": "here", "SERVER_PORT": "80",
-                   "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO(), "wsgi.url_scheme": "http"}  # fmt: skip
+    environment = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": path,
+        "QUERY_STRING": "after=0",
+        "SERVER_NAME": "here",
+        "SERVER_PORT": "80",
+        "wsgi.input": io.BytesIO(),
+        "wsgi.errors": io.StringIO(),
+        "wsgi.url_scheme": "http",
+    }
     body = b"".join(app(environment, lambda status, headers, *_: statuses.append(status)))
     assert statuses[0].startswith("200"), body
     return json.loads(body)

@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from lift_ray import tune
 from lift_ray.errors import BadInput
-from lift_ray.results.output import Output
+from lift_ray.storage.output import Output
 
 SPACE = """\
 name: remote
@@ -64,10 +64,16 @@ def test_a_search_can_write_to_object_storage(
         tune.main([str(space), "--out", url])
 
 
-@pytest.mark.parametrize(("where", "message"), [
-    ("nonsense://bucket/x", "--out: must be a folder or a URL of object storage, but got nonsense://bucket/x ("),
-    ("s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http", "--out: must be storage that answers, but s3://bucket/x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("nonsense://bucket/x", "--out: must be a folder or a URL of object storage, but got nonsense://bucket/x ("),
+        (
+            "s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http",
+            "--out: must be storage that answers, but s3://bucket/x",
+        ),
+    ],
+)
 def test_storage_that_is_not_there_is_bad_input(where: str, message: str) -> None:
     with pytest.raises(BadInput) as caught:
         Output(where).holds("study.json")

@@ -16,8 +16,8 @@ from PIL import Image
 
 from lift_ray import report
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.results.figures import Figure
-from lift_ray.results.pictures import write_pictures
+from lift_ray.reporting.figures.charts import Figure
+from lift_ray.reporting.png import write_pictures
 
 NEEDS_CHROME = pytest.mark.skipif(CHROME is None and not os.environ.get("CI"), reason="needs Chromium or Chrome")
 GOOD = Figure("good", "Good", "", [{"type": "scatter", "x": [1, 2], "y": [1, 2]}], {})

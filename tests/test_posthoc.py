@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lift_ray.results.tally import TauGrid, halves_of
+from lift_ray.evaluation.accumulator import TauGrid, halves_of
 
 COUNTS = np.array([100, 10, 1])
 TAUS = [0.0, 0.5, 1.0]

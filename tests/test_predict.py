@@ -20,16 +20,18 @@ import pytest
 import torch
 
 from lift_ray import evaluate, export, predict, serve
-from lift_ray.data.catalog import open_dataset
-from lift_ray.data.pictures import PictureReader, find_pictures
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.distributed import checkpoint, finished, prediction
-from lift_ray.distributed.calibration import fit_temperature
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
+from lift_ray.inference import classifier
+from lift_ray.inference import predict as prediction
+from lift_ray.inference.calibration import fit_temperature
+from lift_ray.inference.image_files import PictureReader, find_pictures
+from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
+from lift_ray.training import checkpoint
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +39,15 @@ def trained(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathF
     """A checkpoint after one epoch, and what its own evaluation says of each test image: class and probability."""
     out = tmp_path_factory.mktemp("run")
     threads = torch.get_num_threads()
-    config = {"backbone": {"model": small_clip}, "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05},
-              "evaluation": {"posthoc_tau": 0.5}}  # fmt: skip
+    config = {
+        "backbone": {"model": small_clip},
+        "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05},
+        "evaluation": {"posthoc_tau": 0.5},
+    }
     run = Run(RunConfig.model_validate(config), Warm(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(out / "checkpoint")
-    from lift_ray.distributed.predictions import evaluate_each
+    from lift_ray.search.predictions import evaluate_each
 
     ((_, table),) = evaluate_each(run, "test")
     torch.set_num_threads(threads)
@@ -96,7 +101,7 @@ def test_shards_in_parts_give_the_same_rows_with_the_fitted_temperature(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where, (classes, _) = trained
-    monkeypatch.setattr(finished, "BATCH", 5)
+    monkeypatch.setattr(classifier, "BATCH", 5)
     names, out = open_dataset(small_data).class_names, tmp_path / "o.parquet"
     pictures = find_pictures([f"{small_data}/test-*.parquet"])
     calls: list[tuple[int, int]] = []
@@ -145,10 +150,15 @@ def test_several_models_that_answer_together_are_refused_with_the_path_of_one(tm
     folder = tmp_path / "out" / "checkpoint"
     (tmp_path / "out" / "members" / "plain").mkdir(parents=True)
     checkpoint.save(folder, SimpleNamespace(stored=dict), None, {}, checkpoint.Record(**about))  # type: ignore[arg-type]
-    rule = (f"^{folder}: must be a single model, but method backdoor made 2 that answer together .plain, other.; "
-            f"give one of them, {tmp_path}/out/members/plain$")  # fmt: skip
-    for verb, words in ((predict, [str(photos), "--out", str(tmp_path / "o.csv")]), (export, ["--to", str(tmp_path / "e")]),
-                        (serve, ["--port", "65001"])):  # fmt: skip
+    rule = (
+        f"^{folder}: must be a single model, but method backdoor made 2 that answer together .plain, other.; "
+        f"give one of them, {tmp_path}/out/members/plain$"
+    )
+    for verb, words in (
+        (predict, [str(photos), "--out", str(tmp_path / "o.csv")]),
+        (export, ["--to", str(tmp_path / "e")]),
+        (serve, ["--port", "65001"]),
+    ):
         with pytest.raises(BadInput, match=rule):
             verb.main([str(tmp_path / "out"), *words])
     (tmp_path / "out" / "members" / "plain").rename(tmp_path / "out" / "members" / "0123abcd")
@@ -169,8 +179,8 @@ def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(
     out, parts = tmp_path / "o.parquet", tmp_path / "o.parquet.parts"
     repeated(small_data, 100, tmp_path / "many.parquet")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lift_ray.data.pictures import find_pictures\n"
-        "from lift_ray.distributed.prediction import Job, predict\n"
+        "import sys\nfrom pathlib import Path\nfrom lift_ray.inference.image_files import find_pictures\n"
+        "from lift_ray.inference.predict import Job, predict\n"
         "job = Job(sys.argv[1], find_pictures([sys.argv[2]]), part=100)\n"
         "predict(job, Path(sys.argv[3]), lambda done, total: None)"
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from lift_ray import tune
-from lift_ray.distributed.resume import study_in
 from lift_ray.errors import BadInput
-from lift_ray.results.output import Output
-from lift_ray.settings.space import read_space
+from lift_ray.search.driver_lock import study_in
+from lift_ray.settings.checks import read_space
+from lift_ray.storage.output import Output
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +24,42 @@ def started(tmp_path_factory: pytest.TempPathFactory, space_file: Path, small_da
     return out
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["base.backbone.model=ViT-B-61"], "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
-    (["base.backbone.model=ViT-B-16"],
-     "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got None; known: "),
-    (["base.backbone.model=ViT-B-16", "base.backbone.pretrained=openia"],
-     "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got 'openia'; did you mean 'openai'?"),
-    (["base.backbone.model=local-dir:/none"], "backbone.model: must be a folder with open_clip_config.json, but got local-dir:/none"),
-    (["base.backbone.precision=fp16", "scale.use_gpu=false"], "backbone.precision: fp16 needs a GPU, but scale.use_gpu is false; "),
-    (["base.optim.global_batch_size=4096"],
-     "optim.global_batch_size: must be at most the 96 training images, but got 4,096; lower it"),
-    (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
-    (["--out", "{started}"], "{started}: must be a new folder, but it holds a search already; add --resume to continue it, or"),
-    (["--out", "{started}", "--resume", "base.optim.epochs=5", "search.trials=80"],
-     "--resume: the settings must stay as the search started, but got base.optim.epochs 3 -> 5; use the settings it started with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["base.backbone.model=ViT-B-61"], "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
+        (
+            ["base.backbone.model=ViT-B-16"],
+            "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got None; known: ",
+        ),
+        (
+            ["base.backbone.model=ViT-B-16", "base.backbone.pretrained=openia"],
+            "backbone.pretrained: must be a tag of ViT-B-16 or a weights file, but got 'openia'; did you mean 'openai'?",
+        ),
+        (
+            ["base.backbone.model=local-dir:/none"],
+            "backbone.model: must be a folder with open_clip_config.json, but got local-dir:/none",
+        ),
+        (
+            ["base.backbone.precision=fp16", "scale.use_gpu=false"],
+            "backbone.precision: fp16 needs a GPU, but scale.use_gpu is false; ",
+        ),
+        (
+            ["base.optim.global_batch_size=4096"],
+            "optim.global_batch_size: must be at most the 96 training images, but got 4,096; lower it",
+        ),
+        (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
+        (
+            ["--out", "{started}"],
+            "{started}: must be a new folder, but it holds a search already; add --resume to continue it, or",
+        ),
+        (
+            ["--out", "{started}", "--resume", "base.optim.epochs=5", "search.trials=80"],
+            "--resume: the settings must stay as the search started, but got base.optim.epochs 3 -> 5; "
+            "use the settings it started with",
+        ),
+    ],
+)
 def test_a_dry_run_finds_what_would_fail_later(
     words: list[str], message: str, started: Path, space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,11 +99,14 @@ def test_a_class_without_an_image_is_named() -> None:
         fit(logits[(labels != 3) & (labels != 7)], labels[(labels != 3) & (labels != 7)])
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda z: -z, "the model's logits must say something of the labels, but no temperature makes them do"),
-    (lambda z: z * float("nan"), "the model's logits must be finite and differ, but their deviation is nan"),
-    (lambda z: z * 0, "the model's logits must be finite and differ, but their deviation is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda z: -z, "the model's logits must say something of the labels, but no temperature makes them do"),
+        (lambda z: z * float("nan"), "the model's logits must be finite and differ, but their deviation is nan"),
+        (lambda z: z * 0, "the model's logits must be finite and differ, but their deviation is 0"),
+    ],
+)
 def test_logits_without_skill_have_no_prior(spoil: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
     logits, labels, _ = planted(50, 40)
     with pytest.raises(ValueError, match=f"^{message}$"):

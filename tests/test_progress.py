@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lift_ray.distributed import board
-from lift_ray.distributed.messages import Began, EpochDone, Failed, Problem, Stepped
-from lift_ray.distributed.progress import STEP_FIGURES, Progress
-from lift_ray.distributed.trainer import _reason
-from lift_ray.results.output import Output
+from lift_ray.storage.output import Output
+from lift_ray.training import run_channel
+from lift_ray.training.events import Began, EpochDone, Failed, Problem, Stepped
+from lift_ray.training.progress import STEP_FIGURES, Progress
+from lift_ray.training.ray_train import _reason
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -46,7 +46,7 @@ def test_progress_rebuilds_the_figures_from_the_history_and_counts_what_was_trie
 
 
 def test_the_board_passes_the_wish_to_stop_on_and_knows_silence(ray_session: None) -> None:
-    here = board.Board("name")
+    here = run_channel.Board("name")
     assert here.take()[1] == 0.0
     assert here.tell(Stepped(0, 1, {"loss": 1.0})) == ""
     time.sleep(0.05)

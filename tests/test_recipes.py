@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lift_ray.data.longtail import semi_supervised_counts
-from lift_ray.settings.files import read_run
 from lift_ray.settings.methods import Loft, Ulfine
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run_file import read_run
 
 FOLDER = Path(__file__).parents[1] / "search_spaces" / "recipes"
 NAMES = ("full", "lift", "lift_plus", "linear_probe", "zero_shot")
@@ -35,8 +35,11 @@ def test_ulfine_is_our_reading_with_about_1024_steps_and_can_be_changed_to_its_n
 def test_lift_plus_is_the_default_but_for_tower_length_and_five_crops(data: str) -> None:
     config = read_run(FOLDER / data / "lift_plus.yaml").config
     epochs = 15 if data == "inat2018" else 5
-    changed = {"backbone": config.backbone, "evaluation": config.evaluation,
-               "optim": config.optim.model_copy(update={"epochs": 5})}  # fmt: skip
+    changed = {
+        "backbone": config.backbone,
+        "evaluation": config.evaluation,
+        "optim": config.optim.model_copy(update={"epochs": 5}),
+    }
     assert (config.optim.epochs, config.evaluation.tte) == (epochs, True)
     assert RunConfig().model_copy(update=changed) == config.model_copy(update={"optim": changed["optim"]})
     assert config.resolve(DATA[data][0], 12, 768).to_dict()["tuner"]["bottleneck"] == DATA[data][1]

@@ -17,10 +17,10 @@ import pytest
 from flaky_store import IMAGES, Store, opened, write
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.store import may_pass
 from lift_ray.errors import BadInput
+from lift_ray.storage.store import may_pass
 
 
 def test_a_data_set_in_s3_is_what_was_written(store: Store) -> None:
@@ -131,19 +131,22 @@ def test_reading_ahead_stays_within_the_memory_it_may_take_and_drops_what_was_re
         assert row + 12 > 60 or {row // 4 + 1, row // 4 + 2} <= set(reader._cache)
 
 
-@pytest.mark.parametrize(("error", "expected"), [
-    (aiohttp.ClientPayloadError("not enough data"), True),
-    (aiohttp.ServerDisconnectedError(), True),
-    (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), True),
-    (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), True),
-    (botocore.exceptions.FlexibleChecksumError(error_msg="differs"), True),
-    (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 503}}, "GetObject"), True),
-    (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 400}}, "GetObject"), False),
-    (botocore.exceptions.NoCredentialsError(), False),
-    (ConnectionResetError(), True),
-    (FileNotFoundError(), False),
-    (ValueError("not Parquet"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (aiohttp.ClientPayloadError("not enough data"), True),
+        (aiohttp.ServerDisconnectedError(), True),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), True),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), True),
+        (botocore.exceptions.FlexibleChecksumError(error_msg="differs"), True),
+        (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 503}}, "GetObject"), True),
+        (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 400}}, "GetObject"), False),
+        (botocore.exceptions.NoCredentialsError(), False),
+        (ConnectionResetError(), True),
+        (FileNotFoundError(), False),
+        (ValueError("not Parquet"), False),
+    ],
+)
 def test_only_what_may_pass_is_tried_again(error: Exception, expected: bool) -> None:
     assert may_pass(error) == expected
 
@@ -165,12 +168,15 @@ def test_opening_survives_failures_too(store: Store, kind: str) -> None:
     assert store.faults == []
 
 
-@pytest.mark.parametrize(("kind", "got"), [
-    ("500", r"'.*We encountered an internal error' \(\d+ tries in \d+ s\); check the store and the network"),
-    ("drop", r"'.*' \(\d+ tr(y|ies) in \d+ s\); check the store and the network"),
-    ("hang", r"'no answer in time' \(1 try in \d+ s\); check the store and the network"),
-    ("short", r"'\d+ of \d+ bytes' \(\d+ tries in \d+ s\); check the store and the network"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "got"),
+    [
+        ("500", r"'.*We encountered an internal error' \(\d+ tries in \d+ s\); check the store and the network"),
+        ("drop", r"'.*' \(\d+ tr(y|ies) in \d+ s\); check the store and the network"),
+        ("hang", r"'no answer in time' \(1 try in \d+ s\); check the store and the network"),
+        ("short", r"'\d+ of \d+ bytes' \(\d+ tries in \d+ s\); check the store and the network"),
+    ],
+)
 def test_a_store_that_never_answers_well_is_bad_input_in_bounded_time(store: Store, kind: str, got: str) -> None:
     split = opened()
     reader = RowReader(split, patience_s=2.0)
@@ -197,10 +203,16 @@ def test_a_shard_that_stays_broken_is_told_after_trying_again(store: Store) -> N
         reader.read(np.array([10]))
 
 
-@pytest.mark.parametrize(("uri", "message"), [
-    ("s3://nowhere/set", "s3://nowhere/set: must be a folder of Parquet shards, but nothing is there; check the path"),
-    ("s3://pets/none", "s3://pets/none: must be a folder of Parquet shards, but nothing is there; check the path"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (
+            "s3://nowhere/set",
+            "s3://nowhere/set: must be a folder of Parquet shards, but nothing is there; check the path",
+        ),
+        ("s3://pets/none", "s3://pets/none: must be a folder of Parquet shards, but nothing is there; check the path"),
+    ],
+)
 def test_a_bucket_or_folder_that_is_not_there_is_told_at_once(store: Store, uri: str, message: str) -> None:
     started = time.monotonic()
     with pytest.raises(BadInput) as caught:
@@ -237,8 +249,10 @@ class Hub(AbstractFileSystem):  # type: ignore[misc]
     root: ClassVar[Path]
 
     def ls(self, path: str, detail: bool = True, **_: object) -> list[dict[str, object]]:
-        return [{"name": f"{path}/{file.name}", "type": "file", "size": file.stat().st_size, "blob_id": file.name}
-                for file in self.root.iterdir()]  # fmt: skip
+        return [
+            {"name": f"{path}/{file.name}", "type": "file", "size": file.stat().st_size, "blob_id": file.name}
+            for file in self.root.iterdir()
+        ]
 
     def _open(self, path: str, mode: str = "rb", **options: object) -> AbstractBufferedFile:
         return HubFile(self, path, mode, size=(self.root / Path(path).name).stat().st_size, **options)

@@ -18,15 +18,15 @@ import pytest
 from made_study import make_trials, write_study
 
 from lift_ray import report
-from lift_ray.distributed import reporting
-from lift_ray.distributed.importance import importances, importances_within
 from lift_ray.errors import BadInput
-from lift_ray.results.evidence import Interval
-from lift_ray.results.page import Chapter, figures_of
-from lift_ray.results.scaling_law import Law, Point
-from lift_ray.results.search_figures import cost_in_words, unit_of
-from lift_ray.results.studies import StudyFiles, read_study
-from lift_ray.results.summary import Cell, accuracy_rows, gain_rows, law_in_words, seed_rows, summary
+from lift_ray.reporting import report as reporting
+from lift_ray.reporting.confidence import Interval
+from lift_ray.reporting.figures.search import cost_in_words, unit_of
+from lift_ray.reporting.importance import importances, importances_within
+from lift_ray.reporting.page import Chapter, figures_of
+from lift_ray.reporting.scaling_law import Law, Point
+from lift_ray.reporting.study_files import StudyFiles, read_study
+from lift_ray.reporting.summary import Cell, accuracy_rows, gain_rows, law_in_words, seed_rows, summary
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,21 @@ def test_the_page_holds_every_figure_and_its_numbers_lie_beside_it(
     page = (study / "report" / "index.html").read_text()
     figures = drawn_in(page)
     assert set(figures) == {
-        "compared", "heavy", "size", "width-tuner-bottleneck", "tau", "posthoc-tau", "kinds", "classes", "calibration", "history",
-        "parallel", "importance", "cost", "scaling",
-    }  # fmt: skip
+        "compared",
+        "heavy",
+        "size",
+        "width-tuner-bottleneck",
+        "tau",
+        "posthoc-tau",
+        "kinds",
+        "classes",
+        "calibration",
+        "history",
+        "parallel",
+        "importance",
+        "cost",
+        "scaling",
+    }
     assert {path.stem for path in (study / "report").glob("*.csv")} == set(figures)
     assert not list((study / "report").glob("*.tmp"))
     with (study / "report" / "history.csv").open() as file:
@@ -77,8 +89,9 @@ def test_the_summary_says_what_won_by_how_much_and_how_sure(study: Path) -> None
     assert best
     assert re.fullmatch(
         r"The best settings recognise 59\.\d% of the test images, which the search did not see \(mean over classes\): "
-        r"5\d\.\d points more than zero-shot and 1[789]\.\d more than the recipe\.", lines[0]
-    )  # fmt: skip
+        r"5\d\.\d points more than zero-shot and 1[789]\.\d more than the recipe\.",
+        lines[0],
+    )
     assert lines[1] == "Each of these differences is more than chance over the test images."
     assert re.match(
         r"On the few-shot classes it recognises 5\d\.\d%, .* the strongest yardstick there \(the recipe\)\.", lines[2]
@@ -183,16 +196,19 @@ def as_it_is(folder: Path) -> None:
     pass
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (as_it_is, "The best settings recognise"),
-    (running, "Best so far is trial"),
-    (nothing_finished, "Of the failures: the loss must be finite"),
-    (before_the_first_trial, "No trial has finished yet."),
-    (without_predictions, "The best settings recognise"),
-    (without_a_test_split, "There are no figures of a test split"),
-    (with_lost_data, "There are no pictures to show"),
-    (of_an_older_version, "The best settings recognise"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (as_it_is, "The best settings recognise"),
+        (running, "Best so far is trial"),
+        (nothing_finished, "Of the failures: the loss must be finite"),
+        (before_the_first_trial, "No trial has finished yet."),
+        (without_predictions, "The best settings recognise"),
+        (without_a_test_split, "There are no figures of a test split"),
+        (with_lost_data, "There are no pictures to show"),
+        (of_an_older_version, "The best settings recognise"),
+    ],
+)
 @pytest.mark.parametrize("number", [1, 12])
 def test_every_kind_of_study_gets_a_page(change: Any, words: str, number: int, tmp_path: Path) -> None:
     folder = write_study(tmp_path / "out", make_trials(number))
@@ -278,14 +294,23 @@ def another_table(folder: Path) -> None:
     pq.write_table(pa.table({"a": [1]}), folder / "trials.parquet")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (empty, r"^{out}: must be the results of a search, but there is no study.json and no trials.parquet; give the --out of python -m "
-            r"lift_ray.tune$"),
-    (half_a_json, r"^{out}: study.json must be JSON, but got Expecting value: .*; copy the folder again$"),
-    (half_a_table, r"^{out}: trials.parquet must be a Parquet table, but got .*; copy the folder again$"),
-    (another_table, r"^{out}: must be the results of a search, but study.json or trials.parquet lacks 'number, state'; copy the folder "
-                    r"again$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            empty,
+            r"^{out}: must be the results of a search, but there is no study.json and no trials.parquet; give the --out of python -m "
+            r"lift_ray.tune$",
+        ),
+        (half_a_json, r"^{out}: study.json must be JSON, but got Expecting value: .*; copy the folder again$"),
+        (half_a_table, r"^{out}: trials.parquet must be a Parquet table, but got .*; copy the folder again$"),
+        (
+            another_table,
+            r"^{out}: must be the results of a search, but study.json or trials.parquet lacks 'number, state'; copy the folder "
+            r"again$",
+        ),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(change: Any, message: str, tmp_path: Path) -> None:
     folder = write_study(tmp_path / "out", make_trials(2))
     change(folder)

@@ -14,15 +14,15 @@ import pytest
 from optuna.storages import InMemoryStorage
 from played import METRIC, Played, figures_of, play, searched, space
 
-from lift_ray.distributed.final_comparison import conclude
-from lift_ray.distributed.jobs import EvaluationJob
-from lift_ray.distributed.resume import LOCK, study_in
-from lift_ray.distributed.search import Search
-from lift_ray.distributed.study import JOURNAL, Study, mended, open_storage, reports_in
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.results.output import Output
-from lift_ray.results.rows import best_row
+from lift_ray.reporting.trial_rows import best_row
+from lift_ray.search.driver_lock import LOCK, study_in
+from lift_ray.search.final_comparison import conclude
+from lift_ray.search.jobs import EvaluationJob
+from lift_ray.search.state import Search
+from lift_ray.search.study import JOURNAL, Study, mended, open_storage, reports_in
 from lift_ray.settings.search import TAUS
+from lift_ray.storage.output import Output
 
 
 class KilledError(BaseException):
@@ -40,8 +40,15 @@ class Mortal(InMemoryStorage):
             raise KilledError
 
 
-for _name in ("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_system_attr", "set_study_user_attr",
-              "set_trial_intermediate_value", "set_trial_state_values"):  # fmt: skip
+for _name in (
+    "create_new_trial",
+    "set_trial_param",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "set_study_user_attr",
+    "set_trial_intermediate_value",
+    "set_trial_state_values",
+):
 
     def _dying(self: Mortal, *args: Any, _name: str = _name, **kwargs: Any) -> Any:
         self._write()
@@ -54,9 +61,14 @@ def outcome(study: Study) -> list[tuple[int, dict[str, Any], str, list[float]]]:
     return [(row.number, row.values, row.state, [f["epoch"] for f in row.history]) for row in study.rows.values()]
 
 
-@pytest.mark.parametrize("search", [
-    {"scheduler": {"kind": "none"}, "seeds_best": 2}, {"sampler": "tpe"},
-], ids=["none", "tpe with asha"])  # fmt: skip
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"scheduler": {"kind": "none"}, "seeds_best": 2},
+        {"sampler": "tpe"},
+    ],
+    ids=["none", "tpe with asha"],
+)
 def test_a_search_killed_at_any_write_ends_as_if_nothing_had_been(search: dict[str, Any], tmp_path: Path) -> None:
     wanted = space(**search)
     undisturbed, worker = searched(wanted, Mortal(), tmp_path)
@@ -128,16 +140,25 @@ def test_a_model_is_evaluated_once_for_all_that_it_is_compared_as(tmp_path: Path
         worker = play(search, slots=slots)
         jobs = [job for job in search.done if isinstance(job, EvaluationJob)]
         evaluated = [(job.model, job.split, tau) for job in jobs for tau in job.taus]
-        assert sorted(evaluated) == sorted([
-            *(("zero-shot", split, 0.0) for split in ("test", "validation")), ("trial-0000", "test", 0.0), ("trial-0000", "test", 0.5),
-            *(("trial-0000", "validation", tau) for tau in TAUS), *(("trial-0000-tte", s, 0.0) for s in ("test", "validation")),
-        ])  # fmt: skip
+        assert sorted(evaluated) == sorted(
+            [
+                *(("zero-shot", split, 0.0) for split in ("test", "validation")),
+                ("trial-0000", "test", 0.0),
+                ("trial-0000", "test", 0.5),
+                *(("trial-0000", "validation", tau) for tau in TAUS),
+                *(("trial-0000-tte", s, 0.0) for s in ("test", "validation")),
+            ]
+        )
         early = next(key for key in worker.began if key.startswith("evaluate"))
         assert (slots == 1) == ("zero-shot" not in early), "a slot without a trial starts with what needs no result"
         rows = list(search.rows())
         assert [label for label, _ in conclude(wanted, rows, search.study.results, {}).compared] == [
-            "zero-shot", "start point 1", "best found", "best found, tau 0.5 after training", "best found, TTE"
-        ]  # fmt: skip
+            "zero-shot",
+            "start point 1",
+            "best found",
+            "best found, tau 0.5 after training",
+            "best found, TTE",
+        ]
 
 
 def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Path) -> None:
@@ -147,9 +168,13 @@ def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Pat
         (space(seed=1), "d", "search.seed 0 -> 1"),
         (space(), "e", 'dataset "d" -> "e"'),
         (space(epochs=3), "d", "base.optim.epochs 9 -> 3"),
-        (space(scheduler={"kind": "none"}), "d", "search.scheduler.kind \"asha\" -> \"none\", search.scheduler.grace_epochs 1 -> "
-         "(not set), search.scheduler.reduction_factor 3 -> (not set)"),
-    ):  # fmt: skip
+        (
+            space(scheduler={"kind": "none"}),
+            "d",
+            'search.scheduler.kind "asha" -> "none", search.scheduler.grace_epochs 1 -> '
+            "(not set), search.scheduler.reduction_factor 3 -> (not set)",
+        ),
+    ):
         with pytest.raises(BadInput) as caught:
             Study(other, dataset, storage, resume=True)
         assert str(caught.value) == (
@@ -158,8 +183,9 @@ def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Pat
         )
     with pytest.raises(BadInput) as caught:
         Study(space(), "d", storage)
-    assert str(caught.value) == ("--storage: must not hold a study named played yet, but it does; add --resume to continue it, "
-                                 "or change `name`")  # fmt: skip
+    assert str(caught.value) == (
+        "--storage: must not hold a study named played yet, but it does; add --resume to continue it, or change `name`"
+    )
     with pytest.raises(
         BadInput, match=r"^--resume: must name a search that has started, but there is no study played; leave out"
     ):
@@ -195,7 +221,7 @@ def test_a_second_driver_on_a_database_is_refused_while_the_first_is_heard(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     first = Study(space(), "d", open_storage(url, tmp_path), shared=True)
-    monkeypatch.setattr("lift_ray.distributed.study._me", lambda: "process 2 on there")
+    monkeypatch.setattr("lift_ray.search.study._me", lambda: "process 2 on there")
     with pytest.raises(
         BadInput, match=r"^--storage: must have one driver, but process \d+ on .* works on played \(heard \d+ s ago\)"
     ):
@@ -203,9 +229,9 @@ def test_a_second_driver_on_a_database_is_refused_while_the_first_is_heard(
     with pytest.raises(BadInput, match=r"^--storage: must have one driver, but process \d+ on .* works on played"):
         Study(space(), "d", open_storage(url, tmp_path), shared=True)  # before the first has reported anything
     assert first.next() is not None
-    monkeypatch.setattr("lift_ray.distributed.study.LOST_S", 0.0)
+    monkeypatch.setattr("lift_ray.search.study.LOST_S", 0.0)
     second = Study(space(), "d", open_storage(url, tmp_path), resume=True, shared=True)
-    monkeypatch.setattr("lift_ray.distributed.study._me", lambda: "process 1 on here")
+    monkeypatch.setattr("lift_ray.search.study._me", lambda: "process 1 on here")
     first._beaten_at = -1e6
     with pytest.raises(BadInput, match=r"but process 2 on there took over played; stop one$"):
         first.beat()
@@ -216,17 +242,23 @@ def test_a_driver_that_fails_lets_the_next_one_in_at_once(tmp_path: Path, monkey
     url, out = f"sqlite:///{tmp_path / 'studies.db'}", Output(str(tmp_path / "out"))
     with pytest.raises(RunFailed), study_in(out, space(), "d", url=url, resume=False):
         raise RunFailed("slots must start")
-    monkeypatch.setattr("lift_ray.distributed.study._me", lambda: "process 2 on there")
+    monkeypatch.setattr("lift_ray.search.study._me", lambda: "process 2 on there")
     with study_in(out, space(), "d", url=url, resume=True) as study:
         assert study.rows == {}
 
 
-@pytest.mark.parametrize(("url", "message"), [
-    ("nonsense", "--storage: must be the URL of a database that answers, but got nonsense ("),
-    # pragma: allowlist nextline secret
-    ("postgresql+nodriver://me:secret@127.0.0.1/x", "--storage: must be the URL of a database that answers, but got postgresql"),
-    ("sqlite:////no/such/folder/x.db", "--storage: must be the URL of a database that answers, but got sqlite:"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense", "--storage: must be the URL of a database that answers, but got nonsense ("),
+        # pragma: allowlist nextline secret
+        (
+            "postgresql+nodriver://me:secret@127.0.0.1/x",
+            "--storage: must be the URL of a database that answers, but got postgresql",
+        ),
+        ("sqlite:////no/such/folder/x.db", "--storage: must be the URL of a database that answers, but got sqlite:"),
+    ],
+)
 def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(url: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         open_storage(url, tmp_path)

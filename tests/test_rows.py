@@ -10,15 +10,26 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from lift_ray.results.rows import TrialRow, best_row, describe, write_json, write_rows
-from lift_ray.results.tables import accuracy_table, percent, trial_table
+from lift_ray.reporting.trial_rows import TrialRow, best_row, write_json, write_rows
+from lift_ray.search.tables import trial_table
+from lift_ray.terminal.tables import accuracy_table, describe, percent
 
 METRIC = "validation/mean_class_accuracy"
 
 
 def row(number: int, state: str, *values: float, **settings: object) -> TrialRow:
-    history = [{"epoch": i, METRIC: v, "validation/many": v, "time/train_s": 1.5, "time/evaluate_s": 0.5,
-                "trained_parameters": 800, "train/images_per_s": 101.4} for i, v in enumerate(values, 1)]  # fmt: skip
+    history = [
+        {
+            "epoch": i,
+            METRIC: v,
+            "validation/many": v,
+            "time/train_s": 1.5,
+            "time/evaluate_s": 0.5,
+            "trained_parameters": 800,
+            "train/images_per_s": 101.4,
+        }
+        for i, v in enumerate(values, 1)
+    ]
     return TrialRow(number, {name.replace("__", "."): v for name, v in settings.items()}, 3, state, history)
 
 

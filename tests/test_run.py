@@ -13,14 +13,15 @@ import torch
 import torch.multiprocessing
 
 from lift_ray import evaluate
-from lift_ray.data.catalog import open_dataset
-from lift_ray.distributed import checkpoint
-from lift_ray.distributed.evaluation import evaluate_checkpoint
-from lift_ray.distributed.ranks import Ranks, join_group
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
+from lift_ray.data.open import open_dataset
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.inference.evaluate import evaluate_checkpoint
+from lift_ray.methods.world import Ranks, join_group
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.training import checkpoint
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 EPOCHS = 3
 Figures = list[dict[str, float]]
@@ -28,7 +29,9 @@ Figures = list[dict[str, float]]
 
 def settings(clip: str, **overrides: Any) -> RunConfig:
     tree = {"backbone": {"model": clip}, "optim": {"epochs": EPOCHS, "global_batch_size": 16, "lr": 0.01}}
-    return RunConfig.model_validate(apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}))
+    return RunConfig.model_validate(
+        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
+    )
 
 
 def untimed(figures: Figures) -> Figures:
@@ -58,12 +61,30 @@ def test_the_loss_falls_and_the_figures_are_complete(warm: Warm, small_clip: str
     assert [f["epoch"] for f in figures] == [1, 2, 3]
     assert figures[-1]["train/loss"] < 0.9 * figures[0]["train/loss"]
     assert set(figures[0]) == {
-        "epoch", "trained_parameters",
-        "train/loss", "train/accuracy", "train/images_per_s", "time/train_s", "time/data_wait_s", "time/evaluate_s",
-        *(f"validation/{name}" for name in (
-            "accuracy", "mean_class_accuracy", "loss", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean",
-            "macro_f1", "calibration_error")),
-    }  # fmt: skip
+        "epoch",
+        "trained_parameters",
+        "train/loss",
+        "train/accuracy",
+        "train/images_per_s",
+        "time/train_s",
+        "time/data_wait_s",
+        "time/evaluate_s",
+        *(
+            f"validation/{name}"
+            for name in (
+                "accuracy",
+                "mean_class_accuracy",
+                "loss",
+                "medium",
+                "few",
+                "worst_class",
+                "harmonic_mean",
+                "geometric_mean",
+                "macro_f1",
+                "calibration_error",
+            )
+        ),
+    }
     assert figures[0]["trained_parameters"] == sum(p.numel() for p in run.model.trained().values())
 
 
@@ -108,8 +129,12 @@ def test_a_checkpoint_holds_its_run_and_replaces_the_one_before(
         run.save(tmp_path / "here")
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [
-        "optimizer.safetensors", "per_class.csv", "run.json", "state.safetensors", "weights.safetensors"
-    ]  # fmt: skip
+        "optimizer.safetensors",
+        "per_class.csv",
+        "run.json",
+        "state.safetensors",
+        "weights.safetensors",
+    ]
 
 
 def free_port() -> int:
@@ -194,14 +219,21 @@ def test_a_run_at_random_start_and_plain_loss_learns_too(warm: Warm, small_clip:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    ({"optim__global_batch_size": 97},
-     "optim.global_batch_size: must be at most the 96 training images, but got 97; lower it"),
-    ({"backbone__precision": "bf16"},
-     "backbone.precision: must be fp32 on a CPU, but got bf16; set backbone.precision=fp32, or use a GPU"),
-    ({"tuner__blocks": [0, 2]}, "tuner.blocks: must lie in 0 ... 1, but got [0, 2]; name at least one"),
-    ({"backbone__model": "ViT-B-61"}, "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"optim__global_batch_size": 97},
+            "optim.global_batch_size: must be at most the 96 training images, but got 97; lower it",
+        ),
+        (
+            {"backbone__precision": "bf16"},
+            "backbone.precision: must be fp32 on a CPU, but got bf16; set backbone.precision=fp32, or use a GPU",
+        ),
+        ({"tuner__blocks": [0, 2]}, "tuner.blocks: must lie in 0 ... 1, but got [0, 2]; name at least one"),
+        ({"backbone__model": "ViT-B-61"}, "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
+    ],
+)
 def test_settings_that_do_not_fit_data_or_machine_are_one_line(
     warm: Warm, small_clip: str, overrides: dict[str, Any], message: str
 ) -> None:
@@ -242,23 +274,38 @@ def broken(folder: Path, file: str, data: bytes | None) -> None:
         (folder / file).write_bytes(data)
 
 
-@pytest.mark.parametrize(("file", "data", "message"), [
-    ("run.json", None, "{folder}: must be a checkpoint folder, but there is no run.json; give the folder that holds it"),
-    ("run.json", b"{", "{folder}/run.json: must be a checkpoint's record, but got "),
-    ("run.json", b"[]", "{folder}/run.json: must be a checkpoint's record, but got "),
-    ("run.json", b"\xff\xfe", "{folder}/run.json: must be a checkpoint's record, but got "),
-    ("run.json", b'{"format_version": 1}', "{folder}/run.json: must be a checkpoint's record, but got "),
-    ("run.json", b'{"format_version": 9}',
-     "{folder}: must be a checkpoint of format 1, but got 9; use the version of lift_ray that wrote it"),
-    ("weights.safetensors", None, "{folder}/weights.safetensors: must fit the settings beside it, but got: "),
-    ("weights.safetensors", b"x" * 100, "{folder}/weights.safetensors: must fit the settings beside it, but got: "),
-    ("optimizer.safetensors", None, "{folder}/optimizer.safetensors: must be readable, but got: "),
-    ("optimizer.safetensors", b"", "{folder}/optimizer.safetensors: must be readable, but got: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "data", "message"),
+    [
+        (
+            "run.json",
+            None,
+            "{folder}: must be a checkpoint folder, but there is no run.json; give the folder that holds it",
+        ),
+        ("run.json", b"{", "{folder}/run.json: must be a checkpoint's record, but got "),
+        ("run.json", b"[]", "{folder}/run.json: must be a checkpoint's record, but got "),
+        ("run.json", b"\xff\xfe", "{folder}/run.json: must be a checkpoint's record, but got "),
+        ("run.json", b'{"format_version": 1}', "{folder}/run.json: must be a checkpoint's record, but got "),
+        (
+            "run.json",
+            b'{"format_version": 9}',
+            "{folder}: must be a checkpoint of format 1, but got 9; use the version of lift_ray that wrote it",
+        ),
+        ("weights.safetensors", None, "{folder}/weights.safetensors: must fit the settings beside it, but got: "),
+        ("weights.safetensors", b"x" * 100, "{folder}/weights.safetensors: must fit the settings beside it, but got: "),
+        ("optimizer.safetensors", None, "{folder}/optimizer.safetensors: must be readable, but got: "),
+        ("optimizer.safetensors", b"", "{folder}/optimizer.safetensors: must be readable, but got: "),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read_is_one_line(
-    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run], tmp_path: Path, file: str, data: bytes | None,
+    warm: Warm,
+    small_clip: str,
+    trained: tuple[Figures, list[Path], Run],
+    tmp_path: Path,
+    file: str,
+    data: bytes | None,
     message: str,
-) -> None:  # fmt: skip
+) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(trained[1][0], folder)
     broken(folder, file, data)

@@ -16,10 +16,10 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from lift_ray import tune
-from lift_ray.distributed.stopping import RULES, decide
-from lift_ray.distributed.study import PACKAGES, SAMPLERS, Study, check_sampler
 from lift_ray.errors import BadInput
-from lift_ray.results.rows import TrialRow, pareto_front
+from lift_ray.reporting.trial_rows import TrialRow, pareto_front
+from lift_ray.search.stopping import RULES, decide
+from lift_ray.search.study import PACKAGES, SAMPLERS, Study, check_sampler
 from lift_ray.settings.search import (
     AnyScheduler,
     Asha,
@@ -209,8 +209,10 @@ def test_median_stops_what_was_never_as_good_as_half_of_the_others() -> None:
 
 
 @limits(max_examples=60, deadline=None)
-@given(values=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=9),
-       kind=st.sampled_from(["none", "asha", "hyperband", "median"]))  # fmt: skip
+@given(
+    values=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=9),
+    kind=st.sampled_from(["none", "asha", "hyperband", "median"]),
+)
 def test_no_rule_stops_the_best_and_order_does_not_matter(values: list[list[float]], kind: str) -> None:
     wanted, rows = space(PLAIN, search={"scheduler": {"kind": kind}}), rows_of(*values)
     for row in rows:
@@ -220,10 +222,14 @@ def test_no_rule_stops_the_best_and_order_does_not_matter(values: list[list[floa
         assert decision == "continue" or (kind != "none" and not best)
 
 
-@pytest.mark.parametrize(("scheduler", "epochs", "expected"), [
-    (Asha(grace_epochs=2), 15, 2 + 4 / 3 + 9 / 9), (Asha(grace_epochs=1), 1, 1.0),
-    (Hyperband(), 9, ((1 + 2 / 3 + 6 / 9) + (3 + 6 / 3) + 9) / 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scheduler", "epochs", "expected"),
+    [
+        (Asha(grace_epochs=2), 15, 2 + 4 / 3 + 9 / 9),
+        (Asha(grace_epochs=1), 1, 1.0),
+        (Hyperband(), 9, ((1 + 2 / 3 + 6 / 9) + (3 + 6 / 3) + 9) / 3),
+    ],
+)
 def test_the_plan_reckons_with_what_early_stopping_saves(scheduler: Any, epochs: int, expected: float) -> None:
     assert expected_epochs(scheduler, epochs) == pytest.approx(expected)
 
@@ -252,10 +258,18 @@ def test_a_pareto_search_under_a_constraint_writes_its_front(
     small_data: str, small_clip: str, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "space.yaml", tmp_path / "out"
-    file.write_text(SPACE.format(
-        name="pareto", data=small_data, clip=small_clip, objectives=f"{{{METRIC}: max, {COUNT}: min}}", trials=8,
-        more=f"constraints: {{{COUNT}: {{max: 3000}}}}", sampler="nsga2", scheduler="asha",
-    ))  # fmt: skip
+    file.write_text(
+        SPACE.format(
+            name="pareto",
+            data=small_data,
+            clip=small_clip,
+            objectives=f"{{{METRIC}: max, {COUNT}: min}}",
+            trials=8,
+            more=f"constraints: {{{COUNT}: {{max: 3000}}}}",
+            sampler="nsga2",
+            scheduler="asha",
+        )
+    )
     assert not tune.main([str(file), "--out", str(out)])
     table = pq.read_table(out / "trials.parquet").to_pylist()
     large = [row for row in table if row["state"] == "infeasible"]

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from lift_ray import tune
-from lift_ray.settings.files import SettingsFile
+from lift_ray.settings.yaml_file import SettingsFile
 
 FOLDER = Path(__file__).parent.parent / "search_spaces"
 SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if "\nspace:" in path.read_text())
@@ -17,8 +17,18 @@ SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if "\nspace:" in path.re
 
 def test_the_shipped_spaces_are_these_and_name_their_schema() -> None:
     assert [path.stem for path in SHIPPED] == [
-        "backdoor", "bottleneck", "cifar100_lt", "heavy", "imagenet_lt", "inat", "places_lt", "quickstart", "scaling", "tau", "ulfine"
-    ]  # fmt: skip
+        "backdoor",
+        "bottleneck",
+        "cifar100_lt",
+        "heavy",
+        "imagenet_lt",
+        "inat",
+        "places_lt",
+        "quickstart",
+        "scaling",
+        "tau",
+        "ulfine",
+    ]
     for path in SHIPPED:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
 

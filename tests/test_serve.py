@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 
 from lift_ray import serve
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
+from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 pytestmark = [
     pytest.mark.slow,
@@ -94,7 +94,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     run = Run(RunConfig.model_validate(config), Warm(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(folder)
-    from lift_ray.distributed.predictions import evaluate_each
+    from lift_ray.search.predictions import evaluate_each
 
     ((_, table),) = evaluate_each(run, "test")
     torch.set_num_threads(threads)
@@ -104,8 +104,20 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "lift_ray.serve", str(folder), "--port", str(port), "--replicas", "2",
-             "--max-mb", str(MAX_BYTES / 1e6), "--max-megapixels", str(MAX_PIXELS / 1e6)]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "lift_ray.serve",
+        str(folder),
+        "--port",
+        str(port),
+        "--replicas",
+        "2",
+        "--max-mb",
+        str(MAX_BYTES / 1e6),
+        "--max-megapixels",
+        str(MAX_PIXELS / 1e6),
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
     try:
@@ -156,8 +168,12 @@ def test_the_page_needs_no_network_and_health_is_ok(server: Server) -> None:
     assert "http://" not in page
     assert "https://" not in page
     assert server.ask(path="/health", method="GET", kind=None)[::2] == (200, '{"status":"ok"}')
-    connections = [each for each in server.process.children(recursive=True) for each in each.net_connections()
-                   if each.status == "LISTEN" and each.laddr.port == server.port]  # fmt: skip
+    connections = [
+        each
+        for each in server.process.children(recursive=True)
+        for each in each.net_connections()
+        if each.status == "LISTEN" and each.laddr.port == server.port
+    ]
     assert {each.laddr.ip for each in connections} == {"127.0.0.1"}
 
 
@@ -181,7 +197,7 @@ def test_the_page_needs_no_network_and_health_is_ok(server: Server) -> None:
         (png(20, 20), "image/png", "/health", 405, "method: must be GET for /health, but got POST"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_a_bad_upload_is_the_senders_fault_and_one_line(
     body: bytes, kind: str | None, path: str, status: int, message: str, server: Server
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from browser import dom_in_browser
 
-from lift_ray.distributed.gate import PAGE_RULES
+from lift_ray.inference.serve_http import PAGE_RULES
 
 DROP = "classify(new File(['%s'], 'x.jpg', {type: 'image/jpeg'}))"
 DIED = (500, "Internal Server Error")

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lift_ray.settings.files import models_of
-from lift_ray.settings.run import RunConfig, apply_overrides, check_global_batch
+from lift_ray.settings.messages import models_of
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run_file import check_global_batch
 from lift_ray.settings.tuners import TunerKind, derived_width
 
 KINDS: dict[str, tuple[str, ...]] = {  # the default first
@@ -21,10 +23,18 @@ KINDS: dict[str, tuple[str, ...]] = {  # the default first
     "tuner": typing.get_args(TunerKind),
     "head": ("cosine", "linear", "l2norm", "layernorm"),
     "loss": (
-        "logit_adjusted", "cross_entropy", "focal", "ldam", "class_balanced", "reweighted", "balanced_softmax", "lade", "gla",
+        "logit_adjusted",
+        "cross_entropy",
+        "focal",
+        "ldam",
+        "class_balanced",
+        "reweighted",
+        "balanced_softmax",
+        "lade",
+        "gla",
     ),
     "method": ("lift", "fixmatch", "loft", "ulfine", "backdoor"),
-}  # fmt: skip
+}
 REQUIRED: dict[str, dict[str, Any]] = {"backdoor": {"members": {"a": {"seed": 1}, "b": {"seed": 2}}}}
 
 
@@ -34,8 +44,13 @@ def test_the_defaults_are_lift_plus() -> None:
         "seed": 0,
         "method": {"kind": "lift"},
         "backbone": {
-            "model": "embedded:lift-tiny", "pretrained": None, "precision": "fp32", "resolution_px": None, "compile": False,
-            "checkpointing": False, "cache_gib": 2.0,
+            "model": "embedded:lift-tiny",
+            "pretrained": None,
+            "precision": "fp32",
+            "resolution_px": None,
+            "compile": False,
+            "checkpointing": False,
+            "cache_gib": 2.0,
         },
         "augment": {"kind": "mda", "schedule": "convex", "patch_dropout": 0.0, "start_px": None, "decode": "exact"},
         "tuner": {"kind": "adaptformer", "bottleneck": None, "blocks": None},
@@ -43,11 +58,17 @@ def test_the_defaults_are_lift_plus() -> None:
         "head": {"kind": "cosine", "scale": 25.0, "init": "semantic", "template": "a photo of a {}."},
         "loss": {"kind": "logit_adjusted", "tau": 1.0},
         "optim": {
-            "epochs": 5, "global_batch_size": 128, "accumulate": 1, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4,
-            "shuffle_mib": 192.0, "data_frac": 1.0,
+            "epochs": 5,
+            "global_batch_size": 128,
+            "accumulate": 1,
+            "lr": 0.02,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "shuffle_mib": 192.0,
+            "data_frac": 1.0,
         },
         "evaluation": {"posthoc_tau": 0.0, "tte": False},
-    }  # fmt: skip
+    }
 
 
 def test_the_kinds_of_a_section_are_those_listed_here() -> None:
@@ -62,10 +83,16 @@ def test_every_kind_builds_from_its_name_and_what_it_requires(section: str, kind
     assert config.to_dict()[section]["kind"] == kind
 
 
-@pytest.mark.parametrize("tree", [
-    {"tuner": {"bottleneck": 4}}, {"loss": {"tau": 0.5}}, {"head": {"scale": 16.0}}, {"augment": {"start_px": 16}},
-    {"augment": {}, "tuner": {}, "loss": {}, "head": {}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"tuner": {"bottleneck": 4}},
+        {"loss": {"tau": 0.5}},
+        {"head": {"scale": 16.0}},
+        {"augment": {"start_px": 16}},
+        {"augment": {}, "tuner": {}, "loss": {}, "head": {}},
+    ],
+)
 def test_a_section_without_kind_is_of_the_default_kind(tree: dict[str, Any]) -> None:
     named = {section: {"kind": KINDS[section][0], **fields} for section, fields in tree.items()}
     assert RunConfig.model_validate(tree) == RunConfig.model_validate(named)
@@ -77,8 +104,13 @@ def test_settings_are_frozen() -> None:
 
 
 def test_the_plain_tree_builds_the_same_settings_again() -> None:
-    tree = {"tuner": {"kind": "lora", "blocks": [1, 0]}, "extra_tuner": {"kind": "sparse"}, "optim": {"lr": 1},
-            "head": {"template": ["a {}", "{}"]}, "augment": {"kind": "none"}}  # fmt: skip
+    tree = {
+        "tuner": {"kind": "lora", "blocks": [1, 0]},
+        "extra_tuner": {"kind": "sparse"},
+        "optim": {"lr": 1},
+        "head": {"template": ["a {}", "{}"]},
+        "augment": {"kind": "none"},
+    }
     config = RunConfig.model_validate(tree).resolve(100, 4, 8)
     assert RunConfig.model_validate(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -91,14 +123,21 @@ def test_a_template_is_one_text_or_several_or_the_ensemble(template: str | list[
 UNREADABLE = "a text with {}, a list of such texts, or ensemble"
 
 
-@pytest.mark.parametrize(("template", "rule"), [
-    ("a photo", "Value error, must hold {} for the class name, but got 'a photo'; add it"),
-    ("Ensemble", "Value error, must hold {} for the class name, but got 'Ensemble'; add it"),
-    (["a {}", "a {0}"], "Value error, must hold {} for the class name, but got 'a {0}'; add it"),
-    (["ensemble"], "Value error, must hold {} for the class name, but got 'ensemble'; add it"),
-    (["a {}", ""], "Value error, must hold {} for the class name, but got ''; add it"),
-    ("", UNREADABLE), ([], UNREADABLE), (3, UNREADABLE), (["a {}", 3], UNREADABLE), (None, UNREADABLE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "rule"),
+    [
+        ("a photo", "Value error, must hold {} for the class name, but got 'a photo'; add it"),
+        ("Ensemble", "Value error, must hold {} for the class name, but got 'Ensemble'; add it"),
+        (["a {}", "a {0}"], "Value error, must hold {} for the class name, but got 'a {0}'; add it"),
+        (["ensemble"], "Value error, must hold {} for the class name, but got 'ensemble'; add it"),
+        (["a {}", ""], "Value error, must hold {} for the class name, but got ''; add it"),
+        ("", UNREADABLE),
+        ([], UNREADABLE),
+        (3, UNREADABLE),
+        (["a {}", 3], UNREADABLE),
+        (None, UNREADABLE),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS["head"])
 def test_a_template_without_a_place_for_the_name_is_refused(kind: str, template: object, rule: str) -> None:
     with pytest.raises(ValidationError) as caught:
@@ -153,43 +192,81 @@ def test_there_is_one_tuner_unless_a_second_is_named() -> None:
         RunConfig.model_validate({"extra_tuner": {"bottleneck": 2}})
 
 
-@pytest.mark.parametrize(("tree", "overrides", "expected"), [
-    ({}, {"loss.tau": 0.5}, {"loss": {"tau": 0.5}}),
-    ({"loss": {"tau": 1.0}}, {"loss.tau": 0.5}, {"loss": {"tau": 0.5}}),
-    ({"tuner": {"kind": "lora", "bottleneck": 4}}, {"tuner.kind": "adaptformer"}, {"tuner": {"kind": "adaptformer"}}),
-    ({"tuner": {"kind": "lora", "bottleneck": 4}}, {"tuner.kind": "lora"}, {"tuner": {"kind": "lora", "bottleneck": 4}}),
-    ({"tuner": {"bottleneck": 4}}, {"tuner.kind": "adaptformer"}, {"tuner": {"kind": "adaptformer", "bottleneck": 4}}),
-    ({"tuner": {"bottleneck": 4}}, {"tuner.kind": "zero_shot"}, {"tuner": {"kind": "zero_shot"}}),
-    ({"loss": {"tau": 4}}, {"loss.kind": "cross_entropy"}, {"loss": {"kind": "cross_entropy"}}),
-    ({"tuner": {"kind": "lora"}}, {"tuner.bottleneck": 2, "tuner.kind": "adaptformer"},
-     {"tuner": {"kind": "adaptformer", "bottleneck": 2}}),
-    ({"optim": 3}, {"optim.lr": 2.0}, {"optim": {"lr": 2.0}}),
-    ({"augment": {"schedule": "min"}}, {"augment.kind": "crop_flip"}, {"augment": {"kind": "crop_flip"}}),
-    ({}, {"extra_tuner.bottleneck": 2, "extra_tuner.kind": "lora"}, {"extra_tuner": {"kind": "lora", "bottleneck": 2}}),
-    ({"extra_tuner": {"kind": "lora", "bottleneck": 2}}, {"extra_tuner.kind": "ssf"}, {"extra_tuner": {"kind": "ssf"}}),
-    ({"extra_tuner": {"kind": "lora", "bottleneck": 2}}, {"extra_tuner": None}, {"extra_tuner": None}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tree", "overrides", "expected"),
+    [
+        ({}, {"loss.tau": 0.5}, {"loss": {"tau": 0.5}}),
+        ({"loss": {"tau": 1.0}}, {"loss.tau": 0.5}, {"loss": {"tau": 0.5}}),
+        (
+            {"tuner": {"kind": "lora", "bottleneck": 4}},
+            {"tuner.kind": "adaptformer"},
+            {"tuner": {"kind": "adaptformer"}},
+        ),
+        (
+            {"tuner": {"kind": "lora", "bottleneck": 4}},
+            {"tuner.kind": "lora"},
+            {"tuner": {"kind": "lora", "bottleneck": 4}},
+        ),
+        (
+            {"tuner": {"bottleneck": 4}},
+            {"tuner.kind": "adaptformer"},
+            {"tuner": {"kind": "adaptformer", "bottleneck": 4}},
+        ),
+        ({"tuner": {"bottleneck": 4}}, {"tuner.kind": "zero_shot"}, {"tuner": {"kind": "zero_shot"}}),
+        ({"loss": {"tau": 4}}, {"loss.kind": "cross_entropy"}, {"loss": {"kind": "cross_entropy"}}),
+        (
+            {"tuner": {"kind": "lora"}},
+            {"tuner.bottleneck": 2, "tuner.kind": "adaptformer"},
+            {"tuner": {"kind": "adaptformer", "bottleneck": 2}},
+        ),
+        ({"optim": 3}, {"optim.lr": 2.0}, {"optim": {"lr": 2.0}}),
+        ({"augment": {"schedule": "min"}}, {"augment.kind": "crop_flip"}, {"augment": {"kind": "crop_flip"}}),
+        (
+            {},
+            {"extra_tuner.bottleneck": 2, "extra_tuner.kind": "lora"},
+            {"extra_tuner": {"kind": "lora", "bottleneck": 2}},
+        ),
+        (
+            {"extra_tuner": {"kind": "lora", "bottleneck": 2}},
+            {"extra_tuner.kind": "ssf"},
+            {"extra_tuner": {"kind": "ssf"}},
+        ),
+        ({"extra_tuner": {"kind": "lora", "bottleneck": 2}}, {"extra_tuner": None}, {"extra_tuner": None}),
+    ],
+)
 def test_a_new_kind_drops_the_fields_of_the_old_one(
     tree: dict[str, Any], overrides: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     before = json.dumps(tree)
-    assert apply_overrides(tree, overrides) == expected
+    assert apply_overrides(tree, overrides, RunConfig) == expected
     assert json.dumps(tree) == before
 
 
-TREES = st.fixed_dictionaries({}, optional={
-    "seed": st.integers(0, 9),
-    "optim": st.fixed_dictionaries({}, optional={"lr": st.floats(0.1, 1), "epochs": st.integers(1, 5)}),
-    "loss": st.sampled_from([{}, {"tau": 0.5}, {"kind": "cross_entropy"}, {"kind": "lade", "weight": 0.2}]),
-    "head": st.sampled_from([{}, {"scale": 16.0}, {"kind": "linear", "init": "random"}]),
-    "augment": st.sampled_from([{}, {"patch_dropout": 0.5}, {"kind": "none"}]),
-    "tuner": st.sampled_from([{}, {"kind": "lora", "bottleneck": 3}, {"bottleneck": 2, "blocks": [1]}, {"kind": "zero_shot"}]),
-})  # fmt: skip
-OVERRIDES = st.fixed_dictionaries({}, optional={
-    "seed": st.integers(0, 9), "optim.lr": st.floats(0.1, 1), "optim.momentum": st.floats(0, 0.9),
-    "tuner.kind": st.sampled_from(KINDS["tuner"]), "loss.kind": st.sampled_from(KINDS["loss"]),
-    "head.kind": st.sampled_from(KINDS["head"]), "augment.kind": st.sampled_from(KINDS["augment"]),
-})  # fmt: skip
+TREES = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 9),
+        "optim": st.fixed_dictionaries({}, optional={"lr": st.floats(0.1, 1), "epochs": st.integers(1, 5)}),
+        "loss": st.sampled_from([{}, {"tau": 0.5}, {"kind": "cross_entropy"}, {"kind": "lade", "weight": 0.2}]),
+        "head": st.sampled_from([{}, {"scale": 16.0}, {"kind": "linear", "init": "random"}]),
+        "augment": st.sampled_from([{}, {"patch_dropout": 0.5}, {"kind": "none"}]),
+        "tuner": st.sampled_from(
+            [{}, {"kind": "lora", "bottleneck": 3}, {"bottleneck": 2, "blocks": [1]}, {"kind": "zero_shot"}]
+        ),
+    },
+)
+OVERRIDES = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 9),
+        "optim.lr": st.floats(0.1, 1),
+        "optim.momentum": st.floats(0, 0.9),
+        "tuner.kind": st.sampled_from(KINDS["tuner"]),
+        "loss.kind": st.sampled_from(KINDS["loss"]),
+        "head.kind": st.sampled_from(KINDS["head"]),
+        "augment.kind": st.sampled_from(KINDS["augment"]),
+    },
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -197,9 +274,9 @@ OVERRIDES = st.fixed_dictionaries({}, optional={
 def test_overrides_of_a_valid_tree_are_valid_hold_and_change_nothing_else(
     tree: dict[str, Any], overrides: dict[str, Any]
 ) -> None:
-    before, after = RunConfig.model_validate(tree).to_dict(), apply_overrides(tree, overrides)
+    before, after = RunConfig.model_validate(tree).to_dict(), apply_overrides(tree, overrides, RunConfig)
     got = RunConfig.model_validate(after).to_dict()
-    assert apply_overrides(after, overrides) == after
+    assert apply_overrides(after, overrides, RunConfig) == after
     for path, value in overrides.items():
         *section, leaf = path.split(".")
         assert (got[section[0]] if section else got)[leaf] == value
@@ -210,33 +287,36 @@ def test_overrides_of_a_valid_tree_are_valid_hold_and_change_nothing_else(
 FOUR = [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("given_tuner", "classes", "blocks", "filled"), [
-    ({}, 100, 12, {"bottleneck": 4, "blocks": list(range(12))}),
-    ({}, 8142, 12, {"bottleneck": 256, "blocks": list(range(12))}),
-    ({}, 10, 12, {"bottleneck": 1, "blocks": list(range(12))}),
-    ({"blocks": [3, 1, 3]}, 100, 6, {"bottleneck": 16, "blocks": [1, 3]}),
-    ({"bottleneck": 7}, 100, 4, {"bottleneck": 7, "blocks": FOUR}),
-    ({"kind": "adapter"}, 1000, 4, {"bottleneck": 64, "blocks": FOUR}),
-    ({"kind": "adapter", "blocks": [3]}, 1000, 4, {"bottleneck": 256, "blocks": [3]}),
-    ({"kind": "lora"}, 1000, 12, {"bottleneck": 16, "blocks": list(range(12))}),
-    ({"kind": "lora", "mlp": True, "blocks": [0, 1]}, 1000, 12, {"bottleneck": 64, "blocks": [0, 1]}),
-    ({"kind": "ssf"}, 1000, 4, {"blocks": FOUR}),
-    ({"kind": "vpt_shallow"}, 1000, 12, {"length": 64}),
-    ({"kind": "vpt_shallow", "length": 5}, 1000, 12, {"length": 5}),
-    ({"kind": "vpt_deep"}, 1000, 12, {"length": 64, "blocks": list(range(12))}),
-    ({"kind": "vpt_deep", "blocks": [2, 0, 1]}, 1000, 12, {"length": 256, "blocks": [0, 1, 2]}),
-    ({"kind": "bitfit"}, 1000, 4, {"blocks": FOUR}),
-    ({"kind": "layernorm", "blocks": [2]}, 1000, 4, {"blocks": [2]}),
-    ({"kind": "batchnorm"}, 1000, 4, {"blocks": FOUR}),
-    ({"kind": "sparse"}, 1000, 4, {"ratio": 1000 / (4 * (12 * 768 + 9)), "blocks": FOUR}),
-    ({"kind": "sparse", "blocks": [3, 2]}, 1000, 4, {"ratio": 1000 / (2 * (12 * 768 + 9)), "blocks": [2, 3]}),
-    ({"kind": "sparse"}, 10**6, 4, {"ratio": 1.0, "blocks": FOUR}),
-    ({"kind": "sparse", "ratio": 0.25}, 1000, 4, {"ratio": 0.25, "blocks": FOUR}),
-    ({"kind": "full"}, 1000, 4, {"blocks": FOUR}),
-    ({"kind": "partial", "last": 4}, 1000, 4, {}),
-    ({"kind": "linear_probe"}, 1000, 4, {}),
-    ({"kind": "zero_shot"}, 1000, 4, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given_tuner", "classes", "blocks", "filled"),
+    [
+        ({}, 100, 12, {"bottleneck": 4, "blocks": list(range(12))}),
+        ({}, 8142, 12, {"bottleneck": 256, "blocks": list(range(12))}),
+        ({}, 10, 12, {"bottleneck": 1, "blocks": list(range(12))}),
+        ({"blocks": [3, 1, 3]}, 100, 6, {"bottleneck": 16, "blocks": [1, 3]}),
+        ({"bottleneck": 7}, 100, 4, {"bottleneck": 7, "blocks": FOUR}),
+        ({"kind": "adapter"}, 1000, 4, {"bottleneck": 64, "blocks": FOUR}),
+        ({"kind": "adapter", "blocks": [3]}, 1000, 4, {"bottleneck": 256, "blocks": [3]}),
+        ({"kind": "lora"}, 1000, 12, {"bottleneck": 16, "blocks": list(range(12))}),
+        ({"kind": "lora", "mlp": True, "blocks": [0, 1]}, 1000, 12, {"bottleneck": 64, "blocks": [0, 1]}),
+        ({"kind": "ssf"}, 1000, 4, {"blocks": FOUR}),
+        ({"kind": "vpt_shallow"}, 1000, 12, {"length": 64}),
+        ({"kind": "vpt_shallow", "length": 5}, 1000, 12, {"length": 5}),
+        ({"kind": "vpt_deep"}, 1000, 12, {"length": 64, "blocks": list(range(12))}),
+        ({"kind": "vpt_deep", "blocks": [2, 0, 1]}, 1000, 12, {"length": 256, "blocks": [0, 1, 2]}),
+        ({"kind": "bitfit"}, 1000, 4, {"blocks": FOUR}),
+        ({"kind": "layernorm", "blocks": [2]}, 1000, 4, {"blocks": [2]}),
+        ({"kind": "batchnorm"}, 1000, 4, {"blocks": FOUR}),
+        ({"kind": "sparse"}, 1000, 4, {"ratio": 1000 / (4 * (12 * 768 + 9)), "blocks": FOUR}),
+        ({"kind": "sparse", "blocks": [3, 2]}, 1000, 4, {"ratio": 1000 / (2 * (12 * 768 + 9)), "blocks": [2, 3]}),
+        ({"kind": "sparse"}, 10**6, 4, {"ratio": 1.0, "blocks": FOUR}),
+        ({"kind": "sparse", "ratio": 0.25}, 1000, 4, {"ratio": 0.25, "blocks": FOUR}),
+        ({"kind": "full"}, 1000, 4, {"blocks": FOUR}),
+        ({"kind": "partial", "last": 4}, 1000, 4, {}),
+        ({"kind": "linear_probe"}, 1000, 4, {}),
+        ({"kind": "zero_shot"}, 1000, 4, {}),
+    ],
+)
 def test_resolve_fills_widths_and_blocks_and_nothing_else(
     given_tuner: dict[str, Any], classes: int, blocks: int, filled: dict[str, Any]
 ) -> None:
@@ -282,15 +362,62 @@ def test_a_derived_width_is_the_largest_power_of_two_that_fits(classes: int, div
 
 
 OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it belongs to
-    "seed": 1, "model": "ViT-B-16", "pretrained": "openai", "precision": "bf16", "resolution_px": 64, "compile": True,
-    "checkpointing": True, "cache_gib": 0.0, "schedule": "linear", "patch_dropout": 0.5, "start_px": 32, "decode": "reduced",
-    "bottleneck": 4, "blocks": [0], "mlp": True, "norms": True, "length": 3, "ratio": 0.5, "last": 2, "scale": 20.0, "init": "random",
-    "template": "{}", "tau": 0.5, "gamma": 1.0, "max_margin": 0.4, "beta": 0.9, "remine": 0.2, "weight": 0.2, "epochs": 6,
-    "global_batch_size": 64, "accumulate": 2, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "shuffle_mib": 1.0, "data_frac": 0.5,
-    "posthoc_tau": 1.0, "tte": True, "threshold": 0.9, "unlabelled_ratio": 3, "cutout_frac": 0.25, "lambda_u": 2.0, "lambda_1": 1.0,
-    "lambda_2": 1.0, "lambda_o": 0.2, "mu": 0.2, "ema": 0.5, "pseudo_ema": 0.5, "eta": 0.1, "lambda_s": 0.5, "similarity_tau": 1.0,
-    "members": {"a": {"seed": 1}, "b": {"seed": 3}}, "use": "a+b", "combine": "probabilities", "weights": {"a": 2.0},
-}  # fmt: skip
+    "seed": 1,
+    "model": "ViT-B-16",
+    "pretrained": "openai",
+    "precision": "bf16",
+    "resolution_px": 64,
+    "compile": True,
+    "checkpointing": True,
+    "cache_gib": 0.0,
+    "schedule": "linear",
+    "patch_dropout": 0.5,
+    "start_px": 32,
+    "decode": "reduced",
+    "bottleneck": 4,
+    "blocks": [0],
+    "mlp": True,
+    "norms": True,
+    "length": 3,
+    "ratio": 0.5,
+    "last": 2,
+    "scale": 20.0,
+    "init": "random",
+    "template": "{}",
+    "tau": 0.5,
+    "gamma": 1.0,
+    "max_margin": 0.4,
+    "beta": 0.9,
+    "remine": 0.2,
+    "weight": 0.2,
+    "epochs": 6,
+    "global_batch_size": 64,
+    "accumulate": 2,
+    "lr": 0.1,
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "shuffle_mib": 1.0,
+    "data_frac": 0.5,
+    "posthoc_tau": 1.0,
+    "tte": True,
+    "threshold": 0.9,
+    "unlabelled_ratio": 3,
+    "cutout_frac": 0.25,
+    "lambda_u": 2.0,
+    "lambda_1": 1.0,
+    "lambda_2": 1.0,
+    "lambda_o": 0.2,
+    "mu": 0.2,
+    "ema": 0.5,
+    "pseudo_ema": 0.5,
+    "eta": 0.1,
+    "lambda_s": 0.5,
+    "similarity_tau": 1.0,
+    "members": {"a": {"seed": 1}, "b": {"seed": 3}},
+    "use": "a+b",
+    "combine": "probabilities",
+    "weights": {"a": 2.0},
+}
 
 
 def one_setting_apart() -> list[dict[str, Any]]:
@@ -327,10 +454,15 @@ def test_a_digest_tells_templates_apart(template: str | list[str]) -> None:
     assert len(digests) == 3
 
 
-@pytest.mark.parametrize(("size", "workers", "advice"), [
-    (128, 6, "use 126, or 4 workers"), (128, 3, "use 129, or 2 workers"), (7, 2, "use 8, or 1 worker"),
-    (1, 4, "use 4, or 1 worker"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "workers", "advice"),
+    [
+        (128, 6, "use 126, or 4 workers"),
+        (128, 3, "use 129, or 2 workers"),
+        (7, 2, "use 8, or 1 worker"),
+        (1, 4, "use 4, or 1 worker"),
+    ],
+)
 def test_a_batch_that_cannot_be_shared_says_what_would_fit(size: int, workers: int, advice: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         check_global_batch(size, workers)

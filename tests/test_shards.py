@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lift_ray.data import reader
-from lift_ray.data.catalog import Split, open_dataset
+from lift_ray.data.convert.shards import publish, write_split
+from lift_ray.data.dataset import Split
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.shards import publish, write_split
-from lift_ray.data.store import locate
 from lift_ray.errors import BadInput
+from lift_ray.storage.store import locate
 
 CUT = open_dataset("embedded:caltech101-lt").split("train")
 ALL = RowReader(open_dataset("embedded:caltech101").split("train")).read(np.arange(6742))
@@ -222,7 +223,7 @@ def test_a_destination_that_cannot_be_written_is_bad_input(tmp_path: Path) -> No
 
 
 def test_large_images_end_a_row_group_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lift_ray.data.shards.ROW_GROUP_BYTES", 2 * max(map(len, ALL[:9])))
+    monkeypatch.setattr("lift_ray.data.convert.shards.ROW_GROUP_BYTES", 2 * max(map(len, ALL[:9])))
     split = write("memory://shards-large", 9, row_group_rows=9)
     assert len(split.shards[0].row_groups) > 1
     assert RowReader(split).read(np.arange(9)) == ALL[:9]

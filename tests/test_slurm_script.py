@@ -44,11 +44,25 @@ def slurm(tmp_path: Path) -> Callable[..., list[str]]:
     _program(tmp_path / "env/bin", "pip", note)
 
     def run(*words: str, **env: str) -> list[str]:
-        job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[7-9]", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_ON_NODE": "48",
-               "SLURM_CPUS_PER_TASK": "40", "EXPECTED_STARTS": "2",
-               "HOME": str(tmp_path), "LIFT_ENV": str(tmp_path / "env"), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}  # fmt: skip
-        done = subprocess.run(["bash", str(CLUSTERS / "slurm.sh"), *words], env=job | env, capture_output=True, text=True,
-                              timeout=30, check=False)  # fmt: skip
+        job = {
+            "SLURM_JOB_ID": "12345",
+            "SLURM_JOB_NODELIST": "node[7-9]",
+            "SLURM_JOB_NUM_NODES": "3",
+            "SLURM_CPUS_ON_NODE": "48",
+            "SLURM_CPUS_PER_TASK": "40",
+            "EXPECTED_STARTS": "2",
+            "HOME": str(tmp_path),
+            "LIFT_ENV": str(tmp_path / "env"),
+            "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+        }
+        done = subprocess.run(
+            ["bash", str(CLUSTERS / "slurm.sh"), *words],
+            env=job | env,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
         assert done.returncode == 3, done.stderr  # of the search
         assert "the-token" not in done.stdout + done.stderr
         assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o077 == 0

@@ -17,14 +17,14 @@ import pytest
 import torchvision.datasets
 from PIL import Image
 
-from lift_ray.data.catalog import open_dataset
-from lift_ray.data.folder import scan_folder
-from lift_ray.data.inat import RANKS, scan_inat
-from lift_ray.data.index import ImageIndex
-from lift_ray.data.lists import scan_list
+from lift_ray.data.convert.folder import scan_folder
+from lift_ray.data.convert.inat import RANKS, scan_inat
+from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.convert.lists import scan_list
+from lift_ray.data.convert.tables import scan_table
+from lift_ray.data.convert.torchvision_sets import SETS, scan_torchvision
+from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.tables import scan_table
-from lift_ray.data.torchvision_sets import SETS, scan_torchvision
 from lift_ray.errors import BadInput
 
 IMAGES = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.arange(12))
@@ -103,13 +103,19 @@ LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
     ({"train.txt": "a.jpg " + "1" * 5000}, "train.txt:1: must end with a label, a whole number, but got '11"),
     ({"train.txt": "a.jpg 2\n"}, "train.txt:1: the label must be 0 to 1 (2 class names), but got 2; "),
     ({"train.txt": "\n \n"}, "train.txt: must list images, but got none; "),
-    ({"train.txt": "a.jpg 0\n./a.jpg 1\n"}, "train.txt:2: an image must be listed once, but 'a.jpg' is in {0}/train.txt:1 too; "),
-    ({"train.txt": "a.jpg 0\nval/3.jpg 1\n"}, "val.txt:1: an image must be listed once, but 'val/3.jpg' is in {0}/train.txt:2 too; "),
+    (
+        {"train.txt": "a.jpg 0\n./a.jpg 1\n"},
+        "train.txt:2: an image must be listed once, but 'a.jpg' is in {0}/train.txt:1 too; ",
+    ),
+    (
+        {"train.txt": "a.jpg 0\nval/3.jpg 1\n"},
+        "val.txt:1: an image must be listed once, but 'val/3.jpg' is in {0}/train.txt:2 too; ",
+    ),
     ({"train.txt": "a.jpg 0\n"}, "photos: every class must have an image, but 'crane, bird' have none; "),
     ({"train.txt": b"\xff\xfe"}, "train.txt: must be a text file, but got "),
     ({"names.txt": "\n"}, "names.txt: must hold a class name on each line, but got none; "),
     ({"names.txt": "a\n\nb\n"}, "names.txt:2: must be a class name, but got an empty line; "),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "message"), LIST_FAULTS)

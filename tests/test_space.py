@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from lift_ray import tune
 from lift_ray.errors import BadInput
-from lift_ray.settings.checks import known_paths
-from lift_ray.settings.files import parse_overrides
+from lift_ray.settings.checks import known_paths, read_space
+from lift_ray.settings.overrides import parse_overrides
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.space import Draw, Param, SpaceFile, is_active, parents_first, read_space, seeded_draws
+from lift_ray.settings.space import Draw, Param, SpaceFile, is_active, parents_first, seeded_draws
 
 FOLDER = Path(__file__).parent.parent / "search_spaces"
 SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if "\nspace:" in path.read_text())
@@ -53,122 +53,208 @@ BROKEN = {
     "an empty space": (HEAD + "space: {}", "3 space: must have at least 1 item, but got {}; change it"),
     "a space that is a list": (HEAD + "space: [1]", "3 space: must be a mapping, but got [1]; write {key: value}"),
     "no name": (SEED.replace("name: n\n", ""), "1 name: must be given, but is missing; add it"),
-    "a name with a slash": (SEED.replace("name: n", "name: a/b"),
-                            "1 name: must match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', but got 'a/b'; change it"),
+    "a name with a slash": (
+        SEED.replace("name: n", "name: a/b"),
+        "1 name: must match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', but got 'a/b'; change it",
+    ),
     "an unknown section": (SEED + "serch: {trials: 3}", "5 serch: unknown key 'serch'; did you mean 'search'?"),
-    "a setting without a range": (param("optim.lr: {}"),
-                                  "4 space.optim.lr: must have exactly one of choices, int, float, but got none; keep one"),
+    "a setting without a range": (
+        param("optim.lr: {}"),
+        "4 space.optim.lr: must have exactly one of choices, int, float, but got none; keep one",
+    ),
     "a setting with two ranges": (
         param("optim.lr: {float: [0.1, 1], int: [1, 2]}"),
-        "4 space.optim.lr: must have exactly one of choices, int, float, but got ['int', 'float']; keep one"),
-    "a setting that is a number": (param("optim.lr: 3"), "4 space.optim.lr: must be a mapping, but got 3; write {key: value}"),
-    "an unknown word of a setting": (param("optim.lr: {float: [0.1, 1], lgo: true}"),
-                                     "4 space.optim.lr.lgo: unknown key 'lgo'; did you mean 'log'?"),
-    "bounds the wrong way": (param("optim.lr: {float: [1, 0.1]}"),
-                             "4 space.optim.lr: low <= high must hold, but got [1.0, 0.1]; swap them"),
-    "one bound": (param("optim.lr: {float: [0.1]}"), "4 space.optim.lr.float: must have at least 2 items, but got [0.1]; change it"),
-    "log from 0": (param("optim.lr: {float: [0, 1], log: true}"), "4 space.optim.lr: log needs low > 0, but got 0.0; raise it"),
-    "an endless bound": (param("optim.lr: {float: [0.1, .inf]}"),
-                         "4 space.optim.lr.float.1: must be a finite number, but got inf; change it"),
+        "4 space.optim.lr: must have exactly one of choices, int, float, but got ['int', 'float']; keep one",
+    ),
+    "a setting that is a number": (
+        param("optim.lr: 3"),
+        "4 space.optim.lr: must be a mapping, but got 3; write {key: value}",
+    ),
+    "an unknown word of a setting": (
+        param("optim.lr: {float: [0.1, 1], lgo: true}"),
+        "4 space.optim.lr.lgo: unknown key 'lgo'; did you mean 'log'?",
+    ),
+    "bounds the wrong way": (
+        param("optim.lr: {float: [1, 0.1]}"),
+        "4 space.optim.lr: low <= high must hold, but got [1.0, 0.1]; swap them",
+    ),
+    "one bound": (
+        param("optim.lr: {float: [0.1]}"),
+        "4 space.optim.lr.float: must have at least 2 items, but got [0.1]; change it",
+    ),
+    "log from 0": (
+        param("optim.lr: {float: [0, 1], log: true}"),
+        "4 space.optim.lr: log needs low > 0, but got 0.0; raise it",
+    ),
+    "an endless bound": (
+        param("optim.lr: {float: [0.1, .inf]}"),
+        "4 space.optim.lr.float.1: must be a finite number, but got inf; change it",
+    ),
     "a bound beyond the samplers": (
         param("optim.lr: {float: [0.1, 1.0e+300]}"),
-        "4 space.optim.lr: bounds must lie within -1e15 ... 1e15, but got [0.1, 1e+300]; narrow them"),
-    "log and step": (param("optim.epochs: {int: [1, 5], log: true, step: 2}"),
-                     "4 space.optim.epochs: must not have both log and step, but got both; remove one"),
-    "log with choices": (param("optim.lr: {choices: [0.1], log: true}"),
-                         "4 space.optim.lr: log and step go with int or float, but got choices; remove them"),
-    "half a step": (param("optim.epochs: {int: [1, 5], step: 0.5}"),
-                    "4 space.optim.epochs: step must be a whole number with int, but got 0.5; round it"),
+        "4 space.optim.lr: bounds must lie within -1e15 ... 1e15, but got [0.1, 1e+300]; narrow them",
+    ),
+    "log and step": (
+        param("optim.epochs: {int: [1, 5], log: true, step: 2}"),
+        "4 space.optim.epochs: must not have both log and step, but got both; remove one",
+    ),
+    "log with choices": (
+        param("optim.lr: {choices: [0.1], log: true}"),
+        "4 space.optim.lr: log and step go with int or float, but got choices; remove them",
+    ),
+    "half a step": (
+        param("optim.epochs: {int: [1, 5], step: 0.5}"),
+        "4 space.optim.epochs: step must be a whole number with int, but got 0.5; round it",
+    ),
     "a step that misses the end": (
         param("optim.lr: {float: [0.1, 1], step: 0.4}"),
-        "4 space.optim.lr: high - low must be a whole number of steps, but got [0.1, 1.0] with step 0.4; change one"),
-    "no choices": (param("optim.lr: {choices: []}"), "4 space.optim.lr.choices: must have at least 1 item, but got []; change it"),
+        "4 space.optim.lr: high - low must be a whole number of steps, but got [0.1, 1.0] with step 0.4; change one",
+    ),
+    "no choices": (
+        param("optim.lr: {choices: []}"),
+        "4 space.optim.lr.choices: must have at least 1 item, but got []; change it",
+    ),
     "a choice that is a list": (
         param("tuner.kind: {choices: [[lora]]}"),
-        "4 space.tuner.kind.choices.0: must be text, a number, true, false or null, but got ['lora']; change it"),
-    "an unknown setting": (param("optim.lrr: {float: [0.1, 1]}"),
-                           "4 space.optim.lrr: unknown setting 'optim.lrr'; did you mean 'optim.lr'?"),
-    "a section as a setting": (param("tuner: {choices: [lora]}"),
-                               "4 space.tuner: unknown setting 'tuner'; did you mean 'tuner.mlp'?"),
-    "nothing near": (param("3: {int: [1, 2]}"), f"4 space.3: unknown setting '3'; known: {LAST} and {len(known_paths()) - 8} more"),
-    "an unknown choice": (param("tuner.kind: {choices: [lora, lorra]}"),
-                          "4 space.tuner.kind: unknown value 'lorra'; did you mean 'lora'?"),
+        "4 space.tuner.kind.choices.0: must be text, a number, true, false or null, but got ['lora']; change it",
+    ),
+    "an unknown setting": (
+        param("optim.lrr: {float: [0.1, 1]}"),
+        "4 space.optim.lrr: unknown setting 'optim.lrr'; did you mean 'optim.lr'?",
+    ),
+    "a section as a setting": (
+        param("tuner: {choices: [lora]}"),
+        "4 space.tuner: unknown setting 'tuner'; did you mean 'tuner.mlp'?",
+    ),
+    "nothing near": (
+        param("3: {int: [1, 2]}"),
+        f"4 space.3: unknown setting '3'; known: {LAST} and {len(known_paths()) - 8} more",
+    ),
+    "an unknown choice": (
+        param("tuner.kind: {choices: [lora, lorra]}"),
+        "4 space.tuner.kind: unknown value 'lorra'; did you mean 'lora'?",
+    ),
     "a range that leaves the settings": (
         param("tuner.bottleneck: {int: [0, 3]}"),
-        "4 space.tuner.bottleneck: must be greater than or equal to 1, but got 0; change it"),
+        "4 space.tuner.bottleneck: must be greater than or equal to 1, but got 0; change it",
+    ),
     "a setting of other kinds without when": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck: {int: [1, 3]}",
         "5 space.tuner.bottleneck: has no effect with tuner.kind linear_probe; "
-        "add when: {tuner.kind: [the kinds it belongs to]}"),
+        "add when: {tuner.kind: [the kinds it belongs to]}",
+    ),
     "a setting that the base excludes": (
         param("tuner.bottleneck: {int: [1, 3]}") + "base: {tuner: {kind: zero_shot}}",
-        "4 space.tuner.bottleneck: has no effect with tuner.kind zero_shot; remove it"),
+        "4 space.tuner.bottleneck: has no effect with tuner.kind zero_shot; remove it",
+    ),
     "a second tuner that does not go with all that are drawn": (
         HEAD + "space:\n" + KINDS + "base: {extra_tuner: {kind: bitfit}}",
         "3 space: must change other places than tuner, but got linear_probe and bitfit: one of them trains nothing in the "
-        "tower; remove one"),
+        "tower; remove one",
+    ),
     "a second tuner that searches no kind": (
         param("extra_tuner.bottleneck: {choices: [2]}"),
-        "3 space: must name its kind, but got {'bottleneck': 2}; add `kind: ...`"),
+        "3 space: must name its kind, but got {'bottleneck': 2}; add `kind: ...`",
+    ),
     "when of an unknown setting": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck:\n    int: [1, 3]\n    when: {tuner.knid: lora}",
         "7 space.tuner.bottleneck.when.tuner.knid: `when` must name a setting of the space, but got 'tuner.knid'; "
-        "did you mean 'tuner.kind'?"),
+        "did you mean 'tuner.kind'?",
+    ),
     "when of an impossible value": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck: {int: [1, 3], when: {tuner.kind: [lora, lorra]}}",
-        "5 space.tuner.bottleneck.when.tuner.kind: tuner.kind never takes the value 'lorra'; did you mean 'lora'?"),
+        "5 space.tuner.bottleneck.when.tuner.kind: tuner.kind never takes the value 'lorra'; did you mean 'lora'?",
+    ),
     "when of a value outside a range": (
         HEAD + "space:\n  optim.epochs: {int: [1, 3]}\n  optim.lr: {float: [0.1, 1], when: {optim.epochs: 4}}",
-        "5 space.optim.lr.when.optim.epochs: optim.epochs never takes the value 4; known: 1 ... 3"),
+        "5 space.optim.lr.when.optim.epochs: optim.epochs never takes the value 4; known: 1 ... 3",
+    ),
     "when in a circle": (
-        HEAD + "space:\n  seed: {int: [1, 2], when: {loss.tau: 1}}\n  optim.lr: {float: [0.1, 1], when: {optim.epochs: 1}}\n"
+        HEAD
+        + "space:\n  seed: {int: [1, 2], when: {loss.tau: 1}}\n  optim.lr: {float: [0.1, 1], when: {optim.epochs: 1}}\n"
         "  optim.epochs: {int: [1, 2], when: {optim.lr: 0.1}}\n  loss.tau: {float: [0, 1], when: {optim.lr: 0.1}}",
-        "3 space: `when` must not go in a circle, but got optim.lr -> optim.epochs -> optim.lr; break it"),
-    "when of itself": (param("seed: {int: [1, 2], when: {seed: 1}}"),
-                       "3 space: `when` must not go in a circle, but got seed -> seed; break it"),
+        "3 space: `when` must not go in a circle, but got optim.lr -> optim.epochs -> optim.lr; break it",
+    ),
+    "when of itself": (
+        param("seed: {int: [1, 2], when: {seed: 1}}"),
+        "3 space: `when` must not go in a circle, but got seed -> seed; break it",
+    ),
     "when that is a mapping of mappings": (
         param("seed: {int: [1, 2], when: {seed: {a: 1}}}"),
-        "4 space.seed.when.seed: must be one value or a list of values, but got {'a': 1}; change it"),
+        "4 space.seed.when.seed: must be one value or a list of values, but got {'a': 1}; change it",
+    ),
     "a start point outside": (
         SEED + "start:\n  - {seed: 2}\n  - {seed: 10}",
-        "7 start.1.seed: must lie inside the space (1 ... 9), but got 10; widen the space or move the point"),
+        "7 start.1.seed: must lie inside the space (1 ... 9), but got 10; widen the space or move the point",
+    ),
     "a start point of another type": (
         SEED + "start: [{seed: 2.0}]",
-        "5 start.0.seed: must lie inside the space (1 ... 9), but got 2.0; widen the space or move the point"),
+        "5 start.0.seed: must lie inside the space (1 ... 9), but got 2.0; widen the space or move the point",
+    ),
     "a start point off the steps": (
         param("seed: {int: [1, 9], step: 4}") + "start: [{seed: 3}]",
-        "5 start.0.seed: must lie inside the space (1 ... 9), but got 3; widen the space or move the point"),
+        "5 start.0.seed: must lie inside the space (1 ... 9), but got 3; widen the space or move the point",
+    ),
     "a start point that is not searched": (
-        SEED + "start: [{sed: 2}]", "5 start.0.sed: must name a setting of the space, but got 'sed'; did you mean 'seed'?"),
+        SEED + "start: [{sed: 2}]",
+        "5 start.0.sed: must name a setting of the space, but got 'sed'; did you mean 'seed'?",
+    ),
     "a start point with an inactive setting": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck: {int: [1, 3], when: {tuner.kind: lora}}\n"
         "start:\n  - {tuner.kind: linear_probe, tuner.bottleneck: 2}",
-        "7 start.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it"),
+        "7 start.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it",
+    ),
     "an empty start point": (
-        SEED + "start: [{name: nothing}]", "5 start.0: must set at least one setting of the space, but got none; add them"),
-    "an unknown metric": (SEED + "objectives: {validation/accurcy: max}",
-                          "5 objectives.validation/accurcy: unknown metric 'validation/accurcy'; "
-                          "did you mean 'validation/accuracy'?"),
-    "tuning on test": (SEED + "objectives: {test/accuracy: max}",
-                       "5 objectives.test/accuracy: unknown metric 'test/accuracy'; did you mean 'validation/accuracy'?"),
-    "an unknown direction": (SEED + "objectives: {validation/accuracy: up}",
-                             "5 objectives.validation/accuracy: unknown value 'up'; known: max, min"),
-    "an unknown key of the base": (SEED + "base:\n  optm: {lr: 1.0}", "6 base.optm: unknown key 'optm'; did you mean 'optim'?"),
-    "a wrong value in the base": (SEED + "base:\n  optim:\n    lr: -1",
-                                  "7 base.optim.lr: must be greater than 0, but got -1; change it"),
+        SEED + "start: [{name: nothing}]",
+        "5 start.0: must set at least one setting of the space, but got none; add them",
+    ),
+    "an unknown metric": (
+        SEED + "objectives: {validation/accurcy: max}",
+        "5 objectives.validation/accurcy: unknown metric 'validation/accurcy'; did you mean 'validation/accuracy'?",
+    ),
+    "tuning on test": (
+        SEED + "objectives: {test/accuracy: max}",
+        "5 objectives.test/accuracy: unknown metric 'test/accuracy'; did you mean 'validation/accuracy'?",
+    ),
+    "an unknown direction": (
+        SEED + "objectives: {validation/accuracy: up}",
+        "5 objectives.validation/accuracy: unknown value 'up'; known: max, min",
+    ),
+    "an unknown key of the base": (
+        SEED + "base:\n  optm: {lr: 1.0}",
+        "6 base.optm: unknown key 'optm'; did you mean 'optim'?",
+    ),
+    "a wrong value in the base": (
+        SEED + "base:\n  optim:\n    lr: -1",
+        "7 base.optim.lr: must be greater than 0, but got -1; change it",
+    ),
     "a base that is a number": (SEED + "base: 3", "5 base: must be a mapping, but got 3; write {key: value}"),
-    "no trials": (SEED + "search: {trials: 0}", "5 search.trials: must be greater than or equal to 1, but got 0; change it"),
-    "an unknown sampler": (SEED + "search: {sampler: tpee}", "5 search.sampler: unknown value 'tpee'; did you mean 'tpe'?"),
-    "a scheduler by name": (SEED + "search: {scheduler: asha}",
-                            "5 search.scheduler: must be a mapping, but got 'asha'; write {kind: asha}"),
+    "no trials": (
+        SEED + "search: {trials: 0}",
+        "5 search.trials: must be greater than or equal to 1, but got 0; change it",
+    ),
+    "an unknown sampler": (
+        SEED + "search: {sampler: tpee}",
+        "5 search.sampler: unknown value 'tpee'; did you mean 'tpe'?",
+    ),
+    "a scheduler by name": (
+        SEED + "search: {scheduler: asha}",
+        "5 search.scheduler: must be a mapping, but got 'asha'; write {kind: asha}",
+    ),
     "grace beyond the end": (
         SEED + "search:\n  scheduler:\n    grace_epochs: 9",
         "7 search.scheduler.grace_epochs: must be at most the 5 epochs of a trial, but got 9; "
-        "lower it, or set search.scheduler.kind=none"),
-    "no slots": (SEED + "scale: {max_concurrent: 0}",
-                 "5 scale.max_concurrent: must be auto or a whole number of at least 1, but got 0; change it"),
-    "half a GPU": (SEED + "scale: {use_gpu: 0.5}", "5 scale.use_gpu: must be auto, true or false, but got 0.5; change it"),
-}  # fmt: skip
+        "lower it, or set search.scheduler.kind=none",
+    ),
+    "no slots": (
+        SEED + "scale: {max_concurrent: 0}",
+        "5 scale.max_concurrent: must be auto or a whole number of at least 1, but got 0; change it",
+    ),
+    "half a GPU": (
+        SEED + "scale: {use_gpu: 0.5}",
+        "5 scale.use_gpu: must be auto, true or false, but got 0.5; change it",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -204,12 +290,18 @@ def test_the_command_line_reaches_the_file(tmp_path: Path) -> None:
     assert str(caught.value) == "command line search.trials: must be greater than or equal to 1, but got 0; change it"
 
 
-@pytest.mark.parametrize(("word", "ranges"), [
-    ("space.tuner.bottleneck.int=[4, 64]", {"ints": [4, 64], "log": True}),
-    ("space.tuner.bottleneck.choices=[4, 8]", {"choices": [4, 8], "ints": None, "log": False}),
-    ("space.tuner.bottleneck={choices: [4], when: {tuner.kind: [adaptformer, lora]}}", {"choices": [4], "ints": None}),
-    ("space.tuner.bottleneck.log=false", {"ints": [2, 32], "log": False}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "ranges"),
+    [
+        ("space.tuner.bottleneck.int=[4, 64]", {"ints": [4, 64], "log": True}),
+        ("space.tuner.bottleneck.choices=[4, 8]", {"choices": [4, 8], "ints": None, "log": False}),
+        (
+            "space.tuner.bottleneck={choices: [4], when: {tuner.kind: [adaptformer, lora]}}",
+            {"choices": [4], "ints": None},
+        ),
+        ("space.tuner.bottleneck.log=false", {"ints": [2, 32], "log": False}),
+    ],
+)
 def test_the_command_line_reaches_names_with_dots(word: str, ranges: dict[str, object], tmp_path: Path) -> None:
     path = written(tmp_path, QUICKSTART)
     param = read_space(path, parse_overrides([word, "start=[]"])).space["tuner.bottleneck"]
@@ -218,8 +310,11 @@ def test_the_command_line_reaches_names_with_dots(word: str, ranges: dict[str, o
 
 
 def test_the_command_line_reaches_metrics_and_new_settings(tmp_path: Path) -> None:
-    words = ["space.optim.momentum.float=[0.5, 0.9]", "objectives={validation/few: max, trained_parameters: min}",
-             "constraints.validation/few.min=0.1"]  # fmt: skip
+    words = [
+        "space.optim.momentum.float=[0.5, 0.9]",
+        "objectives={validation/few: max, trained_parameters: min}",
+        "constraints.validation/few.min=0.1",
+    ]
     space = read_space(written(tmp_path, QUICKSTART), parse_overrides([*words, "start=[]"]))
     assert space.space["optim.momentum"].floats == [0.5, 0.9]
     assert list(space.objectives) == ["validation/few", "trained_parameters"]
@@ -284,11 +379,19 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     lines = [line.strip() for line in out.splitlines()]
     assert lines[:2] == ["looking up ViT-B-16 ...", "inat2018-vit-b16: the plan"]
     assert lines[-1] == "checked: the file is in order"
-    for piece in ("s3://my-bucket/inat2018 (remote: not opened in a dry run)", "ViT-B-16 openai in bf16",
-                  "validation/mean_class_accuracy, max", "4 ... 512 (log)   when tuner.kind is ['adaptformer', 'lora']",
-                  "24 trials, 1 given at the start, then tpe; stops early: asha", "at most 24 x 15 = 360",
-                  "about 115 with early stopping", "about 14 GPU-hours at 1000 images/s a worker (plan)",
-                  "1 x (8 CPU + 1 GPU)", "0 GPU: lacks", "1 GPU for a trial; run on a cluster (clusters/)"):  # fmt: skip
+    for piece in (
+        "s3://my-bucket/inat2018 (remote: not opened in a dry run)",
+        "ViT-B-16 openai in bf16",
+        "validation/mean_class_accuracy, max",
+        "4 ... 512 (log)   when tuner.kind is ['adaptformer', 'lora']",
+        "24 trials, 1 given at the start, then tpe; stops early: asha",
+        "at most 24 x 15 = 360",
+        "about 115 with early stopping",
+        "about 14 GPU-hours at 1000 images/s a worker (plan)",
+        "1 x (8 CPU + 1 GPU)",
+        "0 GPU: lacks",
+        "1 GPU for a trial; run on a cluster (clusters/)",
+    ):
         assert piece in out
     assert list(tmp_path.iterdir()) == []
 
@@ -302,15 +405,52 @@ def test_a_misspelt_key_exits_with_2_and_one_line(tmp_path: Path) -> None:
     assert done.stderr == f"{path}:5 objectivs: unknown key 'objectivs'; did you mean 'objectives'?\n"
 
 
-WORDS = ["tuner.kind", "tuner.bottleneck", "loss.tau", "lora", "choices", "int", "float", "log", "step", "when", "start", "space",
-         "base", "true", "null", "0", "-1", "0.5", "1.0e+400", "99999999999999999999", "[", "]", "{", "}", ": ", ", ", "\n", "  ",
-         "- ", "<<: ", "''", "kind", "name"]  # fmt: skip
-TOKENS = [token for line in QUICKSTART.splitlines(keepends=True) if not line.startswith("#")
-          for token in line.replace(" ", " \0").replace(":", ":\0").replace("[", "[\0").split("\0")]  # fmt: skip
+WORDS = [
+    "tuner.kind",
+    "tuner.bottleneck",
+    "loss.tau",
+    "lora",
+    "choices",
+    "int",
+    "float",
+    "log",
+    "step",
+    "when",
+    "start",
+    "space",
+    "base",
+    "true",
+    "null",
+    "0",
+    "-1",
+    "0.5",
+    "1.0e+400",
+    "99999999999999999999",
+    "[",
+    "]",
+    "{",
+    "}",
+    ": ",
+    ", ",
+    "\n",
+    "  ",
+    "- ",
+    "<<: ",
+    "''",
+    "kind",
+    "name",
+]
+TOKENS = [
+    token
+    for line in QUICKSTART.splitlines(keepends=True)
+    if not line.startswith("#")
+    for token in line.replace(" ", " \0").replace(":", ":\0").replace("[", "[\0").split("\0")
+]
 CHANGES = st.lists(
     st.tuples(st.integers(0, len(TOKENS)), st.integers(0, 3), st.lists(st.sampled_from(WORDS + TOKENS), max_size=2)),
-    min_size=1, max_size=3,
-)  # fmt: skip
+    min_size=1,
+    max_size=3,
+)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

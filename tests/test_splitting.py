@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lift_ray.data.index import FilesIn, ImageIndex
-from lift_ray.data.splitting import Division, divide, stratified_split
+from lift_ray.data.convert.index import FilesIn, ImageIndex
+from lift_ray.data.convert.splitting import Division, divide, stratified_split
 from lift_ray.errors import BadInput
 
 FRACS = st.tuples(st.floats(0, 0.9), st.floats(0, 0.9)).filter(lambda pair: sum(pair) < 1)
@@ -124,7 +124,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"labelled": 5, "unlabelled": 6, "gamma_l": 2.0},
         "photos: class 'class 0' must have 11 training images (5 labelled and 6 further), but got 9; give smaller numbers",
     ),
-    ({"labelled": 5, "unlabelled": 1, "gamma_l": 0.5}, "gamma-l: must be at least 1, but got 0.5; give a larger number"),
+    (
+        {"labelled": 5, "unlabelled": 1, "gamma_l": 0.5},
+        "gamma-l: must be at least 1, but got 0.5; give a larger number",
+    ),
     (
         {"validation_frac": 0.6, "test_frac": 0.5},
         "test-frac: must leave images to train on, but got 0.5; give a smaller part",
@@ -133,7 +136,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"test_frac": 1.0},
         "test-frac: must be at least 0 and below 1, but got 1; give 0.1, for instance",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)

@@ -13,20 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lift_ray.data import stream
+from lift_ray.data import batches as data_batches
+from lift_ray.data import order
 from lift_ray.data.augment import evaluation_picture
-from lift_ray.data.catalog import Shard, Split, open_dataset
+from lift_ray.data.batches import Batch, evaluation_batches, training_batches
+from lift_ray.data.convert.shards import publish, write_split
+from lift_ray.data.dataset import Shard, Split
+from lift_ray.data.open import open_dataset
+from lift_ray.data.order import epoch_order, share_of_batch, steps_per_epoch, stretch
 from lift_ray.data.reader import RowReader
-from lift_ray.data.shards import publish, write_split
-from lift_ray.data.stream import (
-    Batch,
-    epoch_order,
-    evaluation_batches,
-    share_of_batch,
-    steps_per_epoch,
-    stretch,
-    training_batches,
-)
 from lift_ray.errors import BadInput
 
 CUT = open_dataset("embedded:caltech101-lt").split("train")
@@ -38,14 +33,38 @@ def small(small_data: str) -> Split:
     return open_dataset(small_data).split("train")
 
 
-def train(split: Split, *, size_px: int = 16, batch: int = 16, seed: int = 0, epoch: int = 0, start_step: int = 0,
-          rank: int = 0, world_size: int = 1, num_threads: int = 1, patch_dropout: float = 0.0) -> list[Batch]:  # fmt: skip
+def train(
+    split: Split,
+    *,
+    size_px: int = 16,
+    batch: int = 16,
+    seed: int = 0,
+    epoch: int = 0,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_threads: int = 1,
+    patch_dropout: float = 0.0,
+) -> list[Batch]:
     with RowReader(split) as reader:
-        return list(training_batches(
-            reader, split, size_px=size_px, global_batch_size=batch, seed=seed, epoch=epoch, epochs=4, schedule="convex",
-            num_patches=9, patch_dropout=patch_dropout, start_step=start_step, rank=rank, world_size=world_size,
-            num_threads=num_threads,
-        ))  # fmt: skip
+        return list(
+            training_batches(
+                reader,
+                split,
+                size_px=size_px,
+                global_batch_size=batch,
+                seed=seed,
+                epoch=epoch,
+                epochs=4,
+                schedule="convex",
+                num_patches=9,
+                patch_dropout=patch_dropout,
+                start_step=start_step,
+                rank=rank,
+                world_size=world_size,
+                num_threads=num_threads,
+            )
+        )
 
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
@@ -65,8 +84,10 @@ def made_up(row_groups: list[list[int]], keep: list[bool]) -> Split:
 @settings(max_examples=100, deadline=None)
 @given(
     row_groups=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=4),
-    keep=st.lists(st.booleans(), min_size=1, max_size=7), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 99),
-)  # fmt: skip
+    keep=st.lists(st.booleans(), min_size=1, max_size=7),
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, 99),
+)
 def test_an_epoch_is_a_permutation(row_groups: list[list[int]], keep: list[bool], seed: int, epoch: int) -> None:
     split = made_up(row_groups, keep)
     assert sorted(epoch_order(split, seed, epoch)) == list(range(split.num_samples))
@@ -81,7 +102,7 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
 
 
 def test_an_epoch_reads_one_row_group_after_another_within_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "SHUFFLE_SAMPLES", 100)
+    monkeypatch.setattr(order, "SHUFFLE_SAMPLES", 100)
     split = made_up([[20] * 60, [20] * 40], [True])
     groups = epoch_order(split, 3, 0) // 20
     read_in_order = np.unique(groups, return_index=True)
@@ -97,8 +118,8 @@ def test_an_epoch_reads_one_row_group_after_another_within_the_buffer(monkeypatc
 def test_the_shuffle_looks_at_fewer_samples_when_they_are_large() -> None:
     shards = (Shard("train-0", (100, 100), (100 * 400_000, 100 * 600_000)),)
     split = Split("train", shards, np.zeros(200, np.int64), np.arange(200))
-    assert stream.shuffle_buffer(split) == 192 * 2**20 // 500_000
-    assert stream.shuffle_buffer(made_up([[20]], [True])) == stream.SHUFFLE_SAMPLES
+    assert order.shuffle_buffer(split) == 192 * 2**20 // 500_000
+    assert order.shuffle_buffer(made_up([[20]], [True])) == order.SHUFFLE_SAMPLES
 
 
 def test_an_epoch_mixes_classes_and_differs_from_storage() -> None:
@@ -157,17 +178,18 @@ def test_threads_change_nothing(small: Split, num_threads: int) -> None:
 
 def test_the_pictures_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     makers: list[str] = []
-    plain = stream.training_picture
+    plain = data_batches.training_picture
 
     def noted(*args: Any, **options: Any) -> Any:
         makers.append(threading.current_thread().name)
         time.sleep(0.002)
         return plain(*args, **options)
 
-    monkeypatch.setattr(stream, "training_picture", noted)
+    monkeypatch.setattr(data_batches, "training_picture", noted)
     with RowReader(small) as reader:
-        batches = stream.training_batches(reader, small, size_px=24, global_batch_size=96, seed=0, epoch=0, epochs=2,
-                                          schedule="convex", num_threads=3)  # fmt: skip
+        batches = training_batches(
+            reader, small, size_px=24, global_batch_size=96, seed=0, epoch=0, epochs=2, schedule="convex", num_threads=3
+        )
         assert len(next(batches).labels) == 96
     assert len({name for name in makers if name.startswith("lift-decode")}) == 3
 
@@ -209,13 +231,25 @@ class NoFiles:
 def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int, share: int, world_size: int) -> None:
     split, batch = made_up([[samples]], [True]), share * world_size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "training_picture", lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
+        patch.setattr(data_batches, "training_picture", lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
         sizes = {
-            tuple(len(part.labels) for part in training_batches(
-                NoFiles(), split, size_px=1, global_batch_size=batch, seed=0, epoch=0, epochs=1, schedule="min",  # type: ignore[arg-type]
-                rank=rank, world_size=world_size,
-            )) for rank in range(world_size)
-        }  # fmt: skip
+            tuple(
+                len(part.labels)
+                for part in training_batches(
+                    NoFiles(),
+                    split,
+                    size_px=1,
+                    global_batch_size=batch,
+                    seed=0,
+                    epoch=0,
+                    epochs=1,
+                    schedule="min",  # type: ignore[arg-type]
+                    rank=rank,
+                    world_size=world_size,
+                )
+            )
+            for rank in range(world_size)
+        }
     assert sizes == {(share,) * (samples // batch)}
     assert steps_per_epoch(split, batch) == samples // batch
 
@@ -227,8 +261,11 @@ def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: i
     labels = torch.full((test.num_samples,), -1)
     with RowReader(test) as reader:
         for rank in range(world_size):
-            parts = list(evaluation_batches(reader, test, size_px=16, batch_size=25, rank=rank, world_size=world_size,
-                                            num_threads=2))  # fmt: skip
+            parts = list(
+                evaluation_batches(
+                    reader, test, size_px=16, batch_size=25, rank=rank, world_size=world_size, num_threads=2
+                )
+            )
             mine = stretch(test.num_samples, rank, world_size)
             images[mine] = torch.cat([part.images for part in parts])
             labels[mine] = torch.cat([part.labels for part in parts])
@@ -241,8 +278,10 @@ def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: i
 def test_more_ranks_than_samples_leave_some_without_work(small: Split) -> None:
     few = Split("test", small.shards, small.labels[:2], small.rows[:2])
     with RowReader(few) as reader:
-        sizes = [sum(len(b.labels) for b in evaluation_batches(reader, few, size_px=16, rank=rank, world_size=3))
-                 for rank in range(3)]  # fmt: skip
+        sizes = [
+            sum(len(b.labels) for b in evaluation_batches(reader, few, size_px=16, rank=rank, world_size=3))
+            for rank in range(3)
+        ]
     assert sorted(sizes) == [0, 1, 1]
 
 
@@ -253,11 +292,11 @@ def test_batches_are_made_only_a_few_ahead() -> None:
         asked.append(step)
         return Batch(torch.zeros(1), torch.tensor([step]))
 
-    batches = stream._ahead(make, range(100), 2)
+    batches = data_batches._ahead(make, range(100), 2)
     assert [int(next(batches).labels) for _ in range(3)] == [0, 1, 2]
     batches.close()  # type: ignore[attr-defined]
-    assert len(asked) <= 3 + stream.AHEAD + 2
-    assert [int(batch.labels) for batch in stream._ahead(make, range(20), 4)] == list(range(20))
+    assert len(asked) <= 3 + data_batches.AHEAD + 2
+    assert [int(batch.labels) for batch in data_batches._ahead(make, range(20), 4)] == list(range(20))
 
 
 def test_a_broken_image_is_one_line_that_names_row_and_split(tmp_path: Path, small: Split) -> None:

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lift_ray.data import tables
-from lift_ray.data.catalog import EMBEDDED, open_dataset
-from lift_ray.data.index import ImageIndex
+from lift_ray.data.convert import tables
+from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.convert.tables import scan_table
+from lift_ray.data.open import EMBEDDED, open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.data.tables import scan_table
 from lift_ray.errors import BadInput
 
 IMAGES = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.arange(12))
@@ -85,20 +85,48 @@ NAMES = {"class_names": "{0}/names.txt"}
 CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
     ("", {}, ": the image column must be plain, but got the columns none; pass --image-column"),
     ("id,label\n", {}, ": the image column must be plain, but got the columns id, label; pass --image-column"),
-    ("image,label,class\n", {}, ": the label column must be plain, but got the columns image, label, class; pass --label-column"),
-    ("image,label\n", {"label_column": "lable"}, ": must have the column 'lable', but it has none; did you mean 'label'?"),
+    (
+        "image,label,class\n",
+        {},
+        ": the label column must be plain, but got the columns image, label, class; pass --label-column",
+    ),
+    (
+        "image,label\n",
+        {"label_column": "lable"},
+        ": must have the column 'lable', but it has none; did you mean 'label'?",
+    ),
     ("image,label\n", {}, ": must hold images, but got no row; check the file"),
     ("image,label\na,b,c\n", {}, ":2: must have 2 cells, as the header, but got 3; mend it"),
-    ("image,label\na,b\n ,b\n", {}, ":3: must have a cell in the column 'image', but got none; fill it or remove the row"),
-    ('image,label\n"a\nb",b\nc,\n', {}, ":4: must have a cell in the column 'label', but got none; fill it or remove the row"),
-    ("image,label,split\na,b,train\nc,b,eval\n", {}, ":3: the split must be train, val or test, but got 'eval'; rename it"),
+    (
+        "image,label\na,b\n ,b\n",
+        {},
+        ":3: must have a cell in the column 'image', but got none; fill it or remove the row",
+    ),
+    (
+        'image,label\n"a\nb",b\nc,\n',
+        {},
+        ":4: must have a cell in the column 'label', but got none; fill it or remove the row",
+    ),
+    (
+        "image,label,split\na,b,train\nc,b,eval\n",
+        {},
+        ":3: the split must be train, val or test, but got 'eval'; rename it",
+    ),
     ("image,label\na,b\na,b\n", {}, ":3: an image must be listed once, but 'a' is in {0}/t.csv:2 too; remove one"),
-    ("image,label\na,0\nb,1\n", {}, ": labels that are numbers must come with names, but got none; pass --class-names FILE"),
+    (
+        "image,label\na,0\nb,1\n",
+        {},
+        ": labels that are numbers must come with names, but got none; pass --class-names FILE",
+    ),
     ("image,label\na,0\nb,2\n", NAMES, ":3: the label must be 0 to 1, but got '2'; check the 2 class names"),
     ("image,label\na,x\n", NAMES, ":2: the label must be a class name, but got 'x'; check the 2 class names"),
-    ("image,label,split\na,x,train\nb,y,val\n", {}, ": every class must have an image, but 'y' have none; add images or remove them"),
+    (
+        "image,label,split\na,x,train\nb,y,val\n",
+        {},
+        ": every class must have an image, but 'y' have none; add images or remove them",
+    ),
     ('image,label\n"a,b\n', {}, ": must be CSV with a header, but got 'unexpected end of data'; check the file"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "options", "message"), CSV_FAULTS)

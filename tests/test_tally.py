@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lift_ray.results.tally import NUM_BINS, Tally
+from lift_ray.evaluation.accumulator import NUM_BINS, Tally
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 CPU = torch.device("cpu")
@@ -96,9 +96,18 @@ def test_what_is_summed_over_ranks_is_counted_exactly() -> None:
     assert float(loss) == pytest.approx(2 * math.log(3))
 
 
-@pytest.mark.parametrize(("confidence", "place"), [
-    (0.34, 5), (0.5, 7), (0.599, 8), (0.601, 9), (0.93, 13), (0.94, 14), (1 - 1e-7, 14),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("confidence", "place"),
+    [
+        (0.34, 5),
+        (0.5, 7),
+        (0.599, 8),
+        (0.601, 9),
+        (0.93, 13),
+        (0.94, 14),
+        (1 - 1e-7, 14),
+    ],
+)
 def test_confidence_goes_to_one_of_15_equal_bins(confidence: float, place: int) -> None:
     _, bins, _ = tally(4, (of_confidence(confidence, 4), torch.tensor([0]))).tensors()
     assert bins[0].nonzero().flatten().tolist() == [place]

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import ResPostBlock
 from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import check_tuner, load_backbone
-from lift_ray.model.classifier import CosineHead, random_weights
+from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.loading import quick_gelu, rebuild
 from lift_ray.model.resnet import FrozenStatistics, ResNetTower, SsfConv
 from lift_ray.model.tower import Tower
@@ -29,8 +29,14 @@ TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers"
 RESNET = {"image_size": 64, "layers": [1, 2, 1, 2], "width": 8, "head_width": 64, "patch_size": None}
 ALL = list(range(6))
 LABELS = torch.arange(4) % 3
-FITTING = {"bitfit": {"blocks": ALL}, "batchnorm": {"blocks": ALL}, "full": {"blocks": ALL}, "partial": {"blocks": [4, 5]},
-           "ssf": {"blocks": [1, 3, 5]}, "linear_probe": {}}  # fmt: skip
+FITTING = {
+    "bitfit": {"blocks": ALL},
+    "batchnorm": {"blocks": ALL},
+    "full": {"blocks": ALL},
+    "partial": {"blocks": [4, 5]},
+    "ssf": {"blocks": [1, 3, 5]},
+    "linear_probe": {},
+}
 
 
 def images(size_px: int, number: int = 4) -> torch.Tensor:
@@ -68,10 +74,19 @@ def resnet() -> ResNetTower:
     return rebuild(resnet_clip().visual)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"init_values": 0.3}, {"pre_norm": True, "norm_layer": torch.nn.LayerNorm}, {"act_layer": "quick_gelu"},
-    {"act_layer": "gelu", "num_heads": 4}, {"dynamic_img_size": False, "num_classes": 0}, {"depth": 1, "mlp_ratio": 2},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"init_values": 0.3},
+        {"pre_norm": True, "norm_layer": torch.nn.LayerNorm},
+        {"act_layer": "quick_gelu"},
+        {"act_layer": "gelu", "num_heads": 4},
+        {"dynamic_img_size": False, "num_classes": 0},
+        {"depth": 1, "mlp_ratio": 2},
+    ],
+    ids=str,
+)
 @torch.inference_mode()
 def test_a_tower_from_timm_equals_timms_class_token(options: dict[str, Any]) -> None:
     vit = vit_of(**options)
@@ -82,12 +97,30 @@ def test_a_tower_from_timm_equals_timms_class_token(options: dict[str, Any]) -> 
     assert not any(parameter.requires_grad for parameter in tower.parameters())
 
 
-@pytest.mark.parametrize("options", [
-    {"reg_tokens": 2}, {"global_pool": "avg", "fc_norm": False}, {"global_pool": "map"}, {"qk_norm": True}, {"scale_mlp_norm": True},
-    {"mlp_layer": SwiGLU}, {"norm_layer": "rmsnorm"}, {"act_layer": "gelu_tanh"}, {"act_layer": "relu"},
-    {"no_embed_class": True}, {"img_size": (16, 64)}, {"qkv_bias": False}, {"fc_norm": True}, {"final_norm": False},
-    {"block_fn": ResPostBlock}, {"attn_layer": "diff"}, {"pos_embed": "none"}, {"embed_norm_layer": "layernorm"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reg_tokens": 2},
+        {"global_pool": "avg", "fc_norm": False},
+        {"global_pool": "map"},
+        {"qk_norm": True},
+        {"scale_mlp_norm": True},
+        {"mlp_layer": SwiGLU},
+        {"norm_layer": "rmsnorm"},
+        {"act_layer": "gelu_tanh"},
+        {"act_layer": "relu"},
+        {"no_embed_class": True},
+        {"img_size": (16, 64)},
+        {"qkv_bias": False},
+        {"fc_norm": True},
+        {"final_norm": False},
+        {"block_fn": ResPostBlock},
+        {"attn_layer": "diff"},
+        {"pos_embed": "none"},
+        {"embed_norm_layer": "layernorm"},
+    ],
+    ids=str,
+)
 def test_a_vision_transformer_of_timm_of_another_make_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as caught:
         rebuild(vit_of(**options), "timm:test_vit")
@@ -127,11 +160,16 @@ def test_without_a_file_timm_is_asked_for_its_own_weights(monkeypatch: pytest.Mo
     assert asked == [("test_vit.r160_in1k", {"pretrained": True})]  # another num_classes would make timm's loading lax
 
 
-@pytest.mark.parametrize(("change", "found"), [
-    ({"cls_token": None}, "without cls_token"), ({"mask_token": 1}, "with mask_token"),
-    ({"norm.weight": 5}, "with another shape of norm.weight"), ({"pos_embed": 7}, "with another shape of pos_embed"),
-    ({"norm.bias": None, "z": 1}, "without norm.bias and with z"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"cls_token": None}, "without cls_token"),
+        ({"mask_token": 1}, "with mask_token"),
+        ({"norm.weight": 5}, "with another shape of norm.weight"),
+        ({"pos_embed": 7}, "with another shape of pos_embed"),
+        ({"norm.bias": None, "z": 1}, "without norm.bias and with z"),
+    ],
+)
 def test_a_file_of_another_model_is_one_line(change: dict[str, int | None], found: str, tmp_path: Path) -> None:
     state, path = vit_of(depth=6).state_dict(), tmp_path / "weights.safetensors"
     state |= {name: torch.zeros(1, size or 0, 64) for name, size in change.items()}
@@ -159,14 +197,24 @@ def test_a_file_that_would_be_unpickled_or_is_not_there_is_refused(tmp_path: Pat
         load_backbone("timm:test_vit", str(tmp_path / "weights.safetensors"))
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    ("timm:vit_base_patch16_242", "backbone.model: unknown model 'timm:vit_base_patch16_242'; "
-                                  "did you mean 'vit_base_patch16_224'?"),
-    ("timm:vit_base_patch16_224.augrec_in21k", "backbone.model: unknown model 'timm:vit_base_patch16_224.augrec_in21k'; "
-                                               "did you mean 'vit_base_patch16_224.augreg_in21k'?"),
-    ("timm:hf-hub:vit_tiny_patch16_224", "backbone.model: unknown model 'timm:hf-hub:vit_tiny_patch16_224'; "
-                                         "did you mean 'vit_tiny_patch16_224'?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "timm:vit_base_patch16_242",
+            "backbone.model: unknown model 'timm:vit_base_patch16_242'; did you mean 'vit_base_patch16_224'?",
+        ),
+        (
+            "timm:vit_base_patch16_224.augrec_in21k",
+            "backbone.model: unknown model 'timm:vit_base_patch16_224.augrec_in21k'; "
+            "did you mean 'vit_base_patch16_224.augreg_in21k'?",
+        ),
+        (
+            "timm:hf-hub:vit_tiny_patch16_224",
+            "backbone.model: unknown model 'timm:hf-hub:vit_tiny_patch16_224'; did you mean 'vit_tiny_patch16_224'?",
+        ),
+    ],
+)
 def test_a_name_that_timm_does_not_know_is_one_line(model: str, message: str) -> None:
     with pytest.raises(BadInput) as caught:
         load_backbone(model, None)
@@ -223,8 +271,12 @@ def trained_names(tower: ResNetTower, kind: str) -> set[str]:
         return set()
     if kind == "ssf":
         convolutions = {1: 4, 3: 4, 5: 3}  # the last block of a stage has no shortcut of its own
-        return {f"tuner.ssf.{block}.after.{i}.{part}" for block, number in convolutions.items() for i in range(number)
-                for part in ("scale", "shift")}  # fmt: skip
+        return {
+            f"tuner.ssf.{block}.after.{i}.{part}"
+            for block, number in convolutions.items()
+            for i in range(number)
+            for part in ("scale", "shift")
+        }
     kept = {
         "full": lambda name: True,
         "partial": lambda name: name.split(".")[1] in "45",

@@ -13,12 +13,12 @@ import pytest
 from test_live import SPACE
 
 from lift_ray import train, tune
-from lift_ray.distributed import messages
-from lift_ray.distributed.messages import Began, EpochDone, Failed
-from lift_ray.distributed.progress import read_metrics
-from lift_ray.distributed.tracking import SERVICES, Tracked, followed, trackers
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.results.rows import TrialRow
+from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.tracking.services import SERVICES, Tracked, followed, trackers
+from lift_ray.training import events
+from lift_ray.training.events import Began, EpochDone, Failed
+from lift_ray.training.progress import read_metrics
 
 
 def trial(state: str = "running") -> TrialRow:
@@ -100,7 +100,7 @@ def test_a_run_is_told_once_of_each_epoch_though_it_is_taken_up_again() -> None:
             EpochDone(second, ""),
         ):
             tell(message)
-        tell(messages.Tested({"epoch": 2, "test/accuracy": 0.3}))
+        tell(events.Tested({"epoch": 2, "test/accuracy": 0.3}))
     told = [(1, {"validation/accuracy": 0.1}), (2, {"validation/accuracy": 0.2}), (2, {"test/accuracy": 0.3})]
     assert service.told == [("mine", {"tuner.kind": "lora", "seed": 0}), *told, "finished"]
     for error, state in ((KeyboardInterrupt(), "stopped"), (RunFailed("diverged"), "failed")):
@@ -219,11 +219,14 @@ def offline_run(path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("service", "message"), [
-    ("mlfow", "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
-    ("mlflow", "--log-to mlflow: needs the package mlflow, but it is not installed; pip install mlflow"),
-    ("wandb", "--log-to wandb: needs the package wandb, but it is not installed; pip install wandb"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("service", "message"),
+    [
+        ("mlfow", "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
+        ("mlflow", "--log-to mlflow: needs the package mlflow, but it is not installed; pip install mlflow"),
+        ("wandb", "--log-to wandb: needs the package wandb, but it is not installed; pip install wandb"),
+    ],
+)
 def test_a_service_that_is_not_there_is_said_before_anything_starts(
     service: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

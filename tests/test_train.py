@@ -23,10 +23,10 @@ from pyarrow import fs
 from safetensors.torch import load_file
 
 from lift_ray import evaluate, train
-from lift_ray.distributed import checkpoint, loop
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.results.output import Output
-from lift_ray.settings.files import read_run
+from lift_ray.settings.run_file import read_run
+from lift_ray.storage.output import Output
+from lift_ray.training import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 EPOCHS = 3
@@ -71,8 +71,10 @@ def test_a_run_keeps_its_last_two_checkpoints_the_best_its_figures_and_tensorboa
     assert "test/accuracy" in lines[-1]
     best = 1 + max(range(EPOCHS), key=lambda i: lines[i]["validation/mean_class_accuracy"])
     assert {path.name for path in (alone / "checkpoints").iterdir()} == {
-        "epoch-0002", "epoch-0003", f"epoch-{best:04d}"
-    }  # fmt: skip
+        "epoch-0002",
+        "epoch-0003",
+        f"epoch-{best:04d}",
+    }
     (events,) = (alone / "tensorboard").iterdir()
     assert b"validation/mean_class_accuracy" in events.read_bytes()
 
@@ -155,9 +157,13 @@ def bucket() -> Iterator[tuple[str, list[ThreadedMotoServer]]]:
 
 
 def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_there(
-    bucket: tuple[str, list[ThreadedMotoServer]], run_file: Path, tmp_path: Path, alone: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    bucket: tuple[str, list[ThreadedMotoServer]],
+    run_file: Path,
+    tmp_path: Path,
+    alone: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     url, servers = bucket[0].format("run"), bucket[1]
     port = servers[0].get_host_and_port()[1]
     down: list[float] = []
@@ -200,7 +206,7 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
 
 
 def test_storage_that_stays_away_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("lift_ray.results.output.PATIENCE_S", 0.5)
+    monkeypatch.setattr("lift_ray.storage.output.PATIENCE_S", 0.5)
     output = Output("s3://runs/x?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1")
     (output.folder / "run.yaml").write_text("name: x")
     with pytest.raises(RunFailed) as caught:

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from test_run import free_port
 
 from lift_ray import train
-from lift_ray.distributed.ranks import Ranks, join_group
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.warm import Warm
-from lift_ray.settings.files import read_run
+from lift_ray.methods.world import Ranks, join_group
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run_file import read_run
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 pytestmark = pytest.mark.cluster
 EPOCHS, STEPS = 14, 24
@@ -94,9 +94,12 @@ def training(
 ) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "lift_ray.train", str(run_file), "--out", str(out), "--workers", "2", *words]
     process = subprocess.Popen(
-        command, stdout=stdout, stderr=subprocess.STDOUT, text=True,
+        command,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        text=True,
         env=os.environ | {"RAY_ADDRESS": cluster.address} | environment,
-    )  # fmt: skip
+    )
     try:
         yield process
     finally:
@@ -160,8 +163,9 @@ def killed(cluster: Cluster, run_file: Path, tmp_path_factory: pytest.TempPathFa
         took_s = time.monotonic() - told
     assert process.returncode == 1
     assert output.splitlines()[-1].split("; ", 1) == [
-        f"{out}: stopped by SIGTERM", f"the last checkpoint is {newest(out)}; go on with --resume"
-    ]  # fmt: skip
+        f"{out}: stopped by SIGTERM",
+        f"the last checkpoint is {newest(out)}; go on with --resume",
+    ]
     assert "-step-" in newest(out)
     assert took_s < 30
     with training(cluster, run_file, out, "--resume", "--checkpoint-steps", "5") as process:

@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from lift_ray import evaluate, train, tune
 from lift_ray.errors import BadInput
-from lift_ray.settings.files import read_run
+from lift_ray.settings.run_file import read_run
 
 TRIALS = 8
 
@@ -181,28 +181,31 @@ def test_a_trial_that_fits_no_node_is_said_before_anything_starts(
     assert not list(tmp_path.glob("out/trials*"))
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (
-        ["base.optim.global_batch_size=15", "scale.workers_per_trial=2"],
-        "command line base.optim.global_batch_size: must be divisible by 2 workers, but got 15; use 16, or 1 worker",
-    ),
-    (
-        ["dataset=embedded:caltech102"],
-        "embedded:caltech102: must name data in the package, but got 'caltech102'; did you mean 'caltech101'?",
-    ),
-    (
-        ["search.trails=4"],
-        "command line search.trails: unknown key 'trails'; did you mean 'trials'?",
-    ),
-    (
-        ["serch.trials=4"],
-        "command line serch.trials: unknown key 'serch'; did you mean 'search'?",
-    ),
-    (
-        ["trials"],
-        "command line: settings must be written key=value, but got 'trials'; for example loss.tau=0.5",
-    ),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["base.optim.global_batch_size=15", "scale.workers_per_trial=2"],
+            "command line base.optim.global_batch_size: must be divisible by 2 workers, but got 15; use 16, or 1 worker",
+        ),
+        (
+            ["dataset=embedded:caltech102"],
+            "embedded:caltech102: must name data in the package, but got 'caltech102'; did you mean 'caltech101'?",
+        ),
+        (
+            ["search.trails=4"],
+            "command line search.trails: unknown key 'trails'; did you mean 'trials'?",
+        ),
+        (
+            ["serch.trials=4"],
+            "command line serch.trials: unknown key 'serch'; did you mean 'search'?",
+        ),
+        (
+            ["trials"],
+            "command line: settings must be written key=value, but got 'trials'; for example loss.tau=0.5",
+        ),
+    ],
+)
 def test_bad_input_is_found_without_ray(words: list[str], message: str, space_file: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         tune.main([str(space_file), *words, "--out", str(tmp_path / "out")])

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lift_ray.methods.lift import Lift, make_optimizer
-from lift_ray.model.classifier import CosineHead, random_weights
+from lift_ray.methods.lift import Lift
+from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.tower import Tower
 from lift_ray.settings.run import Optim
+from lift_ray.training.run import make_optimizer
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 WIDTH, BLOCKS, CLASSES, PATCH_PX = 32, 3, 5, 8
@@ -61,21 +62,30 @@ NUMBERS: dict[str, Callable[[int, int, int], int]] = {
     "vpt_deep": lambda d, r, p: p * d,
     "bitfit": lambda d, r, p: (2 + 3 + 1 + 4 + 1) * d,
     "layernorm": lambda d, r, p: 4 * d,
-    "sparse": lambda d, r, p: sum(
-        round(RATIO * a * b * d * d) + round(RATIO * a * d) for a, b in LINEARS.values()),
+    "sparse": lambda d, r, p: sum(round(RATIO * a * b * d * d) + round(RATIO * a * d) for a, b in LINEARS.values()),
     "full": lambda d, r, p: 12 * d * d + 9 * d + 4 * d,
     "partial": lambda d, r, p: 12 * d * d + 9 * d + 4 * d,
     "linear_probe": lambda d, r, p: 0,
     "zero_shot": lambda d, r, p: 0,
-}  # fmt: skip
+}
 
 
 def new_tower(checkpointing: bool = False) -> Tower:
     torch.manual_seed(0)
-    tower = Tower(
-        width=WIDTH, num_blocks=BLOCKS, num_heads=2, hidden=4 * WIDTH, patch_px=PATCH_PX, resolution_px=16,
-        activation=torch.nn.functional.gelu, checkpointing=checkpointing,
-    ).eval().requires_grad_(False)  # fmt: skip
+    tower = (
+        Tower(
+            width=WIDTH,
+            num_blocks=BLOCKS,
+            num_heads=2,
+            hidden=4 * WIDTH,
+            patch_px=PATCH_PX,
+            resolution_px=16,
+            activation=torch.nn.functional.gelu,
+            checkpointing=checkpointing,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     with torch.no_grad():
         for parameter in tower.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -53,15 +53,27 @@ def test_every_block_runs_and_prints_what_stands_below_it(tmp_path: Path) -> Non
         port = str(probe.getsockname()[1])
     found = steps((PROJECT / "docs" / "tutorial.md").read_text().replace("8000", port))
     assert {verb for commands, _ in found for verb in re.findall(r"lift_ray\.(\w+) ", commands)} >= {
-        "convert", "tune", "report", "train", "evaluate", "predict", "export", "serve"
-    }  # fmt: skip
+        "convert",
+        "tune",
+        "report",
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "serve",
+    }
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for commands, promised in found:
         process = subprocess.Popen(
-            ["bash", "-e", "-c", commands], cwd=tmp_path, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["bash", "-e", "-c", commands],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         try:
             printed, _ = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:

@@ -16,18 +16,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from lift_ray import evaluate
-from lift_ray.distributed.evaluation import evaluate_checkpoint
-from lift_ray.distributed.ranks import Ranks, join_group
-from lift_ray.distributed.run import Run
-from lift_ray.distributed.trial import Trial
-from lift_ray.distributed.warm import Warm
 from lift_ray.errors import BadInput
+from lift_ray.inference.evaluate import evaluate_checkpoint
 from lift_ray.methods.half_labelled import UlfineObjective
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.ulfine import FusedHead, orthogonality
-from lift_ray.model.classifier import CosineHead
-from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.methods.world import Ranks, join_group
+from lift_ray.model.heads import CosineHead
+from lift_ray.search.trial import Trial
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
 from lift_ray.settings.tuners import TunerKind
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
 
 DATA = "embedded:caltech101-half"
 KINDS = ("fixmatch", "loft", "ulfine")
@@ -35,9 +36,14 @@ BUFFERS = ("head.prototypes", "head.visual", "head.frequency")
 
 
 def settings(clip: str, kind: str = "ulfine", **overrides: Any) -> RunConfig:
-    tree = {"backbone": {"model": clip}, "optim": {"epochs": 2, "global_batch_size": 96, "lr": 0.05},
-            "method": {"kind": kind, "unlabelled_ratio": 1, "threshold": 0.1}}  # fmt: skip
-    return RunConfig.model_validate(apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}))
+    tree = {
+        "backbone": {"model": clip},
+        "optim": {"epochs": 2, "global_batch_size": 96, "lr": 0.05},
+        "method": {"kind": kind, "unlabelled_ratio": 1, "threshold": 0.1},
+    }
+    return RunConfig.model_validate(
+        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +246,7 @@ def test_every_kind_of_tuner_takes_a_step(tuner: str, warm: Warm, small_clip: st
         "optim.global_batch_size": 32,
         "method.threshold": 0.03,
     }
-    run = Run(RunConfig.model_validate(apply_overrides(settings(small_clip).to_dict(), overrides)), warm)
+    run = Run(RunConfig.model_validate(apply_overrides(settings(small_clip).to_dict(), overrides, RunConfig)), warm)
     before = stored(run)
     run.train_step(next(run.batches()))
     run.check_finite()

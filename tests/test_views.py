@@ -8,18 +8,30 @@ import torch
 from torchvision.transforms import v2
 
 from lift_ray.data.augment import evaluation_picture
-from lift_ray.data.catalog import open_dataset
+from lift_ray.data.batches import Batch, unlabelled_batches
 from lift_ray.data.decode import Pixels
+from lift_ray.data.open import open_dataset
+from lift_ray.data.order import epoch_order
 from lift_ray.data.reader import RowReader
-from lift_ray.data.stream import Batch, epoch_order, unlabelled_batches
 from lift_ray.data.views import GREY, LEVEL, NUM_DRAWS, OPERATIONS, STRONG_DRAWS, strong_view, two_views, weak_view
 
 POOL = open_dataset("embedded:caltech101-half").split("unlabelled")
 TORCHVISION = {
-    "identity": "Identity", "shear_x": "ShearX", "shear_y": "ShearY", "translate_x": "TranslateX", "translate_y": "TranslateY",
-    "rotate": "Rotate", "brightness": "Brightness", "color": "Color", "contrast": "Contrast", "sharpness": "Sharpness",
-    "posterize": "Posterize", "solarize": "Solarize", "auto_contrast": "AutoContrast", "equalize": "Equalize",
-}  # fmt: skip
+    "identity": "Identity",
+    "shear_x": "ShearX",
+    "shear_y": "ShearY",
+    "translate_x": "TranslateX",
+    "translate_y": "TranslateY",
+    "rotate": "Rotate",
+    "brightness": "Brightness",
+    "color": "Color",
+    "contrast": "Contrast",
+    "sharpness": "Sharpness",
+    "posterize": "Posterize",
+    "solarize": "Solarize",
+    "auto_contrast": "AutoContrast",
+    "equalize": "Equalize",
+}
 
 
 def picture(number: int = 0) -> Pixels:
@@ -81,7 +93,11 @@ def test_views_depend_on_their_draws_alone() -> None:
 def batches(**options: int | float) -> list[Batch]:
     settings = {"start_step": 0, "num_steps": 4, "global_batch_size": 480, "num_threads": 1} | options
     with RowReader(POOL) as reader:
-        return list(unlabelled_batches(reader, POOL, size_px=16, seed=5, cutout_frac=0.5, num_patches=4, patch_dropout=0.5, **settings))  # type: ignore[arg-type]  # fmt: skip
+        return list(
+            unlabelled_batches(
+                reader, POOL, size_px=16, seed=5, cutout_frac=0.5, num_patches=4, patch_dropout=0.5, **settings
+            )
+        )  # type: ignore[arg-type]
 
 
 def test_every_pass_over_the_pool_sees_each_picture_once_and_steps_go_on_across_passes() -> None:

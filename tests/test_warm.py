@@ -14,19 +14,25 @@ import torch
 
 from lift_ray.data.augment import any_crop, five_crops, growing_px, training_picture
 from lift_ray.data.reader import RowReader
-from lift_ray.distributed import checkpoint
-from lift_ray.distributed.evaluation import evaluate_checkpoint
-from lift_ray.distributed.ranks import Ranks
-from lift_ray.distributed.run import Run, parts_of
-from lift_ray.distributed.warm import Warm, first_of_each_class
 from lift_ray.errors import BadInput
-from lift_ray.settings.run import RunConfig, apply_overrides
+from lift_ray.inference.evaluate import evaluate_checkpoint
+from lift_ray.methods.world import Ranks
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.training import checkpoint
+from lift_ray.training.run import Run, parts_of
+from lift_ray.training.workspace import Warm, first_of_each_class
 
 
 def settings(clip: str, **overrides: Any) -> RunConfig:
-    tree = {"backbone": {"model": clip}, "augment": {"kind": "none"},
-            "optim": {"epochs": 2, "global_batch_size": 16, "lr": 0.01}}  # fmt: skip
-    return RunConfig.model_validate(apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}))
+    tree = {
+        "backbone": {"model": clip},
+        "augment": {"kind": "none"},
+        "optim": {"epochs": 2, "global_batch_size": 16, "lr": 0.01},
+    }
+    return RunConfig.model_validate(
+        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
+    )
 
 
 @pytest.fixture
@@ -45,10 +51,17 @@ def assert_near(one: list[dict[str, float]], other: list[dict[str, float]], tole
         assert a == pytest.approx(b, abs=tolerance)
 
 
-@pytest.mark.parametrize("changes", [
-    {"tuner__kind": "linear_probe"}, {"tuner__blocks": [1]}, {"tuner__kind": "partial"},
-    {"tuner__kind": "vpt_deep", "tuner__blocks": [1]}, {"tuner__kind": "linear_probe", "head__kind": "linear"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tuner__kind": "linear_probe"},
+        {"tuner__blocks": [1]},
+        {"tuner__kind": "partial"},
+        {"tuner__kind": "vpt_deep", "tuner__blocks": [1]},
+        {"tuner__kind": "linear_probe", "head__kind": "linear"},
+    ],
+    ids=str,
+)
 def test_kept_activations_of_frozen_blocks_give_the_same_figures(
     warm: Warm, small_clip: str, changes: dict[str, Any]
 ) -> None:
@@ -136,7 +149,7 @@ def test_a_compiled_run_gives_the_same_figures(warm: Warm, small_clip: str, monk
 
     monkeypatch.setattr(torch, "compile", compiler)
     plain = settings(small_clip, optim__epochs=1, optim__global_batch_size=48)
-    compiled = apply_overrides(plain.to_dict(), {"backbone.compile": True})
+    compiled = apply_overrides(plain.to_dict(), {"backbone.compile": True}, RunConfig)
     assert_near(trained(warm, RunConfig.model_validate(compiled)), trained(warm, plain), 1e-4)
     assert len(asked) == 1
 
@@ -174,8 +187,10 @@ def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
     run.save(tmp_path / "run")
     plain = Run(settings(small_clip), warm)
     plain.save(tmp_path / "plain")
-    asked, own = (evaluate_checkpoint(tmp_path / name, warm.dataset.uri, "test", tte=name == "plain")[0][0]["test/loss"]
-                  for name in ("plain", "run"))  # fmt: skip
+    asked, own = (
+        evaluate_checkpoint(tmp_path / name, warm.dataset.uri, "test", tte=name == "plain")[0][0]["test/loss"]
+        for name in ("plain", "run")
+    )
     assert asked == pytest.approx(own, abs=1e-5) != plain.evaluate("test")["test/loss"]
 
 

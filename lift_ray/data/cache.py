@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lift_ray.data.layout import RECONVERT
-from lift_ray.data.store import fetch
 from lift_ray.errors import BadInput
+from lift_ray.storage.store import fetch
 
 if TYPE_CHECKING:
-    from lift_ray.data.catalog import Shard
+    from lift_ray.data.dataset import Shard
 
 DOWNLOAD_BYTES = 2**24  # of one request
 DEAD_S = 900.0  # a download that wrote nothing for so long has died

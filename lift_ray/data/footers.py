@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from lift_ray.data.layout import CONVERT, RECONVERT
 from lift_ray.data.longtail import Int64s
-from lift_ray.data.store import fetch, is_remote, locate, reached, retried
 from lift_ray.errors import BadInput
+from lift_ray.storage.store import fetch, is_remote, locate, reached, retried
 
 TAIL_BYTES = 2**16  # most footers fit; a larger one takes a second request
 RULE, REMEDY = "must be readable Parquet", f"copy it again, or {RECONVERT}"

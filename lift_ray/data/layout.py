@@ -8,16 +8,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lift_ray.data.store import Entry, entries, is_remote, join, locate
 from lift_ray.errors import BadInput
+from lift_ray.storage.store import Entry, entries, is_remote, join, locate
 
 SPLITS = ("train", "validation", "test", "unlabelled")
 SPLIT_NAMES = {
     "train": "train",
-    "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
     "test": "test",
     "unlabelled": "unlabelled",
-}  # fmt: skip
+}
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:-(\d{{5,}})-of-(\d{{5,}})(?:-[0-9a-f]+)?)?\.parquet")
 PART_NAME = re.compile(r"(\d{4,})\.parquet")
@@ -112,8 +115,11 @@ def _folders(uri: str, url: str, here: dict[str, Entry], patience_s: float) -> d
 
 
 def _parts(uri: str, url: str, folder: str, patience_s: float) -> tuple[Entry, ...]:
-    found = [(int(match[1]), entry) for entry in entries(url, uri, RULE, patience_s)
-             if (match := PART_NAME.fullmatch(entry.name))]  # fmt: skip
+    found = [
+        (int(match[1]), entry)
+        for entry in entries(url, uri, RULE, patience_s)
+        if (match := PART_NAME.fullmatch(entry.name))
+    ]
     found.sort(key=lambda pair: pair[0])
     if [number for number, _ in found] != list(range(len(found))):
         raise BadInput(

@@ -110,9 +110,15 @@ def summary(counts: Int64s) -> Distribution:
     largest, smallest = int(counts.max()), int(counts.min())
     many, few = int((counts > 100).sum()), int((counts < 20).sum())
     return Distribution(
-        classes=len(counts), images=int(counts.sum()), largest=largest, smallest=smallest,
-        imbalance=largest / smallest if smallest else math.inf, many=many, medium=len(counts) - many - few, few=few,
-    )  # fmt: skip
+        classes=len(counts),
+        images=int(counts.sum()),
+        largest=largest,
+        smallest=smallest,
+        imbalance=largest / smallest if smallest else math.inf,
+        many=many,
+        medium=len(counts) - many - few,
+        few=few,
+    )
 
 
 def plot(counts: Int64s, width: int = 60, height: int = 6) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from lift_ray.data.cache import ShardCopies, shard_limit_bytes
-from lift_ray.data.catalog import Split
+from lift_ray.data.dataset import Split
 from lift_ray.data.footers import image_bytes, read_footer, read_images
 from lift_ray.data.layout import RECONVERT
 from lift_ray.data.longtail import Int64s
-from lift_ray.data.store import PATIENCE_S
 from lift_ray.errors import BadInput
+from lift_ray.storage.store import PATIENCE_S
 
 LOADERS = 4  # row groups loaded in the background at a time
 

@@ -18,7 +18,7 @@ from lift_ray.methods.ulfine import FusedHead, orthogonality
 from lift_ray.model.losses import Loss, logit_adjusted
 
 if TYPE_CHECKING:
-    from lift_ray.distributed.ranks import Ranks
+    from lift_ray.methods.world import Ranks
 
 
 class Objective(Protocol):

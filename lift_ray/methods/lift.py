@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from lift_ray.model.resnet import ResNetTower
 from lift_ray.model.tower import Tower
 from lift_ray.model.tuners import OWN, WITHOUT_BLOCKS, Tuner, add_sparse, own_names
-
-if TYPE_CHECKING:
-    from lift_ray.settings.run import Optim
 
 
 class Lift(nn.Module):
@@ -95,10 +92,3 @@ class Lift(nn.Module):
 def first_block(kind: str, options: dict[str, Any], num_blocks: int) -> int:
     """The first block that a kind changes; `num_blocks` when it changes none."""
     return num_blocks if kind in WITHOUT_BLOCKS else int(min(options.get("blocks") or [0]))
-
-
-def make_optimizer(trained: dict[str, nn.Parameter], optim: Optim) -> torch.optim.SGD:
-    """SGD with momentum over all trained parameters, as in LIFT; one fused update a step."""
-    return torch.optim.SGD(
-        trained.values(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
-    )

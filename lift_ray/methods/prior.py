@@ -59,8 +59,10 @@ def fit(logits: Tensor, labels: Tensor, *, calibrate: bool = True, reduce: Sum =
     log_r = (counts / num_images).log()
     mean = reduce(logits.double().sum(0)) / num_images  # without it, b and T would pull at the same thing
     centred = [part.float() - mean.float() for part in logits.split(ROWS)]
-    own = sum((part.gather(1, y.unsqueeze(1)).double().sum() for part, y in zip(centred, labels.split(ROWS), strict=True)),
-              torch.zeros((), dtype=torch.float64, device=logits.device))  # fmt: skip
+    own = sum(
+        (part.gather(1, y.unsqueeze(1)).double().sum() for part, y in zip(centred, labels.split(ROWS), strict=True)),
+        torch.zeros((), dtype=torch.float64, device=logits.device),
+    )
     square = sum((part.double().square().sum() for part in centred), torch.zeros_like(own))
     spread = math.sqrt(float(reduce(square)) / (num_images * num_classes))
     if not math.isfinite(spread) or spread == 0:

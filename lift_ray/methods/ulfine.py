@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lift_ray.model.classifier import CosineHead
+from lift_ray.model.heads import CosineHead
 
 
 class FusedHead(nn.Module):

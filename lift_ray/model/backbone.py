@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lift_ray.errors import BadInput, did_you_mean
-from lift_ray.model.classifier import ZeroShotHead
+from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.loading import rebuild
 from lift_ray.model.resnet import AnyTower
 

@@ -54,15 +54,28 @@ def _open_clip_vit(visual: Any) -> tuple[Tower, dict[str, Tensor]] | None:
     if not exact or any(type(b) is not ResidualAttentionBlock for b in blocks):
         return None
     tower = Tower(
-        width=visual.conv1.out_channels, num_blocks=len(blocks), num_heads=blocks[0].attn.num_heads,
-        hidden=blocks[0].mlp.c_fc.out_features, patch_px=visual.conv1.kernel_size[0], resolution_px=visual.image_size[0],
-        activation=quick_gelu if isinstance(act, QuickGELU) else F.gelu, eps=visual.ln_post.eps,
-    )  # fmt: skip
+        width=visual.conv1.out_channels,
+        num_blocks=len(blocks),
+        num_heads=blocks[0].attn.num_heads,
+        hidden=blocks[0].mlp.c_fc.out_features,
+        patch_px=visual.conv1.kernel_size[0],
+        resolution_px=visual.image_size[0],
+        activation=quick_gelu if isinstance(act, QuickGELU) else F.gelu,
+        eps=visual.ln_post.eps,
+    )
     renamed = {
-        "conv1.": "patch.", "class_embedding": "class_token", "positional_embedding": "positions", "ln_pre.": "norm_pre.",
-        "ln_post.": "norm_post.", "transformer.resblocks.": "blocks.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.",
-        ".attn.in_proj_": ".attn.in_proj.", ".c_fc.": ".in_proj.", ".c_proj.": ".out_proj.",
-    }  # fmt: skip
+        "conv1.": "patch.",
+        "class_embedding": "class_token",
+        "positional_embedding": "positions",
+        "ln_pre.": "norm_pre.",
+        "ln_post.": "norm_post.",
+        "transformer.resblocks.": "blocks.",
+        ".ln_1.": ".norm1.",
+        ".ln_2.": ".norm2.",
+        ".attn.in_proj_": ".attn.in_proj.",
+        ".c_fc.": ".in_proj.",
+        ".c_proj.": ".out_proj.",
+    }
     return tower, _renamed({key: value for key, value in visual.state_dict().items() if key != "proj"}, renamed)
 
 
@@ -75,9 +88,12 @@ def _open_clip_resnet(visual: Any) -> tuple[ResNetTower, dict[str, Tensor]] | No
     stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
     side = math.isqrt(len(visual.attnpool.positional_embedding) - 1)
     tower = ResNetTower(
-        layers=[len(stage) for stage in stages], stem_width=visual.conv3.out_channels, width=visual.output_dim,
-        num_heads=visual.attnpool.num_heads, resolution_px=side * ResNetTower.patch_px,
-    )  # fmt: skip
+        layers=[len(stage) for stage in stages],
+        stem_width=visual.conv3.out_channels,
+        width=visual.output_dim,
+        num_heads=visual.attnpool.num_heads,
+        resolution_px=side * ResNetTower.patch_px,
+    )
     at = [(stage, index) for stage, blocks in enumerate(stages, 1) for index in range(len(blocks))]
     renamed = {f"layer{stage}.{index}.": f"blocks.{number}." for number, (stage, index) in enumerate(at)}
     return tower, _renamed(visual.state_dict(), {**renamed, "positional_embedding": "positions"})
@@ -101,16 +117,26 @@ def _timm_vit(vit: Any) -> tuple[Tower, dict[str, Tensor]] | None:
         return None
     patch, mlp = vit.patch_embed.proj, vit.blocks[0].mlp
     tower = Tower(
-        width=vit.embed_dim, num_blocks=len(vit.blocks), num_heads=vit.blocks[0].attn.num_heads,
-        hidden=mlp.fc1.out_features, patch_px=patch.kernel_size[0],
+        width=vit.embed_dim,
+        num_blocks=len(vit.blocks),
+        num_heads=vit.blocks[0].attn.num_heads,
+        hidden=mlp.fc1.out_features,
+        patch_px=patch.kernel_size[0],
         resolution_px=math.isqrt(vit.pos_embed.shape[1] - 1) * patch.kernel_size[0],
-        activation=quick_gelu if isinstance(act, QuickGELU) else F.gelu, eps=eps.pop(),
-        norm_first=not isinstance(vit.norm_pre, nn.Identity), patch_bias=patch.bias is not None,
-    )  # fmt: skip
+        activation=quick_gelu if isinstance(act, QuickGELU) else F.gelu,
+        eps=eps.pop(),
+        norm_first=not isinstance(vit.norm_pre, nn.Identity),
+        patch_bias=patch.bias is not None,
+    )
     renamed = {
-        "patch_embed.proj.": "patch.", "cls_token": "class_token", "pos_embed": "positions", ".qkv.": ".in_proj.",
-        ".attn.proj.": ".attn.out_proj.", ".fc1.": ".in_proj.", ".fc2.": ".out_proj.",
-    }  # fmt: skip
+        "patch_embed.proj.": "patch.",
+        "cls_token": "class_token",
+        "pos_embed": "positions",
+        ".qkv.": ".in_proj.",
+        ".attn.proj.": ".attn.out_proj.",
+        ".fc1.": ".in_proj.",
+        ".fc2.": ".out_proj.",
+    }
     state = _renamed({k: v for k, v in vit.state_dict().items() if not k.startswith("head.")}, renamed)
     state = {f"norm_post.{k[5:]}" if k.startswith("norm.") else k: v for k, v in state.items()}
     state |= {key: state[key].flatten(0, -2).squeeze(0) for key in ("class_token", "positions")}

@@ -128,8 +128,10 @@ def write_open_clip(model: str, pretrained: str | None, tower: AnyTower, folder:
 def _at_its_size(tower: AnyTower) -> dict[str, Tensor]:
     """The tower's tensors, positions as they are for its size of pictures."""
     side = tower.resolution_px // tower.patch_px
-    return {name: resized(value, side) if name.endswith("positions") else value
-            for name, value in tower.state_dict().items()}  # fmt: skip
+    return {
+        name: resized(value, side) if name.endswith("positions") else value
+        for name, value in tower.state_dict().items()
+    }
 
 
 def licence(model: str, pretrained: str | None) -> str:
@@ -141,8 +143,15 @@ def licence(model: str, pretrained: str | None) -> str:
         known = timm.is_model(name.partition(".")[0])
         config = timm.get_pretrained_cfg(name, allow_unregistered=False) if known and pretrained is None else None
         return str(getattr(config, "license", None) or "unknown")
-    return next((found for start, found in LICENCES.items() if f"{model} {pretrained or ''}".startswith(start)
-                 or (":" not in model and (pretrained or "").startswith(start))), "unknown")  # fmt: skip
+    return next(
+        (
+            found
+            for start, found in LICENCES.items()
+            if f"{model} {pretrained or ''}".startswith(start)
+            or (":" not in model and (pretrained or "").startswith(start))
+        ),
+        "unknown",
+    )
 
 
 MERGE: dict[type[BlockTuner], Callable[[Any, Any], None]] = {

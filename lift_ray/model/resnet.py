@@ -125,9 +125,15 @@ class ResNetTower(FrozenTower):
     patch_px = 32
 
     def __init__(
-        self, *, layers: Sequence[int], stem_width: int, width: int, num_heads: int, resolution_px: int,
+        self,
+        *,
+        layers: Sequence[int],
+        stem_width: int,
+        width: int,
+        num_heads: int,
+        resolution_px: int,
         checkpointing: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.width, self.hidden, self.num_blocks = width, 32 * stem_width, sum(layers)
         self.resolution_px, self.checkpointing = resolution_px, checkpointing

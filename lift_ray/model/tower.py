@@ -154,10 +154,20 @@ class Tower(FrozenTower):
     attention = True
 
     def __init__(
-        self, *, width: int, num_blocks: int, num_heads: int, hidden: int, patch_px: int, resolution_px: int,
-        activation: Callable[[Tensor], Tensor], eps: float = 1e-5, norm_first: bool = True, patch_bias: bool = False,
+        self,
+        *,
+        width: int,
+        num_blocks: int,
+        num_heads: int,
+        hidden: int,
+        patch_px: int,
+        resolution_px: int,
+        activation: Callable[[Tensor], Tensor],
+        eps: float = 1e-5,
+        norm_first: bool = True,
+        patch_bias: bool = False,
         checkpointing: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.width, self.num_blocks, self.patch_px, self.resolution_px = width, num_blocks, patch_px, resolution_px
         self.hidden, self.checkpointing = hidden, checkpointing

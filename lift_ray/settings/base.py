@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
@@ -39,6 +40,13 @@ class OneOf:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """The union's own schema with this message."""
         return core_schema.custom_error_schema(handler(source), "one_of", custom_error_message=self.rule)
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Marks a mapping that is a settings tree of this model (`base` of a space file holds a run)."""
+
+    model: type[BaseModel]
 
 
 def dotted(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from lift_ray.errors import BadInput, did_you_mean
-from lift_ray.settings.files import Path_, SettingsFile, explain, models_of
-from lift_ray.settings.run import RunConfig, check_global_batch
+from lift_ray.settings.messages import Path_, explain, models_of
+from lift_ray.settings.overrides import apply_file_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run_file import check_global_batch
 from lift_ray.settings.search import NoScheduler
 from lift_ray.settings.space import LARGEST_GRID, SpaceFile, grid_points, is_active, listed, parents_first, seeded_draws
+from lift_ray.settings.yaml_file import SettingsFile
 
 METRICS = (
-    "mean_class_accuracy", "accuracy", "many", "medium", "few", "worst_class", "harmonic_mean", "geometric_mean", "macro_f1",
-    "calibration_error", "loss",
-)  # fmt: skip
+    "mean_class_accuracy",
+    "accuracy",
+    "many",
+    "medium",
+    "few",
+    "worst_class",
+    "harmonic_mean",
+    "geometric_mean",
+    "macro_f1",
+    "calibration_error",
+    "loss",
+)
 COUNT = "trained_parameters"
 NUM_CHECK_DRAWS = 64
 
@@ -49,8 +62,10 @@ def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
         if metric not in (*options, COUNT)
     ]
     if not out and space.objective[0] == COUNT:
-        out.append(f"{file.where(('objectives', COUNT))}: the first objective must be a metric of validation, but got {COUNT}; "
-                   "name validation/mean_class_accuracy before it")  # fmt: skip
+        out.append(
+            f"{file.where(('objectives', COUNT))}: the first objective must be a metric of validation, but got {COUNT}; "
+            "name validation/mean_class_accuracy before it"
+        )
     return out
 
 
@@ -227,3 +242,14 @@ def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
         f"{file.where(('search', 'scheduler', 'grace_epochs'))}: must be at most the {most} epochs of a trial, "
         f"but got {scheduler.grace_epochs}; lower it, or set search.scheduler.kind=none"
     ]
+
+
+def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> SpaceFile:
+    """Read and check a search-space file. Raises BadInput with every problem found, one line each."""
+    file = SettingsFile.read(path)
+    apply_file_overrides(file, overrides or {}, SpaceFile)
+    file.expand("dataset", "out")
+    space = file.validate(SpaceFile)
+    if problems := problems_of(file, space):
+        raise BadInput("\n".join(problems))
+    return space

@@ -6,16 +6,19 @@ it before anything is built. Defaults are LIFT+ (arXiv 2504.13282).
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
-from lift_ray.settings.base import OneOf, Settings
-from lift_ray.settings.members import member
+from lift_ray.settings.base import Settings
+from lift_ray.settings.heads import CosineHead, Head
+from lift_ray.settings.losses import LogitAdjusted, Loss
+from lift_ray.settings.messages import explain_first
 from lift_ray.settings.methods import Backdoor, Lift, Method, check_suits
+from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.tuners import Adaptformer, AnyTuner, Tuner, check_pair, resolve_tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -83,118 +86,6 @@ class NoAugment(Settings):
     kind: Literal["none"] = "none"
 
 
-def _holds_place(template: str | list[str]) -> str | list[str]:
-    for line in [template] if isinstance(template, str) else template:
-        if "{}" not in line and template != "ensemble":
-            raise ValueError(f"must hold {{}} for the class name, but got {line!r}; add it")
-    return template
-
-
-Template = Annotated[
-    Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)],
-    OneOf("a text with {}, a list of such texts, or ensemble"),
-    AfterValidator(_holds_place),
-]
-
-
-class Start(Settings):
-    """Where the weights of the classifier start."""
-
-    init: Literal["semantic", "class_mean", "linear_probe", "random"] = "semantic"
-    """semantic: from the class names through the text tower; class_mean: mean feature of at most 100 images a class;
-    linear_probe: balanced logistic regression on the frozen features; random: Kaiming uniform."""
-    template: Template = "a photo of a {}."
-    """Text around the class name for the semantic initialisation: one, several (their mean), or `ensemble`, CLIP's own 80."""
-
-
-class CosineHead(Start):
-    """z_k = scale * cos(f, w_k)."""
-
-    kind: Literal["cosine"] = "cosine"
-    scale: Annotated[float, Field(gt=0)] = 25.0
-
-
-class LinearHead(Start):
-    """z = W f + b."""
-
-    kind: Literal["linear"] = "linear"
-
-
-class L2NormHead(Start):
-    """z_k = <f, w_k / |w_k|>."""
-
-    kind: Literal["l2norm"] = "l2norm"
-
-
-class LayerNormHead(Start):
-    """z_k = <LayerNorm(f), w_k / |w_k|>."""
-
-    kind: Literal["layernorm"] = "layernorm"
-
-
-class LogitAdjusted(Settings):
-    """Cross-entropy of z + tau * log prior (arXiv 2007.07314)."""
-
-    kind: Literal["logit_adjusted"] = "logit_adjusted"
-    tau: Annotated[float, Field(ge=0)] = 1.0
-
-
-class CrossEntropy(Settings):
-    """Plain cross-entropy."""
-
-    kind: Literal["cross_entropy"] = "cross_entropy"
-
-
-class Focal(Settings):
-    """(1 - p_y)^gamma * CE (arXiv 1708.02002)."""
-
-    kind: Literal["focal"] = "focal"
-    gamma: Annotated[float, Field(ge=0)] = 2.0
-
-
-class Ldam(Settings):
-    """Cross-entropy with margins that grow for rare classes, n^(-1/4) (arXiv 1906.07413)."""
-
-    kind: Literal["ldam"] = "ldam"
-    max_margin: Annotated[float, Field(ge=0)] = 0.5
-    scale: Annotated[float, Field(gt=0)] = 25.0
-    """What margins are multiplied with; the cosine head's scale."""
-
-
-class ClassBalanced(Settings):
-    """Cross-entropy weighted by (1 - beta) / (1 - beta^n) (arXiv 1901.05555)."""
-
-    kind: Literal["class_balanced"] = "class_balanced"
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-
-
-class Reweighted(Settings):
-    """Cross-entropy weighted by 1 / prior."""
-
-    kind: Literal["reweighted"] = "reweighted"
-
-
-class BalancedSoftmax(Settings):
-    """Cross-entropy of z + log n (arXiv 2007.10740)."""
-
-    kind: Literal["balanced_softmax"] = "balanced_softmax"
-
-
-class Lade(Settings):
-    """Balanced softmax and a term that takes the label distribution out of the logits (arXiv 2012.00321)."""
-
-    kind: Literal["lade"] = "lade"
-    remine: Annotated[float, Field(ge=0)] = 0.1
-    weight: Annotated[float, Field(ge=0)] = 0.1
-
-
-class Gla(Settings):
-    """Cross-entropy of z + log prior + log q, q the label prior inside the foundation model (arXiv 2310.08106, in training by
-    assumption): estimated from its zero-shot logits on the validation split, so it needs a text tower."""
-
-    kind: Literal["gla"] = "gla"
-
-
 class Optim(Settings):
     """SGD with a cosine schedule over the whole run."""
 
@@ -227,11 +118,6 @@ class Evaluation(Settings):
 
 
 Augment = Annotated[Mda | CropFlip | NoAugment, Field(discriminator="kind")]
-Head = Annotated[CosineHead | LinearHead | L2NormHead | LayerNormHead, Field(discriminator="kind")]
-Loss = Annotated[
-    LogitAdjusted | CrossEntropy | Focal | Ldam | ClassBalanced | Reweighted | BalancedSoftmax | Lade | Gla,
-    Field(discriminator="kind"),
-]
 
 
 class RunConfig(Settings):
@@ -267,14 +153,14 @@ class RunConfig(Settings):
     def _members_are_runs(cls, method: Method, info: ValidationInfo) -> Method:
         if isinstance(method, Backdoor) and len(info.data) == len(RunConfig.model_fields) - 1:
             for name in method.members:
-                member(info.data, method, name)
+                _member(info.data, method, name)
         return method
 
     def members(self) -> dict[str, RunConfig]:
         """The runs of the models of `method: backdoor` that take part, by name; none for other methods."""
         if not isinstance(self.method, Backdoor):
             return {}
-        return {name: member(dict(self), self.method, name) for name in self.method.used}
+        return {name: _member(dict(self), self.method, name) for name in self.method.used}
 
     def tuners(self) -> list[AnyTuner]:
         """The one or two tuners."""
@@ -298,60 +184,20 @@ class RunConfig(Settings):
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-class RunFile(RunConfig):
-    """A run file: the settings of one run, and the data it runs on."""
-
-    name: str = "run"
-    dataset: str
-    """Any fsspec URL or path of Parquet shards, or embedded:NAME."""
-    out: str | None = None
-
-    @property
-    def config(self) -> RunConfig:
-        """The settings alone."""
-        return RunConfig.model_validate(self.model_dump(include=set(RunConfig.model_fields)))
-
-
-def check_global_batch(size: int, workers: int) -> None:
-    """Raises ValueError, with what would fit, when a global batch cannot be shared evenly."""
-    if size % workers:
-        fits = max(1, round(size / workers)) * workers
-        fewer = max(w for w in range(1, workers) if size % w == 0)
-        raise ValueError(
-            f"optim.global_batch_size: must be divisible by {workers} workers, but got {size}; "
-            f"use {fits}, or {fewer} worker{'s' if fewer > 1 else ''}"
-        )
-
-
-def apply_overrides(
-    tree: dict[str, Any], overrides: dict[str, Any], model: type[BaseModel] = RunConfig
-) -> dict[str, Any]:
-    """A copy of a settings tree with dotted overrides (`{"loss.tau": 0.5}`) set in it.
-
-    Setting the `kind` of a section to another kind drops that section's other keys, which belonged to the old kind;
-    kinds are therefore set first.
+def _member(fields: Mapping[str, Any], method: Backdoor, name: str) -> RunConfig:
+    """The run of one of several models.
 
     Args:
-        model: what the tree describes; it says which kind a section without `kind` is of.
+        fields: of the run as a whole, by name.
+
+    Raises ValueError in one line for settings that make no run.
     """
-    out = copy.deepcopy(tree)
-    for path in sorted(overrides, key=lambda p: (not p.endswith(".kind"), p)):
-        *parents, leaf = path.split(".")
-        node = out
-        for name in parents:
-            child = {"kind": node[name]} if isinstance(node.get(name), str) else node.get(name)
-            node[name] = child if isinstance(child, dict) else {}
-            node = node[name]
-        if leaf == "kind" and node.get("kind", _default_kind(model, parents)) != overrides[path]:
-            node.clear()
-        node[leaf] = overrides[path]
-    return out
-
-
-def _default_kind(model: type[BaseModel], section: list[str]) -> str | None:
-    """The kind that a section has when the file does not say; a `base` holds a RunConfig."""
-    default: Any = None
-    for name in section:
-        default = model.model_fields[name].default if name in model.model_fields else None
-        model = type(default) if isinstance(default, BaseModel) else RunConfig
-    return getattr(default, "kind", None)
+    own = method.members[name]
+    if strange := next((key for key in own if key.split(".")[0] == "method"), None):
+        raise ValueError(f"members.{name} {strange}: must not be set, since a member is a single model; remove it")
+    sections = ((key, fields[key]) for key in RunConfig.model_fields if key != "method")
+    tree = {key: value.model_dump() if isinstance(value, BaseModel) else value for key, value in sections}
+    try:
+        return RunConfig.model_validate(apply_overrides(tree, own, RunConfig))
+    except ValidationError as error:
+        raise ValueError(f"members.{name} {explain_first(RunConfig, error)}") from None

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lift_ray.errors import BadInput
-from lift_ray.settings.base import OneOf, Settings
-from lift_ray.settings.files import SettingsFile, apply_file_overrides
-from lift_ray.settings.run import RunConfig, apply_overrides
-from lift_ray.settings.search import Limit, Plan, Search
-from lift_ray.settings.search import Scale as Scale
+from lift_ray.settings.base import Holds, OneOf, Settings
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.settings.search import Limit, Plan, Scale, Search
 
 if TYPE_CHECKING:
     import optuna
@@ -121,7 +118,7 @@ class SpaceFile(Settings):
     """Several make a Pareto search. Early stopping and `best` go by the first."""
     constraints: dict[str, Limit] = {}
     """A trial known to break one before training (trained_parameters) is not trained, but told to the sampler."""
-    base: dict[str, Any] = {}
+    base: Annotated[dict[str, Any], Holds(RunConfig)] = {}
     space: Annotated[dict[str, Param], Field(min_length=1)]
     start: list[dict[str, Value]] = []
     """Tried first and never stopped early; `name` labels a point in the tables."""
@@ -167,7 +164,7 @@ class SpaceFile(Settings):
 
     def config(self, values: dict[str, Any]) -> RunConfig:
         """The run that a trial's values describe. Raises pydantic's ValidationError."""
-        return RunConfig.model_validate(apply_overrides(self.base, values))
+        return RunConfig.model_validate(apply_overrides(self.base, values, RunConfig))
 
 
 def grid_points(space: dict[str, Param]) -> list[dict[str, Value]]:
@@ -212,19 +209,6 @@ def seeded_draws(space: dict[str, Param], number: int) -> list[dict[str, Value]]
 def is_active(param: Param, values: dict[str, Any]) -> bool:
     """Does every `when` of a setting hold for the values drawn so far?"""
     return all(name in values and values[name] in listed(wanted) for name, wanted in param.when.items())
-
-
-def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> SpaceFile:
-    """Read and check a search-space file. Raises BadInput with every problem found, one line each."""
-    from lift_ray.settings.checks import problems_of
-
-    file = SettingsFile.read(path)
-    apply_file_overrides(file, overrides or {}, SpaceFile)
-    file.expand("dataset", "out")
-    space = file.validate(SpaceFile)
-    if problems := problems_of(file, space):
-        raise BadInput("\n".join(problems))
-    return space
 
 
 def listed(wanted: Value | list[Value]) -> list[Value]:

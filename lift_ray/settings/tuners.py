@@ -129,14 +129,38 @@ class ZeroShot(Settings):
 
 
 AnyTuner = (
-    Adaptformer | Adapter | Lora | Ssf | VptShallow | VptDeep | Bitfit | Layernorm | Batchnorm | Sparse | Full | Partial
-    | LinearProbe | ZeroShot
-)  # fmt: skip
+    Adaptformer
+    | Adapter
+    | Lora
+    | Ssf
+    | VptShallow
+    | VptDeep
+    | Bitfit
+    | Layernorm
+    | Batchnorm
+    | Sparse
+    | Full
+    | Partial
+    | LinearProbe
+    | ZeroShot
+)
 Tuner = Annotated[AnyTuner, Field(discriminator="kind")]
 TunerKind = Literal[
-    "adaptformer", "adapter", "lora", "ssf", "vpt_shallow", "vpt_deep", "bitfit", "layernorm", "batchnorm", "sparse",
-    "full", "partial", "linear_probe", "zero_shot",
-]  # fmt: skip
+    "adaptformer",
+    "adapter",
+    "lora",
+    "ssf",
+    "vpt_shallow",
+    "vpt_deep",
+    "bitfit",
+    "layernorm",
+    "batchnorm",
+    "sparse",
+    "full",
+    "partial",
+    "linear_probe",
+    "zero_shot",
+]
 NO_PLACE = ("linear_probe", "zero_shot")
 PROMPTS = ("vpt_shallow", "vpt_deep")
 OWN_WEIGHTS = ("bitfit", "layernorm", "batchnorm", "sparse", "full", "partial")

@@ -1,0 +1,154 @@
+"""What a search needs of a cluster file's cluster: trials at a time, hours, price."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from lift_ray.clusters.model import Cluster, NodeType
+from lift_ray.errors import BadInput
+from lift_ray.ray_runtime.capacity import Need, need, num_fitting
+from lift_ray.settings.search import expected_epochs
+from lift_ray.settings.space import SpaceFile
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a search has to do, as `tune --dry-run` reckons it.
+
+    Attributes:
+        epochs: of all trials together, with early stopping.
+        longest: epochs of a trial that is not stopped.
+        images: training images of one epoch; None when not known.
+        images_per_s: of one worker; None when not known.
+    """
+
+    epochs: float
+    longest: int
+    images: int | None
+    images_per_s: float | None
+
+    def hours(self, slots: int, workers: int) -> float | None:
+        """Wall time with so many trials at a time of so many workers each: no less than the longest trial takes."""
+        if self.images is None or self.images_per_s is None:
+            return None
+        return max(self.epochs / slots, self.longest) * self.images / (self.images_per_s * workers) / 3600
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A cluster whose workers are all of one type, as many as may come.
+
+    Attributes:
+        slots: trials at a time.
+        machines: workers that so many trials need.
+        price: of the whole search, machines that wait for the last trials included; None when not known.
+    """
+
+    kind: NodeType
+    slots: int
+    machines: int
+    hours: float | None
+    price: float | None
+
+
+def work(space: SpaceFile) -> Work:
+    """What a search has to do. Data at a URL is not opened: its size is `plan.training_images`."""
+    number, longest = space.num_trials, space.most_epochs()
+    drawn = max(0, number - len(space.start))
+    epochs = (number - drawn) * longest + drawn * expected_epochs(space.search.scheduler, longest)
+    images = space.plan.training_images
+    if images is None and "://" not in space.dataset:
+        from lift_ray.data.open import open_dataset
+
+        images = open_dataset(space.dataset).split("train").num_samples
+    return Work(epochs, longest, images, space.plan.images_per_s)
+
+
+def fleets(cluster: Cluster, space: SpaceFile, prices: Mapping[str, float]) -> tuple[Need, Work, list[Fleet]]:
+    """What one trial needs, the work, and what each worker type makes of it.
+
+    Args:
+        prices: of a machine for an hour, by node type; `head` is the head's.
+
+    Raises:
+        BadInput: no node type holds one worker of a trial, or all of them together hold no trial.
+    """
+    wanted = need(space.scale, any(kind.resources.get("GPU") for kind in cluster.workers))
+    todo = work(space)
+    found = [_fleet(cluster, space, wanted, todo, kind, prices) for kind in cluster.workers]
+    if not any(fleet.slots for fleet in found):
+        most = ", ".join(f"{min(kind.most, cluster.most_workers)} x {shown(kind)}" for kind in cluster.workers)
+        raise BadInput(
+            f"scale: a trial must fit {cluster.source}, but got {wanted} for at most {most}; lower scale.workers_per_trial or "
+            "scale.cpus_per_worker, or take larger machines"
+        )
+    return wanted, todo, found
+
+
+def _fleet(
+    cluster: Cluster, space: SpaceFile, wanted: Need, todo: Work, kind: NodeType, prices: Mapping[str, float]
+) -> Fleet:
+    most = min(kind.most, cluster.most_workers)
+    fitting = num_fitting(wanted, [cluster.head.resources] + [kind.resources] * most)
+    limit = space.num_trials if space.scale.max_concurrent == "auto" else space.scale.max_concurrent
+    slots = min(fitting, limit, space.num_trials)
+    machines = next(
+        n for n in range(most + 1) if num_fitting(wanted, [cluster.head.resources] + [kind.resources] * n) >= slots
+    )
+    hours = todo.hours(slots, wanted.workers) if slots else None
+    price = None
+    if hours is not None and {kind.name, "head"} <= prices.keys():
+        price = hours * (prices["head"] + machines * prices[kind.name])
+    return Fleet(kind, slots, machines, hours, price)
+
+
+def shown(kind: NodeType) -> str:
+    """`48 CPU + 4 GPU`."""
+    cpus, gpus = kind.resources.get("CPU", 0), kind.resources.get("GPU", 0)
+    return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+
+
+def most_gpus(cluster: Cluster) -> tuple[int, int]:
+    """GPUs of the whole cluster when nothing runs, and at most."""
+    left, most = cluster.most_workers, cluster.head.resources.get("GPU", 0.0)
+    for kind in sorted(cluster.workers, key=lambda kind: -kind.resources.get("GPU", 0.0)):
+        number = min(kind.most, left)
+        left, most = left - number, most + number * kind.resources.get("GPU", 0.0)
+    least = sum(kind.least * kind.resources.get("GPU", 0.0) for kind in (cluster.head, *cluster.workers))
+    return math.floor(least), math.floor(most)
+
+
+def cluster_table(cluster: Cluster, prices: Mapping[str, float]) -> Table:
+    """The node types."""
+    table = Table(title=f"{cluster.source} ({cluster.provider})", title_justify="left", box=None, pad_edge=False)
+    for heading in ("node type", "machine", "market", "holds", "min ... max", "asked", "price an hour"):
+        table.add_column(heading, no_wrap=True)
+    order = {priority: i + 1 for i, priority in enumerate(sorted({k.priority for k in cluster.workers}, reverse=True))}
+    for kind in (cluster.head, *cluster.workers):
+        is_head = kind is cluster.head
+        table.add_row(
+            kind.name,
+            kind.machine,
+            kind.market,
+            shown(kind),
+            f"{kind.least} ... {kind.most}",
+            "always" if is_head else f"{order[kind.priority]}.",
+            f"{prices[kind.name]:g}" if kind.name in prices else "-",
+        )
+    return table
+
+
+def fleet_table(found: list[Fleet]) -> Table:
+    """Trials at a time, hours and price, if all workers are of one type."""
+    table = Table(title="if all workers are of one type", title_justify="left", box=None, pad_edge=False)
+    for heading in ("node type", "machines", "trials at a time", "hours, about", "price, about"):
+        table.add_column(heading, no_wrap=True)
+    for fleet in found:
+        hours, price = ("-" if value is None else f"{value:,.1f}" for value in (fleet.hours, fleet.price))
+        slots = str(fleet.slots) if fleet.slots else "none: a trial does not fit"
+        table.add_row(fleet.kind.name, str(fleet.machines), slots, hours, price)
+    return table

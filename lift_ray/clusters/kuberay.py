@@ -1,0 +1,170 @@
+"""A RayCluster or RayJob of KubeRay (API version ray.io/v1) as the cluster it makes."""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import version
+from typing import Any
+
+from lift_ray.clusters.diagnostics import (
+    SECRET_NAME,
+    Faults,
+    Place,
+    no_secrets,
+    one_exact_ray,
+    one_ray_image,
+    plain_values,
+    token_stays_on,
+)
+from lift_ray.clusters.model import Cluster, NodeType
+from lift_ray.clusters.schemas import KUBERAY
+from lift_ray.errors import did_you_mean
+from lift_ray.settings.yaml_file import SettingsFile
+
+
+def read_kuberay(file: SettingsFile) -> Cluster:
+    """Check and read it. Raises BadInput with a line for each fault."""
+    faults = Faults(file)
+    kind = str(file.data.get("kind"))
+    if kind not in KUBERAY:
+        faults.add(("kind",), f"unknown value '{kind}'; {did_you_mean(kind, KUBERAY)}")
+        faults.end()
+    faults.by_schema(KUBERAY[kind])
+    faults.end()  # what follows needs the right types
+    spec: Place = ("spec",) if kind == "RayCluster" else ("spec", "rayClusterSpec")
+    data = file.data["spec"] if kind == "RayCluster" else file.data["spec"]["rayClusterSpec"]
+    _safety(faults, data, spec)
+    _groups(faults, data, spec)
+    token_stays_on(faults, {("spec", "entrypoint"): file.data["spec"].get("entrypoint", "")})
+    if (
+        kind == "RayJob"
+        and file.data["spec"].get("ttlSecondsAfterFinished")
+        and not file.data["spec"].get("shutdownAfterJobFinishes")
+    ):
+        faults.add(
+            ("spec", "ttlSecondsAfterFinished"),
+            "needs shutdownAfterJobFinishes: true, but it is not; add it, or the cluster outlives the job",
+        )
+    plain_values(faults)
+    no_secrets(faults)
+    faults.end()
+    return _cluster(faults, data)
+
+
+def _safety(faults: Faults, data: dict[str, Any], spec: Place) -> None:
+    if data.get("authOptions", {}).get("mode") != "token":
+        faults.add(
+            (*spec, "authOptions"),
+            "Ray's token authentication must be on, but is not; write `authOptions: {mode: token}`",
+        )
+    head = data["headGroupSpec"]
+    of_service = (head.get("headService") or {}).get("spec") or {}
+    for place, service in (
+        (("serviceType",), head.get("serviceType")),
+        (("headService", "spec", "type"), of_service.get("type")),
+    ):
+        if service not in (None, "ClusterIP"):
+            faults.add(
+                (*spec, "headGroupSpec", *place),
+                f"must be ClusterIP (whoever reaches the dashboard can run "
+                f"code), but got {service}; write ClusterIP and use `kubectl port-forward`",
+            )
+    if head.get("enableIngress"):
+        faults.add(
+            (*spec, "headGroupSpec", "enableIngress"),
+            "must be false (whoever reaches the dashboard can run code), but got true; use `kubectl port-forward`",
+        )
+
+
+def _groups(faults: Faults, data: dict[str, Any], spec: Place) -> None:
+    here, ray = version("ray"), data["rayVersion"]
+    if ray != here:
+        faults.add((*spec, "rayVersion"), f"must be lift_ray's Ray {here}, but got '{ray}'; write \"{here}\"")
+    groups: list[tuple[Place, dict[str, Any]]] = [((*spec, "headGroupSpec"), data["headGroupSpec"])]
+    groups += [((*spec, "workerGroupSpecs", i), group) for i, group in enumerate(data["workerGroupSpecs"])]
+    names = [group["groupName"] for _, group in groups[1:]]
+    for place, group in groups:
+        pod: Place = (*place, "template", "spec")
+        container = group["template"]["spec"]["containers"][0]
+        first: Place = (*pod, "containers", 0)
+        one_ray_image(faults, (*first, "image"), container["image"], here)
+        if not container.get("resources", {}).get("limits", {}).get("cpu"):
+            faults.add(
+                (*first, "resources"), "must have limits with cpu, from which Ray counts, but has none; add them"
+            )
+        commands: dict[Place, str] = {(*first, name): " ".join(container.get(name, [])) for name in ("command", "args")}
+        token_stays_on(faults, commands)
+        if "/ray:" in container["image"]:
+            one_exact_ray(faults, commands, first)
+        if (
+            data.get("autoscalerOptions", {}).get("version") == "v2"
+            and group["template"]["spec"].get("restartPolicy") != "Never"
+        ):
+            faults.add(
+                (*pod, "restartPolicy"), "must be Never with autoscaler v2, but is not; write `restartPolicy: Never`"
+            )
+        if "serviceAccountName" not in group["template"]["spec"]:
+            faults.add(
+                pod,
+                "must reach storage by role, but serviceAccountName is missing; add it (keys do not belong in this file)",
+            )
+        for i, variable in enumerate(container.get("env", [])):
+            token_stays_on(faults, {(*first, "env", i): f"{variable['name']}={variable.get('value', '')}"})
+            if "value" in variable and SECRET_NAME.search(variable["name"]):
+                faults.add(
+                    (*first, "env", i),
+                    f"{variable['name']} must not stand in a file; take it from a secret (valueFrom: "
+                    "{secretKeyRef: ...}), or let pods in by role",
+                )
+        if place == groups[0][0]:
+            continue
+        if names.count(group["groupName"]) > 1:
+            faults.add((*place, "groupName"), f"must be unique, but got '{group['groupName']}' twice; rename one")
+        least, start, most = group["minReplicas"], group.get("replicas", group["minReplicas"]), group["maxReplicas"]
+        if not least <= start <= most:
+            faults.add(
+                (*place, "maxReplicas"),
+                f"minReplicas <= replicas <= maxReplicas must hold, but got {least}, {start} and {most}; change one",
+            )
+
+
+def _cluster(faults: Faults, data: dict[str, Any]) -> Cluster:
+    """By the code with which Ray's autoscaler reads the cluster."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    metadata = {"name": faults.file.data["metadata"]["name"], "namespace": "default"}
+    derived: dict[str, Any] = {}
+    try:
+        derived = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": copy.deepcopy(data)})
+    except Exception as error:  # whatever its several modules raise
+        faults.add(
+            ("spec",), f"must be what Ray accepts, but it says: {' '.join(str(error).split())[:200]}; mend the file"
+        )
+    faults.end()
+    types = derived["available_node_types"]
+    head = types.pop(derived["head_node_type"])
+    selectors = {g["groupName"]: g["template"]["spec"].get("nodeSelector", {}) for g in data["workerGroupSpecs"]}
+    workers = tuple(
+        NodeType(
+            name,
+            "pod",
+            "spot" if _is_spot(selectors[name]) else "on-demand",
+            kind["resources"],
+            kind["min_workers"],
+            kind["max_workers"],
+            kind.get("priority", 0),
+        )
+        for name, kind in types.items()
+    )
+    return Cluster(
+        faults.file.source,
+        "kuberay",
+        NodeType("head", "pod", "on-demand", head["resources"], 1, 1),
+        workers,
+        derived["max_workers"],
+    )
+
+
+def _is_spot(selector: dict[str, Any]) -> bool:
+    """By the labels that Karpenter, GKE and AKS give spot nodes."""
+    return any("spot" in f"{name}={value}" and value != "false" for name, value in selector.items())

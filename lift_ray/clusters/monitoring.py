@@ -1,0 +1,87 @@
+"""The files for Prometheus and Grafana that stand beside the cluster files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from lift_ray.clusters.diagnostics import Faults, Place, walk
+from lift_ray.clusters.schemas import TEXT, Schema, listed, mapping
+from lift_ray.errors import did_you_mean
+from lift_ray.settings.yaml_file import SettingsFile
+
+DURATION: Schema = {"type": "string", "pattern": r"^\d+(ms|s|m|h)$"}
+PROMETHEUS = mapping(
+    "scrape_configs",
+    **{"global": mapping("", scrape_interval=DURATION, evaluation_interval=DURATION, scrape_timeout=DURATION)},
+    scrape_configs=listed(
+        mapping(
+            "job_name file_sd_configs",
+            job_name=TEXT,
+            scrape_interval=DURATION,
+            scrape_timeout=DURATION,
+            file_sd_configs=listed(mapping("files", files=listed(TEXT), refresh_interval=DURATION)),
+        )
+    )
+    | {"minItems": 1},
+)
+
+
+def is_monitoring(data: dict[str, Any]) -> bool:
+    """Is it a file for Prometheus or Grafana, and not one of a cluster?"""
+    return bool({"scrape_configs", "panels"} & data.keys())
+
+
+def check_monitoring(file: SettingsFile) -> str:
+    """Check it; returns what it holds. Raises BadInput with a line for each fault."""
+    faults = Faults(file)
+    said = _prometheus(faults) if "scrape_configs" in file.data else _grafana(faults)
+    faults.end()
+    return f"{file.source} ({said})"
+
+
+def _prometheus(faults: Faults) -> str:
+    """Does it read the list of nodes that Ray keeps?"""
+    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+    faults.by_schema(PROMETHEUS)
+    faults.end()  # what follows needs the right types
+    jobs = faults.file.data["scrape_configs"]
+    for i, job in enumerate(jobs):
+        for j, source in enumerate(job["file_sd_configs"]):
+            if not any(name.endswith(f"/{PROMETHEUS_SERVICE_DISCOVERY_FILE}") for name in source["files"]):
+                place: Place = ("scrape_configs", i, "file_sd_configs", j, "files")
+                faults.add(
+                    place,
+                    f"must hold Ray's list of nodes, but got {source['files']}; write "
+                    f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}",
+                )
+    return f"Prometheus, jobs {', '.join(job['job_name'] for job in jobs)}"
+
+
+def _grafana(faults: Faults) -> str:
+    """Does it ask only for metrics that there are?"""
+    known = published()
+    for place, text in walk(faults.file.data):
+        if place[-1] in ("expr", "query"):
+            for name in sorted(set(re.findall(r"\bray_\w+", text)) - known):
+                faults.add(place, f"unknown metric '{name}'; {did_you_mean(name, known)}")
+    panels = faults.file.data["panels"]
+    for i, panel in enumerate(panels if isinstance(panels, list) else []):
+        if not isinstance(panel, dict) or not panel.get("title") or not panel.get("targets"):
+            faults.add(("panels", i), "must have a title and targets, but has not; add them")
+    return f"Grafana, {len(panels)} panels"
+
+
+def published() -> set[str]:
+    """The names under which Prometheus sees what a search, a run and Ray's nodes give out."""
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    from lift_ray.tracking.prometheus import SLOT_GAUGES, STUDY_GAUGES
+    from lift_ray.training.progress import STEP_FIGURES
+
+    ours: dict[str, Iterable[str]] = {"study": STUDY_GAUGES, "study_slot": SLOT_GAUGES, "train": STEP_FIGURES}
+    return {f"ray_lift_ray_{of}_{name}" for of, names in ours.items() for name in names} | {
+        f"ray_{name}" for name in METRICS_GAUGES
+    }

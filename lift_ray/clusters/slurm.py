@@ -1,0 +1,89 @@
+"""A batch script for Slurm as the cluster it makes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from lift_ray.clusters.diagnostics import Faults, Place, loopback_only, no_secrets, one_exact_ray, token_stays_on
+from lift_ray.clusters.model import Cluster, NodeType
+from lift_ray.errors import BadInput
+from lift_ray.settings.yaml_file import SettingsFile
+
+OPTION = re.compile(r"#SBATCH\s+--([\w-]+)(?:[=\s]\s*(\S+))?")
+
+
+class _Script(SettingsFile):
+    """The lines of a script; a place is a line."""
+
+    def where(self, path: Place) -> str:
+        return f"{self.source}:{self.line(path)}"
+
+
+def read_slurm(path: str | Path) -> Cluster:
+    """Check and read it: the options of `#SBATCH`, and what its commands must and must not do.
+
+    Raises BadInput with a line for each fault.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: must be a readable script, but got {error}; check the path") from None
+    lines = {str(i): line for i, line in enumerate(text.splitlines(), 1)}
+    faults = Faults(_Script(str(path), dict(lines), {(name,): int(name) for name in lines}))
+    commands: dict[Place, str] = {(name,): line for name, line in lines.items() if not line.lstrip().startswith("#")}
+    unchecked = _bash_reads(faults, text)
+    one_exact_ray(faults, commands, ())
+    token_stays_on(faults, commands)
+    if not any(re.search(r"\bexport\b.*\bRAY_AUTH_MODE=token\b", command) for command in commands.values()):
+        faults.add(
+            (),
+            "must keep Ray's token authentication on, but no line exports RAY_AUTH_MODE=token; add it as clusters/ does",
+        )
+    loopback_only(faults, commands)
+    no_secrets(faults)
+    node = _node(faults, lines)
+    faults.end()
+    return Cluster(str(path), "slurm", NodeType("head", "the first node", "", {}, 1, 1), (node,), node.most, unchecked)
+
+
+def _bash_reads(faults: Faults, text: str) -> tuple[str, ...]:
+    if shutil.which("bash") is None:
+        return ("the commands (needs bash)",)
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    for number, said in re.findall(r"^bash: line (\d+): (.*)", done.stderr, re.MULTILINE)[:1]:
+        faults.add((number,), f"must be what bash reads, but it says: {said}; mend the script")
+    return ()
+
+
+def _node(faults: Faults, lines: dict[str, str]) -> NodeType:
+    """What `#SBATCH` asks for: so many nodes of so many CPUs and GPUs, with one task of Ray on each."""
+    given: dict[str, tuple[Place, str]] = {}
+    for name, line in lines.items():
+        if line.strip() and not line.startswith("#"):
+            break  # Slurm reads no option after the first command
+        if found := OPTION.match(line):
+            given[found[1]] = ((name,), found[2] or "")
+    counts: dict[str, int] = {}
+    for option, otherwise in (
+        ("nodes", None),
+        ("cpus-per-task", None),
+        ("ntasks-per-node", "1"),
+        ("gpus-per-node", "0"),
+    ):
+        place, value = given.get(option, ((), otherwise))
+        number = re.fullmatch(r"(?:[a-zA-Z]\w*:)*(\d+)", value or "")  # GPUs may have a type before them: a100:4
+        if number is None:
+            got = f"got '{value}'" if value is not None else "there is none"
+            faults.add(place, f"must have #SBATCH --{option}=NUMBER, but {got}; write it as clusters/slurm.sh does")
+        counts[option] = int(number[1]) if number else 1
+    if counts["ntasks-per-node"] != 1:
+        faults.add(
+            given["ntasks-per-node"][0],
+            "must start Ray once on a node, --ntasks-per-node=1, but got "
+            f"{counts['ntasks-per-node']}; write 1 and raise --cpus-per-task",
+        )
+    held = {"CPU": float(counts["cpus-per-task"]), "GPU": float(counts["gpus-per-node"])}
+    return NodeType("node", "", "", held, counts["nodes"], counts["nodes"])

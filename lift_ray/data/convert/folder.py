@@ -1,0 +1,100 @@
+"""Finds labelled images in class directories, at any fsspec URL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from lift_ray.data.convert.index import FilesIn, ImageIndex, absolute, check_trained, readable
+from lift_ray.errors import BadInput
+from lift_ray.storage.store import locate, reached
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SPLIT_DIRECTORIES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+
+
+def scan_folder(source: str) -> ImageIndex:
+    """List a directory of class directories, or one of train, val(idation) and test directories that hold them.
+
+    A class is named as its directory, with spaces for underscores; labels follow the sorted directory names.
+    Directories inside a class directory count to it; hidden files and directories are left out.
+
+    Raises BadInput when there is no such directory, it has no class directories, or a class has no training image.
+    """
+    file_system, root = locate(source)
+    root = root.rstrip("/")
+    with reached(source, "must be a folder of class directories", "check the path"):
+        if not file_system.exists(root):
+            raise FileNotFoundError(root)
+        top = _directories(file_system.ls(root, detail=True))
+        inner = {name: _directories(file_system.ls(f"{root}/{name}", detail=True)) for name in top if _is_split(name)}
+        names = [name[len(root) :].lstrip("/") for name in file_system.find(root)]
+    if not top:
+        raise BadInput(f"{source}: must be a folder of class directories, but got none; give each class a directory")
+    has_splits = bool(inner) and all(inner.values())
+    return _index(source, _split_directories(source, top, inner) if has_splits else {"": top}, names)
+
+
+def _split_directories(source: str, top: list[str], inner: dict[str, list[str]]) -> dict[str, list[str]]:
+    others = [name for name in top if name not in inner]
+    splits = [SPLIT_DIRECTORIES[name.lower()] for name in inner]
+    if others:
+        raise BadInput(
+            f"{source}: must hold only train, val and test beside each other, but got {others[0]!r}; move it"
+        )
+    if len(set(splits)) < len(splits):
+        raise BadInput(f"{source}: must hold one directory for each split, but got {', '.join(inner)}; merge them")
+    if "train" not in splits:
+        raise BadInput(f"{source}: must hold a train directory, but got only {', '.join(inner)}; add train")
+    return inner
+
+
+def _index(source: str, directories: dict[str, list[str]], names: Iterable[str]) -> ImageIndex:
+    """`directories` maps a split directory, or "" when there are no splits, to its class directories."""
+    train = next((split for split in directories if SPLIT_DIRECTORIES.get(split.lower()) == "train"), "")
+    classes = sorted(directories[train])
+    labels = {name: label for label, name in enumerate(classes)}
+    for split, here in directories.items():
+        if extra := [name for name in here if name not in labels]:
+            raise BadInput(
+                f"{source}/{split}: must hold only classes of {train}, but got {extra[0]!r}; add it to {train}"
+            )
+    class_names = tuple(readable(name) for name in classes)
+    if twice := [name for name in class_names if class_names.count(name) > 1]:
+        raise BadInput(f"{source}: class names must differ, but got {twice[0]!r} twice; rename a directory")
+    splits: dict[str, list[tuple[str, int]]] = {_split_name(split): [] for split in directories}
+    num_ignored = 0
+    for name in sorted(names):
+        parts = PurePosixPath(name).parts
+        split, inside = (parts[0], parts[1:]) if "" not in directories else ("", parts)
+        if split not in directories or len(inside) < 2 or any(part.startswith(".") for part in parts):
+            continue
+        if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+            splits[_split_name(split)].append((name, labels[inside[0]]))
+        else:
+            num_ignored += 1
+    if not any(splits.values()):
+        raise BadInput(f"{source}: must hold images ({' '.join(sorted(IMAGE_SUFFIXES))}), but got none; check the path")
+    check_trained(source, class_names, splits)
+    held = {name: rows for name, rows in splits.items() if rows}
+    return ImageIndex(source, class_names, held, FilesIn(absolute(source)), num_ignored)
+
+
+def _directories(entries: list[dict[str, str]]) -> list[str]:
+    names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"]
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _is_split(name: str) -> bool:
+    return name.lower() in SPLIT_DIRECTORIES
+
+
+def _split_name(directory: str) -> str:
+    return SPLIT_DIRECTORIES.get(directory.lower(), "train")

@@ -1,0 +1,60 @@
+"""Checks one encoded image, and shrinks it where that is asked for."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lift_ray.storage.store import one_line
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not all of Pillow's: EPS would run Ghostscript
+MAX_PIXELS = 178_956_970  # where Pillow itself, and so training, refuses
+ORIENTATION = 0x0112
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # there is one limit here, `max_pixels`
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored.
+
+    Attributes:
+        short_side_px: shrink larger images to this short side; all become upright RGB JPEG. None keeps the bytes.
+        quality: of that JPEG, 1 to 100.
+        max_pixels: an image that has more is a bad one; it is not decoded.
+    """
+
+    short_side_px: int | None = None
+    quality: int = 90
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, data: bytes) -> bytes:
+        """The bytes to store, after one full decode. Raises ValueError that says why the image is a bad one."""
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > self.max_pixels:
+                    raise ValueError(f"{image.width} x {image.height} pixels, more than {self.max_pixels:,}")
+                image.load()
+                return data if self.short_side_px is None else self._shrunk(data, image, self.short_side_px)
+        except MemoryError:
+            raise
+        except UnidentifiedImageError:
+            raise ValueError("bytes of no known format" if data else "0 bytes") from None
+        except Exception as error:  # decoders raise many types for broken input
+            raise ValueError(one_line(error)) from None
+
+    def _shrunk(self, data: bytes, image: Image.Image, short_side_px: int) -> bytes:
+        scale = short_side_px / min(image.size)
+        as_it_is = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
+        if scale >= 1 and as_it_is:
+            return data  # a second encoding would only lose
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        if scale < 1:
+            width, height = (max(1, round(scale * side)) for side in upright.size)
+            upright = upright.resize((width, height), Image.Resampling.LANCZOS)
+        encoded = io.BytesIO()
+        upright.save(encoded, "JPEG", quality=self.quality)
+        return encoded.getvalue()

@@ -1,0 +1,149 @@
+"""Labelled images that are somewhere, not read yet: what every kind of source is turned into before a conversion."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from lift_ray.errors import BadInput
+from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
+
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+
+Row = tuple[str, str, str, int]
+"""Where an image is listed (for messages), its split, its path and its label."""
+
+
+class ReadImage(Protocol):
+    """Reads one image of a source. It is sent to other processes, so it holds names and numbers, no open files."""
+
+    def __call__(self, reference: str) -> bytes:
+        """The encoded image behind a reference; whatever goes wrong is raised."""
+        ...
+
+
+@dataclass(frozen=True)
+class FilesIn:
+    """Reads images that are files under a URL; references are relative paths."""
+
+    source: str
+
+    def __call__(self, reference: str) -> bytes:
+        """The file's bytes."""
+        file_system, root = locate(self.source)
+        data: bytes = file_system.cat_file(join(root, reference))
+        return data
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """Labelled images that are somewhere, not read yet.
+
+    Attributes:
+        source: URL that messages name.
+        class_names: in label order.
+        splits: (reference, label) pairs of each split that the source defines, by split name. References that are
+            cheap to read together stand together.
+        read: turns a reference into an encoded image.
+        num_ignored: files that are not images by their suffix.
+        notes: lines for the user about what was made of the source.
+    """
+
+    source: str
+    class_names: tuple[str, ...]
+    splits: dict[str, list[tuple[str, int]]]
+    read: ReadImage
+    num_ignored: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def index_of_files(
+    source: str, root: str, class_names: tuple[str, ...], rows: Iterable[Row], notes: tuple[str, ...] = ()
+) -> ImageIndex:
+    """The index of image files that something lists by path.
+
+    Args:
+        source: URL that messages name.
+        root: URL of the folder that the paths are relative to.
+        class_names: in label order.
+        rows: what is listed; labels in [0, K).
+        notes: for the user.
+
+    Raises BadInput for a path outside the root, an image that is listed twice, or a class without a training image.
+    """
+    listed: dict[str, str] = {}
+    splits: dict[str, list[tuple[str, int]]] = {}
+    for where, split, path, label in rows:
+        reference = inside(path, where)
+        if first := listed.get(reference):
+            raise BadInput(f"{where}: an image must be listed once, but {reference!r} is in {first} too; remove one")
+        listed[reference] = where
+        splits.setdefault(split, []).append((reference, label))
+    check_trained(source, class_names, splits)
+    return ImageIndex(source, class_names, splits, FilesIn(absolute(root)), notes=notes)
+
+
+def inside(path: str, where: str) -> str:
+    """The plain form of a relative path. Raises BadInput when it leads out of the folder it is relative to."""
+    parts = path.replace("\\", "/").split("/")
+    plain = "/".join(part for part in path.split("/") if part not in ("", "."))
+    if not plain or not parts[0] or parts[0].endswith(":") or ".." in parts:
+        raise BadInput(f"{where}: must name a file in the source, but got {path!r}, a path outside the source; mend it")
+    return plain
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute, since other processes may run in another folder; any other URL as it is."""
+    return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def check_trained(source: str, class_names: Sequence[str], splits: dict[str, list[tuple[str, int]]]) -> None:
+    """Raise BadInput unless every class has a training image."""
+    found = {label for _, label in splits.get("train", [])}
+    if bare := [name for label, name in enumerate(class_names) if label not in found]:
+        shown = ", ".join(map(repr, bare[:3])) + (", ..." if len(bare) > 3 else "")
+        raise BadInput(f"{source}: every class must have an image, but {shown} have none; add images or remove them")
+
+
+def distinct(class_names: Iterable[str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Class names with spaces for underscores and a number after a name that came before, and a note if there is one.
+
+    Published lists do repeat names: the usual 1,000 names of ImageNet have 'missile' and 'sunglasses' twice.
+    """
+    names: dict[str, None] = {}
+    changed = []
+    for label, given in enumerate(class_names):
+        name, copy = readable(given), 1
+        while name in names:
+            copy += 1
+            name = f"{readable(given)} ({copy})"
+        if copy > 1:
+            changed.append(f"class {label} is called {name!r}")
+        names[name] = None
+    shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+    return tuple(names), (f"{where}: names of {len(changed)} classes came before: {shown}",) if changed else ()
+
+
+def readable(name: str) -> str:
+    """A class name as a text tower should see it: spaces for underscores."""
+    return name.replace("_", " ").strip()
+
+
+def read_lines(url: str) -> list[str]:
+    """The lines of a UTF-8 text file, without their ends. Raises BadInput when it cannot be read."""
+    data = fetch(url, 0, None, PATIENCE_S)
+    with reached(url, "must be a text file", "check the file"):
+        lines = data.decode("utf-8-sig").split("\n")
+    return [line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """An image as PNG: lossless, and the same bytes each time."""
+    encoded = io.BytesIO()
+    (image if image.mode in PNG_MODES else image.convert("RGB")).save(encoded, "PNG")
+    return encoded.getvalue()

@@ -1,0 +1,162 @@
+"""Which images a conversion keeps, and for which split: drawn by seed before any image is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.layout import SPLITS
+from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
+from lift_ray.errors import BadInput
+
+DRAWN = ("validation", "test")  # splits that may be drawn from the training images
+
+Row = tuple[str, int]
+"""An image's reference and its label."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """How images are divided into splits. Raises BadInput for options that do not go together.
+
+    Attributes:
+        validation_frac: part of each class, in [0, 1), that leaves the training split; None means 0.1 where the source
+            has no validation split. One image of each class always stays.
+        test_frac: the same for the test split; None means 0.
+        seed: of every draw and of the order.
+        imbalance: cut what is left for training to a long tail with this factor, >= 1.
+        largest: images of the first class of that tail; None takes as many as there are.
+        labelled, unlabelled: make it a semi-supervised set instead: images of the first class with a label, and further
+            ones without.
+        gamma_l, gamma_u: the imbalance factor of each, >= 1; gamma_u is gamma_l when it is None.
+        flipped: the unlabelled images have the order of the classes turned round.
+    """
+
+    validation_frac: float | None = None
+    test_frac: float | None = None
+    seed: int = 0
+    imbalance: float | None = None
+    largest: int | None = None
+    labelled: int | None = None
+    unlabelled: int | None = None
+    gamma_l: float | None = None
+    gamma_u: float | None = None
+    flipped: bool = False
+
+    def __post_init__(self) -> None:
+        for split, frac in (("validation", self.validation_frac), ("test", self.test_frac)):
+            if frac is not None and not 0 <= frac < 1:
+                raise BadInput(
+                    f"{split}-frac: must be at least 0 and below 1, but got {frac:g}; give 0.1, for instance"
+                )
+        if self.largest is not None and self.imbalance is None:
+            raise BadInput("largest: must come with an imbalance, but got it alone; add --imbalance")
+        semi_supervised = {
+            "labelled": self.labelled,
+            "unlabelled": self.unlabelled,
+            "gamma-l": self.gamma_l,
+            "gamma-u": self.gamma_u,
+            "reversed": self.flipped or None,
+        }
+        given = [name for name, value in semi_supervised.items() if value is not None]
+        if given and (missing := {"labelled", "unlabelled", "gamma-l"} - set(given)):
+            raise BadInput(f"{given[0]}: must come with {min(missing)}, but got it without; add --{min(missing)}")
+        if given and self.imbalance is not None:
+            raise BadInput("imbalance: must come without labelled, which has gamma-l for it, but got both; drop one")
+        if self.flipped and (self.gamma_l if self.gamma_u is None else self.gamma_u) == 1:
+            raise BadInput("reversed: must have an order to turn round, but gamma-u is 1; drop it")
+
+
+def divide(index: ImageIndex, division: Division) -> dict[str, list[Row]]:
+    """The shuffled rows of every split that gets any, in the order of SPLITS.
+
+    The labelled images of a semi-supervised set also stand among the unlabelled ones.
+
+    Raises BadInput when the index has a split that was to be drawn, or a class has too few images.
+    """
+    taken = {"validation": division.validation_frac, "test": division.test_frac, "unlabelled": division.labelled}
+    for split, value in taken.items():
+        if value is not None and split in index.splits:
+            option = "labelled" if split == "unlabelled" else f"{split}-frac"
+            raise BadInput(f"{option}: must be left out, but {index.source} has its own {split} images; drop it")
+    test_frac, validation_frac = division.test_frac or 0.0, division.validation_frac
+    if validation_frac is None:
+        validation_frac = 0.0 if "validation" in index.splits else 0.1
+    if validation_frac + test_frac >= 1:
+        raise BadInput(f"test-frac: must leave images to train on, but got {test_frac:g}; give a smaller part")
+    drawn = stratified_split(_labels(index.splits["train"]), validation_frac, test_frac, division.seed)
+    splits = {**index.splits}
+    for split in ("train", *DRAWN):
+        if split == "train" or split not in index.splits:
+            splits[split] = [index.splits["train"][row] for row in drawn[split]]
+    splits = {split: _shuffled(splits[split], split, division.seed) for split in SPLITS if splits.get(split)}
+    if division.imbalance is not None:
+        splits["train"] = _long_tailed(splits["train"], division.imbalance, division.largest)
+    if division.labelled is not None:
+        splits["train"], pool = _semi_supervised(index, splits["train"], division)
+        splits["unlabelled"] = _shuffled(pool, "unlabelled", division.seed)
+    return splits
+
+
+def stratified_split(labels: Int64s, validation_frac: float, test_frac: float, seed: int) -> dict[str, Int64s]:
+    """Draw round(frac * n) images of every class for validation and test; one of each class stays in train.
+
+    Args:
+        labels: label of every image, (N,).
+        validation_frac, test_frac: in [0, 1), together below 1.
+
+    Returns:
+        Ascending indices into `labels` for train, validation and test, together a permutation of 0 .. N-1.
+    """
+    rng = np.random.default_rng(seed)
+    parts: dict[str, list[Int64s]] = {split: [np.zeros(0, np.int64)] for split in ("train", *DRAWN)}
+    for label in np.unique(labels):
+        drawn = rng.permutation(np.flatnonzero(labels == label))
+        num_validation = min(round(validation_frac * len(drawn)), len(drawn) - 1)
+        num_test = min(round(test_frac * len(drawn)), len(drawn) - 1 - num_validation)
+        cuts = np.split(drawn, [num_validation, num_validation + num_test])
+        for split, rows in zip((*DRAWN, "train"), cuts, strict=True):
+            parts[split].append(rows)
+    return {split: np.sort(np.concatenate(rows)) for split, rows in parts.items()}
+
+
+def _long_tailed(rows: list[Row], imbalance: float, largest: int | None) -> list[Row]:
+    labels = _labels(rows)
+    natural = np.bincount(labels).astype(np.int64)
+    counts = longtail_counts(natural, int(natural.max()) if largest is None else largest, imbalance)
+    return _first(rows, labels, counts)
+
+
+def _semi_supervised(index: ImageIndex, rows: list[Row], division: Division) -> tuple[list[Row], list[Row]]:
+    """The labelled rows, and the pool of unlabelled ones that holds them too."""
+    assert division.labelled is not None
+    assert division.unlabelled is not None
+    assert division.gamma_l is not None
+    gamma_u = division.gamma_l if division.gamma_u is None else division.gamma_u
+    labels = _labels(rows)
+    natural = np.bincount(labels).astype(np.int64)
+    labelled, further = semi_supervised_counts(
+        natural, division.labelled, division.unlabelled, division.gamma_l, gamma_u, flipped=division.flipped
+    )
+    for label in np.flatnonzero(labelled + further > natural)[:1]:
+        raise BadInput(
+            f"{index.source}: class {index.class_names[label]!r} must have {labelled[label] + further[label]} training images "
+            f"({labelled[label]} labelled and {further[label]} further), but got {natural[label]}; give smaller numbers"
+        )
+    return _first(rows, labels, labelled), _first(rows, labels, labelled + further)
+
+
+def _labels(rows: Sequence[Row]) -> Int64s:
+    return np.array([label for _, label in rows], dtype=np.int64)
+
+
+def _first(rows: list[Row], labels: Int64s, counts: Int64s) -> list[Row]:
+    return [rows[row] for row in keep_first(labels, counts)]
+
+
+def _shuffled(rows: list[Row], split: str, seed: int) -> list[Row]:
+    order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(len(rows))
+    return [rows[row] for row in order]

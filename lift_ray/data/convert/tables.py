@@ -1,0 +1,348 @@
+"""Finds labelled images in a CSV file or in Parquet, whose rows hold an image or its path, and a label."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lift_ray.data.convert.folder import SPLIT_DIRECTORIES
+from lift_ray.data.convert.index import (
+    ImageIndex,
+    absolute,
+    check_trained,
+    distinct,
+    index_of_files,
+    read_lines,
+    readable,
+)
+from lift_ray.data.convert.lists import read_class_names
+from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.storage.store import join, locate, reached
+
+IMAGE_COLUMNS = frozenset(
+    {"image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image_file"}
+)
+LABEL_COLUMNS = frozenset({"label", "class", "category", "target", "label_name", "class_name", "category_name"})
+SPLIT_COLUMNS = frozenset({"split"})
+NUMBER = re.compile(r"-?[0-9]+")
+CACHE_BYTES = 512 * 2**20
+_ONE_AT_A_TIME = threading.Lock()
+
+Told = tuple[str, str, str, str]
+"""Where a row stands (for messages), its split, its image's reference, and its label as text."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of the columns that are used; None where a table has no split column."""
+
+    image: str
+    label: str
+    split: str | None
+
+
+@dataclass(frozen=True)
+class ImagesInParquet:
+    """Reads images that are cells of Parquet files; a reference is `file:row group:row of the group`.
+
+    Whole row groups are read, and a process keeps the last `num_kept` of them.
+    """
+
+    base: str
+    leaf: str
+    num_kept: int
+
+    def __call__(self, reference: str) -> bytes:
+        """The bytes in the cell. Raises ValueError for an empty one."""
+        file, group, row = reference.rsplit(":", 2)
+        with _ONE_AT_A_TIME:  # threads that start together would each read it
+            cell = _row_groups(self.num_kept)(join(self.base, file), self.leaf, int(group))[int(row)]
+        if not cell.is_valid:
+            raise ValueError("no image in this row")
+        data: bytes = cell.as_py()
+        return data
+
+
+def scan_table(
+    source: str,
+    *,
+    kind: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
+    root: str | None = None,
+    class_names: str | None = None,
+) -> ImageIndex:
+    """List the images that the rows of a table name or hold.
+
+    Labels are names, or numbers from 0 that count the names of `class_names`, or of the ClassLabel that Hugging Face
+    stores in Parquet. Classes that are only named in the labels are sorted. Underscores in names become spaces.
+
+    Args:
+        source: for "csv" a file with a header, separated by commas, semicolons or tabs; for "parquet" a file, a folder
+            or a pattern with `*`. Any fsspec URL.
+        kind: "csv" or "parquet".
+        image_column: paths; in Parquet also bytes, or the struct {bytes, path} of Hugging Face. None finds it.
+        label_column: None finds it.
+        split_column: train, val or test, under the names that a folder may have. None takes a column called split, else
+            in Parquet the file names (train-00000-of-00002.parquet, test/0.parquet), else all rows are for training.
+        root: folder that paths are relative to, default where the table is.
+        class_names: file with a class name on each line, in label order.
+
+    Raises BadInput, with the line or row, for columns that are not plain, a row without an image or a label, an unknown
+    label or split, a path outside the root, an image listed twice, or a class without a training image.
+    """
+    given = Columns(image_column or "", label_column or "", split_column)
+    names, notes = read_class_names(class_names) if class_names is not None else (None, ())
+    return KINDS[kind](source, given, root, names, notes)
+
+
+def _scan_csv(
+    source: str, given: Columns, root: str | None, names: tuple[str, ...] | None, notes: tuple[str, ...]
+) -> ImageIndex:
+    told = list(_csv_rows(source, given))
+    names, labels = _labelled(source, told, names)
+    rows = ((where, split, path, label) for (where, split, path, _), label in zip(told, labels, strict=True))
+    return index_of_files(source, _folder_of(source) if root is None else root, names, rows, notes)
+
+
+def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
+    """The standard library's reader, since it tells the line of each row, also where a cell holds line breaks."""
+    text = "\n".join(read_lines(source))
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    with reached(source, "must be CSV with a header", "check the file"):
+        header = [name.strip() for name in next(reader, [])]
+        columns = _columns(source, header, given)
+        image, label = header.index(columns.image), header.index(columns.label)
+        split = None if columns.split is None else header.index(columns.split)
+        for cells in reader:
+            where = f"{source}:{reader.line_num}"
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise BadInput(f"{where}: must have {len(header)} cells, as the header, but got {len(cells)}; mend it")
+            part = "train" if split is None else _split_named(cells[split], where)
+            yield _told(where, part, cells[image].strip(), cells[label].strip(), columns)
+
+
+def _scan_parquet(
+    source: str, given: Columns, root: str | None, names: tuple[str, ...] | None, notes: tuple[str, ...]
+) -> ImageIndex:
+    base, files = _parquet_files(source)
+    split_of = _splits_by_name(source, files)
+    with _readable(join(base, files[0])), _opened(join(base, files[0])) as parquet:
+        schema = parquet.schema_arrow
+    columns = _columns(source, schema.names, given)
+    leaf = _leaf(source, schema, columns.image)
+    _check_label_type(source, schema, columns.label)
+    told: list[Told] = []
+    most_bytes = 1
+    for file in files:
+        with _readable(join(base, file)), _opened(join(base, file)) as parquet:
+            if _used(parquet.schema_arrow, columns) != _used(schema, columns):
+                raise ValueError(f"columns or class names that are not those of {files[0]}")
+            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+            most_bytes = max([most_bytes, *(group.total_byte_size for group in groups)])
+            told += _parquet_rows(parquet, groups, join(base, file), file, split_of.get(file, "train"), columns, leaf)
+    if names is None and (named := _class_label_names(schema.metadata or {}, columns.label)):
+        names, notes = distinct(named, source)
+    names, labels = _labelled(source, told, names)
+    rows = [(*row[:3], label) for row, label in zip(told, labels, strict=True)]
+    if leaf is None:
+        return index_of_files(source, base if root is None else root, names, rows, notes)
+    splits: dict[str, list[tuple[str, int]]] = {}
+    for _, split, reference, label in rows:
+        splits.setdefault(split, []).append((reference, label))
+    check_trained(source, names, splits)
+    read = ImagesInParquet(absolute(base), leaf, max(1, CACHE_BYTES // most_bytes))
+    return ImageIndex(source, names, splits, read, notes=notes)
+
+
+def _parquet_rows(
+    parquet: Any, groups: list[Any], url: str, file: str, split: str, columns: Columns, leaf: str | None
+) -> Iterator[Told]:
+    wanted = [columns.label, *([columns.split] if columns.split else []), *([] if leaf else [columns.image])]
+    table = parquet.read(columns=wanted)
+    labels = table.column(columns.label).to_pylist()
+    splits = table.column(columns.split).to_pylist() if columns.split else None
+    if leaf:
+        images = [f"{file}:{number}:{row}" for number, group in enumerate(groups) for row in range(group.num_rows)]
+    else:
+        images = table.column(columns.image).to_pylist()
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        where = f"{url} row {number}"
+        part = split if splits is None else _split_named(str(splits[number]), where)
+        yield _told(where, part, image or "", "" if label is None else str(label).strip(), columns)
+
+
+def _told(where: str, split: str, image: str, label: str, columns: Columns) -> Told:
+    for cell, column in ((image, columns.image), (label, columns.label)):
+        if not cell:
+            raise BadInput(
+                f"{where}: must have a cell in the column {column!r}, but got none; fill it or remove the row"
+            )
+    return where, split, image, label
+
+
+def _split_named(name: str, where: str) -> str:
+    split = SPLIT_DIRECTORIES.get(name.strip().lower())
+    if split is None:
+        raise BadInput(f"{where}: the split must be train, val or test, but got {name!r}; rename it")
+    return split
+
+
+def _columns(source: str, columns: list[str], given: Columns) -> Columns:
+    return Columns(
+        _column(source, columns, given.image, "image", IMAGE_COLUMNS),
+        _column(source, columns, given.label, "label", LABEL_COLUMNS),
+        _column(source, columns, given.split or "", "split", SPLIT_COLUMNS) or None,
+    )
+
+
+def _column(source: str, columns: list[str], given: str, what: str, known: frozenset[str]) -> str:
+    """The column that was given, or else the one with a known name; no split column is fine."""
+    if given:
+        if given not in columns:
+            raise BadInput(f"{source}: must have the column {given!r}, but it has none; {did_you_mean(given, columns)}")
+        return given
+    found = [name for name in columns if name.lower() in known]
+    if len(found) != 1 and (found or what != "split"):
+        shown = ", ".join(columns) or "none"
+        raise BadInput(f"{source}: the {what} column must be plain, but got the columns {shown}; pass --{what}-column")
+    return found[0] if found else ""
+
+
+def _labelled(source: str, told: list[Told], names: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[int]]:
+    """The class names, and the label of each row."""
+    if not told:
+        raise BadInput(f"{source}: must hold images, but got no row; check the file")
+    numbers = all(NUMBER.fullmatch(label) for *_, label in told)
+    if numbers and names is None:
+        raise BadInput(f"{source}: labels that are numbers must come with names, but got none; pass --class-names FILE")
+    names = names or tuple(sorted({readable(label) for *_, label in told}))
+    labels = {str(label) if numbers else name: label for label, name in enumerate(names)}
+    rows = [labels.get(label if numbers else readable(label)) for *_, label in told]
+    if None in rows:
+        where, _, _, label = told[rows.index(None)]
+        rule = f"the label must be 0 to {len(names) - 1}" if numbers else "the label must be a class name"
+        raise BadInput(f"{where}: {rule}, but got {label!r}; check the {len(names)} class names")
+    return names, [label for label in rows if label is not None]
+
+
+def _parquet_files(source: str) -> tuple[str, list[str]]:
+    """The folder of the Parquet files, and their paths in it."""
+    base = _folder_of(source.partition("*")[0] if "*" in source else source)
+    file_system, path = locate(source)
+    with reached(source, "must be a Parquet file, a folder of them, or a pattern", "check the path"):
+        if "*" in source:
+            found = file_system.glob(path)
+        elif file_system.isdir(path):
+            base, found = source, [name for name in file_system.find(path) if name.endswith(".parquet")]
+        else:
+            found = [file_system.info(path)["name"]]
+    if not found:
+        raise BadInput(f"{source}: must hold Parquet files, but got none; check the path")
+    base_path = locate(base)[1].rstrip("/")
+    return base, sorted(name[len(base_path) :].lstrip("/") for name in found)
+
+
+def _folder_of(url: str) -> str:
+    folder, slash, _ = url.rpartition("/")
+    return folder or slash or "."
+
+
+def _splits_by_name(source: str, files: Iterable[str]) -> dict[str, str]:
+    """The split of each file that a part of its path begins with; of all files, or of none."""
+    splits = {}
+    for file in files:
+        for part in file.split("/"):
+            if split := SPLIT_DIRECTORIES.get(re.split(r"[-_.]", part)[0].lower()):
+                splits[file] = split
+    if splits and (others := [file for file in files if file not in splits]):
+        raise BadInput(f"{source}: every file must tell its split, or none, but got {others[0]!r}; rename it")
+    return splits
+
+
+def _leaf(source: str, schema: Any, image: str) -> str | None:
+    """The Parquet column of the images' bytes, or None when the column holds paths."""
+    kind = _plain_type(schema.field(image).type)
+    inner = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
+    if _is_text(kind):
+        return None
+    if _is_bytes(kind) or ("bytes" in inner and _is_bytes(inner["bytes"])):
+        return f"{image}.bytes" if inner else image
+    raise BadInput(
+        f"{source}: the column {image!r} must hold paths, bytes or struct<bytes, path>, but got {kind}; pass --image-column"
+    )
+
+
+def _used(schema: Any, columns: Columns) -> Any:
+    names = [name for name in (columns.image, columns.label, columns.split) if name in schema.names]
+    return [schema.field(name).type for name in names], _class_label_names(schema.metadata or {}, columns.label)
+
+
+def _check_label_type(source: str, schema: Any, label: str) -> None:
+    kind = _plain_type(schema.field(label).type)
+    if not (pa.types.is_integer(kind) or _is_text(kind)):
+        raise BadInput(
+            f"{source}: the column {label!r} must hold whole numbers or text, but got {kind}; pass --label-column"
+        )
+
+
+def _plain_type(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_bytes(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _class_label_names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _readable(url: str) -> AbstractContextManager[None]:
+    return reached(url, "must be readable Parquet", "check the file")
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    file_system, path = locate(url)
+    with file_system.open(path, "rb") as file:
+        yield pq.ParquetFile(file)
+
+
+@cache
+def _row_groups(num_kept: int) -> Callable[[str, str, int], Any]:
+    return lru_cache(maxsize=num_kept)(_row_group)
+
+
+def _row_group(url: str, leaf: str, group: int) -> Any:
+    """The cells of a column of bytes, (rows,)."""
+    with _opened(url) as parquet:
+        column = parquet.read_row_group(group, columns=[leaf]).column(0)
+    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+
+
+KINDS = {"csv": _scan_csv, "parquet": _scan_parquet}

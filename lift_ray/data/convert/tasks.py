@@ -1,0 +1,214 @@
+"""The shards of a conversion as independent tasks, and running them on the cores of this machine."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+from lift_ray.data.convert.images import Encoding
+from lift_ray.data.convert.index import ReadImage
+from lift_ray.data.convert.shards import PARTIAL, Sample, ShardRecord, write_file, write_shard
+from lift_ray.data.convert.splitting import Row
+from lift_ray.errors import BadInput, RunFailed
+from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass, one_line, reached, retried
+
+FEW_IMAGES = 2000  # processes take seconds to start
+POLL_S = 0.2
+SUSPICIOUS = 100  # bad images and no good one mean a source that is gone
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all shards of a conversion share; it is sent to other processes. Fields as in `conversion.convert`."""
+
+    destination: str
+    source: str
+    class_names: tuple[str, ...]
+    read: ReadImage
+    encoding: Encoding
+    row_group_rows: int
+    skip_bad: bool
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """The images of one shard, in order; which they are was decided before any was read."""
+
+    split: str
+    number: int
+    rows: Sequence[Row]
+
+
+RunTasks = Callable[[Job, Sequence[ShardTask], Callable[[int], None]], list[ShardRecord]]
+"""Runs tasks somewhere, in any order, and calls back with the number of images done since the last call."""
+
+
+class Stopped(Exception):
+    """Another task failed, or the user wants to stop."""
+
+
+def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[], None]) -> ShardRecord:
+    """Check the images of one shard and write it, then its record: a shard that has a record is finished.
+
+    Args:
+        num_threads: images in work at once.
+        step: called before each image is written; what it raises passes through, and the unfinished shard is removed.
+
+    Raises BadInput for the first bad image, unless they are to be skipped, and when the source or the destination fails;
+    a shard of very many images that are all bad counts as a source that fails.
+    """
+    skipped: list[str] = []
+
+    def good(pool: ThreadPoolExecutor) -> Iterator[Sample]:
+        for (reference, label), image in _in_order(pool, lambda row: _checked(job, row[0]), task.rows, 4 * num_threads):
+            step()
+            if isinstance(image, bytes):
+                yield image, reference, label
+            elif job.skip_bad:
+                skipped.append(image)
+            else:
+                raise BadInput(f"{image}; remove it or pass --skip-bad")
+        if len(skipped) == len(task.rows) >= SUSPICIOUS:
+            raise BadInput(
+                f"{skipped[0]}, as for all {len(skipped)} images of a shard; check that each machine reaches the source"
+            )
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        record = write_shard(
+            job.destination, task.split, task.number, good(pool), job.class_names, row_group_rows=job.row_group_rows
+        )
+    record = replace(record, skipped=tuple(skipped))
+    write_file(job.destination, record_name(task), json.dumps(asdict(record)).encode())
+    return record
+
+
+def record_name(task: ShardTask) -> str:
+    """The file that says a shard is finished."""
+    return f".{task.split}-{task.number:05d}.json{PARTIAL}"
+
+
+def run_here(
+    job: Job, tasks: Sequence[ShardTask], advance: Callable[[int], None], *, workers: int
+) -> list[ShardRecord]:
+    """Run tasks with so many images in work at once: in one process for each core, or few in threads of this one.
+
+    Raises what `convert_shard` raises; RunFailed when a process was killed from outside.
+    """
+    processes = min(workers, os.cpu_count() or 1, len(tasks))
+    small = sum(len(task.rows) for task in tasks) < FEW_IMAGES
+    if processes <= 1 or small or in_memory(job):
+        return [convert_shard(job, task, workers, lambda: advance(1)) for task in tasks]
+    return _in_processes(job, tasks, advance, processes, -(-workers // processes))
+
+
+def in_memory(job: Job) -> bool:
+    """Whether the data is only in the memory of this process."""
+    return "memory://" in job.source + job.destination
+
+
+def _in_processes(
+    job: Job, tasks: Sequence[ShardTask], advance: Callable[[int], None], processes: int, num_threads: int
+) -> list[ShardRecord]:
+    context = multiprocessing.get_context("spawn")
+    # without locks, which a killed process would never give back
+    counters, stop = context.RawArray("q", len(tasks)), context.RawValue("b", 0)
+    pool = ProcessPoolExecutor(processes, context, _begin, (job, num_threads, counters, stop))
+    records: list[ShardRecord] = []
+    seen = 0
+    try:
+        waiting = {pool.submit(_run, number, task) for number, task in enumerate(tasks)}
+        while waiting:
+            ready, waiting = wait(waiting, POLL_S, FIRST_EXCEPTION)
+            seen, before = sum(counters), seen
+            advance(seen - before)
+            records += [future.result() for future in ready]
+    except BrokenProcessPool:
+        raise RunFailed(
+            f"{job.destination}: a process of the conversion was killed, perhaps for want of memory; start it again with "
+            "fewer --workers: it goes on with the missing shards"
+        ) from None
+    finally:
+        stop.value = 1
+        pool.shutdown(cancel_futures=True)
+    return records
+
+
+_worker: Any = None  # in a process of the pool: job, num_threads, counters, stop
+
+
+def _begin(*given: Any) -> None:
+    global _worker
+    _worker = given
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)
+
+
+def _run(number: int, task: ShardTask) -> ShardRecord:
+    job, num_threads, counters, stop = _worker
+
+    def step() -> None:
+        if stop.value:
+            raise Stopped
+        counters[number] += 1
+
+    return convert_shard(job, task, num_threads, step)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Row], bytes | str], rows: Sequence[Row], ahead: int
+) -> Iterator[tuple[Row, bytes | str]]:
+    """Results of `work` in the order of `rows`, with a bounded number of images in memory."""
+    rest = iter(rows)
+    window: deque[tuple[Row, Future[bytes | str]]] = deque()
+    for row in islice(rest, ahead):
+        window.append((row, pool.submit(work, row)))
+    while window:
+        row, future = window.popleft()
+        yield row, future.result()
+        for following in islice(rest, 1):
+            window.append((following, pool.submit(work, following)))
+
+
+def _checked(job: Job, reference: str) -> bytes | str:
+    """The bytes to store, or the line that says what is wrong with the image."""
+    where = join(job.source, reference)
+    try:
+        return job.encoding(_read(job, reference, where))
+    except FileNotFoundError:
+        reason = "nothing there"
+    except (ValueError, LookupError, OSError) as error:
+        reason = one_line(error)
+    return f"{where}: must be a whole image, but got {reason}"
+
+
+def _read(job: Job, reference: str, where: str) -> bytes:
+    """The bytes of an image. BadInput when it is the source that fails: no image may be left out for that."""
+    rule, remedy = "must be readable", "check the source, and start again"
+    try:
+        return job.read(reference)
+    except Exception as error:
+        if is_remote(locate(job.source)[0]) and may_pass(error):
+            return retried(lambda _: job.read(reference), where, rule, remedy, PATIENCE_S)
+        broken = isinstance(error, ValueError | LookupError | FileNotFoundError)
+        if broken or (isinstance(error, OSError) and error.errno is None and not isinstance(error, PermissionError)):
+            raise
+        with reached(where, rule, remedy):
+            raise

@@ -1,0 +1,181 @@
+"""Reads the classification sets of torchvision.datasets by the name of their class."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from lift_ray.data.convert.index import (
+    FilesIn,
+    ImageIndex,
+    ReadImage,
+    absolute,
+    check_trained,
+    distinct,
+    encode_png,
+    inside,
+)
+from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.storage.store import join, one_line, reached
+
+LABELS = ("targets", "labels", "_labels", "y")
+PAIRS = ("samples", "_samples", "imgs")  # of path and label
+PATHS = ("_image_files", "_images")
+SPOT_CHECKS = 3
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True)
+class TorchvisionImages:
+    """Reads images of a set as PNG; a reference is `split/number`. A process opens a split when it first needs it."""
+
+    name: str
+    root: str
+
+    def __call__(self, reference: str) -> bytes:
+        """The image as PNG."""
+        split, number = reference.split("/")
+        with _ONE_AT_A_TIME:  # threads that start together would each open it
+            dataset = _opened(self.name, self.root, split)
+        return encode_png(dataset[int(number)][0])
+
+
+def scan_torchvision(name: str, *, root: str, download: bool = False) -> ImageIndex:
+    """List the images of a set that torchvision knows.
+
+    Images that are files keep their bytes, others become PNG. Where the only labelled images outside of train are called
+    val (ImageNet, Imagenette, Places365), they become the test split, as the literature uses them. A set without class
+    names gets `class 0`, `class 1`, ..., and a note.
+
+    Args:
+        name: class in torchvision.datasets, a key of SETS.
+        root: folder on this machine that torchvision keeps the set in (its own argument `root`).
+        download: let torchvision fetch the set first.
+
+    Raises BadInput for an unknown set, one that is not there, or one whose package (SciPy, h5py) is missing.
+    """
+    if name not in SETS:
+        raise BadInput(f"{name}: must be a set of torchvision with one label an image; {did_you_mean(name, SETS)}")
+    if "://" in root:
+        raise BadInput(
+            f"{root}: must be a folder on this machine, since torchvision reads no other; copy the set there"
+        )
+    if download and name in NO_DOWNLOAD:
+        raise BadInput(f"download: must be left out, but torchvision cannot fetch {name}; put its files in {root}")
+    remedy = "check the folder" if download or name in NO_DOWNLOAD else "check the folder, or pass --download"
+    here = absolute(root)
+    with reached(root, f"must hold {name} as torchvision keeps it", remedy):
+        datasets = {split: _open(name, here, split, download) for split in SETS[name]}
+        labels = {split: _labels(dataset) for split, dataset in datasets.items()}
+        paths = {split: _paths(dataset, here) for split, dataset in datasets.items()}
+    if not all(labels.values()):
+        raise BadInput(f"{root}: must hold {name} as torchvision keeps it, but got no images; {remedy}")
+    given, notes = _class_names(name, datasets["train"], labels)
+    names, more = distinct(given, name)
+    read: ReadImage = TorchvisionImages(name, here)
+    if all(paths.values()):
+        read = FilesIn(here)
+    else:
+        paths = {split: [f"{split}/{number}" for number in range(len(labels[split]))] for split in labels}
+    splits = {split: list(zip(paths[split], labels[split], strict=True)) for split in labels}
+    check_trained(root, names, splits)
+    return ImageIndex(join(root, name), names, splits, read, notes=(*notes, *more))
+
+
+def _open(name: str, root: str, split: str, download: bool) -> Any:
+    import torchvision.datasets
+
+    more = {} if name in NO_DOWNLOAD else {"download": download}
+    try:
+        return getattr(torchvision.datasets, name)(root, **SETS[name][split], **more)
+    except ImportError as error:
+        raise BadInput(f"{name}: needs a package, but got {one_line(error)!r}; install it") from None
+
+
+@lru_cache(maxsize=3)
+def _opened(name: str, root: str, split: str) -> Any:
+    return _open(name, root, split, download=False)
+
+
+def _labels(dataset: Any) -> list[int]:
+    """The labels by number, from where the set keeps them, or else from its items."""
+    total = len(dataset)
+    pairs, held = _first(dataset, PAIRS), _first(dataset, LABELS)
+    if pairs is not None:
+        labels = [int(label) for _, label in pairs]
+    elif held is not None:
+        labels = np.asarray(held).astype(np.int64).tolist()
+    else:
+        return [int(dataset[number][1]) for number in range(total)]
+    for number in np.linspace(0, total - 1, SPOT_CHECKS).astype(int).tolist() if total else []:
+        if int(dataset[number][1]) != labels[number]:
+            raise ValueError("labels that are not those of its images; this version of torchvision is not known")
+    return labels
+
+
+def _paths(dataset: Any, root: str) -> list[str]:
+    """The images' paths in the root, or nothing when they are not files."""
+    paths = _first(dataset, PATHS)
+    if paths is None:
+        paths = [path for path, _ in _first(dataset, PAIRS) or []]
+    if not all(isinstance(path, str | os.PathLike) for path in paths):
+        return []
+    return [inside(os.path.relpath(path, root), root) for path in paths]
+
+
+def _first(dataset: Any, attributes: tuple[str, ...]) -> Any:
+    return next((getattr(dataset, name) for name in attributes if getattr(dataset, name, None) is not None), None)
+
+
+def _class_names(name: str, train: Any, labels: dict[str, list[int]]) -> tuple[list[str], tuple[str, ...]]:
+    given = _first(train, ("classes", "categories"))
+    if given is not None:
+        return [each if isinstance(each, str) else ", ".join(each) for each in given], ()
+    num_classes = 1 + max(label for here in labels.values() for label in here)
+    note = f"{name}: has no class names in torchvision, so they are 'class 0' to 'class {num_classes - 1}'"
+    return [f"class {label}" for label in range(num_classes)], (note,)
+
+
+TRAIN_TEST = {"train": {"split": "train"}, "test": {"split": "test"}}
+TRAIN_VAL = {"train": {"split": "train"}, "test": {"split": "val"}}
+TRAIN_VAL_TEST = {"train": {"split": "train"}, "validation": {"split": "val"}, "test": {"split": "test"}}
+FLAG: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+UNSPLIT: dict[str, dict[str, Any]] = {"train": {}}
+
+# class in torchvision.datasets -> our split -> its arguments
+SETS: dict[str, dict[str, dict[str, Any]]] = {
+    "CIFAR10": FLAG,
+    "CIFAR100": FLAG,
+    "Caltech101": UNSPLIT,
+    "Caltech256": UNSPLIT,
+    "Country211": {"train": {"split": "train"}, "validation": {"split": "valid"}, "test": {"split": "test"}},
+    "DTD": TRAIN_VAL_TEST,
+    "EMNIST": {"train": {"split": "byclass", "train": True}, "test": {"split": "byclass", "train": False}},
+    "EuroSAT": UNSPLIT,
+    "FER2013": TRAIN_TEST,
+    "FGVCAircraft": TRAIN_VAL_TEST,
+    "FashionMNIST": FLAG,
+    "Flowers102": TRAIN_VAL_TEST,
+    "Food101": TRAIN_TEST,
+    "GTSRB": TRAIN_TEST,
+    "ImageNet": TRAIN_VAL,
+    "Imagenette": TRAIN_VAL,
+    "KMNIST": FLAG,
+    "MNIST": FLAG,
+    "OxfordIIITPet": {"train": {"split": "trainval"}, "test": {"split": "test"}},
+    "PCAM": TRAIN_VAL_TEST,
+    "Places365": {"train": {"split": "train-standard"}, "test": {"split": "val"}},
+    "RenderedSST2": TRAIN_VAL_TEST,
+    "SEMEION": UNSPLIT,
+    "STL10": TRAIN_TEST,
+    "SUN397": UNSPLIT,
+    "SVHN": TRAIN_TEST,
+    "StanfordCars": TRAIN_TEST,
+    "USPS": FLAG,
+}
+NO_DOWNLOAD = frozenset({"FER2013", "ImageNet", "StanfordCars"})

@@ -1,0 +1,269 @@
+"""What a data set holds: splits, shards, class names and labels, from Parquet footers and the label column only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lift_ray.data.cache import load_index, shard_limit_bytes, store_index
+from lift_ray.data.dataset import Dataset, Shard, Split
+from lift_ray.data.footers import Content, read_content
+from lift_ray.data.layout import MANIFEST, RECONVERT, SPLITS, Listing, find_shards
+from lift_ray.data.longtail import keep_first, longtail_counts, semi_supervised_counts
+from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, join, locate, reached
+
+FORMAT_VERSION = 1
+INDEX_VERSION = 1  # of what is kept of remote data sets
+READERS = 16  # shards opened at a time: opening waits for the store
+
+
+def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENCE_S) -> Dataset:
+    """Open Hugging Face style Parquet, as this project and `datasets` write it; `layout.find_shards` says which names.
+
+    The images are the column of the Hugging Face feature Image, the labels that of ClassLabel: the ones named image and
+    label, or the only ones. What is read of a remote store is kept in LIFT_CACHE: opening it again only lists files.
+
+    Args:
+        uri: a path, any fsspec URL, or `embedded:NAME` for data that ships inside the package.
+        base: the folder that relative paths start from; by default the working directory.
+        patience_s: how long a request to a remote store is tried again while its failure may pass.
+
+    Raises:
+        BadInput: one line, when the data cannot be reached or read, or is not a data set for classification:
+            columns, class names, labels in [0, K), the same schema everywhere, a training image of every class.
+    """
+    if not uri:
+        raise BadInput("dataset: must be a path or URL, but got nothing; give a folder, or embedded:caltech101")
+    if uri.startswith("embedded:"):
+        return _open_embedded(uri)
+    if "://" not in uri and "::" not in uri:
+        uri = os.path.normpath((base or Path.cwd()) / Path(uri).expanduser())
+    shard_limit_bytes()  # a bad LIFT_CACHE_GB is told before anything starts
+    return _open_folder(uri, uri, patience_s)
+
+
+def schema_metadata(class_names: Iterable[str]) -> dict[bytes, bytes]:
+    """Schema metadata that names the classes as Hugging Face `datasets` writes it."""
+    features = {"image": {"_type": "Image"}, "label": {"names": list(class_names), "_type": "ClassLabel"}}
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+
+
+def _open_embedded(uri: str) -> Dataset:
+    name = uri.removeprefix("embedded:")
+    if name not in EMBEDDED:
+        raise BadInput(f"{uri}: must name data in the package, but got {name!r}; {did_you_mean(name, EMBEDDED)}")
+    folder, cut = EMBEDDED[name]
+    return cut(_open_folder(uri, str(files("lift_ray") / "assets" / folder), 0.0))
+
+
+def _long_tailed(whole: Dataset, largest: int, imbalance: float) -> Dataset:
+    train = whole.split("train")
+    counts = longtail_counts(train.class_counts(whole.num_classes), largest, imbalance)
+    return replace(whole, splits={**whole.splits, "train": train.take(keep_first(train.labels, counts))})
+
+
+def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dataset:
+    """The 40 classes with the most images, 40 to 2 of each labelled, and up to 47 more in the unlabelled pool."""
+    natural = whole.split("train").class_counts(whole.num_classes)
+    classes = np.sort(np.argsort(-natural, kind="stable")[:40])
+    label_of = np.full(whole.num_classes, -1)
+    label_of[classes] = np.arange(len(classes))
+    splits = {}
+    for name, split in whole.splits.items():
+        here = split.take(np.flatnonzero(label_of[split.labels] >= 0))
+        splits[name] = replace(here, labels=label_of[here.labels])
+    train = splits["train"]
+    counts, further = semi_supervised_counts(natural[classes], 40, 47, 20.0, gamma_u, flipped=flipped)
+    splits["train"] = train.take(keep_first(train.labels, counts))
+    pool = train.take(keep_first(train.labels, counts + further))
+    splits["unlabelled"] = replace(pool, name="unlabelled")
+    return Dataset(whole.uri, tuple(whole.class_names[k] for k in classes), splits)
+
+
+def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
+    """`uri` is what the user typed and messages name; `url` is where the files are."""
+    listing = find_shards(uri, url, patience_s)
+    fingerprint = f"{INDEX_VERSION} {listing.fingerprint}" if listing.fingerprint else ""
+    if fingerprint and (arrays := load_index(listing.url, fingerprint)):
+        return _from_arrays(uri, arrays)
+    manifest = _read_manifest(listing, patience_s) if listing.manifest else _Manifest()
+    _check_files(listing, manifest)
+    sizes = {join(listing.url, entry.name): entry.num_bytes for split in listing.shards.values() for entry in split}
+    with ThreadPoolExecutor(max_workers=min(READERS, len(sizes))) as pool:
+        found = pool.map(lambda shard: read_content(shard, sizes[shard], patience_s), sizes)
+        contents = dict(zip(sizes, found, strict=True))
+    _check_same(contents)
+    splits = {name: _split(name, listing, contents, manifest) for name in listing.shards}
+    dataset = Dataset(uri, next(iter(contents.values())).class_names, splits)
+    if listing.manifest:
+        _check_manifest(dataset, manifest)
+    _check_training(dataset)
+    if fingerprint:
+        store_index(listing.url, fingerprint, _to_arrays(dataset))
+    return dataset
+
+
+def _split(name: str, listing: Listing, contents: dict[str, Content], manifest: _Manifest) -> Split:
+    remote = is_remote(locate(listing.url)[0])
+    shards, labels = [], []
+    for entry in listing.shards[name]:
+        url = join(listing.url, entry.name)
+        content, told = contents[url], manifest.shards.get(entry.name)
+        if told and told.rows != len(content.labels):
+            raise BadInput(f"{url}: the manifest says {told.rows} rows, but got {len(content.labels)}; {RECONVERT}")
+        labels.append(content.labels)
+        shards.append(
+            Shard(
+                url,
+                content.row_groups,
+                content.row_group_bytes,
+                entry.num_bytes or 0,
+                entry.identity if remote else "",
+                told.sha256 if told else "",
+            )
+        )
+    joined = np.concatenate(labels)
+    return Split(name, tuple(shards), joined, np.arange(len(joined), dtype=np.int64), content.image_column)
+
+
+def _check_same(contents: dict[str, Content]) -> None:
+    first_url, first = next(iter(contents.items()))
+    for url, content in contents.items():
+        if content.class_names != first.class_names or content.columns != first.columns:
+            what = "class names" if content.class_names != first.class_names else "columns"
+            raise BadInput(
+                f"{url}: every shard must have the same {what}, but got others than {first_url}; {RECONVERT}"
+            )
+
+
+def _to_arrays(dataset: Dataset) -> dict[str, Any]:
+    """What the index keeps of a data set: plain arrays, one of them JSON."""
+    splits = {
+        name: {"image_column": split.image_column, "shards": [asdict(shard) for shard in split.shards]}
+        for name, split in dataset.splits.items()
+    }
+    text = json.dumps({"class_names": dataset.class_names, "splits": splits})
+    labels = {f"labels_{name}": split.labels.astype(np.int32) for name, split in dataset.splits.items()}
+    return {"about": np.frombuffer(text.encode(), np.uint8), **labels}
+
+
+def _from_arrays(uri: str, arrays: dict[str, Any]) -> Dataset:
+    about = json.loads(arrays["about"].tobytes())
+    splits = {}
+    for name, about_split in about["splits"].items():
+        shards = tuple(
+            Shard(
+                kept["url"],
+                tuple(kept["row_groups"]),
+                tuple(kept["row_group_bytes"]),
+                kept["num_bytes"],
+                kept["identity"],
+                kept["sha256"],
+            )
+            for kept in about_split["shards"]
+        )
+        labels = arrays[f"labels_{name}"].astype(np.int64)
+        rows = np.arange(len(labels), dtype=np.int64)
+        splits[name] = Split(name, shards, labels, rows, about_split["image_column"])
+    return Dataset(uri, tuple(about["class_names"]), splits)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the manifest says of one shard."""
+
+    rows: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What manifest.json says: class names, rows of each split, and of each shard by name where it lists them."""
+
+    class_names: tuple[str, ...] = ()
+    rows: dict[str, int] = field(default_factory=dict)
+    shards: dict[str, _Told] = field(default_factory=dict)
+
+
+def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
+    url = join(listing.url, MANIFEST)
+    rule = f"must be a manifest of format {FORMAT_VERSION}"
+    data = fetch(url, None, None, patience_s)
+    with reached(url, rule, RECONVERT):
+        manifest = json.loads(data)
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            version = manifest.get("format_version") if isinstance(manifest, dict) else None
+            raise BadInput(f"{url}: {rule}, but got format {version}; use the lift_ray that wrote it")
+        rows = {name: int(record["rows"]) for name, record in manifest["splits"].items()}
+        shards = {
+            shard["name"]: _Told(int(shard["rows"]), int(shard["bytes"]), str(shard["sha256"]))
+            for record in manifest["splits"].values()
+            for shard in record.get("shards", ())
+        }
+        return _Manifest(tuple(manifest["class_names"]), rows, shards)
+    raise AssertionError("unreachable")
+
+
+def _check_files(listing: Listing, manifest: _Manifest) -> None:
+    """Before anything of a shard is read: the manifest and the listing agree."""
+    for entry in [entry for split in listing.shards.values() for entry in split if manifest.shards]:
+        url = join(listing.url, entry.name)
+        if entry.name not in manifest.shards:
+            raise BadInput(f"{url}: must be in the manifest, but is not; remove one of the two, or {RECONVERT}")
+        told = manifest.shards[entry.name].num_bytes
+        if entry.num_bytes not in (None, told):
+            raise BadInput(
+                f"{url}: the manifest says {told} bytes, but got {entry.num_bytes}; copy it again, or {RECONVERT}"
+            )
+
+
+def _check_manifest(dataset: Dataset, manifest: _Manifest) -> None:
+    if manifest.class_names != dataset.class_names:
+        raise BadInput(
+            f"{dataset.uri}: the manifest and the shards must name the same classes, "
+            f"but got {len(manifest.class_names)} and {dataset.num_classes} that differ; {RECONVERT}"
+        )
+    for name in SPLITS:
+        split = dataset.splits.get(name)
+        held, told = split.num_samples if split else 0, manifest.rows.get(name, 0)
+        if told != held:
+            raise BadInput(
+                f"{join(dataset.uri, name)}: the manifest says {told} rows, but the shards hold {held}; {RECONVERT}"
+            )
+
+
+def _check_training(dataset: Dataset) -> None:
+    for name, split in dataset.splits.items():
+        if split.num_samples == 0:
+            raise BadInput(f"{join(dataset.uri, name)}: must hold images, but got 0 rows; {RECONVERT}")
+    if "train" not in dataset.splits:
+        return
+    missing = np.flatnonzero(dataset.splits["train"].class_counts(dataset.num_classes) == 0)
+    if len(missing):
+        names = ", ".join(repr(dataset.class_names[index]) for index in missing[:3])
+        more = ", ..." if len(missing) > 3 else ""
+        raise BadInput(
+            f"{join(dataset.uri, 'train')}: every class must have an image, but {len(missing)} of "
+            f"{dataset.num_classes} have none ({names}{more}); add images, or drop these class names"
+        )
+
+
+# name -> folder in assets/, and which of its images are taken
+EMBEDDED: dict[str, tuple[str, Callable[[Dataset], Dataset]]] = {
+    "caltech101": ("caltech101", lambda whole: whole),
+    "caltech101-lt": ("caltech101", partial(_long_tailed, largest=200, imbalance=50.0)),
+    "caltech101-half": ("caltech101", partial(_half_labelled, gamma_u=20.0)),
+    "caltech101-half-uniform": ("caltech101", partial(_half_labelled, gamma_u=1.0)),
+    "caltech101-half-reversed": ("caltech101", partial(_half_labelled, gamma_u=20.0, flipped=True)),
+}

@@ -1,0 +1,114 @@
+"""Training the models of `method: backdoor`: each an ordinary run in OUT/members/NAME, then one checkpoint of all of them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from lift_ray.settings.run import RunConfig
+from lift_ray.storage.output import Output
+from lift_ray.training import checkpoint
+from lift_ray.training.checkpoint_manager import FINAL
+from lift_ray.training.progress import Progress
+
+if TYPE_CHECKING:
+    from lift_ray.methods.lift import Lift
+
+
+class MemberProgress(Progress):
+    """The progress of one of several runs: its lines say whose they are, and it has no bar.
+
+    Args:
+        output: where its figures go.
+        name: of the model.
+    """
+
+    def __init__(self, output: Output, name: str) -> None:
+        super().__init__(output)
+        self.name, self._bar.disable = name, True
+
+    def _say(self, text: str) -> None:
+        super()._say(f"{self.name}: {text}")
+
+
+def place_of(output: Output, name: str) -> Output:
+    """Where the run of a member goes: OUT/members/NAME."""
+    url, mark, query = output.url.partition("?")
+    return Output(f"{url.rstrip('/')}/members/{name}{mark}{query}")
+
+
+def train_members(
+    names: Mapping[str, Output],
+    train: Callable[[str, Output], object],
+    at_once: int,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Train the members that are not finished, so many at once.
+
+    Args:
+        names: of the members, and where each goes.
+        train: trains one to its end, or goes on with it.
+
+    Raises what `train` raised first, when all have ended.
+    """
+    waiting = {}
+    for name, output in names.items():
+        if output.holds(f"{FINAL}/{checkpoint.RECORD}"):
+            say(f"{name}: finished before")
+        else:
+            waiting[name] = output
+    if at_once == 1:
+        for name, output in waiting.items():
+            train(name, output)
+        return
+    from lift_ray.training.loop import stop_on_sigterm, told_to_stop
+
+    before = signal.getsignal(signal.SIGTERM)
+    stop_on_sigterm()
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            futures = [pool.submit(train, name, output) for name, output in waiting.items()]
+            try:
+                wait(futures)
+            except BaseException:
+                told_to_stop.set()  # so that they write a checkpoint and end, which the pool waits for
+                raise
+        for future in futures:
+            future.result()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def bind(config: RunConfig, names: Mapping[str, Output], output: Output) -> None:
+    """Write OUT/checkpoint from the finished members: their weights under their names. Raises BadInput and RunFailed.
+
+    Args:
+        config: settings of the whole.
+    """
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    history: list[dict[str, float]] = []
+    for name, place in names.items():
+        with place.fetched(FINAL) as folder:
+            record = checkpoint.read_record(folder)
+            tensors |= {f"{name}/{key}": tensor for key, tensor in load_file(folder / checkpoint.WEIGHTS).items()}
+        train_s = sum(epoch.get("time/train_s", 0.0) for epoch in record.history)
+        history.append({"epoch": len(history) + 1, "time/train_s": train_s})
+    record = replace(
+        record,
+        config=config.to_dict(),
+        digest=config.digest(),
+        epoch=len(names),
+        step=0,
+        metrics={},
+        history=history,
+        seconds={},
+        scaler={},
+    )
+    with output.staged(FINAL, checkpoint.RECORD) as folder:
+        checkpoint.save(folder, cast("Lift", SimpleNamespace(stored=lambda: tensors)), None, {}, record)

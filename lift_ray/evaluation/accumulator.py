@@ -1,0 +1,146 @@
+"""What an evaluation counts, on the device, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lift_ray.evaluation.metrics import PerClass, summarise
+
+NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
+
+
+class Tally:
+    """Sums over the images of a split; `add` reads nothing back to the host.
+
+    Bin m of M = 15 holds the images whose confidence, the largest softmax probability, lies in (m / M, (m + 1) / M].
+
+    Args:
+        num_classes: K.
+        device: where the logits are.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # correct, total, predicted
+        self._bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=device)  # images, confidence, correct
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: raw logits (B, K), labels (B,)."""
+        log_p = logits.float().log_softmax(1)
+        predicted = logits.argmax(1)
+        hit, one = predicted == labels, torch.ones_like(labels)
+        self._counts[0].index_add_(0, labels, hit.long())
+        self._counts[1].index_add_(0, labels, one)
+        self._counts[2].index_add_(0, predicted, one)
+        confidence = log_p.amax(1).exp().double()
+        place = ((confidence * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
+        self._bins.index_add_(1, place, torch.stack([one.double(), confidence, hit.double()]))
+        self._loss -= log_p.gather(1, labels.unsqueeze(1)).double().sum()
+
+    def tensors(self) -> list[Tensor]:
+        """What the caller must sum over the ranks, in place, before `result`."""
+        return [self._counts, self._bins, self._loss]
+
+    def result(self, train_counts: NDArray[np.int64]) -> tuple[dict[str, float], PerClass]:
+        """The metrics of `summarise`, and the counts by class.
+
+        Args:
+            train_counts: (K,), training images of each class.
+        """
+        classes = PerClass(*self._counts.cpu().numpy())
+        return summarise(classes, self._bins.cpu().numpy(), float(self._loss), train_counts), classes
+
+
+class PerImage:
+    """What a model made of each image of a split, in storage order; a rank fills in its stretch, the others stay 0.
+
+    Args:
+        num_images: N of the whole split.
+        first: where this rank's stretch begins.
+        device: where the logits are.
+    """
+
+    def __init__(self, num_images: int, first: int, device: torch.device) -> None:
+        self._found = torch.zeros(2, num_images, dtype=torch.float64, device=device)  # predicted, confidence
+        self._at = first
+
+    def add(self, logits: Tensor) -> None:
+        """The next images: raw logits (B, K)."""
+        confidence, predicted = logits.float().softmax(1).max(1)
+        self._found[:, self._at : self._at + len(logits)] = torch.stack([predicted.double(), confidence.double()])
+        self._at += len(logits)
+
+    def tensors(self) -> list[Tensor]:
+        """What the caller must sum over the ranks, in place, before `result`."""
+        return [self._found]
+
+    def result(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Predicted class and its probability for each image, (N,) each."""
+        predicted, confidence = self._found.cpu().numpy()
+        return predicted.astype(np.int64), confidence
+
+
+class TauGrid:
+    """What every strength of the post-hoc adjustment z - tau * log prior would give, counted beside an evaluation.
+
+    The images are in two halves. A tau chosen on one and measured on the other says how much of the gain is luck.
+
+    Args:
+        taus: in rising order.
+        train_counts: (K,), training images of each class.
+        device: where the logits are.
+    """
+
+    def __init__(self, taus: Sequence[float], train_counts: NDArray[np.int64], device: torch.device) -> None:
+        self.taus = list(taus)
+        num_classes = len(train_counts)
+        self._log_prior = torch.from_numpy(np.log(train_counts / train_counts.sum())).float().to(device)
+        self._correct = torch.zeros(len(self.taus), 2 * num_classes, dtype=torch.int64, device=device)
+        self._total = torch.zeros(2 * num_classes, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor, halves: Tensor) -> None:
+        """Count a batch: raw logits (B, K), labels (B,), and 0 or 1 for each image (B,)."""
+        cell = labels + halves * len(self._log_prior)
+        self._total.index_add_(0, cell, torch.ones_like(labels))
+        for tau, correct in zip(self.taus, self._correct, strict=True):
+            correct.index_add_(0, cell, ((logits.float() - tau * self._log_prior).argmax(1) == labels).long())
+
+    def tensors(self) -> list[Tensor]:
+        """What the caller must sum over the ranks, in place, before `result`."""
+        return [self._correct, self._total]
+
+    def result(self) -> dict[str, float]:
+        """posthoc_tau, the best by mean class accuracy; posthoc_mean_class_accuracy with it; posthoc_optimism, the mean over
+        both halves of (accuracy where a tau was chosen) - (accuracy where it was not), at least 0."""
+        correct, total = (t.cpu().numpy().astype(float) for t in self.tensors())
+        by_half, counts = correct.reshape(len(self.taus), 2, -1), total.reshape(2, -1)
+        both = _mean_class_accuracy(by_half.sum(1), counts.sum(0))
+        first, second = (_mean_class_accuracy(by_half[:, half], counts[half]) for half in (0, 1))
+        best = int(both.argmax())
+        optimism = (first.max() - first[second.argmax()] + second.max() - second[first.argmax()]) / 2
+        return {
+            "posthoc_tau": self.taus[best],
+            "posthoc_mean_class_accuracy": float(both[best]),
+            "posthoc_optimism": float(optimism),
+        }
+
+
+def _mean_class_accuracy(correct: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(T, K) and (K,) -> (T,); classes without an image are left out."""
+    there = total > 0
+    mean: NDArray[np.float64] = (correct[:, there] / total[there]).mean(1)
+    return mean
+
+
+def halves_of(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,) -> 0 or 1 for each image: every second image of its class."""
+    order = np.argsort(labels, kind="stable")
+    seen = np.arange(len(order)) - np.searchsorted(labels[order], labels[order], side="left")
+    halves = np.empty(len(labels), np.int64)
+    halves[order] = seen % 2
+    return halves

@@ -1,0 +1,317 @@
+"""Class names and probabilities for many pictures: in one process, or on Ray workers; parts that are done are never repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+
+from lift_ray.data.augment import evaluation_picture, five_crops
+from lift_ray.data.batches import PICTURE_ERRORS, _ahead
+from lift_ray.errors import BadInput, RunFailed
+from lift_ray.evaluation.cpu_parallel import on_cores
+from lift_ray.inference.calibration import Calibration, calibrated
+from lift_ray.inference.classifier import Finished, single_record
+from lift_ray.inference.image_files import PictureReader, Pictures
+from lift_ray.methods.world import Ranks
+from lift_ray.ray_runtime.capacity import num_slots
+from lift_ray.ray_runtime.session import connected
+from lift_ray.settings.search import Scale
+from lift_ray.storage.store import one_line
+from lift_ray.training import checkpoint
+
+PART = 2000
+READ_AHEAD = 800  # pictures
+TRIES = 3
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is predicted, and how.
+
+    Attributes:
+        where: the checkpoint, a folder or URL.
+        pictures: all of them.
+        top: classes in a row, at most K.
+        temperature: given by hand; None for the fitted one.
+        posthoc_tau: as of `Finished`.
+        part: pictures of a part.
+    """
+
+    where: str
+    pictures: Pictures
+    top: int = 5
+    temperature: float | None = None
+    posthoc_tau: float | None = None
+    part: int = PART
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts there are."""
+        return -(-len(self.pictures) // self.part)
+
+    def span(self, number: int) -> tuple[int, int]:
+        """The pictures [start, stop) of a part."""
+        return number * self.part, min((number + 1) * self.part, len(self.pictures))
+
+
+Advance = Callable[[int, int], None]
+
+
+class Predictor:
+    """A loaded model that predicts parts of a job.
+
+    Args:
+        ranks: device and threads; decoding runs beside the model.
+    """
+
+    def __init__(self, job: Job, ranks: Ranks) -> None:
+        self._job, self._ranks = job, ranks
+        with checkpoint.opened(job.where) as folder:
+            self._finished = Finished(folder, ranks, job.posthoc_tau)
+            self.calibration = (
+                calibrated(folder, self._finished) if job.temperature is None else Calibration(job.temperature)
+            )
+        self._names = np.array(self._finished.record.class_names)
+
+    def parts(self, numbers: Sequence[int], temperature: float) -> Iterator[tuple[int, pa.Table]]:
+        """The rows of these parts, in order; pictures are decoded ahead across their ends."""
+        reader = PictureReader(self._job.pictures)
+        size = self._finished.batch_size
+        steps = [
+            (number, start, min(start + size, stop))
+            for number in numbers
+            for first, stop in [self._job.span(number)]
+            for start in range(first, stop, size)
+        ]
+        decoded = _ahead(
+            lambda index: (steps[index], *self._decoded(reader, *steps[index][1:])),
+            range(len(steps)),
+            self._ranks.num_threads,
+            lambda index: reader.prefetch(*steps[index][1:]),
+            READ_AHEAD // size,
+        )
+        rows: list[pa.Table] = []
+        try:
+            for (number, stop), table in on_cores(self._ranks.device, partial(self._table, temperature), decoded):
+                rows.append(table)
+                if stop == self._job.span(number)[1]:
+                    yield number, pa.concat_tables(rows)
+                    rows = []
+        finally:
+            reader.close()
+
+    def _decoded(self, reader: PictureReader, start: int, stop: int) -> tuple[torch.Tensor, list[str | None]]:
+        """The good pictures of [start, stop), (b, 3, H, W) or (b, 5, 3, H, W) uint8, and for each of all what is wrong."""
+        size_px, picture = self._finished.size_px, five_crops if self._finished.five_crops else evaluation_picture
+        shape = (5, 3, size_px, size_px) if self._finished.five_crops else (3, size_px, size_px)
+        images, good = np.empty((stop - start, *shape), np.uint8), 0
+        errors: list[str | None] = []
+        for encoded in reader.read(start, stop):
+            try:
+                images[good] = np.moveaxis(picture(encoded or b"", size_px), -1, -3)
+                good += 1
+                errors.append(None)
+            except PICTURE_ERRORS as error:
+                errors.append("no image" if not encoded else one_line(error).replace("<_io.BytesIO object", "<bytes"))
+        return torch.from_numpy(images[:good]), errors
+
+    def _table(
+        self, temperature: float, decoded: tuple[tuple[int, int, int], torch.Tensor, list[str | None]]
+    ) -> tuple[tuple[int, int], pa.Table]:
+        """The rows of what was decoded, with the number of its part and where it stops."""
+        ((number, start, stop), images, errors), top = decoded, self._job.top
+        good = np.array([error is None for error in errors])
+        classes, probabilities = np.zeros((stop - start, top), np.int64), np.zeros((stop - start, top), np.float32)
+        if len(images):
+            best = torch.softmax(self._finished.logits(images) / temperature, dim=1).topk(top)
+            classes[good], probabilities[good] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+        files, rows = self._job.pictures.places(start, stop)
+        columns: dict[str, Any] = {"file": pa.array(files, pa.string()), "row": pa.array(rows, pa.int64())}
+        for place in range(top):
+            columns[f"class_{place + 1}"] = pa.array(self._names[classes[:, place]], pa.string(), mask=~good)
+            columns[f"probability_{place + 1}"] = pa.array(probabilities[:, place], mask=~good)
+        return (number, stop), pa.table(columns | {"error": pa.array(errors, pa.string())})
+
+
+class Worker:
+    """An actor that predicts one part at a time."""
+
+    def __init__(self, job: Job, use_gpu: bool, num_cpus: int) -> None:
+        self._predictor = Predictor(job, Ranks.alone(use_gpu=use_gpu, num_cpus=num_cpus))
+
+    def calibration(self) -> Calibration:
+        """Fitted here when it is not kept beside the checkpoint."""
+        return self._predictor.calibration
+
+    def part(self, number: int, temperature: float) -> pa.Table:
+        """The rows of a part."""
+        return next(self._predictor.parts([number], temperature))[1]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was done: pictures in all, those that could not be read, and the calibration."""
+
+    num_images: int
+    num_bad: int
+    calibration: Calibration
+
+
+def predict(job: Job, out: Path, advance: Advance, *, workers: int = 1, cpus_per_worker: int = 1) -> Predicted:
+    """Write a row for each picture to a Parquet or CSV file, whole or not at all.
+
+    Parts that are done lie in OUT.parts until the file is whole; the same call goes on after them.
+
+    Args:
+        out: FILE.parquet or FILE.csv; what was fitted is in the schema's metadata, or in FILE.csv.json.
+        advance: called with (done, total) pictures.
+        workers: Ray workers; 1 for this process.
+
+    Raises:
+        BadInput: `out` is there, or its parts are of another job; as `Finished`, `calibrated` and `num_slots`.
+        RunFailed: workers were lost too often, or the disk is full.
+    """
+    parts = out.with_name(f"{out.name}.parts")
+    if out.exists():
+        raise BadInput(f"--out: must be a new file, but {out} exists; delete it, or give another")
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        _check_same_job(job, parts)
+        total = len(job.pictures)
+        missing = [number for number in range(job.num_parts) if not _part(parts, number).exists()]
+        done = total - sum(stop - start for start, stop in map(job.span, missing))
+        advance(done, total)
+        run = _here if workers == 1 else _on_workers(workers, cpus_per_worker)
+        for number, table in run(job, parts, missing):
+            _replace(_part(parts, number), lambda path, table=table: pq.write_table(table, path))  # type: ignore[misc]
+            done += len(table)
+            advance(done, total)
+        predicted = _joined(job, parts, out)
+    except OSError as error:
+        raise RunFailed(
+            f"{out}: must take the results, but {one_line(error)}; check the disk, then start it again: it goes on"
+        ) from None
+    shutil.rmtree(parts, ignore_errors=True)
+    return predicted
+
+
+def _here(job: Job, parts: Path, missing: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
+    if missing:
+        predictor = Predictor(job, Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1))
+        yield from predictor.parts(missing, _settled(parts, lambda: predictor.calibration).temperature)
+
+
+def _on_workers(
+    workers: int, cpus_per_worker: int
+) -> Callable[[Job, Path, Sequence[int]], Iterator[tuple[int, pa.Table]]]:
+    def run(job: Job, parts: Path, missing: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
+        import ray
+
+        with connected(dashboard=False) as nodes:
+            need, _ = num_slots(Scale(workers_per_trial=workers, cpus_per_worker=cpus_per_worker), nodes)
+            kind: Any = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=TRIES, max_task_retries=TRIES)(
+                Worker
+            )
+            actors = [kind.remote(job, bool(need.gpus), need.cpus) for _ in range(min(workers, len(missing)))]
+            rest = iter(missing)
+            running: dict[Any, tuple[int, Any]] = {}
+            try:
+                if actors:
+                    temperature = _settled(parts, lambda: ray.get(actors[0].calibration.remote())).temperature
+                for actor in 2 * actors:  # the second part waits where it will be worked on
+                    running |= {actor.part.remote(n, temperature): (n, actor) for n in islice(rest, 1)}
+                while running:
+                    for ready in ray.wait(list(running))[0]:
+                        number, actor = running.pop(ready)
+                        running |= {actor.part.remote(n, temperature): (n, actor) for n in islice(rest, 1)}
+                        yield number, ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, BadInput) else error) from None
+            except ray.exceptions.RayActorError as error:
+                raise RunFailed(
+                    f"{job.where}: the workers must finish, but one was lost ({one_line(error)}); start it again: it goes on"
+                ) from None
+            finally:
+                for actor in actors:
+                    ray.kill(actor)
+
+    return run
+
+
+def _check_same_job(job: Job, parts: Path) -> None:
+    """Parts are gone on with only where they are of the same pictures, checkpoint and settings."""
+    with checkpoint.opened(job.where) as folder:
+        record = single_record(folder)
+        if job.top > len(record.class_names):
+            raise BadInput(f"--top: must be at most the {len(record.class_names)} classes, but got {job.top}; lower it")
+        weights = hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()
+    about = json.dumps([asdict(job) | {"where": ""}, record.digest, weights], sort_keys=True)
+    digest = hashlib.sha256(about.encode()).hexdigest()
+    if not (parts / PLAN).exists():
+        _replace(parts / PLAN, lambda path: path.write_text(digest))
+    elif (parts / PLAN).read_text() != digest:
+        raise BadInput(
+            f"{parts}: must hold parts of the same pictures, checkpoint and options, but holds others; "
+            "delete it, or give another --out"
+        )
+
+
+def _settled(parts: Path, find: Callable[[], Calibration]) -> Calibration:
+    """The calibration of all parts, also of those that a later process writes."""
+    path = parts / "calibration.json"
+    if not path.exists():
+        found = find()
+        _replace(path, lambda temporary: temporary.write_text(json.dumps(asdict(found))))
+    return Calibration(**json.loads(path.read_text()))
+
+
+def _joined(job: Job, parts: Path, out: Path) -> Predicted:
+    calibration = _settled(parts, lambda: Calibration(1.0))
+    about = json.dumps({"checkpoint": job.where, "posthoc_tau": job.posthoc_tau, "calibration": asdict(calibration)})
+    tables = (pq.read_table(_part(parts, number)) for number in range(job.num_parts))
+    num_bad = 0
+
+    def write(path: Path) -> None:
+        nonlocal num_bad
+        writer: Any = None
+        for table in tables:
+            if writer is None:
+                schema = table.schema.with_metadata({b"lift_ray": about.encode()})
+                writer = pyarrow.csv.CSVWriter(path, schema) if out.suffix == ".csv" else pq.ParquetWriter(path, schema)
+            num_bad += len(table) - table["error"].null_count
+            writer.write_table(table.cast(schema))
+        writer.close()
+
+    if out.suffix == ".csv":
+        _replace(out.with_name(f"{out.name}.json"), lambda path: path.write_text(about + "\n"))
+    _replace(out, write)
+    return Predicted(len(job.pictures), num_bad, calibration)
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"part-{number:05d}.parquet"
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

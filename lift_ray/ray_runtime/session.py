@@ -1,0 +1,110 @@
+"""Joining a Ray cluster, or starting Ray on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache, partialmethod
+from pathlib import Path
+
+from lift_ray.errors import Interrupted, RunFailed, Stopped
+from lift_ray.ray_runtime.autoscaler import cluster_nodes
+
+OBJECT_STORE_BYTES = 150 * 2**20  # shards are read by the workers themselves; only settings and figures travel
+
+
+@contextmanager
+def connected(
+    address: str | None = None, *, dashboard: bool = True, metadata: Mapping[str, str] | None = None
+) -> Iterator[list[dict[str, float]]]:
+    """Use the cluster at `address` or $RAY_ADDRESS; without either, start Ray here, on loopback, and stop it afterwards.
+
+    A session that is already connected is used as it is. Yields the resources of each node that is there or may come.
+
+    Args:
+        metadata: for the dashboard's entry of this driver; `job_name` is what its list of jobs shows.
+
+    Raises:
+        RunFailed: the cluster does not answer.
+    """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    mine = not ray.is_initialized()
+    if mine:
+        if not address:
+            _stay_on_loopback()
+            _take_a_free_agent_port()
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                job_config=ray.job_config.JobConfig(metadata=dict(metadata or {})),
+                **({} if address else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}),
+            )
+        except SystemExit as error:  # Ray's own handler of SIGTERM, while it starts
+            raise Interrupted(signal.SIGTERM) if error.code == signal.SIGTERM else error from None
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RunFailed(
+                f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}"
+            ) from None
+        finally:
+            if not address:
+                with suppress(OSError):  # there is none without authentication
+                    (Path.home() / ".ray" / "auth_token").chmod(
+                        0o600
+                    )  # Ray writes it for every user of the machine to read
+    try:
+        yield cluster_nodes()
+    except Stopped:
+        mine = False  # the process ends at once, and what it started with it
+        raise
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _stay_on_loopback() -> None:
+    """Have the Ray that this process starts listen on 127.0.0.1 alone, by the switch that Ray uses itself on macOS and Windows.
+
+    Ray's processes would listen on every interface otherwise, the node's metrics without asking for the token.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for drivers started from here
+    ray_constants.ENABLE_RAY_CLUSTER = False  # was read from it at import
+
+
+@cache
+def _take_a_free_agent_port() -> None:
+    """Let the node's agent listen on any free port; `ray.init` has no word for it.
+
+    On its default, 52365, a second Ray on the machine would have an agent that gives up serving: no jobs, no job logs.
+    """
+    from ray._private.parameter import RayParams
+
+    RayParams.__init__ = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
+
+
+def meeting_point() -> tuple[str, int]:
+    """This node's address and a free port, where a process group can form."""
+    import ray
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+
+def dashboard_url() -> str | None:
+    """Where the dashboard of the connected session is served; None without one."""
+    import ray
+
+    url = ray._private.worker.get_dashboard_url()
+    return f"http://{url}" if url else None

@@ -1,0 +1,231 @@
+"""How sure a result is: intervals by bootstrap over test images and over trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lift_ray.evaluation.metrics import GROUPS
+from lift_ray.reporting.study_files import BEST, Answers, StudyFiles, Trial, numbers
+
+DRAWS = 2000
+CHUNK = 100  # draws at a time: thousands of classes fit into memory
+MEASURES = ("accuracy", "mean_class_accuracy", *GROUPS)
+FEWEST_POINTS = 5  # of size and accuracy, for a line with an interval
+FEWEST_SIZES = 3
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the 95% interval around it."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Is the sign certain at this level?"""
+        return self.low > 0 or self.high < 0
+
+
+def accuracy_intervals(answers: Answers, groups: NDArray[np.str_]) -> dict[str, Interval]:
+    """Accuracy overall, by mean class and by group, with 95% intervals by bootstrap over test images.
+
+    Images are drawn anew within their class, so each class keeps its number of images.
+
+    Args:
+        groups: many, medium or few for each class, (K,).
+    """
+    total = np.bincount(answers.label, minlength=len(groups))
+    correct = np.bincount(answers.label[answers.hits], minlength=len(groups))
+    share = correct / np.maximum(total, 1)
+    random = np.random.default_rng(0)
+    return _intervals(correct, lambda: random.binomial(total, share, (CHUNK, len(groups))), total, groups)
+
+
+def accuracy_gains(ours: Answers, theirs: Answers, groups: NDArray[np.str_]) -> dict[str, Interval]:
+    """By how much one model is better than another on the same images, as `accuracy_intervals`; the images are paired."""
+    total = np.bincount(ours.label, minlength=len(groups))
+    won, lost = ours.hits & ~theirs.hits, ~ours.hits & theirs.hits
+    counts = np.stack([np.bincount(ours.label[where], minlength=len(groups)) for where in (won, lost)], 1)
+    share = counts / np.maximum(total, 1)[:, None]
+    pvals = np.concatenate([share, np.clip(1 - share.sum(1, keepdims=True), 0, 1)], 1)
+    random = np.random.default_rng(0)
+
+    def draw() -> Ints:
+        drawn = random.multinomial(total, pvals, (CHUNK, len(groups)))
+        return drawn[..., 0] - drawn[..., 1]
+
+    return _intervals(counts[:, 0] - counts[:, 1], draw, total, groups)
+
+
+def _intervals(found: Ints, draw: Callable[[], Ints], total: Ints, groups: NDArray[np.str_]) -> dict[str, Interval]:
+    """Each measure is a weighted sum over the classes of the images that count: (K,) found, (CHUNK, K) at each draw.
+
+    Drawing within a class of n images gives (n - 1) / n of the variance that there is, which is put back; of a class with one
+    image no variance is known, and it adds none.
+    """
+    seen, weights = total > 0, {}
+    for measure in MEASURES:
+        members = seen & (groups == measure) if measure in GROUPS else seen
+        if members.any():
+            per_image = 1 / total.sum() if measure == "accuracy" else 1 / (members.sum() * np.maximum(total, 1))
+            weights[measure] = np.where(members, per_image, 0.0)
+    matrix = np.stack(list(weights.values()), 1)
+    widen = np.sqrt(total / np.maximum(total - 1, 1))
+    drawn = np.concatenate([(found + (draw() - found) * widen) @ matrix for _ in range(DRAWS // CHUNK)])
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return {m: Interval(*map(float, three)) for m, *three in zip(weights, found @ matrix, low, high, strict=True)}
+
+
+@dataclass(frozen=True)
+class Heavy:
+    """Does heavy fine-tuning hurt the few-shot classes? (arXiv 2309.10019)
+
+    Args:
+        short: the answer in a sentence.
+        answer: the same with its interval and what it stands on.
+        trials: the best of each size, which it stands on.
+        slope: change of few-shot validation accuracy for ten times as many trained parameters.
+        curve: (x, low, high) of the fitted line: trained parameters, and its 95% interval.
+    """
+
+    short: str
+    answer: str
+    trials: list[Trial]
+    slope: Interval | None = None
+    curve: tuple[Floats, Floats, Floats] | None = None
+
+
+def sized(study: StudyFiles) -> list[Trial]:
+    """The finished trials that say something about size."""
+    return [t for t in study.finished if t.get("validation/few") is not None and (t.get("trained_parameters") or 0) > 0]
+
+
+def is_grid(study: StudyFiles) -> bool:
+    """Was every combination tried?"""
+    return bool(study.about.get("space", {}).get("search", {}).get("sampler") == "grid")
+
+
+def best_of_each_size(study: StudyFiles) -> list[Trial]:
+    """Of the trials of a size the best by the objective: a bad learning rate says nothing about the size.
+
+    A size is one number of trained parameters in a grid, else a kind of tuner and a number within a factor of two.
+    """
+    metric, mode = study.objective
+    by_number = is_grid(study)
+    best: dict[tuple[Any, ...], Trial] = {}
+    for trial in sorted(sized(study), key=lambda t: t[metric], reverse=mode == "max"):
+        size = trial["trained_parameters"]
+        best.setdefault((size,) if by_number else (trial.get("tuner.kind"), round(np.log2(size))), trial)
+    return sorted(best.values(), key=lambda t: (t["trained_parameters"], t["number"]))
+
+
+def heavy_tuning(*studies: StudyFiles) -> Heavy:
+    """The question answered from the finished trials of studies of one data set, or why they cannot tell.
+
+    few = a + b log10(trained parameters), an `a` for each study, which has a level of its own, and one `b` for all.
+    """
+    if not any(t.get("validation/few") is not None for study in studies for t in study.trials):
+        reason = "no trial has a few-shot accuracy, as no class has under 20 training images."
+        return Heavy("Cannot tell.", f"Cannot tell: {reason}", [])
+    points = [(i, trial) for i, study in enumerate(studies) for trial in best_of_each_size(study)]
+    owner, trials = np.array([i for i, _ in points], int), [trial for _, trial in points]
+    number = sum(len(sized(study)) for study in studies)
+    levels = np.eye(len(studies))[:, [i for i in range(len(studies)) if i in owner]]
+    size, few = np.log10(numbers(trials, "trained_parameters")), numbers(trials, "validation/few")
+    design, fewest = np.column_stack([levels[owner], size]), FEWEST_POINTS + levels.shape[1] - 1
+    if len(trials) < fewest or len(np.unique(size)) < FEWEST_SIZES or np.linalg.matrix_rank(design) < design.shape[1]:
+        return Heavy(
+            "Cannot tell: too few sizes were tried.",
+            f"Cannot tell: {number} finished trials of {len(trials)} sizes are too few; at least {fewest} sizes are needed "
+            "(search_spaces/heavy.yaml).",
+            trials,
+        )
+    grid = np.linspace(size.min(), size.max(), 30)
+    level = np.tile(levels[owner].mean(0), (len(grid), 1))
+    slope, *heights = regression_intervals(
+        design, few, np.concatenate([np.eye(design.shape[1])[-1:], np.column_stack([level, grid])])
+    )
+    change = f"{'gain' if slope.value > 0 else 'lose'} {100 * abs(slope.value):.1f} points on the few-shot classes"
+    word = ("No" if slope.value > 0 else "Yes") if slope.excludes_zero else "Cannot tell"
+    chance = "" if slope.excludes_zero else ", which may be chance"
+    short = f"{word}: ten times as many trained parameters {change}{chance}."
+    interval = f"95% interval {100 * slope.low:+.1f} to {100 * slope.high:+.1f}"
+    span = f"{10 ** size.min():,.0f} to {10 ** size.max():,.0f}"
+    names = dict.fromkeys(study.objective[0].rsplit("/", 1)[-1].replace("_", " ") for study in studies)
+    metrics = " or ".join(f"{name} accuracy" if name in GROUPS else name for name in names)
+    answer = (
+        f"{short.removesuffix('.')} ({interval}). Of the {number} finished trials only the best of each of {len(trials)} sizes "
+        f"({span}) counts, by {metrics}."
+    )
+    low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))
+    return Heavy(short, answer, trials, slope, (10**grid, low, high))
+
+
+def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool = False) -> list[Interval]:
+    """Least squares by bootstrap-t over residuals: 95% intervals of combinations of the coefficients.
+
+    With few trials a bootstrap of percentiles is too narrow: tests/test_evidence.py measures how often the truth is inside.
+
+    Args:
+        design: (N, P) of full rank, N > P. y: (N,).
+        wanted: (M, P), the combinations: a row of the design for a height, a unit vector for a coefficient.
+        single: intervals for one more observation at each, not for the mean of many.
+    """
+    random, inverse = np.random.default_rng(0), np.linalg.inv(design.T @ design)
+    spread = np.sqrt(np.einsum("mi,ij,mj->m", wanted, inverse, wanted) + single)
+    solve = inverse @ design.T
+
+    def fit(values: Floats) -> tuple[Floats, Floats]:
+        found = values @ solve.T
+        scale = np.sqrt(((values - found @ design.T) ** 2).sum(-1, keepdims=True) / (len(y) - design.shape[1]))
+        return found @ wanted.T, scale * spread
+
+    found, error = fit(y)
+    fitted = design @ (solve @ y)
+    residuals = y - fitted
+    drawn, errors = fit(fitted + random.choice(residuals, (DRAWS, len(y))))
+    truth = found + (random.choice(residuals, drawn.shape) if single else 0.0)
+    t = np.divide(drawn - truth, errors, out=np.zeros_like(drawn), where=errors > 1e-12)
+    below, above = np.percentile(t, [2.5, 97.5], axis=0)
+    return [
+        Interval(*map(float, three)) for three in zip(found, found - above * error, found - below * error, strict=True)
+    ]
+
+
+def seed_spread(study: StudyFiles) -> str:
+    """What runs with other seeds say, as `search.seeds_best` has them trained; that there are none, when there are none."""
+    runs: dict[str, list[float]] = {}
+    for run in study.about.get("seeds", []):
+        if "test/mean_class_accuracy" in run:
+            runs.setdefault(run["label"], []).append(100 * run["test/mean_class_accuracy"])
+    best, *others = (runs.pop(BEST, []), *runs.values())
+    if len(best) < 2:
+        return "Every setting was trained with one seed, so how much another seed changes is not known (search.seeds_best)."
+    text = f"With {len(best)} seeds the best settings reach {np.mean(best):.1f}% on test, give or take {np.std(best, ddof=1):.1f}"
+    if not others or len(others[0]) < 2:
+        return text + "."
+    label, theirs = next(iter(runs)), others[0]
+    text += f", and {label} {np.mean(theirs):.1f}%, give or take {np.std(theirs, ddof=1):.1f}"
+    if min(best) > max(theirs):
+        return f"{text}: every seed of the best is above every one of {label}."
+    return f"{text}: the seeds of the two overlap, so {'chance may decide' if np.mean(best) > np.mean(theirs) else 'nothing is won'}."
+
+
+def reliability(answers: Answers, num_bins: int = 15) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, images) of each bin of confidence that holds images (arXiv 1706.04599)."""
+    place = np.clip(np.ceil(answers.confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+    out = []
+    for k in np.unique(place):
+        here = place == k
+        out.append((float(answers.confidence[here].mean()), float(answers.hits[here].mean()), int(here.sum())))
+    return out

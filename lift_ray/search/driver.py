@@ -1,0 +1,113 @@
+"""The driver of a search: its study, its slots, and whoever watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from lift_ray.errors import RunFailed, Stopped, last_line
+from lift_ray.ray_runtime.autoscaler import autoscaler_config
+from lift_ray.ray_runtime.capacity import Need
+from lift_ray.search.engine import Engine
+from lift_ray.search.final_comparison import SearchResult, best_of, conclude, none_finished, write_best
+from lift_ray.search.interrupts import Interrupts
+from lift_ray.search.jobs import SlotSettings
+from lift_ray.search.progress_table import Monitor, time_breakdown
+from lift_ray.search.slot import Slot
+from lift_ray.search.state import Search, Watcher
+from lift_ray.search.study import Study
+from lift_ray.search.tune_run import run_jobs
+from lift_ray.storage.output import Output
+from lift_ray.terminal.tables import describe
+from lift_ray.tracking.prometheus import StudyMetrics
+
+if TYPE_CHECKING:
+    from ray.tune import Callback
+
+
+def run_search(
+    study: Study,
+    dataset: str,
+    need: Need,
+    size: Callable[[], int],
+    out: Output,
+    interrupts: Interrupts,
+    *,
+    num_images: Mapping[str, int],
+    show: Callable[[str], None] = lambda text: None,
+    watchers: Sequence[Watcher] = (),
+    callbacks: Sequence[Callback] = (),
+    slot_class: type[Slot] = Slot,
+) -> SearchResult:
+    """Search, then compare the best with zero-shot and the baselines on the test split.
+
+    Args:
+        dataset: URI, absolute.
+        need: resources of a slot.
+        size: number of slots that the cluster can hold now, and as its autoscaler may make it.
+        out: for checkpoints and the trials table.
+        num_images: of each split, for the time that is left.
+        show: takes a line about how far the search is, once a second.
+        watchers: told what happens to trials, as the table on the terminal is.
+        callbacks: of Ray Tune, for users of Python. They hear of every job of a slot: `trial.config["job"]` is a
+            `jobs.TrainJob` for a trial, and results between epochs have no figures.
+        slot_class: what does the jobs; tests have one that trains nothing.
+
+    Raises:
+        BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
+        RunFailed: no trial finished, slots do not start, or results cannot be written.
+        Stopped: a signal came. The best trial so far, if one has finished, is in OUT/best and OUT/best.yaml.
+    """
+    began = time.monotonic()
+    search = Search(study, out)
+    monitor = Monitor(search, num_images, show)
+
+    @cache
+    def best_so_far() -> str:
+        return _write_best_so_far(search, dataset, out)
+
+    def should_stop() -> bool:
+        if interrupts.came:
+            best_so_far()  # before the slots stop: whoever sent the signal may not wait long
+        return interrupts.came
+
+    def on_step() -> None:
+        if study.beat():
+            out.publish()
+        monitor.tick(engine.num_slots)
+        metrics.tick()
+
+    slot = SlotSettings(dataset, need, out.url, study.space.name)
+    keeps_slots = not autoscaler_config()
+    engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)
+    metrics = StudyMetrics(study.space, study.rows, engine)
+    search.watchers += [monitor, *watchers]
+    interrupts.ask(lambda: print("stopping at the next step; once more ends it at once", flush=True))
+    with monitor:
+        run_jobs(engine, callbacks, slot_class)
+    if not search.is_over:  # a signal came, or Tune was ended by other means
+        raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
+    rows = search.rows()
+    if best_of(rows, study.space) is None:
+        raise none_finished(rows, out)
+    times = time_breakdown(rows, monitor, max(1, engine.num_slots), time.monotonic() - began)
+    return conclude(study.space, rows, study.results, times)
+
+
+def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
+    """Write OUT/best and OUT/best.yaml; returns the line that says how far the search is."""
+    best = best_of(search.rows(), search.space)
+    found = "none has finished yet"
+    if best is not None:
+        found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
+        figures = {name: value for name, value in best.last.items() if name.startswith("validation/")}
+        try:
+            write_best(search.space, dataset, best, out, figures)
+        except (RunFailed, OSError) as error:  # a full disk must not keep the search from stopping
+            found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
+    return (
+        f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; "
+        "add --resume to the command to continue"
+    )

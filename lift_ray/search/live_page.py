@@ -1,0 +1,197 @@
+"""The page of a search while it runs, served to this machine only: trials now, and the report as soon as there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from mimetypes import guess_type
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lift_ray.errors import BadInput
+from lift_ray.reporting.page import PAGE
+from lift_ray.reporting.report import REPORT
+from lift_ray.reporting.trial_rows import TrialRow, best_row
+from lift_ray.settings.space import SpaceFile
+from lift_ray.terminal.tables import describe
+
+HOST = "127.0.0.1"
+REFRESH_S = 5
+MOST_ROWS = 200
+METADATA = "lift_ray_page"  # in the entry of Ray's dashboard for the job
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 80rem; margin: 1.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin: 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-top: 1rem; }
+caption { text-align: left; opacity: .75; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+.text { text-align: left; }
+.running { font-weight: 600; }
+progress { width: 100%; }
+"""
+
+
+class Status:
+    """How far a search is, in a line that its monitor keeps up to date."""
+
+    text = ""
+
+    def show(self, text: str) -> None:
+        """The line from now on."""
+        self.text = text
+
+
+@contextmanager
+def served(
+    space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, port: int | None, status: Status | None = None
+) -> Iterator[str | None]:
+    """Serve the page on 127.0.0.1 while a search runs; yields its address.
+
+    Args:
+        rows: by number; the search fills them.
+        folder: holds report/ when it is written.
+        status: shown below the counts.
+        port: 0 for a free one; None for no page.
+
+    Raises BadInput when the port cannot be had.
+    """
+    if port is None:
+        yield None
+        return
+    began, now = time.monotonic(), status or Status()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            # a page of another site that has its own name point here must not read this one
+            local = urlsplit(f"//{self.headers.get('Host', '')}").hostname in (HOST, "localhost")
+            path = urlsplit(self.path).path
+            if local and path == "/":
+                page = live_page(space, rows, folder, time.monotonic() - began, now.text)
+                self._answer(200, "text/html; charset=utf-8", page.encode())
+            elif local and (file := _report_file(folder, path)) is not None:
+                self._answer(200, guess_type(file.name)[0] or "text/plain", file.read_bytes())
+            else:
+                self._answer(404 if local else 403, "text/plain", b"not here\n")
+
+        def _answer(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    try:
+        server = ThreadingHTTPServer((HOST, port), Handler)
+    except OSError as error:
+        raise BadInput(
+            f"--live-port: must be a port that is free, but got {port} ({error.strerror}); give another, or leave it "
+            "out"
+        ) from None
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://{HOST}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _report_file(folder: Path, path: str) -> Path | None:
+    """The file of the report that a path of the page names; nothing but the report's own files is given out."""
+    place, _, name = path.removeprefix("/").partition("/")
+    file = folder / REPORT / (name or PAGE)
+    return file if place == REPORT and file.parent == folder / REPORT and file.is_file() and name != ".." else None
+
+
+def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seconds: float, status: str = "") -> str:
+    """The state of a search as HTML that reloads itself."""
+    trials = sorted(rows.values(), key=lambda row: (row.has_ended, -row.number))
+    metric, mode = space.objective
+    states = Counter(row.state for row in trials)
+    ended, total = sum(row.has_ended for row in trials), space.num_trials
+    counts = ", ".join(f"{number} {state}" for state, number in states.items())
+    best = best_row(trials, metric, mode)
+    parts = [
+        f"<p>{ended} of {total} trials after {seconds:.0f} s{': ' if counts else ''}{counts}</p>",
+        f'<progress aria-label="trials that ended" max="{total}" value="{ended}"></progress>',
+        f"<p>{escape(status)}</p>" if status else "",
+        f"<p>best {escape(metric)}: {best.last[metric]:.4f}, trial {best.number}: {escape(describe(best.values))}</p>"
+        if best
+        else "<p>no trial has finished yet</p>",
+        f'<p><a href="/{REPORT}/">report: figures of what ended so far</a></p>'
+        if (folder / REPORT / PAGE).exists()
+        else "<p>the report comes with the first trials</p>",
+    ]
+    head = "".join(
+        f'<th scope="col"{" class=text" if name in ("state", "settings") else ""}>{name}</th>'
+        for name in (
+            "trial",
+            "state",
+            "epoch",
+            metric.split("/")[-1].replace("_", " "),
+            "images/s",
+            "waiting for data",
+            "settings",
+        )
+    )
+    parts.append(
+        f"<table><caption>refreshed every {REFRESH_S} s; running trials first, then the newest</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(_row(row, metric) for row in trials[:MOST_ROWS])}</tbody></table>"
+    )
+    if len(trials) > MOST_ROWS:
+        parts.append(f"<p>and {len(trials) - MOST_ROWS} more: trials.csv has all</p>")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">'
+        f'<link rel="icon" href="data:,"><title>{escape(space.name)}: {ended} of {total}</title><style>{STYLE}</style></head>'
+        f"<body><h1>{escape(space.name)}</h1>{''.join(parts)}</body></html>"
+    )
+
+
+def _row(row: TrialRow, metric: str) -> str:
+    last, train_s = row.last, row.last.get("time/train_s", 0.0)
+    speed, wait = last.get("train/images_per_s"), last.get("time/data_wait_s", 0.0) / train_s if train_s else None
+    cells = [
+        f"<td>{row.number}</td>",
+        f'<td class="text">{row.state}</td>',
+        f"<td>{len(row.history)}/{row.num_epochs}</td>",
+        f"<td>{last[metric]:.4f}</td>" if metric in last else "<td></td>",
+        "<td></td>" if speed is None else f"<td>{speed:.0f}</td>",
+        "<td></td>" if wait is None else f"<td>{100 * wait:.0f} %</td>",
+        f'<td class="text">{escape(f"{describe(row.values)} {row.error}".rstrip())}</td>',
+    ]
+    return f'<tr class="{row.state}">{"".join(cells)}</tr>'
+
+
+def job_metadata(space: SpaceFile, address: str | None) -> dict[str, str]:
+    """What the dashboard's list of jobs is to show of a driver that was not submitted."""
+    return (
+        {"job_name": f"{space.name}, live page {address}", METADATA: address} if address else {"job_name": space.name}
+    )
+
+
+def tell_job(address: str) -> None:
+    """Put the page's address into the dashboard's entry of the job that this driver was submitted as, if it was.
+
+    Ray 2.60 lets nobody change a submitted job's metadata, so this writes the record that the dashboard reads. A driver that
+    was not submitted gives its metadata to `ray.init` instead (`cluster.connected`).
+    """
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+    given = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    key = f"_ray_internal_job_info_{given.get('job_submission_id')}".encode()
+    if "job_submission_id" in given and (record := _internal_kv_get(key, namespace="job")):
+        info = json.loads(record)
+        info["metadata"] = {**(info.get("metadata") or {}), METADATA: address}
+        _internal_kv_put(key, json.dumps(info).encode(), overwrite=True, namespace="job")

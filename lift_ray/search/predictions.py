@@ -1,0 +1,46 @@
+"""What a model made of each image of a split: for intervals by bootstrap, calibration, and pictures of what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lift_ray.data.order import stretch
+from lift_ray.evaluation.accumulator import PerImage
+from lift_ray.reporting.study_files import PREDICTIONS
+from lift_ray.storage.output import Output
+from lift_ray.training.run import Run
+
+
+def evaluate_each(
+    run: Run, split_name: str, taus: Sequence[float] | None = None
+) -> list[tuple[dict[str, float], pa.Table]]:
+    """For each tau the metrics of a split as `split/name`, and a row for each image: label, predicted class, its probability.
+
+    Args:
+        taus: strengths of the post-hoc adjustment; the run's own when not given. The images are read once for all of them.
+    """
+    taus = [run.config.evaluation.posthoc_tau] if taus is None else taus
+    split, ranks = run.warm.dataset.split(split_name), run.ranks
+    mine = stretch(split.num_samples, ranks.rank, ranks.world_size)
+    each = [PerImage(split.num_samples, mine.start, ranks.device) for _ in taus]
+    figures = run.evaluate_taus(split_name, taus, each)
+    return [(found, _table(split.labels, *images.result())) for found, images in zip(figures, each, strict=True)]
+
+
+def _table(label: NDArray[Any], predicted: NDArray[Any], confidence: NDArray[Any]) -> pa.Table:
+    columns = {"label": label, "predicted": predicted, "confidence": confidence}
+    types = {"label": pa.int32(), "predicted": pa.int32(), "confidence": pa.float32()}
+    return pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in types.items()})
+
+
+def write_predictions(table: pa.Table, output: Output, folder: str) -> None:
+    """folder/test.parquet in OUT, renamed into place. Raises RunFailed when the storage refuses."""
+    with output.staged(folder, PREDICTIONS) as target:
+        target.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, target / f"{PREDICTIONS}.tmp")
+        (target / f"{PREDICTIONS}.tmp").replace(target / PREDICTIONS)

@@ -1,0 +1,80 @@
+"""The checks of `--dry-run` beyond the space file: they find what would otherwise end a search after it has started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from lift_ray.errors import BadInput
+from lift_ray.ray_runtime.capacity import gpus_here, need
+from lift_ray.search.driver_lock import check_can_resume, check_is_new
+from lift_ray.search.study import check_sampler
+from lift_ray.settings.checks import NUM_CHECK_DRAWS
+from lift_ray.settings.run import Backbone
+from lift_ray.settings.space import SpaceFile, seeded_draws
+from lift_ray.storage.output import Output
+from lift_ray.tracking.services import check_service
+
+
+def check_before_start(
+    space: SpaceFile, dataset: str, *, out: str | None, storage: str | None, resume: bool, log_to: Sequence[str]
+) -> None:
+    """Raises BadInput with every problem found, a line each. Nothing is downloaded, written or started.
+
+    Args:
+        dataset: URI, absolute.
+        out: for the results; a URL is not reached for.
+        storage: of Optuna; not reached for either.
+    """
+    problems: list[str] = []
+
+    def look(check: object, *args: object, **options: object) -> None:
+        try:
+            check(*args, **options)  # type: ignore[operator]
+        except BadInput as error:
+            problems.extend(str(error).splitlines())
+
+    look(check_sampler, space)
+    for service in dict.fromkeys(log_to):
+        look(check_service, service)
+    if out and "://" not in out:
+        if resume:
+            look(check_can_resume, Output(out), space, dataset, url=storage)
+        else:
+            look(check_is_new, Output(out))
+    for backbone in _backbones(space):
+        look(_check_precision, space, backbone)
+        look(_check_name, backbone)
+    if problems:
+        raise BadInput("\n".join(dict.fromkeys(problems)))
+
+
+def _backbones(space: SpaceFile) -> list[Backbone]:
+    """Every backbone that trials may ask for."""
+    points = [*space.start_points(), *seeded_draws(space.space, NUM_CHECK_DRAWS)]
+    found: list[Backbone] = []
+    for config in (space.config(point) for point in points):
+        for run in config.members().values() or [config]:
+            if run.backbone not in found:
+                found.append(run.backbone)
+    return found
+
+
+def _check_precision(space: SpaceFile, backbone: Backbone) -> None:
+    """A worker without a GPU computes in fp32. Where Ray runs elsewhere, `use_gpu: auto` is decided there."""
+    elsewhere = space.scale.use_gpu == "auto" and "RAY_ADDRESS" in os.environ
+    if backbone.precision == "fp32" or elsewhere or need(space.scale, has_gpu=gpus_here() > 0).gpus:
+        return
+    why = "this machine has none" if space.scale.use_gpu == "auto" else "scale.use_gpu is false"
+    raise BadInput(
+        f"backbone.precision: {backbone.precision} needs a GPU, but {why}; "
+        "set base.backbone.precision=fp32, or scale.use_gpu=true and run on a cluster"
+    )
+
+
+def _check_name(backbone: Backbone) -> None:
+    from lift_ray.model.backbone import check_source
+
+    if not backbone.is_embedded:
+        print(f"looking up {backbone.model} ...", flush=True)  # open_clip and torch take seconds to load
+    check_source(backbone.model, backbone.pretrained)

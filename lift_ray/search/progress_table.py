@@ -1,0 +1,217 @@
+"""A search as it runs: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from lift_ray.reporting.trial_rows import TrialRow, best_row, write_rows
+from lift_ray.search.final_comparison import comparison_seconds
+from lift_ray.search.jobs import EvaluationJob, Job, TrainJob
+from lift_ray.search.state import Search
+from lift_ray.search.tables import trial_table
+from lift_ray.terminal.tables import console, describe
+from lift_ray.training.events import Stepped
+
+LINE_EVERY_S = 30.0  # without a terminal: at least one line in this time
+SHOW_EVERY_S = 1.0
+WRITE_SHARE = 0.05  # of the time that writing the table of trials may take
+
+
+class Monitor:
+    """Shows a search, and rewrites the trials table whenever a trial ends.
+
+    Args:
+        num_images: of each split; it says how long evaluations will take.
+        show: takes a line about how far the search is, once a second.
+    """
+
+    def __init__(
+        self, search: Search, num_images: Mapping[str, int], show: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.search, self.space, self.rows, self.out = search, search.space, search.study.rows, search.out
+        self.num_images, self.show = num_images, show
+        self.began = time.monotonic()
+        self.ended_before = search.num_ended
+        self.first_step_s: float | None = None
+        self.last_result_s = 0.0
+        self.trials_over_s: float | None = None
+        self.num_slots = 1
+        self._changed, self._write_at = False, self.began
+        self._num_told = 0  # of the final comparison
+        self._said_at = self._shown_at = self.began
+        self.console = console()
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+
+    def __enter__(self) -> Monitor:
+        if self.live:
+            self.live.start()
+            self._show()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+            self.console.print(self._table(limit=10_000))
+        if self.rows:
+            self._write()
+
+    def started(self, row: TrialRow) -> None:
+        """A trial was taken up by a slot."""
+        self._show()
+
+    def reported(self, row: TrialRow) -> None:
+        """An epoch is done."""
+        now = self._seconds()
+        if self.first_step_s is None:
+            self.first_step_s = now - row.last.get("time/train_s", 0) - row.last.get("time/evaluate_s", 0)
+        self.last_result_s = now
+        self.out.publish()
+        self._show()
+
+    def ended(self, row: TrialRow) -> None:
+        """A trial ran to its end, was stopped early, or failed."""
+        self._changed = True
+        self._write_when_due()
+        if self.search.trials_are_over and self.trials_over_s is None:
+            self.trials_over_s = self._seconds()
+        value = row.last.get(self.space.objective[0])
+        self._say(
+            f"trial {row.number:3d} {row.state:8s} epoch {len(row.history)}/{row.num_epochs}  "
+            f"{'' if value is None else f'{value:.4f}'}  {describe(row.values)} {row.error}".rstrip()
+        )
+        self._show()
+
+    def tick(self, num_slots: int) -> None:
+        """Called often: shows what changed since, and without a terminal a line when there was none for a while."""
+        self.num_slots = max(1, num_slots)
+        for job in self.search.done[self._num_told :]:
+            self._num_told += 1
+            what = f"{job.model} on {job.split}" if isinstance(job, EvaluationJob) else "another seed"
+            self._say(f"{self._compared()} ({what})")
+        self._write_when_due()
+        now = time.monotonic()
+        if now - self._shown_at < SHOW_EVERY_S:
+            return
+        self._shown_at = now
+        line = "  |  ".join([*self._counts(), *map(self._job, self.search.running.values())])
+        self.show(line)
+        self._show()
+        if now - self._said_at >= LINE_EVERY_S:
+            self._say(line)
+
+    def _say(self, text: str) -> None:
+        self._said_at = time.monotonic()
+        if not self.live:
+            self.console.print(f"{self._seconds():5.0f} s  {text}", soft_wrap=True, markup=False)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def _write_when_due(self) -> None:
+        """Write the table of trials, for at most a twentieth of the time: it is as long as the search has trials."""
+        if self._changed and time.monotonic() >= self._write_at:
+            self._write()
+
+    def _write(self) -> None:
+        began = time.monotonic()
+        write_rows(self.rows.values(), self.out.folder)
+        self.out.publish()
+        self._changed, self._write_at = False, time.monotonic() + (time.monotonic() - began) / WRITE_SHARE
+
+    def _show(self) -> None:
+        if self.live:
+            table = self._table(limit=max(5, self.console.height - 10))
+            self.live.update(Group(table, Text(self._status())), refresh=True)
+
+    def _table(self, limit: int) -> Any:
+        rows = list(self.rows.values())
+        return trial_table(rows, list(self.space.space), self.space.objective[0], self.space.name, limit)
+
+    def _status(self) -> str:
+        if not self.rows:
+            return "starting Ray and loading the backbone ..."
+        parts = [f"{self._seconds():.0f} s", *self._counts(), *map(self._job, self.search.running.values())]
+        if best := best_row(self.rows.values(), *self.space.objective):
+            parts.append(f"best {best.last[self.space.objective[0]]:.4f}: {describe(best.values)}")
+        return "  |  ".join(parts)
+
+    def _counts(self) -> list[str]:
+        """How far the search is, and how long it will take."""
+        parts = [f"{self.search.num_ended} of {self.space.num_trials} trials"]
+        if self.search.trials_are_over or self.search.done:
+            parts.append(self._compared())
+        if (left_s := self.seconds_left()) is not None:
+            parts.append(f"about {left_s / 60:.1f} min left")
+        return parts
+
+    def _compared(self) -> str:
+        known = len(self.search.done) + len(self.search.final_jobs())
+        return f"final comparison: {len(self.search.done)} of {known} done"
+
+    def _job(self, job: Job) -> str:
+        """How far a slot is with a job: `trial 3 epoch 2 40% 210 images/s`."""
+        at = self.search.progress.get(job.key, Stepped(0, 0))
+        if isinstance(job, EvaluationJob):
+            return f"evaluating {job.model} on {job.split} {100 * at.evaluated:.0f}%"
+        assert isinstance(job, TrainJob)
+        name = f"trial {job.number}" if job.number in self.rows else "another seed"
+        if (began := self.search.began.get(job.key)) is None:
+            return f"{name} starting"
+        if not at.step or at.evaluated:
+            return f"{name} {f'evaluating {100 * at.evaluated:.0f}%' if at.evaluated else 'running'}"
+        speed = f" {at.figures['images_per_s']:.0f} images/s" if at.figures else ""
+        return f"{name} epoch {at.epoch + 1}/{began.epochs} {100 * at.step / max(1, began.steps_per_epoch):.0f}%{speed}"
+
+    def seconds_left(self) -> float | None:
+        """An estimate from the trials so far, the final comparison included; None before the first has ended."""
+        ended = [row for row in self.rows.values() if row.has_ended and row.history]
+        if not ended:
+            return None
+        mean_s = statistics.fmean(_slot_seconds(row) for row in ended)
+        running = [row for row in self.rows.values() if not row.has_ended and row.history]
+        left_s = mean_s * max(0, self.space.num_trials - self.search.num_ended)
+        left_s -= sum(min(mean_s, _slot_seconds(row)) for row in running)
+        return max(0.0, left_s + self._comparison_s(ended)) / self.num_slots
+
+    def _comparison_s(self, ended: list[TrialRow]) -> float:
+        """Of one slot for what is left of the final comparison."""
+        epochs = [
+            figures["time/evaluate_s"] for row in ended for figures in row.history if "time/evaluate_s" in figures
+        ]
+        if not epochs or "validation" not in self.num_images:
+            return 0.0
+        image_s, run_s = statistics.fmean(epochs) / self.num_images["validation"], max(map(_slot_seconds, ended))
+        jobs = self.search.final_jobs() if self.search.trials_are_over else None
+        return comparison_seconds(self.space, jobs, self.num_images, image_s, run_s)
+
+
+def _slot_seconds(row: TrialRow) -> float:
+    return sum(row.seconds(name) for name in ("begin_s", "train_s", "evaluate_s", "save_s"))
+
+
+def time_breakdown(rows: list[TrialRow], monitor: Monitor, slots: int, total_s: float) -> dict[str, float]:
+    """Seconds of wall time; the slots' own time is divided by their number."""
+    search_s = max(0.0, monitor.last_result_s - (monitor.first_step_s or 0.0))
+    names = ("train_s", "data_wait_s", "evaluate_s", "save_s")
+    per_slot = {name: sum(row.seconds(name) for row in rows) / slots for name in names}
+    return {
+        "start": monitor.first_step_s or 0.0,
+        "of which loading": sum(row.seconds("load_s") for row in rows) / slots,
+        "training steps": per_slot["train_s"] - per_slot["data_wait_s"],
+        "waiting for data": per_slot["data_wait_s"],
+        "evaluation": per_slot["evaluate_s"],
+        "saving": per_slot["save_s"],
+        "between trials and idle": max(
+            0.0, search_s - per_slot["train_s"] - per_slot["evaluate_s"] - per_slot["save_s"]
+        ),
+        "final comparison": total_s - (monitor.trials_over_s or 0.0),
+        "total": total_s,
+    }

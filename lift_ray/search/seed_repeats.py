@@ -1,0 +1,57 @@
+"""The best settings and the first baseline once more, with other seeds: how much of a difference is chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lift_ray.reporting.study_files import BEST
+from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.search.jobs import TrainJob
+from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.run import RunConfig
+from lift_ray.settings.space import SpaceFile
+
+FIRST = 1_000_000  # of the numbers of these runs, whose checkpoints lie among the trials'
+
+
+def repeated(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[tuple[str, TrialRow]]:
+    """Label and trial of what `search.seeds_best` repeats: the best, and the first baseline if it is another."""
+    start = next((row for row in rows if row.start == 0 and row.state == "finished" and row is not best), None)
+    return [(BEST, best)] + ([] if start is None else [(space.start_labels()[0], start)])
+
+
+def repeat_jobs(space: SpaceFile, row: TrialRow) -> list[TrainJob]:
+    """A trial's settings with each further seed. Their numbers name their checkpoints, so that no run is done twice."""
+    config = space.config(row.values).to_dict()
+    return [
+        TrainJob(
+            FIRST + 1000 * row.number + k,
+            apply_overrides(config, {"seed": (config["seed"] + k) % 2**32}, RunConfig),
+            then_test=True,
+        )
+        for k in range(1, space.search.seeds_best)
+    ]
+
+
+def seed_results(
+    space: SpaceFile,
+    pairs: Sequence[tuple[str, TrialRow]],
+    results: Mapping[str, dict[str, Any]],
+    compared: Sequence[tuple[str, Mapping[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Label, seed, and metrics of validation and test of each run: the trials as they were compared, then the repeats.
+
+    A repeat that diverged is left out. Empty when nothing is repeated.
+    """
+    if space.search.seeds_best == 1:
+        return []
+    known = dict(compared)
+    own, others = [], []
+    for label, row in pairs:
+        figures = {name: value for name, value in known[label].items() if name != "predictions"}
+        own.append({"label": label, "seed": space.config(row.values).seed, **figures})
+        for job in repeat_jobs(space, row):
+            if found := results[job.key]:
+                others.append({"label": label, "seed": job.config["seed"], **found})
+    return [*own, *others]

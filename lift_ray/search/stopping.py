@@ -1,0 +1,74 @@
+"""Early stopping: pure functions of the figures reported so far.
+
+Nothing is remembered here, so a search that is resumed after its driver was killed decides as it would have.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.settings.search import Asha, Hyperband, Median, NoScheduler, num_brackets, rungs
+from lift_ray.settings.space import SpaceFile
+
+Decision = Literal["continue", "stop"]
+
+
+def decide(space: SpaceFile, row: TrialRow, rows: Sequence[TrialRow]) -> Decision:
+    """Whether a trial continues after its last reported epoch. Baselines are never stopped early.
+
+    Args:
+        rows: all trials, in any order; those of other groups are left out.
+    """
+    if not row.history or row.is_done or row.start is not None:
+        return "continue"
+    others = [other for other in rows if other.number != row.number and other.group == row.group]
+    return RULES[type(space.search.scheduler)](space, row, others)
+
+
+def _never(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
+    return "continue"
+
+
+def _asha(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
+    """Stop at a rung when worse than the best 1 / reduction_factor of those that were there before."""
+    scheduler = space.search.scheduler
+    assert isinstance(scheduler, Asha | Hyperband)
+    most, epoch = space.most_epochs(), len(row.history)
+    number = num_brackets(scheduler, most)
+    if epoch not in rungs(scheduler, most, row.number % number):
+        return "continue"
+    there = [
+        _score(space, o, epoch) for o in others if o.number % number == row.number % number and len(o.history) >= epoch
+    ]
+    if not there:
+        return "continue"
+    cutoff = np.percentile(there, 100 * (1 - 1 / scheduler.reduction_factor))
+    return "stop" if _score(space, row, epoch) < cutoff else "continue"
+
+
+def _median(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
+    scheduler = space.search.scheduler
+    assert isinstance(scheduler, Median)
+    epoch = len(row.history)
+    there = [
+        statistics.fmean(_score(space, o, e) for e in range(1, epoch + 1)) for o in others if len(o.history) >= epoch
+    ]
+    if epoch < scheduler.grace_epochs or len(there) < scheduler.min_trials:
+        return "continue"
+    best = max(_score(space, row, e) for e in range(1, epoch + 1))
+    return "stop" if best < statistics.median(there) else "continue"
+
+
+def _score(space: SpaceFile, row: TrialRow, epoch: int) -> float:
+    """The first objective after an epoch; larger is better."""
+    metric, mode = space.objective
+    return row.history[epoch - 1][metric] * (1 if mode == "max" else -1)
+
+
+Rule = Callable[[SpaceFile, TrialRow, Sequence[TrialRow]], Decision]
+RULES: dict[type, Rule] = {NoScheduler: _never, Asha: _asha, Hyperband: _asha, Median: _median}

@@ -1,0 +1,355 @@
+"""The durable memory of a search: Optuna chooses the settings of the next trial, and stores every report as soon as it is made.
+
+What is not in Optuna's storage has not happened: a search that is resumed reads all its trials from there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from lift_ray.errors import BadInput
+from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.settings.base import dotted
+from lift_ray.settings.space import Draw, SpaceFile, grid_points
+
+JOURNAL = "optuna.journal"
+BEAT_S, LOST_S = 15.0, 90.0
+WORST = 1e9
+FREE = ("scale", "out", "plan")  # may change when a search is resumed
+MORE = ("trials", "per_kind", "tte_best", "seeds_best")  # so may these of `search`
+RESULT = "result "  # before the key of a result of the final comparison
+MOST_DIFFERENCES = 4  # shown of a resume with other settings
+
+
+class Study:
+    """The trials of a search, by number, and the storage behind them.
+
+    Args:
+        dataset: its URI.
+        storage: of Optuna.
+        resume: continue the search that the storage holds.
+        shared: other machines reach the storage, so that a heartbeat must keep second drivers out.
+
+    Attributes:
+        rows: the trials, by number.
+        results: figures of the final comparison, by their keys.
+        replaced: whether it took the place of a study whose driver failed before the first epoch.
+
+    Raises BadInput: the storage holds such a search already, or, to resume, none or another one; another driver is at work.
+    """
+
+    def __init__(
+        self, space: SpaceFile, dataset: str, storage: BaseStorage, *, resume: bool = False, shared: bool = False
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # TPE's `group`
+        self.space, self.storage, self.shared = space, storage, shared
+        self.rows: dict[int, TrialRow] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self.replaced = False
+        self._trials: dict[int, optuna.Trial] = {}
+        self._points = grid_points(space.space) if space.search.sampler == "grid" else space.start_points()
+        self._beaten_at = -math.inf
+        names = {kind: f"{space.name}/{kind}" if kind else space.name for kind in space.kinds()}
+        known = set(optuna.get_all_study_names(storage))
+        if not resume:
+            for taken in sorted(known & set(names.values())):
+                check_alone(storage, taken)
+                if reports_in(storage, taken):
+                    raise BadInput(
+                        f"--storage: must not hold a study named {taken} yet, but it does; "
+                        "add --resume to continue it, or change `name`"
+                    )
+                optuna.delete_study(study_name=taken, storage=storage)  # its driver failed before the first epoch
+                self.replaced = True
+        if resume and not known & set(names.values()):
+            raise BadInput(
+                f"--resume: must name a search that has started, but there is no study {space.name}; leave out --resume"
+            )
+        directions = [DIRECTIONS[mode] for mode in space.objectives.values()]
+        self._studies = {
+            kind: optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+            for kind, name in names.items()
+        }
+        self._first = next(iter(self._studies.values()))
+        about = described(space, dataset)
+        if resume and (difference := differences(self._first.user_attrs.get("settings", about), about)):
+            raise BadInput(difference)
+        if shared:
+            check_alone(storage, self._first.study_name)
+        self.beat()
+        self._first.set_user_attr("settings", about)
+        for kind, study in self._studies.items():
+            for frozen in study.get_trials(deepcopy=False):
+                self._take_up(kind, study, frozen)
+        self.rows = dict(sorted(self.rows.items()))
+        found = self._first.user_attrs.items()
+        self.results = {key.removeprefix(RESULT): value for key, value in found if key.startswith(RESULT)}
+
+    def beat(self) -> bool:
+        """Tell other drivers that this one lives; called often, written now and then.
+
+        Returns whether it was written. Raises BadInput when another driver took over.
+        """
+        if not self.shared or time.monotonic() - self._beaten_at < BEAT_S:
+            return False
+        driver = self._first.user_attrs.get("driver")
+        if driver and driver["id"] != _me() and self._beaten_at > -math.inf:
+            raise BadInput(f"--storage: must have one driver, but {driver['id']} took over {self.space.name}; stop one")
+        self._first.set_user_attr("driver", {"id": _me(), "at": time.time()})
+        self._beaten_at = time.monotonic()
+        return True
+
+    def leave(self) -> None:
+        """The next driver need not wait."""
+        if self.shared and (self._first.user_attrs.get("driver") or {}).get("id") == _me():
+            self._first.set_user_attr("driver", {"id": _me(), "at": 0.0})
+
+    def _take_up(self, kind: str, study: optuna.Study, frozen: FrozenTrial) -> None:
+        """A stored trial as a row; one that was killed while it was drawn does not count."""
+        about = frozen.user_attrs.get("trial")
+        if about is None:
+            if frozen.state == TrialState.RUNNING:
+                study.tell(frozen.number, state=TrialState.FAIL)
+            return
+        figures = sorted(
+            (int(key.split()[1]), value) for key, value in frozen.user_attrs.items() if key.startswith("epoch ")
+        )
+        row = TrialRow(
+            about["number"],
+            about["values"],
+            self._num_epochs(about["values"]),
+            "waiting",
+            [value for _, value in figures],
+            group=kind,
+            start=about["start"],
+        )
+        if row.history:
+            row.num_epochs = int(row.last.get("num_epochs", row.num_epochs))
+        self.rows[row.number] = row
+        self._trials[row.number] = optuna.Trial(study, frozen._trial_id)
+        began, ended = frozen.datetime_start, frozen.datetime_complete
+        row.began_at = began.timestamp() if began else None
+        row.ended_at = ended.timestamp() if ended else None
+        if end := frozen.user_attrs.get("end"):
+            row.state, row.error = end["state"], end["error"]
+            if frozen.state == TrialState.RUNNING:
+                self._tell(row, end)
+
+    def _num_epochs(self, values: Mapping[str, Any]) -> int:
+        return self.space.config(dict(values)).optim.epochs
+
+    def next(self) -> TrialRow | None:
+        """A new trial; None when there are as many as there should be.
+
+        Its random numbers are seeded by (seed, number) alone: what was drawn before a driver was killed is not drawn again after.
+        """
+        number = len(self.rows)
+        if number >= self.space.num_trials:
+            return None
+        point = self._points[number] if number < len(self._points) else None
+        sizes = {kind: sum(row.group == kind for row in self.rows.values()) for kind in self._studies}
+        kind = min(sizes, key=lambda name: sizes[name])
+        if point is not None and "" not in self._studies:
+            kind = str(point["tuner.kind"])
+        study = self._studies[kind]
+        if point is not None and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.enqueue_trial(point)
+        study.sampler = SAMPLERS[self.space.search.sampler]((self.space.search.seed * 1_000_003 + number) % 2**32)
+        trial = study.ask()
+        values = Draw(self.space.of_kind(kind))(trial)
+        is_start = point is not None and self.space.search.sampler != "grid"
+        row = TrialRow(
+            number,
+            values,
+            self._num_epochs(values),
+            "waiting",
+            group=kind,
+            start=number if is_start else None,
+            began_at=time.time(),
+        )
+        trial.set_user_attr("trial", {"number": number, "values": values, "start": row.start})
+        self.rows[number], self._trials[number] = row, trial
+        return row
+
+    def report(self, row: TrialRow, figures: dict[str, float]) -> None:
+        """Store the figures of an epoch, which is the trial's next one."""
+        row.num_epochs = int(figures.get("num_epochs", row.num_epochs))
+        trial, epoch = self._trials[row.number], len(row.history) + 1
+        trial.set_user_attr(f"epoch {epoch}", figures)
+        if len(self.space.objectives) == 1:
+            trial.report(figures[self.space.objective[0]], epoch)
+        row.history.append(figures)
+
+    def end(
+        self,
+        row: TrialRow,
+        state: str,
+        error: str = "",
+        *,
+        diverged: bool = False,
+        known: Mapping[str, float] | None = None,
+    ) -> None:
+        """Store how a trial ended, and tell the sampler.
+
+        Args:
+            diverged: the settings are to blame: the sampler learns the worst value, so that it keeps away.
+            known: figures of a trial that has no epoch, for the constraints.
+        """
+        figures = {**(known or {}), **row.last}
+        excess = {
+            name: limit.excess(figures[name]) for name, limit in self.space.constraints.items() if name in figures
+        }
+        for name, value in excess.items():
+            self._trials[row.number].set_constraint(name, value)
+        tell = TELL[state].name
+        if state == "finished" and (broken := [name for name, value in excess.items() if value > 0]):
+            state, error = "infeasible", ", ".join(f"{name} is {figures[name]:g}" for name in broken)
+        row.state, row.error, row.ended_at = state, error, time.time()
+        worst = [-WORST if mode == "max" else WORST for mode in self.space.objectives.values()]
+        values = [row.last.get(metric, math.nan) for metric in self.space.objectives]
+        end: dict[str, Any] = {"state": state, "error": error, "tell": tell, "values": values}
+        if diverged or (tell == TrialState.COMPLETE.name and not all(map(math.isfinite, values))):
+            end |= {"tell": TrialState.COMPLETE.name, "values": worst}
+        self._trials[row.number].set_user_attr("end", end)
+        self._tell(row, end)
+
+    def _tell(self, row: TrialRow, end: Mapping[str, Any]) -> None:
+        state = TrialState[end["tell"]]
+        study = self._studies[row.group]
+        study.tell(self._trials[row.number], end["values"] if state == TrialState.COMPLETE else None, state=state)
+
+    def store_result(self, key: str, value: dict[str, Any]) -> None:
+        """Store a result of the final comparison, so that a resumed search does not compute it again."""
+        self._first.set_user_attr(RESULT + key, value)
+        self.results[key] = value
+
+
+def described(space: SpaceFile, dataset: str) -> dict[str, Any]:
+    """The settings of a search, as its storage keeps them."""
+    return {**space.model_dump(mode="json", by_alias=True), "dataset": dataset}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The error of a search that is resumed with other settings than it started with; "" when there is none."""
+    was, given = ({path: value for path, value in dotted(tree) if _is_fixed(path)} for tree in (before, now))
+    changed = [path for path in dict.fromkeys((*was, *given)) if was.get(path) != given.get(path)]
+    if not changed:
+        return ""
+    shown = [f"{path} {_shown(was, path)} -> {_shown(given, path)}" for path in changed[:MOST_DIFFERENCES]]
+    more = f" and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
+    return (
+        f"--resume: the settings must stay as the search started, but got {', '.join(shown)}{more}; "
+        "use the settings it started with, or another --out"
+    )
+
+
+def _is_fixed(path: str) -> bool:
+    section, _, name = path.partition(".")
+    return section not in FREE and not (section == "search" and name in MORE)
+
+
+def _shown(values: Mapping[str, Any], path: str) -> str:
+    return "(not set)" if path not in values else json.dumps(values[path])
+
+
+def reports_in(storage: BaseStorage, name: str) -> bool:
+    """Whether a trial of a study has reported an epoch, or ended."""
+    trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
+    return any("end" in trial.user_attrs or "epoch 1" in trial.user_attrs for trial in trials)
+
+
+def check_alone(storage: BaseStorage, name: str) -> None:
+    """Raises BadInput when another driver was heard of lately. Those of a local folder are told apart by its lock instead."""
+    driver = storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get("driver")
+    if driver is None or driver["id"] == _me():
+        return
+    if (silent_s := time.time() - driver["at"]) < LOST_S:
+        raise BadInput(
+            f"--storage: must have one driver, but {driver['id']} works on {name} (heard {silent_s:.0f} s ago); "
+            f"stop it, or try again in {LOST_S - silent_s:.0f} s if it is gone"
+        )
+
+
+def stored_search(storage: BaseStorage) -> tuple[bool, dict[str, Any]]:
+    """Whether a trial of any study has reported, and the settings that the search started with."""
+    studies = storage.get_all_studies()
+    found = [study.user_attrs["settings"] for study in studies if "settings" in study.user_attrs]
+    settings: dict[str, Any] = found[0] if found else {}
+    return any(reports_in(storage, study.study_name) for study in studies), settings
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def check_sampler(space: SpaceFile) -> None:
+    """Raises BadInput when a package that the sampler needs is not there."""
+    sampler = space.search.sampler
+    if (package := PACKAGES.get(sampler)) and importlib.util.find_spec(package) is None:
+        raise BadInput(
+            f"search.sampler: {sampler} needs the package {package}, but it is not installed; "
+            f"pip install {package}, or use tpe"
+        )
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """Optuna's storage: a database by its URL, or a journal file in `folder`. Raises BadInput."""
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(mended(folder / JOURNAL))))
+    shown = re.sub(r"//[^@/]*@", "//", url)  # no password in messages
+    try:
+        return RDBStorage(url)
+    except ImportError as error:
+        raise BadInput(
+            f"--storage: {shown} needs a database driver, but got: {' '.join(str(error).split())}; install it"
+        ) from None
+    except Exception as error:  # of SQLAlchemy, or of any of its drivers
+        text = " ".join(str(error).split()).replace(url, shown)[:200]
+        raise BadInput(
+            f"--storage: must be the URL of a database that answers, but got {shown} ({text}); "
+            "for example postgresql://user@host/name or sqlite:///file.db"
+        ) from None
+
+
+def mended(journal: Path) -> Path:
+    """Take away what a killed driver may have left: a lock, and half a line at the end. Call it where no other driver can be."""
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if journal.exists() and (data := journal.read_bytes()) and not data.endswith(b"\n"):
+        with journal.open("rb+") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+    return journal
+
+
+DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+PACKAGES = {"cmaes": "cmaes", "gp": "scipy"}
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # every point is given
+    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+}
+TELL = {
+    "finished": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "infeasible": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}

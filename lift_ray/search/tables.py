@@ -1,0 +1,94 @@
+"""Tables of trials that fit a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.table
+
+from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.terminal.tables import ACCURACIES, HEADINGS, describe, percent, short
+
+STYLES = {
+    "running": "cyan",
+    "finished": "green",
+    "pruned": "dim",
+    "failed": "red",
+    "waiting": "cyan",
+    "infeasible": "dim",
+}
+
+
+def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> rich.table.Table:
+    """The front of a search with several objectives: settings, and each objective's value."""
+    table = rich.table.Table(title="Pareto front", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table.add_column("trial", justify="right")
+    for metric, mode in objectives.items():
+        table.add_column(f"{metric.rsplit('/', 1)[-1].replace('_', ' ')}, {mode}", justify="right")
+    table.add_column("settings", overflow="fold")
+    for row in rows:
+        figures = (row.last[metric] for metric in objectives)
+        values = [f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}" for value in figures]
+        table.add_row(str(row.number), *values, describe(row.values))
+    return table
+
+
+def curve_table(rows: Sequence[TrialRow], names: Sequence[str]) -> rich.table.Table:
+    """A grid's finished trials in the order of their settings: what was set, how much is trained, and validation accuracy."""
+    table = rich.table.Table(title="the grid, validation accuracy in %", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for name in (*names, "trained parameters", *HEADINGS):
+        table.add_column(name, justify="right")
+    finished = [row for row in rows if row.state == "finished"]
+    for row in sorted(finished, key=lambda row: [_in_order(row.values.get(name)) for name in names]):
+        accuracies = (percent(row.last.get(f"validation/{name}")) for name in ACCURACIES)
+        values = (short(row.values.get(name, "")) for name in names)
+        table.add_row(*values, f"{row.last.get('trained_parameters', 0):,.0f}", *accuracies)
+    return table
+
+
+def _in_order(value: Any) -> tuple[bool, float, str]:
+    is_number = isinstance(value, int | float)
+    return (not is_number, float(value) if is_number else 0.0, str(value))
+
+
+def trial_table(
+    rows: Sequence[TrialRow], names: Sequence[str], metric: str, title: str, limit: int = 20
+) -> rich.table.Table:
+    """The running trials and the latest others; settings that a trial does not have stay empty."""
+    table = rich.table.Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
+    table.add_column("trial", justify="right")
+    for name in names:
+        table.add_column(
+            "tuner" if name == "tuner.kind" else name.rsplit(".", 1)[-1],
+            justify="left" if name.endswith("kind") else "right",
+            no_wrap=name.endswith("kind"),
+        )
+    for heading in (
+        "epoch",
+        metric.rsplit("/", 1)[-1].removesuffix("_accuracy").replace("_", " "),
+        "many",
+        "medium",
+        "few",
+        "images/s",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_column("state")
+    for row in rows[-limit:]:
+        figures: Mapping[str, Any] = row.last
+        split = metric.split("/")[0]
+        value = figures.get(metric)
+        shown = [percent(figures.get(f"{split}/{group}")) for group in ("many", "medium", "few")]
+        table.add_row(
+            str(row.number),
+            *(short(row.values.get(name, "")) for name in names),
+            f"{len(row.history)}/{row.num_epochs}",
+            ("-" if value is None else f"{value:.3f}") if metric.endswith("loss") else percent(value),
+            *shown,
+            short(round(figures["train/images_per_s"])) if "train/images_per_s" in figures else "-",
+            row.state,
+            style=STYLES[row.state],
+        )
+    return table

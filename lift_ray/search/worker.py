@@ -1,0 +1,206 @@
+"""One process of a slot: it loads the backbone and opens the data once, then does one job after another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from lift_ray.ensembles.ensemble import Ensemble, run_of
+from lift_ray.errors import BadInput, RunFailed
+from lift_ray.methods.world import Ranks, join_group
+from lift_ray.ray_runtime.session import meeting_point
+from lift_ray.reporting.study_files import predictions_of
+from lift_ray.search.backdoor_trial import BackdoorTrial, trial_of
+from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoint_path
+from lift_ray.search.predictions import evaluate_each, write_predictions
+from lift_ray.search.trial import Trial
+from lift_ray.settings.run import RunConfig
+from lift_ray.storage.output import Output
+from lift_ray.tracking.prometheus import SlotGauges
+from lift_ray.training import checkpoint
+from lift_ray.training.events import Began, Diverged, Done, EpochDone, Message, Problem, Reply, Stepped
+from lift_ray.training.loop import Pulse, StopAsked
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Warm
+
+SHORTEST_IDLE_S, LONGEST_IDLE_S = 0.05, 1.0
+
+
+class Worker:
+    """One rank of a slot.
+
+    Jobs run in a thread of their own, so that a long epoch can be asked how far it is, and told to stop. It is the same
+    thread for all jobs, because the number of torch's threads and of OpenMP's belongs to the thread that sets it.
+
+    Args:
+        slot: what all jobs share.
+        rank: of this process in the slot.
+
+    Attributes:
+        address: where the slot's process group meets; None for a slot of one process.
+    """
+
+    def __init__(self, slot: SlotSettings, rank: int = 0) -> None:
+        self.slot, self.rank = slot, rank
+        self.address: tuple[str, int] | None = None
+        self._gauges = SlotGauges(slot.study, slot.number) if rank == 0 else None
+        self._thread = ThreadPoolExecutor(1, "lift-job")
+        self._pending: Future[Reply] | None = None
+        self._replies: Iterator[Reply] = iter(())
+        self._progress = Stepped(0, 0)
+        self._stop = threading.Event()
+        self._warm: Warm | None = None
+
+    def begin(self, job: Job) -> None:
+        """Take up a job; `next` starts it. The one before must have given a reply, and is dropped."""
+        self._progress = Stepped(0, 0)
+        self._replies = self._run(job)
+
+    def next(self, timeout_s: float) -> Reply:
+        """The job's next reply, or a Stepped that says how far it is when there is none in this time.
+
+        Raises what the job raised, but for BadInput and RunFailed, which are the reply Problem.
+        """
+        if self._pending is None:
+            self._pending = self._thread.submit(next, self._replies)
+        if not wait([self._pending], timeout_s).done:
+            return self._progress
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def stop(self, patience_s: float = 5.0) -> None:
+        """End the job at its next step, or evaluation batch."""
+        self._stop.set()
+        if self._pending is not None:
+            wait([self._pending], patience_s)
+
+    def _run(self, job: Job) -> Iterator[Reply]:
+        try:
+            warm = self._warm = self._warm or self._open()
+            if isinstance(job, IdleJob):
+                yield from self._idle()
+            else:
+                yield from self._train(job, warm) if isinstance(job, TrainJob) else self._evaluate(job, warm)
+        except StopAsked:
+            yield self._progress
+        except (BadInput, RunFailed) as error:
+            yield Problem(str(error), isinstance(error, BadInput))
+
+    def _open(self) -> Warm:
+        """Form the slot's process group, and open what its jobs share. Raises BadInput."""
+        began, need = time.monotonic(), self.slot.need
+        ranks = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
+        if self.address is not None:
+            join_group(self.rank, need.workers, *self.address, ranks.device)
+            ranks = Ranks(self.rank, need.workers, ranks.device, ranks.num_threads)
+        self._output, warm = Output(self.slot.out), Warm(self.slot.dataset, ranks)
+        self._opened_s, self._loaded_s = time.monotonic() - began, 0.0
+        return warm
+
+    def _idle(self) -> Iterator[Reply]:
+        pause_s = SHORTEST_IDLE_S
+        yield Done({})
+        while not self._stop.wait(pause_s):
+            yield Done({})
+            pause_s = min(LONGEST_IDLE_S, 1.2 * pause_s)
+
+    def _train(self, job: TrainJob, warm: Warm) -> Iterator[Reply]:
+        """Began, an EpochDone for each epoch, and a Done where the test split is asked for; or Diverged."""
+        began = time.monotonic() - self._opened_s
+        trial = trial_of(RunConfig.model_validate(job.config), warm, self._output)
+        self._restore(trial, job.number)
+        self._watch(trial)
+        epochs = trial.epochs()
+        times = {"time/begin_s": time.monotonic() - began, "time/load_s": warm.load_s - self._loaded_s}
+        self._opened_s, self._loaded_s = 0.0, warm.load_s
+        yield Began(
+            num_workers=self.slot.need.workers,
+            epochs=trial.num_epochs,
+            steps_per_epoch=trial.steps_per_epoch,
+            epoch=trial.epoch,
+            step=trial.step,
+            history=list(trial.history),
+            trained_parameters=trial.num_trained,
+        )
+        while True:
+            try:
+                figures = next(epochs, None)
+            except RunFailed as error:
+                yield Diverged(str(error))
+                return
+            if figures is None:
+                break
+            figures |= {**times, "num_epochs": trial.num_epochs}
+            times = dict.fromkeys(times, 0.0)
+            yield EpochDone(figures, self._save(trial, job.number, figures) if self.rank == 0 else "")
+        if job.then_test:
+            ((figures, _),) = evaluate_each(trial, "test")
+            known = {name: value for name, value in trial.history[-1].items() if name.startswith("validation/")}
+            yield Done({"trained_parameters": trial.num_trained, **known, **figures})
+
+    def _restore(self, trial: Trial | BackdoorTrial, number: int) -> None:
+        """Continue from the trial's last whole checkpoint, if there is one."""
+        folder = f"checkpoints/{number:04d}"
+        names = [name for name in self._output.names(folder) if name[-4:].isdigit()]  # others: of a killed process
+        whole = [name for name in names if self._output.holds(f"{folder}/{name}/{checkpoint.RECORD}")]
+        if whole:
+            with self._output.fetched(f"{folder}/{max(whole)}") as path:
+                trial.load(path)
+
+    def _save(self, trial: Trial | BackdoorTrial, number: int, figures: dict[str, float]) -> str:
+        """Write the checkpoint of an epoch, and delete the one before. Raises RunFailed."""
+        began, epoch = time.monotonic(), int(figures["epoch"])
+        path = trial_checkpoint_path(number, epoch)
+        with self._output.staged(path, checkpoint.RECORD) as folder:
+            trial.save(folder)
+        if epoch > 1:
+            self._output.remove(trial_checkpoint_path(number, epoch - 1))
+        figures["time/save_s"] = time.monotonic() - began
+        if self._gauges is not None:
+            self._gauges.epoch_done(figures)
+        return path
+
+    def _evaluate(self, job: EvaluationJob, warm: Warm) -> Iterator[Reply]:
+        """One Done: the figures for each tau, and what an ensemble reports."""
+        run = run_of(RunConfig.model_validate(job.config), [warm])
+        if job.checkpoint is not None:
+            with self._output.fetched(job.checkpoint) as folder:
+                checkpoint.load_weights(folder, run.model)
+        self._watch(run)
+        began = time.monotonic()
+        found = evaluate_each(run, job.split, job.taus)
+        seconds = {"trained_parameters": run.num_trained, "time/evaluate_s": time.monotonic() - began}
+        if job.split == "test" and self.rank == 0:
+            for tau, (_, table) in zip(job.taus, found, strict=True):
+                write_predictions(table, self._output, predictions_of(job.model, tau))
+        report = {"report": run.report(job.split)} if isinstance(run, Ensemble) and job.split == "test" else {}
+        yield Done({"figures": [figures | seconds for figures, _ in found], **report})
+
+    def _watch(self, run: Run) -> None:
+        """Have a run, and the members of an ensemble, tell how far they are and hear that they are to stop."""
+        for each in (run, *(run.runs.values() if isinstance(run, Ensemble) else ())):
+            each.pulse = Pulse(each, self._heard, lambda: "stopped" if self._stop.is_set() else "")
+
+    def _heard(self, message: Message) -> None:
+        if isinstance(message, Stepped):
+            self._progress = message
+            if self._gauges is not None:
+                self._gauges.take(message)
+
+
+class RankWorker(Worker):
+    """One of several processes of a slot, an actor in the slot's placement group."""
+
+    def meeting_point(self) -> tuple[str, int]:
+        """An address of this node where the slot's process group can meet."""
+        return meeting_point()
+
+    def meet(self, address: tuple[str, int]) -> None:
+        """The address where it meets, once there is a job."""
+        self.address = address
+
+    def __repr__(self) -> str:
+        """The name that Ray's dashboard shows."""
+        return f"{self.slot.study}: slot {self.slot.number}, rank {self.rank}"

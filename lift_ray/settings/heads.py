@@ -1,0 +1,61 @@
+"""Settings of the classifier."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from lift_ray.settings.base import OneOf, Settings
+
+
+def _holds_place(template: str | list[str]) -> str | list[str]:
+    for line in [template] if isinstance(template, str) else template:
+        if "{}" not in line and template != "ensemble":
+            raise ValueError(f"must hold {{}} for the class name, but got {line!r}; add it")
+    return template
+
+
+Template = Annotated[
+    Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)],
+    OneOf("a text with {}, a list of such texts, or ensemble"),
+    AfterValidator(_holds_place),
+]
+
+
+class Start(Settings):
+    """Where the weights of the classifier start."""
+
+    init: Literal["semantic", "class_mean", "linear_probe", "random"] = "semantic"
+    """semantic: from the class names through the text tower; class_mean: mean feature of at most 100 images a class;
+    linear_probe: balanced logistic regression on the frozen features; random: Kaiming uniform."""
+    template: Template = "a photo of a {}."
+    """Text around the class name for the semantic initialisation: one, several (their mean), or `ensemble`, CLIP's own 80."""
+
+
+class CosineHead(Start):
+    """z_k = scale * cos(f, w_k)."""
+
+    kind: Literal["cosine"] = "cosine"
+    scale: Annotated[float, Field(gt=0)] = 25.0
+
+
+class LinearHead(Start):
+    """z = W f + b."""
+
+    kind: Literal["linear"] = "linear"
+
+
+class L2NormHead(Start):
+    """z_k = <f, w_k / |w_k|>."""
+
+    kind: Literal["l2norm"] = "l2norm"
+
+
+class LayerNormHead(Start):
+    """z_k = <LayerNorm(f), w_k / |w_k|>."""
+
+    kind: Literal["layernorm"] = "layernorm"
+
+
+Head = Annotated[CosineHead | LinearHead | L2NormHead | LayerNormHead, Field(discriminator="kind")]

@@ -1,0 +1,100 @@
+"""Error messages for settings: pydantic problems in plain words."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lift_ray.errors import did_you_mean
+
+Path_ = tuple[str | int, ...]
+
+
+def dotted(path: Path_) -> str:
+    """`('optim', 'lr')` -> `optim.lr`."""
+    return ".".join(str(part) for part in path)
+
+
+def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_) -> str:
+    """What rule was broken, what came, and what to do."""
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key '{path[-1]}'; {did_you_mean(path[-1], allowed_keys(model, problem['loc'][:-1]))}"
+    if kind == "union_tag_invalid":
+        tags = [tag.strip().strip("'") for tag in str(context["expected_tags"]).split(",")]
+        return f"unknown value '{context['tag']}'; {did_you_mean(context['tag'], tags)}"
+    if kind == "union_tag_not_found":
+        return f"must name its kind, but got {_short(value)}; add `kind: ...`"
+    if kind == "literal_error":
+        options = [part.strip(" '") for part in re.split(r", | or ", str(context["expected"]))]
+        return f"unknown value {_short(value)}; {did_you_mean(value, options)}"
+    if kind == "missing":
+        return "must be given, but is missing; add it"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        write = f"{{kind: {value}}}" if kind == "model_attributes_type" and isinstance(value, str) else "{key: value}"
+        return f"must be a mapping, but got {_short(value)}; write {write}"
+    rule = (
+        problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Assertion failed, ")
+    )
+    if kind in ("value_error", "assertion_error"):
+        return rule
+    if wrong_size := re.match(r"(?:Dictionary|List|String) should (have at (?:least|most) \d+ items?|match .*)", rule):
+        return f"must {wrong_size[1].removesuffix(' after validation')}, but got {_short(value)}; change it"
+    return f"must be {rule}, but got {_short(value)}; change it"
+
+
+def explain_first(model: type[BaseModel], error: ValidationError) -> str:
+    """`loss.tau: must be ..., but got ...`: the first problem of a tree that stands in no file of its own."""
+    problem = error.errors()[0]
+    path = _walk(model, problem["loc"])[0]
+    return f"{dotted(path)}: {explain(model, problem, path)}"
+
+
+def allowed_keys(model: type[BaseModel], loc: Path_) -> list[str]:
+    """The field names of the model that sits at a pydantic error position (tags of unions included)."""
+    return [
+        field.alias or name for found in models_of(_walk(model, loc)[1]) for name, field in found.model_fields.items()
+    ]
+
+
+def models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field of this type can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [found for part in typing.get_args(annotation) for found in models_of(part)]
+    return []
+
+
+def _walk(model: type[BaseModel], loc: Path_) -> tuple[Path_, Any]:
+    """A pydantic error position as the user wrote it, and the type of what stands there.
+
+    pydantic puts the tag of a union of kinds into the position (tuner, lora, blocks); users do not write it.
+    """
+    path: list[str | int] = []
+    here: Any = model
+    for name in loc:
+        options = models_of(here)
+        if len(options) > 1:
+            here = next(o for o in options if name in typing.get_args(o.model_fields["kind"].annotation))
+            continue
+        path.append(name)
+        if options:
+            here = next((f.annotation for n, f in options[0].model_fields.items() if name in (n, f.alias)), None)
+        else:
+            here = typing.get_args(here)[-1] if typing.get_origin(here) in (list, dict) else None
+    return tuple(path), here
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())

@@ -1,0 +1,153 @@
+"""YAML 1.2 files into strict settings, with every problem reported at once by file, line and dotted path."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
+
+from lift_ray.errors import BadInput
+from lift_ray.settings.messages import Path_, _one_line, _short, _walk, dotted, explain
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class SettingsFile:
+    """A YAML file as plain data plus the line of every key.
+
+    Args:
+        source: for messages, usually the path.
+        data: plain dicts, lists and scalars.
+        lines: dotted position -> line number, counted from 1.
+    """
+
+    def __init__(self, source: str, data: dict[str, Any], lines: dict[Path_, int]) -> None:
+        self.source, self.data, self.lines = source, data, lines
+        self.overridden: set[Path_] = set()
+
+    @classmethod
+    def read(cls, path: str | Path) -> SettingsFile:
+        """Read a file. Raises BadInput when it is missing, is not YAML, repeats a key, or is not a mapping."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise BadInput(f"{path}: must be a YAML file, but there is none; check the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(
+                f"{path}: must be a readable YAML file, but got {_one_line(error)}; check the path"
+            ) from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> SettingsFile:
+        """The same from a string."""
+        yaml = YAML(typ="rt")
+        try:
+            tree = yaml.load(text)
+        except MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise BadInput(
+                f"{source}:{line}: must be YAML 1.2, but got: {_one_line(error.problem)}; mend this line"
+            ) from None
+        except Exception as error:  # ruamel raises several unrelated types for broken input
+            raise BadInput(f"{source}: must be YAML 1.2, but got: {_one_line(error)}; mend the file") from None
+        if not isinstance(tree, CommentedMap):
+            got = "a list" if isinstance(tree, list) else "nothing" if tree is None else _short(tree)
+            raise BadInput(f"{source}:1: must be a mapping of settings, but got {got}; start with `dataset: ...`")
+        lines: dict[Path_, int] = {}
+        return cls(source, _plain(tree, (), lines), lines)
+
+    def line(self, path: Path_) -> int:
+        """The line of a position, or of the nearest one above it that the file holds."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
+
+    def where(self, path: Path_) -> str:
+        """`file.yaml:14 tuner.kind`, or `command line tuner.kind` for what was set there."""
+        on_command_line = any(path[: len(setting)] == setting for setting in self.overridden) or (
+            path not in self.lines and any(setting[: len(path)] == path != () for setting in self.overridden)
+        )
+        source = "command line" if on_command_line else f"{self.source}:{self.line(path)}"
+        return f"{source} {_one_line(dotted(path))}".rstrip()
+
+    def validate(self, model: type[Model], data: Any = None, at: Path_ = ()) -> Model:
+        """Build `model` from the data at position `at` (or from `data` that came from there).
+
+        Raises BadInput with one line for every problem.
+        """
+        if data is None:
+            data = self.data
+            for name in at:
+                data = data[name]
+        try:
+            return model.model_validate(data)
+        except ValidationError as error:
+            problems = sorted(error.errors(), key=lambda problem: self.line((*at, *_walk(model, problem["loc"])[0])))
+            raise BadInput("\n".join(self.describe(model, problem, at) for problem in problems)) from None
+
+    def describe(self, model: type[BaseModel], problem: ErrorDetails, at: Path_ = ()) -> str:
+        """One line for one pydantic problem."""
+        path = _walk(model, problem["loc"])[0]
+        if problem["type"] == "union_tag_invalid":
+            path = (*path, "kind")
+        return f"{self.where((*at, *path))}: {_one_line(explain(model, problem, path))}"
+
+    def expand(self, *names: str) -> None:
+        """Replace `${NAME}` and `${NAME:-default}` in the named top-level texts. Raises BadInput when NAME is not set."""
+        for name in names:
+            value = self.data.get(name)
+            if isinstance(value, str):
+                fill = partial(self._variable, name)
+                self.data[name] = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", fill, value)
+
+    def _variable(self, name: str, match: re.Match[str]) -> str:
+        value = os.environ.get(match[1]) or match[2]
+        if value is None:
+            raise BadInput(
+                f"{self.where((name,))}: the environment variable {match[1]} must be set, but is not; "
+                f"export {match[1]}=... or write ${{{match[1]}:-default}}"
+            )
+        return value
+
+
+def dump_yaml(data: Mapping[str, Any], path: Path, header: str = "") -> None:
+    """Write a mapping as YAML, to a temporary name first."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(header)
+        yaml.dump(dict(data), file)
+    temporary.replace(path)
+
+
+def _plain(node: Any, path: Path_, lines: dict[Path_, int]) -> Any:
+    """ruamel's round-trip objects to plain Python, noting where each key stands; keys become text."""
+    if isinstance(node, CommentedMap | CommentedSeq):
+        keys = list(node) if isinstance(node, CommentedMap) else list(range(len(node)))
+        places = node.lc.data or {}  # keys that a merge (<<) brought in have none
+        found: dict[Any, Any] = {}
+        for key in keys:
+            name = key if isinstance(node, CommentedSeq) or isinstance(key, str) else str(key)
+            lines[(*path, name)] = (places[key][0] if key in places else node.lc.line or 0) + 1
+            found[name] = _plain(node[key], (*path, name), lines)
+        return found if isinstance(node, CommentedMap) else list(found.values())
+    if isinstance(node, ScalarBoolean):  # a bool with an anchor
+        return bool(node)
+    if isinstance(node, int) and not -(2**63) <= node < 2**63:
+        return hex(node)  # as text it fails with a plain message wherever a number is wanted
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return None if node is None else str(node)

@@ -1,0 +1,229 @@
+"""Files at any fsspec URL, with patience for stores that fail now and then, and one clear line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.asyn import sync
+from fsspec.spec import AbstractFileSystem
+
+from lift_ray.errors import BadInput
+
+PATIENCE_S = 60.0
+LEAST_BYTES_PER_S = 2**20  # a store that delivers less counts as one that does not answer
+LONGEST_PAUSE_S = 8.0
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+CERTAIN = (BadInput, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+# in the names of what botocore, aiohttp, httpx and others raise for a request that may succeed later
+PASSING = ("Timeout", "Connect", "Payload", "IncompleteRead", "Streaming", "Checksum")
+# what stores call that which changes with a file's content, best first
+MARKS = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name in a folder.
+
+    Attributes:
+        name: without the folder.
+        is_folder: whether it is one.
+        num_bytes: size of the file; None when the store does not tell.
+        identity: changes with the file's content (size and etag, or size and time); "" when the store tells neither.
+    """
+
+    name: str
+    is_folder: bool
+    num_bytes: int | None
+    identity: str
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message without its final period, at most 160 characters."""
+    lines = str(error).strip().splitlines()
+    if not lines and isinstance(error, TimeoutError):
+        return "no answer in time"
+    return (lines[0].strip().rstrip(".") if lines else type(error).__name__)[:160]
+
+
+@contextmanager
+def reached(where: str, rule: str, remedy: str) -> Iterator[None]:
+    """Turn any failure of a file or store into `where: rule, but got <error>; remedy`.
+
+    Raises BadInput; a BadInput from inside passes unchanged.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except FileNotFoundError:
+        raise BadInput(f"{where}: {rule}, but nothing is there; check the path") from None
+    except ImportError as error:
+        protocol = where.partition("://")[0]
+        extra = EXTRAS.get(protocol)
+        fix = f"pip install 'lift_ray[{extra}]'" if extra else "install the package of this store"
+        raise BadInput(f"{where}: {protocol} needs a package, but got {one_line(error)!r}; {fix}") from None
+    except Exception as error:  # every store has its own exception types (botocore, aiohttp, gcsfs, Arrow)
+        if (
+            isinstance(error, PermissionError)
+            or _http_status(error) in (401, 403)
+            or "Credentials" in type(error).__name__
+        ):
+            raise BadInput(f"{where}: {rule}, but access is denied ({one_line(error)}); check your rights") from None
+        raise BadInput(f"{where}: {rule}, but got {one_line(error)!r}; {remedy}") from None
+
+
+def retried(work: Callable[[float], Result], where: str, rule: str, remedy: str, patience_s: float) -> Result:
+    """What `work` returns; it is called again, after growing pauses, while what it raises may pass.
+
+    Args:
+        work: may be repeated; gets the seconds that are left for it, at least 1.
+        where, rule, remedy: for the error line, as in `reached`.
+        patience_s: no try begins later than this; 0 means a single try.
+
+    Raises BadInput: at once for what stays (not there, not allowed), else when the patience is over, saying how long.
+    """
+    started, got = time.monotonic(), ""
+    for tries in count(1):
+        try:
+            return work(max(1.0, patience_s - (time.monotonic() - started)))
+        except Exception as error:
+            spent_s = time.monotonic() - started
+            if not patience_s or not may_pass(error):
+                with reached(where, rule, remedy):
+                    raise
+            pause_s = random.uniform(0.5, 1.0) * min(LONGEST_PAUSE_S, 0.1 * 2**tries)
+            got = (
+                one_line(error) if str(error) or not got else got
+            )  # an interrupted last try tells less than those before
+            if spent_s + pause_s > patience_s:
+                often = f"{tries} tries" if tries > 1 else "1 try"
+                raise BadInput(f"{where}: {rule}, but got {got!r} ({often} in {spent_s:.0f} s); {remedy}") from None
+        time.sleep(pause_s)
+    raise AssertionError("unreachable")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later: timeout, lost connection, short or broken body, HTTP 408, 429, 5xx."""
+    if isinstance(error, CERTAIN):
+        return False
+    if isinstance(error, TimeoutError):
+        return True
+    if (status := _http_status(error)) is not None and status >= 400:
+        return status >= 500 or status in (408, 429)
+    return isinstance(error, OSError) or any(word in kind.__name__ for kind in type(error).__mro__ for word in PASSING)
+
+
+def is_remote(file_system: Any) -> bool:
+    """Whether reads go over a network: worth a cache and a second try."""
+    protocol = file_system.protocol
+    return (protocol if isinstance(protocol, str) else protocol[0]) not in ("file", "local", "memory")
+
+
+def fetch(url: str, start: int | None, end: int | None, patience_s: float) -> bytes:
+    """The bytes [start, end) of a file in one request; None is the file's begin or end, a negative `start` its tail.
+
+    A failure that may pass is tried again for `patience_s` when the store is remote.
+    Raises BadInput when the file cannot be read, or is too short.
+    """
+    file_system, path = locate(url)
+    wanted = 0 if end is None else end - (start or 0)
+
+    def work(left_s: float) -> bytes:
+        data = _read(file_system, path, start, end, left_s + wanted / LEAST_BYTES_PER_S)
+        if len(data) < wanted:
+            raise OSError(f"{len(data)} of {wanted} bytes")
+        return data
+
+    if not is_remote(file_system):
+        return retried(work, url, "must be a readable file", "copy it again", 0.0)
+    return retried(work, url, "must be a readable file", "check the store and the network", patience_s)
+
+
+def entries(url: str, where: str, rule: str, patience_s: float) -> list[Entry]:
+    """What a folder holds, sorted by name, as it is now. `where` and `rule` are for the error line, as in `reached`.
+
+    Raises BadInput when there is no such folder or it is a file.
+    """
+    file_system, path = locate(url)
+
+    def work(left_s: float) -> Any:
+        file_system.invalidate_cache(path)  # the instance is shared, and may remember an older listing
+        if _can_be_interrupted(file_system):
+            return sync(file_system.loop, file_system._ls, path, detail=True, timeout=left_s)
+        return file_system.ls(path, detail=True)
+
+    found = retried(work, where, rule, "check the path and the store", patience_s if is_remote(file_system) else 0.0)
+    if [info["name"].rstrip("/") for info in found if info["type"] == "file"] == [path.rstrip("/")]:
+        raise BadInput(f"{where}: {rule}, but got a file; give the folder it is in")
+    here = [
+        Entry(
+            info["name"].rstrip("/").rsplit("/", 1)[-1], info["type"] == "directory", info.get("size"), _identity(info)
+        )
+        for info in found
+    ]
+    return sorted(here, key=lambda entry: entry.name)
+
+
+def locate(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path inside it. Raises BadInput for an unknown or missing protocol."""
+    with reached(url, "must be a path or an fsspec URL", "check the protocol"):
+        file_system, path = fsspec.core.url_to_fs(url)
+        return file_system, path
+    raise AssertionError("unreachable")
+
+
+def join(url: str, name: str) -> str:
+    """`url/name` with one slash between."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def _read(file_system: Any, path: str, start: int | None, end: int | None, limit_s: float) -> bytes:
+    data: bytes
+    if _can_be_interrupted(file_system):
+        work = file_system._cat_file
+        data = sync(file_system.loop, work, path, start=start, end=end, timeout=limit_s)
+    elif type(file_system).cat_file is not AbstractFileSystem.cat_file:
+        data = file_system.cat_file(path, start=start, end=end)
+    else:
+        options = {"cache_type": "none"} if is_remote(file_system) else {}  # else a label may cost megabytes read ahead
+        with file_system.open(path, "rb", **options) as file:
+            size = file.seek(0, 2)
+            start = start or 0
+            start = file.seek(start if start >= 0 else max(0, size + start))
+            data = file.read((size if end is None else end) - start)
+    return data
+
+
+def _can_be_interrupted(file_system: Any) -> bool:
+    """Whether it is asynchronous underneath, so that a request that hangs can be ended; its own limits may be minutes."""
+    return bool(file_system.async_impl and not file_system.asynchronous)
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, if any, as botocore, aiohttp, gcsfs and httpx tell it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            status = (
+                getattr(response, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
+            )
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
+def _identity(info: dict[str, Any]) -> str:
+    mark = next((f"{key} {info[key]}" for key in MARKS if info.get(key)), "")
+    return f"{info.get('size')} bytes, {mark}" if mark and info.get("size") is not None else ""

@@ -1,0 +1,114 @@
+"""What several models gain together, in tables and words; torch is not imported, so that the driver of a search can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.table
+
+from lift_ray.evaluation.metrics import ANY, GROUPS
+from lift_ray.terminal.tables import ACCURACIES, HEADINGS, accuracy_table, console, describe, percent
+
+FURTHER = ("worst_class", "harmonic_mean", "geometric_mean", "macro_f1", "calibration_error")
+
+
+def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
+    """Class accuracy in percent by data group (rows) and parameter group (columns): mean of the members -> together, gain."""
+    groups = report["groups"]
+    table = rich.table.Table(
+        title="mean of the models alone -> together (gain), by data group D and parameter group P",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    table.add_column("")
+    columns = [p for p in (*GROUPS, ANY) if any(p in row for row in groups.values())]
+    for p in columns:
+        table.add_column(f"P-{p}", justify="right", no_wrap=True)
+    for d, row in groups.items():
+        table.add_row(f"D-{d}", *(_cell(row[p]) if p in row else "-" for p in columns))
+    return table
+
+
+def together_table(found: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+    """Test accuracy in percent of several sets of models, as distributed.final_comparison.ensemble_results gives them."""
+    table = rich.table.Table(
+        title="models together, test accuracy in %; gain over their mean, over the best of them",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for heading in (*HEADINGS[1:], "gain", "over best", "differ", "train s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in sorted(found, key=lambda one: describe(one["values"])):
+        report = one["report"]
+        whole, differ = report["groups"][ANY][ANY], [share for _, _, share in report["disagreement"]]
+        table.add_row(
+            describe(one["values"]),
+            *(percent(one.get(f"test/{name}")) for name in ACCURACIES[1:]),
+            f"{100 * whole['gain']:+.1f}",
+            f"{100 * whole['gain_over_best']:+.1f}",
+            f"{100 * sum(differ) / len(differ):.0f}",
+            f"{report['cost']['train_s']:.0f}",
+        )
+    return table
+
+
+def _cell(cell: dict[str, float]) -> str:
+    return f"{percent(cell['mean'])} -> {percent(cell['together'])} ({100 * cell['gain']:+.1f})"
+
+
+def print_found(
+    title: str, split: str, shown: Sequence[tuple[str, Mapping[str, float]]], report: Mapping[str, Any]
+) -> None:
+    """Print the accuracies of an evaluation, of the members of several models first.
+
+    Args:
+        shown: (label, metrics as `split/name`), for each strength of the post-hoc adjustment.
+        report: of `Crossed.result`, empty for one model.
+    """
+    screen = console()
+    screen.print(accuracy_table(title, split, [*report.get("members", {}).items(), *shown]))
+    for label, figures in shown:
+        values = (f"{name.replace('_', ' ')} {percent(figures[f'{split}/{name}'])}" for name in FURTHER)
+        print(f"{label}: {', '.join(values)}")
+    if shown and "unlabelled/recall" in (figures := shown[0][1]):
+        print(f"pseudo-labels of the last epoch, in %: {', '.join(_pseudo_labels(figures))}")
+    if report:
+        screen.print(crossed_table(report))
+        print("\n".join(_words(report)))
+
+
+def _pseudo_labels(figures: Mapping[str, float]) -> list[str]:
+    """How good the pseudo-labels of an epoch were, over all classes and by data group."""
+    out = []
+    for group, ending in ((ANY, ""), *((group, f"_{group}") for group in GROUPS)):
+        if f"unlabelled/recall{ending}" in figures:
+            names = (f"unlabelled/{name}{ending}" for name in ("precision", "recall", "pseudo_labels"))
+            precision, recall, number = (figures.get(name) for name in names)
+            out.append(f"{group} precision {percent(precision)} recall {percent(recall)} ({number or 0:,.0f})")
+    return out
+
+
+def _words(report: Mapping[str, Any]) -> list[str]:
+    """What the table does not show, in words: gain by data group, how often two models differ, and what it cost."""
+    gains = [
+        f"{d} {100 * row[ANY]['gain']:+.1f} ({100 * row[ANY]['gain_over_best']:+.1f})"
+        for d, row in report["groups"].items()
+    ]
+    differ = [f"{a} and {b} {percent(share)}" for a, b, share in report["disagreement"]]
+    lines = [
+        f"gain over the mean of the models (over the best of them here, {report['best']}): {', '.join(gains)}",
+        f"images on which two models differ, in %: {', '.join(differ)}",
+    ]
+    if why := report.get("no_parameter_groups"):
+        lines.insert(0, f"without parameter groups: {why}")
+    if cost := report.get("cost"):
+        lines.append(
+            f"cost: {cost['trained_parameters']:,} trained parameters, {cost['train_s']:.0f} s of training steps, "
+            f"{cost['evaluate_s']:.1f} s for this evaluation"
+        )
+    return lines

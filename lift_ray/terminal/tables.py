@@ -1,0 +1,86 @@
+"""Tables that fit a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.table
+from rich.console import Console
+
+ACCURACIES = ("accuracy", "mean_class_accuracy", "many", "medium", "few")
+HEADINGS = ("overall", "mean class", "many", "medium", "few")
+
+
+def console() -> Console:
+    """Where people read: the terminal's width, or 110 columns when there is none."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=110)
+
+
+def percent(value: float | None) -> str:
+    """0.4567 -> 45.7."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> rich.table.Table:
+    """Accuracy in percent for each named model, overall and by group; the best of each column stands out.
+
+    Models with several logits (ULFine) have those of the linear head and of the prototypes below their own.
+    """
+    rows = [row for label, figures in rows for row in ((label, figures), *_further(split, figures))]
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
+    best = {
+        name: max((figures.get(f"{split}/{name}", -1.0) for _, figures in rows), default=-1.0) for name in ACCURACIES
+    }
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, figures in rows:
+        values = [(figures.get(f"{split}/{name}"), best[name]) for name in ACCURACIES]
+        table.add_row(label, *(f"[bold]{percent(v)}[/bold]" if v == top else percent(v) for v, top in values))
+    return table
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Fractions as percent, `45.7 ± 0.8`: mean and standard deviation of at least two."""
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def seeds_table(runs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+    """Test accuracy of settings that were trained with several seeds, as `SearchResult.seeds` has them."""
+    table = rich.table.Table(
+        title="Test accuracy (%), several seeds, mean ± standard deviation",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    for heading in ("", "seeds", *HEADINGS):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label in dict.fromkeys(run["label"] for run in runs):
+        mine = [run for run in runs if run["label"] == label]
+        values = [[run[f"test/{name}"] for run in mine if f"test/{name}" in run] for name in ACCURACIES]
+        table.add_row(label, str(len(mine)), *(mean_and_deviation(v) if len(v) > 1 else "-" for v in values))
+    return table
+
+
+def _further(split: str, figures: Mapping[str, float]) -> list[tuple[str, dict[str, float]]]:
+    found = {
+        logits: {
+            f"{split}/{name}": figures[key] for name in ACCURACIES if (key := f"{split}/{name}_{logits}") in figures
+        }
+        for logits in ("linear", "similarity")
+    }
+    return [(f"  its {logits} logits", own) for logits, own in found.items() if own]
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """`adaptformer, bottleneck 8, tau 1, lr 0.02`: a trial's settings in a line."""
+    parts = [str(values["tuner.kind"])] if "tuner.kind" in values else []
+    parts += [f"{name.rsplit('.', 1)[-1]} {short(value)}" for name, value in values.items() if name != "tuner.kind"]
+    return ", ".join(parts)
+
+
+def short(value: Any) -> str:
+    """A value for a narrow column."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,105 @@
+"""Metrics of a search for Prometheus, by way of Ray: `ray_lift_ray_study_NAME`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
+
+from ray.util.metrics import Gauge
+
+from lift_ray.reporting.trial_rows import TrialRow, best_row
+from lift_ray.settings.space import SpaceFile
+from lift_ray.training.events import Message, Stepped
+
+STATES = ("to_come", "waiting", "running", "finished", "pruned", "infeasible", "failed")
+STUDY_GAUGES = {
+    "trials": ("trials in each state", "state"),
+    "best": ("first objective of the best finished trial", "objective"),
+    "slots": ("process groups that trials run in", None),
+    "slot_restarts": ("slots lost and replaced since this driver began", None),
+}
+TELL_EVERY_S = 2.0  # more often than Ray and Prometheus look
+SLOT_GAUGES = {
+    "images_per_s": "training images a second of a slot, over the last second or epoch",
+    "data_wait_frac": "share of training time that a slot waited for data",
+    "gpu_memory_gib": "most GPU memory that tensors of a slot's first process held",
+}
+
+
+class SlotCounts(Protocol):
+    """Number of slots, and of those that were lost."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    lost: int
+
+
+class StudyMetrics:
+    """The state of a search as metrics of Ray.
+
+    Args:
+        rows: by number; the search fills them.
+    """
+
+    def __init__(self, space: SpaceFile, rows: Mapping[int, TrialRow], slots: SlotCounts) -> None:
+        self.space, self.rows, self.slots = space, rows, slots
+        self._gauges = {
+            name: Gauge(f"lift_ray_study_{name}", text, tag_keys=("study", tag) if tag else ("study",))
+            for name, (text, tag) in STUDY_GAUGES.items()
+        }
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"study": space.name})
+        self._told_at = -math.inf
+
+    def tick(self) -> None:
+        """Called often. Sets all values every TELL_EVERY_S, because Ray drops one that was not set since it last looked."""
+        if time.monotonic() - self._told_at >= TELL_EVERY_S:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told_at = time.monotonic()
+        states = Counter(row.state for row in self.rows.values())
+        states["to_come"] = self.space.num_trials - len(self.rows)
+        for state in STATES:
+            self._gauges["trials"].set(states[state], {"state": state})
+        if best := best_row(self.rows.values(), *self.space.objective):
+            metric = self.space.objective[0]
+            self._gauges["best"].set(best.last[metric], {"objective": metric})
+        self._gauges["slots"].set(self.slots.num_slots)
+        self._gauges["slot_restarts"].set(self.slots.lost)
+
+
+class SlotGauges:
+    """Tells Ray how fast a slot trains, from its first process."""
+
+    def __init__(self, study: str, slot: int) -> None:
+        self._gauges = {
+            name: Gauge(f"lift_ray_study_slot_{name}", text, tag_keys=("study", "slot"))
+            for name, text in SLOT_GAUGES.items()
+        }
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"study": study, "slot": str(slot)})
+
+    def take(self, message: Message) -> None:
+        """Figures in the middle of an epoch."""
+        if isinstance(message, Stepped):
+            self._set(message.figures)
+
+    def epoch_done(self, figures: Mapping[str, float]) -> None:
+        """Figures of a whole epoch; nothing to tell where no step was made."""
+        if "train/images_per_s" in figures:
+            self._set(
+                {
+                    "images_per_s": figures["train/images_per_s"],
+                    "data_wait_frac": figures["time/data_wait_s"] / figures["time/train_s"],
+                }
+            )
+
+    def _set(self, figures: Mapping[str, float]) -> None:
+        for name, gauge in self._gauges.items():
+            if name in figures:
+                gauge.set(figures[name])

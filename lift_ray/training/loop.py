@@ -1,0 +1,114 @@
+"""The training loop: the same on Ray Train's workers and in one process without Ray."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from lift_ray.training.checkpoint_manager import Checkpoints
+from lift_ray.training.events import Began, EpochDone, Message, Stepped, Tested
+from lift_ray.training.run import Run
+
+TELL_EVERY_S = 1.0
+GIB = 2**30
+told_to_stop = threading.Event()  # set by SIGTERM in this process
+
+
+class StopAsked(Exception):
+    """The run is to stop now, at a point where it can be saved.
+
+    Attributes:
+        checkpoint: the name of the one written then.
+    """
+
+    checkpoint = ""
+
+
+def train(run: Run, checkpoints: Checkpoints, tell: Callable[[Message], None], stop_asked: Callable[[], str]) -> None:
+    """Go on from the last checkpoint to the end of the run, and test.
+
+    Args:
+        tell: takes what happens; on ranks that are not the first it may throw it away.
+        stop_asked: why to stop now; "" to go on.
+
+    Raises:
+        StopAsked: with a checkpoint written.
+        BadInput, RunFailed: what no retry can mend.
+    """
+    checkpoints.restore(run)
+    tell(Began(run.ranks.world_size, run.num_epochs, run.steps_per_epoch, run.epoch, run.step, run.history))
+    run.pulse = Pulse(run, tell, stop_asked)
+    try:
+        if not run.trained:
+            figures = run.validate_untrained()
+            if run.ranks.is_first:
+                tell(EpochDone(figures, checkpoints.save(run)))
+        while run.epoch < run.num_epochs:
+            for batch in run.batches():
+                run.train_step(batch)
+                if checkpoints.due(run):
+                    checkpoints.save(run)
+            figures = run.end_epoch()
+            if run.ranks.is_first:
+                tell(EpochDone(figures, checkpoints.save(run)))
+        if "test" in run.warm.dataset.splits:
+            tell(Tested({"epoch": run.epoch, **run.evaluate("test")}))
+    except StopAsked as asked:
+        asked.checkpoint = checkpoints.save(run)
+        raise
+    if run.ranks.is_first:
+        checkpoints.finish(run)
+
+
+class Pulse:
+    """Called after every step and evaluation batch: tells now and then what goes on, and passes a wish to stop on.
+
+    Losses are read from the device once in TELL_EVERY_S, so that a GPU does not wait for the host.
+    """
+
+    def __init__(self, run: Run, tell: Callable[[Message], None], stop_asked: Callable[[], str]) -> None:
+        self.run, self.tell, self.stop_asked = run, tell, stop_asked
+        self._told_at = time.monotonic()
+        self._remember()
+
+    def __call__(self) -> None:
+        """Raises StopAsked."""
+        if reason := self.stop_asked():
+            raise StopAsked(reason)
+        if self.run.ranks.is_first and time.monotonic() - self._told_at >= TELL_EVERY_S:
+            self.tell(Stepped(self.run.epoch, self.run.step, self._figures(), self.run.evaluated))
+            self._told_at = time.monotonic()
+            self._remember()
+
+    def _remember(self) -> None:
+        self._epoch, self._step, self._seconds = self.run.epoch, self.run.step, dict(self.run.seconds)
+
+    def _figures(self) -> dict[str, float]:
+        """Of the steps of this epoch since the last message; none during evaluation."""
+        run, same = self.run, self.run.epoch == self._epoch
+        first = self._step if same else 0
+        if run.step <= first:
+            return {}
+        seconds = {name: value - (self._seconds[name] if same else 0.0) for name, value in run.seconds.items()}
+        loss, right = run.losses[first : run.step].mean(0).tolist()
+        images = (run.step - first) * run.config.optim.global_batch_size
+        figures = {
+            "loss": loss,
+            "accuracy": right,
+            "lr": run.lr(run.epoch, run.step - 1),
+            "images_per_s": images / seconds["time/train_s"],
+            "data_wait_frac": seconds["time/data_wait_s"] / seconds["time/train_s"],
+        }
+        if run.ranks.device.type == "cuda":
+            figures["gpu_memory_gib"] = torch.cuda.max_memory_allocated(run.ranks.device) / GIB
+        return figures
+
+
+def stop_on_sigterm() -> None:
+    """From now on SIGTERM, as before a spot machine goes away, sets `told_to_stop`. For a process's main thread."""
+    told_to_stop.clear()
+    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())

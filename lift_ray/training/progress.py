@@ -1,0 +1,158 @@
+"""A run in training as it goes: metrics.jsonl, TensorBoard, and a bar on a terminal or plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from lift_ray.storage.output import Output
+from lift_ray.terminal.tables import console
+from lift_ray.training.events import Began, EpochDone, Failed, Figures, Halted, Message, Problem, Stepped, Tested
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+STEP_FIGURES = {
+    "loss": "training loss",
+    "accuracy": "share of training images classified rightly",
+    "lr": "learning rate",
+    "images_per_s": "images a second",
+    "data_wait_frac": "share of time spent waiting for data",
+    "gpu_memory_gib": "most GPU memory held by tensors",
+}
+
+
+class Progress:
+    """Takes a run's messages, keeps its figures and shows them.
+
+    Args:
+        output: where metrics.jsonl and tensorboard/ go.
+
+    Attributes:
+        last: the figures that came last.
+        retries: why the run was taken up again, in order.
+        problem: what ended it.
+        halted: set when it stopped because it was told to.
+        checkpoint: the name of the last one after an epoch.
+        listeners: told of every message too.
+    """
+
+    def __init__(self, output: Output) -> None:
+        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+
+        self.output, self.path = output, output.folder / METRICS
+        self.last: Figures = {}
+        self.retries: list[str] = []
+        self.problem: Problem | None = None
+        self.halted: Halted | None = None
+        self.began: Began | None = None
+        self.checkpoint = ""
+        self.listeners: list[Callable[[Message], None]] = []
+        self._writer = SummaryWriter(str(output.folder / TENSORBOARD))
+        self._console, self._started = console(), time.monotonic()
+        self._bar = Bar(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, epoch=0, speed="")
+        self._takes: dict[type, Callable[[Any], None]] = {
+            Began: self._began,
+            Stepped: self._stepped,
+            EpochDone: self._epoch_done,
+            Tested: self._tested,
+            Failed: self._failed,
+            Halted: self._halted,
+            Problem: self._problem,
+        }
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._writer.close()
+
+    def take(self, message: Message) -> None:
+        """Keep and show a message. Raises RunFailed when remote storage does not take the figures."""
+        self._takes[type(message)](message)
+        for listener in self.listeners:
+            listener(message)
+
+    def _began(self, message: Began) -> None:
+        self.began = message
+        self._write(message.history)
+        if message.epoch or message.step:
+            self._say(
+                f"going on from epoch {message.epoch + 1}, step {message.step} of {message.steps_per_epoch}, "
+                f"on {message.num_workers} worker{'s' if message.num_workers > 1 else ''}"
+            )
+        total = message.epochs * message.steps_per_epoch
+        self._bar.update(self._task, total=total, completed=self._steps(message), epoch=message.epoch + 1)
+
+    def _stepped(self, message: Stepped) -> None:
+        speed = f"{message.figures['images_per_s']:.0f} images/s" if message.figures else "evaluating"
+        self._bar.update(self._task, completed=self._steps(message), epoch=message.epoch + 1, speed=speed)
+        for name, value in message.figures.items():
+            self._writer.add_scalar(f"step/{name}", value, self._steps(message))
+
+    def _epoch_done(self, message: EpochDone) -> None:
+        figures, self.checkpoint = message.figures, message.checkpoint
+        self._keep(figures)
+        if "train/loss" in figures:
+            epochs = self.began.epochs if self.began else 0
+            self._say(
+                f"epoch {figures['epoch']}/{epochs}  loss {figures['train/loss']:.4f}"
+                f"  validation mean class accuracy {figures['validation/mean_class_accuracy']:.4f}"
+                f"  {figures['train/images_per_s']:.0f} images/s"
+            )
+
+    def _tested(self, message: Tested) -> None:
+        self._keep(message.figures)
+
+    def _failed(self, message: Failed) -> None:
+        self.retries.append(message.reason)
+        self._say(f"{message.reason}; trying again from the last checkpoint")
+
+    def _halted(self, message: Halted) -> None:
+        self.halted = message
+
+    def _problem(self, message: Problem) -> None:
+        self.problem = self.problem or message
+
+    def _keep(self, figures: Figures) -> None:
+        self.last = figures
+        self._write([*read_metrics(self.path), figures])
+        for name, value in figures.items():
+            if "/" in name:
+                self._writer.add_scalar(name, value, int(figures["epoch"]))
+        self._writer.flush()
+        self.output.publish()
+
+    def _write(self, lines: list[Figures]) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.replace(self.path)
+
+    def _steps(self, at: Began | Stepped) -> int:
+        return at.epoch * (self.began.steps_per_epoch if self.began else 0) + at.step
+
+    def _say(self, text: str) -> None:
+        self._console.print(
+            f"{time.monotonic() - self._started:5.0f} s  {text}", soft_wrap=True, highlight=False, markup=False
+        )
+
+
+def read_metrics(path: Path) -> list[Figures]:
+    """The lines of a metrics.jsonl; none when there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,255 @@
+"""What stays loaded from one run to the next in a process: the tower, the data, and what frozen blocks made of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lift_ray.data.batches import Batch, evaluation_batches
+from lift_ray.data.dataset import Dataset, Split
+from lift_ray.data.longtail import Int64s
+from lift_ray.data.open import open_dataset
+from lift_ray.data.order import SHUFFLE_BYTES, memory_bytes, stretch
+from lift_ray.data.reader import RowReader
+from lift_ray.errors import BadInput
+from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
+from lift_ray.methods.lift import Lift
+from lift_ray.methods.ulfine import FusedHead
+from lift_ray.methods.world import Ranks
+from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
+from lift_ray.model.heads import HEADS, MEAN_OF, CosineHead, class_means, probe_weights, random_weights
+from lift_ray.settings.methods import Ulfine
+from lift_ray.settings.run import RunConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GIB = 2**30
+
+
+class Warm:
+    """The loaded towers, the data set's index and open files, and kept activations.
+
+    Args:
+        dataset: URI, or one that is open.
+        ranks: this process among those that train together.
+    """
+
+    def __init__(self, dataset: str | Dataset, ranks: Ranks) -> None:
+        began = time.monotonic()
+        self.ranks = ranks
+        self.dataset = open_dataset(dataset) if isinstance(dataset, str) else dataset
+        self._backbones: dict[tuple[Any, ...], Backbone] = {}
+        self._readers: dict[tuple[str, int], RowReader] = {}
+        self._shares: dict[float, Split] = {}
+        self._kept: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.load_s = time.monotonic() - began
+
+    def backbone(self, config: RunConfig) -> Backbone:
+        """The frozen tower of a run, loaded once. Raises BadInput."""
+        wanted, key = config.backbone, _key(config)
+        if key not in self._backbones:
+            if wanted.precision != "fp32" and self.ranks.device.type == "cpu":
+                raise BadInput(
+                    f"backbone.precision: must be fp32 on a CPU, but got {wanted.precision}; "
+                    "set backbone.precision=fp32, or use a GPU"
+                )
+            began = time.monotonic()
+            self._backbones[key] = load_backbone(
+                wanted.model,
+                wanted.pretrained,
+                device=self.ranks.device,
+                resolution_px=wanted.resolution_px,
+                checkpointing=wanted.checkpointing,
+            )
+            self.load_s += time.monotonic() - began
+        return self._backbones[key]
+
+    def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
+        """The open files of a split, and memory for the encoded pictures that are shuffled together."""
+        key = (split.name, split.num_samples)
+        if key not in self._readers:
+            self._readers[key] = RowReader(split)
+        reader = self._readers[key]
+        reader.cache_bytes = memory_bytes(split, shuffle_bytes)
+        return reader
+
+    def training(self, config: RunConfig) -> Split:
+        """What a run learns from: the training split, or a share of it. Raises BadInput when there is none."""
+        frac = config.optim.data_frac
+        if frac not in self._shares:
+            self._shares[frac] = self.dataset.split("train").share(frac)
+        return self._shares[frac]
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """The run with every derived value filled in, checked against the tower. Raises BadInput."""
+        backbone = self.backbone(config)
+        tower = backbone.tower
+        for tuner in config.tuners():
+            check_tuner(tower, tuner.kind)
+        if isinstance(config.method, Ulfine) and backbone.text is None:
+            raise BadInput(
+                f"method ulfine: needs a text tower for its prototypes, but {backbone.name} has none; use fixmatch or loft"
+            )
+        for name in ("patch_dropout", "start_px"):
+            if getattr(config.augment, name, None) and not tower.attention:
+                raise BadInput(f"augment.{name}: needs a tower of patches, but {backbone.name} has none; remove it")
+        try:
+            return config.resolve(self.dataset.num_classes, tower.num_blocks, tower.width)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+
+    def build(self, config: RunConfig, trained_already: bool = False) -> Lift:
+        """A fresh model on the shared tower, for resolved settings; the same on every rank.
+
+        Args:
+            trained_already: its weights will be loaded, so the classifier's start does not matter.
+        """
+        backbone, head = self.backbone(config), config.head
+        tower = backbone.tower
+        parts: dict[str, dict[str, Any]] = {}
+        for tuner in config.tuners():
+            options = tuner.model_dump(exclude={"kind", "last"})
+            if tuner.kind == "partial":
+                options["blocks"] = list(range(tower.num_blocks - tuner.last, tower.num_blocks))
+            parts[tuner.kind] = options
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            if "zero_shot" in parts:
+                classifier: torch.nn.Module = backbone.zero_shot_head(self.dataset.class_names, head.template)
+                return Lift(tower, parts, classifier).to(self.ranks.device)
+            options = head.model_dump(exclude={"kind", "init", "template"})
+            start = random_weights(self.dataset.num_classes, tower.width)
+            if not trained_already and head.init != "random":
+                start = self._start_weights(config)
+            classifier = HEADS[head.kind](start, **options)
+            if isinstance(config.method, Ulfine):
+                text = start if trained_already else backbone.semantic_weights(self.dataset.class_names, head.template)
+                assert isinstance(classifier, CosineHead)
+                classifier = FusedHead(
+                    classifier, text, **config.method.model_dump(include={"mu", "ema", "pseudo_ema", "eta"})
+                )
+            return Lift(tower, parts, classifier).to(self.ranks.device)
+
+    def _start_weights(self, config: RunConfig) -> torch.Tensor:
+        """(K, D), what the classifier starts from."""
+        if config.head.init == "semantic":
+            return self.backbone(config).semantic_weights(self.dataset.class_names, config.head.template)
+        split = self.training(config)
+        key = (*_key(config), config.head.init, split.num_samples)
+        if key not in self._kept:
+            samples = first_of_each_class(split.labels, MEAN_OF)
+            probe = Lift(self.backbone(config).tower, {"linear_probe": {}}, torch.nn.Identity())
+            features = self.frozen(config, probe, split, samples).float().cpu()
+            make = class_means if config.head.init == "class_mean" else probe_weights
+            try:
+                weights = make(features, torch.from_numpy(split.labels[samples]), self.dataset.num_classes)
+            except ValueError as error:
+                raise BadInput(f"head.init: {error}") from None
+            self._kept[key] = F.normalize(weights, dim=-1)
+        return self._kept[key]
+
+    def frozen(self, config: RunConfig, model: Lift, split: Split, samples: Int64s) -> torch.Tensor:
+        """What the blocks below the first tuned one make of these samples, (N, T, D) or features (N, D); on every rank."""
+        backbone, ranks = self.backbone(config), self.ranks
+        batches = evaluation_batches(
+            self.reader(split),
+            split,
+            size_px=backbone.tower.resolution_px,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            num_threads=ranks.num_threads,
+            samples=samples,
+            batch_size=batch_size(ranks.device, backbone.tower),
+        )
+        normalised = self.normaliser(config)
+
+        def frozen(batch: Batch) -> torch.Tensor:
+            with torch.no_grad(), autocast(config, ranks.device):
+                return model.frozen_part(normalised(batch.images))
+
+        out, at = None, stretch(len(samples), ranks.rank, ranks.world_size).start
+        for part in on_cores(ranks.device, frozen, batches):
+            if out is None:
+                out = part.new_zeros(len(samples), *part.shape[1:])
+            out[at : at + len(part)] = part
+            at += len(part)
+        if out is None:
+            out = torch.zeros(len(samples), *self._frozen_shape(config, model), device=ranks.device)
+        return ranks.sum(out)
+
+    def kept(self, config: RunConfig, model: Lift, split: Split) -> torch.Tensor | None:
+        """`frozen` of a whole split, computed once for all runs; None when it would not fit, or nothing is frozen."""
+        if not model.first_tuned:
+            return None
+        key = (*_key(config), split.name, split.num_samples, model.first_tuned)
+        if key not in self._kept:
+            size = 4 * split.num_samples * int(np.prod(self._frozen_shape(config, model)))
+            held = sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())
+            if size + held > config.backbone.cache_gib * GIB:
+                return None
+            self._kept[key] = self.frozen(config, model, split, np.arange(split.num_samples))
+        return self._kept[key]
+
+    def _frozen_shape(self, config: RunConfig, model: Lift) -> tuple[int, ...]:
+        tower = self.backbone(config).tower
+        if model.first_tuned == tower.num_blocks:
+            return (tower.width,)
+        return (tower.num_patches(tower.resolution_px) + 1, tower.width)
+
+    def to_device(
+        self, config: RunConfig, batches: Iterable[Batch]
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Normalised float images, labels and kept patches on the device; copied without waiting on a GPU."""
+        normalised = self.normaliser(config)
+        for batch in batches:
+            patches = None if batch.patches is None else self.moved(batch.patches)
+            yield normalised(batch.images), self.moved(batch.labels), patches
+
+    def normaliser(self, config: RunConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes of pictures (..., 3, H, W) uint8 those that the backbone takes, on the device."""
+        backbone, device = self.backbone(config), self.ranks.device
+        std = torch.tensor(backbone.std, device=device).view(3, 1, 1)
+        gain, offset = 1 / (255 * std), -torch.tensor(backbone.mean, device=device).view(3, 1, 1) / std
+        return lambda pictures: self.moved(pictures).float().mul_(gain).add_(offset)
+
+    def answerer(
+        self, config: RunConfig, model: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes of pictures (b, 3, H, W) or (b, 5, 3, H, W) uint8 the model's answers, (b, ...) or (b, 5, ...)."""
+        normalised, device = self.normaliser(config), self.ranks.device
+
+        def answer(pictures: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode(), autocast(config, device):
+                images = normalised(pictures)
+                answers: torch.Tensor = model(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
+            return answers
+
+        return answer
+
+    def moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device; copied without waiting on a GPU."""
+        if self.ranks.device.type == tensor.device.type:  # the CPU, or pictures that were decoded on the GPU
+            return tensor
+        return tensor.pin_memory().to(self.ranks.device, non_blocking=True)
+
+
+def first_of_each_class(labels: Int64s, number: int) -> Int64s:
+    """Sample numbers of at most so many images of each class, in order."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], labels[order], side="left")
+    return np.sort(order[np.arange(len(order)) - starts < number])
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The precision that the frozen tower computes in."""
+    dtype = DTYPES[config.backbone.precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _key(config: RunConfig) -> tuple[Any, ...]:
+    wanted = config.backbone
+    return (wanted.model, wanted.pretrained, wanted.precision, wanted.resolution_px, wanted.checkpointing)
