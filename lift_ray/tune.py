@@ -117,13 +117,13 @@ def _search(
     log_to: list[str],
 ) -> None:
     """Start or join Ray, search, write the results and print them."""
-    from lift_ray.ray_runtime.session import connected, dashboard_url
+    from lift_ray.ray_runtime.session import connected, dashboard_url, machine
     from lift_ray.reporting.report import kept_up_to_date, try_report
     from lift_ray.reporting.study_files import BEGUN
     from lift_ray.reporting.trial_rows import write_json
     from lift_ray.search.driver import run_search
     from lift_ray.search.driver_lock import study_in
-    from lift_ray.search.final_comparison import machine, write_result
+    from lift_ray.search.final_comparison import write_result
     from lift_ray.search.interrupts import Interrupts
     from lift_ray.search.live_page import Status, job_metadata, served, tell_job
     from lift_ray.storage.output import Output

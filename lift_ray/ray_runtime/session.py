@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, partialmethod
 from pathlib import Path
+from typing import Any
 
 from lift_ray.errors import Interrupted, RunFailed, Stopped
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
@@ -108,3 +110,11 @@ def dashboard_url() -> str | None:
 
     url = ray._private.worker.get_dashboard_url()
     return f"http://{url}" if url else None
+
+
+def machine() -> dict[str, Any]:
+    """Where a search runs: the driver's system, and what each node of the cluster offers."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "nodes": nodes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ray
-
 import lift_ray
 from lift_ray.errors import RunFailed
+from lift_ray.ray_runtime.session import machine
 from lift_ray.reporting.study_files import BEST, predictions_of
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front, write_json
 from lift_ray.search.jobs import EvaluationJob, Job, trial_checkpoint_path
@@ -305,7 +303,7 @@ def write_result(space: SpaceFile, dataset: str, found: SearchResult, out: Outpu
         "time_s": {name: round(seconds, 2) for name, seconds in found.time_s.items()},
         "versions": {
             "lift_ray": lift_ray.__version__,
-            "ray": ray.__version__,
+            "ray": version("ray"),
             "optuna": version("optuna"),
             "python": platform.python_version(),
         },
@@ -322,12 +320,6 @@ def write_best(space: SpaceFile, dataset: str, best: TrialRow, out: Output, figu
     dump_yaml({"name": f"{space.name}-best", "dataset": dataset, **record.config}, out.folder / "best.yaml", header)
     out.publish()
     return record
-
-
-def machine() -> dict[str, Any]:
-    """Where a search runs: the driver's system, and what each node of the cluster offers."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
-    return {"platform": platform.platform(), "cpus": os.cpu_count(), "nodes": nodes}
 
 
 def _keep_best(best: TrialRow, out: Output, figures: Mapping[str, Any]) -> Record:
