@@ -38,7 +38,7 @@ from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.losses import LOSSES
 from lift_ray.model.tower import Tower
 from lift_ray.model.tuners import Adaptformer
-from lift_ray.settings.run import Optim
+from lift_ray.settings.run import OptimConfig
 from lift_ray.settings.tuners import derived_width
 from lift_ray.terminal.tables import console
 from lift_ray.training.run import make_optimizer
@@ -145,7 +145,7 @@ class Step:
         self.model, self.images, self.labels = model, images, labels
         self.loss = LOSSES["logit_adjusted"](counts, tau=1.0)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.trained, Optim())
+        self.optimizer = make_optimizer(self.trained, OptimConfig())
 
     def backward(self) -> Tensor:
         """Gradients in the parameters; returns the logits."""

@@ -95,7 +95,7 @@ def train(
         raise BadInput("--resume: must name the run to go on with, but --out is missing; add --out FOLDER")
     from lift_ray.ray_runtime.capacity import num_fitting, num_slots
     from lift_ray.ray_runtime.session import connected, dashboard_url
-    from lift_ray.settings.search import Scale
+    from lift_ray.settings.search import ScaleConfig
     from lift_ray.storage.output import Output
     from lift_ray.tracking.services import trackers
     from lift_ray.training.ray_train import Job, Patience, train_alone, train_on_workers
@@ -121,7 +121,7 @@ def train(
         with connected(dashboard=dashboard, metadata={"job_name": run.name}) as nodes:
             if url := dashboard_url():
                 print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)", flush=True)
-            fits, _ = num_slots(Scale(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
+            fits, _ = num_slots(ScaleConfig(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
             need = replace(fits, workers=workers)
             at_once = max(1, min(len(members), num_fitting(need, nodes)))
 

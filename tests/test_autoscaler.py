@@ -12,7 +12,7 @@ from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClien
 from lift_ray.ray_runtime import autoscaler
 from lift_ray.ray_runtime.autoscaler import may_come
 from lift_ray.ray_runtime.capacity import Need, num_slots
-from lift_ray.settings.search import Scale
+from lift_ray.settings.search import ScaleConfig
 
 CLUSTERS = Path(__file__).parents[1] / "clusters"
 GPU4 = {"CPU": 48, "GPU": 4}
@@ -52,7 +52,7 @@ def test_machines_of_unknown_size_and_clusters_without_an_autoscaler_add_nothing
 
 def test_a_study_on_a_cluster_without_workers_yet_takes_the_gpus_that_may_come() -> None:
     nodes = [{"CPU": 8.0, "train_driver": 16.0}, *may_come(read("aws.yaml"), {"head": 1})]
-    assert num_slots(Scale(), nodes) == (Need(1, 1, 1), 32)
+    assert num_slots(ScaleConfig(), nodes) == (Need(1, 1, 1), 32)
 
 
 def test_kuberay_is_asked_for_the_cluster_that_the_pod_belongs_to(monkeypatch: pytest.MonkeyPatch) -> None:

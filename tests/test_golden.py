@@ -17,7 +17,7 @@ from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import Backbone, rebuild
 from lift_ray.model.heads import CosineHead
 from lift_ray.model.losses import LOSSES
-from lift_ray.settings.run import Optim
+from lift_ray.settings.run import OptimConfig
 from lift_ray.settings.tuners import derived_width
 from lift_ray.training.run import make_optimizer
 
@@ -138,7 +138,7 @@ def test_golden_features_logits_loss_and_gradients(clip: open_clip.CLIP, case: s
 def test_golden_five_sgd_steps(clip: open_clip.CLIP, case: str) -> None:
     model = lift_model(clip, case)
     sgd = INFO["sgd"]
-    settings = Optim(lr=sgd["lr"], momentum=sgd["momentum"], weight_decay=sgd["weight_decay"])
+    settings = OptimConfig(lr=sgd["lr"], momentum=sgd["momentum"], weight_decay=sgd["weight_decay"])
     optimizer = make_optimizer(model.trained(), settings)
     trace = []
     for _ in range(sgd["steps"]):

@@ -16,7 +16,7 @@ from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS, Sparse
 from lift_ray.settings import run as settings_run
 from lift_ray.settings.messages import models_of
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.tuners import Tuner, TunerKind
+from lift_ray.settings.tuners import TunerConfig, TunerKind
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 WIDTH, BLOCKS, CLASSES, RATIO = 32, 3, 5, 0.1
@@ -52,10 +52,10 @@ def kinds_of(union: object) -> set[str]:
 
 def test_the_dicts_hold_exactly_what_the_settings_offer() -> None:
     groups = [set(BLOCK_TUNERS), set(OWN), {"sparse"}, set(WITHOUT_BLOCKS)]
-    assert set().union(*groups) == kinds_of(Tuner) == set(typing.get_args(TunerKind))
+    assert set().union(*groups) == kinds_of(TunerConfig) == set(typing.get_args(TunerKind))
     assert sum(map(len, groups)) == len(set().union(*groups))
-    assert set(LOSSES) == kinds_of(settings_run.Loss)
-    assert set(HEADS) == kinds_of(settings_run.Head)
+    assert set(LOSSES) == kinds_of(settings_run.LossConfig)
+    assert set(HEADS) == kinds_of(settings_run.HeadConfig)
 
 
 def test_two_tuners_may_sit_in_different_blocks(tower: Tower) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lift_ray.data.longtail import semi_supervised_counts
-from lift_ray.settings.methods import Loft, Ulfine
+from lift_ray.settings.methods import LoftConfig, UlfineConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import read_run
 
@@ -27,8 +27,8 @@ def test_ulfine_is_our_reading_with_about_1024_steps_and_can_be_changed_to_its_n
     config = read_run(path).config
     labelled, _ = semi_supervised_counts(np.full(100, 500), 50, 400, 10, 10)
     assert 1000 <= config.optim.epochs * (labelled.sum() // config.optim.global_batch_size) <= 1024
-    assert (config.optim.lr, config.method) == (0.01, Ulfine())
-    assert read_run(path, {"method.kind": "loft"}).config.method == Loft()
+    assert (config.optim.lr, config.method) == (0.01, UlfineConfig())
+    assert read_run(path, {"method.kind": "loft"}).config.method == LoftConfig()
 
 
 @pytest.mark.parametrize("data", DATA)

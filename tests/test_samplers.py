@@ -22,10 +22,10 @@ from lift_ray.search.stopping import RULES, decide
 from lift_ray.search.study import PACKAGES, SAMPLERS, Study, check_sampler
 from lift_ray.settings.search import (
     AnyScheduler,
-    Asha,
-    Hyperband,
-    Limit,
-    Search,
+    AshaConfig,
+    Constraint,
+    HyperbandConfig,
+    SearchConfig,
     expected_epochs,
     num_brackets,
     rungs,
@@ -66,7 +66,7 @@ def play(wanted: SpaceFile) -> Study:
 
 
 def test_there_is_a_sampler_and_a_rule_for_every_choice_of_the_settings() -> None:
-    assert set(SAMPLERS) == set(get_args(Search.model_fields["sampler"].annotation))
+    assert set(SAMPLERS) == set(get_args(SearchConfig.model_fields["sampler"].annotation))
     assert set(RULES) == set(get_args(AnyScheduler))
 
 
@@ -191,7 +191,7 @@ def test_asha_stops_at_its_rungs_what_is_not_among_the_best_third() -> None:
 
 
 def test_hyperband_gives_each_bracket_a_longer_grace() -> None:
-    scheduler = Hyperband(grace_epochs=1, reduction_factor=3)
+    scheduler = HyperbandConfig(grace_epochs=1, reduction_factor=3)
     assert [rungs(scheduler, 9, b) for b in range(num_brackets(scheduler, 9))] == [[1, 3], [3], []]
     wanted = space(PLAIN, search={"scheduler": {"kind": "hyperband"}})
     rows = rows_of([0.5], [0.5], [0.5], [0.1], [0.1], [0.1])
@@ -225,9 +225,9 @@ def test_no_rule_stops_the_best_and_order_does_not_matter(values: list[list[floa
 @pytest.mark.parametrize(
     ("scheduler", "epochs", "expected"),
     [
-        (Asha(grace_epochs=2), 15, 2 + 4 / 3 + 9 / 9),
-        (Asha(grace_epochs=1), 1, 1.0),
-        (Hyperband(), 9, ((1 + 2 / 3 + 6 / 9) + (3 + 6 / 3) + 9) / 3),
+        (AshaConfig(grace_epochs=2), 15, 2 + 4 / 3 + 9 / 9),
+        (AshaConfig(grace_epochs=1), 1, 1.0),
+        (HyperbandConfig(), 9, ((1 + 2 / 3 + 6 / 9) + (3 + 6 / 3) + 9) / 3),
     ],
 )
 def test_the_plan_reckons_with_what_early_stopping_saves(scheduler: Any, epochs: int, expected: float) -> None:
@@ -235,9 +235,10 @@ def test_the_plan_reckons_with_what_early_stopping_saves(scheduler: Any, epochs:
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "excess"), [(Limit(max=3), 5, 2), (Limit(min=3), 5, -2), (Limit(min=1, max=3), 0, 1)]
+    ("limit", "value", "excess"),
+    [(Constraint(max=3), 5, 2), (Constraint(min=3), 5, -2), (Constraint(min=1, max=3), 0, 1)],
 )
-def test_an_excess_above_0_breaks_a_limit(limit: Limit, value: float, excess: float) -> None:
+def test_an_excess_above_0_breaks_a_limit(limit: Constraint, value: float, excess: float) -> None:
     assert limit.excess(value) == excess
 
 

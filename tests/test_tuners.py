@@ -13,7 +13,7 @@ from torch import Tensor
 from lift_ray.methods.lift import Lift
 from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.tower import Tower
-from lift_ray.settings.run import Optim
+from lift_ray.settings.run import OptimConfig
 from lift_ray.training.run import make_optimizer
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
@@ -241,7 +241,7 @@ def test_two_models_on_one_tower_do_not_see_each_other(tower: Tower, case: str) 
     perturbed(one)
     if case != "zero_shot":
         gradients(one)
-        make_optimizer(one.trained(), Optim(lr=0.1)).step()
+        make_optimizer(one.trained(), OptimConfig(lr=0.1)).step()
         assert not torch.equal(one(IMAGES), other(IMAGES))
     assert torch.equal(other(IMAGES), logits)
     assert all(parameter.grad is None for parameter in other.parameters())
@@ -348,7 +348,7 @@ def test_bf16_stays_close_and_gives_fp32_logits(tower: Tower, case: str) -> None
 @pytest.mark.parametrize("case", TRAINED)
 def test_a_few_steps_lower_the_loss(tower: Tower, case: str) -> None:
     model = lift(tower, case)
-    optimizer = make_optimizer(model.trained(), Optim(lr=0.002))
+    optimizer = make_optimizer(model.trained(), OptimConfig(lr=0.002))
     losses = []
     for _ in range(12):
         loss = loss_of(model)

@@ -19,8 +19,8 @@ from lift_ray.evaluation.accumulator import PerImage
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
 from lift_ray.model.heads import over_crops
-from lift_ray.settings.losses import LogitAdjusted, Loss
-from lift_ray.settings.methods import Backdoor
+from lift_ray.settings.losses import LogitAdjustedConfig, LossConfig
+from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.label_prior import fitted, label_prior, zero_shot
 from lift_ray.training.run import Run
@@ -76,7 +76,7 @@ class Ensemble(Run):
     def of(cls, config: RunConfig, warms: Sequence[Warm], class_counts: list[int] | None = None) -> Self:
         """The members of `method: backdoor`, as `Run` makes one, each on one of the devices in turn."""
         method = config.method
-        assert isinstance(method, Backdoor)
+        assert isinstance(method, BackdoorConfig)
         members = zip(config.members().items(), itertools.cycle(warms), strict=False)
         runs = {name: Run(member, warm, class_counts) for (name, member), warm in members}
         out = cls(config, runs)
@@ -180,9 +180,9 @@ class Gla:
         ]
 
 
-def prior_left(loss: Loss) -> float:
+def prior_left(loss: LossConfig) -> float:
     """How much of log prior_train a loss leaves in the raw logits: all after cross-entropy, 1 - tau after logit adjustment."""
-    return 1 - loss.tau if isinstance(loss, LogitAdjusted) else LEFT[loss.kind]
+    return 1 - loss.tau if isinstance(loss, LogitAdjustedConfig) else LEFT[loss.kind]
 
 
 LEFT = {
@@ -223,6 +223,6 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
 
 def run_of(config: RunConfig, warms: Sequence[Warm], class_counts: list[int] | None = None) -> Run:
     """The run of any method; a single model is on the first device."""
-    if isinstance(config.method, Backdoor):
+    if isinstance(config.method, BackdoorConfig):
         return Ensemble.of(config, warms, class_counts)
     return Run(config, warms[0], class_counts)

@@ -18,7 +18,7 @@ from lift_ray.ray_runtime.capacity import Need, num_slots
 from lift_ray.ray_runtime.session import connected, meeting_point
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.search import Scale
+from lift_ray.settings.search import ScaleConfig
 from lift_ray.training import checkpoint
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Warm
@@ -163,7 +163,7 @@ def evaluate_on_workers(question: Question, workers: int, cpus_per_worker: int) 
     paths = [where if "://" in where else str(Path(where).absolute()) for where in question.checkpoints]
     question = replace(question, checkpoints=tuple(paths))
     with connected(dashboard=False) as nodes:
-        need, _ = num_slots(Scale(workers_per_trial=workers, cpus_per_worker=cpus_per_worker), nodes)
+        need, _ = num_slots(ScaleConfig(workers_per_trial=workers, cpus_per_worker=cpus_per_worker), nodes)
         actor = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(Evaluator)
         evaluators = [actor.remote() for _ in range(workers)]
         try:

@@ -29,7 +29,7 @@ from lift_ray.inference.image_files import PictureReader, Pictures
 from lift_ray.methods.world import Ranks
 from lift_ray.ray_runtime.capacity import num_slots
 from lift_ray.ray_runtime.session import connected
-from lift_ray.settings.search import Scale
+from lift_ray.settings.search import ScaleConfig
 from lift_ray.storage.store import one_line
 from lift_ray.training import checkpoint
 
@@ -223,7 +223,7 @@ def _on_workers(
         import ray
 
         with connected(dashboard=False) as nodes:
-            need, _ = num_slots(Scale(workers_per_trial=workers, cpus_per_worker=cpus_per_worker), nodes)
+            need, _ = num_slots(ScaleConfig(workers_per_trial=workers, cpus_per_worker=cpus_per_worker), nodes)
             kind: Any = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus, max_restarts=TRIES, max_task_retries=TRIES)(
                 Worker
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lift_ray.errors import BadInput
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
-from lift_ray.settings.search import Scale
+from lift_ray.settings.search import ScaleConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Need:
         return f"{self.workers} x ({self.cpus} CPU{gpu})"
 
 
-def need(scale: Scale, has_gpu: bool) -> Need:
+def need(scale: ScaleConfig, has_gpu: bool) -> Need:
     """What one trial asks for; `use_gpu: auto` takes a GPU when there is one."""
     use_gpu = has_gpu if scale.use_gpu == "auto" else scale.use_gpu
     return Need(scale.workers_per_trial, scale.cpus_per_worker, int(use_gpu))
@@ -47,7 +47,7 @@ def num_fitting(wanted: Need, nodes: list[dict[str, float]]) -> int:
     return workers // wanted.workers
 
 
-def num_slots(scale: Scale, nodes: list[dict[str, float]]) -> tuple[Need, int]:
+def num_slots(scale: ScaleConfig, nodes: list[dict[str, float]]) -> tuple[Need, int]:
     """What a trial needs and how many run at once.
 
     Raises BadInput, before anything starts, when not even one fits: a search would wait for ever.
@@ -63,7 +63,7 @@ def num_slots(scale: Scale, nodes: list[dict[str, float]]) -> tuple[Need, int]:
     return wanted, fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)
 
 
-def slots_now(scale: Scale, wanted: Need) -> int:
+def slots_now(scale: ScaleConfig, wanted: Need) -> int:
     """How many trials fit the cluster as it is at the moment, and as it may become while they wait."""
     fitting = num_fitting(wanted, cluster_nodes())
     return fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)

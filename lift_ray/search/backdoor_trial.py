@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lift_ray.ensembles.ensemble import Ensemble
 from lift_ray.search.trial import Trial
-from lift_ray.settings.methods import Backdoor
+from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.output import Output
 from lift_ray.training import checkpoint
@@ -22,7 +22,7 @@ def trial_of(config: RunConfig, warm: Warm, output: Output) -> Trial | BackdoorT
     Args:
         output: of the search.
     """
-    if not isinstance(config.method, Backdoor):
+    if not isinstance(config.method, BackdoorConfig):
         return Trial(config, warm)
     trial = BackdoorTrial.of(config, [warm])
     trial.output = output

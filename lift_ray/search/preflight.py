@@ -10,7 +10,7 @@ from lift_ray.ray_runtime.capacity import gpus_here, need
 from lift_ray.search.driver_lock import check_can_resume, check_is_new
 from lift_ray.search.study import check_sampler
 from lift_ray.settings.checks import NUM_CHECK_DRAWS
-from lift_ray.settings.run import Backbone
+from lift_ray.settings.run import BackboneConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws
 from lift_ray.storage.output import Output
 from lift_ray.tracking.services import check_service
@@ -49,10 +49,10 @@ def check_before_start(
         raise BadInput("\n".join(dict.fromkeys(problems)))
 
 
-def _backbones(space: SpaceFile) -> list[Backbone]:
+def _backbones(space: SpaceFile) -> list[BackboneConfig]:
     """Every backbone that trials may ask for."""
     points = [*space.start_points(), *seeded_draws(space.space, NUM_CHECK_DRAWS)]
-    found: list[Backbone] = []
+    found: list[BackboneConfig] = []
     for config in (space.config(point) for point in points):
         for run in config.members().values() or [config]:
             if run.backbone not in found:
@@ -60,7 +60,7 @@ def _backbones(space: SpaceFile) -> list[Backbone]:
     return found
 
 
-def _check_precision(space: SpaceFile, backbone: Backbone) -> None:
+def _check_precision(space: SpaceFile, backbone: BackboneConfig) -> None:
     """A worker without a GPU computes in fp32. Where Ray runs elsewhere, `use_gpu: auto` is decided there."""
     elsewhere = space.scale.use_gpu == "auto" and "RAY_ADDRESS" in os.environ
     if backbone.precision == "fp32" or elsewhere or need(space.scale, has_gpu=gpus_here() > 0).gpus:
@@ -72,7 +72,7 @@ def _check_precision(space: SpaceFile, backbone: Backbone) -> None:
     )
 
 
-def _check_name(backbone: Backbone) -> None:
+def _check_name(backbone: BackboneConfig) -> None:
     from lift_ray.model.backbone import check_source
 
     if not backbone.is_embedded:

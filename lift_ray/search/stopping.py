@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.settings.search import Asha, Hyperband, Median, NoScheduler, num_brackets, rungs
+from lift_ray.settings.search import AshaConfig, HyperbandConfig, MedianConfig, NoSchedulerConfig, num_brackets, rungs
 from lift_ray.settings.space import SpaceFile
 
 Decision = Literal["continue", "stop"]
@@ -37,7 +37,7 @@ def _never(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decis
 def _asha(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
     """Stop at a rung when worse than the best 1 / reduction_factor of those that were there before."""
     scheduler = space.search.scheduler
-    assert isinstance(scheduler, Asha | Hyperband)
+    assert isinstance(scheduler, AshaConfig | HyperbandConfig)
     most, epoch = space.most_epochs(), len(row.history)
     number = num_brackets(scheduler, most)
     if epoch not in rungs(scheduler, most, row.number % number):
@@ -53,7 +53,7 @@ def _asha(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decisi
 
 def _median(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
     scheduler = space.search.scheduler
-    assert isinstance(scheduler, Median)
+    assert isinstance(scheduler, MedianConfig)
     epoch = len(row.history)
     there = [
         statistics.fmean(_score(space, o, e) for e in range(1, epoch + 1)) for o in others if len(o.history) >= epoch
@@ -71,4 +71,4 @@ def _score(space: SpaceFile, row: TrialRow, epoch: int) -> float:
 
 
 Rule = Callable[[SpaceFile, TrialRow, Sequence[TrialRow]], Decision]
-RULES: dict[type, Rule] = {NoScheduler: _never, Asha: _asha, Hyperband: _asha, Median: _median}
+RULES: dict[type, Rule] = {NoSchedulerConfig: _never, AshaConfig: _asha, HyperbandConfig: _asha, MedianConfig: _median}

@@ -12,7 +12,7 @@ from lift_ray.settings.messages import Path_, explain, models_of
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import check_global_batch
-from lift_ray.settings.search import NoScheduler
+from lift_ray.settings.search import NoSchedulerConfig
 from lift_ray.settings.space import LARGEST_GRID, SpaceFile, grid_points, is_active, listed, parents_first, seeded_draws
 from lift_ray.settings.yaml_file import SettingsFile
 
@@ -236,7 +236,7 @@ def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any
 def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
     """A scheduler that could stop nothing."""
     scheduler, most = space.search.scheduler, space.most_epochs()
-    if isinstance(scheduler, NoScheduler) or scheduler.grace_epochs <= most:
+    if isinstance(scheduler, NoSchedulerConfig) or scheduler.grace_epochs <= most:
         return []
     return [
         f"{file.where(('search', 'scheduler', 'grace_epochs'))}: must be at most the {most} epochs of a trial, "

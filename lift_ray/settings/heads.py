@@ -23,7 +23,7 @@ Template = Annotated[
 ]
 
 
-class Start(Settings):
+class InitializedHeadConfig(Settings):
     """Where the weights of the classifier start."""
 
     init: Literal["semantic", "class_mean", "linear_probe", "random"] = "semantic"
@@ -33,29 +33,31 @@ class Start(Settings):
     """Text around the class name for the semantic initialisation: one, several (their mean), or `ensemble`, CLIP's own 80."""
 
 
-class CosineHead(Start):
+class CosineHeadConfig(InitializedHeadConfig):
     """z_k = scale * cos(f, w_k)."""
 
     kind: Literal["cosine"] = "cosine"
     scale: Annotated[float, Field(gt=0)] = 25.0
 
 
-class LinearHead(Start):
+class LinearHeadConfig(InitializedHeadConfig):
     """z = W f + b."""
 
     kind: Literal["linear"] = "linear"
 
 
-class L2NormHead(Start):
+class L2NormHeadConfig(InitializedHeadConfig):
     """z_k = <f, w_k / |w_k|>."""
 
     kind: Literal["l2norm"] = "l2norm"
 
 
-class LayerNormHead(Start):
+class LayerNormHeadConfig(InitializedHeadConfig):
     """z_k = <LayerNorm(f), w_k / |w_k|>."""
 
     kind: Literal["layernorm"] = "layernorm"
 
 
-Head = Annotated[CosineHead | LinearHead | L2NormHead | LayerNormHead, Field(discriminator="kind")]
+HeadConfig = Annotated[
+    CosineHeadConfig | LinearHeadConfig | L2NormHeadConfig | LayerNormHeadConfig, Field(discriminator="kind")
+]

@@ -9,27 +9,27 @@ from pydantic import Field
 from lift_ray.settings.base import Settings
 
 
-class LogitAdjusted(Settings):
+class LogitAdjustedConfig(Settings):
     """Cross-entropy of z + tau * log prior (arXiv 2007.07314)."""
 
     kind: Literal["logit_adjusted"] = "logit_adjusted"
     tau: Annotated[float, Field(ge=0)] = 1.0
 
 
-class CrossEntropy(Settings):
+class CrossEntropyConfig(Settings):
     """Plain cross-entropy."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
 
 
-class Focal(Settings):
+class FocalConfig(Settings):
     """(1 - p_y)^gamma * CE (arXiv 1708.02002)."""
 
     kind: Literal["focal"] = "focal"
     gamma: Annotated[float, Field(ge=0)] = 2.0
 
 
-class Ldam(Settings):
+class LdamConfig(Settings):
     """Cross-entropy with margins that grow for rare classes, n^(-1/4) (arXiv 1906.07413)."""
 
     kind: Literal["ldam"] = "ldam"
@@ -38,26 +38,26 @@ class Ldam(Settings):
     """What margins are multiplied with; the cosine head's scale."""
 
 
-class ClassBalanced(Settings):
+class ClassBalancedConfig(Settings):
     """Cross-entropy weighted by (1 - beta) / (1 - beta^n) (arXiv 1901.05555)."""
 
     kind: Literal["class_balanced"] = "class_balanced"
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
 
 
-class Reweighted(Settings):
+class ReweightedConfig(Settings):
     """Cross-entropy weighted by 1 / prior."""
 
     kind: Literal["reweighted"] = "reweighted"
 
 
-class BalancedSoftmax(Settings):
+class BalancedSoftmaxConfig(Settings):
     """Cross-entropy of z + log n (arXiv 2007.10740)."""
 
     kind: Literal["balanced_softmax"] = "balanced_softmax"
 
 
-class Lade(Settings):
+class LadeConfig(Settings):
     """Balanced softmax and a term that takes the label distribution out of the logits (arXiv 2012.00321)."""
 
     kind: Literal["lade"] = "lade"
@@ -65,14 +65,22 @@ class Lade(Settings):
     weight: Annotated[float, Field(ge=0)] = 0.1
 
 
-class Gla(Settings):
+class GlaConfig(Settings):
     """Cross-entropy of z + log prior + log q, q the label prior inside the foundation model (arXiv 2310.08106, in training by
     assumption): estimated from its zero-shot logits on the validation split, so it needs a text tower."""
 
     kind: Literal["gla"] = "gla"
 
 
-Loss = Annotated[
-    LogitAdjusted | CrossEntropy | Focal | Ldam | ClassBalanced | Reweighted | BalancedSoftmax | Lade | Gla,
+LossConfig = Annotated[
+    LogitAdjustedConfig
+    | CrossEntropyConfig
+    | FocalConfig
+    | LdamConfig
+    | ClassBalancedConfig
+    | ReweightedConfig
+    | BalancedSoftmaxConfig
+    | LadeConfig
+    | GlaConfig,
     Field(discriminator="kind"),
 ]

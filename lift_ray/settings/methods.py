@@ -13,13 +13,13 @@ from lift_ray.settings.base import Settings
 Weight = Annotated[float, Field(ge=0)]
 
 
-class Lift(Settings):
+class LiftConfig(Settings):
     """One model on labelled pictures (arXiv 2309.10019, 2504.13282)."""
 
     kind: Literal["lift"] = "lift"
 
 
-class HalfLabelled(Settings):
+class HalfLabelledConfig(Settings):
     """What all methods share that also learn from the split `unlabelled`, of which no label is read."""
 
     kind: str
@@ -32,7 +32,7 @@ class HalfLabelled(Settings):
     assumed."""
 
 
-class Fixmatch(HalfLabelled):
+class FixmatchConfig(HalfLabelledConfig):
     """Confident pseudo-labels of a weak view teach a strong view (arXiv 2001.07685), on the labelled loss of the run."""
 
     kind: Literal["fixmatch"] = "fixmatch"
@@ -40,7 +40,7 @@ class Fixmatch(HalfLabelled):
     """Weight of the unlabelled loss."""
 
 
-class Loft(HalfLabelled):
+class LoftConfig(HalfLabelledConfig):
     """FixMatch with soft labels for the pictures below the threshold (arXiv 2509.09926)."""
 
     kind: Literal["loft"] = "loft"
@@ -50,7 +50,7 @@ class Loft(HalfLabelled):
     """Weight of the others."""
 
 
-class Ulfine(HalfLabelled):
+class UlfineConfig(HalfLabelledConfig):
     """ULFine (arXiv 2505.05062), our reading: prototype adaptive fitting and dual logit fusion. No default here is the paper's,
     whose full text and code were not available."""
 
@@ -76,7 +76,7 @@ class Ulfine(HalfLabelled):
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
-class Backdoor(Settings):
+class BackdoorConfig(Settings):
     """Several models trained independently, whose mean classifies (arXiv 2501.15955)."""
 
     kind: Literal["backdoor"] = "backdoor"
@@ -90,7 +90,7 @@ class Backdoor(Settings):
     """Of the members, by name; 1 where not given."""
 
     @model_validator(mode="after")
-    def _known_members(self) -> Backdoor:
+    def _known_members(self) -> BackdoorConfig:
         for key, names in (("use", self.used), ("weights", self.weights)):
             for name in names:
                 if name not in self.members:
@@ -107,7 +107,7 @@ class Backdoor(Settings):
 
 def check_suits(method: Settings, run: Mapping[str, Any]) -> None:
     """Raises ValueError when a method for half-labelled data does not go with the other sections of a run."""
-    if not isinstance(method, HalfLabelled):
+    if not isinstance(method, HalfLabelledConfig):
         return
     rules = [
         ("augment", "kind", "none", "pictures that change", "use mda or crop_flip"),
@@ -121,13 +121,13 @@ def check_suits(method: Settings, run: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{method.kind} needs a step's pictures at once, but got optim.accumulate {parts}; use backbone.checkpointing instead"
         )
-    if isinstance(method, Ulfine) and "head" in run and (head := run["head"].kind) != "cosine":
+    if isinstance(method, UlfineConfig) and "head" in run and (head := run["head"].kind) != "cosine":
         raise ValueError(f"{method.kind} needs a head as its prototypes are, but got head.kind {head}; use cosine")
 
 
 def check_splits(method: Settings, dataset: str, splits: Iterable[str]) -> None:
     """Raises BadInput when a method learns from images without labels, and the data set has no such split."""
-    if isinstance(method, HalfLabelled) and "unlabelled" not in splits:
+    if isinstance(method, HalfLabelledConfig) and "unlabelled" not in splits:
         raise BadInput(
             f"method {method.kind}: needs the split 'unlabelled', but {dataset} has only {', '.join(splits)}; "
             "convert with --labelled and --unlabelled, or use method lift"
@@ -138,7 +138,7 @@ def _named(method: Any) -> Any:
     return {"kind": method} if isinstance(method, str) else method
 
 
-Kinds = Annotated[Lift | Fixmatch | Loft | Ulfine | Backdoor, Field(discriminator="kind")]
+Kinds = Annotated[LiftConfig | FixmatchConfig | LoftConfig | UlfineConfig | BackdoorConfig, Field(discriminator="kind")]
 Named = Literal["lift", "fixmatch", "loft", "ulfine"]
-Method = Annotated[Kinds, BeforeValidator(_named, json_schema_input_type=Kinds | Named)]
+MethodConfig = Annotated[Kinds, BeforeValidator(_named, json_schema_input_type=Kinds | Named)]
 """`method: ulfine` is short for `method: {kind: ulfine}`."""

@@ -14,17 +14,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from lift_ray.settings.base import Settings
-from lift_ray.settings.heads import CosineHead, Head
-from lift_ray.settings.losses import LogitAdjusted, Loss
+from lift_ray.settings.heads import CosineHeadConfig, HeadConfig
+from lift_ray.settings.losses import LogitAdjustedConfig, LossConfig
 from lift_ray.settings.messages import explain_first
-from lift_ray.settings.methods import Backdoor, Lift, Method, check_suits
+from lift_ray.settings.methods import BackdoorConfig, LiftConfig, MethodConfig, check_suits
 from lift_ray.settings.overrides import apply_overrides
-from lift_ray.settings.tuners import Adaptformer, AnyTuner, Tuner, check_pair, resolve_tuner
+from lift_ray.settings.tuners import AdaptformerConfig, AnyTunerConfig, TunerConfig, check_pair, resolve_tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Backbone(Settings):
+class BackboneConfig(Settings):
     """The frozen foundation model."""
 
     model: str = "embedded:lift-tiny"
@@ -55,7 +55,7 @@ class Backbone(Settings):
         return not self.model.startswith("timm:")
 
 
-class RandomCrops(Settings):
+class RandomCropsConfig(Settings):
     """What saves work with pictures that change from epoch to epoch."""
 
     patch_dropout: Share = 0.0
@@ -67,26 +67,26 @@ class RandomCrops(Settings):
     gpu: JPEGs are decoded and resized on the GPU. Evaluation is always exact."""
 
 
-class Mda(RandomCrops):
+class MdaConfig(RandomCropsConfig):
     """Minimalist data augmentation: a random square crop whose smallest area grows over the run (arXiv 2504.13282)."""
 
     kind: Literal["mda"] = "mda"
     schedule: Literal["convex", "linear", "concave", "min", "max"] = "convex"
 
 
-class CropFlip(RandomCrops):
+class CropFlipConfig(RandomCropsConfig):
     """A random crop of any aspect and a random flip, bilinear, as LIFT has it (arXiv 2309.10019)."""
 
     kind: Literal["crop_flip"] = "crop_flip"
 
 
-class NoAugment(Settings):
+class NoAugmentConfig(Settings):
     """The evaluation crop in training too. What the frozen blocks make of a picture is then computed once and kept."""
 
     kind: Literal["none"] = "none"
 
 
-class Optim(Settings):
+class OptimConfig(Settings):
     """SGD with a cosine schedule over the whole run."""
 
     epochs: Annotated[int, Field(ge=1)] = 5
@@ -108,7 +108,7 @@ class Optim(Settings):
         return int(self.shuffle_mib * 2**20)
 
 
-class Evaluation(Settings):
+class EvaluationConfig(Settings):
     """How images are classified after training."""
 
     posthoc_tau: Annotated[float, Field(ge=0)] = 0.0
@@ -117,52 +117,52 @@ class Evaluation(Settings):
     """Test-time ensembling: the mean of the logits of five crops (arXiv 2309.10019)."""
 
 
-Augment = Annotated[Mda | CropFlip | NoAugment, Field(discriminator="kind")]
+AugmentConfig = Annotated[MdaConfig | CropFlipConfig | NoAugmentConfig, Field(discriminator="kind")]
 
 
 class RunConfig(Settings):
     """Everything that decides what a run computes, and nothing else."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    backbone: Backbone = Backbone()
-    augment: Augment = Mda()
-    tuner: Tuner = Adaptformer()
-    extra_tuner: Tuner | None = None
+    backbone: BackboneConfig = BackboneConfig()
+    augment: AugmentConfig = MdaConfig()
+    tuner: TunerConfig = AdaptformerConfig()
+    extra_tuner: TunerConfig | None = None
     """A second tuner, of a kind that changes other places."""
-    head: Head = CosineHead()
-    loss: Loss = LogitAdjusted()
-    optim: Optim = Optim()
-    evaluation: Evaluation = Evaluation()
-    method: Method = Lift()
+    head: HeadConfig = CosineHeadConfig()
+    loss: LossConfig = LogitAdjustedConfig()
+    optim: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    method: MethodConfig = LiftConfig()
 
     @field_validator("extra_tuner")
     @classmethod
-    def _goes_together(cls, extra: AnyTuner | None, info: ValidationInfo) -> AnyTuner | None:
+    def _goes_together(cls, extra: AnyTunerConfig | None, info: ValidationInfo) -> AnyTunerConfig | None:
         if extra is not None and "tuner" in info.data:
             check_pair(info.data["tuner"].kind, extra.kind)
         return extra
 
     @field_validator("method")
     @classmethod
-    def _suits_the_rest(cls, method: Method, info: ValidationInfo) -> Method:
+    def _suits_the_rest(cls, method: MethodConfig, info: ValidationInfo) -> MethodConfig:
         check_suits(method, info.data)
         return method
 
     @field_validator("method")
     @classmethod
-    def _members_are_runs(cls, method: Method, info: ValidationInfo) -> Method:
-        if isinstance(method, Backdoor) and len(info.data) == len(RunConfig.model_fields) - 1:
+    def _members_are_runs(cls, method: MethodConfig, info: ValidationInfo) -> MethodConfig:
+        if isinstance(method, BackdoorConfig) and len(info.data) == len(RunConfig.model_fields) - 1:
             for name in method.members:
                 _member(info.data, method, name)
         return method
 
     def members(self) -> dict[str, RunConfig]:
         """The runs of the models of `method: backdoor` that take part, by name; none for other methods."""
-        if not isinstance(self.method, Backdoor):
+        if not isinstance(self.method, BackdoorConfig):
             return {}
         return {name: _member(dict(self), self.method, name) for name in self.method.used}
 
-    def tuners(self) -> list[AnyTuner]:
+    def tuners(self) -> list[AnyTunerConfig]:
         """The one or two tuners."""
         return [self.tuner] if self.extra_tuner is None else [self.tuner, self.extra_tuner]
 
@@ -184,7 +184,7 @@ class RunConfig(Settings):
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _member(fields: Mapping[str, Any], method: Backdoor, name: str) -> RunConfig:
+def _member(fields: Mapping[str, Any], method: BackdoorConfig, name: str) -> RunConfig:
     """The run of one of several models.
 
     Args:

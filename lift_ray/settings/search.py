@@ -13,13 +13,13 @@ Epochs = Annotated[int, Field(ge=1)]
 TAUS = tuple(0.25 * i for i in range(9))  # 0 ... 2: the strengths of post-hoc adjustment that are tried after training
 
 
-class NoScheduler(Settings):
+class NoSchedulerConfig(Settings):
     """Every trial runs to its end."""
 
     kind: Literal["none"] = "none"
 
 
-class Asha(Settings):
+class AshaConfig(Settings):
     """Stop the worse trials early (arXiv 1810.05934). Baselines (`start`) always run to their end."""
 
     kind: Literal["asha"] = "asha"
@@ -27,7 +27,7 @@ class Asha(Settings):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
 
 
-class Hyperband(Settings):
+class HyperbandConfig(Settings):
     """ASHA in several brackets, each with a longer grace than the one before (arXiv 1603.06560); trials take turns."""
 
     kind: Literal["hyperband"] = "hyperband"
@@ -35,7 +35,7 @@ class Hyperband(Settings):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
 
 
-class Median(Settings):
+class MedianConfig(Settings):
     """Stop a trial whose best value so far is below the median of the others' means up to the same epoch."""
 
     kind: Literal["median"] = "median"
@@ -44,17 +44,17 @@ class Median(Settings):
     """Minimum number of other trials that have reached this epoch."""
 
 
-AnyScheduler = NoScheduler | Asha | Hyperband | Median
+AnyScheduler = NoSchedulerConfig | AshaConfig | HyperbandConfig | MedianConfig
 
 
-class Search(Settings):
+class SearchConfig(Settings):
     """How the space is searched."""
 
     trials: Annotated[int, Field(ge=1)] = 32
     per_kind: Annotated[int, Field(ge=1)] | None = None
     """So many trials for each tuner.kind, in place of `trials`; each kind has a sampler and rungs of its own."""
     sampler: Literal["tpe", "random", "grid", "cmaes", "nsga2", "gp"] = "tpe"
-    scheduler: Annotated[AnyScheduler, Field(discriminator="kind")] = Asha()
+    scheduler: Annotated[AnyScheduler, Field(discriminator="kind")] = AshaConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     tte_best: Annotated[int, Field(ge=0)] = 1
     """Number of the best trials that are also evaluated with test-time ensembling at the end."""
@@ -62,13 +62,13 @@ class Search(Settings):
     """Number of seeds with which the best settings and the first baseline are trained, the search's own included."""
 
     @model_validator(mode="after")
-    def _one_number(self) -> Search:
+    def _one_number(self) -> SearchConfig:
         if self.per_kind is not None and "trials" in self.model_fields_set:
             raise ValueError("must have trials or per_kind, but got both; remove one")
         return self
 
 
-class Scale(Settings):
+class ScaleConfig(Settings):
     """What a trial may use of the cluster."""
 
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
@@ -79,7 +79,7 @@ class Scale(Settings):
     ] = "auto"
 
 
-class Plan(Settings):
+class PlanConfig(Settings):
     """Estimates used by --dry-run only."""
 
     training_images: Annotated[int, Field(ge=1)] | None = None
@@ -88,14 +88,14 @@ class Plan(Settings):
     """A worker's speed in training."""
 
 
-class Limit(Settings):
+class Constraint(Settings):
     """What a trial's figure must keep to."""
 
     min: float | None = None
     max: float | None = None
 
     @model_validator(mode="after")
-    def _some(self) -> Limit:
+    def _some(self) -> Constraint:
         if self.min is None and self.max is None:
             raise ValueError("must have min or max, but got neither; add one")
         if self.min is not None and self.max is not None and self.min > self.max:
@@ -111,7 +111,7 @@ class Limit(Settings):
 
 def rungs(scheduler: AnyScheduler, most_epochs: int, bracket: int = 0) -> list[int]:
     """The epochs after which ASHA or Hyperband may stop a trial: grace * factor^k, below the end."""
-    if not isinstance(scheduler, Asha | Hyperband):
+    if not isinstance(scheduler, AshaConfig | HyperbandConfig):
         return []
     out = [scheduler.grace_epochs * scheduler.reduction_factor**bracket]
     while out[-1] * scheduler.reduction_factor < most_epochs:
@@ -121,7 +121,7 @@ def rungs(scheduler: AnyScheduler, most_epochs: int, bracket: int = 0) -> list[i
 
 def num_brackets(scheduler: AnyScheduler, most_epochs: int) -> int:
     """How many brackets Hyperband has; the last one stops nothing."""
-    if not isinstance(scheduler, Hyperband):
+    if not isinstance(scheduler, HyperbandConfig):
         return 1
     number = 1
     while scheduler.grace_epochs * scheduler.reduction_factor**number <= most_epochs:

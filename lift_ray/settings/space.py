@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from lift_ray.settings.base import Holds, OneOf, Settings
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.search import Limit, Plan, Scale, Search
+from lift_ray.settings.search import Constraint, PlanConfig, ScaleConfig, SearchConfig
 
 if TYPE_CHECKING:
     import optuna
@@ -116,15 +116,15 @@ class SpaceFile(Settings):
         "validation/mean_class_accuracy": "max"
     }
     """Several make a Pareto search. Early stopping and `best` go by the first."""
-    constraints: dict[str, Limit] = {}
+    constraints: dict[str, Constraint] = {}
     """A trial known to break one before training (trained_parameters) is not trained, but told to the sampler."""
     base: Annotated[dict[str, Any], Holds(RunConfig)] = {}
     space: Annotated[dict[str, Param], Field(min_length=1)]
     start: list[dict[str, Value]] = []
     """Tried first and never stopped early; `name` labels a point in the tables."""
-    search: Search = Search()
-    scale: Scale = Scale()
-    plan: Plan = Plan()
+    search: SearchConfig = SearchConfig()
+    scale: ScaleConfig = ScaleConfig()
+    plan: PlanConfig = PlanConfig()
 
     @property
     def objective(self) -> tuple[str, Literal["max", "min"]]:

@@ -15,7 +15,7 @@ Blocks = Annotated[
 ]
 
 
-class Adaptformer(Settings):
+class AdaptformerConfig(Settings):
     """A bottleneck beside the MLP of each block (arXiv 2205.13535)."""
 
     kind: Literal["adaptformer"] = "adaptformer"
@@ -24,7 +24,7 @@ class Adaptformer(Settings):
     blocks: Blocks = None
 
 
-class Adapter(Settings):
+class AdapterConfig(Settings):
     """A bottleneck behind the MLP of each block (arXiv 1902.00751)."""
 
     kind: Literal["adapter"] = "adapter"
@@ -33,7 +33,7 @@ class Adapter(Settings):
     blocks: Blocks = None
 
 
-class Lora(Settings):
+class LoraConfig(Settings):
     """Low-rank changes of the query and value projections (arXiv 2106.09685)."""
 
     kind: Literal["lora"] = "lora"
@@ -44,7 +44,7 @@ class Lora(Settings):
     blocks: Blocks = None
 
 
-class Ssf(Settings):
+class SsfConfig(Settings):
     """Scale and shift after every projection (arXiv 2210.08823)."""
 
     kind: Literal["ssf"] = "ssf"
@@ -53,7 +53,7 @@ class Ssf(Settings):
     blocks: Blocks = None
 
 
-class VptShallow(Settings):
+class VptShallowConfig(Settings):
     """Learned tokens before the first block (arXiv 2203.12119)."""
 
     kind: Literal["vpt_shallow"] = "vpt_shallow"
@@ -61,7 +61,7 @@ class VptShallow(Settings):
     """Number of tokens; derived as 2^max(0, floor(log2(K / L))), L = blocks of the tower."""
 
 
-class VptDeep(Settings):
+class VptDeepConfig(Settings):
     """Learned tokens, others in every block (arXiv 2203.12119)."""
 
     kind: Literal["vpt_deep"] = "vpt_deep"
@@ -71,28 +71,28 @@ class VptDeep(Settings):
     """Block numbers from 0; all when not given. Tokens stay until the next tuned block replaces them."""
 
 
-class Bitfit(Settings):
+class BitfitConfig(Settings):
     """The biases of the blocks (arXiv 2106.10199)."""
 
     kind: Literal["bitfit"] = "bitfit"
     blocks: Blocks = None
 
 
-class Layernorm(Settings):
+class LayernormConfig(Settings):
     """The layer norms of the blocks."""
 
     kind: Literal["layernorm"] = "layernorm"
     blocks: Blocks = None
 
 
-class Batchnorm(Settings):
+class BatchnormConfig(Settings):
     """Weights and biases of the batch norms of a convolutional tower; their statistics stay as they are."""
 
     kind: Literal["batchnorm"] = "batchnorm"
     blocks: Blocks = None
 
 
-class Sparse(Settings):
+class SparseConfig(Settings):
     """Arbitrary sparse fine-tuning: a random part of the weights, chosen once by the seed (arXiv 2309.10019)."""
 
     kind: Literal["sparse"] = "sparse"
@@ -101,14 +101,14 @@ class Sparse(Settings):
     blocks: Blocks = None
 
 
-class Full(Settings):
+class FullConfig(Settings):
     """All parameters of the blocks: the heavy fine-tuning that hurts rare classes."""
 
     kind: Literal["full"] = "full"
     blocks: Blocks = None
 
 
-class Partial(Settings):
+class PartialConfig(Settings):
     """All parameters of the last blocks."""
 
     kind: Literal["partial"] = "partial"
@@ -116,35 +116,35 @@ class Partial(Settings):
     """Number of blocks."""
 
 
-class LinearProbe(Settings):
+class LinearProbeConfig(Settings):
     """Nothing in the tower is trained, only the classifier."""
 
     kind: Literal["linear_probe"] = "linear_probe"
 
 
-class ZeroShot(Settings):
+class ZeroShotConfig(Settings):
     """Nothing is trained: CLIP's own classifier, cosines with the class names in the shared space."""
 
     kind: Literal["zero_shot"] = "zero_shot"
 
 
-AnyTuner = (
-    Adaptformer
-    | Adapter
-    | Lora
-    | Ssf
-    | VptShallow
-    | VptDeep
-    | Bitfit
-    | Layernorm
-    | Batchnorm
-    | Sparse
-    | Full
-    | Partial
-    | LinearProbe
-    | ZeroShot
+AnyTunerConfig = (
+    AdaptformerConfig
+    | AdapterConfig
+    | LoraConfig
+    | SsfConfig
+    | VptShallowConfig
+    | VptDeepConfig
+    | BitfitConfig
+    | LayernormConfig
+    | BatchnormConfig
+    | SparseConfig
+    | FullConfig
+    | PartialConfig
+    | LinearProbeConfig
+    | ZeroShotConfig
 )
-Tuner = Annotated[AnyTuner, Field(discriminator="kind")]
+TunerConfig = Annotated[AnyTunerConfig, Field(discriminator="kind")]
 TunerKind = Literal[
     "adaptformer",
     "adapter",
@@ -187,7 +187,7 @@ def derived_width(num_classes: int, divisor: int) -> int:
     return 1 << max(0, math.floor(math.log2(num_classes / divisor)))
 
 
-def resolve_tuner(tuner: AnyTuner, where: str, num_classes: int, num_blocks: int, width: int) -> AnyTuner:
+def resolve_tuner(tuner: AnyTunerConfig, where: str, num_classes: int, num_blocks: int, width: int) -> AnyTunerConfig:
     """A tuner with blocks and sizes filled in (METHODS: derived widths).
 
     Args:
@@ -197,7 +197,7 @@ def resolve_tuner(tuner: AnyTuner, where: str, num_classes: int, num_blocks: int
     """
     filled: dict[str, Any] = {}
     num_tuned = num_blocks
-    if isinstance(tuner, Partial) and tuner.last > num_blocks:
+    if isinstance(tuner, PartialConfig) and tuner.last > num_blocks:
         raise ValueError(
             f"{where}.last: must be at most the tower's {num_blocks} blocks, but got {tuner.last}; lower it"
         )
@@ -208,12 +208,12 @@ def resolve_tuner(tuner: AnyTuner, where: str, num_classes: int, num_blocks: int
                 f"{where}.blocks: must lie in 0 ... {num_blocks - 1}, but got {tuner.blocks}; name at least one"
             )
         filled["blocks"], num_tuned = blocks, len(blocks)
-    if isinstance(tuner, Adaptformer | Adapter):
+    if isinstance(tuner, AdaptformerConfig | AdapterConfig):
         filled["bottleneck"] = tuner.bottleneck or derived_width(num_classes, 2 * num_tuned)
-    elif isinstance(tuner, Lora):
+    elif isinstance(tuner, LoraConfig):
         filled["bottleneck"] = tuner.bottleneck or derived_width(num_classes, 4 * num_tuned)
-    elif isinstance(tuner, VptShallow | VptDeep):
+    elif isinstance(tuner, VptShallowConfig | VptDeepConfig):
         filled["length"] = tuner.length or derived_width(num_classes, num_tuned)
-    elif isinstance(tuner, Sparse):
+    elif isinstance(tuner, SparseConfig):
         filled["ratio"] = tuner.ratio or min(1.0, num_classes / (num_tuned * (12 * width + 9)))
     return tuner.model_copy(update=filled)

@@ -12,8 +12,8 @@ from lift_ray.data.batches import training_batches, unlabelled_batches
 from lift_ray.data.dataset import Split
 from lift_ray.data.order import epoch_order, share_of_batch, steps_per_epoch
 from lift_ray.model.resnet import AnyTower
-from lift_ray.settings.methods import HalfLabelled
-from lift_ray.settings.run import Mda, RunConfig
+from lift_ray.settings.methods import HalfLabelledConfig
+from lift_ray.settings.run import MdaConfig, RunConfig
 from lift_ray.training.workspace import Warm
 
 Inputs = Sequence[torch.Tensor | None]
@@ -42,7 +42,7 @@ def picture_batches(config: RunConfig, warm: Warm, tower: AnyTower, epoch: int, 
             epoch=epoch,
             epochs=optim.epochs,
             kind=augment.kind,
-            schedule=augment.schedule if isinstance(augment, Mda) else "max",
+            schedule=augment.schedule if isinstance(augment, MdaConfig) else "max",
             num_patches=tower.num_patches(size_px),
             patch_dropout=patch_dropout,
             start_step=step,
@@ -54,7 +54,7 @@ def picture_batches(config: RunConfig, warm: Warm, tower: AnyTower, epoch: int, 
             shuffle_bytes=optim.shuffle_bytes,
         ),
     )
-    if not isinstance(config.method, HalfLabelled):
+    if not isinstance(config.method, HalfLabelledConfig):
         return (((images, patches), labels) for images, labels, patches in labelled)
     pool, num_steps = warm.dataset.split("unlabelled"), steps_per_epoch(train, optim.global_batch_size)
     views = warm.to_device(

@@ -11,14 +11,14 @@ from lift_ray.errors import BadInput
 from lift_ray.methods.prior import Prior, fit
 from lift_ray.model.losses import LOSSES, Loss
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.tuners import ZeroShot
+from lift_ray.settings.tuners import ZeroShotConfig
 from lift_ray.training.workspace import Warm
 
 
 def zero_shot(config: RunConfig) -> RunConfig:
     """The same foundation model without training, as a single model."""
     return RunConfig.model_validate(
-        config.model_dump(exclude={"tuner", "extra_tuner", "method"}) | {"tuner": ZeroShot()}
+        config.model_dump(exclude={"tuner", "extra_tuner", "method"}) | {"tuner": ZeroShotConfig()}
     )
 
 

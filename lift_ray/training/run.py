@@ -26,7 +26,7 @@ from lift_ray.methods.half_labelled import OBJECTIVES
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.model.heads import over_crops
 from lift_ray.settings.methods import check_splits
-from lift_ray.settings.run import NoAugment, RunConfig
+from lift_ray.settings.run import NoAugmentConfig, RunConfig
 from lift_ray.settings.run_file import check_global_batch
 from lift_ray.training import checkpoint
 from lift_ray.training.batches import Batches, Inputs, kept_batches, parts_of, picture_batches
@@ -34,7 +34,7 @@ from lift_ray.training.label_prior import loss_of
 from lift_ray.training.workspace import Warm, autocast
 
 if TYPE_CHECKING:
-    from lift_ray.settings.run import Optim
+    from lift_ray.settings.run import OptimConfig
 
 Forward = Callable[..., torch.Tensor]
 Step = tuple[Forward, Inputs, torch.Tensor]
@@ -207,7 +207,7 @@ class Run:
     def _batches(self) -> tuple[Forward, Batches]:
         """The rest of this epoch's (inputs, labels), and what goes through the model: pictures, or kept activations."""
         config, warm, model = self.config, self.warm, self.model
-        if isinstance(config.augment, NoAugment) and (kept := warm.kept(config, model, self.train)) is not None:
+        if isinstance(config.augment, NoAugmentConfig) and (kept := warm.kept(config, model, self.train)) is not None:
             return model.from_frozen, kept_batches(config, warm, self.train, kept, self.epoch, self.step)
         return self.forward, picture_batches(config, warm, model.tower, self.epoch, self.step)
 
@@ -368,7 +368,7 @@ class Run:
         self.seconds |= record.seconds
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], optim: Optim) -> torch.optim.SGD:
+def make_optimizer(trained: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.SGD:
     """SGD with momentum over all trained parameters, as in LIFT; one fused update a step."""
     return torch.optim.SGD(
         trained.values(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True

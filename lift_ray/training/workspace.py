@@ -23,7 +23,7 @@ from lift_ray.methods.ulfine import FusedHead
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
 from lift_ray.model.heads import HEADS, MEAN_OF, CosineHead, class_means, probe_weights, random_weights
-from lift_ray.settings.methods import Ulfine
+from lift_ray.settings.methods import UlfineConfig
 from lift_ray.settings.run import RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +90,7 @@ class Warm:
         tower = backbone.tower
         for tuner in config.tuners():
             check_tuner(tower, tuner.kind)
-        if isinstance(config.method, Ulfine) and backbone.text is None:
+        if isinstance(config.method, UlfineConfig) and backbone.text is None:
             raise BadInput(
                 f"method ulfine: needs a text tower for its prototypes, but {backbone.name} has none; use fixmatch or loft"
             )
@@ -126,7 +126,7 @@ class Warm:
             if not trained_already and head.init != "random":
                 start = self._start_weights(config)
             classifier = HEADS[head.kind](start, **options)
-            if isinstance(config.method, Ulfine):
+            if isinstance(config.method, UlfineConfig):
                 text = start if trained_already else backbone.semantic_weights(self.dataset.class_names, head.template)
                 assert isinstance(classifier, CosineHead)
                 classifier = FusedHead(
