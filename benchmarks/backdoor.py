@@ -50,15 +50,15 @@ from safetensors.torch import load_file, save_file
 
 from lift_ray.data.open import open_dataset
 from lift_ray.ensembles.combine import COMBINE
-from lift_ray.ensembles.group_table import Crossed
-from lift_ray.evaluation.accumulator import Tally
+from lift_ray.ensembles.group_table import GroupGainTable
+from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.metrics import GROUPS
 from lift_ray.methods.prior import thirds
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.terminal.tables import HEADINGS, console
 from lift_ray.training.label_prior import label_prior
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 RATES = [0.1, 0.3, 1.0]
 LOSSES = {"LA": "logit_adjusted", "CE": "cross_entropy"}
@@ -84,7 +84,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 GAINS = ("gain", "gain_over_best")
 
 Logits = dict[str, torch.Tensor]  # of each split, (N, K)
-Cells = dict[str, dict[str, dict[str, float]]]  # by data group and parameter group, as results.crossed.Crossed.result
+Cells = dict[str, dict[str, dict[str, float]]]  # by data group and parameter group, as GroupGainTable.result
 Models = dict[tuple[str, str, int], Logits]  # by backbone, loss and seed
 
 
@@ -152,11 +152,11 @@ def figures_of(members: Sequence[Logits], combine: str, data: Mapping[str, Any])
     """Test accuracies and calibration error of a combination, its gain over the mean of its members and over the best of them,
     and their disagreement; the accuracies before and after by data group and parameter group."""
     logits, labels = [member["test"] for member in members], data["labels"]
-    tally = Tally(data["num_classes"], torch.device("cpu"))
+    tally = MetricAccumulator(data["num_classes"], torch.device("cpu"))
     tally.add(COMBINE[combine](logits, [1.0] * len(logits)), labels)
     found, together = tally.result(data["counts"])
     out = {name: found[name] for name in (*ACCURACIES, "calibration_error") if name in found}
-    crossed = Crossed([str(m) for m in range(len(members))], data["num_classes"], torch.device("cpu"))
+    crossed = GroupGainTable([str(m) for m in range(len(members))], data["num_classes"], torch.device("cpu"))
     crossed.add(logits, labels)
     report = crossed.result("test", together, data["counts"], data["p_groups"])
     gains = {f"{gain}_{d}": row["all"][gain] for gain in GAINS for d, row in report["groups"].items()}
@@ -247,7 +247,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def parameter_groups() -> NDArray[np.str_]:
     """many, medium or few of each class by the label prior inside lift-tiny, (K,)."""
-    return thirds(label_prior(Warm(DATASET, Ranks.alone(num_cpus=PROCESSES)), RunConfig()).log_q)
+    return thirds(label_prior(Workspace(DATASET, Ranks.alone(num_cpus=PROCESSES)), RunConfig()).log_q)
 
 
 def named_rates(word: str) -> tuple[str, list[float]]:

@@ -215,7 +215,7 @@ class Mosaic(Contender):
 
 
 def normalised(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 to float32, as Warm.to_device does."""
+    """(B, 3, H, W) uint8 to float32, as Workspace.device_batches does."""
     std = torch.tensor(STD).view(3, 1, 1)
     gain, offset = 1 / (255 * std), -torch.tensor(MEAN).view(3, 1, 1) / std
     return images.float().mul_(gain).add_(offset)
@@ -270,7 +270,7 @@ class Bare(Contender):
             self.encoded = reader.read(np.arange(split.num_samples))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
-        from lift_ray.data.augment import SMALLEST_AREA, square_crop, training_picture
+        from lift_ray.data.augment import SMALLEST_AREA, square_crop, training_image
 
         px, size = self.setup.px, self.setup.batch
         draws = np.random.default_rng([SEED, epoch]).random((len(self.encoded), 3))
@@ -278,7 +278,7 @@ class Bare(Contender):
             pictures = np.empty((size, 3, px, px), np.uint8)
             for place in range(size):
                 crop = partial(square_crop, smallest=SMALLEST_AREA, draw=draws[first + place])
-                pictures[place] = training_picture(self.encoded[first + place], px, crop).transpose(2, 0, 1)
+                pictures[place] = training_image(self.encoded[first + place], px, crop).transpose(2, 0, 1)
             yield normalised(torch.from_numpy(pictures)), self.labels[first : first + size]
 
 

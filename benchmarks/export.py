@@ -25,7 +25,7 @@ from lift_ray.inference.export import export_checkpoint
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 MODEL, DATASET = "ViT-B-32", "embedded:caltech101-lt"
 
@@ -60,7 +60,7 @@ def main() -> None:
             "tuner": {"kind": args.tuner},
             "head": {"init": "random"},
         }
-        run = Run(RunConfig.model_validate(config), Warm(DATASET, Ranks.alone(num_cpus=os.cpu_count() or 1)))
+        run = Run(RunConfig.model_validate(config), Workspace(DATASET, Ranks.alone(num_cpus=os.cpu_count() or 1)))
         with torch.no_grad():
             for tensor in run.trained.values():
                 tensor += 0.1 * tensor.std(correction=0).clamp(min=0.1) * torch.randn_like(tensor)

@@ -46,7 +46,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.plan import memory
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 TOWER, GIB, SQUARE = "ViT-B-16", 2**30, 8192
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -180,7 +180,7 @@ def run(data: str, weights: str, threads: int, **overrides: Any) -> dict[str, fl
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    one = Run(config, Warm(data, Ranks.alone(use_gpu=True, num_cpus=threads)))
+    one = Run(config, Workspace(data, Ranks.alone(use_gpu=True, num_cpus=threads)))
     for _ in range(2):
         found = one.train_epoch()
     taken = torch.cuda.max_memory_allocated() - before

@@ -15,7 +15,7 @@ from lift_ray.reporting.confidence import (
     regression_intervals,
 )
 from lift_ray.reporting.scaling_law import PowerLaw
-from lift_ray.reporting.study_files import Answers, StudyFiles
+from lift_ray.reporting.study_files import Predictions, StudyFiles
 
 TIMES = 1000
 CLASSES = 40
@@ -76,10 +76,10 @@ def gain(images: int, random: np.random.Generator) -> bool:
     return holds(accuracy_gains(ours, theirs, GROUPS)["mean_class_accuracy"], 0.05)
 
 
-def _answers(images: int, share: Any, random: np.random.Generator) -> Answers:
+def _answers(images: int, share: Any, random: np.random.Generator) -> Predictions:
     label = np.repeat(np.arange(CLASSES), images)
     hit = random.random(len(label)) < np.repeat(share, images)
-    return Answers(label, np.where(hit, label, (label + 1) % CLASSES), np.full(len(label), 0.5))
+    return Predictions(label, np.where(hit, label, (label + 1) % CLASSES), np.full(len(label), 0.5))
 
 
 CASES = {

@@ -71,7 +71,7 @@ class Stopwatch:
         self.cpu_s += time.process_time() - cpu
 
 
-_warm: list[Any] = []  # the Warm of a worker process
+_warm: list[Any] = []  # the Workspace of a worker process
 
 
 def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None) -> Row:
@@ -89,10 +89,10 @@ def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None
     from lift_ray.errors import RunFailed
     from lift_ray.methods.world import Ranks
     from lift_ray.training.run import Run
-    from lift_ray.training.workspace import Warm
+    from lift_ray.training.workspace import Workspace
 
     if cold or not _warm or _warm[0].dataset.uri != job.dataset:
-        _warm[:] = [Warm(job.dataset, Ranks.alone(num_cpus=1))]
+        _warm[:] = [Workspace(job.dataset, Ranks.alone(num_cpus=1))]
     warm, watch, curve, pseudo_labels = _warm[0], Stopwatch(), [], []
     row: Row = {"key": job.key, "name": job.name, "seed": job.seed, "epochs": job.epochs, "rate": job.rate}
     warm.backbone(job.config())

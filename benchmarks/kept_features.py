@@ -16,7 +16,7 @@ from record import record
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 DATASET = "embedded:caltech101-lt"
 
@@ -31,7 +31,7 @@ def measure(cache_gib: float, epochs: int, threads: int) -> tuple[float, float, 
             "optim": {"epochs": epochs, "lr": 0.3},
         }
     )
-    warm = Warm(DATASET, Ranks.alone(num_cpus=threads))
+    warm = Workspace(DATASET, Ranks.alone(num_cpus=threads))
     run = Run(config, warm)
     began = time.monotonic()
     warm.kept(run.config, run.model, run.train)

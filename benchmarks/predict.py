@@ -36,18 +36,18 @@ from PIL import Image
 from record import record
 from safetensors.torch import save_file
 
-from lift_ray.data.augment import evaluation_picture
+from lift_ray.data.augment import evaluation_image
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.calibration import calibrated
-from lift_ray.inference.classifier import BATCH, Finished
-from lift_ray.inference.image_files import find_pictures
+from lift_ray.inference.classifier import BATCH, Classifier
+from lift_ray.inference.image_files import find_images
 from lift_ray.inference.predict import Job, predict
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 DATASET = "embedded:caltech101-lt"  # that the models are for, and whose validation split fits the temperature
 SMALL = {"backbone": {"model": "embedded:lift-tiny"}}
@@ -56,7 +56,7 @@ LARGE = "vit_small_patch14_dinov2"
 
 def checkpoint(config: dict[str, Any], folder: Path) -> Path:
     """A model as it is before training."""
-    Run(RunConfig.model_validate(config), Warm(DATASET, Ranks.alone(num_cpus=os.cpu_count() or 1))).save(folder)
+    Run(RunConfig.model_validate(config), Workspace(DATASET, Ranks.alone(num_cpus=os.cpu_count() or 1))).save(folder)
     return folder
 
 
@@ -88,13 +88,13 @@ def images_of(data: str, number: int, side_px: int) -> list[bytes]:
 def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> dict[str, Any]:
     """Medians over the rounds: pictures/s of each way, and its speed as a share of the tower's by the clock and by processor time."""
     ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
-    finished = Finished(folder, ranks)
-    job = Job(str(folder), find_pictures([str(parquet)]))
+    finished = Classifier(folder, ranks)
+    job = Job(str(folder), find_images([str(parquet)]))
     began = time.perf_counter()
     calibrated(folder, finished)
     figures: dict[str, Any] = {"calibration_s": round(time.perf_counter() - began, 2)}
     pictures = torch.from_numpy(
-        np.stack([np.moveaxis(evaluation_picture(data, finished.size_px), -1, -3) for data in images])
+        np.stack([np.moveaxis(evaluation_image(data, finished.size_px), -1, -3) for data in images])
     )
 
     def tower(some: torch.Tensor) -> None:

@@ -40,7 +40,7 @@ from lift_ray.methods.world import Ranks, join_group
 from lift_ray.settings.run import RunConfig
 from lift_ray.terminal.tables import console
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 DATASET, SEED, WARM_UP = "embedded:caltech101-lt", 0, 2
 GPUS = (8, 16, 32, 64)
@@ -62,7 +62,7 @@ def work(rank: int, workers: int, port: int, batch: int, steps: int, answers: An
 
     torch.distributed.all_reduce = counted
     config = RunConfig.model_validate({"seed": SEED, "optim": {"global_batch_size": batch}})
-    run = Run(config, Warm(DATASET, Ranks(rank, workers, torch.device("cpu"))))
+    run = Run(config, Workspace(DATASET, Ranks(rank, workers, torch.device("cpu"))))
     batches = run.batches()
     for _ in range(WARM_UP):
         run.train_step(next(batches))

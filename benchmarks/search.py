@@ -157,9 +157,11 @@ def train_alone(config: dict[str, Any]) -> None:
     from lift_ray.methods.world import Ranks
     from lift_ray.settings.run import RunConfig
     from lift_ray.training.run import Run
-    from lift_ray.training.workspace import Warm
+    from lift_ray.training.workspace import Workspace
 
-    run = Run(RunConfig.model_validate(config), Warm("embedded:caltech101-lt", Ranks.alone(use_gpu=False, num_cpus=1)))
+    run = Run(
+        RunConfig.model_validate(config), Workspace("embedded:caltech101-lt", Ranks.alone(use_gpu=False, num_cpus=1))
+    )
     for figures in run.epochs():
         ray.train.report(figures)
 

@@ -32,7 +32,7 @@ from lift_ray.search import stopping
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 METRIC = "validation/mean_class_accuracy"
 FEWEST_FINISHED = 4  # before the law says anything
@@ -62,7 +62,7 @@ def space(scheduler: dict[str, Any], epochs: int) -> SpaceFile:
 def train_arms(out: Path, arms: int, epochs: int, data_frac: float) -> list[list[float]]:
     """The figure after every epoch of every arm that did not diverge; what is in OUT already is not trained again."""
     out.mkdir(parents=True, exist_ok=True)
-    plan, warm = space({"kind": "none"}, epochs), Warm(str(SPACE["dataset"]), Ranks.alone())
+    plan, warm = space({"kind": "none"}, epochs), Workspace(str(SPACE["dataset"]), Ranks.alone())
     curves = []
     for number, draw in enumerate(seeded_draws(plan.space, arms)):
         path = out / f"arm-{number:03d}.json"

@@ -71,9 +71,9 @@ def evaluate(
         )
     taus = _taus(checkpoints, records, tau, gla)
     _check_together(records, combine, weights)
-    from lift_ray.inference.evaluate import Question, evaluate_here, evaluate_on_workers
+    from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here, evaluate_on_workers
 
-    question = Question(tuple(checkpoints), dataset.uri, split, taus, tte, combine, _numbers(weights), gla)
+    question = EvaluationRequest(tuple(checkpoints), dataset.uri, split, taus, tte, combine, _numbers(weights), gla)
     found = evaluate_here(question) if workers == 1 else evaluate_on_workers(question, workers, cpus_per_worker)
     if per_class is not None:
         from lift_ray.evaluation.metrics import write_per_class

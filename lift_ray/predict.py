@@ -46,13 +46,13 @@ def predict(
       python -m lift_ray.predict runs/mine 's3://bucket/shards/*.parquet' --out found.parquet --top 3 --workers 8
     """
     from lift_ray.data.convert.index import absolute
-    from lift_ray.inference.image_files import find_pictures
+    from lift_ray.inference.image_files import find_images
 
     if "://" in str(out) or out.suffix not in (".parquet", ".csv"):
         raise BadInput(f"--out: must be a local .parquet or .csv file, but got {out}; name one")
     if out.exists():
         raise BadInput(f"--out: must be a new file, but {out} exists; delete it, or give another")
-    pictures = find_pictures(images, column)
+    pictures = find_images(images, column)
     from lift_ray.inference.predict import Job
     from lift_ray.inference.predict import predict as run
     from lift_ray.terminal.image_progress import image_progress

@@ -162,7 +162,7 @@ def _train_all(
         _print_found(run, output, train_one(run, output))
         return
     from lift_ray.ensembles.train import bind, place_of, train_members
-    from lift_ray.inference.evaluate import Question, evaluate_here, evaluate_on_workers
+    from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here, evaluate_on_workers
     from lift_ray.reporting.trial_rows import write_json
     from lift_ray.terminal.evaluation_tables import print_found
 
@@ -171,7 +171,7 @@ def _train_all(
     train_members(places, lambda name, place: train_one(members[name], place), at_once)
     bind(run.config, places, output)
     split = "test" if "test" in data.splits else "validation"
-    question = Question((output.url,), data.uri, split, (run.evaluation.posthoc_tau,))
+    question = EvaluationRequest((output.url,), data.uri, split, (run.evaluation.posthoc_tau,))
     found = evaluate_on_workers(question, need.workers, need.cpus) if need else evaluate_here(question)
     write_json({**found.figures[0], **found.report}, output.folder / TOGETHER)
     output.publish()

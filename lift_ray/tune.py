@@ -232,7 +232,7 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
     sizes = (
         [space.config({}).optim.global_batch_size] if searched is None else searched.choices or searched.bounds or ()
     )
-    sizes = [*sizes, *(point[name] for point in space.start_points() if name in point)]
+    sizes = [*sizes, *(point[name] for point in space.baseline_values() if name in point)]
     kinds = space.space["tuner.kind"].choices if "tuner.kind" in space.space else [space.config({}).tuner.kind]
     if kinds != ["zero_shot"] and (largest := max(int(str(size)) for size in sizes)) > num_images:
         raise BadInput(f"{name}: must be at most the {num_images:,} training images, but got {largest:,}; lower it")
@@ -273,16 +273,16 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
         when = f"   when {', '.join(f'{k} is {v}' for k, v in param.when.items())}" if param.when else ""
         table.add_row(name, f"{param}{when}")
     search, number, most = space.search, space.num_trials, space.most_epochs()
-    given = f"{len(space.start)} given at the start, then " if space.start else ""
+    given = f"{len(space.baselines)} baselines first, then " if space.baselines else ""
     each = f" ({search.per_kind} for each tuner.kind)" if search.per_kind else ""
     table.add_row("search", f"{number} trials{each}, {given}{search.sampler}; stops early: {search.scheduler.kind}")
     if search.seeds_best > 1:
         table.add_row(
             "seeds",
             f"at the end {search.seeds_best - 1} more for the best settings"
-            + (", and for the first start point" if space.start else ""),
+            + (", and for the first baseline" if space.baselines else ""),
         )
-    drawn = max(0, number - len(space.start))
+    drawn = max(0, number - len(space.baselines))
     epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
     table.add_row("epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping")
     wanted = need(space.scale, has_gpu=gpus_here() > 0)

@@ -26,7 +26,7 @@ space:
   tuner.bottleneck: {{int: [2, 16], log: true, when: {{tuner.kind: [adaptformer, lora]}}}}
   loss.tau:         {{float: [0.0, 2.0]}}
   optim.lr:         {{float: [1.0e-3, 3.0e-1], log: true}}
-start:
+baselines:
   - {{name: the recipe, tuner.kind: adaptformer, tuner.bottleneck: 4, loss.tau: 1.0, optim.lr: 0.02}}
 search: {{trials: 8, scheduler: {{kind: asha, grace_epochs: 1, reduction_factor: 3}}}}
 """

@@ -25,7 +25,7 @@ from lift_ray.search.state import Search
 from lift_ray.search.study import Study, open_storage
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
-from lift_ray.training.events import Began, Diverged, Done, EpochDone, Problem, Reply
+from lift_ray.training.events import EpochEnded, JobDone, Reply, RunAborted, RunDiverged, RunStarted
 
 METRIC = "validation/mean_class_accuracy"
 EPOCHS = 9
@@ -39,7 +39,7 @@ def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
             "dataset": "d",
             "base": {"optim": {"epochs": epochs}},
             "space": {"optim.lr": {"float": [0.01, 1.0], "log": True}, "loss.tau": {"float": [0.0, 2.0]}},
-            "start": [{"optim.lr": 0.02, "loss.tau": 1.0}],
+            "baselines": [{"optim.lr": 0.02, "loss.tau": 1.0}],
             "search": {"trials": 10, "sampler": "random", **search},
         }
     )
@@ -99,7 +99,7 @@ class Played:
         if isinstance(job, EvaluationJob):
             time.sleep(self.epoch_s)
             self._log(f"done {job.key}")
-            yield Done(
+            yield JobDone(
                 {
                     "figures": [
                         {
@@ -112,16 +112,16 @@ class Played:
                 }
             )
         elif isinstance(job, IdleJob):
-            yield Done({})
+            yield JobDone({})
             while not self.stopped.wait(0.05):
-                yield Done({})
+                yield JobDone({})
         else:
             yield from self._train(job)
 
     def _train(self, job: TrainJob) -> Iterator[Reply]:
         history = self.disk.setdefault(job.number, self._saved(job.number))
         epochs = job.config["optim"]["epochs"]
-        yield Began(1, epochs, 1, len(history), 0, list(history), 8)
+        yield RunStarted(1, epochs, 1, len(history), 0, list(history), 8)
         while len(history) < epochs:
             yield from self._fault(job)
             time.sleep(self.epoch_s)
@@ -129,9 +129,9 @@ class Played:
             history.append(figures)
             self._save(job.number, history)
             self._log(f"epoch {job.number} {len(history)}")
-            yield EpochDone(dict(figures), "")
+            yield EpochEnded(dict(figures), "")
         if job.then_test:
-            yield Done({**history[-1], "test/mean_class_accuracy": 0.5})
+            yield JobDone({**history[-1], "test/mean_class_accuracy": 0.5})
 
     def _fault(self, job: TrainJob) -> Iterator[Reply]:
         fault = self.faults.get(str(job.number), "")
@@ -144,9 +144,9 @@ class Played:
         if fault.startswith("die"):
             os._exit(1)
         if fault == "diverge":
-            yield Diverged("the loss must be finite")
+            yield RunDiverged("the loss must be finite")
         if fault == "bad":
-            yield Problem("backbone.model: unknown model 'x'", True)
+            yield RunAborted("backbone.model: unknown model 'x'", True)
 
     def _saved(self, number: int) -> list[dict[str, float]]:
         path = self.folder and self.folder / "checkpoints" / f"{number:04d}.json"

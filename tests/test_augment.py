@@ -21,11 +21,11 @@ from lift_ray.data.augment import (
     Crop,
     FindCrop,
     any_crop,
-    evaluation_picture,
+    evaluation_image,
     smallest_area,
     square_crop,
-    training_picture,
-    training_pictures_on,
+    training_image,
+    training_images_on,
 )
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
@@ -114,15 +114,15 @@ def test_the_area_is_uniform() -> None:
 
 def test_the_same_draw_gives_the_same_training_picture_and_another_another() -> None:
     for data in ENCODED:
-        one = training_picture(data, 48, square(0.3, 0.2, 0.9))
+        one = training_image(data, 48, square(0.3, 0.2, 0.9))
         assert one.shape == (48, 48, 3)
         assert one.dtype == np.uint8
-        assert np.array_equal(one, training_picture(data, 48, square(0.3, 0.2, 0.9)))
-        assert not np.array_equal(one, training_picture(data, 48, square(0.3, 0.9, 0.9)))
+        assert np.array_equal(one, training_image(data, 48, square(0.3, 0.2, 0.9)))
+        assert not np.array_equal(one, training_image(data, 48, square(0.3, 0.9, 0.9)))
 
 
 def test_a_crop_of_the_wanted_size_keeps_the_pixels() -> None:
-    picture = training_picture(png(60, 48), 48, square(0.0, 0.999, 0.0, smallest=1.0))
+    picture = training_image(png(60, 48), 48, square(0.0, 0.999, 0.0, smallest=1.0))
     assert np.array_equal(picture, pixels(60, 48)[:, 12:])
 
 
@@ -147,7 +147,7 @@ def test_evaluation_takes_the_centre_of_eight_sevenths(size_px: int, resized: in
     for width, height in ((resized, resized), (resized + 20, resized), (resized, resized + 9)):
         left, top = round((width - size_px) / 2), round((height - size_px) / 2)
         whole = pixels(width, height)
-        got = evaluation_picture(png(width, height), size_px)
+        got = evaluation_image(png(width, height), size_px)
         assert np.array_equal(got, whole[top : top + size_px, left : left + size_px])
 
 
@@ -157,7 +157,7 @@ def test_evaluation_keeps_the_aspect(width: int, height: int) -> None:
     y = np.linspace(0, 255, height)[:, None].repeat(width, 1)
     out = io.BytesIO()
     Image.fromarray(np.stack([x, y, y], -1).round().astype(np.uint8)).save(out, "PNG")
-    red, green, _ = evaluation_picture(out.getvalue(), 48).astype(float).transpose(2, 0, 1)
+    red, green, _ = evaluation_image(out.getvalue(), 48).astype(float).transpose(2, 0, 1)
     scale = 55 / min(width, height)
     slope_x = (red[24, 40] - red[24, 8]) / 32 * width * scale / 255
     slope_y = (green[40, 24] - green[8, 24]) / 32 * height * scale / 255
@@ -169,8 +169,8 @@ def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
     out = io.BytesIO()
     image = Image.fromarray(pixels(60, 50)).convert(mode)
     image.save(out, "JPEG" if mode == "CMYK" else "PNG")
-    assert evaluation_picture(out.getvalue(), 48).shape == (48, 48, 3)
-    assert training_picture(out.getvalue(), 48, square(0.5, 0.5, 0.5)).shape == (48, 48, 3)
+    assert evaluation_image(out.getvalue(), 48).shape == (48, 48, 3)
+    assert training_image(out.getvalue(), 48, square(0.5, 0.5, 0.5)).shape == (48, 48, 3)
 
 
 def test_pictures_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pillow() -> None:
@@ -180,7 +180,7 @@ def test_pictures_are_those_of_torchvision_on_tensors_and_within_two_levels_of_p
         find = square(*np.random.default_rng(number).random(3))
         image = Image.open(io.BytesIO(data)).convert("RGB")
         crop = find(*image.size)
-        ours = training_picture(data, 96, find)
+        ours = training_image(data, 96, find)
         tensor = tv.pil_to_tensor(image)
         theirs = tv.resized_crop(
             tensor, crop.top, crop.left, crop.height, crop.width, [96, 96], InterpolationMode.BICUBIC
@@ -201,7 +201,7 @@ def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, i
         out, "JPEG", quality=92
     )
     for draw in ((0.9, 0.2, 0.6), (0.5, 0.9, 0.1)):
-        exact, reduced = (training_picture(out.getvalue(), 48, square(*draw), reduced=which) for which in (False, True))
+        exact, reduced = (training_image(out.getvalue(), 48, square(*draw), reduced=which) for which in (False, True))
         difference = np.abs(exact.astype(int) - reduced)
         shifted = np.abs(exact[:, 4:].astype(int) - reduced[:, :-4]).mean()
         assert 0 < difference.mean() < shifted / 2
@@ -210,7 +210,7 @@ def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, i
 def test_reduced_decoding_changes_nothing_where_the_crop_needs_every_pixel() -> None:
     for data in ENCODED:
         assert np.array_equal(
-            *(training_picture(data, 96, square(0.5, 0.5, 0.5), reduced=which) for which in (False, True))
+            *(training_image(data, 96, square(0.5, 0.5, 0.5), reduced=which) for which in (False, True))
         )
 
 
@@ -219,8 +219,8 @@ def test_pictures_made_on_a_device_are_the_same_but_for_rounding() -> None:
     encoded = [*ENCODED[:6], png(70, 60)]
     draws = np.random.default_rng(0).random((len(encoded), 3))
     finds: list[FindCrop] = [square(*draw) for draw in draws[:4]] + [partial(any_crop, draw=draw) for draw in draws[4:]]
-    on_device = training_pictures_on(torch.device("cpu"), encoded, 48, finds)
+    on_device = training_images_on(torch.device("cpu"), encoded, 48, finds)
     for data, find, picture in zip(encoded, finds, on_device, strict=True):
-        difference = np.abs(training_picture(data, 48, find).astype(int) - picture.permute(1, 2, 0).numpy())
+        difference = np.abs(training_image(data, 48, find).astype(int) - picture.permute(1, 2, 0).numpy())
         assert difference.max() <= 6
         assert difference.mean() < 0.5

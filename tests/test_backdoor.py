@@ -19,11 +19,11 @@ from lift_ray import evaluate
 from lift_ray.data import decode, resolutions
 from lift_ray.ensembles.combine import COMBINE, mean_logits, mean_probabilities
 from lift_ray.ensembles.ensemble import LEFT, Ensemble, prior_left, run_of
-from lift_ray.ensembles.group_table import Crossed
+from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.metrics import PerClass
 from lift_ray.inference import evaluate as evaluation
-from lift_ray.inference.evaluate import Question, evaluate_here
+from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here
 from lift_ray.methods.prior import fit
 from lift_ray.methods.world import Ranks
 from lift_ray.model import backbone
@@ -33,7 +33,7 @@ from lift_ray.settings.run import RunConfig
 from lift_ray.training import label_prior as priors
 from lift_ray.training.label_prior import label_prior, loss_of
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": True}
 
@@ -54,12 +54,12 @@ def settings(small_clip: str, **overrides: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def warm(small_data: str) -> Warm:
-    return Warm(small_data, Ranks.alone())
+def warm(small_data: str) -> Workspace:
+    return Workspace(small_data, Ranks.alone())
 
 
 @pytest.fixture(scope="module")
-def folders(warm: Warm, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def folders(warm: Workspace, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two checkpoints: one at 32 px, one at 48 px that looks at five crops."""
     out = tmp_path_factory.mktemp("models")
     for name, overrides in (("a", {}), ("b", OTHER)):
@@ -69,7 +69,7 @@ def folders(warm: Warm, small_clip: str, tmp_path_factory: pytest.TempPathFactor
     return [str(out / "a"), str(out / "b")]
 
 
-def alone(folder: str, warm: Warm, split: str = "test") -> torch.Tensor:
+def alone(folder: str, warm: Workspace, split: str = "test") -> torch.Tensor:
     """The logits of a split as a run by itself gives them, (N, K)."""
     from lift_ray.training import checkpoint
 
@@ -115,7 +115,7 @@ def test_copies_of_one_checkpoint_give_its_figures(
 
 @pytest.mark.parametrize("words", [[], ["--combine", "probabilities", "--weights", "2,1"]])
 def test_two_checkpoints_are_the_mean_by_hand_of_what_each_gives_alone(
-    folders: list[str], warm: Warm, words: list[str], capsys: pytest.CaptureFixture[str]
+    folders: list[str], warm: Workspace, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = (alone(folder, warm) for folder in folders)
     expected = (2 / 3 * first.softmax(1) + 1 / 3 * second.softmax(1)).log() if words else (first + second) / 2
@@ -131,7 +131,7 @@ def test_two_checkpoints_are_the_mean_by_hand_of_what_each_gives_alone(
 def test_each_picture_is_decoded_once(folders: list[str], monkeypatch: pytest.MonkeyPatch, small_data: str) -> None:
     decoded: list[bytes] = []
     monkeypatch.setattr(resolutions, "decode", lambda data: (decoded.append(data), decode.decode(data))[1])
-    evaluate_here(Question(tuple(folders), small_data, "test"))
+    evaluate_here(EvaluationRequest(tuple(folders), small_data, "test"))
     assert len(decoded) == len(set(decoded)) == 24
 
 
@@ -157,7 +157,7 @@ def round_off(tree: Any) -> Any:
 
 
 def test_gla_is_its_formula_on_what_the_models_give_alone(
-    folders: list[str], warm: Warm, small_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: list[str], warm: Workspace, small_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = Run(RunConfig.model_validate(settings(small_clip, **{"tuner.kind": "zero_shot"})), warm)
     plain.save(tmp_path / "zero")
@@ -180,7 +180,7 @@ def test_what_a_loss_leaves_of_the_training_prior_is_known_for_every_loss() -> N
 
 
 def test_the_groups_are_means_of_class_accuracies_and_gains_their_differences() -> None:
-    crossed = Crossed(["a", "b"], 4, torch.device("cpu"))
+    crossed = GroupGainTable(["a", "b"], 4, torch.device("cpu"))
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     found = [[0, 0, 1, 0, 2, 0, 0, 0], [0, 0, 0, 0, 0, 2, 3, 0]]
     crossed.add([F.one_hot(torch.tensor(row), 4).float() for row in found], labels)
@@ -228,7 +228,7 @@ def test_the_table_and_the_words_below_it(folders: list[str], capsys: pytest.Cap
         assert words in shown
 
 
-def test_the_loss_of_gla_trains_with_the_prior_of_the_foundation_model(warm: Warm, small_clip: str) -> None:
+def test_the_loss_of_gla_trains_with_the_prior_of_the_foundation_model(warm: Workspace, small_clip: str) -> None:
     config = RunConfig.model_validate(settings(small_clip, **{"loss.kind": "gla"}))
     run = Run(config, warm)
     prior, counts = label_prior(warm, run.config), torch.from_numpy(run.class_counts).float()
@@ -302,7 +302,11 @@ def test_what_cannot_answer_together_is_one_line(
 
 
 def test_gla_without_a_text_tower_is_one_line_and_the_table_goes_without_parameter_groups(
-    warm: Warm, small_clip: str, monkeypatch: pytest.MonkeyPatch, folders: list[str], capsys: pytest.CaptureFixture[str]
+    warm: Workspace,
+    small_clip: str,
+    monkeypatch: pytest.MonkeyPatch,
+    folders: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(backbone, "_load_open_clip", without_text(backbone._load_open_clip))
     with pytest.raises(BadInput) as caught:
@@ -321,13 +325,13 @@ def test_gla_without_a_text_tower_is_one_line_and_the_table_goes_without_paramet
 def test_each_device_holds_models_in_turn_and_together_they_give_the_same_figures(
     folders: list[str], small_data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    question = Question((*folders, folders[0] + "-again"), small_data, "test")
+    question = EvaluationRequest((*folders, folders[0] + "-again"), small_data, "test")
     shutil.copytree(folders[0], question.checkpoints[2], dirs_exist_ok=True)
     expected = evaluate_here(question)
     made, places = [], []
     trained = evaluation._trained
     monkeypatch.setattr(evaluation, "devices", lambda ranks: [ranks.device, torch.device("cpu", 0)])
-    monkeypatch.setattr(evaluation, "Warm", lambda *args: (made.append(Warm(*args)), made[-1])[1])
+    monkeypatch.setattr(evaluation, "Workspace", lambda *args: (made.append(Workspace(*args)), made[-1])[1])
     monkeypatch.setattr(evaluation, "_trained", lambda *args: (run := trained(*args), places.append(run.warm), run)[-1])
     found = evaluate_here(question)
     assert [warm.ranks.device for warm in made] == [torch.device("cpu"), torch.device("cpu", 0)]
@@ -344,7 +348,7 @@ def test_several_gpus_are_used_in_turn_and_a_cpu_is_one_device(monkeypatch: pyte
 
 
 def test_the_members_of_one_checkpoint_are_shared_out_to_the_devices_too(small_data: str, small_clip: str) -> None:
-    warms = [Warm(small_data, Ranks.alone()) for _ in range(2)]
+    warms = [Workspace(small_data, Ranks.alone()) for _ in range(2)]
     method = {"kind": "backdoor", "members": {"a": {}, "b": {"seed": 1}, "c": {"seed": 2}}}
     config = RunConfig.model_validate(settings(small_clip) | {"method": method})
     run = run_of(config, warms)

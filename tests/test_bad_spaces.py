@@ -35,9 +35,9 @@ BROKEN = {
         GRID + "search: {sampler: grid, trials: 5}",
         "6 search.sampler: grid needs a trial for each of its 6 points, but got trials: 5; raise it, or use random",
     ),
-    "a grid with start points": (
-        GRID + "start: [{loss.tau: 0.0, seed: 1}]\nsearch: {sampler: grid}",
-        "7 search.sampler: grid has all points of the space, but got start points too; remove start",
+    "a grid with baselines": (
+        GRID + "baselines: [{loss.tau: 0.0, seed: 1}]\nsearch: {sampler: grid}",
+        "7 search.sampler: grid has all points of the space, but got baselines too; remove baselines",
     ),
     "a grid without end": (
         HEAD + "space:\n  seed: {int: [0, 4000000000]}\nsearch: {sampler: grid}",
@@ -113,9 +113,9 @@ BROKEN = {
         HEAD + "space:\n  tuner.kind: {choices: [lora, adapter]}\nsearch: {per_kind: 3, sampler: grid}",
         "5 search.per_kind: does not go with sampler grid; set trials",
     ),
-    "shares and a start point of no kind": (
-        KIND + "start: [{tuner.bottleneck: 2}]\nsearch: {per_kind: 3}",
-        "6 start.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it",
+    "shares and a baseline of no kind": (
+        KIND + "baselines: [{tuner.bottleneck: 2}]\nsearch: {per_kind: 3}",
+        "6 baselines.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it",
     ),
     "an unknown scheduler": (
         LR + "search: {scheduler: {kind: ahsa}}",
@@ -274,7 +274,7 @@ WHOLE = (
     LR
     + "  tuner.kind: {choices: [lora, linear_probe]}\n  tuner.bottleneck: {int: [1, 8], log: true, when: {tuner.kind: lora}}\n"
     f"objectives: {{validation/few: max, {COUNT}: min}}\nconstraints: {{{COUNT}: {{max: 9}}}}\n"
-    "start: [{name: a, tuner.kind: linear_probe, optim.lr: 0.2}]\n"
+    "baselines: [{name: a, tuner.kind: linear_probe, optim.lr: 0.2}]\n"
     "search: {per_kind: 4, sampler: tpe, scheduler: {kind: hyperband, grace_epochs: 2}, seed: 1}\nplan: {images_per_s: 3}\n"
 )
 PIECES = [
@@ -352,7 +352,7 @@ def test_any_file_is_a_plan_or_lines_and_exit_code_2(tmp_path: Path, changes: li
                 "search",
                 "objectives",
                 "validation/few",
-                "start",
+                "baselines",
                 "log",
                 "base",
                 "constraints",

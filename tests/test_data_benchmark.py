@@ -86,14 +86,14 @@ def test_the_comparison_finds_a_planted_difference(samples: list[Sample], monkey
     found = data.compare(samples, PX)
     assert found["pillow"]["largest"] <= 2
     assert found["tensors"]["largest"] == 0
-    honest = data.training_picture
+    honest = data.training_image
 
     def planted(encoded: bytes, *rest: Any) -> Any:
         picture = honest(encoded, *rest).astype(int)
         picture[0, 0, 0] += 3 if encoded == samples[7][0] else 0
         return picture
 
-    monkeypatch.setattr(data, "training_picture", planted)
+    monkeypatch.setattr(data, "training_image", planted)
     found = data.compare(samples, PX)
     assert found["tensors"]["largest"] == 3
     assert found["tensors"]["off_by_more_frac"] == pytest.approx(1 / (len(samples) * PX * PX * 3))

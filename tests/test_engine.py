@@ -31,7 +31,7 @@ from lift_ray.search.state import Search
 from lift_ray.search.study import Study, open_storage
 from lift_ray.search.tune_run import JobSearcher
 from lift_ray.storage.output import Output
-from lift_ray.training.events import Done
+from lift_ray.training.events import JobDone
 
 PLAYED = Path(__file__).with_name("played.py")
 
@@ -93,7 +93,7 @@ def test_eight_slots_all_work_and_stay_for_the_final_comparison_although_one_tri
     did = json.loads((tmp_path / "said").read_text().splitlines()[-1])
     assert (did["processes"], did["loads"]) == (8, 8), "a slot was ended at the barrier and loaded again"
     assert did["states"] == {"finished": 17}
-    assert set(did["compared"]) == {"zero-shot", "start point 1", "best found", "best found, tau 0.5 after training"}
+    assert set(did["compared"]) == {"zero-shot", "baseline 1", "best found", "best found, tau 0.5 after training"}
 
 
 def test_a_search_with_fewer_trials_than_slots_ends(tmp_path: Path, ray_session: None) -> None:
@@ -194,7 +194,7 @@ def test_a_slot_that_dies_between_two_jobs_costs_its_next_job_nothing(tmp_path: 
             self.config = config
 
     assert isinstance(made.next_config("a"), dict)  # opens the slot
-    assert not made._take("a", {"reply": Done({}), "slot": 0}), "there is work"
+    assert not made._take("a", {"reply": JobDone({}), "slot": 0}), "there is work"
     made._forget("a")
     config = made.next_config("b")
     assert isinstance(config, dict)
@@ -206,7 +206,7 @@ def test_a_slot_that_dies_between_two_jobs_costs_its_next_job_nothing(tmp_path: 
     made.gave_up("b")
     assert (study.rows[0].state, made.lost, made.error) == ("waiting", 1, None)
     assert isinstance(made.next_config("c"), dict)
-    made._take("c", {"reply": Done({}), "slot": 0})
+    made._take("c", {"reply": JobDone({}), "slot": 0})
     made._forget("c")
     again = made.next_config("d")
     assert isinstance(again, dict)

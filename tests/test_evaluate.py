@@ -15,7 +15,7 @@ from lift_ray.errors import BadInput
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def folder(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     out = tmp_path_factory.mktemp("run")
     threads = torch.get_num_threads()
     config = {"backbone": {"model": small_clip}, "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.01}}
-    run = Run(RunConfig.model_validate(config), Warm(small_data, Ranks.alone()))
+    run = Run(RunConfig.model_validate(config), Workspace(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(out / "checkpoint")
     yield str(out)

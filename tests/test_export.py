@@ -11,13 +11,13 @@ import torch
 
 from lift_ray import export
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.inference.classifier import Finished
-from lift_ray.inference.export import classifier, export_checkpoint
+from lift_ray.inference.classifier import Classifier
+from lift_ray.inference.export import export_checkpoint, exported_model
 from lift_ray.methods.world import Ranks
 from lift_ray.model.heads import HEADS
 from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 MERGED: dict[str, dict[str, Any]] = {
     "lora": {"bottleneck": 4},
@@ -52,7 +52,7 @@ def saved(data: str, clip: str, folder: Path, config: dict[str, Any]) -> Path:
     threads = torch.get_num_threads()
     run = Run(
         RunConfig.model_validate({"backbone": {"model": clip}, "optim": {"global_batch_size": 16}, **config}),
-        Warm(data, Ranks.alone()),
+        Workspace(data, Ranks.alone()),
     )
     torch.set_num_threads(threads)
     with torch.no_grad(), torch.random.fork_rng():
@@ -90,7 +90,7 @@ def assert_loads_without_lift_ray(folder: Path, out: Path, merged: bool) -> None
     import onnxruntime
     import open_clip
 
-    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    finished = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (finished.backbone.mean, finished.backbone.std))
     with torch.inference_mode():
@@ -119,9 +119,9 @@ def test_two_tuners_merge_in_their_order_and_post_hoc_adjustment_is_inside(
     }
     folder = saved(small_data, small_clip, tmp_path / "checkpoint", config)
     exported, _ = export_checkpoint(folder, tmp_path / "out", ["open_clip"])
-    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    finished = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
     assert [each.name for each in exported] == ["open_clip"]
-    assert not list(classifier(finished).tuners)
+    assert not list(exported_model(finished).tuners)
     counts = torch.tensor(finished.record.class_counts)
     torch.testing.assert_close(finished.offset, 0.5 * (counts / counts.sum()).log())
 
@@ -129,7 +129,7 @@ def test_two_tuners_merge_in_their_order_and_post_hoc_adjustment_is_inside(
 def test_another_posthoc_tau_is_in_the_file_and_in_the_card(small_data: str, small_clip: str, tmp_path: Path) -> None:
     folder = saved(small_data, small_clip, tmp_path / "checkpoint", {"evaluation": {"posthoc_tau": 0.5}})
     export.main([str(folder), "--to", str(tmp_path / "out"), "--format", "torch", "--posthoc-tau", "2"])
-    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    finished = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     own = finished.logits(images)
     exported = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lift_ray.data.augment import square_crop, training_picture, training_pictures_on
+from lift_ray.data.augment import square_crop, training_image, training_images_on
 from lift_ray.data.decode import decode, decode_on
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
@@ -20,7 +20,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.plan import memory
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -36,13 +36,13 @@ def settings(clip: str, **overrides: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def here(small_data: str) -> Warm:
-    return Warm(small_data, Ranks.alone(num_cpus=2))
+def here(small_data: str) -> Workspace:
+    return Workspace(small_data, Ranks.alone(num_cpus=2))
 
 
 @pytest.fixture(scope="module")
-def there(small_data: str) -> Warm:
-    return Warm(small_data, Ranks.alone(use_gpu=True, num_cpus=2))
+def there(small_data: str) -> Workspace:
+    return Workspace(small_data, Ranks.alone(use_gpu=True, num_cpus=2))
 
 
 def trained(run: Run) -> list[dict[str, float]]:
@@ -50,7 +50,7 @@ def trained(run: Run) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(here: Warm) -> list[dict[str, float]]:
+def on_cpu(here: Workspace) -> list[dict[str, float]]:
     return trained(Run(settings(LIFT_TINY), here))
 
 
@@ -58,13 +58,13 @@ def losses(figures: list[dict[str, float]]) -> list[float]:
     return [f["train/loss"] for f in figures]
 
 
-def test_fp32_on_a_gpu_is_the_run_of_a_cpu(there: Warm, on_cpu: list[dict[str, float]]) -> None:
+def test_fp32_on_a_gpu_is_the_run_of_a_cpu(there: Workspace, on_cpu: list[dict[str, float]]) -> None:
     assert losses(trained(Run(settings(LIFT_TINY), there))) == pytest.approx(losses(on_cpu), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["adaptformer", "lora", "vpt_deep", "ssf", "full", "linear_probe"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_learns_what_fp32_learns(here: Warm, there: Warm, precision: str, kind: str) -> None:
+def test_half_precision_learns_what_fp32_learns(here: Workspace, there: Workspace, precision: str, kind: str) -> None:
     lr = 1e-3 if kind == "full" else 0.05
     half = Run(settings(LIFT_TINY, backbone__precision=precision, tuner__kind=kind, optim__lr=lr), there)
     single = Run(settings(LIFT_TINY, tuner__kind=kind, optim__lr=lr), here)
@@ -72,7 +72,7 @@ def test_half_precision_learns_what_fp32_learns(here: Warm, there: Warm, precisi
     assert all(p.dtype == torch.float32 for p in half.trained.values())
 
 
-def test_fp16_scales_the_loss_and_survives_an_overflow(there: Warm) -> None:
+def test_fp16_scales_the_loss_and_survives_an_overflow(there: Workspace) -> None:
     run = Run(settings(LIFT_TINY, backbone__precision="fp16"), there)
     before = {name: p.detach().clone() for name, p in run.trained.items()}
     run.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**80)  # every gradient overflows
@@ -81,7 +81,7 @@ def test_fp16_scales_the_loss_and_survives_an_overflow(there: Warm) -> None:
     assert run.scaler.get_scale() < 2.0**80
 
 
-def test_a_run_on_a_gpu_resumes_with_the_same_state(there: Warm, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_resumes_with_the_same_state(there: Workspace, tmp_path: Path) -> None:
     whole, parts = Run(settings(LIFT_TINY), there), Run(settings(LIFT_TINY), there)
     expected = trained(whole)[-1]
     for batch in parts.batches():
@@ -102,7 +102,7 @@ def test_the_planned_memory_is_what_a_step_takes(small_data: str, kind: str, pre
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run = Run(config, Warm(small_data, Ranks.alone(use_gpu=True, num_cpus=2)))
+    run = Run(config, Workspace(small_data, Ranks.alone(use_gpu=True, num_cpus=2)))
     for batch in run.batches():
         run.train_step(batch)
     taken = torch.cuda.max_memory_allocated() - before
@@ -132,17 +132,17 @@ def test_crops_made_on_the_gpu_are_those_of_the_cpu() -> None:
     images, random = pictures(), np.random.default_rng(0)
     draws = random.random((len(images), 3))
     finds = [lambda w, h, draw=draw: square_crop(w, h, 0.3, draw) for draw in draws]
-    found = training_pictures_on(GPU, images, 48, finds).cpu().numpy()
+    found = training_images_on(GPU, images, 48, finds).cpu().numpy()
     for one, find, image in zip(images, finds, found, strict=True):
-        expected = np.moveaxis(training_picture(one, 48, find), -1, 0)
+        expected = np.moveaxis(training_image(one, 48, find), -1, 0)
         assert np.abs(image.astype(int) - expected).mean() < 4
 
 
-def test_a_run_may_decode_on_the_gpu(there: Warm, on_cpu: list[dict[str, float]]) -> None:
+def test_a_run_may_decode_on_the_gpu(there: Workspace, on_cpu: list[dict[str, float]]) -> None:
     found = trained(Run(settings(LIFT_TINY, augment__decode="gpu"), there))
     assert losses(found) == pytest.approx(losses(on_cpu), rel=0.1)
 
 
-def test_the_compiled_step_is_the_plain_one(there: Warm, on_cpu: list[dict[str, float]]) -> None:
+def test_the_compiled_step_is_the_plain_one(there: Workspace, on_cpu: list[dict[str, float]]) -> None:
     found = trained(Run(settings(LIFT_TINY, backbone__compile=True), there))
     assert losses(found) == pytest.approx(losses(on_cpu), rel=1e-3)

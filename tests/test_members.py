@@ -25,7 +25,7 @@ from lift_ray.settings.run_file import read_run
 from lift_ray.storage.output import Output
 from lift_ray.training import loop
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 MEMBERS = {"plain": {}, "other": {"seed": 1, "loss.kind": "cross_entropy"}, "probe": {"tuner.kind": "linear_probe"}}
@@ -109,7 +109,7 @@ def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone
 ) -> None:
     out, steps = tmp_path / "out", []
 
-    class Notice(loop.Pulse):
+    class Notice(loop.StepCallback):
         """SIGTERM comes inside the second member."""
 
         def __call__(self) -> None:
@@ -136,7 +136,7 @@ def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone
 def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
     small_data: str, small_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warm, output, epochs = Warm(small_data, Ranks.alone()), Output(str(tmp_path)), []
+    warm, output, epochs = Workspace(small_data, Ranks.alone()), Output(str(tmp_path)), []
     train_epoch = Run.train_epoch
     monkeypatch.setattr(Run, "train_epoch", lambda run: (epochs.append(run.config.seed), train_epoch(run))[1])
     first = trial_of(RunConfig.model_validate(tree(small_clip, use="plain+other")), warm, output)

@@ -41,7 +41,7 @@ base:
 space:
   optim.epochs: {{{{int: [1, {LONG}], log: true}}}}
   optim.lr:     {{{{float: [1.0e-3, 3.0e-1], log: true}}}}
-start:
+baselines:
   - {{{{name: short, optim.epochs: 2, optim.lr: 0.02}}}}
   - {{{{name: long, optim.epochs: {LONG}, optim.lr: 0.02}}}}
 search: {{{{trials: 2, scheduler: {{{{kind: none}}}}, tte_best: 0}}}}

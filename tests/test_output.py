@@ -21,7 +21,7 @@ base:
   backbone: {{model: '{clip}'}}
   optim: {{epochs: 2, global_batch_size: 16}}
 space: {{optim.lr: {{float: [1.0e-3, 1.0e-1], log: true}}}}
-start: [{{optim.lr: 0.02}}]
+baselines: [{{optim.lr: 0.02}}]
 search: {{trials: 3}}
 """
 

@@ -26,12 +26,12 @@ from lift_ray.errors import BadInput
 from lift_ray.inference import classifier
 from lift_ray.inference import predict as prediction
 from lift_ray.inference.calibration import fit_temperature
-from lift_ray.inference.image_files import PictureReader, find_pictures
+from lift_ray.inference.image_files import ImageReader, find_images
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def trained(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathF
         "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05},
         "evaluation": {"posthoc_tau": 0.5},
     }
-    run = Run(RunConfig.model_validate(config), Warm(small_data, Ranks.alone()))
+    run = Run(RunConfig.model_validate(config), Workspace(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(out / "checkpoint")
     from lift_ray.search.predictions import evaluate_each
@@ -103,7 +103,7 @@ def test_shards_in_parts_give_the_same_rows_with_the_fitted_temperature(
     where, (classes, _) = trained
     monkeypatch.setattr(classifier, "BATCH", 5)
     names, out = open_dataset(small_data).class_names, tmp_path / "o.parquet"
-    pictures = find_pictures([f"{small_data}/test-*.parquet"])
+    pictures = find_images([f"{small_data}/test-*.parquet"])
     calls: list[tuple[int, int]] = []
     job = prediction.Job(str(where), pictures, top=2, part=7)
     done = prediction.predict(job, out, lambda *call: calls.append(call))
@@ -179,9 +179,9 @@ def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(
     out, parts = tmp_path / "o.parquet", tmp_path / "o.parquet.parts"
     repeated(small_data, 100, tmp_path / "many.parquet")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lift_ray.inference.image_files import find_pictures\n"
+        "import sys\nfrom pathlib import Path\nfrom lift_ray.inference.image_files import find_images\n"
         "from lift_ray.inference.predict import Job, predict\n"
-        "job = Job(sys.argv[1], find_pictures([sys.argv[2]]), part=100)\n"
+        "job = Job(sys.argv[1], find_images([sys.argv[2]]), part=100)\n"
         "predict(job, Path(sys.argv[3]), lambda done, total: None)"
     )
     words = [sys.executable, "-c", code, str(trained[0]), str(tmp_path / "many.parquet"), str(out)]
@@ -195,7 +195,7 @@ def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(
     assert 3 <= len(kept) < 24
     assert not out.exists()
     calls: list[int] = []
-    job = prediction.Job(str(trained[0]), find_pictures([str(tmp_path / "many.parquet")]), part=100)
+    job = prediction.Job(str(trained[0]), find_images([str(tmp_path / "many.parquet")]), part=100)
     prediction.predict(job, out, lambda done, total: calls.append(done))
     assert calls == list(range(100 * len(kept), 2401, 100))  # only what was missing
     table = pq.read_table(out)
@@ -212,7 +212,7 @@ def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(
 def test_two_ray_workers_give_the_rows_of_one(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, ray_session: None
 ) -> None:
-    pictures = find_pictures([f"{small_data}/test-*.parquet", f"{small_data}/validation-*.parquet"])
+    pictures = find_images([f"{small_data}/test-*.parquet", f"{small_data}/validation-*.parquet"])
     job = prediction.Job(str(trained[0]), pictures, part=10)
     prediction.predict(job, tmp_path / "one.parquet", lambda done, total: None)
     prediction.predict(job, tmp_path / "two.parquet", lambda done, total: None, workers=2)
@@ -263,7 +263,7 @@ def test_a_ray_worker_that_is_killed_is_started_again_and_no_row_is_lost_or_twic
 
     seen: set[psutil.Process] = set()
     killed: list[psutil.Process] = []
-    job = prediction.Job(str(trained[0]), find_pictures([str(many)]), temperature=1.0, part=60)
+    job = prediction.Job(str(trained[0]), find_images([str(many)]), temperature=1.0, part=60)
     prediction.predict(job, tmp_path / "two.parquet", advance, workers=2)
     assert len(seen) == 3
     prediction.predict(job, tmp_path / "one.parquet", lambda done, total: None)
@@ -274,7 +274,7 @@ def test_a_ray_worker_that_is_killed_is_started_again_and_no_row_is_lost_or_twic
 
 def test_parts_of_another_job_are_refused(trained: tuple[Path, np.ndarray], photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.csv"
-    job = prediction.Job(str(trained[0]), find_pictures([str(photos)]))
+    job = prediction.Job(str(trained[0]), find_images([str(photos)]))
     (tmp_path / "o.csv.parts").mkdir()
     prediction._check_same_job(job, tmp_path / "o.csv.parts")
     with pytest.raises(BadInput, match=r"o.csv.parts: must hold parts of the same pictures, checkpoint and options"):
@@ -283,12 +283,12 @@ def test_parts_of_another_job_are_refused(trained: tuple[Path, np.ndarray], phot
 
 
 def test_pictures_are_found_by_folder_pattern_and_column(photos: Path, tmp_path: Path) -> None:
-    assert len(find_pictures([str(photos)])) == 24
-    assert len(find_pictures([f"{photos}/1*.jpg", f"file://{photos}/03.jpg"])) == 11
+    assert len(find_images([str(photos)])) == 24
+    assert len(find_images([f"{photos}/1*.jpg", f"file://{photos}/03.jpg"])) == 11
     data = [(photos / f"{n:02d}.jpg").read_bytes() for n in range(4)] + [None]
     pq.write_table(pa.table({"photo": pa.array(data, pa.binary())}), tmp_path / "x.parquet", row_group_size=2)
-    found = find_pictures([str(tmp_path)], "photo")
-    reader = PictureReader(found)
+    found = find_images([str(tmp_path)], "photo")
+    reader = ImageReader(found)
     assert list(reader.read(1, 5)) == data[1:]
     reader.close()
     assert found.places(3, 5) == ([str(tmp_path / "x.parquet")] * 2, [3, 4])

@@ -10,7 +10,7 @@ import pytest
 
 from lift_ray.storage.output import Output
 from lift_ray.training import run_channel
-from lift_ray.training.events import Began, EpochDone, Failed, Problem, Stepped
+from lift_ray.training.events import EpochEnded, RunAborted, RunStarted, StepsDone, WorkersLost
 from lift_ray.training.progress import STEP_FIGURES, Progress
 from lift_ray.training.ray_train import _reason
 
@@ -25,19 +25,19 @@ def test_progress_rebuilds_the_figures_from_the_history_and_counts_what_was_trie
     first = {"epoch": 1, "train/loss": 2.0, "validation/mean_class_accuracy": 0.5, "train/images_per_s": 9.0}
     second = first | {"epoch": 2}
     with Progress(Output(str(tmp_path))) as progress:
-        progress.take(Began(2, 3, 10, 0, 0, []))
-        progress.take(Stepped(0, 4, dict.fromkeys(STEP_FIGURES, 0.5)))
-        progress.take(EpochDone(first, "epoch-0001"))
-        progress.take(EpochDone(second, "epoch-0002"))
-        progress.take(Failed("worker 1: [/lost] its node"))
-        progress.take(Began(1, 3, 10, 1, 4, [first]))
+        progress.take(RunStarted(2, 3, 10, 0, 0, []))
+        progress.take(StepsDone(0, 4, dict.fromkeys(STEP_FIGURES, 0.5)))
+        progress.take(EpochEnded(first, "epoch-0001"))
+        progress.take(EpochEnded(second, "epoch-0002"))
+        progress.take(WorkersLost("worker 1: [/lost] its node"))
+        progress.take(RunStarted(1, 3, 10, 1, 4, [first]))
         assert lines(tmp_path) == [first]
-        progress.take(EpochDone(second, "epoch-0002"))
-        progress.take(Problem("one", True))
-        progress.take(Problem("two", False))
+        progress.take(EpochEnded(second, "epoch-0002"))
+        progress.take(RunAborted("one", True))
+        progress.take(RunAborted("two", False))
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
     assert progress.retries == ["worker 1: [/lost] its node"]
-    assert progress.problem == Problem("one", True)
+    assert progress.problem == RunAborted("one", True)
     said = capsys.readouterr().out
     assert "worker 1: [/lost] its node; trying again from the last checkpoint" in said
     assert "going on from epoch 2, step 4 of 10, on 1 worker" in said
@@ -46,19 +46,19 @@ def test_progress_rebuilds_the_figures_from_the_history_and_counts_what_was_trie
 
 
 def test_the_board_passes_the_wish_to_stop_on_and_knows_silence(ray_session: None) -> None:
-    here = run_channel.Board("name")
+    here = run_channel.RunChannel("name")
     assert here.take()[1] == 0.0
-    assert here.tell(Stepped(0, 1, {"loss": 1.0})) == ""
+    assert here.tell(StepsDone(0, 1, {"loss": 1.0})) == ""
     time.sleep(0.05)
     messages, silent_s = here.take()
     assert (len(messages), here.take()[0]) == (1, [])
     assert silent_s >= 0.05
     assert here.ask_stop("SIGTERM")
-    assert here.tell(Stepped(0, 2)) == "SIGTERM"
+    assert here.tell(StepsDone(0, 2)) == "SIGTERM"
     here.failed("gone")
     assert here.take()[1] == 0.0
     assert here.join(None), "a run that was told to stop has no problem"
-    here.tell(Problem("bad", True))
+    here.tell(RunAborted("bad", True))
     assert not here.join(None)
 
 

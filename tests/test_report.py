@@ -23,7 +23,7 @@ from lift_ray.reporting import report as reporting
 from lift_ray.reporting.confidence import Interval
 from lift_ray.reporting.figures.search import cost_in_words, unit_of
 from lift_ray.reporting.importance import importances, importances_within
-from lift_ray.reporting.page import Chapter, figures_of
+from lift_ray.reporting.page import StudySection, figures_of
 from lift_ray.reporting.scaling_law import Law, Point
 from lift_ray.reporting.study_files import StudyFiles, read_study
 from lift_ray.reporting.summary import Cell, accuracy_rows, gain_rows, law_in_words, seed_rows, summary
@@ -357,7 +357,7 @@ def test_a_setting_that_some_kinds_have_is_ranked_among_their_trials(study: Path
     within = importances_within(found)
     assert set(within) == {"tuner.bottleneck"}
     assert within["tuner.bottleneck"] > 0.5
-    made, _ = figures_of(Chapter(found, importances(found), within))
+    made, _ = figures_of(StudySection(found, importances(found), within))
     drawn = next(figure for figure in made if figure.name == "importance")
     assert {row["setting"]: row["among"] for row in drawn.rows}["tuner.bottleneck"] == "trials that have it"
 
@@ -367,6 +367,6 @@ def test_too_few_trials_have_no_importances(tmp_path: Path) -> None:
 
 
 def test_figures_without_numbers_are_named_and_not_drawn() -> None:
-    made, missing = figures_of(Chapter(StudyFiles("out", "none", "", {"validation/few": "max"}, {}, [])))
+    made, missing = figures_of(StudySection(StudyFiles("out", "none", "", {"validation/few": "max"}, {}, [])))
     assert made == []
     assert len(missing) == 14

@@ -20,7 +20,7 @@ from lift_ray.search.driver_lock import LOCK, study_in
 from lift_ray.search.final_comparison import conclude
 from lift_ray.search.jobs import EvaluationJob
 from lift_ray.search.state import Search
-from lift_ray.search.study import JOURNAL, Study, mended, open_storage, reports_in
+from lift_ray.search.study import JOURNAL, Study, open_storage, repaired, reports_in
 from lift_ray.settings.search import TAUS
 from lift_ray.storage.output import Output
 
@@ -134,7 +134,7 @@ def test_no_more_trials_are_resumed_than_are_asked_for(tmp_path: Path) -> None:
 def test_a_model_is_evaluated_once_for_all_that_it_is_compared_as(tmp_path: Path) -> None:
     """The best is the baseline here."""
     wanted = space(scheduler={"kind": "none"}, trials=3, tte_best=1)
-    wanted.start[0].update({"optim.lr": 0.3, "loss.tau": 1.0})
+    wanted.baselines[0].update({"optim.lr": 0.3, "loss.tau": 1.0})
     for slots in (1, 2, 5):
         search = Search(Study(wanted, "d", InMemoryStorage()), Output(str(tmp_path)))
         worker = play(search, slots=slots)
@@ -154,7 +154,7 @@ def test_a_model_is_evaluated_once_for_all_that_it_is_compared_as(tmp_path: Path
         rows = list(search.rows())
         assert [label for label, _ in conclude(wanted, rows, search.study.results, {}).compared] == [
             "zero-shot",
-            "start point 1",
+            "baseline 1",
             "best found",
             "best found, tau 0.5 after training",
             "best found, TTE",
@@ -274,7 +274,7 @@ def test_half_a_line_and_a_lock_of_a_killed_driver_are_cleared_away(tmp_path: Pa
     whole = journal.read_bytes()
     journal.write_bytes(whole + b'{"op_code": 4, "wor')
     (tmp_path / f"{JOURNAL}.lock").symlink_to(journal)
-    assert mended(journal).read_bytes() == whole
+    assert repaired(journal).read_bytes() == whole
     began = time.monotonic()
     optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").ask()
     assert time.monotonic() - began < 10, "the lock of the killed driver was waited for"

@@ -21,7 +21,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 EPOCHS = 3
 Figures = list[dict[str, float]]
@@ -39,12 +39,14 @@ def untimed(figures: Figures) -> Figures:
 
 
 @pytest.fixture(scope="module")
-def warm(small_data: str) -> Warm:
-    return Warm(small_data, Ranks.alone())
+def warm(small_data: str) -> Workspace:
+    return Workspace(small_data, Ranks.alone())
 
 
 @pytest.fixture(scope="module")
-def trained(warm: Warm, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Figures, list[Path], Run]:
+def trained(
+    warm: Workspace, small_clip: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Figures, list[Path], Run]:
     """The undisturbed run: the figures and the checkpoint of every epoch."""
     run, figures, folders = Run(settings(small_clip), warm), [], []
     for epoch, found in enumerate(run.epochs(), 1):
@@ -55,7 +57,7 @@ def trained(warm: Warm, small_clip: str, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("kind", ["adaptformer", "lora", "linear_probe"])
-def test_the_loss_falls_and_the_figures_are_complete(warm: Warm, small_clip: str, kind: str) -> None:
+def test_the_loss_falls_and_the_figures_are_complete(warm: Workspace, small_clip: str, kind: str) -> None:
     run = Run(settings(small_clip, tuner__kind=kind), warm)
     figures = list(run.epochs())
     assert [f["epoch"] for f in figures] == [1, 2, 3]
@@ -89,13 +91,13 @@ def test_the_loss_falls_and_the_figures_are_complete(warm: Warm, small_clip: str
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(
-    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run]
+    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
     assert untimed(list(Run(settings(small_clip), warm).epochs())) == trained[0]
     assert untimed(list(Run(settings(small_clip, seed=1), warm).epochs())) != trained[0]
 
 
-def test_a_run_does_not_disturb_the_random_numbers_of_others(warm: Warm, small_clip: str) -> None:
+def test_a_run_does_not_disturb_the_random_numbers_of_others(warm: Workspace, small_clip: str) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -105,7 +107,7 @@ def test_a_run_does_not_disturb_the_random_numbers_of_others(warm: Warm, small_c
 
 @pytest.mark.parametrize("done", [1, 2])
 def test_going_on_from_a_checkpoint_equals_the_undisturbed_run_exactly(
-    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run], done: int
+    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run], done: int
 ) -> None:
     figures, folders, whole = trained
     run = Run(settings(small_clip), warm)
@@ -147,7 +149,7 @@ def free_port() -> int:
 def train_as_rank(rank: int, port: int, data: str, config: dict[str, Any], out: str) -> None:
     torch.set_num_threads(1)
     join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
-    run = Run(RunConfig.model_validate(config), Warm(data, Ranks(rank, 2, torch.device("cpu"))))
+    run = Run(RunConfig.model_validate(config), Workspace(data, Ranks(rank, 2, torch.device("cpu"))))
     figures = list(run.epochs())
     Path(out, f"{rank}.json").write_text(json.dumps(untimed(figures)))
     torch.distributed.destroy_process_group()
@@ -172,13 +174,13 @@ def test_two_ranks_train_what_one_does(
             assert together[f"validation/{name}"] == pytest.approx(alone[f"validation/{name}"], abs=1e-12)
 
 
-def test_a_linear_probe_trains_the_classifier_alone(warm: Warm, small_clip: str) -> None:
+def test_a_linear_probe_trains_the_classifier_alone(warm: Workspace, small_clip: str) -> None:
     run = Run(settings(small_clip, tuner__kind="linear_probe"), warm)
     assert list(run.trained) == ["head.weight"]
     assert run.num_trained == 8 * 64
 
 
-def test_zero_shot_trains_nothing_and_is_evaluated(warm: Warm, small_clip: str, tmp_path: Path) -> None:
+def test_zero_shot_trains_nothing_and_is_evaluated(warm: Workspace, small_clip: str, tmp_path: Path) -> None:
     run = Run(settings(small_clip, tuner__kind="zero_shot"), warm)
     assert (run.num_trained, run.num_epochs, [figures["epoch"] for figures in run.epochs()]) == (0, 0, [0])
     before = run.evaluate("test")
@@ -198,7 +200,7 @@ def test_a_checkpoint_has_the_figures_that_its_run_had(
 
 
 def test_patches_are_left_out_in_training_alone(
-    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run]
+    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
     run = Run(settings(small_clip, augment__patch_dropout=0.5), warm)
     assert (
@@ -213,7 +215,7 @@ def test_patches_are_left_out_in_training_alone(
     assert figures[0] != trained[0][0]["train/loss"]
 
 
-def test_a_run_at_random_start_and_plain_loss_learns_too(warm: Warm, small_clip: str) -> None:
+def test_a_run_at_random_start_and_plain_loss_learns_too(warm: Workspace, small_clip: str) -> None:
     run = Run(settings(small_clip, head__init="random", loss__kind="cross_entropy", tuner__blocks=[1]), warm)
     losses = [figures["train/loss"] for figures in run.epochs()]
     assert losses[-1] < losses[0]
@@ -235,7 +237,7 @@ def test_a_run_at_random_start_and_plain_loss_learns_too(warm: Warm, small_clip:
     ],
 )
 def test_settings_that_do_not_fit_data_or_machine_are_one_line(
-    warm: Warm, small_clip: str, overrides: dict[str, Any], message: str
+    warm: Workspace, small_clip: str, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
         Run(settings(small_clip, **overrides), warm)
@@ -243,7 +245,7 @@ def test_settings_that_do_not_fit_data_or_machine_are_one_line(
 
 
 def test_a_batch_that_ranks_cannot_share_is_one_line(small_data: str, small_clip: str) -> None:
-    warm = Warm(small_data, Ranks(0, 3, torch.device("cpu")))
+    warm = Workspace(small_data, Ranks(0, 3, torch.device("cpu")))
     with pytest.raises(BadInput) as caught:
         Run(settings(small_clip), warm)
     assert str(caught.value) == (
@@ -251,14 +253,14 @@ def test_a_batch_that_ranks_cannot_share_is_one_line(small_data: str, small_clip
     )
 
 
-def test_the_whole_training_split_can_be_one_batch(warm: Warm, small_clip: str) -> None:
+def test_the_whole_training_split_can_be_one_batch(warm: Workspace, small_clip: str) -> None:
     run = Run(settings(small_clip, optim__global_batch_size=96, optim__epochs=1), warm)
     assert run.steps_per_epoch == 1
     assert len(list(run.epochs())) == 1
 
 
 @pytest.mark.parametrize("lr", [1e9, 1e300])
-def test_a_run_that_diverges_fails_in_one_line(warm: Warm, small_clip: str, lr: float) -> None:
+def test_a_run_that_diverges_fails_in_one_line(warm: Workspace, small_clip: str, lr: float) -> None:
     run = Run(settings(small_clip, optim__lr=lr), warm)
     with pytest.raises(RunFailed) as caught:
         list(run.epochs())
@@ -298,7 +300,7 @@ def broken(folder: Path, file: str, data: bytes | None) -> None:
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_one_line(
-    warm: Warm,
+    warm: Workspace,
     small_clip: str,
     trained: tuple[Figures, list[Path], Run],
     tmp_path: Path,
@@ -316,7 +318,7 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(
 
 
 def test_a_checkpoint_of_other_settings_is_refused(
-    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run]
+    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
     with pytest.raises(BadInput) as caught:
         Run(settings(small_clip, loss__tau=0.5), warm).load(trained[1][0])
@@ -327,7 +329,7 @@ def test_a_checkpoint_of_other_settings_is_refused(
 
 
 def test_weights_of_another_shape_are_refused(
-    warm: Warm, small_clip: str, trained: tuple[Figures, list[Path], Run]
+    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
     run = Run(settings(small_clip, tuner__bottleneck=3), warm)
     with pytest.raises(BadInput, match=r"but got: the checkpoint does not fit the model: tuner.adaptformer.0.down"):
@@ -372,7 +374,7 @@ def test_evaluate_works_on_a_data_set_with_a_test_split_alone(
         evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])
 
 
-def test_a_share_of_the_data_is_the_first_pictures_of_each_class(warm: Warm, small_clip: str) -> None:
+def test_a_share_of_the_data_is_the_first_pictures_of_each_class(warm: Workspace, small_clip: str) -> None:
     whole = Run(settings(small_clip), warm)
     half = Run(settings(small_clip, optim__data_frac=0.5), warm)
     least = Run(settings(small_clip, optim__data_frac=0.001, optim__global_batch_size=8), warm)
@@ -384,9 +386,9 @@ def test_a_share_of_the_data_is_the_first_pictures_of_each_class(warm: Warm, sma
         assert half.train.rows[half.train.labels == label].tolist() == rows[: len(rows) // 2].tolist()
 
 
-def test_kept_activations_are_those_of_the_share(warm: Warm, small_data: str, small_clip: str) -> None:
+def test_kept_activations_are_those_of_the_share(warm: Workspace, small_data: str, small_clip: str) -> None:
     own = {"tuner__kind": "linear_probe", "augment__kind": "none"}
     list(Run(settings(small_clip, **own), warm).epochs())  # keeps those of the whole split
     found = list(Run(settings(small_clip, **own, optim__data_frac=0.5), warm).epochs())
-    alone = list(Run(settings(small_clip, **own, optim__data_frac=0.5), Warm(small_data, Ranks.alone())).epochs())
+    alone = list(Run(settings(small_clip, **own, optim__data_frac=0.5), Workspace(small_data, Ranks.alone())).epochs())
     assert untimed(found) == untimed(alone)

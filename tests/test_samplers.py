@@ -119,12 +119,12 @@ def test_a_grid_is_every_combination_that_when_allows() -> None:
 
 
 def test_each_kind_has_its_own_share_and_its_own_sampler() -> None:
-    start = [{"tuner.kind": "lora", "tuner.bottleneck": 2, "tuner.mlp": False, "optim.lr": 0.02}]
-    study = play(space(NESTED, search={"per_kind": 6}, start=start))
+    baselines = [{"tuner.kind": "lora", "tuner.bottleneck": 2, "tuner.mlp": False, "optim.lr": 0.02}]
+    study = play(space(NESTED, search={"per_kind": 6}, baselines=baselines))
     kinds = Counter(row.values["tuner.kind"] for row in study.rows.values())
     assert kinds == {"adaptformer": 6, "lora": 6, "linear_probe": 6}
     assert all(row.group == row.values["tuner.kind"] for row in study.rows.values())
-    assert study.rows[0].values == start[0]
+    assert study.rows[0].values == baselines[0]
     assert sorted(optuna.get_all_study_names(study.storage)) == ["s/adaptformer", "s/linear_probe", "s/lora"]
 
 
@@ -181,9 +181,9 @@ def test_asha_stops_at_its_rungs_what_is_not_among_the_best_third() -> None:
     assert decide(wanted, rows[1], rows) == "continue"
     assert decide(wanted, rows_of([0.5, 0.1])[0], rows) == "continue", "epoch 2 is no rung"
     assert decide(wanted, rows_of([0.0])[0], rows[:1]) == "continue", "nobody else was there"
-    rows[2].start = 0
-    assert decide(wanted, rows[2], rows) == "continue", "a start point runs to its end"
-    rows[2].start, rows[2].group = None, "lora"
+    rows[2].baseline = 0
+    assert decide(wanted, rows[2], rows) == "continue", "a baseline runs to its end"
+    rows[2].baseline, rows[2].group = None, "lora"
     assert decide(wanted, rows[2], rows) == "continue", "it is compared with its own kind"
     least = space(PLAIN, objectives={"validation/loss": "min"})
     losses = [TrialRow(i, {}, 9, history=[{"epoch": 1, "validation/loss": v}]) for i, v in enumerate((1.0, 0.5, 2.0))]

@@ -45,6 +45,6 @@ def test_a_shipped_space_passes_the_schema_and_a_dry_run(path: Path, capsys: pyt
     schema = json.loads((FOLDER / "schema.json").read_text())
     jsonschema.validate(SettingsFile.read(path).data, schema)
     with pytest.raises(jsonschema.ValidationError, match=r"'optim\.lrr' is not one of"):
-        jsonschema.validate(SettingsFile.read(path).data | {"start": [{"optim.lrr": 1}]}, schema)
+        jsonschema.validate(SettingsFile.read(path).data | {"baselines": [{"optim.lrr": 1}]}, schema)
     assert tune.main([str(path), "--dry-run"]) is None
     assert "checked: the file is in order" in capsys.readouterr().out

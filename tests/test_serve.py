@@ -31,7 +31,7 @@ from lift_ray.errors import BadInput
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,7 +63,7 @@ class Server:
             connection.close()
 
     def processes(self, *names: str) -> list[psutil.Process]:
-        """Those of the model (Classifier), of what takes requests in (Gate), and of the port (ProxyActor), oldest first."""
+        """Those of the model (ModelReplica), of what takes requests in (HttpFront), and of the port (ProxyActor), oldest first."""
         found = []
         for process in self.process.children(recursive=True):
             with suppress(psutil.Error):  # it has just ended
@@ -91,7 +91,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("run") / "checkpoint"
     threads = torch.get_num_threads()
     config = {"backbone": {"model": small_clip}, "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05}}
-    run = Run(RunConfig.model_validate(config), Warm(small_data, Ranks.alone()))
+    run = Run(RunConfig.model_validate(config), Workspace(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(folder)
     from lift_ray.search.predictions import evaluate_each
@@ -237,7 +237,7 @@ def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_sta
     with ThreadPoolExecutor(200) as pool:
         assert all(pool.map(one, range(200)))
         assert all(pool.map(one, range(200)))
-        processes = server.processes("Classifier", "Gate", "ProxyActor")
+        processes = server.processes("ModelReplica", "HttpFront", "ProxyActor")
         before = [p.memory_info().rss for p in processes]
         for _ in range(3):
             assert all(pool.map(one, range(200)))
@@ -247,7 +247,7 @@ def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_sta
 
 
 def test_a_killed_replica_costs_no_request(server: Server) -> None:
-    victim = server.processes("Classifier")[0]
+    victim = server.processes("ModelReplica")[0]
     with ThreadPoolExecutor(50) as pool:
         asked = [pool.submit(server.ask, server.pictures[n % 24]) for n in range(400)]
         while sum(future.done() for future in asked) < 50:
@@ -258,12 +258,12 @@ def test_a_killed_replica_costs_no_request(server: Server) -> None:
         victim.kill()
         found = [future.result()[0] for future in asked]
     assert found == [200] * 400
-    assert server.until(lambda: len({*server.processes("Classifier")} - {victim}) == 2)
+    assert server.until(lambda: len({*server.processes("ModelReplica")} - {victim}) == 2)
     assert max(server.statuses) < 500
 
 
 def test_when_what_takes_requests_in_is_killed_the_next_requests_go_to_the_other(server: Server) -> None:
-    victim, so_far = server.processes("Gate")[0], len(server.statuses)
+    victim, so_far = server.processes("HttpFront")[0], len(server.statuses)
     with ThreadPoolExecutor(20) as pool:
         inside = [pool.submit(server.ask, server.pictures[n % 24]) for n in range(100)]
         while sum(future.done() for future in inside) < 30:
@@ -276,12 +276,12 @@ def test_when_what_takes_requests_in_is_killed_the_next_requests_go_to_the_other
         assert found.count(200) >= 100 - 20  # at most those that were under way
         del server.statuses[so_far:]
         assert [status for status, *_ in pool.map(server.ask, server.pictures * 4)] == [200] * 96
-    assert server.until(lambda: len({*server.processes("Gate")} - {victim}) == 2)
+    assert server.until(lambda: len({*server.processes("HttpFront")} - {victim}) == 2)
 
 
 def test_health_is_503_while_no_replica_lives_and_ok_again_when_one_does(server: Server) -> None:
     assert server.health() == 200
-    for process in server.processes("Classifier"):
+    for process in server.processes("ModelReplica"):
         process.kill()
     assert server.until(lambda: server.health() == 503)
     assert server.until(lambda: server.health() == 200)

@@ -52,7 +52,7 @@ def asked_by_the_page(
         answers: for each picture, what comes back each time.
         script: run when the page is there.
     """
-    page = (importlib.resources.files("lift_ray") / "distributed" / "serving.html").read_text()
+    page = (importlib.resources.files("lift_ray") / "inference" / "serving.html").read_text()
     posts: list[bytes] = []
 
     class Answers(BaseHTTPRequestHandler):

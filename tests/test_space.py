@@ -32,11 +32,13 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", [path for path in SHIPPED if "start:" in path.read_text()], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if "baselines:" in path.read_text()], ids=lambda path: path.stem
+)
 def test_a_shipped_space_is_valid_and_starts_from_the_published_recipe(path: Path) -> None:
     space = read_space(path)
-    assert space.start_labels()[0] == {"ulfine": "ULFine (our reading)"}.get(path.stem, "LIFT+ defaults")
-    recipe = space.config(space.start_points()[0])
+    assert space.baseline_labels()[0] == {"ulfine": "ULFine (our reading)"}.get(path.stem, "LIFT+ defaults")
+    recipe = space.config(space.baseline_values()[0])
     published = RunConfig()
     assert (recipe.tuner.kind, recipe.loss, recipe.head) == ("adaptformer", published.loss, published.head)
     assert (recipe.optim.lr, recipe.optim.momentum) == (published.optim.lr, published.optim.momentum)
@@ -183,30 +185,30 @@ BROKEN = {
         param("seed: {int: [1, 2], when: {seed: {a: 1}}}"),
         "4 space.seed.when.seed: must be one value or a list of values, but got {'a': 1}; change it",
     ),
-    "a start point outside": (
-        SEED + "start:\n  - {seed: 2}\n  - {seed: 10}",
-        "7 start.1.seed: must lie inside the space (1 ... 9), but got 10; widen the space or move the point",
+    "a baseline outside": (
+        SEED + "baselines:\n  - {seed: 2}\n  - {seed: 10}",
+        "7 baselines.1.seed: must lie inside the space (1 ... 9), but got 10; widen the space or change the baseline",
     ),
-    "a start point of another type": (
-        SEED + "start: [{seed: 2.0}]",
-        "5 start.0.seed: must lie inside the space (1 ... 9), but got 2.0; widen the space or move the point",
+    "a baseline of another type": (
+        SEED + "baselines: [{seed: 2.0}]",
+        "5 baselines.0.seed: must lie inside the space (1 ... 9), but got 2.0; widen the space or change the baseline",
     ),
-    "a start point off the steps": (
-        param("seed: {int: [1, 9], step: 4}") + "start: [{seed: 3}]",
-        "5 start.0.seed: must lie inside the space (1 ... 9), but got 3; widen the space or move the point",
+    "a baseline off the steps": (
+        param("seed: {int: [1, 9], step: 4}") + "baselines: [{seed: 3}]",
+        "5 baselines.0.seed: must lie inside the space (1 ... 9), but got 3; widen the space or change the baseline",
     ),
-    "a start point that is not searched": (
-        SEED + "start: [{sed: 2}]",
-        "5 start.0.sed: must name a setting of the space, but got 'sed'; did you mean 'seed'?",
+    "a baseline that is not searched": (
+        SEED + "baselines: [{sed: 2}]",
+        "5 baselines.0.sed: must name a setting of the space, but got 'sed'; did you mean 'seed'?",
     ),
-    "a start point with an inactive setting": (
+    "a baseline with an inactive setting": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck: {int: [1, 3], when: {tuner.kind: lora}}\n"
-        "start:\n  - {tuner.kind: linear_probe, tuner.bottleneck: 2}",
-        "7 start.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it",
+        "baselines:\n  - {tuner.kind: linear_probe, tuner.bottleneck: 2}",
+        "7 baselines.0.tuner.bottleneck: has no effect here, because its `when` {'tuner.kind': 'lora'} does not hold; remove it",
     ),
-    "an empty start point": (
-        SEED + "start: [{name: nothing}]",
-        "5 start.0: must set at least one setting of the space, but got none; add them",
+    "an empty baseline": (
+        SEED + "baselines: [{name: nothing}]",
+        "5 baselines.0: must set at least one setting of the space, but got none; add them",
     ),
     "an unknown metric": (
         SEED + "objectives: {validation/accurcy: max}",
@@ -384,7 +386,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
         "ViT-B-16 openai in bf16",
         "validation/mean_class_accuracy, max",
         "4 ... 512 (log)   when tuner.kind is ['adaptformer', 'lora']",
-        "24 trials, 1 given at the start, then tpe; stops early: asha",
+        "24 trials, 1 baselines first, then tpe; stops early: asha",
         "at most 24 x 15 = 360",
         "about 115 with early stopping",
         "about 14 GPU-hours at 1000 images/s a worker (plan)",
@@ -416,7 +418,7 @@ WORDS = [
     "log",
     "step",
     "when",
-    "start",
+    "baselines",
     "space",
     "base",
     "true",
@@ -468,3 +470,19 @@ def test_any_change_of_the_quickstart_file_is_valid_or_bad_input(
         lines = str(error).splitlines()
         assert all(line.startswith(f"{path}:") for line in lines), lines
     assert lines
+
+
+def test_the_old_name_of_the_baselines_is_read_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = (FOLDER / "quickstart.yaml").read_text()
+    old = tmp_path / "old.yaml"
+    old.write_text(new.replace("\nbaselines:", "\nstart:"))
+    assert read_space(old) == read_space(FOLDER / "quickstart.yaml")
+    line = (
+        old.read_text().splitlines().index(next(li for li in old.read_text().splitlines() if li.startswith("start:")))
+        + 1
+    )
+    assert capsys.readouterr().err == f"{old}:{line} start: is called baselines now; the old name still works\n"
+    assert read_space(old, {"start": []}).baselines == []
+    old.write_text(old.read_text() + "\nbaselines: []\n")
+    with pytest.raises(BadInput, match=rf"{old}:{line} start: is the old name of baselines, but got both; remove one$"):
+        read_space(old)

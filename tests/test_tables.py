@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_a_fault_in_a_csv_is_one_line(tmp_path: Path, text: str, options: dict[s
 
 def test_the_embedded_data_set_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset("embedded:caltech101")
-    folder = Path(tables.__file__).parent.parent / "assets" / EMBEDDED["caltech101"][0]
+    folder = Path(str(files("lift_ray"))) / "assets" / EMBEDDED["caltech101"][0]
     index = scan_table(str(folder), kind="parquet")
     assert index.class_names == tuple(name.replace("_", " ") for name in dataset.class_names)
     assert sorted(index.splits) == sorted(dataset.splits)

@@ -17,7 +17,7 @@ from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.tracking.services import SERVICES, Tracked, followed, trackers
 from lift_ray.training import events
-from lift_ray.training.events import Began, EpochDone, Failed
+from lift_ray.training.events import EpochEnded, RunStarted, WorkersLost
 from lift_ray.training.progress import read_metrics
 
 
@@ -94,13 +94,13 @@ def test_a_run_is_told_once_of_each_epoch_though_it_is_taken_up_again() -> None:
     config = {"tuner": {"kind": "lora", "bottleneck": None}, "seed": 0}
     with followed([Tracked("mlflow", service)], "mine", config) as tell:
         for message in (
-            Began(2, 2, 5, 0, 0, [first]),
-            Failed("lost"),
-            Began(2, 2, 5, 1, 0, [first]),
-            EpochDone(second, ""),
+            RunStarted(2, 2, 5, 0, 0, [first]),
+            WorkersLost("lost"),
+            RunStarted(2, 2, 5, 1, 0, [first]),
+            EpochEnded(second, ""),
         ):
             tell(message)
-        tell(events.Tested({"epoch": 2, "test/accuracy": 0.3}))
+        tell(events.TestEnded({"epoch": 2, "test/accuracy": 0.3}))
     told = [(1, {"validation/accuracy": 0.1}), (2, {"validation/accuracy": 0.2}), (2, {"test/accuracy": 0.3})]
     assert service.told == [("mine", {"tuner.kind": "lora", "seed": 0}), *told, "finished"]
     for error, state in ((KeyboardInterrupt(), "stopped"), (RunFailed("diverged"), "failed")):

@@ -91,7 +91,7 @@ def test_sigterm_writes_a_checkpoint_inside_the_epoch_and_resume_gives_exactly_t
 ) -> None:
     out, steps, before = tmp_path / "out", [], signal.getsignal(signal.SIGTERM)
 
-    class Notice(loop.Pulse):
+    class Notice(loop.StepCallback):
         """SIGTERM comes after the 17th step: five into the second epoch of twelve."""
 
         def __call__(self) -> None:

@@ -28,7 +28,7 @@ from lift_ray.methods.world import Ranks, join_group
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import read_run
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 pytestmark = pytest.mark.cluster
 EPOCHS, STEPS = 14, 24
@@ -60,7 +60,7 @@ def cluster() -> Iterator[Cluster]:
 def train_as_rank(rank: int, port: int, data: str, config: dict[str, Any], out: str) -> None:
     torch.set_num_threads(1)
     join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
-    run = Run(RunConfig.model_validate(config), Warm(data, Ranks(rank, 2, torch.device("cpu"))))
+    run = Run(RunConfig.model_validate(config), Workspace(data, Ranks(rank, 2, torch.device("cpu"))))
     figures = [*run.epochs(), {"epoch": run.epoch, **run.evaluate("test")}]
     if rank == 0:
         run.save(Path(out, "checkpoint"))

@@ -57,7 +57,7 @@ def test_a_search_writes_what_it_promises(searched: Path) -> None:
     finished = [row for row in table if row["state"] == "finished"]
     assert all(row["epochs"] == 3 for row in finished)
     assert table[0]["tuner.kind"] == "adaptformer"
-    assert table[0]["state"] == "finished", "a start point must never be stopped early"
+    assert table[0]["state"] == "finished", "a baseline must never be stopped early"
     assert all((row["tuner.bottleneck"] is None) == (row["tuner.kind"] == "linear_probe") for row in table)
     assert json.loads((searched / "space.json").read_text())["each_trial"] == {"workers": 1, "cpus": 1, "gpus": 0}
     assert all(row["began_at"] < row["ended_at"] for row in table)

@@ -28,7 +28,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.tuners import TunerKind
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 DATA = "embedded:caltech101-half"
 KINDS = ("fixmatch", "loft", "ulfine")
@@ -47,12 +47,12 @@ def settings(clip: str, kind: str = "ulfine", **overrides: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def warm() -> Warm:
-    return Warm(DATA, Ranks.alone())
+def warm() -> Workspace:
+    return Workspace(DATA, Ranks.alone())
 
 
 @pytest.fixture(scope="module")
-def trained(warm: Warm, small_clip: str) -> tuple[list[dict[str, float]], Run]:
+def trained(warm: Workspace, small_clip: str) -> tuple[list[dict[str, float]], Run]:
     """The undisturbed run of ULFine."""
     run = Run(settings(small_clip), warm)
     return list(run.epochs()), run
@@ -150,7 +150,7 @@ def test_the_loss_of_ulfine_is_the_sum_that_its_docstring_names() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_learns_and_tells_how_good_its_pseudo_labels_are(
-    kind: str, warm: Warm, small_clip: str, trained: tuple[list[dict[str, float]], Run]
+    kind: str, warm: Workspace, small_clip: str, trained: tuple[list[dict[str, float]], Run]
 ) -> None:
     figures = trained[0] if kind == "ulfine" else list(Run(settings(small_clip, kind), warm).epochs())
     first, last = figures
@@ -169,7 +169,7 @@ def test_a_run_learns_and_tells_how_good_its_pseudo_labels_are(
 def test_labels_of_unlabelled_pictures_are_not_learnt_from(
     small_clip: str, trained: tuple[list[dict[str, float]], Run]
 ) -> None:
-    blind = Warm(DATA, Ranks.alone())
+    blind = Workspace(DATA, Ranks.alone())
     pool = blind.dataset.splits["unlabelled"]
     blind.dataset.splits["unlabelled"] = replace(pool, labels=(pool.labels + 1) % 40)
     run = Run(settings(small_clip), blind)
@@ -181,7 +181,7 @@ def test_labels_of_unlabelled_pictures_are_not_learnt_from(
 
 
 def test_a_run_killed_mid_way_goes_on_with_the_same_prototypes_exactly(
-    warm: Warm, small_clip: str, trained: tuple[list[dict[str, float]], Run], tmp_path: Path
+    warm: Workspace, small_clip: str, trained: tuple[list[dict[str, float]], Run], tmp_path: Path
 ) -> None:
     figures, whole = trained
     run = Run(settings(small_clip), warm)
@@ -212,7 +212,7 @@ def free_port() -> int:
 def train_as_rank(rank: int, port: int, config: dict[str, Any], out: str) -> None:
     torch.set_num_threads(1)
     join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
-    run = Run(RunConfig.model_validate(config), Warm(DATA, Ranks(rank, 2, torch.device("cpu"))))
+    run = Run(RunConfig.model_validate(config), Workspace(DATA, Ranks(rank, 2, torch.device("cpu"))))
     figures = list(run.epochs())
     Path(out, f"{rank}.json").write_text(json.dumps(figures))
     save_file(stored(run), Path(out, f"{rank}.safetensors"))
@@ -239,7 +239,7 @@ def test_two_workers_have_the_prototypes_and_pseudo_labels_of_one(
 
 
 @pytest.mark.parametrize("tuner", sorted({*typing.get_args(TunerKind)} - {"batchnorm", "zero_shot"}))
-def test_every_kind_of_tuner_takes_a_step(tuner: str, warm: Warm, small_clip: str) -> None:
+def test_every_kind_of_tuner_takes_a_step(tuner: str, warm: Workspace, small_clip: str) -> None:
     overrides = {
         "tuner.kind": tuner,
         "augment.patch_dropout": 0.5,
@@ -256,7 +256,7 @@ def test_every_kind_of_tuner_takes_a_step(tuner: str, warm: Warm, small_clip: st
 
 
 def test_predictions_are_the_fused_logits_and_both_others_stand_beside(
-    warm: Warm, small_clip: str, trained: tuple[list[dict[str, float]], Run], tmp_path: Path
+    warm: Workspace, small_clip: str, trained: tuple[list[dict[str, float]], Run], tmp_path: Path
 ) -> None:
     _, run = trained
     found = {}
@@ -280,12 +280,12 @@ def test_predictions_are_the_fused_logits_and_both_others_stand_beside(
     assert {k for k in crops if k.startswith("test/")} == {k for k in fused if k.startswith("test/")}
 
 
-def test_a_trial_has_its_posthoc_figures_and_those_of_all_logits(warm: Warm, small_clip: str) -> None:
+def test_a_trial_has_its_posthoc_figures_and_those_of_all_logits(warm: Workspace, small_clip: str) -> None:
     (figures,) = Trial(settings(small_clip, optim__epochs=1), warm).epochs()
     assert {"validation/posthoc_tau", "validation/few_linear", "unlabelled/recall_few"} <= set(figures)
 
 
-def test_text_prototypes_stay_where_they_are_with_mu_0(warm: Warm, small_clip: str) -> None:
+def test_text_prototypes_stay_where_they_are_with_mu_0(warm: Workspace, small_clip: str) -> None:
     run = Run(settings(small_clip, method__mu=0.0), warm)
     before = run.model.head.prototypes.clone()
     run.train_step(next(run.batches()))
@@ -298,7 +298,7 @@ def test_text_prototypes_stay_where_they_are_with_mu_0(warm: Warm, small_clip: s
 def test_a_data_set_without_unlabelled_pictures_is_one_line(small_data: str, small_clip: str) -> None:
     for kind in KINDS:
         with pytest.raises(BadInput) as caught:
-            Run(settings(small_clip, kind, optim__global_batch_size=16), Warm(small_data, Ranks.alone()))
+            Run(settings(small_clip, kind, optim__global_batch_size=16), Workspace(small_data, Ranks.alone()))
         assert str(caught.value) == (
             f"method {kind}: needs the split 'unlabelled', but {small_data} has only train, validation, test; "
             "convert with --labelled and --unlabelled, or use method lift"
@@ -306,7 +306,7 @@ def test_a_data_set_without_unlabelled_pictures_is_one_line(small_data: str, sma
 
 
 def test_a_tower_without_text_is_one_line(small_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, config = Warm(DATA, Ranks.alone()), settings(small_clip)
+    here, config = Workspace(DATA, Ranks.alone()), settings(small_clip)
     monkeypatch.setattr(here.backbone(config), "text", None)
     with pytest.raises(BadInput) as caught:
         Run(config, here)

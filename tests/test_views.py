@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from lift_ray.data.augment import evaluation_picture
+from lift_ray.data.augment import evaluation_image
 from lift_ray.data.batches import Batch, unlabelled_batches
 from lift_ray.data.decode import Pixels
 from lift_ray.data.open import open_dataset
@@ -36,7 +36,7 @@ TORCHVISION = {
 
 def picture(number: int = 0) -> Pixels:
     with RowReader(POOL) as reader:
-        return evaluation_picture(reader.read(np.array([number]))[0], 48)
+        return evaluation_image(reader.read(np.array([number]))[0], 48)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

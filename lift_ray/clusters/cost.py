@@ -58,7 +58,7 @@ class Fleet:
 def work(space: SpaceFile) -> Work:
     """What a search has to do. Data at a URL is not opened: its size is `plan.training_images`."""
     number, longest = space.num_trials, space.most_epochs()
-    drawn = max(0, number - len(space.start))
+    drawn = max(0, number - len(space.baselines))
     epochs = (number - drawn) * longest + drawn * expected_epochs(space.search.scheduler, longest)
     images = space.plan.training_images
     if images is None and "://" not in space.dataset:

@@ -23,7 +23,7 @@ KINDS = {
 }
 
 
-class Faults:
+class Diagnostics:
     """What is wrong with one file.
 
     Attributes:
@@ -99,7 +99,7 @@ def _asked_of_pip(command: str) -> list[str]:
     return RAY_REQUIREMENT.findall(command) + [found for part in installs for found in ANY_RAY.findall(part)]
 
 
-def one_exact_ray(faults: Faults, commands: Mapping[Place, str], otherwise: Place) -> None:
+def one_exact_ray(faults: Diagnostics, commands: Mapping[Place, str], otherwise: Place) -> None:
     """Every node must get the Ray that is installed here, from where jobs come and which is inside the pin of this project."""
     from packaging.requirements import InvalidRequirement, Requirement
 
@@ -123,13 +123,13 @@ def one_exact_ray(faults: Faults, commands: Mapping[Place, str], otherwise: Plac
             )
 
 
-def one_ray_image(faults: Faults, place: Place, image: str, wanted: str) -> None:
+def one_ray_image(faults: Diagnostics, place: Place, image: str, wanted: str) -> None:
     """An image of the Ray project must hold this Ray; what is in another image cannot be seen from here."""
     if (found := RAY_IMAGE.search(image)) and found[1] != wanted:
         faults.add(place, f"must hold Ray {wanted} as all nodes do, but got '{image}'; change the tag")
 
 
-def loopback_only(faults: Faults, commands: Mapping[Place, str]) -> None:
+def loopback_only(faults: Diagnostics, commands: Mapping[Place, str]) -> None:
     """The dashboard that these commands start must listen on the head's loopback."""
     for place, command in commands.items():
         for host in re.findall(r"--dashboard-host[= ]\s*([^\s'\"]+)", command):
@@ -144,7 +144,7 @@ def loopback_only(faults: Faults, commands: Mapping[Place, str]) -> None:
 AUTH_MODE = re.compile(r"\bRAY_AUTH_MODE=['\"]?(\w*)|\bunset\b[^;&|]*\bRAY_AUTH_MODE\b")
 
 
-def token_stays_on(faults: Faults, commands: Mapping[Place, str]) -> None:
+def token_stays_on(faults: Diagnostics, commands: Mapping[Place, str]) -> None:
     """No command may turn Ray's token authentication off, for itself or for those after it."""
     for place, command in commands.items():
         if wrong := next((found for found in AUTH_MODE.finditer(command) if found[1] != "token"), None):
@@ -160,7 +160,7 @@ def walk(data: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
         yield place, data
 
 
-def plain_values(faults: Faults) -> None:
+def plain_values(faults: Diagnostics) -> None:
     """Neither Ray nor kubectl fills in variables; only a shell does."""
     for place, text in walk(faults.file.data):
         in_shell = any(str(name).endswith(("_commands", "command", "args", "entrypoint")) for name in place)
@@ -179,7 +179,7 @@ SECRET = re.compile(
 SECRET_NAME = re.compile(r"secret|password|access_key|api_key|auth_token$|credentials", re.IGNORECASE)
 
 
-def no_secrets(faults: Faults) -> None:
+def no_secrets(faults: Diagnostics) -> None:
     """Keys and tokens do not belong in a file; what stands there is not repeated."""
     for place, text in walk(faults.file.data):
         name = str(place[-1])

@@ -8,7 +8,7 @@ from typing import Any
 
 from lift_ray.clusters.diagnostics import (
     SECRET_NAME,
-    Faults,
+    Diagnostics,
     Place,
     no_secrets,
     one_exact_ray,
@@ -24,7 +24,7 @@ from lift_ray.settings.yaml_file import SettingsFile
 
 def read_kuberay(file: SettingsFile) -> Cluster:
     """Check and read it. Raises BadInput with a line for each fault."""
-    faults = Faults(file)
+    faults = Diagnostics(file)
     kind = str(file.data.get("kind"))
     if kind not in KUBERAY:
         faults.add(("kind",), f"unknown value '{kind}'; {did_you_mean(kind, KUBERAY)}")
@@ -51,7 +51,7 @@ def read_kuberay(file: SettingsFile) -> Cluster:
     return _cluster(faults, data)
 
 
-def _safety(faults: Faults, data: dict[str, Any], spec: Place) -> None:
+def _safety(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
     if data.get("authOptions", {}).get("mode") != "token":
         faults.add(
             (*spec, "authOptions"),
@@ -76,7 +76,7 @@ def _safety(faults: Faults, data: dict[str, Any], spec: Place) -> None:
         )
 
 
-def _groups(faults: Faults, data: dict[str, Any], spec: Place) -> None:
+def _groups(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
     here, ray = version("ray"), data["rayVersion"]
     if ray != here:
         faults.add((*spec, "rayVersion"), f"must be lift_ray's Ray {here}, but got '{ray}'; write \"{here}\"")
@@ -128,7 +128,7 @@ def _groups(faults: Faults, data: dict[str, Any], spec: Place) -> None:
             )
 
 
-def _cluster(faults: Faults, data: dict[str, Any]) -> Cluster:
+def _cluster(faults: Diagnostics, data: dict[str, Any]) -> Cluster:
     """By the code with which Ray's autoscaler reads the cluster."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from lift_ray.clusters.diagnostics import Faults, Place, walk
+from lift_ray.clusters.diagnostics import Diagnostics, Place, walk
 from lift_ray.clusters.schemas import TEXT, Schema, listed, mapping
 from lift_ray.errors import did_you_mean
 from lift_ray.settings.yaml_file import SettingsFile
@@ -35,13 +35,13 @@ def is_monitoring(data: dict[str, Any]) -> bool:
 
 def check_monitoring(file: SettingsFile) -> str:
     """Check it; returns what it holds. Raises BadInput with a line for each fault."""
-    faults = Faults(file)
+    faults = Diagnostics(file)
     said = _prometheus(faults) if "scrape_configs" in file.data else _grafana(faults)
     faults.end()
     return f"{file.source} ({said})"
 
 
-def _prometheus(faults: Faults) -> str:
+def _prometheus(faults: Diagnostics) -> str:
     """Does it read the list of nodes that Ray keeps?"""
     from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
@@ -60,7 +60,7 @@ def _prometheus(faults: Faults) -> str:
     return f"Prometheus, jobs {', '.join(job['job_name'] for job in jobs)}"
 
 
-def _grafana(faults: Faults) -> str:
+def _grafana(faults: Diagnostics) -> str:
     """Does it ask only for metrics that there are?"""
     known = published()
     for place, text in walk(faults.file.data):

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from lift_ray.clusters.diagnostics import (
-    Faults,
+    Diagnostics,
     Place,
     loopback_only,
     no_secrets,
@@ -29,7 +29,7 @@ Data = dict[str, Any]
 
 def read_ray_up(file: SettingsFile) -> Cluster:
     """Check and read it. Raises BadInput with a line for each fault."""
-    faults = Faults(file)
+    faults = Diagnostics(file)
     unchecked: tuple[str, ...] = ()
     _provider(faults)
     faults.by_schema(_schema(file.data))
@@ -46,7 +46,7 @@ def read_ray_up(file: SettingsFile) -> Cluster:
     return _cluster(file, _as_ray_sees(faults), unchecked)
 
 
-def _provider(faults: Faults) -> None:
+def _provider(faults: Diagnostics) -> None:
     provider = faults.file.data.get("provider")
     kind = provider.get("type") if isinstance(provider, dict) else None
     if isinstance(kind, str):
@@ -69,7 +69,7 @@ def _schema(data: Data) -> Schema:
     return schema
 
 
-def _local_machines(faults: Faults) -> None:
+def _local_machines(faults: Diagnostics) -> None:
     data = faults.file.data
     number = len(data["provider"]["worker_ips"])
     for name in ("min_workers", "max_workers"):
@@ -86,7 +86,7 @@ def _local_machines(faults: Faults) -> None:
         )
 
 
-def _node_types(faults: Faults) -> tuple[str, ...]:
+def _node_types(faults: Diagnostics) -> tuple[str, ...]:
     data, unchecked = faults.file.data, []
     types, head, ceiling = data["available_node_types"], data["head_node_type"], data["max_workers"]
     if head not in types:
@@ -140,7 +140,7 @@ ROLES = {("aws", True): "IamInstanceProfile", ("aws", False): "IamInstanceProfil
 SIZES = {"aws": "InstanceType", "gcp": "machineType", "azure": "vmSize"}
 
 
-def _open_to_the_world(faults: Faults) -> None:
+def _open_to_the_world(faults: Diagnostics) -> None:
     """AWS: whoever writes a security group may open SSH with it, and nothing else, to all addresses."""
     place: Place = ("provider", "security_group", "IpPermissions")
     for i, rule in enumerate((faults.file.data["provider"].get("security_group") or {}).get("IpPermissions") or []):
@@ -170,7 +170,7 @@ def _lists_of_commands(data: Data) -> dict[Place, str]:
     }
 
 
-def _images(faults: Faults) -> None:
+def _images(faults: Diagnostics) -> None:
     data = faults.file.data
     sections: list[tuple[Place, Data]] = [(("docker",), data.get("docker") or {})]
     sections += [
@@ -183,7 +183,7 @@ def _images(faults: Faults) -> None:
                 one_ray_image(faults, (*place, name), section[name], version("ray"))
 
 
-def _commands(faults: Faults) -> None:
+def _commands(faults: Diagnostics) -> None:
     data = faults.file.data
     commands = _lists_of_commands(data)
     one_exact_ray(faults, commands, ("setup_commands",))
@@ -238,7 +238,7 @@ def _commands(faults: Faults) -> None:
             )
 
 
-def _as_ray_sees(faults: Faults) -> Data:
+def _as_ray_sees(faults: Diagnostics) -> Data:
     """The file with Ray's defaults, judged by Ray's own code."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 

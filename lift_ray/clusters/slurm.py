@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lift_ray.clusters.diagnostics import Faults, Place, loopback_only, no_secrets, one_exact_ray, token_stays_on
+from lift_ray.clusters.diagnostics import Diagnostics, Place, loopback_only, no_secrets, one_exact_ray, token_stays_on
 from lift_ray.clusters.model import Cluster, NodeType
 from lift_ray.errors import BadInput
 from lift_ray.settings.yaml_file import SettingsFile
@@ -32,7 +32,7 @@ def read_slurm(path: str | Path) -> Cluster:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: must be a readable script, but got {error}; check the path") from None
     lines = {str(i): line for i, line in enumerate(text.splitlines(), 1)}
-    faults = Faults(_Script(str(path), dict(lines), {(name,): int(name) for name in lines}))
+    faults = Diagnostics(_Script(str(path), dict(lines), {(name,): int(name) for name in lines}))
     commands: dict[Place, str] = {(name,): line for name, line in lines.items() if not line.lstrip().startswith("#")}
     unchecked = _bash_reads(faults, text)
     one_exact_ray(faults, commands, ())
@@ -49,7 +49,7 @@ def read_slurm(path: str | Path) -> Cluster:
     return Cluster(str(path), "slurm", NodeType("head", "the first node", "", {}, 1, 1), (node,), node.most, unchecked)
 
 
-def _bash_reads(faults: Faults, text: str) -> tuple[str, ...]:
+def _bash_reads(faults: Diagnostics, text: str) -> tuple[str, ...]:
     if shutil.which("bash") is None:
         return ("the commands (needs bash)",)
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
@@ -58,7 +58,7 @@ def _bash_reads(faults: Faults, text: str) -> tuple[str, ...]:
     return ()
 
 
-def _node(faults: Faults, lines: dict[str, str]) -> NodeType:
+def _node(faults: Diagnostics, lines: dict[str, str]) -> NodeType:
     """What `#SBATCH` asks for: so many nodes of so many CPUs and GPUs, with one task of Ray on each."""
     given: dict[str, tuple[Place, str]] = {}
     for name, line in lines.items():

@@ -87,7 +87,7 @@ def any_crop(width: int, height: int, draw: NDArray[np.float64]) -> Crop:
     return Crop(left, top, w, h, "bilinear", bool(random.random() < 0.5))
 
 
-def training_picture(encoded: bytes, size_px: int, find: FindCrop, *, reduced: bool = False) -> Pixels:
+def training_image(encoded: bytes, size_px: int, find: FindCrop, *, reduced: bool = False) -> Pixels:
     """(size, size, 3) uint8: a crop of an encoded picture, resized.
 
     Args:
@@ -106,9 +106,7 @@ def training_picture(encoded: bytes, size_px: int, find: FindCrop, *, reduced: b
     return small[:, ::-1] if crop.flip else small
 
 
-def training_pictures_on(
-    device: torch.device, encoded: list[bytes], size_px: int, finds: list[FindCrop]
-) -> torch.Tensor:
+def training_images_on(device: torch.device, encoded: list[bytes], size_px: int, finds: list[FindCrop]) -> torch.Tensor:
     """(b, 3, size, size) uint8 on a device, decoded and resized there."""
     out = torch.empty(len(encoded), 3, size_px, size_px, dtype=torch.uint8, device=device)
     for row, picture, find in zip(out, decode_on(device, encoded), finds, strict=True):
@@ -119,13 +117,13 @@ def training_pictures_on(
     return out
 
 
-def evaluation_picture(encoded: bytes, size_px: int) -> Pixels:
+def evaluation_image(encoded: bytes, size_px: int) -> Pixels:
     """(size, size, 3) uint8: short side to 8/7 of the size (224 -> 256), then the centre."""
     return centre_crop(decode(encoded), size_px)
 
 
 def centre_crop(picture: Pixels, size_px: int) -> Pixels:
-    """`evaluation_picture` of what is decoded already."""
+    """`evaluation_image` of what is decoded already."""
     picture = _short_side(picture, round(size_px * 8 / 7))
     left, top = (round((side - size_px) / 2) for side in (picture.shape[1], picture.shape[0]))
     return picture[top : top + size_px, left : left + size_px]

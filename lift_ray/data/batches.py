@@ -22,12 +22,12 @@ from torch import Tensor
 from lift_ray.data.augment import (
     FindCrop,
     any_crop,
-    evaluation_picture,
+    evaluation_image,
     five_crops,
     smallest_area,
     square_crop,
-    training_picture,
-    training_pictures_on,
+    training_image,
+    training_images_on,
 )
 from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels
@@ -37,9 +37,9 @@ from lift_ray.data.order import (
     SHUFFLE_BYTES,
     epoch_order,
     kept_patches,
+    rank_slice,
     share_of_batch,
     steps_per_epoch,
-    stretch,
 )
 from lift_ray.data.reader import RowReader
 from lift_ray.data.views import NUM_DRAWS, two_views
@@ -120,7 +120,7 @@ def training_batches(
             "crop_flip": lambda i: partial(any_crop, draw=draws[i]),
         }
         if kind == "none":
-            batch = _batch(reader, split, samples, lambda data, i: evaluation_picture(data, size_px), decoders)
+            batch = _batch(reader, split, samples, lambda data, i: evaluation_image(data, size_px), decoders)
         elif decode == "gpu" and device is not None:
             crops = [finds[kind](i) for i in range(len(samples))]
             batch = _batch_on(device, reader, split, samples, size_px, crops)
@@ -129,7 +129,7 @@ def training_batches(
                 reader,
                 split,
                 samples,
-                lambda data, i: training_picture(data, size_px, finds[kind](i), reduced=decode == "reduced"),
+                lambda data, i: training_image(data, size_px, finds[kind](i), reduced=decode == "reduced"),
                 decoders,
             )
         if not patch_dropout:
@@ -225,8 +225,8 @@ def evaluation_batches(
         samples: sample numbers; all when not given.
     """
     wanted = np.arange(split.num_samples) if samples is None else samples
-    mine = wanted[stretch(len(wanted), rank, world_size)]
-    picture, decoders = five_crops if crops else evaluation_picture, _decoders(num_threads)
+    mine = wanted[rank_slice(len(wanted), rank, world_size)]
+    picture, decoders = five_crops if crops else evaluation_image, _decoders(num_threads)
 
     def make(step: int) -> Batch:
         places = mine[step * batch_size : (step + 1) * batch_size]
@@ -257,7 +257,7 @@ def _batch(
     def planar(place: int) -> Pixels:
         try:
             return np.moveaxis(picture(encoded[place], place), -1, -3)
-        except PICTURE_ERRORS as error:
+        except IMAGE_ERRORS as error:
             raise _broken(split, samples[place], error) from None
 
     def fill(places: range) -> None:
@@ -277,12 +277,12 @@ def _batch_on(
 ) -> Batch:
     encoded = reader.read(samples)
     try:
-        images = training_pictures_on(device, encoded, size_px, finds)
-    except PICTURE_ERRORS:
+        images = training_images_on(device, encoded, size_px, finds)
+    except IMAGE_ERRORS:
         for sample, data in zip(samples, encoded, strict=True):
             try:
-                evaluation_picture(data, size_px)
-            except PICTURE_ERRORS as error:
+                evaluation_image(data, size_px)
+            except IMAGE_ERRORS as error:
                 raise _broken(split, sample, error) from None
         raise
     return Batch(images, torch.from_numpy(split.labels[samples]))
@@ -346,4 +346,4 @@ def in_order(
 
 
 # what Pillow raises for broken images
-PICTURE_ERRORS = (OSError, ValueError, SyntaxError)
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError)

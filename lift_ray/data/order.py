@@ -57,7 +57,7 @@ def share_of_batch(batch: Int64s, rank: int, world_size: int) -> Int64s:
     return np.sort(np.argsort(batch, kind="stable")[rank * size : (rank + 1) * size])
 
 
-def stretch(number: int, rank: int, world_size: int) -> slice:
+def rank_slice(number: int, rank: int, world_size: int) -> slice:
     """This rank's part of so many things that the ranks share out in order; parts differ by one at most."""
     return slice(number * rank // world_size, number * (rank + 1) // world_size)
 

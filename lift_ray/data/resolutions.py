@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lift_ray.data.augment import centre_crop, corners_and_centre
-from lift_ray.data.batches import PICTURE_ERRORS, _ahead, _broken
+from lift_ray.data.batches import IMAGE_ERRORS, _ahead, _broken
 from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels, decode
 from lift_ray.data.longtail import Int64s
-from lift_ray.data.order import READ_AHEAD_SAMPLES, stretch
+from lift_ray.data.order import READ_AHEAD_SAMPLES, rank_slice
 from lift_ray.data.reader import RowReader
 
 Pictures = dict["View", Tensor]
@@ -46,7 +46,7 @@ def view_batches(
 
     Raises BadInput for a picture that cannot be read.
     """
-    mine = np.arange(split.num_samples)[stretch(split.num_samples, rank, world_size)]
+    mine = np.arange(split.num_samples)[rank_slice(split.num_samples, rank, world_size)]
 
     def samples(step: int) -> Int64s:
         return mine[step * batch_size : (step + 1) * batch_size]
@@ -58,7 +58,7 @@ def view_batches(
                 picture = decode(data)
                 for view, made in rows.items():
                     made.append(np.moveaxis(view.of(picture), -1, -3))
-            except PICTURE_ERRORS as error:
+            except IMAGE_ERRORS as error:
                 raise _broken(split, sample, error) from None
         pictures = {view: torch.from_numpy(np.stack(made)) for view, made in rows.items()}
         return pictures, torch.from_numpy(split.labels[samples(step)])

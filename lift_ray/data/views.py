@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from lift_ray.data.augment import evaluation_picture
+from lift_ray.data.augment import evaluation_image
 from lift_ray.data.decode import Pixels
 
 NUM_OPERATIONS = 2
@@ -34,7 +34,7 @@ def two_views(encoded: bytes, size_px: int, draw: NDArray[np.float64], cutout_fr
         draw: (NUM_DRAWS,) numbers in [0, 1) that decide everything.
         cutout_frac: as in `strong_view`.
     """
-    picture = evaluation_picture(encoded, size_px)
+    picture = evaluation_image(encoded, size_px)
     return np.stack([weak_view(picture, draw[:WEAK_DRAWS]), strong_view(picture, draw[WEAK_DRAWS:], cutout_frac)])
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from lift_ray.data.dataset import Split
 from lift_ray.data.resolutions import View, view_batches
 from lift_ray.ensembles.combine import COMBINE, Members
-from lift_ray.ensembles.group_table import Crossed
+from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.errors import BadInput
-from lift_ray.evaluation.accumulator import PerImage
+from lift_ray.evaluation.accumulator import PredictionCollector
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
 from lift_ray.model.heads import over_crops
@@ -24,7 +24,7 @@ from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.label_prior import fitted, label_prior, zero_shot
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 
 class Ensemble(Run):
@@ -50,7 +50,7 @@ class Ensemble(Run):
         self.pulse, self.per_class, self.evaluated = lambda: None, None, 0.0
         self.combine, self.weights = COMBINE["logits"], [1.0] * len(runs)
         self.gla: Gla | None = None
-        self.crossed: Crossed | None = None
+        self.crossed: GroupGainTable | None = None
         self.p_groups: NDArray[np.str_] | None = None
 
     def answer(self, combine: str | None = None, weights: Sequence[float] = (), *, with_gla: bool = False) -> None:
@@ -73,7 +73,7 @@ class Ensemble(Run):
         self.gla = Gla(list(self.runs.values())) if with_gla else self.gla
 
     @classmethod
-    def of(cls, config: RunConfig, warms: Sequence[Warm], class_counts: list[int] | None = None) -> Self:
+    def of(cls, config: RunConfig, warms: Sequence[Workspace], class_counts: list[int] | None = None) -> Self:
         """The members of `method: backdoor`, as `Run` makes one, each on one of the devices in turn."""
         method = config.method
         assert isinstance(method, BackdoorConfig)
@@ -89,11 +89,11 @@ class Ensemble(Run):
         return sum(run.num_trained for run in self.runs.values())
 
     def evaluate_taus(
-        self, split_name: str, taus: Sequence[float], each: Sequence[PerImage] = ()
+        self, split_name: str, taus: Sequence[float], each: Sequence[PredictionCollector] = ()
     ) -> list[dict[str, float]]:
         """As of a run; `report` then says what the models did alone, too, all at the last tau."""
         used = list(self.runs)[: self.in_use]
-        self.crossed = Crossed(used, self.warm.dataset.num_classes, self.ranks.device)
+        self.crossed = GroupGainTable(used, self.warm.dataset.num_classes, self.ranks.device)
         log_prior = torch.from_numpy(np.log(self.class_counts / self.class_counts.sum())).float()
         self.shift = taus[-1] * log_prior.to(self.ranks.device)
         found = super().evaluate_taus(split_name, taus, each)
@@ -102,7 +102,7 @@ class Ensemble(Run):
         return found
 
     def report(self, split_name: str) -> dict[str, Any]:
-        """What the last evaluation, of this split, found (results.crossed.Crossed.result)."""
+        """What the last evaluation, of this split, found (GroupGainTable.result)."""
         assert self.crossed is not None
         assert self.per_class is not None
         self.p_groups, why_not = self._p_groups()
@@ -210,7 +210,7 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
         num_threads=first.num_threads,
         batch_size=min(batch_size(first.device, run.model.tower, run.config.evaluation.tte) for run in runs),
     )
-    answers = [run.warm.answerer(run.config, run.model) for run in runs]
+    answers = [run.warm.predictor(run.config, run.model) for run in runs]
 
     def answer(batch: tuple[Mapping[View, torch.Tensor], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
         pictures, labels = batch
@@ -221,7 +221,7 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
     yield from on_cores(first.device, answer, batches)
 
 
-def run_of(config: RunConfig, warms: Sequence[Warm], class_counts: list[int] | None = None) -> Run:
+def run_of(config: RunConfig, warms: Sequence[Workspace], class_counts: list[int] | None = None) -> Run:
     """The run of any method; a single model is on the first device."""
     if isinstance(config.method, BackdoorConfig):
         return Ensemble.of(config, warms, class_counts)

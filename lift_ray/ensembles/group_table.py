@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lift_ray.evaluation.accumulator import Tally
+from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.metrics import ANY, GROUPS, PerClass, class_groups
 
 
-class Crossed:
+class GroupGainTable:
     """Counts beside the evaluation of several models together: each alone, and how often two of them differ.
 
     Args:
@@ -26,7 +26,7 @@ class Crossed:
 
     def __init__(self, names: Sequence[str], num_classes: int, device: torch.device) -> None:
         self.names = list(names)
-        self._alone = [Tally(num_classes, device) for _ in names]
+        self._alone = [MetricAccumulator(num_classes, device) for _ in names]
         self._differ = torch.zeros(len(names), len(names), dtype=torch.int64, device=device)
 
     def add(self, logits: Sequence[Tensor], labels: Tensor) -> None:

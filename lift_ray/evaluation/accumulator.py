@@ -14,7 +14,7 @@ from lift_ray.evaluation.metrics import PerClass, summarise
 NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
 
 
-class Tally:
+class MetricAccumulator:
     """Sums over the images of a split; `add` reads nothing back to the host.
 
     Bin m of M = 15 holds the images whose confidence, the largest softmax probability, lies in (m / M, (m + 1) / M].
@@ -56,7 +56,7 @@ class Tally:
         return summarise(classes, self._bins.cpu().numpy(), float(self._loss), train_counts), classes
 
 
-class PerImage:
+class PredictionCollector:
     """What a model made of each image of a split, in storage order; a rank fills in its stretch, the others stay 0.
 
     Args:

@@ -17,9 +17,9 @@ from lift_ray.data.batches import evaluation_batches
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
-from lift_ray.evaluation.accumulator import Tally
+from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.cpu_parallel import on_cores
-from lift_ray.inference.classifier import Finished
+from lift_ray.inference.classifier import Classifier
 from lift_ray.training.checkpoint import difference
 
 FILE = (
@@ -54,7 +54,7 @@ class Calibration:
         )
 
 
-def calibrated(folder: Path, finished: Finished) -> Calibration:
+def calibrated(folder: Path, finished: Classifier) -> Calibration:
     """The calibration that is kept beside a checkpoint; fitted, and kept there where that can be written, when there is none.
 
     Raises BadInput when its validation split cannot be read.
@@ -83,7 +83,7 @@ def kept(path: Path) -> Calibration | None:
         raise BadInput(f"{path}: must be a calibration, but got {error}; delete it") from None
 
 
-def _fitted(finished: Finished) -> Calibration:
+def _fitted(finished: Classifier) -> Calibration:
     record, ranks = finished.record, finished.ranks
     try:
         dataset = open_dataset(record.dataset)
@@ -130,6 +130,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def _error(logits: Tensor, labels: Tensor, class_counts: list[int]) -> float:
-    tally = Tally(logits.shape[1], logits.device)
+    tally = MetricAccumulator(logits.shape[1], logits.device)
     tally.add(logits, labels)
     return tally.result(np.array(class_counts))[0]["calibration_error"]

@@ -17,7 +17,7 @@ from lift_ray.model.heads import over_crops
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 BATCH = 100  # pictures, on a GPU
 
@@ -38,7 +38,7 @@ def single_record(folder: Path) -> checkpoint.Record:
     return record
 
 
-class Finished:
+class Classifier:
     """A checkpoint's model, ready to classify as an evaluation of it does.
 
     On a CPU it computes in fp32, whatever it was trained in.
@@ -56,13 +56,13 @@ class Finished:
         here: dict[str, Any] = {"backbone.precision": "fp32"} if ranks.device.type == "cpu" else {}
         if posthoc_tau is not None:
             here["evaluation.posthoc_tau"] = posthoc_tau
-        self._warm = Warm(Dataset(self.record.dataset, tuple(self.record.class_names), {}), ranks)
+        self._warm = Workspace(Dataset(self.record.dataset, tuple(self.record.class_names), {}), ranks)
         self.config = self._warm.resolve(RunConfig.model_validate(apply_overrides(self.record.config, here, RunConfig)))
         self.backbone = self._warm.backbone(self.config)
         self.model = self._warm.build(self.config, trained_already=True)
         checkpoint.load_weights(folder, self.model)
         self.model.eval().requires_grad_(False)
-        self._answer = self._warm.answerer(self.config, self.model)
+        self._answer = self._warm.predictor(self.config, self.model)
         counts = np.array(self.record.class_counts)
         log_prior = torch.from_numpy(np.log(counts / counts.sum())).float().to(ranks.device)
         self.offset = self.config.evaluation.posthoc_tau * log_prior

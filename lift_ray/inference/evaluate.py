@@ -21,11 +21,11 @@ from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import ScaleConfig
 from lift_ray.training import checkpoint
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Question:
+class EvaluationRequest:
     """What to find out about trained models.
 
     Args:
@@ -54,7 +54,7 @@ class Evaluated:
         figures: for each tau the metrics as `split/name`, trained_parameters, and of a single model how good the pseudo-labels of its
             last epoch were.
         rows: one for each class, for the last tau.
-        report: results.crossed.Crossed.result where several models answer together, otherwise empty.
+        report: GroupGainTable.result where several models answer together, otherwise empty.
     """
 
     figures: list[dict[str, float]]
@@ -62,7 +62,7 @@ class Evaluated:
     report: dict[str, Any]
 
 
-def evaluate_here(question: Question) -> Evaluated:
+def evaluate_here(question: EvaluationRequest) -> Evaluated:
     """Evaluate in this process, several models shared out to its GPUs if it has some. Raises BadInput."""
     ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
     return _evaluate(question, ranks)
@@ -72,7 +72,7 @@ def evaluate_checkpoint(
     folder: Path, dataset: str, split: str, taus: Sequence[float] = (0.0,), tte: bool = False
 ) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """The figures of one checkpoint for each tau, and a row for each class for the last."""
-    found = evaluate_here(Question((str(folder),), dataset, split, tuple(taus), tte))
+    found = evaluate_here(EvaluationRequest((str(folder),), dataset, split, tuple(taus), tte))
     return found.figures, found.rows
 
 
@@ -83,8 +83,8 @@ def devices(ranks: Ranks) -> list[torch.device]:
     return [ranks.device, *(torch.device("cuda", number) for number in range(1, torch.cuda.device_count()))]
 
 
-def _evaluate(question: Question, ranks: Ranks) -> Evaluated:
-    warms = [Warm(question.dataset, replace(ranks, device=device)) for device in devices(ranks)]
+def _evaluate(question: EvaluationRequest, ranks: Ranks) -> Evaluated:
+    warms = [Workspace(question.dataset, replace(ranks, device=device)) for device in devices(ranks)]
     runs = [
         _trained(where, warms[number % len(warms) :] + warms[: number % len(warms)], question.tte)
         for number, where in enumerate(question.checkpoints)
@@ -108,7 +108,7 @@ def _evaluate(question: Question, ranks: Ranks) -> Evaluated:
     return Evaluated(figures, run.per_class_rows(), report)
 
 
-def _trained(where: str, warms: list[Warm], tte: bool) -> Run:
+def _trained(where: str, warms: list[Workspace], tte: bool) -> Run:
     with checkpoint.opened(where) as folder:
         record = checkpoint.read_record(folder)
         config = RunConfig.model_validate(
@@ -120,7 +120,7 @@ def _trained(where: str, warms: list[Warm], tte: bool) -> Run:
     return run
 
 
-def _together(runs: list[Run], question: Question) -> Run:
+def _together(runs: list[Run], question: EvaluationRequest) -> Run:
     """One run for all of them."""
     if len(runs) > 1:
         for where, run in zip(question.checkpoints, runs, strict=True):
@@ -144,14 +144,14 @@ class Evaluator:
         """Where the ranks may meet, if this is the first."""
         return meeting_point()
 
-    def evaluate(self, rank: int, meet: tuple[str, int], need: Need, question: Question) -> Evaluated:
+    def evaluate(self, rank: int, meet: tuple[str, int], need: Need, question: EvaluationRequest) -> Evaluated:
         """What all ranks find together, the same on each."""
         alone = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
         join_group(rank, need.workers, *meet, alone.device)
         return _evaluate(question, replace(alone, rank=rank, world_size=need.workers))
 
 
-def evaluate_on_workers(question: Question, workers: int, cpus_per_worker: int) -> Evaluated:
+def evaluate_on_workers(question: EvaluationRequest, workers: int, cpus_per_worker: int) -> Evaluated:
     """As `evaluate_here`, each image on one of several Ray workers, which all reach the checkpoints.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.inference.classifier import Finished
+from lift_ray.inference.classifier import Classifier
 from lift_ray.inference.model_card import Exported, model_card
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
@@ -34,7 +34,7 @@ GetProgram = Callable[[], torch.export.ExportedProgram]
 Logits = Callable[[Tensor], Tensor]
 
 
-class Classifier(nn.Module):
+class ExportedModel(nn.Module):
     """From pictures as they are to logits: normalisation, tower, tuners, head and post-hoc adjustment.
 
     Args:
@@ -82,18 +82,18 @@ def export_checkpoint(
         folder: of the checkpoint.
         to: a folder that is not there yet.
         formats: open_clip, onnx, torch; none for all that the model allows.
-        posthoc_tau: as of `Finished`.
+        posthoc_tau: as for `Classifier`.
 
     Returns:
         What was written, and why open_clip was left out ("" when it was not, or not asked for).
 
     Raises:
-        BadInput: `to` is there, a format that the model or this installation does not allow, or as `Finished`.
+        BadInput: `to` is there, a format that the model or this installation does not allow, or as `Classifier`.
         RunFailed: the logits of a file differ by more than 1e-4, or the disk is full.
     """
     if to.exists():
         raise BadInput(f"--to: must be a new folder, but {to} exists; delete it, or give another")
-    finished = Finished(folder, Ranks.alone(num_cpus=torch.get_num_threads()), posthoc_tau)
+    finished = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()), posthoc_tau)
     reason = not_for_open_clip(finished)
     if OPEN_CLIP in formats and reason:
         raise BadInput(f"--format open_clip: {reason}; use onnx or torch")
@@ -118,7 +118,7 @@ def export_checkpoint(
     return exported, "" if formats else reason
 
 
-def not_for_open_clip(finished: Finished) -> str:
+def not_for_open_clip(finished: Classifier) -> str:
     """Why the tower cannot be weights of open_clip; "" when it can."""
     kinds = " and ".join(tuner.kind for tuner in finished.config.tuners())
     if finished.backbone.name.startswith(TIMM):
@@ -140,17 +140,17 @@ def check_onnx_packages() -> None:
         ) from None
 
 
-def classifier(finished: Finished) -> Classifier:
+def exported_model(finished: Classifier) -> ExportedModel:
     """What is exported; the tuners are merged where they can be, which saves their time."""
     model, backbone = finished.model, finished.backbone
     tower, tuners = model.tower, model.tuner.per_block
     if can_merge(tuners):
         tower, tuners = merged(tower, tuners), []
-    whole = Classifier(tower, tuners, model.head, mean=backbone.mean, std=backbone.std, offset=finished.offset)
+    whole = ExportedModel(tower, tuners, model.head, mean=backbone.mean, std=backbone.std, offset=finished.offset)
     return whole.eval()
 
 
-def _exported(finished: Finished, name: str, folder: Path, program: GetProgram) -> Exported:
+def _exported(finished: Classifier, name: str, folder: Path, program: GetProgram) -> Exported:
     file, run = WRITERS[name](finished, folder, program)
     worst = 0.0
     for number in (1, 3):
@@ -173,7 +173,7 @@ def _exported(finished: Finished, name: str, folder: Path, program: GetProgram) 
     return Exported(name, file, worst)
 
 
-def _open_clip(finished: Finished, folder: Path, program: GetProgram) -> tuple[str, Logits]:
+def _open_clip(finished: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
     wanted, model = finished.config.backbone, finished.model
     tower = merged(model.tower, model.tuner.per_block)
     (folder / OPEN_CLIP).mkdir()
@@ -184,13 +184,13 @@ def _open_clip(finished: Finished, folder: Path, program: GetProgram) -> tuple[s
     return f"{OPEN_CLIP}/", lambda images: alone((images / 255 - mean) / std) - finished.offset
 
 
-def _torch(finished: Finished, folder: Path, program: GetProgram) -> tuple[str, Logits]:
+def _torch(finished: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
     torch.export.save(program(), folder / "model.pt2")
     loaded: Any = torch.export.load(folder / "model.pt2").module()
     return "model.pt2", loaded
 
 
-def _onnx(finished: Finished, folder: Path, program: GetProgram) -> tuple[str, Logits]:
+def _onnx(finished: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
     onnxruntime: Any = importlib.import_module("onnxruntime")
     path = folder / "model.onnx"
     with warnings.catch_warnings():
@@ -202,15 +202,15 @@ def _onnx(finished: Finished, folder: Path, program: GetProgram) -> tuple[str, L
     return path.name, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _program(finished: Finished) -> torch.export.ExportedProgram:
+def _program(finished: Classifier) -> torch.export.ExportedProgram:
     """The classifier as torch.export sees it, for any batch size."""
-    whole, example = classifier(finished), torch.zeros(2, 3, finished.size_px, finished.size_px, dtype=torch.uint8)
+    whole, example = exported_model(finished), torch.zeros(2, 3, finished.size_px, finished.size_px, dtype=torch.uint8)
     with torch.no_grad():
         whole(example)  # resized positions are kept from the first use on, and must be no tensors of the exporter
         return torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
 
 
-def _metrics(folder: Path, finished: Finished) -> dict[str, float]:
+def _metrics(folder: Path, finished: Classifier) -> dict[str, float]:
     """Of the checkpoint's last evaluation; and of the test split, where a search kept them beside it (best/)."""
     try:
         kept: dict[str, float] = json.loads((folder / METRICS).read_text())
@@ -221,7 +221,7 @@ def _metrics(folder: Path, finished: Finished) -> dict[str, float]:
     return finished.record.metrics | kept
 
 
-def _card(finished: Finished, exported: Sequence[Exported], metrics: Mapping[str, float]) -> str:
+def _card(finished: Classifier, exported: Sequence[Exported], metrics: Mapping[str, float]) -> str:
     record, wanted = finished.record, finished.config.backbone
     return model_card(
         config=finished.config.to_dict(),
@@ -239,7 +239,7 @@ def _card(finished: Finished, exported: Sequence[Exported], metrics: Mapping[str
     )
 
 
-WRITERS: dict[str, Callable[[Finished, Path, GetProgram], tuple[str, Logits]]] = {
+WRITERS: dict[str, Callable[[Classifier, Path, GetProgram], tuple[str, Logits]]] = {
     OPEN_CLIP: _open_clip,
     TORCH: _torch,
     ONNX: _onnx,

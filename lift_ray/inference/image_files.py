@@ -26,7 +26,7 @@ REMOTE_READERS = 16  # files
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageFiles:
     """Pictures in a fixed order. It is sent to other processes, so it holds names and numbers, no open files.
 
     Attributes:
@@ -53,7 +53,7 @@ class Pictures:
         return [self.files[shard] for shard in shards], [int(row) for row in rows]
 
 
-def find_pictures(where: Sequence[str], column: str | None = None) -> Pictures:
+def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
     """The pictures that files, folders and patterns name, in the order given, each folder by name.
 
     A folder holds images (by their suffix, also in folders inside it), or *.parquet files. Hidden files are left out.
@@ -69,7 +69,7 @@ def find_pictures(where: Sequence[str], column: str | None = None) -> Pictures:
     if not shards:
         if column is not None:
             raise BadInput(f"--column: must come with Parquet shards, but got images ({files[0]}); leave it out")
-        return Pictures(tuple(files))
+        return ImageFiles(tuple(files))
     if len(shards) < len(files):
         other = next(url for url in files if url not in shards)
         raise BadInput(f"{other}: must be Parquet as {shards[0]} is, but is not; give images and shards one by one")
@@ -84,7 +84,7 @@ def find_pictures(where: Sequence[str], column: str | None = None) -> Pictures:
     rows = tuple(tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups)) for footer in footers)
     if not sum(map(sum, rows)):
         raise BadInput(f"{shards[0]}: must hold images, but got 0 rows; check the path")
-    return Pictures(tuple(shards), rows, columns.pop())
+    return ImageFiles(tuple(shards), rows, columns.pop())
 
 
 def _files(url: str) -> list[str]:
@@ -128,7 +128,7 @@ def _leaf(url: str, footer: Any, column: str) -> str:
     return f"{column}.bytes" if inner is not kind else column
 
 
-class PictureReader:
+class ImageReader:
     """Reads encoded pictures by number; threads may share it.
 
     Args:
@@ -136,7 +136,7 @@ class PictureReader:
         keep: row groups in memory.
     """
 
-    def __init__(self, pictures: Pictures, keep: int = 2 * READERS) -> None:
+    def __init__(self, pictures: ImageFiles, keep: int = 2 * READERS) -> None:
         self._pictures, self._keep = pictures, keep
         homes = [(s, g, rows) for s, groups in enumerate(pictures.row_groups) for g, rows in enumerate(groups)]
         self._homes = [(shard, group) for shard, group, _ in homes]

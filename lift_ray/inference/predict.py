@@ -19,13 +19,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
-from lift_ray.data.augment import evaluation_picture, five_crops
-from lift_ray.data.batches import PICTURE_ERRORS, _ahead
+from lift_ray.data.augment import evaluation_image, five_crops
+from lift_ray.data.batches import IMAGE_ERRORS, _ahead
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.calibration import Calibration, calibrated
-from lift_ray.inference.classifier import Finished, single_record
-from lift_ray.inference.image_files import PictureReader, Pictures
+from lift_ray.inference.classifier import Classifier, single_record
+from lift_ray.inference.image_files import ImageFiles, ImageReader
 from lift_ray.methods.world import Ranks
 from lift_ray.ray_runtime.capacity import num_slots
 from lift_ray.ray_runtime.session import connected
@@ -48,12 +48,12 @@ class Job:
         pictures: all of them.
         top: classes in a row, at most K.
         temperature: given by hand; None for the fitted one.
-        posthoc_tau: as of `Finished`.
+        posthoc_tau: as for `Classifier`.
         part: pictures of a part.
     """
 
     where: str
-    pictures: Pictures
+    pictures: ImageFiles
     top: int = 5
     temperature: float | None = None
     posthoc_tau: float | None = None
@@ -82,7 +82,7 @@ class Predictor:
     def __init__(self, job: Job, ranks: Ranks) -> None:
         self._job, self._ranks = job, ranks
         with checkpoint.opened(job.where) as folder:
-            self._finished = Finished(folder, ranks, job.posthoc_tau)
+            self._finished = Classifier(folder, ranks, job.posthoc_tau)
             self.calibration = (
                 calibrated(folder, self._finished) if job.temperature is None else Calibration(job.temperature)
             )
@@ -90,7 +90,7 @@ class Predictor:
 
     def parts(self, numbers: Sequence[int], temperature: float) -> Iterator[tuple[int, pa.Table]]:
         """The rows of these parts, in order; pictures are decoded ahead across their ends."""
-        reader = PictureReader(self._job.pictures)
+        reader = ImageReader(self._job.pictures)
         size = self._finished.batch_size
         steps = [
             (number, start, min(start + size, stop))
@@ -115,9 +115,9 @@ class Predictor:
         finally:
             reader.close()
 
-    def _decoded(self, reader: PictureReader, start: int, stop: int) -> tuple[torch.Tensor, list[str | None]]:
+    def _decoded(self, reader: ImageReader, start: int, stop: int) -> tuple[torch.Tensor, list[str | None]]:
         """The good pictures of [start, stop), (b, 3, H, W) or (b, 5, 3, H, W) uint8, and for each of all what is wrong."""
-        size_px, picture = self._finished.size_px, five_crops if self._finished.five_crops else evaluation_picture
+        size_px, picture = self._finished.size_px, five_crops if self._finished.five_crops else evaluation_image
         shape = (5, 3, size_px, size_px) if self._finished.five_crops else (3, size_px, size_px)
         images, good = np.empty((stop - start, *shape), np.uint8), 0
         errors: list[str | None] = []
@@ -126,7 +126,7 @@ class Predictor:
                 images[good] = np.moveaxis(picture(encoded or b"", size_px), -1, -3)
                 good += 1
                 errors.append(None)
-            except PICTURE_ERRORS as error:
+            except IMAGE_ERRORS as error:
                 errors.append("no image" if not encoded else one_line(error).replace("<_io.BytesIO object", "<bytes"))
         return torch.from_numpy(images[:good]), errors
 
@@ -183,7 +183,7 @@ def predict(job: Job, out: Path, advance: Advance, *, workers: int = 1, cpus_per
         workers: Ray workers; 1 for this process.
 
     Raises:
-        BadInput: `out` is there, or its parts are of another job; as `Finished`, `calibrated` and `num_slots`.
+        BadInput: `out` is there, or its parts are of another job; as `Classifier`, `calibrated` and `num_slots`.
         RunFailed: workers were lost too often, or the disk is full.
     """
     parts = out.with_name(f"{out.name}.parts")

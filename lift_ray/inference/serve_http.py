@@ -74,14 +74,14 @@ class Options:
         return cls(**values | {"checkpoint": absolute(values["checkpoint"])})
 
 
-class Gate:
+class HttpFront:
     """What stands at the port: the page, the health check, and limits on what is sent on to the model."""
 
     def __init__(self, model: Any, options: Options) -> None:
         self._model, self._max_bytes = model, int(options.max_mb * 1e6)
         self._bytes, self._bytes_at_once = 0, max(BYTES_AT_ONCE, self._max_bytes)
         self._answered = -FRESH_S
-        self._page = (importlib.resources.files("lift_ray") / "distributed" / "serving.html").read_text()
+        self._page = (importlib.resources.files("lift_ray") / "inference" / "serving.html").read_text()
 
     async def __call__(self, request: Request) -> Response:
         """GET / and /health, POST /predict[?top=N] with an encoded picture as the body."""

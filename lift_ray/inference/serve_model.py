@@ -11,12 +11,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from ray import serve
 
-from lift_ray.data.augment import evaluation_picture, five_crops
-from lift_ray.data.batches import PICTURE_ERRORS
+from lift_ray.data.augment import evaluation_image, five_crops
+from lift_ray.data.batches import IMAGE_ERRORS
 from lift_ray.data.convert.images import FORMATS
 from lift_ray.inference.calibration import Calibration, calibrated
-from lift_ray.inference.classifier import Finished
-from lift_ray.inference.serve_http import Gate, Options
+from lift_ray.inference.classifier import Classifier
+from lift_ray.inference.serve_http import HttpFront, Options
 from lift_ray.methods.world import Ranks
 from lift_ray.storage.store import one_line
 from lift_ray.training import checkpoint
@@ -26,13 +26,13 @@ GATES = 2  # so that there is one when the other dies
 AT_ONCE = 64  # pictures in a replica; the others wait where they came in
 
 
-class Classifier:
+class ModelReplica:
     """A replica of the model. Pictures are decoded in threads; those that come together are classified together."""
 
     def __init__(self, options: Options) -> None:
         ranks = Ranks.alone(use_gpu=bool(options.gpus), num_cpus=options.cpus)
         with checkpoint.opened(options.checkpoint) as folder:
-            self._finished = Finished(folder, ranks, options.posthoc_tau)
+            self._finished = Classifier(folder, ranks, options.posthoc_tau)
             fixed = options.temperature
             self._temperature = (Calibration(fixed) if fixed else calibrated(folder, self._finished)).temperature
         self._max_pixels, self._decoding = int(1e6 * options.max_megapixels), asyncio.Semaphore(options.cpus + 1)
@@ -56,7 +56,7 @@ class Classifier:
 
     def _decoded(self, encoded: bytes) -> tuple[int, Any]:
         """The picture, (3, H, W) or (5, 3, H, W) uint8; or a status and what is wrong."""
-        make = five_crops if self._finished.five_crops else evaluation_picture
+        make = five_crops if self._finished.five_crops else evaluation_image
         try:
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
                 width, height = image.size
@@ -67,7 +67,7 @@ class Classifier:
             return 413, f"picture: must have at most {self._max_pixels:,} pixels, but got more"
         except UnidentifiedImageError:
             return 400, f"picture: must be {', '.join(FORMATS)}, but got something else"
-        except PICTURE_ERRORS as error:
+        except IMAGE_ERRORS as error:
             return 400, f"picture: must be whole, but got: {one_line(error)}"
 
     @serve.batch(max_batch_size=LARGEST_BATCH, batch_wait_timeout_s=WAIT_S)  # type: ignore[untyped-decorator]
@@ -83,14 +83,14 @@ def application(options: Options) -> Any:
     """The application to give to `serve.run`."""
     actor = {"num_cpus": options.cpus, "num_gpus": options.gpus}
     model = serve.deployment(
-        Classifier,
+        ModelReplica,
         num_replicas=options.replicas,
         ray_actor_options=actor,
         max_ongoing_requests=AT_ONCE,
         health_check_period_s=2,
     ).bind(options)
     gate = serve.deployment(
-        Gate,
+        HttpFront,
         num_replicas=GATES,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=1000,

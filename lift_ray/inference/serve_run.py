@@ -74,7 +74,7 @@ def _stop(*_: Any) -> None:
 def _check(options: Any, host: str, port: int) -> None:
     """Raise BadInput for what can be known before anything starts; fit the temperature once, for all replicas."""
     from lift_ray.inference.calibration import calibrated
-    from lift_ray.inference.classifier import Finished
+    from lift_ray.inference.classifier import Classifier
     from lift_ray.methods.world import Ranks
     from lift_ray.training.checkpoint import opened
 
@@ -85,6 +85,6 @@ def _check(options: Any, host: str, port: int) -> None:
         except OSError as error:
             raise BadInput(f"--port: must be free, but {host}:{port} is not ({error.strerror}); give another") from None
     with opened(options.checkpoint) as folder:
-        finished = Finished(folder, Ranks.alone(num_cpus=os.cpu_count() or 1), options.posthoc_tau)
+        finished = Classifier(folder, Ranks.alone(num_cpus=os.cpu_count() or 1), options.posthoc_tau)
         if options.temperature is None:
             print(calibrated(folder, finished), flush=True)

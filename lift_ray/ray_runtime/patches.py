@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lift_ray.errors import BadInput, exit_codes
 
-MENDED = {
+FIXED = {
     "reconciler.py": (
         'new_instance_status=IMInstance.ALLOCATION_FAILED,\n                details=f"launch failed',
         "new_instance_status=IMInstance.ALLOCATION_FAILED,\n                instance_type=im_instance.instance_type,\n"
@@ -26,9 +26,9 @@ MENDED = {
 }
 
 
-def mend(folder: Path) -> None:
+def fix(folder: Path) -> None:
     """Mend Ray's `instance_manager` in this folder; nothing where that is done. Raises BadInput for another Ray."""
-    for name, (before, after) in MENDED.items():
+    for name, (before, after) in FIXED.items():
         path = folder / name
         text = path.read_text()
         if after in text:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     """Mend the Ray of this environment."""
     import ray
 
-    mend(Path(ray.__file__).parent / "autoscaler" / "v2" / "instance_manager")
+    fix(Path(ray.__file__).parent / "autoscaler" / "v2" / "instance_manager")
 
 
 if __name__ == "__main__":

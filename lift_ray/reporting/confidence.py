@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lift_ray.evaluation.metrics import GROUPS
-from lift_ray.reporting.study_files import BEST, Answers, StudyFiles, Trial, numbers
+from lift_ray.reporting.study_files import BEST, Predictions, StudyFiles, Trial, numbers
 
 DRAWS = 2000
 CHUNK = 100  # draws at a time: thousands of classes fit into memory
@@ -36,7 +36,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def accuracy_intervals(answers: Answers, groups: NDArray[np.str_]) -> dict[str, Interval]:
+def accuracy_intervals(answers: Predictions, groups: NDArray[np.str_]) -> dict[str, Interval]:
     """Accuracy overall, by mean class and by group, with 95% intervals by bootstrap over test images.
 
     Images are drawn anew within their class, so each class keeps its number of images.
@@ -51,7 +51,7 @@ def accuracy_intervals(answers: Answers, groups: NDArray[np.str_]) -> dict[str, 
     return _intervals(correct, lambda: random.binomial(total, share, (CHUNK, len(groups))), total, groups)
 
 
-def accuracy_gains(ours: Answers, theirs: Answers, groups: NDArray[np.str_]) -> dict[str, Interval]:
+def accuracy_gains(ours: Predictions, theirs: Predictions, groups: NDArray[np.str_]) -> dict[str, Interval]:
     """By how much one model is better than another on the same images, as `accuracy_intervals`; the images are paired."""
     total = np.bincount(ours.label, minlength=len(groups))
     won, lost = ours.hits & ~theirs.hits, ~ours.hits & theirs.hits
@@ -174,7 +174,7 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
 def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool = False) -> list[Interval]:
     """Least squares by bootstrap-t over residuals: 95% intervals of combinations of the coefficients.
 
-    With few trials a bootstrap of percentiles is too narrow: tests/test_evidence.py measures how often the truth is inside.
+    With few trials a bootstrap of percentiles is too narrow: tests/test_confidence.py measures how often the truth is inside.
 
     Args:
         design: (N, P) of full rank, N > P. y: (N,).
@@ -221,7 +221,7 @@ def seed_spread(study: StudyFiles) -> str:
     return f"{text}: the seeds of the two overlap, so {'chance may decide' if np.mean(best) > np.mean(theirs) else 'nothing is won'}."
 
 
-def reliability(answers: Answers, num_bins: int = 15) -> list[tuple[float, float, int]]:
+def reliability(answers: Predictions, num_bins: int = 15) -> list[tuple[float, float, int]]:
     """(mean confidence, accuracy, images) of each bin of confidence that holds images (arXiv 1706.04599)."""
     place = np.clip(np.ceil(answers.confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     out = []

@@ -45,7 +45,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Chapter:
+class StudySection:
     """A study and what was computed for it elsewhere."""
 
     study: StudyFiles
@@ -55,7 +55,7 @@ class Chapter:
     without_examples: str = ""
 
 
-def figures_of(chapter: Chapter) -> tuple[list[Figure], list[str]]:
+def figures_of(chapter: StudySection) -> tuple[list[Figure], list[str]]:
     """The figures that the study has the numbers for, in reading order, and the names of those that it has not."""
     study = chapter.study
     law = fit_law(study, *search.unit_of(study))
@@ -87,7 +87,7 @@ def figures_of(chapter: Chapter) -> tuple[list[Figure], list[str]]:
     return found[:place] + widths + found[place:], missing
 
 
-def write_page(chapters: Sequence[Chapter], folder: Path) -> list[tuple[str, Figure]]:
+def write_page(chapters: Sequence[StudySection], folder: Path) -> list[tuple[str, Figure]]:
     """folder/index.html and folder/NAME.csv, each renamed into place; returns the figures by the names of their files.
 
     Raises RunFailed when plotly is not installed, and OSError.
@@ -115,7 +115,7 @@ def write_page(chapters: Sequence[Chapter], folder: Path) -> list[tuple[str, Fig
         "FIGURES": json.dumps(drawn, allow_nan=False).replace("<", "\\u003c"),
         "PLOTLY": plotly_js(),
     }
-    page = files("lift_ray.results").joinpath("page.html").read_text()
+    page = files("lift_ray.reporting").joinpath("page.html").read_text()
     head, *rest = page.split("{{")
     _write(folder / PAGE, head + "".join(parts[key] + text for key, text in (piece.split("}}", 1) for piece in rest)))
     return named
@@ -145,7 +145,7 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _navigation(chapters: Sequence[Chapter], named: Sequence[tuple[str, Figure]]) -> str:
+def _navigation(chapters: Sequence[StudySection], named: Sequence[tuple[str, Figure]]) -> str:
     if len(chapters) > 1:
         links = [(f"study-{i + 1}", chapter.study.name) for i, chapter in enumerate(chapters)]
     else:
@@ -153,7 +153,7 @@ def _navigation(chapters: Sequence[Chapter], named: Sequence[tuple[str, Figure]]
     return "".join(f'<li><a href="#{escape(anchor)}">{escape(text)}</a></li>' for anchor, text in links)
 
 
-def _together(chapters: Sequence[Chapter]) -> str:
+def _together(chapters: Sequence[StudySection]) -> str:
     """The best of each study, and the question of heavy tuning to all studies of a data set at once."""
     rows: list[dict[str, Any]] = []
     for chapter in chapters:
@@ -176,7 +176,7 @@ def _together(chapters: Sequence[Chapter]) -> str:
 
 
 def _chapter(
-    chapter: Chapter, named: Sequence[tuple[str, Figure]], missing: Sequence[str], index: int, *, alone: bool
+    chapter: StudySection, named: Sequence[tuple[str, Figure]], missing: Sequence[str], index: int, *, alone: bool
 ) -> str:
     """A study, what was found first, then each figure with what it answers."""
     study, found = chapter.study, {figure.name: (name, figure) for name, figure in named}
@@ -236,7 +236,7 @@ def _figure(name: str, figure: Figure, answer: str = "") -> str:
     )
 
 
-def _examples(chapter: Chapter) -> str:
+def _examples(chapter: StudySection) -> str:
     if not chapter.examples:
         why = f" ({escape(chapter.without_examples)})" if chapter.without_examples else ""
         return f"<section><h3>The worst classes</h3><p>There are no pictures to show{why}.</p></section>"

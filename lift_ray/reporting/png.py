@@ -56,7 +56,7 @@ def _axis(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"gridcolor": LINE, "linecolor": LINE, "tickcolor": SOFT, "zeroline": False, **given}
 
 
-def write_pictures(named: Sequence[tuple[str, Figure]], folder: Path) -> None:
+def write_png(named: Sequence[tuple[str, Figure]], folder: Path) -> None:
     """folder/NAME.png of each figure.
 
     Raises:

@@ -18,8 +18,8 @@ import numpy as np
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
-from lift_ray.reporting.page import PAGE, Chapter, Example, write_page
-from lift_ray.reporting.png import write_pictures
+from lift_ray.reporting.page import PAGE, Example, StudySection, write_page
+from lift_ray.reporting.png import write_png
 from lift_ray.reporting.study_files import BEST, FILES, PREDICTIONS, StudyFiles, read_study
 from lift_ray.storage.output import Output
 
@@ -52,7 +52,7 @@ def write_report(outs: Sequence[str], to: str | None = None, *, png: bool = Fals
     with target.staged(name, PAGE) as folder:
         named = write_page(chapters, folder)
         if png:
-            write_pictures(named, folder)
+            write_png(named, folder)
     return "/".join(part for part in (str(target), name, PAGE) if part)
 
 
@@ -68,11 +68,11 @@ def _read(out: Output) -> StudyFiles:
     return read_study(out.folder, str(out))
 
 
-def _chapter(study: StudyFiles) -> Chapter:
+def _chapter(study: StudyFiles) -> StudySection:
     from lift_ray.reporting.importance import importances, importances_within
 
     examples, why = worst_classes(study)
-    return Chapter(study, importances(study), importances_within(study), examples, why)
+    return StudySection(study, importances(study), importances_within(study), examples, why)
 
 
 def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
@@ -96,7 +96,7 @@ def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
             return [], f"{study.dataset} has changed since"
         with RowReader(split, patience_s=10.0) as reader:
             images = reader.read(np.concatenate(list(wrong.values())))
-        pictures = iter([small_picture(image) for image in images])
+        pictures = iter([thumbnail(image) for image in images])
     except (BadInput, OSError, ValueError, SyntaxError) as error:  # the last three: Pillow's, for a broken image
         return [], " ".join(str(error).split())
     return [
@@ -111,7 +111,7 @@ def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
     ], ""
 
 
-def small_picture(image: bytes) -> str:
+def thumbnail(image: bytes) -> str:
     """An encoded image as the data URI of a small JPEG. Raises OSError for a broken one."""
     from PIL import Image
 

@@ -37,7 +37,7 @@ def _predictions_path(folder: Path, figures: dict[str, Any], index: int) -> Path
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What a model made of the N images of the test split, in storage order.
 
     Args:
@@ -80,7 +80,7 @@ class StudyFiles:
     space: dict[str, dict[str, Any]]
     trials: list[Trial]
     compared: list[dict[str, Any]] = field(default_factory=list)
-    answers: list[Answers | None] = field(default_factory=list)
+    answers: list[Predictions | None] = field(default_factory=list)
     best: int | None = None
     posthoc: list[dict[str, float]] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class StudyFiles:
         """many, medium or few for each class, (K,)."""
         return class_groups(np.array(self.class_counts))
 
-    def entry(self, label: str) -> tuple[dict[str, Any], Answers | None] | None:
+    def entry(self, label: str) -> tuple[dict[str, Any], Predictions | None] | None:
         """Figures and answers of the compared model with this label."""
         return next(
             (found for found in zip(self.compared, self.answers, strict=True) if found[0]["label"] == label), None
@@ -175,12 +175,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _answers(path: Path, shown: str) -> Answers | None:
+def _answers(path: Path, shown: str) -> Predictions | None:
     if not path.exists():
         return None
     table = _table(path, shown)
     label, predicted = (table[name].to_numpy().astype(np.int64) for name in ("label", "predicted"))
-    return Answers(label, predicted, table["confidence"].to_numpy().astype(np.float64))
+    return Predictions(label, predicted, table["confidence"].to_numpy().astype(np.float64))
 
 
 def _json(path: Path, shown: str) -> dict[str, Any]:

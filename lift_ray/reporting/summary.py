@@ -10,12 +10,12 @@ from lift_ray.evaluation.metrics import GROUPS
 from lift_ray.reporting.confidence import Interval, accuracy_gains, accuracy_intervals, heavy_tuning, seed_spread
 from lift_ray.reporting.figures.charts import HEAVY, WORDS, scale_of, short_count, tell
 from lift_ray.reporting.scaling_law import Law
-from lift_ray.reporting.study_files import BEST, Answers, StudyFiles
+from lift_ray.reporting.study_files import BEST, Predictions, StudyFiles
 from lift_ray.terminal.tables import mean_and_deviation
 
 MEASURE = "mean_class_accuracy"
 ORDER = (MEASURE, *GROUPS, "accuracy")
-Compared = tuple[dict[str, Any], Answers | None]
+Compared = tuple[dict[str, Any], Predictions | None]
 
 
 def summary(study: StudyFiles) -> list[str]:
@@ -46,7 +46,7 @@ def _on_test(study: StudyFiles) -> list[str]:
         return [
             "There are no figures of a test split, so what is said here is what the search itself looked at: expect a little less."
         ]
-    others = [pair for pair in yardsticks(study) if f"test/{MEASURE}" in pair[0]]
+    others = [pair for pair in baselines(study) if f"test/{MEASURE}" in pair[0]]
     gains = [f"{_points(_gain(found[0], theirs, MEASURE))} {theirs['label']}" for theirs, _ in others]
     gains = gains[:1] + [text.replace(" points", "") for text in gains[1:]]
     value = _percent(found[0], MEASURE)
@@ -54,8 +54,8 @@ def _on_test(study: StudyFiles) -> list[str]:
     return [head + (f": {_listed(gains)}." if gains else "."), _luck(found, others, study), _few(found, others)]
 
 
-def yardsticks(study: StudyFiles) -> list[Compared]:
-    """Zero-shot and the start points, best on test last but for zero-shot, which comes first."""
+def baselines(study: StudyFiles) -> list[Compared]:
+    """Zero-shot first, then the baselines by their test accuracy, the best last."""
     known = zip(study.compared, study.answers, strict=True)
     others = [(f, a) for f, a in known if not f["label"].startswith(BEST) and not f["label"].endswith(", TTE")]
     return others[:1] + sorted(others[1:], key=lambda pair: pair[0].get(f"test/{MEASURE}", 0.0))
@@ -169,7 +169,7 @@ def gain_rows(study: StudyFiles) -> list[Row]:
     if found is None or found[1] is None or not study.class_counts:
         return []
     rows: list[Row] = []
-    for figures, answers in yardsticks(study):
+    for figures, answers in baselines(study):
         if answers is not None:
             gains = accuracy_gains(found[1], answers, study.groups)
             cells = {WORDS[m]: Cell(f"{100 * gains[m].value:+.1f}", _signed(gains[m])) for m in ORDER if m in gains}

@@ -26,7 +26,7 @@ class TrialRow:
             constraint, so not trained) or failed.
         history: the figures of each epoch, in order.
         group: the tuner kind, when each kind has trials of its own.
-        start: the number of the start point that it is.
+        baseline: the number of the baseline that it is.
         began_at, ended_at: by the clock, in seconds since 1970.
     """
 
@@ -37,7 +37,7 @@ class TrialRow:
     history: list[dict[str, float]] = field(default_factory=list)
     error: str = ""
     group: str = ""
-    start: int | None = None
+    baseline: int | None = None
     began_at: float | None = None
     ended_at: float | None = None
 

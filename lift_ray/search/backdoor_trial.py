@@ -13,10 +13,10 @@ from lift_ray.settings.run import RunConfig
 from lift_ray.storage.output import Output
 from lift_ray.training import checkpoint
 from lift_ray.training.run import Figures, Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 
-def trial_of(config: RunConfig, warm: Warm, output: Output) -> Trial | BackdoorTrial:
+def trial_of(config: RunConfig, warm: Workspace, output: Output) -> Trial | BackdoorTrial:
     """The trial of any method.
 
     Args:

@@ -18,7 +18,7 @@ from lift_ray.errors import BadInput, RunFailed, last_line
 from lift_ray.search.jobs import IdleJob, Job, SlotSettings
 from lift_ray.search.slot import REPLY, SLOT
 from lift_ray.search.state import Search
-from lift_ray.training.events import Problem, Stepped
+from lift_ray.training.events import RunAborted, StepsDone
 
 MAX_FAILURES = 2  # of a job, or of slots in a row that do not start; one more ends it
 LOOK_S = 5.0  # between two looks at the cluster's size
@@ -154,9 +154,9 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
             return False
         reply = result[REPLY]
         self._numbers[trial_id] = int(result[SLOT])
-        if isinstance(reply, Problem):
+        if isinstance(reply, RunAborted):
             raise (BadInput if reply.is_bad_input else RunFailed)(reply.line)
-        if isinstance(reply, Stepped) and trial_id in self._opening:
+        if isinstance(reply, StepsDone) and trial_id in self._opening:
             return True
         self._opening.discard(trial_id)
         self.open_slots.add(self._numbers[trial_id])

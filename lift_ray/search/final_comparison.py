@@ -140,8 +140,8 @@ def comparison_seconds(
     """
     if jobs is None:
         both = num_images["validation"] + num_images["test"]
-        images = (2 + CROPS * space.search.tte_best) * both + len(space.start) * num_images["test"]
-        return image_s * images + run_s * (space.search.seeds_best - 1) * (1 + bool(space.start))
+        images = (2 + CROPS * space.search.tte_best) * both + len(space.baselines) * num_images["test"]
+        return image_s * images + run_s * (space.search.seeds_best - 1) * (1 + bool(space.baselines))
     evaluations = [job for job in jobs if isinstance(job, EvaluationJob)]
     images = sum(num_images[job.split] * (CROPS if job.model.endswith(TTE) else 1) for job in evaluations)
     return image_s * images + run_s * (len(jobs) - len(evaluations))
@@ -168,12 +168,12 @@ def result_key(model: str, split: str, tau: float) -> str:
 
 def early_comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
     """Zero-shot, where the foundation model has a text tower, and the baselines that are finished."""
-    labels, plain = space.start_labels(), zero_shot(space)
+    labels, plain = space.baseline_labels(), zero_shot(space)
     out = [Entry("zero-shot", plain, plain.tau)] if space.config({}).backbone.has_text else []
     for row in rows:
-        if row.start is not None and row.state == "finished":
+        if row.baseline is not None and row.state == "finished":
             model = trained(space, row)
-            out.append(Entry(labels[row.start], model, model.tau, row))
+            out.append(Entry(labels[row.baseline], model, model.tau, row))
     return out
 
 
@@ -249,7 +249,7 @@ def ensembles(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
 def ensemble_results(space: SpaceFile, rows: Sequence[TrialRow], results: Results) -> list[dict[str, Any]]:
     """Test metrics of each finished trial of `method: backdoor`, and the gain of its models over each alone.
 
-    Returns trial, values, metrics as `test/name`, and the report of results.crossed.Crossed.result with the cost.
+    Returns trial, values, metrics as `test/name`, and the report of GroupGainTable.result with the cost.
     """
     out = []
     for row in ensembles(space, rows):

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lift_ray.data.order import stretch
-from lift_ray.evaluation.accumulator import PerImage
+from lift_ray.data.order import rank_slice
+from lift_ray.evaluation.accumulator import PredictionCollector
 from lift_ray.reporting.study_files import PREDICTIONS
 from lift_ray.storage.output import Output
 from lift_ray.training.run import Run
@@ -26,8 +26,8 @@ def evaluate_each(
     """
     taus = [run.config.evaluation.posthoc_tau] if taus is None else taus
     split, ranks = run.warm.dataset.split(split_name), run.ranks
-    mine = stretch(split.num_samples, ranks.rank, ranks.world_size)
-    each = [PerImage(split.num_samples, mine.start, ranks.device) for _ in taus]
+    mine = rank_slice(split.num_samples, ranks.rank, ranks.world_size)
+    each = [PredictionCollector(split.num_samples, mine.start, ranks.device) for _ in taus]
     figures = run.evaluate_taus(split_name, taus, each)
     return [(found, _table(split.labels, *images.result())) for found, images in zip(figures, each, strict=True)]
 

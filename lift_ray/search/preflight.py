@@ -51,7 +51,7 @@ def check_before_start(
 
 def _backbones(space: SpaceFile) -> list[BackboneConfig]:
     """Every backbone that trials may ask for."""
-    points = [*space.start_points(), *seeded_draws(space.space, NUM_CHECK_DRAWS)]
+    points = [*space.baseline_values(), *seeded_draws(space.space, NUM_CHECK_DRAWS)]
     found: list[BackboneConfig] = []
     for config in (space.config(point) for point in points):
         for run in config.members().values() or [config]:

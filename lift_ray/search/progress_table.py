@@ -17,7 +17,7 @@ from lift_ray.search.jobs import EvaluationJob, Job, TrainJob
 from lift_ray.search.state import Search
 from lift_ray.search.tables import trial_table
 from lift_ray.terminal.tables import console, describe
-from lift_ray.training.events import Stepped
+from lift_ray.training.events import StepsDone
 
 LINE_EVERY_S = 30.0  # without a terminal: at least one line in this time
 SHOW_EVERY_S = 1.0
@@ -158,7 +158,7 @@ class Monitor:
 
     def _job(self, job: Job) -> str:
         """How far a slot is with a job: `trial 3 epoch 2 40% 210 images/s`."""
-        at = self.search.progress.get(job.key, Stepped(0, 0))
+        at = self.search.progress.get(job.key, StepsDone(0, 0))
         if isinstance(job, EvaluationJob):
             return f"evaluating {job.model} on {job.split} {100 * at.evaluated:.0f}%"
         assert isinstance(job, TrainJob)

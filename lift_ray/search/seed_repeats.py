@@ -17,8 +17,8 @@ FIRST = 1_000_000  # of the numbers of these runs, whose checkpoints lie among t
 
 def repeated(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[tuple[str, TrialRow]]:
     """Label and trial of what `search.seeds_best` repeats: the best, and the first baseline if it is another."""
-    start = next((row for row in rows if row.start == 0 and row.state == "finished" and row is not best), None)
-    return [(BEST, best)] + ([] if start is None else [(space.start_labels()[0], start)])
+    start = next((row for row in rows if row.baseline == 0 and row.state == "finished" and row is not best), None)
+    return [(BEST, best)] + ([] if start is None else [(space.baseline_labels()[0], start)])
 
 
 def repeat_jobs(space: SpaceFile, row: TrialRow) -> list[TrainJob]:

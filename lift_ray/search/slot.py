@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.search.jobs import Job, SlotSettings
-from lift_ray.training.events import EpochDone, Problem, Reply, Stepped
+from lift_ray.training.events import EpochEnded, Reply, RunAborted, StepsDone
 
 if TYPE_CHECKING:
     from lift_ray.search.worker import Worker
@@ -58,7 +58,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
             self.workers.begin(self.job)
             self.job = None
         reply = self.workers.next(TICK_S)
-        figures = reply.figures if isinstance(reply, EpochDone) else {}
+        figures = reply.figures if isinstance(reply, EpochEnded) else {}
         return {REPLY: reply, SLOT: self.slot.number, **figures}
 
     def cleanup(self) -> None:
@@ -102,17 +102,17 @@ class Ranks:
         """
         replies: list[Reply] = ray.get([worker.next.remote(timeout_s) for worker in self.busy])
         for worker, reply in zip(list(self.busy), replies, strict=True):
-            if isinstance(reply, Problem):
+            if isinstance(reply, RunAborted):
                 return reply
             if worker is self.workers[0]:
                 self.reply = reply
-            if not isinstance(reply, Stepped):
+            if not isinstance(reply, StepsDone):
                 self.busy.remove(worker)
         assert self.reply is not None
         if not self.busy:
             self.busy = list(self.workers)
         elif self.workers[0] not in self.busy:
-            return Stepped(0, 0)  # the first rank waits for the others, for a moment
+            return StepsDone(0, 0)  # the first rank waits for the others, for a moment
         return self.reply
 
     def stop(self) -> None:

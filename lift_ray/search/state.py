@@ -15,7 +15,7 @@ from lift_ray.search.jobs import EvaluationJob, Job, TrainJob
 from lift_ray.search.stopping import decide
 from lift_ray.search.study import Study
 from lift_ray.storage.output import Output
-from lift_ray.training.events import Began, Diverged, Done, EpochDone, Reply, Stepped
+from lift_ray.training.events import EpochEnded, JobDone, Reply, RunDiverged, RunStarted, StepsDone
 
 
 class Watcher(Protocol):
@@ -47,8 +47,8 @@ class Search:
         self.study, self.space, self.out = study, study.space, out
         self.watchers: list[Watcher] = []
         self.running: dict[str, Job] = {}
-        self.progress: dict[str, Stepped] = {}
-        self.began: dict[str, Began] = {}
+        self.progress: dict[str, StepsDone] = {}
+        self.began: dict[str, RunStarted] = {}
         self.done: list[Job] = []
         self._told: set[int] = set()  # trials whose start was told by this driver
         self._final: list[Job] | None = None  # None: to be looked up again
@@ -86,11 +86,11 @@ class Search:
 
     def take(self, job: Job, reply: Reply) -> bool:
         """Store and act on what a slot replied; returns whether the slot continues with this job. Raises RunFailed."""
-        if isinstance(reply, Stepped):
+        if isinstance(reply, StepsDone):
             self.progress[job.key] = reply
             return True
         self.progress.pop(job.key, None)
-        if isinstance(reply, Began):
+        if isinstance(reply, RunStarted):
             self.began[job.key] = reply
         row = self._row(job)
         continues = self._later(job, reply) if row is None else self._trial(row, reply)
@@ -152,16 +152,16 @@ class Search:
         return [job for job in free if not isinstance(job, EvaluationJob) or (job.model, job.split) not in busy]
 
     def _trial(self, row: TrialRow, reply: Reply) -> bool:
-        if isinstance(reply, Began):
+        if isinstance(reply, RunStarted):
             return self._began(row, reply)
-        if isinstance(reply, Diverged):
+        if isinstance(reply, RunDiverged):
             self._end(row, "failed", reply.reason, diverged=True)
             return False
-        assert isinstance(reply, EpochDone)
+        assert isinstance(reply, EpochEnded)
         self._reported(row, reply.figures)
         return self._after_epoch(row)
 
-    def _began(self, row: TrialRow, reply: Began) -> bool:
+    def _began(self, row: TrialRow, reply: RunStarted) -> bool:
         row.state, row.num_epochs = "running", reply.epochs
         self._tell_started(row)
         known = {"trained_parameters": reply.trained_parameters}
@@ -211,14 +211,14 @@ class Search:
 
     def _later(self, job: Job, reply: Reply) -> bool:
         """The reply of a job of the final comparison."""
-        if isinstance(reply, Began | EpochDone):
+        if isinstance(reply, RunStarted | EpochEnded):
             return True
         if isinstance(job, EvaluationJob):
-            assert isinstance(reply, Done)
+            assert isinstance(reply, JobDone)
             for key, value in final_comparison.results_of(job, reply.value).items():
                 self.study.store_result(key, value)
         else:  # a repeat with another seed; nothing is known of one that diverged
-            self.study.store_result(job.key, reply.value if isinstance(reply, Done) else {})
+            self.study.store_result(job.key, reply.value if isinstance(reply, JobDone) else {})
         self.done.append(job)
         return False
 

@@ -24,7 +24,7 @@ def decide(space: SpaceFile, row: TrialRow, rows: Sequence[TrialRow]) -> Decisio
     Args:
         rows: all trials, in any order; those of other groups are left out.
     """
-    if not row.history or row.is_done or row.start is not None:
+    if not row.history or row.is_done or row.baseline is not None:
         return "continue"
     others = [other for other in rows if other.number != row.number and other.group == row.group]
     return RULES[type(space.search.scheduler)](space, row, others)

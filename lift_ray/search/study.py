@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lift_ray.errors import BadInput
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
-from lift_ray.settings.space import Draw, SpaceFile, grid_points
+from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points
 
 JOURNAL = "optuna.journal"
 BEAT_S, LOST_S = 15.0, 90.0
@@ -64,7 +64,7 @@ class Study:
         self.results: dict[str, dict[str, Any]] = {}
         self.replaced = False
         self._trials: dict[int, optuna.Trial] = {}
-        self._points = grid_points(space.space) if space.search.sampler == "grid" else space.start_points()
+        self._points = grid_points(space.space) if space.search.sampler == "grid" else space.baseline_values()
         self._beaten_at = -math.inf
         names = {kind: f"{space.name}/{kind}" if kind else space.name for kind in space.kinds()}
         known = set(optuna.get_all_study_names(storage))
@@ -138,7 +138,7 @@ class Study:
             "waiting",
             [value for _, value in figures],
             group=kind,
-            start=about["start"],
+            baseline=about["baseline"] if "baseline" in about else about["start"],  # its name in version 0.1
         )
         if row.history:
             row.num_epochs = int(row.last.get("num_epochs", row.num_epochs))
@@ -174,17 +174,17 @@ class Study:
         study.sampler = SAMPLERS[self.space.search.sampler]((self.space.search.seed * 1_000_003 + number) % 2**32)
         trial = study.ask()
         values = Draw(self.space.of_kind(kind))(trial)
-        is_start = point is not None and self.space.search.sampler != "grid"
+        is_baseline = point is not None and self.space.search.sampler != "grid"
         row = TrialRow(
             number,
             values,
             self._num_epochs(values),
             "waiting",
             group=kind,
-            start=number if is_start else None,
+            baseline=number if is_baseline else None,
             began_at=time.time(),
         )
-        trial.set_user_attr("trial", {"number": number, "values": values, "start": row.start})
+        trial.set_user_attr("trial", {"number": number, "values": values, "baseline": row.baseline})
         self.rows[number], self._trials[number] = row, trial
         return row
 
@@ -248,6 +248,7 @@ def described(space: SpaceFile, dataset: str) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The error of a search that is resumed with other settings than it started with; "" when there is none."""
+    before = {RENAMED.get(name, name): value for name, value in before.items()}
     was, given = ({path: value for path, value in dotted(tree) if _is_fixed(path)} for tree in (before, now))
     changed = [path for path in dict.fromkeys((*was, *given)) if was.get(path) != given.get(path)]
     if not changed:
@@ -312,7 +313,7 @@ def check_sampler(space: SpaceFile) -> None:
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """Optuna's storage: a database by its URL, or a journal file in `folder`. Raises BadInput."""
     if url is None:
-        return JournalStorage(JournalFileBackend(str(mended(folder / JOURNAL))))
+        return JournalStorage(JournalFileBackend(str(repaired(folder / JOURNAL))))
     shown = re.sub(r"//[^@/]*@", "//", url)  # no password in messages
     try:
         return RDBStorage(url)
@@ -328,7 +329,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         ) from None
 
 
-def mended(journal: Path) -> Path:
+def repaired(journal: Path) -> Path:
     """Take away what a killed driver may have left: a lock, and half a line at the end. Call it where no other driver can be."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
     if journal.exists() and (data := journal.read_bytes()) and not data.endswith(b"\n"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lift_ray.data.dataset import Split
-from lift_ray.data.order import stretch
+from lift_ray.data.order import rank_slice
 from lift_ray.evaluation.accumulator import TauGrid, halves_of
 from lift_ray.settings.search import TAUS
 from lift_ray.training.run import Figures, Run
@@ -41,7 +41,7 @@ class Trial(Run):
         return figures
 
     def _logits(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        mine = stretch(split.num_samples, self.ranks.rank, self.ranks.world_size)
+        mine = rank_slice(split.num_samples, self.ranks.rank, self.ranks.world_size)
         at, halves = mine.start, torch.from_numpy(halves_of(split.labels)).to(self.ranks.device)
         for logits, labels in super()._logits(split):
             if self.grid is not None:

@@ -20,10 +20,10 @@ from lift_ray.settings.run import RunConfig
 from lift_ray.storage.output import Output
 from lift_ray.tracking.prometheus import SlotGauges
 from lift_ray.training import checkpoint
-from lift_ray.training.events import Began, Diverged, Done, EpochDone, Message, Problem, Reply, Stepped
-from lift_ray.training.loop import Pulse, StopAsked
+from lift_ray.training.events import EpochEnded, Event, JobDone, Reply, RunAborted, RunDiverged, RunStarted, StepsDone
+from lift_ray.training.loop import StepCallback, StopAsked
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 SHORTEST_IDLE_S, LONGEST_IDLE_S = 0.05, 1.0
 
@@ -49,13 +49,13 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "lift-job")
         self._pending: Future[Reply] | None = None
         self._replies: Iterator[Reply] = iter(())
-        self._progress = Stepped(0, 0)
+        self._progress = StepsDone(0, 0)
         self._stop = threading.Event()
-        self._warm: Warm | None = None
+        self._warm: Workspace | None = None
 
     def begin(self, job: Job) -> None:
         """Take up a job; `next` starts it. The one before must have given a reply, and is dropped."""
-        self._progress = Stepped(0, 0)
+        self._progress = StepsDone(0, 0)
         self._replies = self._run(job)
 
     def next(self, timeout_s: float) -> Reply:
@@ -86,27 +86,27 @@ class Worker:
         except StopAsked:
             yield self._progress
         except (BadInput, RunFailed) as error:
-            yield Problem(str(error), isinstance(error, BadInput))
+            yield RunAborted(str(error), isinstance(error, BadInput))
 
-    def _open(self) -> Warm:
+    def _open(self) -> Workspace:
         """Form the slot's process group, and open what its jobs share. Raises BadInput."""
         began, need = time.monotonic(), self.slot.need
         ranks = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
         if self.address is not None:
             join_group(self.rank, need.workers, *self.address, ranks.device)
             ranks = Ranks(self.rank, need.workers, ranks.device, ranks.num_threads)
-        self._output, warm = Output(self.slot.out), Warm(self.slot.dataset, ranks)
+        self._output, warm = Output(self.slot.out), Workspace(self.slot.dataset, ranks)
         self._opened_s, self._loaded_s = time.monotonic() - began, 0.0
         return warm
 
     def _idle(self) -> Iterator[Reply]:
         pause_s = SHORTEST_IDLE_S
-        yield Done({})
+        yield JobDone({})
         while not self._stop.wait(pause_s):
-            yield Done({})
+            yield JobDone({})
             pause_s = min(LONGEST_IDLE_S, 1.2 * pause_s)
 
-    def _train(self, job: TrainJob, warm: Warm) -> Iterator[Reply]:
+    def _train(self, job: TrainJob, warm: Workspace) -> Iterator[Reply]:
         """Began, an EpochDone for each epoch, and a Done where the test split is asked for; or Diverged."""
         began = time.monotonic() - self._opened_s
         trial = trial_of(RunConfig.model_validate(job.config), warm, self._output)
@@ -115,7 +115,7 @@ class Worker:
         epochs = trial.epochs()
         times = {"time/begin_s": time.monotonic() - began, "time/load_s": warm.load_s - self._loaded_s}
         self._opened_s, self._loaded_s = 0.0, warm.load_s
-        yield Began(
+        yield RunStarted(
             num_workers=self.slot.need.workers,
             epochs=trial.num_epochs,
             steps_per_epoch=trial.steps_per_epoch,
@@ -128,17 +128,17 @@ class Worker:
             try:
                 figures = next(epochs, None)
             except RunFailed as error:
-                yield Diverged(str(error))
+                yield RunDiverged(str(error))
                 return
             if figures is None:
                 break
             figures |= {**times, "num_epochs": trial.num_epochs}
             times = dict.fromkeys(times, 0.0)
-            yield EpochDone(figures, self._save(trial, job.number, figures) if self.rank == 0 else "")
+            yield EpochEnded(figures, self._save(trial, job.number, figures) if self.rank == 0 else "")
         if job.then_test:
             ((figures, _),) = evaluate_each(trial, "test")
             known = {name: value for name, value in trial.history[-1].items() if name.startswith("validation/")}
-            yield Done({"trained_parameters": trial.num_trained, **known, **figures})
+            yield JobDone({"trained_parameters": trial.num_trained, **known, **figures})
 
     def _restore(self, trial: Trial | BackdoorTrial, number: int) -> None:
         """Continue from the trial's last whole checkpoint, if there is one."""
@@ -162,7 +162,7 @@ class Worker:
             self._gauges.epoch_done(figures)
         return path
 
-    def _evaluate(self, job: EvaluationJob, warm: Warm) -> Iterator[Reply]:
+    def _evaluate(self, job: EvaluationJob, warm: Workspace) -> Iterator[Reply]:
         """One Done: the figures for each tau, and what an ensemble reports."""
         run = run_of(RunConfig.model_validate(job.config), [warm])
         if job.checkpoint is not None:
@@ -176,15 +176,15 @@ class Worker:
             for tau, (_, table) in zip(job.taus, found, strict=True):
                 write_predictions(table, self._output, predictions_of(job.model, tau))
         report = {"report": run.report(job.split)} if isinstance(run, Ensemble) and job.split == "test" else {}
-        yield Done({"figures": [figures | seconds for figures, _ in found], **report})
+        yield JobDone({"figures": [figures | seconds for figures, _ in found], **report})
 
     def _watch(self, run: Run) -> None:
         """Have a run, and the members of an ensemble, tell how far they are and hear that they are to stop."""
         for each in (run, *(run.runs.values() if isinstance(run, Ensemble) else ())):
-            each.pulse = Pulse(each, self._heard, lambda: "stopped" if self._stop.is_set() else "")
+            each.pulse = StepCallback(each, self._heard, lambda: "stopped" if self._stop.is_set() else "")
 
-    def _heard(self, message: Message) -> None:
-        if isinstance(message, Stepped):
+    def _heard(self, message: Event) -> None:
+        if isinstance(message, StepsDone):
             self._progress = message
             if self._gauges is not None:
                 self._gauges.take(message)

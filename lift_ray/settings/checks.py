@@ -13,7 +13,16 @@ from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import check_global_batch
 from lift_ray.settings.search import NoSchedulerConfig
-from lift_ray.settings.space import LARGEST_GRID, SpaceFile, grid_points, is_active, listed, parents_first, seeded_draws
+from lift_ray.settings.space import (
+    LARGEST_GRID,
+    RENAMED,
+    SpaceFile,
+    grid_points,
+    is_active,
+    listed,
+    parents_first,
+    seeded_draws,
+)
 from lift_ray.settings.yaml_file import SettingsFile
 
 METRICS = (
@@ -34,10 +43,10 @@ NUM_CHECK_DRAWS = 64
 
 
 def problems_of(file: SettingsFile, space: SpaceFile) -> list[str]:
-    """One line for every place where the file cannot be used: names, `when`, seeded draws, start points."""
+    """One line for every place where the file cannot be used: names, `when`, seeded draws, baselines."""
     problems = [*_objective_problems(file, space), *_base_problems(file, space), *_name_problems(file, space)]
     if not problems:
-        problems = [*_draw_problems(file, space), *_when_problems(file, space), *_start_problems(file, space)]
+        problems = [*_draw_problems(file, space), *_when_problems(file, space), *_baseline_problems(file, space)]
     if not problems:
         problems = _search_problems(file, space)
     first_at_each_place = {line.split(": ")[0]: " ".join(line.split()) for line in reversed(problems)}
@@ -91,8 +100,8 @@ def _grid_rule(space: SpaceFile) -> str:
         return f"grid needs at most {LARGEST_GRID} points, but got more; give larger steps, or use random"
     if space.search.trials < number:
         return f"grid needs a trial for each of its {number} points, but got trials: {space.search.trials}; raise it, or use random"
-    if space.start:
-        return "grid has all points of the space, but got start points too; remove start"
+    if space.baselines:
+        return "grid has all points of the space, but got baselines too; remove baselines"
     return ""
 
 
@@ -120,8 +129,8 @@ def _per_kind_rule(space: SpaceFile) -> str:
     kind = space.space.get("tuner.kind")
     if kind is None or kind.choices is None:
         return "must have tuner.kind with choices in the space, but got none; add it, or set trials"
-    if any("tuner.kind" not in point for point in space.start):
-        return "needs start points that name their tuner.kind, but got one that does not; add it"
+    if any("tuner.kind" not in point for point in space.baselines):
+        return "needs baselines that name their tuner.kind, but got one that does not; add it"
     if space.search.sampler == "grid":
         return "does not go with sampler grid; set trials"
     return ""
@@ -176,10 +185,10 @@ def _draw_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
     return [line for values in draws for line in _config_problems(file, space, values, ("space",))]
 
 
-def _start_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+def _baseline_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
     out: list[str] = []
-    for index, point in enumerate(space.start_points()):
-        at: Path_ = ("start", index)
+    for index, point in enumerate(space.baseline_values()):
+        at: Path_ = ("baselines", index)
         bad = not point
         if not point:
             out.append(f"{file.where(at)}: must set at least one setting of the space, but got none; add them")
@@ -187,7 +196,7 @@ def _start_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
             if name not in space.space:
                 problem = f"must name a setting of the space, but got '{name}'; {did_you_mean(name, space.space)}"
             elif not space.space[name].holds(value):
-                problem = f"must lie inside the space ({space.space[name]}), but got {value!r}; widen the space or move the point"
+                problem = f"must lie inside the space ({space.space[name]}), but got {value!r}; widen the space or change the baseline"
             elif not is_active(space.space[name], point):
                 problem = f"has no effect here, because its `when` {space.space[name].when} does not hold; remove it"
             else:
@@ -247,7 +256,9 @@ def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
 def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> SpaceFile:
     """Read and check a search-space file. Raises BadInput with every problem found, one line each."""
     file = SettingsFile.read(path)
-    apply_file_overrides(file, overrides or {}, SpaceFile)
+    for old, new in RENAMED.items():
+        file.rename(old, new)
+    apply_file_overrides(file, {RENAMED.get(key, key): value for key, value in (overrides or {}).items()}, SpaceFile)
     file.expand("dataset", "out")
     space = file.validate(SpaceFile)
     if problems := problems_of(file, space):

@@ -13,14 +13,14 @@ from lift_ray.settings.space import SpaceFile
 
 
 def space_schema() -> dict[str, Any]:
-    """JSON schema 2020-12 of SpaceFile; `base` is a run's settings, and the names in `space` and `start` are known ones."""
+    """JSON schema 2020-12 of SpaceFile; `base` is a run's settings, and the names in `space` and `baselines` are known ones."""
     schema = SpaceFile.model_json_schema(by_alias=True)
     run = RunConfig.model_json_schema(ref_template="#/$defs/{model}")
     schema["$defs"] |= run.pop("$defs")
     names, parts = sorted(known_paths()), schema["properties"]
     parts["base"] = run | {"title": "Base", "description": "What every trial has.", "default": {}}
     parts["space"]["propertyNames"] = {"enum": names}
-    parts["start"]["items"]["propertyNames"] = {"enum": ["name", *names]}
+    parts["baselines"]["items"]["propertyNames"] = {"enum": ["name", *names]}
     metrics = [*(f"validation/{name}" for name in METRICS), COUNT]
     parts["objectives"]["propertyNames"] = parts["constraints"]["propertyNames"] = {"enum": metrics}
     schema["$schema"], schema["title"] = "https://json-schema.org/draft/2020-12/schema", "lift_ray search space"

@@ -14,6 +14,7 @@ from lift_ray.settings.search import Constraint, PlanConfig, ScaleConfig, Search
 if TYPE_CHECKING:
     import optuna
 
+RENAMED = {"start": "baselines"}  # keys of earlier versions, still read
 LARGEST_GRID = 10_000
 LARGEST_BOUND = 1e15  # beyond it the samplers lose whole numbers
 
@@ -120,8 +121,8 @@ class SpaceFile(Settings):
     """A trial known to break one before training (trained_parameters) is not trained, but told to the sampler."""
     base: Annotated[dict[str, Any], Holds(RunConfig)] = {}
     space: Annotated[dict[str, Param], Field(min_length=1)]
-    start: list[dict[str, Value]] = []
-    """Tried first and never stopped early; `name` labels a point in the tables."""
+    baselines: list[dict[str, Value]] = []
+    """Trained first and never stopped early, to compare the search with; `name` labels one in the tables."""
     search: SearchConfig = SearchConfig()
     scale: ScaleConfig = ScaleConfig()
     plan: PlanConfig = PlanConfig()
@@ -131,13 +132,13 @@ class SpaceFile(Settings):
         """(metric, max or min) of the first."""
         return next(iter(self.objectives.items()))
 
-    def start_points(self) -> list[dict[str, Value]]:
-        """The start points without their names."""
-        return [{key: value for key, value in point.items() if key != "name"} for point in self.start]
+    def baseline_values(self) -> list[dict[str, Value]]:
+        """The settings of each baseline, without its name."""
+        return [{key: value for key, value in point.items() if key != "name"} for point in self.baselines]
 
-    def start_labels(self) -> list[str]:
-        """What tables call the start points."""
-        return [str(point.get("name", f"start point {index}")) for index, point in enumerate(self.start, 1)]
+    def baseline_labels(self) -> list[str]:
+        """The name of each baseline in tables."""
+        return [str(point.get("name", f"baseline {index}")) for index, point in enumerate(self.baselines, 1)]
 
     def kinds(self) -> list[str]:
         """The tuner kinds that have trials of their own (search.per_kind); one nameless group otherwise."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,16 @@ class SettingsFile:
             raise BadInput(f"{source}:1: must be a mapping of settings, but got {got}; start with `dataset: ...`")
         lines: dict[Path_, int] = {}
         return cls(source, _plain(tree, (), lines), lines)
+
+    def rename(self, old: str, new: str) -> None:
+        """Read a top-level key of an earlier version under its new name, with a note. Raises BadInput for a file with both."""
+        if old not in self.data:
+            return
+        if new in self.data:
+            raise BadInput(f"{self.where((old,))}: is the old name of {new}, but got both; remove one")
+        print(f"{self.where((old,))}: is called {new} now; the old name still works", file=sys.stderr)
+        self.data[new] = self.data.pop(old)
+        self.lines |= {(new, *path[1:]): line for path, line in self.lines.items() if path[0] == old}
 
     def line(self, path: Path_) -> int:
         """The line of a position, or of the nearest one above it that the file holds."""

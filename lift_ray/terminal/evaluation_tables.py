@@ -68,7 +68,7 @@ def print_found(
 
     Args:
         shown: (label, metrics as `split/name`), for each strength of the post-hoc adjustment.
-        report: of `Crossed.result`, empty for one model.
+        report: of `GroupGainTable.result`, empty for one model.
     """
     screen = console()
     screen.print(accuracy_table(title, split, [*report.get("members", {}).items(), *shown]))

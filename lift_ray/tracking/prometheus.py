@@ -12,7 +12,7 @@ from ray.util.metrics import Gauge
 
 from lift_ray.reporting.trial_rows import TrialRow, best_row
 from lift_ray.settings.space import SpaceFile
-from lift_ray.training.events import Message, Stepped
+from lift_ray.training.events import Event, StepsDone
 
 STATES = ("to_come", "waiting", "running", "finished", "pruned", "infeasible", "failed")
 STUDY_GAUGES = {
@@ -84,9 +84,9 @@ class SlotGauges:
         for gauge in self._gauges.values():
             gauge.set_default_tags({"study": study, "slot": str(slot)})
 
-    def take(self, message: Message) -> None:
+    def take(self, message: Event) -> None:
         """Figures in the middle of an epoch."""
-        if isinstance(message, Stepped):
+        if isinstance(message, StepsDone):
             self._set(message.figures)
 
     def epoch_done(self, figures: Mapping[str, float]) -> None:

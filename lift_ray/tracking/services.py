@@ -16,7 +16,7 @@ from lift_ray.errors import BadInput, Stopped, did_you_mean
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
 from lift_ray.terminal.tables import describe
-from lift_ray.training.events import Began, EpochDone, Figures, Message, Tested
+from lift_ray.training.events import EpochEnded, Event, Figures, RunStarted, TestEnded
 
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}  # all else was cut short
 LONGEST_NAME = 120  # of a folder
@@ -215,7 +215,7 @@ def check_service(name: str) -> None:
 
 
 @contextmanager
-def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterator[Callable[[Message], None]]:
+def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterator[Callable[[Event], None]]:
     """A run of `train` in each service; yields what is to be told of its messages.
 
     Args:
@@ -226,14 +226,14 @@ def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterat
         service.begin(name, {path: value for path, value in dotted(config) if value not in (None, {})})
     told = -1
 
-    def tell(message: Message) -> None:
+    def tell(message: Event) -> None:
         nonlocal told
-        history = message.history if isinstance(message, Began) else []  # all of it, of a run that was resumed
-        if isinstance(message, EpochDone):
+        history = message.history if isinstance(message, RunStarted) else []  # all of it, of a run that was resumed
+        if isinstance(message, EpochEnded):
             history = [message.figures]
         new = [figures for figures in history if figures["epoch"] > told]
         told = max([told, *(int(figures["epoch"]) for figures in new)])
-        for figures in [*new, *([message.figures] if isinstance(message, Tested) else [])]:
+        for figures in [*new, *([message.figures] if isinstance(message, TestEnded) else [])]:
             for service in services:
                 service.log(name, figures)
 

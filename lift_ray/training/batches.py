@@ -14,13 +14,13 @@ from lift_ray.data.order import epoch_order, share_of_batch, steps_per_epoch
 from lift_ray.model.resnet import AnyTower
 from lift_ray.settings.methods import HalfLabelledConfig
 from lift_ray.settings.run import MdaConfig, RunConfig
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 Inputs = Sequence[torch.Tensor | None]
 Batches = Iterator[tuple[Inputs, torch.Tensor]]
 
 
-def picture_batches(config: RunConfig, warm: Warm, tower: AnyTower, epoch: int, step: int) -> Batches:
+def image_batches(config: RunConfig, warm: Workspace, tower: AnyTower, epoch: int, step: int) -> Batches:
     """((images, patches), labels) of the steps of an epoch from `step` on, this rank's part of each.
 
     With a method for half-labelled data, labelled pictures are followed by weak views of others, and by strong views of these; a
@@ -31,7 +31,7 @@ def picture_batches(config: RunConfig, warm: Warm, tower: AnyTower, epoch: int, 
     full_px = tower.resolution_px
     size_px = growing_px(start_px, full_px, tower.patch_px, epoch, optim.epochs) if start_px else full_px
     train = warm.training(config)
-    labelled = warm.to_device(
+    labelled = warm.device_batches(
         config,
         training_batches(
             warm.reader(train, optim.shuffle_bytes),
@@ -57,7 +57,7 @@ def picture_batches(config: RunConfig, warm: Warm, tower: AnyTower, epoch: int, 
     if not isinstance(config.method, HalfLabelledConfig):
         return (((images, patches), labels) for images, labels, patches in labelled)
     pool, num_steps = warm.dataset.split("unlabelled"), steps_per_epoch(train, optim.global_batch_size)
-    views = warm.to_device(
+    views = warm.device_batches(
         config,
         unlabelled_batches(
             warm.reader(pool, optim.shuffle_bytes),
@@ -91,11 +91,13 @@ def _joined(labelled: torch.Tensor, pairs: torch.Tensor | None) -> torch.Tensor:
     return torch.cat([labelled, *pairs.unbind(1)])
 
 
-def kept_batches(config: RunConfig, warm: Warm, train: Split, kept: torch.Tensor, epoch: int, step: int) -> Batches:
+def cached_batches(
+    config: RunConfig, warm: Workspace, train: Split, kept: torch.Tensor, epoch: int, step: int
+) -> Batches:
     """((activations,), labels) of the steps of an epoch from `step` on, this rank's part of each.
 
     Args:
-        kept: of the whole training split (Warm.kept).
+        kept: of the whole training split (Workspace.kept).
     """
     size, ranks = config.optim.global_batch_size, warm.ranks
     order = epoch_order(train, config.seed, epoch, config.optim.shuffle_bytes)
@@ -106,7 +108,7 @@ def kept_batches(config: RunConfig, warm: Warm, train: Split, kept: torch.Tensor
         yield (kept[rows.to(kept.device)],), labels.to(kept.device)
 
 
-def parts_of(size: int, number: int) -> list[slice]:
+def micro_batches(size: int, number: int) -> list[slice]:
     """At most `number` slices of a batch, as even as they can be."""
     ends = [size * i // number for i in range(number + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends) if stop > start]

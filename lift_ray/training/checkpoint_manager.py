@@ -15,7 +15,7 @@ METRIC = "validation/mean_class_accuracy"
 KEPT = 2
 
 
-class Checkpoints:
+class CheckpointManager:
     """Writes OUT/checkpoints/epoch-0003-step-000120 and the like; keeps the last two and the best.
 
     Args:

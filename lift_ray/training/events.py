@@ -9,7 +9,7 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Began:
+class RunStarted:
     """The workers are ready, at the start or after a failure.
 
     Args:
@@ -28,7 +28,7 @@ class Began:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepsDone:
     """Steps were done; a sign of life when there are no figures.
 
     Args:
@@ -44,7 +44,7 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class EpochDone:
+class EpochEnded:
     """An epoch is done, validated and in a checkpoint.
 
     Args:
@@ -56,14 +56,14 @@ class EpochDone:
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestEnded:
     """The test split's figures, after the last epoch."""
 
     figures: Figures
 
 
 @dataclass(frozen=True)
-class Halted:
+class RunStopped:
     """The run stopped because it was told to, with a checkpoint."""
 
     reason: str
@@ -71,14 +71,14 @@ class Halted:
 
 
 @dataclass(frozen=True)
-class Failed:
+class WorkersLost:
     """Workers were lost, and the run goes on from its last checkpoint."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Problem:
+class RunAborted:
     """An error that no retry can fix."""
 
     line: str
@@ -86,18 +86,18 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Diverged:
+class RunDiverged:
     """The training loss is not finite: the settings are to blame, and a retry would end the same way."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Done:
+class JobDone:
     """The result of a job that is not a trial: a dict for JSON."""
 
     value: dict[str, Any]
 
 
-Message = Began | Stepped | EpochDone | Tested | Halted | Failed | Problem
-Reply = Began | Stepped | EpochDone | Diverged | Done | Problem  # of a slot of a search
+Event = RunStarted | StepsDone | EpochEnded | TestEnded | RunStopped | WorkersLost | RunAborted
+Reply = RunStarted | StepsDone | EpochEnded | RunDiverged | JobDone | RunAborted  # of a slot of a search

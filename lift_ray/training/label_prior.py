@@ -12,7 +12,7 @@ from lift_ray.methods.prior import Prior, fit
 from lift_ray.model.losses import LOSSES, Loss
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.tuners import ZeroShotConfig
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 
 def zero_shot(config: RunConfig) -> RunConfig:
@@ -22,7 +22,7 @@ def zero_shot(config: RunConfig) -> RunConfig:
     )
 
 
-def label_prior(warm: Warm, config: RunConfig) -> Prior:
+def label_prior(warm: Workspace, config: RunConfig) -> Prior:
     """`methods.prior.fit` of the zero-shot logits of the validation split, the same on every rank.
 
     Raises BadInput without a text tower, without a validation image of every class, and where no prior can be fitted.
@@ -39,7 +39,7 @@ def label_prior(warm: Warm, config: RunConfig) -> Prior:
         return fitted(warm, torch.cat([model.classify(part) for part in features.split(1000)]), labels)
 
 
-def fitted(warm: Warm, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:
+def fitted(warm: Workspace, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:
     """`methods.prior.fit` on the validation split. Raises BadInput in one line where it cannot be fitted."""
     try:
         return fit(logits, labels, **options)
@@ -47,7 +47,7 @@ def fitted(warm: Warm, logits: torch.Tensor, labels: torch.Tensor, **options: An
         raise BadInput(f"{warm.dataset.uri} validation: {error}; GLA cannot be used with it") from None
 
 
-def loss_of(config: RunConfig, warm: Warm, counts: torch.Tensor) -> Loss:
+def loss_of(config: RunConfig, warm: Workspace, counts: torch.Tensor) -> Loss:
     """The loss on labelled pictures. Raises BadInput as `label_prior` for the loss that needs one.
 
     Args:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from lift_ray.training.checkpoint_manager import Checkpoints
-from lift_ray.training.events import Began, EpochDone, Message, Stepped, Tested
+from lift_ray.training.checkpoint_manager import CheckpointManager
+from lift_ray.training.events import EpochEnded, Event, RunStarted, StepsDone, TestEnded
 from lift_ray.training.run import Run
 
 TELL_EVERY_S = 1.0
@@ -28,7 +28,9 @@ class StopAsked(Exception):
     checkpoint = ""
 
 
-def train(run: Run, checkpoints: Checkpoints, tell: Callable[[Message], None], stop_asked: Callable[[], str]) -> None:
+def train(
+    run: Run, checkpoints: CheckpointManager, tell: Callable[[Event], None], stop_asked: Callable[[], str]
+) -> None:
     """Go on from the last checkpoint to the end of the run, and test.
 
     Args:
@@ -40,13 +42,13 @@ def train(run: Run, checkpoints: Checkpoints, tell: Callable[[Message], None], s
         BadInput, RunFailed: what no retry can mend.
     """
     checkpoints.restore(run)
-    tell(Began(run.ranks.world_size, run.num_epochs, run.steps_per_epoch, run.epoch, run.step, run.history))
-    run.pulse = Pulse(run, tell, stop_asked)
+    tell(RunStarted(run.ranks.world_size, run.num_epochs, run.steps_per_epoch, run.epoch, run.step, run.history))
+    run.pulse = StepCallback(run, tell, stop_asked)
     try:
         if not run.trained:
             figures = run.validate_untrained()
             if run.ranks.is_first:
-                tell(EpochDone(figures, checkpoints.save(run)))
+                tell(EpochEnded(figures, checkpoints.save(run)))
         while run.epoch < run.num_epochs:
             for batch in run.batches():
                 run.train_step(batch)
@@ -54,9 +56,9 @@ def train(run: Run, checkpoints: Checkpoints, tell: Callable[[Message], None], s
                     checkpoints.save(run)
             figures = run.end_epoch()
             if run.ranks.is_first:
-                tell(EpochDone(figures, checkpoints.save(run)))
+                tell(EpochEnded(figures, checkpoints.save(run)))
         if "test" in run.warm.dataset.splits:
-            tell(Tested({"epoch": run.epoch, **run.evaluate("test")}))
+            tell(TestEnded({"epoch": run.epoch, **run.evaluate("test")}))
     except StopAsked as asked:
         asked.checkpoint = checkpoints.save(run)
         raise
@@ -64,13 +66,13 @@ def train(run: Run, checkpoints: Checkpoints, tell: Callable[[Message], None], s
         checkpoints.finish(run)
 
 
-class Pulse:
+class StepCallback:
     """Called after every step and evaluation batch: tells now and then what goes on, and passes a wish to stop on.
 
     Losses are read from the device once in TELL_EVERY_S, so that a GPU does not wait for the host.
     """
 
-    def __init__(self, run: Run, tell: Callable[[Message], None], stop_asked: Callable[[], str]) -> None:
+    def __init__(self, run: Run, tell: Callable[[Event], None], stop_asked: Callable[[], str]) -> None:
         self.run, self.tell, self.stop_asked = run, tell, stop_asked
         self._told_at = time.monotonic()
         self._remember()
@@ -80,7 +82,7 @@ class Pulse:
         if reason := self.stop_asked():
             raise StopAsked(reason)
         if self.run.ranks.is_first and time.monotonic() - self._told_at >= TELL_EVERY_S:
-            self.tell(Stepped(self.run.epoch, self.run.step, self._figures(), self.run.evaluated))
+            self.tell(StepsDone(self.run.epoch, self.run.step, self._figures(), self.run.evaluated))
             self._told_at = time.monotonic()
             self._remember()
 

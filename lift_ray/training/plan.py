@@ -12,7 +12,7 @@ from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import RunFile
-from lift_ray.training.workspace import DTYPES, Warm
+from lift_ray.training.workspace import DTYPES, Workspace
 
 MIB = 2**20
 PROBE_IMAGES = 2
@@ -56,7 +56,7 @@ def _encoded_bytes(split: Split, shuffle_bytes: int) -> int:
 
 def _build(config: RunConfig, data: Dataset) -> tuple[Lift, RunConfig]:
     """The model, with a classifier that starts anywhere, and the resolved settings."""
-    warm = Warm(data.uri, Ranks.alone())
+    warm = Workspace(data.uri, Ranks.alone())
     # Here may be no GPU, and the classifier's start costs time and does not change a size.
     plain = config.model_copy(update={"backbone": config.backbone.model_copy(update={"precision": "fp32"})})
     resolved = warm.resolve(plain)

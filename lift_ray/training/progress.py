@@ -13,7 +13,17 @@ from rich.progress import Progress as Bar
 
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import console
-from lift_ray.training.events import Began, EpochDone, Failed, Figures, Halted, Message, Problem, Stepped, Tested
+from lift_ray.training.events import (
+    EpochEnded,
+    Event,
+    Figures,
+    RunAborted,
+    RunStarted,
+    RunStopped,
+    StepsDone,
+    TestEnded,
+    WorkersLost,
+)
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 STEP_FIGURES = {
@@ -47,11 +57,11 @@ class Progress:
         self.output, self.path = output, output.folder / METRICS
         self.last: Figures = {}
         self.retries: list[str] = []
-        self.problem: Problem | None = None
-        self.halted: Halted | None = None
-        self.began: Began | None = None
+        self.problem: RunAborted | None = None
+        self.halted: RunStopped | None = None
+        self.began: RunStarted | None = None
         self.checkpoint = ""
-        self.listeners: list[Callable[[Message], None]] = []
+        self.listeners: list[Callable[[Event], None]] = []
         self._writer = SummaryWriter(str(output.folder / TENSORBOARD))
         self._console, self._started = console(), time.monotonic()
         self._bar = Bar(
@@ -66,13 +76,13 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=None, epoch=0, speed="")
         self._takes: dict[type, Callable[[Any], None]] = {
-            Began: self._began,
-            Stepped: self._stepped,
-            EpochDone: self._epoch_done,
-            Tested: self._tested,
-            Failed: self._failed,
-            Halted: self._halted,
-            Problem: self._problem,
+            RunStarted: self._began,
+            StepsDone: self._stepped,
+            EpochEnded: self._epoch_done,
+            TestEnded: self._tested,
+            WorkersLost: self._failed,
+            RunStopped: self._halted,
+            RunAborted: self._problem,
         }
 
     def __enter__(self) -> Progress:
@@ -83,13 +93,13 @@ class Progress:
         self._bar.stop()
         self._writer.close()
 
-    def take(self, message: Message) -> None:
+    def take(self, message: Event) -> None:
         """Keep and show a message. Raises RunFailed when remote storage does not take the figures."""
         self._takes[type(message)](message)
         for listener in self.listeners:
             listener(message)
 
-    def _began(self, message: Began) -> None:
+    def _began(self, message: RunStarted) -> None:
         self.began = message
         self._write(message.history)
         if message.epoch or message.step:
@@ -100,13 +110,13 @@ class Progress:
         total = message.epochs * message.steps_per_epoch
         self._bar.update(self._task, total=total, completed=self._steps(message), epoch=message.epoch + 1)
 
-    def _stepped(self, message: Stepped) -> None:
+    def _stepped(self, message: StepsDone) -> None:
         speed = f"{message.figures['images_per_s']:.0f} images/s" if message.figures else "evaluating"
         self._bar.update(self._task, completed=self._steps(message), epoch=message.epoch + 1, speed=speed)
         for name, value in message.figures.items():
             self._writer.add_scalar(f"step/{name}", value, self._steps(message))
 
-    def _epoch_done(self, message: EpochDone) -> None:
+    def _epoch_done(self, message: EpochEnded) -> None:
         figures, self.checkpoint = message.figures, message.checkpoint
         self._keep(figures)
         if "train/loss" in figures:
@@ -117,17 +127,17 @@ class Progress:
                 f"  {figures['train/images_per_s']:.0f} images/s"
             )
 
-    def _tested(self, message: Tested) -> None:
+    def _tested(self, message: TestEnded) -> None:
         self._keep(message.figures)
 
-    def _failed(self, message: Failed) -> None:
+    def _failed(self, message: WorkersLost) -> None:
         self.retries.append(message.reason)
         self._say(f"{message.reason}; trying again from the last checkpoint")
 
-    def _halted(self, message: Halted) -> None:
+    def _halted(self, message: RunStopped) -> None:
         self.halted = message
 
-    def _problem(self, message: Problem) -> None:
+    def _problem(self, message: RunAborted) -> None:
         self.problem = self.problem or message
 
     def _keep(self, figures: Figures) -> None:
@@ -144,7 +154,7 @@ class Progress:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.replace(self.path)
 
-    def _steps(self, at: Began | Stepped) -> int:
+    def _steps(self, at: RunStarted | StepsDone) -> int:
         return at.epoch * (self.began.steps_per_epoch if self.began else 0) + at.step
 
     def _say(self, text: str) -> None:

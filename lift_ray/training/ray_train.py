@@ -16,7 +16,7 @@ from lift_ray.errors import BadInput, RunFailed, Stopped, last_line
 from lift_ray.ray_runtime.autoscaler import autoscaler_config
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.storage.output import Output
-from lift_ray.training.events import Halted, Message, Problem
+from lift_ray.training.events import Event, RunAborted, RunStopped
 from lift_ray.training.progress import Progress
 
 SETTINGS = "run.yaml"
@@ -83,12 +83,12 @@ def train_alone(job: Job, progress: Progress) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train(job: Job, ranks: Any, tell: Callable[[Message], None], stop_asked: Callable[[], str]) -> None:
+def _train(job: Job, ranks: Any, tell: Callable[[Event], None], stop_asked: Callable[[], str]) -> None:
     from lift_ray.settings.run import RunConfig
-    from lift_ray.training.checkpoint_manager import Checkpoints
+    from lift_ray.training.checkpoint_manager import CheckpointManager
     from lift_ray.training.loop import train
     from lift_ray.training.run import Run
-    from lift_ray.training.workspace import Warm
+    from lift_ray.training.workspace import Workspace
 
     output = Output(job.out)
     if not output.holds(SETTINGS):
@@ -96,8 +96,8 @@ def _train(job: Job, ranks: Any, tell: Callable[[Message], None], stop_asked: Ca
             f"{output}: must be storage that every worker reaches, but one on {os.uname().nodename} finds no "
             f"{SETTINGS} there; give a shared folder or a URL as --out"
         )
-    run = Run(RunConfig.model_validate(job.config), Warm(job.dataset, ranks))
-    train(run, Checkpoints(output, job.checkpoint_s, job.checkpoint_steps), tell, stop_asked)
+    run = Run(RunConfig.model_validate(job.config), Workspace(job.dataset, ranks))
+    train(run, CheckpointManager(output, job.checkpoint_s, job.checkpoint_steps), tell, stop_asked)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -118,19 +118,19 @@ def train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     torch.set_num_threads(job.num_cpus)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device(), max(1, job.num_cpus - 1))
-    link = Link(board)
+    link = ChannelClient(board)
     try:
         _train(job, ranks, link.tell if ranks.is_first else lambda message: None, link.stop_asked)
     except StopAsked as asked:
         if not told_to_stop.is_set():
-            ray.get(board.tell.remote(Halted(str(asked), asked.checkpoint)))
+            ray.get(board.tell.remote(RunStopped(str(asked), asked.checkpoint)))
             time.sleep(
                 STOP_WITHIN_S
             )  # the driver ends now, and this with it; Ray Train must not start workers meanwhile
             return
         raise RunFailed(f"told to stop by {asked}, and wrote {asked.checkpoint}") from None
     except (BadInput, RunFailed) as error:
-        ray.get(board.tell.remote(Problem(str(error), isinstance(error, BadInput))))
+        ray.get(board.tell.remote(RunAborted(str(error), isinstance(error, BadInput))))
         if ranks.world_size > 1:
             raise  # other ranks may wait for this one; Ray Train ends them, and nobody finds work at the second try
 
@@ -141,14 +141,14 @@ def _stop_on_sigterm() -> None:
     stop_on_sigterm()
 
 
-class Link:
+class ChannelClient:
     """A worker's side of the board. Nothing waits for an answer: it is looked at when it is there."""
 
     def __init__(self, board: Any) -> None:
         self.board = board
         self._answer: Any = None
 
-    def tell(self, message: Message) -> None:
+    def tell(self, message: Event) -> None:
         """Send a message."""
         self._answer = self.board.tell.remote(message)
 
@@ -176,13 +176,13 @@ def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience,
     import ray
 
     from lift_ray.training.loop import stop_on_sigterm, told_to_stop
-    from lift_ray.training.run_channel import new_board
+    from lift_ray.training.run_channel import new_channel
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
         before = signal.getsignal(signal.SIGTERM)
         stop_on_sigterm()
-    board = new_board(job.name)
+    board = new_channel(job.name)
     fitting = Fitting(job, need, min_workers, patience.max_failures, board)
     fitting.start()
     try:

@@ -17,9 +17,9 @@ from torch import nn
 
 from lift_ray.data.batches import evaluation_batches
 from lift_ray.data.dataset import Split
-from lift_ray.data.order import steps_per_epoch, stretch
+from lift_ray.data.order import rank_slice, steps_per_epoch
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.evaluation.accumulator import PerImage, Tally
+from lift_ray.evaluation.accumulator import MetricAccumulator, PredictionCollector
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.evaluation.metrics import GROUPS, PerClass, per_class_rows, pseudo_label_figures
 from lift_ray.methods.half_labelled import OBJECTIVES
@@ -29,9 +29,9 @@ from lift_ray.settings.methods import check_splits
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
 from lift_ray.settings.run_file import check_global_batch
 from lift_ray.training import checkpoint
-from lift_ray.training.batches import Batches, Inputs, kept_batches, parts_of, picture_batches
+from lift_ray.training.batches import Batches, Inputs, cached_batches, image_batches, micro_batches
 from lift_ray.training.label_prior import loss_of
-from lift_ray.training.workspace import Warm, autocast
+from lift_ray.training.workspace import Workspace, autocast
 
 if TYPE_CHECKING:
     from lift_ray.settings.run import OptimConfig
@@ -54,7 +54,7 @@ class Run:
             training split.
     """
 
-    def __init__(self, config: RunConfig, warm: Warm, class_counts: list[int] | None = None) -> None:
+    def __init__(self, config: RunConfig, warm: Workspace, class_counts: list[int] | None = None) -> None:
         self.config = config = warm.resolve(config)
         self.warm, self.ranks = warm, warm.ranks
         if class_counts is None:
@@ -73,7 +73,7 @@ class Run:
         self.history: list[Figures] = []
         self.pulse: Callable[[], None] = lambda: None
         self.per_class: PerClass | None = None
-        self.beside: dict[str, Tally] = {}  # what an evaluation counts of further logits of the head
+        self.beside: dict[str, MetricAccumulator] = {}  # what an evaluation counts of further logits of the head
         self.evaluated = 0.0  # share of the split that an evaluation has done
         if class_counts is None and self.trained:
             self._prepare_training()
@@ -137,7 +137,7 @@ class Run:
             group["lr"] = self.lr(self.epoch, self.step)
         optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(2, device=self.ranks.device)
-        for part in parts_of(len(labels), config.optim.accumulate):
+        for part in micro_batches(len(labels), config.optim.accumulate):
             share = (part.stop - part.start) / len(labels)
             with autocast(config, self.ranks.device):
                 output = forward(*(x if x is None else x[part] for x in inputs))
@@ -208,8 +208,8 @@ class Run:
         """The rest of this epoch's (inputs, labels), and what goes through the model: pictures, or kept activations."""
         config, warm, model = self.config, self.warm, self.model
         if isinstance(config.augment, NoAugmentConfig) and (kept := warm.kept(config, model, self.train)) is not None:
-            return model.from_frozen, kept_batches(config, warm, self.train, kept, self.epoch, self.step)
-        return self.forward, picture_batches(config, warm, model.tower, self.epoch, self.step)
+            return model.from_frozen, cached_batches(config, warm, self.train, kept, self.epoch, self.step)
+        return self.forward, image_batches(config, warm, model.tower, self.epoch, self.step)
 
     def evaluate(self, split_name: str) -> dict[str, float]:
         """Metrics of a split as `split/name`, over all ranks, each image counted once."""
@@ -218,7 +218,7 @@ class Run:
         return found | {"time/evaluate_s": time.monotonic() - began}
 
     def evaluate_taus(
-        self, split_name: str, taus: Sequence[float], each: Sequence[PerImage] = ()
+        self, split_name: str, taus: Sequence[float], each: Sequence[PredictionCollector] = ()
     ) -> list[dict[str, float]]:
         """Metrics for several strengths of the post-hoc adjustment z - tau * log prior, the logits computed once.
 
@@ -227,9 +227,9 @@ class Run:
         """
         device = self.ranks.device
         log_prior = torch.from_numpy(np.log(self.class_counts / self.class_counts.sum())).float().to(device)
-        tallies = [Tally(self.warm.dataset.num_classes, device) for _ in taus]
+        tallies = [MetricAccumulator(self.warm.dataset.num_classes, device) for _ in taus]
         names = ("linear", "similarity") if isinstance(self.model.head, FusedHead) else ()
-        self.beside = {name: Tally(self.warm.dataset.num_classes, device) for name in names}
+        self.beside = {name: MetricAccumulator(self.warm.dataset.num_classes, device) for name in names}
         with torch.inference_mode(), autocast(self.config, device):
             split = self.warm.dataset.split(split_name)
             for logits, labels in self._logits(split):
@@ -275,7 +275,7 @@ class Run:
         """This rank's share of a split, (b, D) and with test-time ensembling (b, 5, D)."""
         ranks, tte = self.ranks, self.config.evaluation.tte
         if not tte and (kept := self.warm.kept(self.config, self.model, split)) is not None:
-            mine = stretch(split.num_samples, ranks.rank, ranks.world_size)
+            mine = rank_slice(split.num_samples, ranks.rank, ranks.world_size)
             labels = torch.from_numpy(split.labels[mine]).to(kept.device)
             yield from zip(map(self.model.feature_from_frozen, kept[mine].split(1000)), labels.split(1000), strict=True)
             return
@@ -289,8 +289,8 @@ class Run:
             crops=tte,
             batch_size=batch_size(ranks.device, self.model.tower, tte),
         )
-        feature = self.warm.answerer(self.config, self.model.feature)
-        yield from on_cores(ranks.device, lambda one: (feature(one.images), self.warm.moved(one.labels)), batches)
+        feature = self.warm.predictor(self.config, self.model.feature)
+        yield from on_cores(ranks.device, lambda one: (feature(one.images), self.warm.to_device(one.labels)), batches)
 
     def epochs(self) -> Iterator[Figures]:
         """Train to the end from wherever the run stands; yields the figures of each epoch, validation included.

@@ -9,11 +9,11 @@ import ray
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lift_ray.training.events import Failed, Message, Problem, Stepped
+from lift_ray.training.events import Event, RunAborted, StepsDone, WorkersLost
 from lift_ray.training.progress import STEP_FIGURES
 
 
-class Board:
+class RunChannel:
     """An actor on the driver's node. Step figures are also Ray metrics, `ray_lift_ray_train_NAME` in Prometheus.
 
     Args:
@@ -21,7 +21,7 @@ class Board:
     """
 
     def __init__(self, run: str) -> None:
-        self._messages: list[Message] = []
+        self._messages: list[Event] = []
         self._workers: list[Any] = []
         self._heard_at: float | None = None
         self._stop, self._hung, self._problem = "", "", False
@@ -37,12 +37,12 @@ class Board:
         self._workers.append(worker)
         return not self._problem
 
-    def tell(self, message: Message) -> str:
+    def tell(self, message: Event) -> str:
         """Takes a worker's message; answers why it is to stop, "" to go on."""
         self._messages.append(message)
         self._heard_at = time.monotonic()
-        self._problem = self._problem or isinstance(message, Problem)
-        if isinstance(message, Stepped):
+        self._problem = self._problem or isinstance(message, RunAborted)
+        if isinstance(message, StepsDone):
             for name, value in message.figures.items():
                 self._gauges[name].set(value)
         return self._stop
@@ -51,10 +51,10 @@ class Board:
         """Workers were lost; Ray Train starts others, or gives up."""
         self._workers, self._heard_at = [], None
         if not (self._stop or self._problem):
-            self._messages.append(Failed(self._hung or reason))
+            self._messages.append(WorkersLost(self._hung or reason))
         self._hung = ""
 
-    def take(self) -> tuple[list[Message], float]:
+    def take(self) -> tuple[list[Event], float]:
         """The messages since the last call, and for how many seconds the workers have been silent."""
         messages, self._messages = self._messages, []
         return messages, 0.0 if self._heard_at is None else time.monotonic() - self._heard_at
@@ -71,7 +71,7 @@ class Board:
         self._hung, self._heard_at = reason, None
 
 
-def new_board(run: str) -> Any:
-    """A Board beside this process."""
+def new_channel(run: str) -> Any:
+    """A RunChannel on the node of this process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote(run)
+    return ray.remote(num_cpus=0)(RunChannel).options(scheduling_strategy=here).remote(run)

@@ -14,7 +14,7 @@ from lift_ray.data.batches import Batch, evaluation_batches
 from lift_ray.data.dataset import Dataset, Split
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.open import open_dataset
-from lift_ray.data.order import SHUFFLE_BYTES, memory_bytes, stretch
+from lift_ray.data.order import SHUFFLE_BYTES, memory_bytes, rank_slice
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 2**30
 
 
-class Warm:
+class Workspace:
     """The loaded towers, the data set's index and open files, and kept activations.
 
     Args:
@@ -171,7 +171,7 @@ class Warm:
             with torch.no_grad(), autocast(config, ranks.device):
                 return model.frozen_part(normalised(batch.images))
 
-        out, at = None, stretch(len(samples), ranks.rank, ranks.world_size).start
+        out, at = None, rank_slice(len(samples), ranks.rank, ranks.world_size).start
         for part in on_cores(ranks.device, frozen, batches):
             if out is None:
                 out = part.new_zeros(len(samples), *part.shape[1:])
@@ -200,23 +200,23 @@ class Warm:
             return (tower.width,)
         return (tower.num_patches(tower.resolution_px) + 1, tower.width)
 
-    def to_device(
+    def device_batches(
         self, config: RunConfig, batches: Iterable[Batch]
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Normalised float images, labels and kept patches on the device; copied without waiting on a GPU."""
         normalised = self.normaliser(config)
         for batch in batches:
-            patches = None if batch.patches is None else self.moved(batch.patches)
-            yield normalised(batch.images), self.moved(batch.labels), patches
+            patches = None if batch.patches is None else self.to_device(batch.patches)
+            yield normalised(batch.images), self.to_device(batch.labels), patches
 
     def normaliser(self, config: RunConfig) -> Callable[[torch.Tensor], torch.Tensor]:
         """What makes of pictures (..., 3, H, W) uint8 those that the backbone takes, on the device."""
         backbone, device = self.backbone(config), self.ranks.device
         std = torch.tensor(backbone.std, device=device).view(3, 1, 1)
         gain, offset = 1 / (255 * std), -torch.tensor(backbone.mean, device=device).view(3, 1, 1) / std
-        return lambda pictures: self.moved(pictures).float().mul_(gain).add_(offset)
+        return lambda pictures: self.to_device(pictures).float().mul_(gain).add_(offset)
 
-    def answerer(
+    def predictor(
         self, config: RunConfig, model: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """What makes of pictures (b, 3, H, W) or (b, 5, 3, H, W) uint8 the model's answers, (b, ...) or (b, 5, ...)."""
@@ -230,7 +230,7 @@ class Warm:
 
         return answer
 
-    def moved(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device; copied without waiting on a GPU."""
         if self.ranks.device.type == tensor.device.type:  # the CPU, or pictures that were decoded on the GPU
             return tensor

@@ -21,7 +21,7 @@ from lift_ray.reporting.figures.charts import (
     log_axis,
     percents,
 )
-from lift_ray.reporting.study_files import BEST, Answers, StudyFiles
+from lift_ray.reporting.study_files import BEST, Predictions, StudyFiles
 
 SHOWN = ("mean_class_accuracy", *GROUPS)
 BETWEEN = (
@@ -53,7 +53,7 @@ def studies_figure(studies: Sequence[StudyFiles]) -> Figure | None:
 
 
 def _rows(
-    study: StudyFiles, by: str, name: str, figures: dict[str, Any], answers: Answers | None
+    study: StudyFiles, by: str, name: str, figures: dict[str, Any], answers: Predictions | None
 ) -> list[dict[str, Any]]:
     spread = accuracy_intervals(answers, study.groups) if answers and study.class_counts else {}
     out = []

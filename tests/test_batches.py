@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from lift_ray.data import batches as data_batches
 from lift_ray.data import order
-from lift_ray.data.augment import evaluation_picture
+from lift_ray.data.augment import evaluation_image
 from lift_ray.data.batches import Batch, evaluation_batches, training_batches
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Shard, Split
 from lift_ray.data.open import open_dataset
-from lift_ray.data.order import epoch_order, share_of_batch, steps_per_epoch, stretch
+from lift_ray.data.order import epoch_order, rank_slice, share_of_batch, steps_per_epoch
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
@@ -178,14 +178,14 @@ def test_threads_change_nothing(small: Split, num_threads: int) -> None:
 
 def test_the_pictures_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     makers: list[str] = []
-    plain = data_batches.training_picture
+    plain = data_batches.training_image
 
     def noted(*args: Any, **options: Any) -> Any:
         makers.append(threading.current_thread().name)
         time.sleep(0.002)
         return plain(*args, **options)
 
-    monkeypatch.setattr(data_batches, "training_picture", noted)
+    monkeypatch.setattr(data_batches, "training_image", noted)
     with RowReader(small) as reader:
         batches = training_batches(
             reader, small, size_px=24, global_batch_size=96, seed=0, epoch=0, epochs=2, schedule="convex", num_threads=3
@@ -231,7 +231,7 @@ class NoFiles:
 def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int, share: int, world_size: int) -> None:
     split, batch = made_up([[samples]], [True]), share * world_size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_batches, "training_picture", lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
+        patch.setattr(data_batches, "training_image", lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
         sizes = {
             tuple(
                 len(part.labels)
@@ -266,13 +266,13 @@ def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: i
                     reader, test, size_px=16, batch_size=25, rank=rank, world_size=world_size, num_threads=2
                 )
             )
-            mine = stretch(test.num_samples, rank, world_size)
+            mine = rank_slice(test.num_samples, rank, world_size)
             images[mine] = torch.cat([part.images for part in parts])
             labels[mine] = torch.cat([part.labels for part in parts])
         encoded = reader.read(np.arange(test.num_samples))
     assert labels.tolist() == test.labels.tolist()
     for index in range(0, test.num_samples, 7):
-        assert np.array_equal(images[index].permute(1, 2, 0).numpy(), evaluation_picture(encoded[index], 16))
+        assert np.array_equal(images[index].permute(1, 2, 0).numpy(), evaluation_image(encoded[index], 16))
 
 
 def test_more_ranks_than_samples_leave_some_without_work(small: Split) -> None:

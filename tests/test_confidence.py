@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lift_ray.evaluation.accumulator import PerImage
+from lift_ray.evaluation.accumulator import PredictionCollector
 from lift_ray.methods.world import Ranks
 from lift_ray.reporting.confidence import (
     accuracy_gains,
@@ -22,21 +22,21 @@ from lift_ray.reporting.confidence import (
     seed_spread,
 )
 from lift_ray.reporting.scaling_law import Law, fit_law
-from lift_ray.reporting.study_files import Answers, StudyFiles, read_study
+from lift_ray.reporting.study_files import Predictions, StudyFiles, read_study
 from lift_ray.search.predictions import evaluate_each, write_predictions
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.output import Output
 from lift_ray.training.run import Run
-from lift_ray.training.workspace import Warm
+from lift_ray.training.workspace import Workspace
 
 GROUPS = np.array(["many"] * 5 + ["few"] * 5)
 
 
-def answers(share: float, seed: int, images: int = 40) -> Answers:
+def answers(share: float, seed: int, images: int = 40) -> Predictions:
     """Ten classes of so many images each, of which about this share is recognised."""
     label = np.repeat(np.arange(10), images)
     hit = np.random.default_rng(seed).random(len(label)) < share
-    return Answers(label, np.where(hit, label, (label + 1) % 10), np.full(len(label), 0.5))
+    return Predictions(label, np.where(hit, label, (label + 1) % 10), np.full(len(label), 0.5))
 
 
 @pytest.mark.parametrize("images", [3, 40])
@@ -60,7 +60,7 @@ def test_a_gain_on_the_same_images_is_surer_than_two_accuracies_apart() -> None:
     theirs = answers(0.5, 0)
     better = theirs.predicted.copy()
     better[::20] = theirs.label[::20]
-    ours = Answers(theirs.label, better, theirs.confidence)
+    ours = Predictions(theirs.label, better, theirs.confidence)
     gain, apart = accuracy_gains(ours, theirs, GROUPS)["accuracy"], accuracy_intervals(ours, GROUPS)["accuracy"]
     assert gain.value == pytest.approx(ours.hits.mean() - theirs.hits.mean())
     assert gain.excludes_zero
@@ -242,7 +242,7 @@ def test_one_seed_says_nothing_about_others() -> None:
 
 
 def test_reliability_bins_hold_every_image() -> None:
-    found = Answers(np.zeros(4, int), np.array([0, 0, 1, 1]), np.array([0.99, 0.98, 0.01, 0.5]))
+    found = Predictions(np.zeros(4, int), np.array([0, 0, 1, 1]), np.array([0.99, 0.98, 0.01, 0.5]))
     bins = reliability(found)
     assert sum(images for _, _, images in bins) == 4
     assert bins[-1] == (pytest.approx(0.985), 1.0, 2)
@@ -250,7 +250,10 @@ def test_reliability_bins_hold_every_image() -> None:
 
 def test_two_ranks_fill_in_what_one_finds() -> None:
     logits = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-    whole, halves = PerImage(10, 0, torch.device("cpu")), [PerImage(10, at, torch.device("cpu")) for at in (0, 5)]
+    whole, halves = (
+        PredictionCollector(10, 0, torch.device("cpu")),
+        [PredictionCollector(10, at, torch.device("cpu")) for at in (0, 5)],
+    )
     for batch in logits.split(3):
         whole.add(batch)
     for half, mine in zip(halves, logits.split(5), strict=True):
@@ -263,7 +266,7 @@ def test_two_ranks_fill_in_what_one_finds() -> None:
 
 def test_what_is_kept_of_each_image_gives_the_same_accuracy(small_data: str, small_clip: str, tmp_path: Path) -> None:
     config = RunConfig.model_validate({"backbone": {"model": small_clip}, "tuner": {"kind": "zero_shot"}})
-    warm = Warm(small_data, Ranks.alone(use_gpu=False, num_cpus=1))
+    warm = Workspace(small_data, Ranks.alone(use_gpu=False, num_cpus=1))
     ((figures, table),) = evaluate_each(Run(config, warm), "test")
     write_predictions(table, Output(str(tmp_path)), "predictions/00")
     (tmp_path / "study.json").write_text('{"compared": [{"label": "zero-shot"}], "space": {"space": {}}}')

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lift_ray.data.augment import any_crop, five_crops, growing_px, training_picture
+from lift_ray.data.augment import any_crop, five_crops, growing_px, training_image
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 from lift_ray.inference.evaluate import evaluate_checkpoint
@@ -20,8 +20,9 @@ from lift_ray.methods.world import Ranks
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint
-from lift_ray.training.run import Run, parts_of
-from lift_ray.training.workspace import Warm, first_of_each_class
+from lift_ray.training.batches import micro_batches
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Workspace, first_of_each_class
 
 
 def settings(clip: str, **overrides: Any) -> RunConfig:
@@ -36,11 +37,11 @@ def settings(clip: str, **overrides: Any) -> RunConfig:
 
 
 @pytest.fixture
-def warm(small_data: str) -> Warm:
-    return Warm(small_data, Ranks.alone())
+def warm(small_data: str) -> Workspace:
+    return Workspace(small_data, Ranks.alone())
 
 
-def trained(warm: Warm, config: RunConfig) -> list[dict[str, float]]:
+def trained(warm: Workspace, config: RunConfig) -> list[dict[str, float]]:
     keep = ("train/loss", "validation/loss", "validation/accuracy", "validation/mean_class_accuracy")
     return [{name: figures[name] for name in keep} for figures in Run(config, warm).epochs()]
 
@@ -63,17 +64,17 @@ def assert_near(one: list[dict[str, float]], other: list[dict[str, float]], tole
     ids=str,
 )
 def test_kept_activations_of_frozen_blocks_give_the_same_figures(
-    warm: Warm, small_clip: str, changes: dict[str, Any]
+    warm: Workspace, small_clip: str, changes: dict[str, Any]
 ) -> None:
     kept = trained(warm, settings(small_clip, **changes))
     assert warm._kept
-    fresh = Warm(warm.dataset.uri, Ranks.alone())
+    fresh = Workspace(warm.dataset.uri, Ranks.alone())
     assert_near(trained(fresh, settings(small_clip, backbone__cache_gib=0.0, **changes)), kept)
     assert not fresh._kept
 
 
 def test_a_second_run_reads_no_picture_when_nothing_in_the_tower_is_tuned(
-    warm: Warm, small_clip: str, monkeypatch: pytest.MonkeyPatch
+    warm: Workspace, small_clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained(warm, settings(small_clip, tuner__kind="linear_probe"))
     monkeypatch.setattr(RowReader, "read", lambda *_: pytest.fail("a picture was read"))
@@ -82,18 +83,18 @@ def test_a_second_run_reads_no_picture_when_nothing_in_the_tower_is_tuned(
         trained(warm, settings(small_clip, tuner__kind="lora"))
 
 
-def test_nothing_is_kept_for_tuned_blocks_and_for_pictures_that_change(warm: Warm, small_clip: str) -> None:
+def test_nothing_is_kept_for_tuned_blocks_and_for_pictures_that_change(warm: Workspace, small_clip: str) -> None:
     trained(warm, settings(small_clip))
     assert not warm._kept
     trained(warm, settings(small_clip, tuner__kind="linear_probe", augment__kind="mda"))
     assert [key[-3] for key in warm._kept] == ["validation"]
 
 
-def test_a_linear_probe_from_kept_features_is_many_times_faster(small_clip: str, warm: Warm) -> None:
+def test_a_linear_probe_from_kept_features_is_many_times_faster(small_clip: str, warm: Workspace) -> None:
     config = settings("embedded:lift-tiny", tuner__kind="linear_probe", optim__epochs=3)
     seconds = []
     for cache_gib in (0.0, 2.0):
-        warm = Warm(warm.dataset.uri, Ranks.alone())
+        warm = Workspace(warm.dataset.uri, Ranks.alone())
         run = Run(
             config.model_copy(update={"backbone": config.backbone.model_copy(update={"cache_gib": cache_gib})}), warm
         )
@@ -105,7 +106,7 @@ def test_a_linear_probe_from_kept_features_is_many_times_faster(small_clip: str,
 
 
 @pytest.mark.parametrize("init", ["class_mean", "linear_probe"])
-def test_a_classifier_can_start_from_the_features(warm: Warm, init: str) -> None:
+def test_a_classifier_can_start_from_the_features(warm: Workspace, init: str) -> None:
     run = Run(settings("embedded:lift-tiny", head__init=init), warm)
     chance = Run(settings("embedded:lift-tiny", head__init="random"), warm).evaluate("validation")
     assert run.evaluate("validation")["validation/mean_class_accuracy"] > 0.3 + chance["validation/mean_class_accuracy"]
@@ -119,7 +120,7 @@ def test_the_first_images_of_each_class_are_taken() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adaptformer", "linear_probe"])
-def test_parts_of_a_batch_add_up_to_the_batch(warm: Warm, small_clip: str, kind: str) -> None:
+def test_parts_of_a_batch_add_up_to_the_batch(warm: Workspace, small_clip: str, kind: str) -> None:
     whole = trained(warm, settings(small_clip, tuner__kind=kind))
     assert_near(trained(warm, settings(small_clip, tuner__kind=kind, optim__accumulate=3)), whole)
 
@@ -127,17 +128,19 @@ def test_parts_of_a_batch_add_up_to_the_batch(warm: Warm, small_clip: str, kind:
 def test_parts_cover_a_batch_once() -> None:
     for size in range(1, 20):
         for number in range(1, 25):
-            parts = parts_of(size, number)
+            parts = micro_batches(size, number)
             assert [i for part in parts for i in range(size)[part]] == list(range(size))
             assert len(parts) == min(size, number)
 
 
-def test_computing_activations_again_changes_nothing(warm: Warm, small_clip: str) -> None:
+def test_computing_activations_again_changes_nothing(warm: Workspace, small_clip: str) -> None:
     once = trained(warm, settings(small_clip))
     assert_near(trained(warm, settings(small_clip, backbone__checkpointing=True)), once)
 
 
-def test_a_compiled_run_gives_the_same_figures(warm: Warm, small_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_run_gives_the_same_figures(
+    warm: Workspace, small_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[torch.nn.Module] = []
     traced = functools.partial(
         torch.compile, backend="aot_eager"
@@ -154,7 +157,7 @@ def test_a_compiled_run_gives_the_same_figures(warm: Warm, small_clip: str, monk
     assert len(asked) == 1
 
 
-def test_pictures_grow_over_the_run_in_whole_patches(warm: Warm, small_clip: str) -> None:
+def test_pictures_grow_over_the_run_in_whole_patches(warm: Workspace, small_clip: str) -> None:
     assert [growing_px(24, 48, 8, epoch, 4) for epoch in range(4)] == [24, 32, 40, 48]
     assert growing_px(24, 48, 8, 0, 1) == 48
     run = Run(settings(small_clip, augment__kind="mda", augment__start_px=16, optim__epochs=3), warm)
@@ -166,7 +169,7 @@ def test_pictures_grow_over_the_run_in_whole_patches(warm: Warm, small_clip: str
 
 
 def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
-    warm: Warm, small_clip: str, tmp_path: Path
+    warm: Workspace, small_clip: str, tmp_path: Path
 ) -> None:
     split = warm.dataset.split("test")
     encoded = warm.reader(split).read(np.arange(1))[0]
@@ -194,7 +197,9 @@ def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
     assert asked == pytest.approx(own, abs=1e-5) != plain.evaluate("test")["test/loss"]
 
 
-def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logits(warm: Warm, small_clip: str) -> None:
+def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logits(
+    warm: Workspace, small_clip: str
+) -> None:
     run = Run(settings(small_clip, optim__lr=0.02), warm)
     run.train_epoch()
     none, one, many = run.evaluate_taus("test", [0.0, 1.0, 100.0])
@@ -206,16 +211,18 @@ def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logit
     assert {name: figures[name] for name in one} == pytest.approx(one, abs=1e-6)
 
 
-def test_a_random_crop_with_flip_is_decided_by_its_draw(warm: Warm) -> None:
+def test_a_random_crop_with_flip_is_decided_by_its_draw(warm: Workspace) -> None:
     encoded = warm.reader(warm.dataset.split("train")).read(np.arange(1))[0]
     draws = np.random.default_rng(0).random((40, 3))
-    once, again = ([training_picture(encoded, 16, partial(any_crop, draw=draw)) for draw in draws] for _ in range(2))
+    once, again = ([training_image(encoded, 16, partial(any_crop, draw=draw)) for draw in draws] for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
     assert len({picture.tobytes() for picture in once}) == 40
     assert once[0].shape == (16, 16, 3)
 
 
-def test_a_checkpoint_of_other_classes_or_another_tower_is_refused(warm: Warm, small_clip: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_classes_or_another_tower_is_refused(
+    warm: Workspace, small_clip: str, tmp_path: Path
+) -> None:
     run = Run(settings(small_clip), warm)
     run.save(tmp_path / "one")
     record = checkpoint.read_record(tmp_path / "one")

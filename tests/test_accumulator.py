@@ -10,14 +10,14 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lift_ray.evaluation.accumulator import NUM_BINS, Tally
+from lift_ray.evaluation.accumulator import NUM_BINS, MetricAccumulator
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 CPU = torch.device("cpu")
 
 
-def tally(num_classes: int, *batches: tuple[torch.Tensor, torch.Tensor]) -> Tally:
-    out = Tally(num_classes, CPU)
+def tally(num_classes: int, *batches: tuple[torch.Tensor, torch.Tensor]) -> MetricAccumulator:
+    out = MetricAccumulator(num_classes, CPU)
     for logits, labels in batches:
         out.add(logits, labels)
     return out
@@ -145,14 +145,14 @@ def test_logits_that_are_not_finite_show_in_the_loss_and_break_nothing() -> None
 def test_adding_a_batch_never_reads_a_value_on_the_host() -> None:
     """Tensors of the meta device hold no values: reading one, or a shape that depends on values, raises."""
     meta = torch.device("meta")
-    counting = Tally(5, meta)
+    counting = MetricAccumulator(5, meta)
     counting.add(torch.zeros(8, 5, device=meta), torch.zeros(8, dtype=torch.int64, device=meta))
     with pytest.raises((RuntimeError, NotImplementedError)):
         counting.result(np.ones(5, dtype=np.int64))
 
 
 def test_a_tally_made_before_inference_mode_can_be_summed_after_it() -> None:
-    counting = Tally(2, CPU)
+    counting = MetricAccumulator(2, CPU)
     with torch.inference_mode():
         counting.add(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
     for tensor in counting.tensors():

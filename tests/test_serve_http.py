@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lift_ray.inference import serve_http, serve_model
-from lift_ray.inference.serve_http import Gate, Options
+from lift_ray.inference.serve_http import HttpFront, Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
 
@@ -32,7 +32,7 @@ def test_what_a_replica_held_when_it_died_is_asked_again() -> None:
             return 200, {"body": body.decode()}
 
     model = Model()
-    assert asyncio.run(Gate(model, Options("x"))._classified(b"picture", 5)) == (200, {"body": "picture"})
+    assert asyncio.run(HttpFront(model, Options("x"))._classified(b"picture", 5)) == (200, {"body": "picture"})
     assert model.calls == 3
 
 
@@ -49,7 +49,7 @@ def test_uploads_that_are_too_many_bytes_at_once_are_sent_away_and_may_come_agai
             await let_go.wait()
             return 200, {}
 
-    async def ask(at: Gate) -> Response:
+    async def ask(at: HttpFront) -> Response:
         scope = {
             "type": "http",
             "method": "POST",
@@ -65,7 +65,7 @@ def test_uploads_that_are_too_many_bytes_at_once_are_sent_away_and_may_come_agai
         return await at(Request(scope, receive))
 
     async def main() -> list[Response]:
-        at = Gate(Model(), Options("x", max_mb=0.002))
+        at = HttpFront(Model(), Options("x", max_mb=0.002))
         held = [asyncio.create_task(ask(at)) for _ in range(2)]
         await asyncio.sleep(0.01)
         too_many = [await ask(at) for _ in range(3)]
@@ -84,12 +84,12 @@ def test_pictures_that_come_together_are_classified_together(monkeypatch: pytest
         sizes.append(len(pictures))
         return [2 * picture for picture in pictures]
 
-    monkeypatch.setattr(serve_model.Classifier, "_of_batch", of_batch)
+    monkeypatch.setattr(serve_model.ModelReplica, "_of_batch", of_batch)
     settings = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=serve_model.AT_ONCE))
     monkeypatch.setattr("ray.serve.get_replica_context", lambda: settings)
 
     async def main() -> list[int]:
-        model = object.__new__(serve_model.Classifier)
+        model = object.__new__(serve_model.ModelReplica)
         return list(await asyncio.gather(*[model._probabilities(n) for n in range(40)]))
 
     assert asyncio.run(main()) == [2 * n for n in range(40)]

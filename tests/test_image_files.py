@@ -17,7 +17,7 @@ from PIL import Image
 from lift_ray import report
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.figures.charts import Figure
-from lift_ray.reporting.png import write_pictures
+from lift_ray.reporting.png import write_png
 
 NEEDS_CHROME = pytest.mark.skipif(CHROME is None and not os.environ.get("CI"), reason="needs Chromium or Chrome")
 GOOD = Figure("good", "Good", "", [{"type": "scatter", "x": [1, 2], "y": [1, 2]}], {})
@@ -41,7 +41,7 @@ def test_every_figure_is_a_picture_that_shows_something_and_a_table(tmp_path: Pa
 @NEEDS_CHROME
 def test_a_figure_that_cannot_be_drawn_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"^--png: all figures must be drawn, but 1 were not: .*; leave out --png$"):
-        write_pictures([("good", GOOD), ("no such folder/bad", GOOD)], tmp_path)
+        write_png([("good", GOOD), ("no such folder/bad", GOOD)], tmp_path)
 
 
 def test_pictures_without_chrome_or_kaleido_are_one_line_that_says_what_to_install(
@@ -50,7 +50,7 @@ def test_pictures_without_chrome_or_kaleido_are_one_line_that_says_what_to_insta
     monkeypatch.setattr(Chromium, "find_browser", lambda *_, **__: None)
     monkeypatch.delenv("BROWSER_PATH", raising=False)
     with pytest.raises(BadInput, match=r"^--png: needs Chrome or Chromium, but finds none; install one"):
-        write_pictures([("good", GOOD)], tmp_path)
+        write_png([("good", GOOD)], tmp_path)
     monkeypatch.setitem(sys.modules, "kaleido", None)
     with pytest.raises(BadInput, match=r"^--png: needs the package kaleido, .*; pip install"):
-        write_pictures([("good", GOOD)], tmp_path)
+        write_png([("good", GOOD)], tmp_path)
