@@ -11,10 +11,35 @@ from typing import Any, NoReturn
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used.
+    """What the user gave cannot be used: `place: rule, but got value; remedy`.
 
-    The message reads `where: rule, but got value; what to do`; several faults of one file are several lines.
+    Args:
+        place: file and line, option, or URL.
+        rule: what is required there.
+        got: what is there instead; None where the rule says it.
+        remedy: what to do.
+        but: in place of "got ...", where nothing was got: "there is none", "is missing".
+
+    Attributes:
+        faults: the errors that this one reports, itself when it is a single one.
     """
+
+    def __init__(self, place: str, rule: str = "", got: object = None, remedy: str = "", *, but: str = "") -> None:
+        but = but or ("" if got is None else f"got {got}")
+        message = f"{rule}, but {but}" if but else rule
+        super().__init__(
+            ": ".join(part for part in (place, "; ".join(part for part in (message, remedy) if part)) if part)
+        )
+        self.place, self.rule, self.got, self.remedy = place, rule, got, remedy
+        self.faults: list[BadInput] = [self]
+
+    @classmethod
+    def of(cls, faults: Iterable[BadInput]) -> BadInput:
+        """One error, a line for each of several faults."""
+        found = list(faults)
+        whole = cls("\n".join(map(str, found)))
+        whole.faults = found
+        return whole
 
 
 class RunFailed(Exception):
@@ -39,6 +64,11 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__()
         self.signum = signum
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """An error's text on one line, cut to a length; the name of its class when it has no text."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def last_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lift_ray.errors import BadInput, exit_codes, run_verb
+from lift_ray.storage.layout import SETTINGS, TOGETHER
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lift_ray.training.progress import Progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-SETTINGS, TOGETHER = "run.yaml", "together.json"
 
 
 @app.command()

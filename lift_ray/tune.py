@@ -119,13 +119,13 @@ def _search(
     """Start or join Ray, search, write the results and print them."""
     from lift_ray.ray_runtime.session import connected, dashboard_url, machine
     from lift_ray.reporting.report import kept_up_to_date, try_report
-    from lift_ray.reporting.study_files import BEGUN
     from lift_ray.reporting.trial_rows import write_json
     from lift_ray.search.driver import run_search
     from lift_ray.search.driver_lock import study_in
     from lift_ray.search.final_comparison import write_result
     from lift_ray.search.interrupts import Interrupts
     from lift_ray.search.live_page import Status, job_metadata, served, tell_job
+    from lift_ray.storage.layout import SPACE
     from lift_ray.storage.output import Output
     from lift_ray.tracking.services import trackers
 
@@ -166,7 +166,7 @@ def _search(
                 "each_trial": asdict(need),
                 "machine": machine(),
             },
-            target.folder / BEGUN,
+            target.folder / SPACE,
         )
         try:
             with kept_up_to_date(target):

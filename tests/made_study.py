@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lift_ray.data.open import open_dataset
-from lift_ray.reporting.study_files import PREDICTIONS, predictions_of
+from lift_ray.reporting.study_files import predictions_of
+from lift_ray.storage.layout import PREDICTIONS_FILE
 
 DATASET = "embedded:caltech101-lt"
 KINDS = ("adaptformer", "lora", "linear_probe")
@@ -77,7 +78,7 @@ def write_study(
         target = folder / predictions_of(f"model-{i}", 0)
         target.mkdir(parents=True)
         columns = {"label": labels, "predicted": predicted, "confidence": random.uniform(0.3, 1, len(labels))}
-        pq.write_table(pa.table(columns), target / PREDICTIONS)
+        pq.write_table(pa.table(columns), target / PREDICTIONS_FILE)
         hit = float((predicted == labels).mean())
         figures = dict.fromkeys(("accuracy", "mean_class_accuracy", "many", "medium", "few"), hit)
         compared.append(

@@ -22,8 +22,8 @@ import ray
 from test_tune import epochs, stored
 
 from lift_ray import tune
-from lift_ray.search.study import JOURNAL
 from lift_ray.settings.run_file import read_run
+from lift_ray.storage.layout import JOURNAL
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ VERBS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("
 BELOW_TRAINING = {"settings", "storage", "data", "model", "methods", "evaluation", "terminal"}
 # room -> the rooms it may import from; `errors` may be used everywhere
 ROOMS = {
-    "settings": set(),
+    "settings": {"storage"},
     "storage": set(),
     "data": {"storage"},
     "model": set(),
     "methods": {"model"},
-    "evaluation": {"data", "model", "methods"},
+    "evaluation": {"storage", "data", "model", "methods"},
     "terminal": {"evaluation"},
-    "ray_runtime": {"settings", "data"},
+    "ray_runtime": {"settings", "storage", "data"},
     "training": {*BELOW_TRAINING, "ray_runtime"},
     "ensembles": {*BELOW_TRAINING, "training"},
     "reporting": {"storage", "data", "evaluation", "terminal"},

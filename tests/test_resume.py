@@ -16,12 +16,13 @@ from played import METRIC, Played, figures_of, play, searched, space
 
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.trial_rows import best_row
-from lift_ray.search.driver_lock import LOCK, study_in
+from lift_ray.search.driver_lock import study_in
 from lift_ray.search.final_comparison import conclude
 from lift_ray.search.jobs import EvaluationJob
 from lift_ray.search.state import Search
-from lift_ray.search.study import JOURNAL, Study, open_storage, repaired, reports_in
+from lift_ray.search.study import Study, open_storage, repaired, reports_in
 from lift_ray.settings.search import TAUS
+from lift_ray.storage.layout import JOURNAL, LOCK
 from lift_ray.storage.output import Output
 
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from lift_ray.settings.run import RunConfig
+from lift_ray.storage.layout import FINAL_CHECKPOINT, RECORD, WEIGHTS
 from lift_ray.storage.output import Output
 from lift_ray.training import checkpoint
-from lift_ray.training.checkpoint_manager import FINAL
 from lift_ray.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def train_members(
     """
     waiting = {}
     for name, output in names.items():
-        if output.holds(f"{FINAL}/{checkpoint.RECORD}"):
+        if output.holds(f"{FINAL_CHECKPOINT}/{RECORD}"):
             say(f"{name}: finished before")
         else:
             waiting[name] = output
@@ -94,9 +94,9 @@ def bind(config: RunConfig, names: Mapping[str, Output], output: Output) -> None
     tensors: dict[str, Any] = {}
     history: list[dict[str, float]] = []
     for name, place in names.items():
-        with place.fetched(FINAL) as folder:
+        with place.fetched(FINAL_CHECKPOINT) as folder:
             record = checkpoint.read_record(folder)
-            tensors |= {f"{name}/{key}": tensor for key, tensor in load_file(folder / checkpoint.WEIGHTS).items()}
+            tensors |= {f"{name}/{key}": tensor for key, tensor in load_file(folder / WEIGHTS).items()}
         train_s = sum(epoch.get("time/train_s", 0.0) for epoch in record.history)
         history.append({"epoch": len(history) + 1, "time/train_s": train_s})
     record = replace(
@@ -110,5 +110,5 @@ def bind(config: RunConfig, names: Mapping[str, Output], output: Output) -> None
         seconds={},
         scaler={},
     )
-    with output.staged(FINAL, checkpoint.RECORD) as folder:
+    with output.staged(FINAL_CHECKPOINT, RECORD) as folder:
         checkpoint.save(folder, cast("Lift", SimpleNamespace(stored=lambda: tensors)), None, {}, record)

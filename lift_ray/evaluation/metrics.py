@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lift_ray.storage.atomic import replacing
+
 MANY_ABOVE = 100
 FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
@@ -133,6 +135,5 @@ def write_per_class(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     columns |= dict.fromkeys(("accuracy", "precision", "f1"), pa.float64())
     if rows and "parameter_group" in rows[0]:
         columns["parameter_group"] = pa.string()
-    temporary = path.with_name(path.name + ".tmp")
-    pyarrow.csv.write_csv(pa.Table.from_pylist(rows, schema=pa.schema(columns.items())), temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        pyarrow.csv.write_csv(pa.Table.from_pylist(rows, schema=pa.schema(columns.items())), temporary)

@@ -20,11 +20,9 @@ from lift_ray.errors import BadInput
 from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.classifier import Classifier
+from lift_ray.storage.layout import CALIBRATION
 from lift_ray.training.checkpoint import difference
 
-FILE = (
-    "calibration.json"  # beside a checkpoint's weights; for another tau than that of its run calibration-tau-TAU.json
-)
 COLDEST, HOTTEST = 0.01, 100.0
 
 
@@ -60,7 +58,7 @@ def calibrated(folder: Path, finished: Classifier) -> Calibration:
     Raises BadInput when its validation split cannot be read.
     """
     tau = finished.config.evaluation.posthoc_tau
-    name = FILE if tau == finished.trained_tau else f"calibration-tau-{tau:g}.json"
+    name = CALIBRATION if tau == finished.trained_tau else f"calibration-tau-{tau:g}.json"
     if found := kept(folder / name):
         return found
     made = _fitted(finished)

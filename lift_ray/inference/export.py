@@ -24,11 +24,11 @@ from lift_ray.model.backbone import TIMM, load_backbone
 from lift_ray.model.merging import can_merge, licence, merged, write_open_clip
 from lift_ray.model.resnet import AnyTower
 from lift_ray.model.tuners import BlockTuner
+from lift_ray.storage.layout import BEST_METRICS
 
 LARGEST_DIFFERENCE = 1e-4
 OPEN_CLIP, ONNX, TORCH = "open_clip", "onnx", "torch"
 CLASSES = "classes.json"
-METRICS = "metrics.json"  # as final_comparison.py writes it
 
 GetProgram = Callable[[], torch.export.ExportedProgram]
 Logits = Callable[[Tensor], Tensor]
@@ -213,11 +213,11 @@ def _program(finished: Classifier) -> torch.export.ExportedProgram:
 def _metrics(folder: Path, finished: Classifier) -> dict[str, float]:
     """Of the checkpoint's last evaluation; and of the test split, where a search kept them beside it (best/)."""
     try:
-        kept: dict[str, float] = json.loads((folder / METRICS).read_text())
+        kept: dict[str, float] = json.loads((folder / BEST_METRICS).read_text())
     except FileNotFoundError:
         kept = {}
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / METRICS}: must be metrics, but got {error}; delete it") from None
+        raise BadInput(f"{folder / BEST_METRICS}: must be metrics, but got {error}; delete it") from None
     return finished.record.metrics | kept
 
 

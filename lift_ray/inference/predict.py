@@ -30,6 +30,7 @@ from lift_ray.methods.world import Ranks
 from lift_ray.ray_runtime.capacity import num_slots
 from lift_ray.ray_runtime.session import connected
 from lift_ray.settings.search import ScaleConfig
+from lift_ray.storage.layout import CALIBRATION, WEIGHTS
 from lift_ray.storage.store import one_line
 from lift_ray.training import checkpoint
 
@@ -259,7 +260,7 @@ def _check_same_job(job: Job, parts: Path) -> None:
         record = single_record(folder)
         if job.top > len(record.class_names):
             raise BadInput(f"--top: must be at most the {len(record.class_names)} classes, but got {job.top}; lower it")
-        weights = hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()
+        weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     about = json.dumps([asdict(job) | {"where": ""}, record.digest, weights], sort_keys=True)
     digest = hashlib.sha256(about.encode()).hexdigest()
     if not (parts / PLAN).exists():
@@ -273,7 +274,7 @@ def _check_same_job(job: Job, parts: Path) -> None:
 
 def _settled(parts: Path, find: Callable[[], Calibration]) -> Calibration:
     """The calibration of all parts, also of those that a later process writes."""
-    path = parts / "calibration.json"
+    path = parts / CALIBRATION
     if not path.exists():
         found = find()
         _replace(path, lambda temporary: temporary.write_text(json.dumps(asdict(found))))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from lift_ray.errors import BadInput, exit_codes
+from lift_ray.storage.atomic import replacing
 
 FIXED = {
     "reconciler.py": (
@@ -37,9 +38,8 @@ def fix(folder: Path) -> None:
             raise BadInput(
                 f"{path}: must be of Ray 2.60.0, but is not; leave this step out, and see whether its autoscaler falls back"
             )
-        new = path.with_name(f"{path.name}.new")
-        new.write_text(text.replace(before, after))
-        new.replace(path)  # a new file: the old one may be shared with other environments
+        with replacing(path) as new:  # a new file: the old one may be shared with other environments
+            new.write_text(text.replace(before, after))
 
 
 def main(argv: list[str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lift_ray.evaluation.metrics import GROUPS
-from lift_ray.reporting.study_files import BEST, Predictions, StudyFiles, Trial, numbers
+from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles, Trial, numbers
 
 DRAWS = 2000
 CHUNK = 100  # draws at a time: thousands of classes fit into memory
@@ -208,7 +208,7 @@ def seed_spread(study: StudyFiles) -> str:
     for run in study.about.get("seeds", []):
         if "test/mean_class_accuracy" in run:
             runs.setdefault(run["label"], []).append(100 * run["test/mean_class_accuracy"])
-    best, *others = (runs.pop(BEST, []), *runs.values())
+    best, *others = (runs.pop(BEST_FOUND, []), *runs.values())
     if len(best) < 2:
         return "Every setting was trained with one seed, so how much another seed changes is not known (search.seeds_best)."
     text = f"With {len(best)} seeds the best settings reach {np.mean(best):.1f}% on test, give or take {np.std(best, ddof=1):.1f}"

@@ -19,10 +19,11 @@ from lift_ray.reporting.confidence import heavy_tuning
 from lift_ray.reporting.figures import charts, comparison, search
 from lift_ray.reporting.figures.charts import HEAVY, Figure
 from lift_ray.reporting.scaling_law import fit_law
-from lift_ray.reporting.study_files import BEST, StudyFiles
+from lift_ray.reporting.study_files import BEST_FOUND, StudyFiles
 from lift_ray.reporting.summary import Cell, accuracy_rows, gain_rows, law_in_words, seed_rows, summary
+from lift_ray.storage.atomic import replacing
+from lift_ray.storage.layout import PAGE
 
-PAGE = "index.html"
 MOST_ROWS = 60  # of a table in the page; the CSV has all
 TOGETHER = "together"
 
@@ -140,9 +141,8 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _navigation(chapters: Sequence[StudySection], named: Sequence[tuple[str, Figure]]) -> str:
@@ -158,7 +158,7 @@ def _together(chapters: Sequence[StudySection]) -> str:
     rows: list[dict[str, Any]] = []
     for chapter in chapters:
         study = chapter.study
-        best = next((row for row in accuracy_rows(study) if row["model"] == BEST), {})
+        best = next((row for row in accuracy_rows(study) if row["model"] == BEST_FOUND), {})
         rows.append(
             {"study": study.name, **{k: v for k, v in best.items() if k != "model"}, "trials": len(study.trials)}
         )

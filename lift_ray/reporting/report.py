@@ -18,12 +18,12 @@ import numpy as np
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
-from lift_ray.reporting.page import PAGE, Example, StudySection, write_page
+from lift_ray.reporting.page import Example, StudySection, write_page
 from lift_ray.reporting.png import write_png
-from lift_ray.reporting.study_files import BEST, FILES, PREDICTIONS, StudyFiles, read_study
+from lift_ray.reporting.study_files import BEST_FOUND, FILES, StudyFiles, read_study
+from lift_ray.storage.layout import PAGE, PREDICTIONS, PREDICTIONS_FILE, REPORT, TRIALS
 from lift_ray.storage.output import Output
 
-REPORT = "report"
 EVERY_S = 30.0
 SHARE = 0.05  # of the time that a running search may spend on its report
 WORST_CLASSES = 8
@@ -60,7 +60,7 @@ def _read(out: Output) -> StudyFiles:
     """Only the files that the report needs: a remote study's checkpoints stay where they are."""
     if "://" in out.url:
         names = [name for name in FILES if out.holds(name)]
-        names += [f"predictions/{name}/{PREDICTIONS}" for name in out.names("predictions")]
+        names += [f"{PREDICTIONS}/{name}/{PREDICTIONS_FILE}" for name in out.names(PREDICTIONS)]
         for name in names:
             (out.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with out.fetched(name) as file:
@@ -80,7 +80,7 @@ def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
 
     Of classes that are equally bad, the one with the most training images comes first: it has the least excuse.
     """
-    found = study.entry(BEST)
+    found = study.entry(BEST_FOUND)
     if found is None or found[1] is None or not study.class_names:
         return [], "the comparison on the test split is not there"
     answers, counts, names = found[1], np.array(study.class_counts), study.class_names
@@ -144,7 +144,7 @@ def kept_up_to_date(out: Output) -> Iterator[None]:
         yield
         return
     over = threading.Event()
-    thread = threading.Thread(target=_keep, args=(out, out.folder / "trials.parquet", over), daemon=True)
+    thread = threading.Thread(target=_keep, args=(out, out.folder / TRIALS, over), daemon=True)
     thread.start()
     try:
         yield

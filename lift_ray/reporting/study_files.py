@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.metrics import class_groups
+from lift_ray.storage.layout import BEST, PER_CLASS, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
 
-PREDICTIONS = "test.parquet"
-BEGUN = "space.json"  # what is searched, written before the first trial
-FILES = ("study.json", BEGUN, "trials.parquet", "best/run.json", "best/per_class.csv")
-BEST = "best found"
+FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}", f"{BEST}/{PER_CLASS}")
+BEST_FOUND = "best found"
 DEFAULT_OBJECTIVES = {"validation/mean_class_accuracy": "max"}
 
 Trial = dict[str, Any]
@@ -28,12 +27,12 @@ Trial = dict[str, Any]
 
 def predictions_of(model: str, tau: float) -> str:
     """The folder in OUT with a model's predictions for the test images, with this post-hoc adjustment."""
-    return f"predictions/{model}-tau-{tau:g}"
+    return f"{PREDICTIONS}/{model}-tau-{tau:g}"
 
 
 def _predictions_path(folder: Path, figures: dict[str, Any], index: int) -> Path:
     """Where the predictions of a compared model are; older studies number them by its place in the comparison."""
-    return folder / "predictions" / Path(figures.get("predictions", f"{index:02d}")).name / PREDICTIONS
+    return folder / PREDICTIONS / Path(figures.get("predictions", f"{index:02d}")).name / PREDICTIONS_FILE
 
 
 @dataclass(frozen=True)
@@ -130,16 +129,16 @@ class StudyFiles:
 
 def read_study(folder: Path, shown: str) -> StudyFiles:
     """The study whose files are in a folder. Raises BadInput when there is none, or a file cannot be read."""
-    about = _json(folder / BEGUN, shown) | _json(folder / "study.json", shown)
-    if not about and not (folder / "trials.parquet").exists():
+    about = _json(folder / SPACE, shown) | _json(folder / STUDY, shown)
+    if not about and not (folder / TRIALS).exists():
         raise BadInput(
             f"{shown}: must be the results of a search, but there is no study.json and no trials.parquet; "
             "give the --out of python -m lift_ray.tune"
         )
-    table = _table(folder / "trials.parquet", shown).to_pylist() if (folder / "trials.parquet").exists() else []
+    table = _table(folder / TRIALS, shown).to_pylist() if (folder / TRIALS).exists() else []
     trials = [{name: _finite(value) for name, value in row.items()} for row in table]
     try:
-        return _study(about, trials, _json(folder / "best" / "run.json", shown), folder, shown)
+        return _study(about, trials, _json(folder / BEST / RECORD, shown), folder, shown)
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f"{shown}: must be the results of a search, but study.json or trials.parquet lacks {error}; "

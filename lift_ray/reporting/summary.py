@@ -10,7 +10,7 @@ from lift_ray.evaluation.metrics import GROUPS
 from lift_ray.reporting.confidence import Interval, accuracy_gains, accuracy_intervals, heavy_tuning, seed_spread
 from lift_ray.reporting.figures.charts import HEAVY, WORDS, scale_of, short_count, tell
 from lift_ray.reporting.scaling_law import Law
-from lift_ray.reporting.study_files import BEST, Predictions, StudyFiles
+from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
 from lift_ray.terminal.tables import mean_and_deviation
 
 MEASURE = "mean_class_accuracy"
@@ -38,7 +38,7 @@ def _what_won(study: StudyFiles) -> str:
 
 def _on_test(study: StudyFiles) -> list[str]:
     """The best against the yardsticks, on images that the search did not see."""
-    found = study.entry(BEST)
+    found = study.entry(BEST_FOUND)
     if not study.is_done:
         text = "This search has not ended: the comparison on the test split comes at its end."
         return [text if study.best_trial is None else f"{text} What is said so far is about validation."]
@@ -57,7 +57,7 @@ def _on_test(study: StudyFiles) -> list[str]:
 def baselines(study: StudyFiles) -> list[Compared]:
     """Zero-shot first, then the baselines by their test accuracy, the best last."""
     known = zip(study.compared, study.answers, strict=True)
-    others = [(f, a) for f, a in known if not f["label"].startswith(BEST) and not f["label"].endswith(", TTE")]
+    others = [(f, a) for f, a in known if not f["label"].startswith(BEST_FOUND) and not f["label"].endswith(", TTE")]
     return others[:1] + sorted(others[1:], key=lambda pair: pair[0].get(f"test/{MEASURE}", 0.0))
 
 
@@ -165,7 +165,7 @@ def accuracy_rows(study: StudyFiles) -> list[Row]:
 
 def gain_rows(study: StudyFiles) -> list[Row]:
     """By how many points the best is better on test than each yardstick, with 95% intervals."""
-    found = study.entry(BEST)
+    found = study.entry(BEST_FOUND)
     if found is None or found[1] is None or not study.class_counts:
         return []
     rows: list[Row] = []

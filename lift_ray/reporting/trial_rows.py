@@ -12,6 +12,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from lift_ray.storage.atomic import replacing
+from lift_ray.storage.layout import TRIALS, TRIALS_CSV
+
 ENDED = ("finished", "pruned", "infeasible", "failed")
 
 
@@ -104,14 +107,12 @@ def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:
     ]
     columns = list(dict.fromkeys(name for record in records for name in record))
     table = pa.table({name: [record.get(name) for record in records] for name in columns})
-    for name, write in (("trials.parquet", pq.write_table), ("trials.csv", pyarrow.csv.write_csv)):
-        temporary = folder / (name + ".tmp")
-        write(table, temporary)
-        temporary.replace(folder / name)
+    for name, write in ((TRIALS, pq.write_table), (TRIALS_CSV, pyarrow.csv.write_csv)):
+        with replacing(folder / name) as temporary:
+            write(table, temporary)
 
 
 def write_json(data: Mapping[str, Any], path: Path) -> None:
     """JSON, renamed into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")

@@ -10,6 +10,7 @@ from lift_ray.ensembles.ensemble import Ensemble
 from lift_ray.search.trial import Trial
 from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
+from lift_ray.storage.layout import RECORD
 from lift_ray.storage.output import Output
 from lift_ray.training import checkpoint
 from lift_ray.training.run import Figures, Run
@@ -72,14 +73,14 @@ class BackdoorTrial(Ensemble):
     def _join(self, run: Run) -> Figures:
         """Fetch a model that is trained already, or train it; returns where the time went."""
         place = f"members/{run.config.digest()}"
-        if run.ranks.from_first("there" if self.output.holds(f"{place}/{checkpoint.RECORD}") else ""):
+        if run.ranks.from_first("there" if self.output.holds(f"{place}/{RECORD}") else ""):
             with self.output.fetched(place) as folder:
                 run.load(folder)
             return {}
         epochs = [run.train_epoch() for _ in range(run.num_epochs)]
         run.history = [{"epoch": number, **figures} for number, figures in enumerate(epochs, 1)]
         if run.ranks.is_first:
-            with self.output.staged(place, checkpoint.RECORD) as folder:
+            with self.output.staged(place, RECORD) as folder:
                 run.save(folder)
         return {name: sum(figures[name] for figures in epochs) for name in run.seconds if epochs}
 

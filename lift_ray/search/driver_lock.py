@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lift_ray.errors import BadInput
-from lift_ray.search.study import JOURNAL, Study, check_sampler, described, differences, open_storage, stored_search
+from lift_ray.search.study import Study, check_sampler, described, differences, open_storage, stored_search
 from lift_ray.settings.space import SpaceFile
+from lift_ray.storage.layout import CHECKPOINTS, JOURNAL, LOCK, STUDY
 from lift_ray.storage.output import Output
-
-LOCK = "driver.lock"
 
 
 @contextmanager
@@ -43,7 +42,7 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
         storage = database or open_storage(None, out.folder)
         study = Study(space, dataset, storage, resume=resume, shared=not is_local or database is not None)
         if study.replaced:  # what its slots saved is of other settings
-            out.remove("checkpoints")
+            out.remove(CHECKPOINTS)
         try:
             yield study
         finally:
@@ -55,7 +54,7 @@ def check_is_new(out: Output) -> None:
     """Raises BadInput when a folder holds a search that has reported an epoch, or a driver works on it. Changes nothing."""
     if _is_held(out):
         raise _held(out)
-    if (out.holds(JOURNAL) and _stored(out)[0]) or out.holds("study.json"):
+    if (out.holds(JOURNAL) and _stored(out)[0]) or out.holds(STUDY):
         raise BadInput(
             f"{out.shown}: must be a new folder, but it holds a search already; "
             "add --resume to continue it, or give another --out"

@@ -13,7 +13,7 @@ from typing import Any
 import lift_ray
 from lift_ray.errors import RunFailed
 from lift_ray.ray_runtime.session import machine
-from lift_ray.reporting.study_files import BEST, predictions_of
+from lift_ray.reporting.study_files import BEST_FOUND, predictions_of
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front, write_json
 from lift_ray.search.jobs import EvaluationJob, Job, trial_checkpoint_path
 from lift_ray.search.seed_repeats import repeat_jobs, repeated, seed_results
@@ -22,6 +22,7 @@ from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import TAUS
 from lift_ray.settings.space import SpaceFile
 from lift_ray.settings.yaml_file import dump_yaml
+from lift_ray.storage.layout import BEST, BEST_METRICS, BEST_SETTINGS, STUDY
 from lift_ray.storage.output import Output
 from lift_ray.training.checkpoint import Record, read_record
 
@@ -183,11 +184,11 @@ def comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
     if best is None:
         return []
     model = trained(space, best)
-    out = [*early_comparison(space, rows), Entry(BEST, model, model.tau, best)]
+    out = [*early_comparison(space, rows), Entry(BEST_FOUND, model, model.tau, best)]
     if tau := best.last.get(POSTHOC):
-        out.append(Entry(f"{BEST}, tau {tau:g} after training", model, tau))
+        out.append(Entry(f"{BEST_FOUND}, tau {tau:g} after training", model, tau))
     for row in _ranked(space, rows)[: space.search.tte_best]:
-        label = f"{BEST}, TTE" if row is best else f"trial {row.number}, TTE"
+        label = f"{BEST_FOUND}, TTE" if row is best else f"trial {row.number}, TTE"
         model = trained(space, row, tte=True)
         out.append(Entry(label, model, model.tau))
     return out
@@ -280,7 +281,7 @@ def conclude(space: SpaceFile, rows: list[TrialRow], results: Results, time_s: d
 
 def write_result(space: SpaceFile, dataset: str, found: SearchResult, out: Output) -> None:
     """best/, best.yaml and study.json; the trials table is there already. study.json comes last: its presence means done."""
-    record = write_best(space, dataset, found.best, out, dict(found.compared)[BEST])
+    record = write_best(space, dataset, found.best, out, dict(found.compared)[BEST_FOUND])
     about: dict[str, Any] = {
         "name": space.name,
         "dataset": dataset,
@@ -309,7 +310,7 @@ def write_result(space: SpaceFile, dataset: str, found: SearchResult, out: Outpu
         },
         "machine": machine(),
     }
-    write_json(about, out.folder / "study.json")
+    write_json(about, out.folder / STUDY)
     out.publish()
 
 
@@ -317,18 +318,18 @@ def write_best(space: SpaceFile, dataset: str, best: TrialRow, out: Output, figu
     """best/ and best.yaml: the checkpoint and the settings of the best trial, each whole or not at all."""
     record = _keep_best(best, out, {name: value for name, value in figures.items() if name != "predictions"})
     header = f"# Best of the search {space.name} (trial {best.number}); python -m lift_ray.train best.yaml trains it again.\n"
-    dump_yaml({"name": f"{space.name}-best", "dataset": dataset, **record.config}, out.folder / "best.yaml", header)
+    dump_yaml({"name": f"{space.name}-best", "dataset": dataset, **record.config}, out.folder / BEST_SETTINGS, header)
     out.publish()
     return record
 
 
 def _keep_best(best: TrialRow, out: Output, figures: Mapping[str, Any]) -> Record:
     """Copy the best checkpoint to best/, whole or not at all."""
-    target, temporary = out.folder / "best", out.folder / "best.tmp"
+    target, temporary = out.folder / BEST, out.folder / f"{BEST}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     with out.fetched(trial_checkpoint_path(best.number, int(best.last["epoch"]))) as folder:
         shutil.copytree(folder, temporary)
-    write_json(figures, temporary / "metrics.json")
+    write_json(figures, temporary / BEST_METRICS)
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
     return read_record(target)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lift_ray.ray_runtime.capacity import Need
+from lift_ray.storage.layout import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -87,4 +88,4 @@ Job = TrainJob | EvaluationJob | IdleJob
 
 def trial_checkpoint_path(number: int, epoch: int) -> str:
     """Where, inside OUT, the checkpoint of a trial is."""
-    return f"checkpoints/{number:04d}/epoch-{epoch:04d}"
+    return f"{CHECKPOINTS}/{number:04d}/epoch-{epoch:04d}"

@@ -16,10 +16,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lift_ray.errors import BadInput
-from lift_ray.reporting.page import PAGE
-from lift_ray.reporting.report import REPORT
 from lift_ray.reporting.trial_rows import TrialRow, best_row
 from lift_ray.settings.space import SpaceFile
+from lift_ray.storage.layout import PAGE, REPORT
 from lift_ray.terminal.tables import describe
 
 HOST = "127.0.0.1"

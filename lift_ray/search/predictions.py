@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lift_ray.data.order import rank_slice
 from lift_ray.evaluation.accumulator import PredictionCollector
-from lift_ray.reporting.study_files import PREDICTIONS
+from lift_ray.storage.atomic import replacing
+from lift_ray.storage.layout import PREDICTIONS_FILE
 from lift_ray.storage.output import Output
 from lift_ray.training.run import Run
 
@@ -40,7 +41,7 @@ def _table(label: NDArray[Any], predicted: NDArray[Any], confidence: NDArray[Any
 
 def write_predictions(table: pa.Table, output: Output, folder: str) -> None:
     """folder/test.parquet in OUT, renamed into place. Raises RunFailed when the storage refuses."""
-    with output.staged(folder, PREDICTIONS) as target:
+    with output.staged(folder, PREDICTIONS_FILE) as target:
         target.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, target / f"{PREDICTIONS}.tmp")
-        (target / f"{PREDICTIONS}.tmp").replace(target / PREDICTIONS)
+        with replacing(target / PREDICTIONS_FILE) as temporary:
+            pq.write_table(table, temporary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lift_ray.reporting.study_files import BEST
+from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.search.jobs import TrainJob
 from lift_ray.settings.overrides import apply_overrides
@@ -18,7 +18,7 @@ FIRST = 1_000_000  # of the numbers of these runs, whose checkpoints lie among t
 def repeated(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[tuple[str, TrialRow]]:
     """Label and trial of what `search.seeds_best` repeats: the best, and the first baseline if it is another."""
     start = next((row for row in rows if row.baseline == 0 and row.state == "finished" and row is not best), None)
-    return [(BEST, best)] + ([] if start is None else [(space.baseline_labels()[0], start)])
+    return [(BEST_FOUND, best)] + ([] if start is None else [(space.baseline_labels()[0], start)])
 
 
 def repeat_jobs(space: SpaceFile, row: TrialRow) -> list[TrainJob]:

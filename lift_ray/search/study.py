@@ -27,8 +27,8 @@ from lift_ray.errors import BadInput
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
 from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points
+from lift_ray.storage.layout import JOURNAL
 
-JOURNAL = "optuna.journal"
 BEAT_S, LOST_S = 15.0, 90.0
 WORST = 1e9
 FREE = ("scale", "out", "plan")  # may change when a search is resumed

@@ -17,6 +17,7 @@ from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, Trai
 from lift_ray.search.predictions import evaluate_each, write_predictions
 from lift_ray.search.trial import Trial
 from lift_ray.settings.run import RunConfig
+from lift_ray.storage.layout import RECORD
 from lift_ray.storage.output import Output
 from lift_ray.tracking.prometheus import SlotGauges
 from lift_ray.training import checkpoint
@@ -144,7 +145,7 @@ class Worker:
         """Continue from the trial's last whole checkpoint, if there is one."""
         folder = f"checkpoints/{number:04d}"
         names = [name for name in self._output.names(folder) if name[-4:].isdigit()]  # others: of a killed process
-        whole = [name for name in names if self._output.holds(f"{folder}/{name}/{checkpoint.RECORD}")]
+        whole = [name for name in names if self._output.holds(f"{folder}/{name}/{RECORD}")]
         if whole:
             with self._output.fetched(f"{folder}/{max(whole)}") as path:
                 trial.load(path)
@@ -153,7 +154,7 @@ class Worker:
         """Write the checkpoint of an epoch, and delete the one before. Raises RunFailed."""
         began, epoch = time.monotonic(), int(figures["epoch"])
         path = trial_checkpoint_path(number, epoch)
-        with self._output.staged(path, checkpoint.RECORD) as folder:
+        with self._output.staged(path, RECORD) as folder:
             trial.save(folder)
         if epoch > 1:
             self._output.remove(trial_checkpoint_path(number, epoch - 1))

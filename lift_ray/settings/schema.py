@@ -10,6 +10,7 @@ from lift_ray.errors import BadInput
 from lift_ray.settings.checks import COUNT, METRICS, known_paths
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
+from lift_ray.storage.atomic import replacing
 
 
 def space_schema() -> dict[str, Any]:
@@ -30,10 +31,9 @@ def space_schema() -> dict[str, Any]:
 def write_schema(path: str) -> None:
     """space_schema as a file. Raises BadInput when it cannot be written."""
     target = Path(path)
-    temporary = target.with_name(target.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(space_schema(), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            temporary.write_text(json.dumps(space_schema(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise BadInput(
             f"--schema: must be a file that can be written, but got {path} ({error.strerror}); give another"

@@ -19,6 +19,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 
 from lift_ray.errors import BadInput
 from lift_ray.settings.messages import Path_, _one_line, _short, _walk, dotted, explain
+from lift_ray.storage.atomic import replacing
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -133,14 +134,12 @@ class SettingsFile:
 
 
 def dump_yaml(data: Mapping[str, Any], path: Path, header: str = "") -> None:
-    """Write a mapping as YAML, to a temporary name first."""
+    """Write a mapping as YAML, whole or not at all."""
     yaml = YAML()
     yaml.default_flow_style = False
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(header)
         yaml.dump(dict(data), file)
-    temporary.replace(path)
 
 
 def _plain(node: Any, path: Path_, lines: dict[Path_, int]) -> Any:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 import lift_ray
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.metrics import write_per_class
+from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
 from lift_ray.storage.output import Output
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from lift_ray.methods.lift import Lift
 
-WEIGHTS, OPTIMIZER, STATE, RECORD = "weights.safetensors", "optimizer.safetensors", "state.safetensors", "run.json"
-PER_CLASS = "per_class.csv"
 FORMAT_VERSION = 1
 
 
@@ -125,7 +124,7 @@ def opened(where: str) -> Iterator[Path]:
     It is `where` itself, or the best/ of a search or the checkpoint/ of a run inside it. Raises BadInput.
     """
     output = Output(where, "CHECKPOINT")
-    names = [name for name in ("", "best", "checkpoint") if output.holds(f"{name}/{RECORD}".lstrip("/"))]
+    names = [name for name in ("", BEST, FINAL_CHECKPOINT) if output.holds(f"{name}/{RECORD}".lstrip("/"))]
     with output.fetched(names[0] if names else "") as folder:
         yield folder
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import time
 
+from lift_ray.storage.layout import CHECKPOINTS, FINAL_CHECKPOINT, RECORD
 from lift_ray.storage.output import Output
-from lift_ray.training.checkpoint import RECORD
 from lift_ray.training.run import Run
 
-FOLDER, FINAL = "checkpoints", "checkpoint"
 NAME = re.compile(r"epoch-\d{4,}(-step-\d{6,})?")
 METRIC = "validation/mean_class_accuracy"
 KEPT = 2
@@ -32,14 +31,14 @@ class CheckpointManager:
         """Go on from the last checkpoint, the same on every rank; nothing to do when there is none. Raises BadInput."""
         last = ""
         if run.ranks.is_first:
-            for name in self.output.names(FOLDER):
+            for name in self.output.names(CHECKPOINTS):
                 if name.endswith((".tmp", ".old")):  # of a process that was killed
-                    self.output.remove(f"{FOLDER}/{name}")
-                elif NAME.fullmatch(name) and self.output.holds(f"{FOLDER}/{name}/{RECORD}"):
+                    self.output.remove(f"{CHECKPOINTS}/{name}")
+                elif NAME.fullmatch(name) and self.output.holds(f"{CHECKPOINTS}/{name}/{RECORD}"):
                     self._names.append(name)
             last = self._names[-1] if self._names else ""
         if last := run.ranks.from_first(last):
-            with self.output.fetched(f"{FOLDER}/{last}") as folder:
+            with self.output.fetched(f"{CHECKPOINTS}/{last}") as folder:
                 run.load(folder)
 
     def due(self, run: Run) -> bool:
@@ -54,19 +53,19 @@ class CheckpointManager:
         """
         name = f"epoch-{run.epoch:04d}" + (f"-step-{run.step:06d}" if run.step else "")
         if name not in self._names:
-            with self.output.staged(f"{FOLDER}/{name}", last=RECORD) as folder:
+            with self.output.staged(f"{CHECKPOINTS}/{name}", last=RECORD) as folder:
                 run.save(folder)
             self._names.append(name)
             for old in self._names[:-KEPT]:
                 if old != best(run):
-                    self.output.remove(f"{FOLDER}/{old}")
+                    self.output.remove(f"{CHECKPOINTS}/{old}")
                     self._names.remove(old)
         self._saved_at = time.monotonic()
         return name
 
     def finish(self, run: Run) -> None:
         """Write OUT/checkpoint, the trained model. Raises RunFailed when it cannot be written."""
-        with self.output.staged(FINAL, last=RECORD) as folder:
+        with self.output.staged(FINAL_CHECKPOINT, last=RECORD) as folder:
             run.save(folder)
 
 

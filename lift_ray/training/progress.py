@@ -11,6 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from lift_ray.storage.atomic import replacing
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import console
 from lift_ray.training.events import (
@@ -150,9 +151,8 @@ class Progress:
         self.output.publish()
 
     def _write(self, lines: list[Figures]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def _steps(self, at: RunStarted | StepsDone) -> int:
         return at.epoch * (self.began.steps_per_epoch if self.began else 0) + at.step

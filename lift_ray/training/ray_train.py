@@ -15,11 +15,11 @@ from typing import Any
 from lift_ray.errors import BadInput, RunFailed, Stopped, last_line
 from lift_ray.ray_runtime.autoscaler import autoscaler_config
 from lift_ray.ray_runtime.capacity import Need
+from lift_ray.storage.layout import SETTINGS
 from lift_ray.storage.output import Output
 from lift_ray.training.events import Event, RunAborted, RunStopped
 from lift_ray.training.progress import Progress
 
-SETTINGS = "run.yaml"
 STOP_WITHIN_S = 10.0
 POLL_S = 0.3
 NODE_START_S = (

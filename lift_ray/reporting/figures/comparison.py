@@ -21,7 +21,7 @@ from lift_ray.reporting.figures.charts import (
     log_axis,
     percents,
 )
-from lift_ray.reporting.study_files import BEST, Predictions, StudyFiles
+from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
 
 SHOWN = ("mean_class_accuracy", *GROUPS)
 BETWEEN = (
@@ -46,7 +46,10 @@ def compared_figure(study: StudyFiles) -> Figure | None:
 def studies_figure(studies: Sequence[StudyFiles]) -> Figure | None:
     """The best of each study on its test split."""
     rows = [
-        row for study in studies if (found := study.entry(BEST)) for row in _rows(study, "study", study.name, *found)
+        row
+        for study in studies
+        if (found := study.entry(BEST_FOUND))
+        for row in _rows(study, "study", study.name, *found)
     ]
     note = "The best of each study on its test split. Bars: 95% intervals by bootstrap over test images."
     return _dots("studies", "The studies side by side", note, "study", rows)
@@ -120,7 +123,7 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
 
 def classes_figure(study: StudyFiles) -> Figure | None:
     """Accuracy of each class against its training images."""
-    found = study.entry(BEST)
+    found = study.entry(BEST_FOUND)
     if found is None or found[1] is None or not study.class_counts:
         return None
     answers, counts, groups = found[1], np.array(study.class_counts), study.groups
@@ -177,7 +180,7 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
         }
     ]
     rows, errors = [], []
-    for label, place in ((BEST, 0), ("zero-shot", 2)):
+    for label, place in ((BEST_FOUND, 0), ("zero-shot", 2)):
         found = study.entry(label)
         if found is None or found[1] is None:
             continue

@@ -1,0 +1,23 @@
+"""The names of the files in OUT.
+
+A search writes STUDY, SPACE, TRIALS, TRIALS_CSV, BEST_SETTINGS, BEST/, REPORT/, PREDICTIONS/, CHECKPOINTS/, JOURNAL and LOCK; a
+training run SETTINGS and CHECKPOINTS/. A checkpoint is a folder with RECORD, WEIGHTS, PER_CLASS and, for resuming, OPTIMIZER and STATE.
+"""
+
+from __future__ import annotations
+
+STUDY = "study.json"
+SPACE = "space.json"  # the search space, written before the first trial
+TRIALS, TRIALS_CSV = "trials.parquet", "trials.csv"
+BEST, BEST_SETTINGS, BEST_METRICS = "best", "best.yaml", "metrics.json"
+REPORT, PAGE = "report", "index.html"
+PREDICTIONS, PREDICTIONS_FILE = "predictions", "test.parquet"
+JOURNAL, LOCK = "optuna.journal", "driver.lock"
+
+SETTINGS = "run.yaml"
+TOGETHER = "together.json"
+CHECKPOINTS, FINAL_CHECKPOINT = "checkpoints", "checkpoint"
+
+RECORD, WEIGHTS, OPTIMIZER, STATE = "run.json", "weights.safetensors", "optimizer.safetensors", "state.safetensors"
+PER_CLASS = "per_class.csv"
+CALIBRATION = "calibration.json"  # next to the weights; calibration-tau-TAU.json for another tau than that of the run
