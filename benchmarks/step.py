@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import rebuild
 from lift_ray.model.heads import CosineHead, random_weights
-from lift_ray.model.losses import LOSSES
 from lift_ray.model.tower import Tower
-from lift_ray.model.tuners import Adaptformer
+from lift_ray.model.tuners.adaptformer.module import Adaptformer
+from lift_ray.model.tuners.config import derived_width
+from lift_ray.registry import LOSSES
 from lift_ray.settings.run import OptimConfig
-from lift_ray.settings.tuners import derived_width
 from lift_ray.terminal.tables import console
 from lift_ray.training.run import make_optimizer
 
@@ -143,7 +143,7 @@ class Step:
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, counts: Tensor) -> None:
         self.model, self.images, self.labels = model, images, labels
-        self.loss = LOSSES["logit_adjusted"](counts, tau=1.0)
+        self.loss = LOSSES.build("logit_adjusted", counts, tau=1.0)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.trained, OptimConfig())
 

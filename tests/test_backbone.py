@@ -16,7 +16,9 @@ from lift_ray.errors import BadInput
 from lift_ray.model.backbone import Backbone, load_backbone
 from lift_ray.model.loading import quick_gelu, rebuild
 from lift_ray.model.tower import Tower
-from lift_ray.model.tuners import Adaptformer, BlockTuner, Lora
+from lift_ray.model.tuners.adaptformer.module import Adaptformer
+from lift_ray.model.tuners.base import BlockTuner
+from lift_ray.model.tuners.lora.module import Lora
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lift_ray import evaluate
 from lift_ray.data import decode, resolutions
 from lift_ray.ensembles.combine import COMBINE, mean_logits, mean_probabilities
-from lift_ray.ensembles.ensemble import LEFT, Ensemble, prior_left, run_of
+from lift_ray.ensembles.ensemble import Ensemble, prior_left, run_of
 from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.metrics import PerClass
@@ -27,7 +27,7 @@ from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here
 from lift_ray.methods.prior import fit
 from lift_ray.methods.world import Ranks
 from lift_ray.model import backbone
-from lift_ray.model.losses import LOSSES
+from lift_ray.registry import LOSSES
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import label_prior as priors
@@ -174,7 +174,11 @@ def test_gla_is_its_formula_on_what_the_models_give_alone(
 
 
 def test_what_a_loss_leaves_of_the_training_prior_is_known_for_every_loss() -> None:
-    assert set(LEFT) == set(LOSSES) - {"logit_adjusted"}
+    left = {kind: prior_left(LOSSES.default(kind)) for kind in LOSSES}
+    assert left == {
+        **dict.fromkeys(("cross_entropy", "focal", "ldam"), 1.0),
+        **dict.fromkeys(("logit_adjusted", "class_balanced", "reweighted", "balanced_softmax", "lade", "gla"), 0.0),
+    }
     losses = [{"kind": "cross_entropy"}, {"tau": 0.25}, {"tau": 2.0}, {"kind": "gla"}]
     assert [prior_left(RunConfig.model_validate({"loss": loss}).loss) for loss in losses] == [1, 0.75, -1, 0]
 

@@ -14,8 +14,7 @@ from lift_ray.errors import BadInput, RunFailed
 from lift_ray.inference.classifier import Classifier
 from lift_ray.inference.export import export_checkpoint, exported_model
 from lift_ray.methods.world import Ranks
-from lift_ray.model.heads import HEADS
-from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS
+from lift_ray.registry import HEADS, TUNERS
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -65,9 +64,7 @@ def saved(data: str, clip: str, folder: Path, config: dict[str, Any]) -> Path:
 
 def test_the_tests_name_every_kind_of_tuner() -> None:
     kinds = {config_of(name, options)["tuner"]["kind"] for name, options in {**MERGED, **BESIDE}.items()}
-    assert kinds == {*BLOCK_TUNERS, *OWN, *WITHOUT_BLOCKS, "sparse"} - {
-        "batchnorm"
-    }  # that one is for residual networks
+    assert kinds == {*TUNERS} - {"batchnorm"}  # that one is for residual networks
 
 
 @pytest.mark.parametrize("name", [*MERGED, *BESIDE])

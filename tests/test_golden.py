@@ -16,9 +16,9 @@ import torch
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import Backbone, rebuild
 from lift_ray.model.heads import CosineHead
-from lift_ray.model.losses import LOSSES
+from lift_ray.model.tuners.config import derived_width
+from lift_ray.registry import LOSSES
 from lift_ray.settings.run import OptimConfig
-from lift_ray.settings.tuners import derived_width
 from lift_ray.training.run import make_optimizer
 
 FOLDER = Path(__file__).parent / "golden"
@@ -120,7 +120,7 @@ def test_golden_features_logits_loss_and_gradients(clip: open_clip.CLIP, case: s
     model = lift_model(clip, case)
     feature = model.feature(IMAGES)
     logits = model.head(feature)
-    loss = LOSSES["logit_adjusted"](COUNTS, tau=1.0)(logits, LABELS)
+    loss = LOSSES.build("logit_adjusted", COUNTS, tau=1.0)(logits, LABELS)
     assert_close(feature, f"{case}/feature", 2e-5)
     assert_close(logits, f"{case}/logit", 2e-5)
     assert_close(loss, f"{case}/loss", 2e-5)
@@ -142,7 +142,7 @@ def test_golden_five_sgd_steps(clip: open_clip.CLIP, case: str) -> None:
     optimizer = make_optimizer(model.trained(), settings)
     trace = []
     for _ in range(sgd["steps"]):
-        loss = LOSSES["logit_adjusted"](COUNTS, tau=1.0)(model(IMAGES), LABELS)
+        loss = LOSSES.build("logit_adjusted", COUNTS, tau=1.0)(model(IMAGES), LABELS)
         trace.append(loss.detach())
         optimizer.zero_grad()
         loss.backward()

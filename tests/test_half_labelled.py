@@ -11,12 +11,13 @@ from pydantic import ValidationError
 
 from lift_ray.data.open import open_dataset
 from lift_ray.evaluation.metrics import pseudo_label_figures
-from lift_ray.methods.half_labelled import OBJECTIVES, consistency
+from lift_ray.methods.half_labelled import consistency
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.methods.world import Ranks
 from lift_ray.model.heads import CosineHead
 from lift_ray.model.losses import logit_adjusted
+from lift_ray.registry import METHODS
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 
@@ -65,7 +66,7 @@ def test_what_a_step_minimises_is_the_formula_with_the_weights_of_the_settings_a
     model.head = linear
     if kind == "ulfine":
         model.head = FusedHead(linear, text, mu=0.4, ema=0.9, pseudo_ema=0.9, eta=0.3)
-    objective = OBJECTIVES[kind](method, counts, model, logit_adjusted(counts, tau=0.8), Ranks.alone())
+    objective = METHODS.build(kind, method, counts, model, logit_adjusted(counts, tau=0.8), Ranks.alone())
     z, s = (8 * torch.cosine_similarity(features[:, None], w[None], dim=2) for w in (linear.weight.detach(), text))
     log_prior = (counts / counts.sum()).log()
     if kind == "lift":
@@ -169,4 +170,4 @@ def test_a_threshold_lies_between_0_and_1(threshold: float) -> None:
 
 
 def test_every_method_of_the_settings_has_an_objective() -> None:
-    assert set(OBJECTIVES) == {"lift", *KINDS}
+    assert set(METHODS) == {"lift", "backdoor", *KINDS}

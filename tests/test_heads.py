@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from lift_ray.model import heads
-from lift_ray.model.heads import HEADS, class_means, probe_weights
+from lift_ray.model.heads import class_means, probe_weights
+from lift_ray.registry import HEADS
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lift_golden_dev.npz")
@@ -29,14 +30,14 @@ WEIGHTS = drawn("dev/clf_w", (10, 128), 0.5)
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_golden_heads(kind: str) -> None:
-    head = HEADS[kind](WEIGHTS, **({"scale": 25.0} if kind == "cosine" else {}))
+    head = HEADS.build(kind, WEIGHTS, **({"scale": 25.0} if kind == "cosine" else {}))
     difference = np.abs(head(FEATURES).detach().numpy() - GOLDEN[f"classifier/{kind}/logit"]).max()
     assert difference <= 2e-5
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_trains_its_weights_and_only_the_linear_one_a_bias(kind: str) -> None:
-    head = HEADS[kind](WEIGHTS)
+    head = HEADS.build(kind, WEIGHTS)
     head(FEATURES).square().sum().backward()
     trained = dict(head.named_parameters())
     assert set(trained) == set(head.state_dict()) == ({"weight", "bias"} if kind == "linear" else {"weight"})
@@ -46,7 +47,7 @@ def test_a_head_trains_its_weights_and_only_the_linear_one_a_bias(kind: str) -> 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_copies_the_weights_it_starts_from(kind: str) -> None:
     given = WEIGHTS.clone()
-    head = HEADS[kind](given)
+    head = HEADS.build(kind, given)
     with torch.no_grad():
         head.weight += 1
     assert torch.equal(given, WEIGHTS)
@@ -54,20 +55,20 @@ def test_a_head_copies_the_weights_it_starts_from(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_length_of_a_class_s_weights_counts_in_the_linear_head_alone(kind: str) -> None:
-    same = torch.allclose(HEADS[kind](WEIGHTS)(FEATURES), HEADS[kind](3 * WEIGHTS)(FEATURES), atol=1e-5)
+    same = torch.allclose(HEADS.build(kind, WEIGHTS)(FEATURES), HEADS.build(kind, 3 * WEIGHTS)(FEATURES), atol=1e-5)
     assert same == (kind in NORMALISING)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_length_of_the_feature_counts_where_it_is_not_normalised(kind: str) -> None:
-    head = HEADS[kind](WEIGHTS)
+    head = HEADS.build(kind, WEIGHTS)
     same = torch.allclose(head(FEATURES), head(3 * FEATURES), atol=1e-5)
     assert same == (kind in ("cosine", "layernorm"))
 
 
 def test_the_cosine_scale_multiplies_the_logits() -> None:
-    logits = HEADS["cosine"](WEIGHTS, scale=5.0)(FEATURES)
-    assert torch.allclose(5 * logits, HEADS["cosine"](WEIGHTS, scale=25.0)(FEATURES))
+    logits = HEADS.build("cosine", WEIGHTS, scale=5.0)(FEATURES)
+    assert torch.allclose(5 * logits, HEADS.build("cosine", WEIGHTS, scale=25.0)(FEATURES))
     assert float(logits.detach().abs().max()) <= 5.0
 
 
@@ -175,4 +176,4 @@ def test_the_probe_works_on_features_made_in_inference_mode_and_inside_it() -> N
     outside = probe_weights(features, labels, 3)
     assert torch.equal(inside, outside)
     assert not outside.requires_grad
-    HEADS["cosine"](inside)(features.clone()).sum().backward()
+    HEADS.build("cosine", inside)(features.clone()).sum().backward()

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from lift_ray.methods.lift import Lift
-from lift_ray.model.heads import HEADS, CosineHead, random_weights
-from lift_ray.model.losses import LOSSES
+from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.tower import Tower
-from lift_ray.model.tuners import BLOCK_TUNERS, OWN, WITHOUT_BLOCKS, Sparse
-from lift_ray.settings import run as settings_run
+from lift_ray.model.tuners.sparse.module import Sparse
+from lift_ray.registry import HEADS, LOSSES, METHODS, SAMPLERS, TUNERS
 from lift_ray.settings.messages import models_of
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.tuners import TunerConfig, TunerKind
+from lift_ray.settings.search import SearchConfig
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 WIDTH, BLOCKS, CLASSES, RATIO = 32, 3, 5, 0.1
@@ -50,12 +49,14 @@ def kinds_of(union: object) -> set[str]:
     return {kind for model in models for kind in typing.get_args(model.model_fields["kind"].annotation)}
 
 
-def test_the_dicts_hold_exactly_what_the_settings_offer() -> None:
-    groups = [set(BLOCK_TUNERS), set(OWN), {"sparse"}, set(WITHOUT_BLOCKS)]
-    assert set().union(*groups) == kinds_of(TunerConfig) == set(typing.get_args(TunerKind))
-    assert sum(map(len, groups)) == len(set().union(*groups))
-    assert set(LOSSES) == kinds_of(settings_run.LossConfig)
-    assert set(HEADS) == kinds_of(settings_run.HeadConfig)
+def test_the_settings_accept_exactly_the_registered_kinds() -> None:
+    fields = RunConfig.model_fields
+    for section, kinds in (("tuner", TUNERS), ("head", HEADS), ("loss", LOSSES), ("method", METHODS)):
+        assert kinds_of(fields[section].annotation) == set(kinds), section
+    assert set(typing.get_args(SearchConfig.model_fields["sampler"].annotation)) == set(SAMPLERS)
+    for kind in TUNERS.values():
+        ways = [bool(way) for way in (kind.build, kind.trains, kind.prepare)]
+        assert sum(ways) == (kind.name not in ("linear_probe", "zero_shot")), "one way to tune, or none"
 
 
 def test_two_tuners_may_sit_in_different_blocks(tower: Tower) -> None:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lift_ray.model.losses import LOSSES, Loss
+from lift_ray.model.losses import Loss
+from lift_ray.registry import LOSSES
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lift_golden_dev.npz")
@@ -47,7 +48,7 @@ LABELS = torch.arange(12) % 5
 
 
 def made(kind: str, counts: torch.Tensor = COUNTS, **options: float) -> Loss:
-    return LOSSES[kind](counts, **(OPTIONS[kind] | options))
+    return LOSSES.build(kind, counts, **(OPTIONS[kind] | options))
 
 
 def value_and_gradient(loss: Loss, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lift_ray.methods.prior import fit, gla, mean_prior, thirds
-from lift_ray.model.losses import LOSSES
+from lift_ray.registry import LOSSES
 
 
 def planted(
@@ -135,7 +135,7 @@ def test_the_loss_of_gla_adds_both_priors_to_the_logits() -> None:
     logits, labels, log_q = planted(50, 4)
     counts = torch.from_numpy(np.geomspace(200, 2, 50)).float()
     expected = F.cross_entropy(logits + (counts / counts.sum()).log() + log_q, labels)
-    assert float(LOSSES["gla"](counts, log_q=log_q)(logits, labels)) == pytest.approx(float(expected), rel=1e-6)
+    assert float(LOSSES.build("gla", counts, log_q=log_q)(logits, labels)) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_thirds_are_by_prior_and_cover_all_classes() -> None:

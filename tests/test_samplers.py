@@ -17,9 +17,11 @@ from optuna.trial import TrialState
 
 from lift_ray import tune
 from lift_ray.errors import BadInput
+from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
+from lift_ray.search.samplers import check_sampler
 from lift_ray.search.stopping import RULES, decide
-from lift_ray.search.study import PACKAGES, SAMPLERS, Study, check_sampler
+from lift_ray.search.study import Study
 from lift_ray.settings.search import (
     AnyScheduler,
     AshaConfig,
@@ -72,8 +74,8 @@ def test_there_is_a_sampler_and_a_rule_for_every_choice_of_the_settings() -> Non
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_every_sampler_draws_what_the_space_holds_and_the_same_again(sampler: str) -> None:
-    if sampler in PACKAGES:
-        pytest.importorskip(PACKAGES[sampler])
+    if SAMPLERS[sampler].package:
+        pytest.importorskip(SAMPLERS[sampler].package)
     nested = sampler in ("tpe", "random", "nsga2")
     searched = {"loss.tau": PLAIN["loss.tau"]} if sampler == "grid" else NESTED if nested else PLAIN
     objectives = {METRIC: "max", COUNT: "min"} if sampler == "nsga2" else {METRIC: "max"}
@@ -96,12 +98,12 @@ def test_tpe_finds_what_random_does_not() -> None:
     assert mean_of_last("tpe") > mean_of_last("random") + 0.05
 
 
-@pytest.mark.parametrize("sampler", sorted(PACKAGES))
+@pytest.mark.parametrize("sampler", sorted(name for name, kind in SAMPLERS.items() if kind.package))
 def test_a_sampler_without_its_package_is_one_line(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput) as caught:
-        check_sampler(space(PLAIN, search={"sampler": sampler}))
-    package = PACKAGES[sampler]
+        check_sampler(sampler)
+    package = SAMPLERS[sampler].package
     assert str(caught.value) == (
         f"search.sampler: {sampler} needs the package {package}, but it is not installed; pip install {package}, or use tpe"
     )

@@ -21,7 +21,7 @@ from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.loading import quick_gelu, rebuild
 from lift_ray.model.resnet import FrozenStatistics, ResNetTower, SsfConv
 from lift_ray.model.tower import Tower
-from lift_ray.model.tuners import Both
+from lift_ray.model.tuners.base import Both
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 SMALL = {"img_size": 48, "depth": 2}

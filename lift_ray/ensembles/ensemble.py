@@ -19,7 +19,8 @@ from lift_ray.evaluation.accumulator import PredictionCollector
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
 from lift_ray.model.heads import over_crops
-from lift_ray.settings.losses import LogitAdjustedConfig, LossConfig
+from lift_ray.registry import LOSSES
+from lift_ray.settings.losses import LossConfig
 from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.label_prior import fitted, label_prior, zero_shot
@@ -182,19 +183,8 @@ class Gla:
 
 def prior_left(loss: LossConfig) -> float:
     """How much of log prior_train a loss leaves in the raw logits: all after cross-entropy, 1 - tau after logit adjustment."""
-    return 1 - loss.tau if isinstance(loss, LogitAdjustedConfig) else LEFT[loss.kind]
-
-
-LEFT = {
-    "cross_entropy": 1.0,
-    "focal": 1.0,
-    "ldam": 1.0,
-    "class_balanced": 0.0,
-    "reweighted": 0.0,
-    "balanced_softmax": 0.0,
-    "lade": 0.0,
-    "gla": 0.0,
-}
+    left = LOSSES[loss.kind].prior_left
+    return left(loss) if callable(left) else left
 
 
 def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:

@@ -21,9 +21,9 @@ from lift_ray.inference.model_card import Exported, model_card
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import TIMM, load_backbone
-from lift_ray.model.merging import can_merge, licence, merged, write_open_clip
+from lift_ray.model.merging import licence, merged, write_open_clip
 from lift_ray.model.resnet import AnyTower
-from lift_ray.model.tuners import BlockTuner
+from lift_ray.model.tuners.base import BlockTuner
 from lift_ray.storage.layout import BEST_METRICS
 
 LARGEST_DIFFERENCE = 1e-4
@@ -123,7 +123,7 @@ def not_for_open_clip(finished: Classifier) -> str:
     kinds = " and ".join(tuner.kind for tuner in finished.config.tuners())
     if finished.backbone.name.startswith(TIMM):
         return f"must have a CLIP as its backbone, but got {finished.backbone.name}"
-    if not can_merge(finished.model.tuner.per_block):
+    if not all(tuner.can_merge for tuner in finished.model.tuner.per_block):
         return f"must have a tuner that can be merged into the weights, but got {kinds}"
     return ""
 
@@ -144,7 +144,7 @@ def exported_model(finished: Classifier) -> ExportedModel:
     """What is exported; the tuners are merged where they can be, which saves their time."""
     model, backbone = finished.model, finished.backbone
     tower, tuners = model.tower, model.tuner.per_block
-    if can_merge(tuners):
+    if all(tuner.can_merge for tuner in tuners):
         tower, tuners = merged(tower, tuners), []
     whole = ExportedModel(tower, tuners, model.head, mean=backbone.mean, std=backbone.std, offset=finished.offset)
     return whole.eval()

@@ -170,17 +170,30 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.detach().argmax(1) == labels).float().mean()
 
 
-# kind of the method -> from its settings, the training images of each class (K,), and from model, loss of the labelled pictures
-# and ranks, what a step minimises
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "lift": lambda method, counts, *parts: Labelled(*parts),
-    "fixmatch": lambda method, counts, *parts: Consistent(
-        *parts, threshold=method.threshold, ratio=method.unlabelled_ratio, sure=method.lambda_u
-    ),
-    "loft": lambda method, counts, *parts: Consistent(
+# What builds the objective of each method (registry.METHODS), from its settings, the training images of each class (K,), and from
+# the model, the loss on labelled images and the ranks.
+
+
+def lift(method: Any, counts: Tensor, *parts: Any) -> Objective:
+    """The objective of LIFT."""
+    return Labelled(*parts)
+
+
+def fixmatch(method: Any, counts: Tensor, *parts: Any) -> Objective:
+    """The objective of FixMatch."""
+    return Consistent(*parts, threshold=method.threshold, ratio=method.unlabelled_ratio, sure=method.lambda_u)
+
+
+def loft(method: Any, counts: Tensor, *parts: Any) -> Objective:
+    """The objective of LoFT."""
+    return Consistent(
         *parts, threshold=method.threshold, ratio=method.unlabelled_ratio, sure=method.lambda_1, unsure=method.lambda_2
-    ),
-    "ulfine": lambda method, counts, *parts: UlfineObjective(
+    )
+
+
+def ulfine(method: Any, counts: Tensor, *parts: Any) -> Objective:
+    """The objective of ULFine."""
+    return UlfineObjective(
         *parts,
         threshold=method.threshold,
         ratio=method.unlabelled_ratio,
@@ -188,5 +201,4 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
         similarity_loss=logit_adjusted(counts, tau=method.similarity_tau),
         lambda_s=method.lambda_s,
         lambda_o=method.lambda_o,
-    ),
-}
+    )

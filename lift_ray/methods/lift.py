@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lift_ray.model.resnet import ResNetTower
 from lift_ray.model.tower import Tower
-from lift_ray.model.tuners import OWN, WITHOUT_BLOCKS, Tuner, add_sparse, own_names
+from lift_ray.model.tuners.base import Tuner, own_names
+from lift_ray.registry import TUNERS, imported
 
 
 class Lift(nn.Module):
@@ -29,11 +30,12 @@ class Lift(nn.Module):
         self.first_tuned = min((first_block(kind, options, tower.num_blocks) for kind, options in parts.items()))
         self.tower = tower
         for kind, options in parts.items():
-            if kind in OWN:
-                self.tower = tower.with_own(own_names(tower, kind, options["blocks"]))
-            elif kind == "sparse":
+            known = TUNERS[kind]
+            if known.trains:
+                self.tower = tower.with_own(own_names(tower, known.trains, options["blocks"]))
+            elif known.prepare:
                 self.tower = tower.with_own([])
-                add_sparse(self.tower, **options)
+                imported(known.prepare)(self.tower, **options)
         self.tuner, self.head = Tuner(parts, tower), head
         if "zero_shot" in parts:
             head.requires_grad_(False)
@@ -91,4 +93,4 @@ class Lift(nn.Module):
 
 def first_block(kind: str, options: dict[str, Any], num_blocks: int) -> int:
     """The first block that a kind changes; `num_blocks` when it changes none."""
-    return num_blocks if kind in WITHOUT_BLOCKS else int(min(options.get("blocks") or [0]))
+    return int(min(options.get("blocks") or [0])) if TUNERS[kind].changes_tower else num_blocks

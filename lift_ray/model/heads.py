@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -182,11 +181,3 @@ def _images_per_class(labels: Tensor, num_classes: int) -> Tensor:
             f"start weights need an image of every class, but there is none of class {named}; use a random start"
         )
     return counts
-
-
-HEADS: dict[str, Callable[..., Head]] = {
-    "linear": LinearHead,
-    "cosine": CosineHead,
-    "l2norm": L2NormHead,
-    "layernorm": LayerNormHead,
-}

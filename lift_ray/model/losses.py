@@ -138,16 +138,3 @@ def lade(counts: Tensor, *, remine: float, weight: float) -> Loss:
 
 def _log_prior(counts: Tensor) -> Tensor:
     return (counts / counts.sum()).log()
-
-
-LOSSES: dict[str, Callable[..., Loss]] = {
-    "cross_entropy": cross_entropy,
-    "focal": focal,
-    "ldam": ldam,
-    "class_balanced": class_balanced,
-    "reweighted": reweighted,
-    "balanced_softmax": balanced_softmax,
-    "logit_adjusted": logit_adjusted,
-    "lade": lade,
-    "gla": gla,
-}

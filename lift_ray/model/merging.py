@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,11 @@ from torch.nn.utils import parametrize
 
 from lift_ray.model.backbone import TIMM, _source
 from lift_ray.model.loading import _open_clip_resnet, _open_clip_vit
-from lift_ray.model.resnet import AnyTower, SsfConv
+from lift_ray.model.resnet import AnyTower
 from lift_ray.model.tower import resized
-from lift_ray.model.tuners import BlockTuner, Both, Identity, Lora, LowRank, ScaleShift, Ssf
+from lift_ray.model.tuners.base import BlockTuner
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"  # as `local-dir:` wants them
-
-
-def can_merge(tuners: Sequence[BlockTuner]) -> bool:
-    """Whether what these tuners do is a change of the tower's weights: low rank, or scale and shift."""
-    return all(can_merge(tuner.parts) if isinstance(tuner, Both) else type(tuner) in MERGE for tuner in tuners)
 
 
 @torch.no_grad()
@@ -31,8 +26,8 @@ def merged(tower: AnyTower, tuners: Sequence[BlockTuner]) -> AnyTower:
     """A copy of the tower that computes without tuners what this one does with them.
 
     Args:
-        tower: may be parametrised (`tuners.Sparse`), or hold trained parameters of its own.
-        tuners: one for each block; `can_merge` must hold.
+        tower: may be parametrised (`model.tuners.sparse`), or hold trained parameters of its own.
+        tuners: one for each block; each with `can_merge`.
     """
     own = copy.deepcopy(tower)
     for at, layer in list(own.named_modules()):
@@ -45,53 +40,8 @@ def merged(tower: AnyTower, tuners: Sequence[BlockTuner]) -> AnyTower:
             parent, _, name = at.rpartition(".")
             setattr(own.get_submodule(parent), name, plain)
     for block, tuner in zip(own.blocks, tuners, strict=True):
-        _merge(block, tuner)
+        tuner.merge_into(block)
     return own.requires_grad_(False).eval()
-
-
-def _merge(block: Any, tuner: BlockTuner) -> None:
-    if isinstance(tuner, Both):
-        for part in tuner.parts:
-            _merge(block, part)
-    else:
-        MERGE[type(tuner)](block, tuner)
-
-
-def _lora(block: Any, tuner: Any) -> None:
-    """W + (A B / R)^T."""
-
-    def change(low_rank: LowRank) -> Tensor:
-        return (low_rank.down @ low_rank.up / low_rank.down.shape[1]).T
-
-    weight = block.attn.in_proj.weight
-    width = weight.shape[1]
-    weight[:width] += change(tuner.q)
-    weight[2 * width :] += change(tuner.v)
-    if tuner.mlp:
-        block.mlp.in_proj.weight += change(tuner.fc1)
-        block.mlp.out_proj.weight += change(tuner.fc2)
-
-
-def _ssf(block: Any, tuner: Any) -> None:
-    _scale(block.attn.in_proj, tuner.attn_in)
-    _scale(block.attn.out_proj, tuner.attn_out)
-    _scale(block.mlp.in_proj, tuner.mlp_1)
-    _scale(block.mlp.out_proj, tuner.mlp_2)
-    if tuner.norms:
-        _scale(block.norm1, tuner.after_norm1)
-        _scale(block.norm2, tuner.after_norm2)
-
-
-def _ssf_conv(block: Any, tuner: Any) -> None:
-    norms = [block.bn1, block.bn2, block.bn3, *(block.downsample or [])[1:]]
-    for norm, after in zip(norms, tuner.after, strict=True):
-        _scale(norm, after)
-
-
-def _scale(layer: Any, by: ScaleShift) -> None:
-    """(W x + b) s + t = (s W) x + (s b + t), for a linear as for a norm."""
-    layer.weight.mul_(by.scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-    layer.bias.mul_(by.scale).add_(by.shift)
 
 
 def write_open_clip(model: str, pretrained: str | None, tower: AnyTower, folder: Path) -> None:
@@ -154,12 +104,6 @@ def licence(model: str, pretrained: str | None) -> str:
     )
 
 
-MERGE: dict[type[BlockTuner], Callable[[Any, Any], None]] = {
-    Identity: lambda block, tuner: None,
-    Lora: _lora,
-    Ssf: _ssf,
-    SsfConv: _ssf_conv,
-}
 LICENCES = {
     "embedded:lift-tiny": "Apache-2.0",
     "openai": "MIT",

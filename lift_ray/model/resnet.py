@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lift_ray.errors import BadInput
 from lift_ray.model.tower import FrozenTower, Tower, resized
-from lift_ray.model.tuners import BlockTuner, Identity, ScaleShift
+from lift_ray.model.tuners.base import BlockTuner, Identity
+from lift_ray.model.tuners.ssf.module import ScaleShift
 
 
 class FrozenStatistics(nn.BatchNorm2d):
@@ -100,6 +101,14 @@ class SsfConv(BlockTuner):
         if norms:
             raise BadInput("tuner ssf: norms must be false on a tower without layer norms, but got true; remove it")
         self.after = nn.ModuleList(ScaleShift(number) for number in channels)
+
+    can_merge = True
+
+    def merge_into(self, block: Any) -> None:
+        """Fold each scale and shift into the batch norm before it."""
+        norms = [block.bn1, block.bn2, block.bn3, *(block.downsample or [])[1:]]
+        for norm, after in zip(norms, self.after, strict=True):
+            after.fold_into(norm)  # type: ignore[operator]
 
     def conv(self, index: int, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

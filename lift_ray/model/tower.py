@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lift_ray.model.linear import linear
-from lift_ray.model.tuners import BlockTuner, Identity
+from lift_ray.model.tuners.base import BlockTuner, Identity
 
 
 class Attention(nn.Module):

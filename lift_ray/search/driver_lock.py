@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lift_ray.errors import BadInput
-from lift_ray.search.study import Study, check_sampler, described, differences, open_storage, stored_search
+from lift_ray.search.samplers import check_sampler
+from lift_ray.search.study import Study, described, differences, open_storage, stored_search
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.layout import CHECKPOINTS, JOURNAL, LOCK, STUDY
 from lift_ray.storage.output import Output
@@ -27,7 +28,7 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
 
     Raises BadInput: the folder holds a search already, or none to resume; another driver is at work.
     """
-    check_sampler(space)
+    check_sampler(space.search.sampler)
     if resume:
         _check_holds_search(out, url)
     else:

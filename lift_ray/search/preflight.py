@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lift_ray.errors import BadInput
 from lift_ray.ray_runtime.capacity import gpus_here, need
 from lift_ray.search.driver_lock import check_can_resume, check_is_new
-from lift_ray.search.study import check_sampler
+from lift_ray.search.samplers import check_sampler
 from lift_ray.settings.checks import NUM_CHECK_DRAWS
 from lift_ray.settings.run import BackboneConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws
@@ -34,7 +34,7 @@ def check_before_start(
         except BadInput as error:
             problems.extend(str(error).splitlines())
 
-    look(check_sampler, space)
+    look(check_sampler, space.search.sampler)
     for service in dict.fromkeys(log_to):
         look(check_service, service)
     if out and "://" not in out:

@@ -5,25 +5,24 @@ What is not in Optuna's storage has not happened: a search that is resumed reads
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lift_ray.errors import BadInput
+from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
 from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points
@@ -171,7 +170,7 @@ class Study:
         study = self._studies[kind]
         if point is not None and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             study.enqueue_trial(point)
-        study.sampler = SAMPLERS[self.space.search.sampler]((self.space.search.seed * 1_000_003 + number) % 2**32)
+        study.sampler = SAMPLERS.build(self.space.search.sampler, (self.space.search.seed * 1_000_003 + number) % 2**32)
         trial = study.ask()
         values = Draw(self.space.of_kind(kind))(trial)
         is_baseline = point is not None and self.space.search.sampler != "grid"
@@ -300,16 +299,6 @@ def _me() -> str:
     return f"process {os.getpid()} on {os.uname().nodename}"
 
 
-def check_sampler(space: SpaceFile) -> None:
-    """Raises BadInput when a package that the sampler needs is not there."""
-    sampler = space.search.sampler
-    if (package := PACKAGES.get(sampler)) and importlib.util.find_spec(package) is None:
-        raise BadInput(
-            f"search.sampler: {sampler} needs the package {package}, but it is not installed; "
-            f"pip install {package}, or use tpe"
-        )
-
-
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """Optuna's storage: a database by its URL, or a journal file in `folder`. Raises BadInput."""
     if url is None:
@@ -339,15 +328,6 @@ def repaired(journal: Path) -> Path:
 
 
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-PACKAGES = {"cmaes": "cmaes", "gp": "scipy"}
-SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # every point is given
-    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-}
 TELL = {
     "finished": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,

@@ -1,4 +1,4 @@
-"""What every section of the settings is."""
+"""Small parts that several sections of the settings use."""
 
 from __future__ import annotations
 
@@ -6,29 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
-
-
-class Settings(BaseModel):
-    """Strict, frozen, no unknown keys."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_kinds(cls, data: Any) -> Any:
-        """A section without `kind` is of the default kind: `loss: {tau: 0.5}` is enough."""
-        if not isinstance(data, dict):
-            return data
-        missing = {
-            name: {"kind": field.default.kind, **data[name]}
-            for name, field in cls.model_fields.items()
-            if hasattr(field.default, "kind") and isinstance(data.get(name), dict) and "kind" not in data[name]
-        }
-        return {**data, **missing}
 
 
 class OneOf:

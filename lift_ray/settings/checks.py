@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.registry import SAMPLERS, imported
 from lift_ray.settings.messages import Path_, explain, models_of
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
@@ -81,17 +82,19 @@ def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
 def _search_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
     """What the sampler, the scheduler and per_kind ask of the space."""
     search = space.search
-    rules: list[tuple[Path_, str]] = [(("search", "sampler"), SAMPLER_RULES.get(search.sampler, _nothing)(space))]
+    rules: list[tuple[Path_, str]] = [(("search", "sampler"), _sampler_problem(space))]
     if search.per_kind is not None:
         rules.append((("search", "per_kind"), _per_kind_rule(space)))
     return [f"{file.where(at)}: {problem}" for at, problem in rules if problem] or _epoch_problems(file, space)
 
 
-def _nothing(space: SpaceFile) -> str:
-    return ""
+def _sampler_problem(space: SpaceFile) -> str:
+    problem = SAMPLERS[space.search.sampler].problem
+    return str(imported(problem)(space)) if problem else ""
 
 
-def _grid_rule(space: SpaceFile) -> str:
+def grid_problem(space: SpaceFile) -> str:
+    """What of a space `grid` does not support."""
     try:
         number = len(grid_points(space.space))
     except ValueError as error:
@@ -105,7 +108,8 @@ def _grid_rule(space: SpaceFile) -> str:
     return ""
 
 
-def _cmaes_rule(space: SpaceFile) -> str:
+def cmaes_problem(space: SpaceFile) -> str:
+    """What of a space `cmaes` does not support."""
     named = next((name for name, param in space.space.items() if param.choices is not None or param.when), "")
     if named:
         return f"cmaes needs int and float settings without `when`, but got {named}; use tpe, or move it to base"
@@ -116,12 +120,14 @@ def _cmaes_rule(space: SpaceFile) -> str:
     return ""
 
 
-def _gp_rule(space: SpaceFile) -> str:
+def gp_problem(space: SpaceFile) -> str:
+    """What of a space `gp` does not support."""
     named = next((name for name, param in space.space.items() if param.when), "")
     return f"gp needs settings without `when`, but got {named}; use tpe" if named else ""
 
 
-def _nsga2_rule(space: SpaceFile) -> str:
+def nsga2_problem(space: SpaceFile) -> str:
+    """What of a space `nsga2` does not support."""
     return "" if len(space.objectives) > 1 else "nsga2 needs several objectives, but got 1; use tpe, or add one"
 
 
@@ -134,9 +140,6 @@ def _per_kind_rule(space: SpaceFile) -> str:
     if space.search.sampler == "grid":
         return "does not go with sampler grid; set trials"
     return ""
-
-
-SAMPLER_RULES = {"grid": _grid_rule, "cmaes": _cmaes_rule, "gp": _gp_rule, "nsga2": _nsga2_rule}
 
 
 def _base_problems(file: SettingsFile, space: SpaceFile) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from lift_ray.settings.base import OneOf, Settings
+from lift_ray.registry import HEADS, Config, register_head
+from lift_ray.settings.base import OneOf
 
 
 def _holds_place(template: str | list[str]) -> str | list[str]:
@@ -23,9 +24,10 @@ Template = Annotated[
 ]
 
 
-class InitializedHeadConfig(Settings):
+class HeadConfig(Config):
     """Where the weights of the classifier start."""
 
+    kind: str
     init: Literal["semantic", "class_mean", "linear_probe", "random"] = "semantic"
     """semantic: from the class names through the text tower; class_mean: mean feature of at most 100 images a class;
     linear_probe: balanced logistic regression on the frozen features; random: Kaiming uniform."""
@@ -33,31 +35,37 @@ class InitializedHeadConfig(Settings):
     """Text around the class name for the semantic initialisation: one, several (their mean), or `ensemble`, CLIP's own 80."""
 
 
-class CosineHeadConfig(InitializedHeadConfig):
+class CosineHeadConfig(HeadConfig):
     """z_k = scale * cos(f, w_k)."""
 
     kind: Literal["cosine"] = "cosine"
     scale: Annotated[float, Field(gt=0)] = 25.0
 
 
-class LinearHeadConfig(InitializedHeadConfig):
+class LinearHeadConfig(HeadConfig):
     """z = W f + b."""
 
     kind: Literal["linear"] = "linear"
 
 
-class L2NormHeadConfig(InitializedHeadConfig):
+class L2NormHeadConfig(HeadConfig):
     """z_k = <f, w_k / |w_k|>."""
 
     kind: Literal["l2norm"] = "l2norm"
 
 
-class LayerNormHeadConfig(InitializedHeadConfig):
+class LayerNormHeadConfig(HeadConfig):
     """z_k = <LayerNorm(f), w_k / |w_k|>."""
 
     kind: Literal["layernorm"] = "layernorm"
 
 
-HeadConfig = Annotated[
-    CosineHeadConfig | LinearHeadConfig | L2NormHeadConfig | LayerNormHeadConfig, Field(discriminator="kind")
-]
+register_head(CosineHeadConfig, "lift_ray.model.heads:CosineHead")
+register_head(LinearHeadConfig, "lift_ray.model.heads:LinearHead")
+register_head(L2NormHeadConfig, "lift_ray.model.heads:L2NormHead")
+register_head(LayerNormHeadConfig, "lift_ray.model.heads:LayerNormHead")
+
+if TYPE_CHECKING:
+    AnyHeadConfig = HeadConfig
+else:
+    AnyHeadConfig = HEADS.union()

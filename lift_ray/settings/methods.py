@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from lift_ray.errors import BadInput, did_you_mean
-from lift_ray.settings.base import Settings
+from lift_ray.registry import METHODS, Config, Kind
 
 Weight = Annotated[float, Field(ge=0)]
 
 
-class LiftConfig(Settings):
+class MethodConfig(Config):
+    """The settings of a method."""
+
+    kind: str
+
+
+class LiftConfig(MethodConfig):
     """One model on labelled pictures (arXiv 2309.10019, 2504.13282)."""
 
     kind: Literal["lift"] = "lift"
 
 
-class HalfLabelledConfig(Settings):
+class HalfLabelledConfig(MethodConfig):
     """What all methods share that also learn from the split `unlabelled`, of which no label is read."""
 
     kind: str
@@ -76,7 +82,7 @@ class UlfineConfig(HalfLabelledConfig):
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
-class BackdoorConfig(Settings):
+class BackdoorConfig(MethodConfig):
     """Several models trained independently, whose mean classifies (arXiv 2501.15955)."""
 
     kind: Literal["backdoor"] = "backdoor"
@@ -105,7 +111,7 @@ class BackdoorConfig(Settings):
         return list(self.members) if self.use is None else self.use.split("+")
 
 
-def check_suits(method: Settings, run: Mapping[str, Any]) -> None:
+def check_suits(method: MethodConfig, run: Mapping[str, Any]) -> None:
     """Raises ValueError when a method for half-labelled data does not go with the other sections of a run."""
     if not isinstance(method, HalfLabelledConfig):
         return
@@ -125,7 +131,7 @@ def check_suits(method: Settings, run: Mapping[str, Any]) -> None:
         raise ValueError(f"{method.kind} needs a head as its prototypes are, but got head.kind {head}; use cosine")
 
 
-def check_splits(method: Settings, dataset: str, splits: Iterable[str]) -> None:
+def check_splits(method: MethodConfig, dataset: str, splits: Iterable[str]) -> None:
     """Raises BadInput when a method learns from images without labels, and the data set has no such split."""
     if isinstance(method, HalfLabelledConfig) and "unlabelled" not in splits:
         raise BadInput(
@@ -138,7 +144,20 @@ def _named(method: Any) -> Any:
     return {"kind": method} if isinstance(method, str) else method
 
 
-Kinds = Annotated[LiftConfig | FixmatchConfig | LoftConfig | UlfineConfig | BackdoorConfig, Field(discriminator="kind")]
-Named = Literal["lift", "fixmatch", "loft", "ulfine"]
-MethodConfig = Annotated[Kinds, BeforeValidator(_named, json_schema_input_type=Kinds | Named)]
-"""`method: ulfine` is short for `method: {kind: ulfine}`."""
+for _config, _name in (
+    (LiftConfig, "lift"),
+    (FixmatchConfig, "fixmatch"),
+    (LoftConfig, "loft"),
+    (UlfineConfig, "ulfine"),
+    (BackdoorConfig, "lift"),  # of each of its models
+):
+    METHODS.add(Kind(_config, f"lift_ray.methods.half_labelled:{_name}"))
+
+if TYPE_CHECKING:
+    AnyMethodConfig = MethodConfig
+else:
+    _Named = Literal[tuple(name for name in METHODS if name != "backdoor")]
+    AnyMethodConfig = Annotated[
+        METHODS.union(), BeforeValidator(_named, json_schema_input_type=METHODS.union() | _Named)
+    ]
+    """`method: ulfine` is short for `method: {kind: ulfine}`."""

@@ -13,18 +13,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
-from lift_ray.settings.base import Settings
-from lift_ray.settings.heads import CosineHeadConfig, HeadConfig
-from lift_ray.settings.losses import LogitAdjustedConfig, LossConfig
+from lift_ray.registry import HEADS, LOSSES, METHODS, TUNERS, Config, TunerConfig, load_plugins
+from lift_ray.settings.heads import AnyHeadConfig
+from lift_ray.settings.losses import AnyLossConfig
 from lift_ray.settings.messages import explain_first
-from lift_ray.settings.methods import BackdoorConfig, LiftConfig, MethodConfig, check_suits
+from lift_ray.settings.methods import AnyMethodConfig, BackdoorConfig, MethodConfig, check_suits
 from lift_ray.settings.overrides import apply_overrides
-from lift_ray.settings.tuners import AdaptformerConfig, AnyTunerConfig, TunerConfig, check_pair, resolve_tuner
+from lift_ray.settings.tuners import AnyTunerConfig, check_pair, resolve_tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class BackboneConfig(Settings):
+class BackboneConfig(Config):
     """The frozen foundation model."""
 
     model: str = "embedded:lift-tiny"
@@ -55,7 +55,7 @@ class BackboneConfig(Settings):
         return not self.model.startswith("timm:")
 
 
-class RandomCropsConfig(Settings):
+class RandomCropsConfig(Config):
     """What saves work with pictures that change from epoch to epoch."""
 
     patch_dropout: Share = 0.0
@@ -80,13 +80,13 @@ class CropFlipConfig(RandomCropsConfig):
     kind: Literal["crop_flip"] = "crop_flip"
 
 
-class NoAugmentConfig(Settings):
+class NoAugmentConfig(Config):
     """The evaluation crop in training too. What the frozen blocks make of a picture is then computed once and kept."""
 
     kind: Literal["none"] = "none"
 
 
-class OptimConfig(Settings):
+class OptimConfig(Config):
     """SGD with a cosine schedule over the whole run."""
 
     epochs: Annotated[int, Field(ge=1)] = 5
@@ -108,7 +108,7 @@ class OptimConfig(Settings):
         return int(self.shuffle_mib * 2**20)
 
 
-class EvaluationConfig(Settings):
+class EvaluationConfig(Config):
     """How images are classified after training."""
 
     posthoc_tau: Annotated[float, Field(ge=0)] = 0.0
@@ -120,24 +120,24 @@ class EvaluationConfig(Settings):
 AugmentConfig = Annotated[MdaConfig | CropFlipConfig | NoAugmentConfig, Field(discriminator="kind")]
 
 
-class RunConfig(Settings):
+class RunConfig(Config):
     """Everything that decides what a run computes, and nothing else."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: BackboneConfig = BackboneConfig()
     augment: AugmentConfig = MdaConfig()
-    tuner: TunerConfig = AdaptformerConfig()
-    extra_tuner: TunerConfig | None = None
+    tuner: AnyTunerConfig = TUNERS.default("adaptformer")
+    extra_tuner: AnyTunerConfig | None = None
     """A second tuner, of a kind that changes other places."""
-    head: HeadConfig = CosineHeadConfig()
-    loss: LossConfig = LogitAdjustedConfig()
+    head: AnyHeadConfig = HEADS.default("cosine")
+    loss: AnyLossConfig = LOSSES.default("logit_adjusted")
     optim: OptimConfig = OptimConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    method: MethodConfig = LiftConfig()
+    method: AnyMethodConfig = METHODS.default("lift")
 
     @field_validator("extra_tuner")
     @classmethod
-    def _goes_together(cls, extra: AnyTunerConfig | None, info: ValidationInfo) -> AnyTunerConfig | None:
+    def _goes_together(cls, extra: TunerConfig | None, info: ValidationInfo) -> TunerConfig | None:
         if extra is not None and "tuner" in info.data:
             check_pair(info.data["tuner"].kind, extra.kind)
         return extra
@@ -162,7 +162,7 @@ class RunConfig(Settings):
             return {}
         return {name: _member(dict(self), self.method, name) for name in self.method.used}
 
-    def tuners(self) -> list[AnyTunerConfig]:
+    def tuners(self) -> list[TunerConfig]:
         """The one or two tuners."""
         return [self.tuner] if self.extra_tuner is None else [self.tuner, self.extra_tuner]
 
@@ -201,3 +201,18 @@ def _member(fields: Mapping[str, Any], method: BackdoorConfig, name: str) -> Run
         return RunConfig.model_validate(apply_overrides(tree, own, RunConfig))
     except ValidationError as error:
         raise ValueError(f"members.{name} {explain_first(RunConfig, error)}") from None
+
+
+def _follow() -> None:
+    """Accept kinds that were registered after this module was imported."""
+    models: list[type[RunConfig]] = [RunConfig, *RunConfig.__subclasses__()]
+    for model in models:
+        fields = model.model_fields
+        fields["tuner"].annotation, fields["extra_tuner"].annotation = TUNERS.union(), TUNERS.union() | None
+        fields["head"].annotation, fields["loss"].annotation = HEADS.union(), LOSSES.union()
+        model.model_rebuild(force=True)
+
+
+for _kinds in (TUNERS, HEADS, LOSSES):
+    _kinds.followers.append(_follow)
+load_plugins()

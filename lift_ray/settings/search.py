@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lift_ray.settings.base import OneOf, Settings
+from lift_ray.registry import SAMPLERS, Config, register_sampler
+from lift_ray.settings.base import OneOf
 
 Epochs = Annotated[int, Field(ge=1)]
 TAUS = tuple(0.25 * i for i in range(9))  # 0 ... 2: the strengths of post-hoc adjustment that are tried after training
 
 
-class NoSchedulerConfig(Settings):
+class NoSchedulerConfig(Config):
     """Every trial runs to its end."""
 
     kind: Literal["none"] = "none"
 
 
-class AshaConfig(Settings):
+class AshaConfig(Config):
     """Stop the worse trials early (arXiv 1810.05934). Baselines (`start`) always run to their end."""
 
     kind: Literal["asha"] = "asha"
@@ -27,7 +28,7 @@ class AshaConfig(Settings):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
 
 
-class HyperbandConfig(Settings):
+class HyperbandConfig(Config):
     """ASHA in several brackets, each with a longer grace than the one before (arXiv 1603.06560); trials take turns."""
 
     kind: Literal["hyperband"] = "hyperband"
@@ -35,7 +36,7 @@ class HyperbandConfig(Settings):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
 
 
-class MedianConfig(Settings):
+class MedianConfig(Config):
     """Stop a trial whose best value so far is below the median of the others' means up to the same epoch."""
 
     kind: Literal["median"] = "median"
@@ -47,13 +48,30 @@ class MedianConfig(Settings):
 AnyScheduler = NoSchedulerConfig | AshaConfig | HyperbandConfig | MedianConfig
 
 
-class SearchConfig(Settings):
+_RULES = "lift_ray.settings.checks"
+for _name, _problem, _package in (
+    ("tpe", "", ""),
+    ("random", "", ""),
+    ("grid", f"{_RULES}:grid_problem", ""),
+    ("cmaes", f"{_RULES}:cmaes_problem", "cmaes"),
+    ("nsga2", f"{_RULES}:nsga2_problem", ""),
+    ("gp", f"{_RULES}:gp_problem", "scipy"),
+):
+    register_sampler(_name, f"lift_ray.search.samplers:{_name}", problem=_problem, package=_package)
+
+if TYPE_CHECKING:
+    AnySampler = str
+else:
+    AnySampler = SAMPLERS.names()
+
+
+class SearchConfig(Config):
     """How the space is searched."""
 
     trials: Annotated[int, Field(ge=1)] = 32
     per_kind: Annotated[int, Field(ge=1)] | None = None
     """So many trials for each tuner.kind, in place of `trials`; each kind has a sampler and rungs of its own."""
-    sampler: Literal["tpe", "random", "grid", "cmaes", "nsga2", "gp"] = "tpe"
+    sampler: AnySampler = "tpe"
     scheduler: Annotated[AnyScheduler, Field(discriminator="kind")] = AshaConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     tte_best: Annotated[int, Field(ge=0)] = 1
@@ -68,7 +86,7 @@ class SearchConfig(Settings):
         return self
 
 
-class ScaleConfig(Settings):
+class ScaleConfig(Config):
     """What a trial may use of the cluster."""
 
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
@@ -79,7 +97,7 @@ class ScaleConfig(Settings):
     ] = "auto"
 
 
-class PlanConfig(Settings):
+class PlanConfig(Config):
     """Estimates used by --dry-run only."""
 
     training_images: Annotated[int, Field(ge=1)] | None = None
@@ -88,7 +106,7 @@ class PlanConfig(Settings):
     """A worker's speed in training."""
 
 
-class Constraint(Settings):
+class Constraint(Config):
     """What a trial's figure must keep to."""
 
     min: float | None = None

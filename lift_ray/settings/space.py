@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lift_ray.settings.base import Holds, OneOf, Settings
+from lift_ray.registry import SAMPLERS, Config
+from lift_ray.settings.base import Holds, OneOf
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import Constraint, PlanConfig, ScaleConfig, SearchConfig
@@ -23,7 +24,7 @@ Value = Annotated[bool | int | float | str | None, OneOf("text, a number, true, 
 Values = Annotated[bool | int | float | str | list[Value] | None, OneOf("one value or a list of values")]
 
 
-class Param(Settings):
+class Param(Config):
     """One searched setting: exactly one of choices, int, float."""
 
     choices: Annotated[list[Value], Field(min_length=1)] | None = None
@@ -107,7 +108,7 @@ class Param(Settings):
         return text + (" (log)" if self.log else "")
 
 
-class SpaceFile(Settings):
+class SpaceFile(Config):
     """A search-space file, checked as far as it can be without a cluster."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -231,3 +232,13 @@ def parents_first(space: dict[str, Param]) -> list[str]:
         order += ready
         waiting = [name for name in waiting if name not in ready]
     return order
+
+
+def _follow() -> None:
+    """Accept samplers that were registered after this module was imported."""
+    SearchConfig.model_fields["sampler"].annotation = SAMPLERS.names()
+    SearchConfig.model_rebuild(force=True)
+    SpaceFile.model_rebuild(force=True)
+
+
+SAMPLERS.followers.append(_follow)

@@ -9,16 +9,16 @@ import torch
 
 from lift_ray.errors import BadInput
 from lift_ray.methods.prior import Prior, fit
-from lift_ray.model.losses import LOSSES, Loss
+from lift_ray.model.losses import Loss
+from lift_ray.registry import LOSSES
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.tuners import ZeroShotConfig
 from lift_ray.training.workspace import Workspace
 
 
 def zero_shot(config: RunConfig) -> RunConfig:
     """The same foundation model without training, as a single model."""
     return RunConfig.model_validate(
-        config.model_dump(exclude={"tuner", "extra_tuner", "method"}) | {"tuner": ZeroShotConfig()}
+        config.model_dump(exclude={"tuner", "extra_tuner", "method"}) | {"tuner": {"kind": "zero_shot"}}
     )
 
 
@@ -56,4 +56,5 @@ def loss_of(config: RunConfig, warm: Workspace, counts: torch.Tensor) -> Loss:
     options = config.loss.model_dump(exclude={"kind"})
     if config.loss.kind == "gla":
         options["log_q"] = label_prior(warm, config).log_q
-    return LOSSES[config.loss.kind](counts, **options)
+    loss: Loss = LOSSES.build(config.loss.kind, counts, **options)
+    return loss

@@ -22,9 +22,9 @@ from lift_ray.errors import BadInput, RunFailed
 from lift_ray.evaluation.accumulator import MetricAccumulator, PredictionCollector
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.evaluation.metrics import GROUPS, PerClass, per_class_rows, pseudo_label_figures
-from lift_ray.methods.half_labelled import OBJECTIVES
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.model.heads import over_crops
+from lift_ray.registry import METHODS
 from lift_ray.settings.methods import check_splits
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
 from lift_ray.settings.run_file import check_global_batch
@@ -95,9 +95,7 @@ class Run:
         self.losses = torch.zeros(self.steps_per_epoch, 2, device=self.ranks.device)
         counts = torch.from_numpy(self.class_counts).float().to(self.ranks.device)
         labelled, method = loss_of(self.config, self.warm, counts), self.config.method
-        self.objective = OBJECTIVES.get(method.kind, OBJECTIVES["lift"])(
-            method, counts, self.model, labelled, self.ranks
-        )
+        self.objective = METHODS.build(method.kind, method, counts, self.model, labelled, self.ranks)
         self.optimizer = make_optimizer(self.trained, self.config.optim)
         self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self.config.backbone.precision == "fp16")
         self.forward: Forward = self.objective.forward

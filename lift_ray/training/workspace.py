@@ -22,7 +22,8 @@ from lift_ray.methods.lift import Lift
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
-from lift_ray.model.heads import HEADS, MEAN_OF, CosineHead, class_means, probe_weights, random_weights
+from lift_ray.model.heads import MEAN_OF, CosineHead, class_means, probe_weights, random_weights
+from lift_ray.registry import HEADS
 from lift_ray.settings.methods import UlfineConfig
 from lift_ray.settings.run import RunConfig
 
@@ -112,10 +113,7 @@ class Workspace:
         tower = backbone.tower
         parts: dict[str, dict[str, Any]] = {}
         for tuner in config.tuners():
-            options = tuner.model_dump(exclude={"kind", "last"})
-            if tuner.kind == "partial":
-                options["blocks"] = list(range(tower.num_blocks - tuner.last, tower.num_blocks))
-            parts[tuner.kind] = options
+            parts[tuner.kind] = tuner.options(tower.num_blocks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             if "zero_shot" in parts:
@@ -125,7 +123,7 @@ class Workspace:
             start = random_weights(self.dataset.num_classes, tower.width)
             if not trained_already and head.init != "random":
                 start = self._start_weights(config)
-            classifier = HEADS[head.kind](start, **options)
+            classifier = HEADS.build(head.kind, start, **options)
             if isinstance(config.method, UlfineConfig):
                 text = start if trained_already else backbone.semantic_weights(self.dataset.class_names, head.template)
                 assert isinstance(classifier, CosineHead)
