@@ -263,7 +263,7 @@ def test_only_empty_braces_of_a_template_are_the_name() -> None:
     assert asked == ["cat: a cat of {kind} {0} {"]
     with pytest.raises(BadInput) as caught:
         backbone.semantic_weights(["cat"], "a photo")
-    assert str(caught.value) == "head.template: must hold {} for the class name, but got 'a photo'; add it"
+    assert str(caught.value) == "head.template: must contain {} for the class name, but got 'a photo'; add it"
 
 
 def numbered(asked: list[list[str]]) -> Callable[[list[str]], torch.Tensor]:
@@ -313,7 +313,7 @@ def test_every_template_of_a_list_needs_a_place_for_the_name() -> None:
     asked: list[list[str]] = []
     with pytest.raises(BadInput) as caught:
         backbone_of(numbered(asked)).semantic_weights(["cat"], ["a {}.", "a photo"])
-    assert str(caught.value) == "head.template: must hold {} for the class name, but got 'a photo'; add it"
+    assert str(caught.value) == "head.template: must contain {} for the class name, but got 'a photo'; add it"
     assert asked == []
 
 
@@ -322,14 +322,14 @@ def test_a_class_without_a_name_cannot_start_from_names(missing: str) -> None:
     with pytest.raises(BadInput) as caught:
         backbone_of(numbered([])).semantic_weights(["cat", "dog", "cow", missing, ""], "a {}.")
     assert str(caught.value) == (
-        "head.init: semantic needs a name for every class, but class 3 has none; add names or use head.init=class_mean"
+        "head.init: semantic requires a name for every class, but class 3 has none; add names or use head.init=class_mean"
     )
 
 
 def test_a_tower_without_text_cannot_start_from_names() -> None:
     with pytest.raises(BadInput) as caught:
         backbone_of(None).semantic_weights(["cat"], "{}")
-    assert str(caught.value) == "head.init: semantic needs a text tower, but mine has none; use head.init=class_mean"
+    assert str(caught.value) == "head.init: semantic requires a text tower, but mine has none; use head.init=class_mean"
     with pytest.raises(BadInput) as caught:
         backbone_of(None).zero_shot_head(["cat"], "{}")
-    assert str(caught.value) == "tuner zero_shot: needs a text tower, but mine has none; use linear_probe"
+    assert str(caught.value) == "tuner zero_shot: requires a text tower, but mine has none; use linear_probe"

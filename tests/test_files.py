@@ -114,11 +114,11 @@ BROKEN = {
     ),
     "a template without a place": (
         D + "head: {template: a photo}",
-        "run.yaml:2 head.template: must hold {} for the class name, but got 'a photo'; add it",
+        "run.yaml:2 head.template: must contain {} for the class name, but got 'a photo'; add it",
     ),
     "a list with a template without a place": (
         D + "head:\n  template:\n    - a {}\n    - a photo",
-        "run.yaml:3 head.template: must hold {} for the class name, but got 'a photo'; add it",
+        "run.yaml:3 head.template: must contain {} for the class name, but got 'a photo'; add it",
     ),
     "a template that is a number": (
         D + "head: {template: 3}",

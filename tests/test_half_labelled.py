@@ -140,14 +140,12 @@ def test_a_method_may_be_given_by_its_name(kind: str) -> None:
 
 def test_the_methods_for_half_labelled_data_say_what_they_do_not_go_with() -> None:
     trees: dict[str, dict[str, Any]] = {
-        "needs pictures that change, but got augment.kind none; use mda or crop_flip": {"augment": {"kind": "none"}},
-        "needs pictures decoded on the CPU, but got augment.decode gpu; leave decode out": {
-            "augment": {"decode": "gpu"}
-        },
+        "needs images that change, but got augment.kind none; use mda or crop_flip": {"augment": {"kind": "none"}},
+        "needs images decoded on the CPU, but got augment.decode gpu; leave decode out": {"augment": {"decode": "gpu"}},
         "needs a model that is trained, but got tuner.kind zero_shot; use linear_probe": {
             "tuner": {"kind": "zero_shot"}
         },
-        "needs a step's pictures at once, but got optim.accumulate 2; use backbone.checkpointing instead": {
+        "needs all images of a step at once, but got optim.accumulate 2; use backbone.checkpointing instead": {
             "optim": {"accumulate": 2}
         },
         "needs a head as its prototypes are, but got head.kind linear; use cosine": {"head": {"kind": "linear"}},

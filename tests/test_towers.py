@@ -177,7 +177,7 @@ def test_a_file_of_another_model_is_one_line(change: dict[str, int | None], foun
     with pytest.raises(BadInput) as caught:
         load_backbone("timm:test_vit", str(path))
     assert str(caught.value) == (
-        f"backbone.pretrained: must hold the tensors of timm:test_vit, but got {path} {found}; use a file of this model"
+        f"backbone.pretrained: must contain the tensors of timm:test_vit, but got {path} {found}; use a file of this model"
     )
 
 
@@ -187,8 +187,8 @@ def test_a_file_that_would_be_unpickled_or_is_not_there_is_refused(tmp_path: Pat
         with pytest.raises(BadInput) as caught:
             load_backbone("timm:test_vit", str(path))
         assert str(caught.value) == (
-            f"backbone.pretrained: must be a safetensors file that exists, but got '{path}'; "
-            "check the path, or convert the file, as nothing is unpickled"
+            f"backbone.pretrained: must be an existing safetensors file, but got '{path}'; "
+            "check the path, or convert the file, because lift_ray unpickles nothing"
         )
     (tmp_path / "weights.pth").rename(tmp_path / "weights.safetensors")
     with pytest.raises(
@@ -343,7 +343,9 @@ def test_ssf_starts_near_the_identity_and_scales_and_shifts_each_channel(resnet:
     assert torch.allclose(ssf.conv(1, x), x * scale + shift)
     other = SsfConv([16, 16, 64, 64])
     assert torch.equal(Both(ssf, other).conv(1, x), other.conv(1, ssf.conv(1, x)))
-    with pytest.raises(BadInput, match="tuner ssf: norms must be false on a tower without layer norms, but got true"):
+    with pytest.raises(
+        BadInput, match="tuner ssf: norms must be false for a backbone without layer norms, but got true"
+    ):
         resnet.make_ssf(1, norms=True)
 
 
@@ -357,7 +359,7 @@ def test_a_tuner_of_attention_blocks_does_not_go_on_a_resnet(kind: str, resnet: 
     with pytest.raises(BadInput) as caught:
         check_tuner(resnet, kind)
     assert str(caught.value) == (
-        f"tuner {kind}: this tower (ModifiedResNet) has no attention blocks; use ssf, bitfit, batchnorm or linear_probe"
+        f"tuner {kind}: requires attention blocks, but this backbone (ModifiedResNet) has none; use ssf, bitfit, batchnorm or linear_probe"
     )
     check_tuner(rebuild(vit_of()), kind)
 
@@ -369,7 +371,7 @@ def test_a_tuner_that_fits_a_resnet_is_let_through(kind: str, resnet: ResNetTowe
         with pytest.raises(BadInput) as caught:
             check_tuner(rebuild(vit_of()), kind)
         assert str(caught.value) == (
-            "tuner batchnorm: this tower (VisionTransformer) has no batch norms; use layernorm"
+            "tuner batchnorm: requires batch norms, but this backbone (VisionTransformer) has none; use layernorm"
         )
     else:
         check_tuner(rebuild(vit_of()), kind)
@@ -381,7 +383,7 @@ def test_a_resolution_that_is_no_multiple_of_the_patch_is_one_line(wanted: int, 
     with pytest.raises(BadInput) as caught:
         load_backbone("timm:test_vit", str(tmp_path / "weights.safetensors"), resolution_px=wanted)
     assert str(caught.value) == (
-        f"backbone.resolution_px: must be a multiple of the patch of 16 px, but got {wanted}; use {nearest}"
+        f"backbone.resolution_px: must be a multiple of the patch size, 16 px, but got {wanted}; use {nearest}"
     )
 
 

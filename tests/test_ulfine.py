@@ -299,7 +299,7 @@ def test_a_data_set_without_unlabelled_pictures_is_one_line(small_data: str, sma
         with pytest.raises(BadInput) as caught:
             Run(settings(small_clip, kind, optim__global_batch_size=16), Workspace(small_data, Ranks.alone()))
         assert str(caught.value) == (
-            f"method {kind}: needs the split 'unlabelled', but {small_data} has only train, validation, test; "
+            f"method {kind}: requires the split 'unlabelled', but {small_data} has only train, validation, test; "
             "convert with --labelled and --unlabelled, or use method lift"
         )
 

@@ -1,7 +1,7 @@
-"""What a step of training minimises: LIFT's loss of labelled pictures, and those that learn from pictures without labels too.
+"""The objective of a training step: LIFT's loss on labeled images, and methods that also learn from unlabeled images.
 
-FixMatch (arXiv 2001.07685), LoFT (arXiv 2509.09926) and ULFine (our reading of arXiv 2505.05062). Of every picture without a
-label there are two views: what the model says of the weak one is what the strong one has to agree with.
+FixMatch (arXiv 2001.07685), LoFT (arXiv 2509.09926) and ULFine (our reading of arXiv 2505.05062). Every unlabeled image
+has two views: the model's prediction for the weak view is the target for the strong view.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Objective(Protocol):
     """The loss of a rank's part of a step.
 
     Attributes:
-        forward: what makes the objective's first argument of pictures and patches.
-        pseudo_labels: (3, K) of this epoch so far, over all ranks: pictures of each class, those taken for it with enough
-            confidence, and those of them that are of it; None for a method without pseudo-labels.
+        forward: computes the objective's first argument from images and patches.
+        pseudo_labels: (3, K) of this epoch so far, over all ranks: images of each class, images whose confident
+            pseudo-label is the class, and how many of those are right; None for a method without pseudo-labels.
     """
 
     forward: Callable[..., Tensor]
     pseudo_labels: Tensor | None
 
     def __call__(self, output: Tensor, labels: Tensor, /) -> tuple[Tensor, Tensor]:
-        """What `forward` made of B pictures, and a label for each -> the loss, and the share of labelled pictures that was right."""
+        """Loss, and accuracy on the labeled images, from the output of `forward` for B images and their labels."""
 
 
 class Labelled:
-    """LIFT: the loss of the run on labelled pictures (arXiv 2309.10019)."""
+    """LIFT: the loss of the run on labeled images (arXiv 2309.10019)."""
 
     forward: Callable[..., Tensor]
     pseudo_labels: Tensor | None = None
@@ -54,13 +54,13 @@ class Labelled:
 class Consistent:
     """FixMatch on the loss of the run: L(z, y) + consistency(z(weak), z(strong)); LoFT is the same with other weights.
 
-    A part of a step is one batch of pictures: B labelled ones, then weak views of ratio * B others, then strong views of the same.
+    A micro-batch holds B labeled images, then weak views of ratio * B unlabeled images, then strong views of the same images.
 
     Args:
         model: of which features are taken, so that one pass through the tower serves all logits.
-        loss: of the labelled pictures.
-        ratio: unlabelled pictures for each labelled one.
-        sure, unsure: weights of pictures whose confidence reaches the threshold, and of the others.
+        loss: on the labeled images.
+        ratio: unlabeled images per labeled image.
+        sure, unsure: weights of images whose confidence reaches the threshold, and of the rest.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Consistent:
         self.pseudo_labels: Tensor | None = None
 
     def __call__(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B + 2 ratio B, D) and a label for each; those of unlabelled pictures are only counted."""
+        """Features (B + 2 ratio B, D) and a label for each; labels of unlabeled images are only counted."""
         parts = self.parts(len(labels))
         logits, weak, strong = self.model.classify(features).split(parts)
         labelled, true, _ = labels.split(parts)
@@ -82,7 +82,7 @@ class Consistent:
         return loss, hits(logits, labelled)
 
     def parts(self, size: int) -> list[int]:
-        """How many pictures of a batch are labelled, weak and strong."""
+        """Numbers of labeled images, weak views and strong views in a batch."""
         labelled = size // (1 + 2 * self.ratio)
         return [labelled, self.ratio * labelled, self.ratio * labelled]
 
@@ -106,7 +106,7 @@ class UlfineObjective(Consistent):
     loss is assumed.
 
     Args:
-        similarity_loss: of the similarity logits of labelled pictures.
+        similarity_loss: on the similarity logits of labeled images.
         lambda_s, lambda_o: weights of that loss and of the orthogonality.
     """
 
@@ -125,7 +125,7 @@ class UlfineObjective(Consistent):
         self.similarity_loss, self.lambda_s, self.lambda_o = similarity_loss, lambda_s, lambda_o
 
     def __call__(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `Consistent`."""
+        """Loss and accuracy from features (B + 2 ratio B, D) and a label for each image; unlabeled labels are only counted."""
         parts, features, head = self.parts(len(labels)), features.float(), self.model.head
         assert isinstance(head, FusedHead)
         (linear, weak_z, strong_z), (similarity, weak_s, strong_s) = (z.split(parts) for z in head.both(features))
@@ -153,7 +153,7 @@ class UlfineObjective(Consistent):
 
 
 def consistency(teacher: Tensor, strong: Tensor, threshold: float, sure: float, unsure: float = 0.0) -> Tensor:
-    """mean(sure 1[max p >= threshold] CE(z, argmax p) + unsure 1[max p < threshold] CE(z, p)), over all B pictures.
+    """mean(sure 1[max p >= threshold] CE(z, argmax p) + unsure 1[max p < threshold] CE(z, p)), over all B images.
 
     Args:
         teacher: (B, K) probabilities p from the weak views, without a gradient.
@@ -166,7 +166,7 @@ def consistency(teacher: Tensor, strong: Tensor, threshold: float, sure: float, 
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of a batch whose largest logit is that of its label."""
+    """Fraction of a batch whose largest logit is at its label."""
     return (logits.detach().argmax(1) == labels).float().mean()
 
 

@@ -16,12 +16,11 @@ from lift_ray.registry import TUNERS, imported
 class Lift(nn.Module):
     """The tower with its tuners and classifier.
 
-    The tower is shared by all trials of a process and never changes; kinds that train its own parameters get copies of just
-    those. Only what is trained, and the head, is stored.
+    All trials of a process share the tower, which never changes. Kinds that train its own parameters get copies of those
+    parameters only. A checkpoint stores the trained parameters and the head.
 
     Args:
-        parts: for each kind of tuner its options (model.tuners.Tuner); `partial` and the other kinds that train the tower's
-            own parameters take `blocks`.
+        parts: options of each kind of tuner (model.tuners.base.Tuner); kinds that train the tower's own parameters take `blocks`.
         head: from features to logits.
     """
 
@@ -41,25 +40,25 @@ class Lift(nn.Module):
             head.requires_grad_(False)
 
     def feature(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) normalised images, (B, P) patches to look at (None for all) -> (B, D) before CLIP's projection."""
+        """(B, 3, H, W) normalized images, (B, P) patches to look at (all if None) -> (B, D) before CLIP's projection."""
         return self.tower.finish(self.tower.embed(images, patches), self.tuner.per_block)
 
     def forward(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
-        """As `feature`, to (B, K) raw logits, in fp32 also when the tower computes in less."""
+        """(B, 3, H, W) images and optional (B, P) patches -> (B, K) raw logits in fp32, also if the tower computes in less."""
         return self.classify(self.feature(images, patches))
 
     def from_frozen(self, activations: Tensor) -> Tensor:
-        """The same from what `frozen_part` made of the images."""
+        """(B, K) raw logits from the activations that `frozen_part` returned."""
         return self.classify(self.feature_from_frozen(activations))
 
     def feature_from_frozen(self, activations: Tensor) -> Tensor:
-        """As `feature`, from what `frozen_part` made of the images."""
+        """(B, D) features from the activations that `frozen_part` returned."""
         if self.first_tuned == self.tower.num_blocks:
             return activations
         return self.tower.finish(activations, self.tuner.per_block, self.first_tuned)
 
     def frozen_part(self, images: Tensor) -> Tensor:
-        """What the blocks below the first tuned one make of images: (B, T, D), or the features (B, D) when no block is tuned."""
+        """Activations of images (B, T, D) after the blocks below the first tuned one; features (B, D) if no block is tuned."""
         x = self.tower.embed(images)
         if self.first_tuned == self.tower.num_blocks:
             return self.tower.finish(x)
@@ -76,7 +75,7 @@ class Lift(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def stored(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: what is trained, and the head, also when it is not."""
+        """Tensors that a checkpoint holds: the trained parameters and the head, also if the head is not trained."""
         trained = self.trained()
         return {n: value for n, value in self.state_dict().items() if n in trained or not n.startswith("tower.")}
 

@@ -21,7 +21,7 @@ Sum = Callable[[Tensor], Tensor]
 
 
 class Prior(NamedTuple):
-    """What `fit` found.
+    """Result of `fit`.
 
     Args:
         log_q: (K,), log of the label prior inside the model, sum of q = 1.

@@ -1,4 +1,4 @@
-"""ULFine (our reading): prototypes beside a linear head, fitted to what is labelled and what is not (arXiv 2505.05062).
+"""ULFine (our reading): prototypes next to a linear head, fitted to labeled and unlabeled images (arXiv 2505.05062).
 
 The paper's full text and code were not available; what is said to be assumed here is stated by no source.
 """
@@ -23,7 +23,7 @@ class FusedHead(nn.Module):
         mu: how far the prototype of the most frequent pseudo-label moves in a step, in [0, 1]; assumed.
         ema: how much of the visual prototypes stays in a step, in [0, 1); assumed.
         pseudo_ema: how much of the frequency of the pseudo-labels does; assumed.
-        eta: share of S, in [0, 1]; assumed.
+        eta: fraction of S, in [0, 1]; assumed.
     """
 
     prototypes: Tensor
@@ -57,7 +57,7 @@ class FusedHead(nn.Module):
 
         v_k is a moving average of the means of the labelled unit features of class k, the first of which counts whole; P that of
         the confident pseudo-labels of each step, with a decay of its own, which is assumed. alpha_k is 0 for a class that had no
-        pseudo-label yet, or no labelled picture.
+        pseudo-label yet, or no labeled image.
 
         Args:
             sums: (K, D), labelled unit features of the step, summed by class over all ranks.

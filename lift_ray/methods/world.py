@@ -65,7 +65,7 @@ class Ranks:
         return figures
 
     def from_first(self, text: str) -> str:
-        """What the first rank has, on every rank."""
+        """The first rank's text, on every rank."""
         if self.world_size == 1:
             return text
         box = [text]

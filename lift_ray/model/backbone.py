@@ -58,14 +58,19 @@ class Backbone:
         """
         if self.text is None or self.projection is None:
             raise BadInput(
-                f"head.init: semantic needs a text tower, but {self.name} has none; use head.init=class_mean"
+                "head.init",
+                "semantic requires a text tower",
+                but=f"{self.name} has none",
+                remedy="use head.init=class_mean",
             )
         names = [name.replace("_", " ") for name in class_names]
         unnamed = [k for k, name in enumerate(names) if not name.strip()]
         if unnamed:
             raise BadInput(
-                f"head.init: semantic needs a name for every class, but class {unnamed[0]} has none; "
-                "add names or use head.init=class_mean"
+                "head.init",
+                "semantic requires a name for every class",
+                but=f"class {unnamed[0]} has none",
+                remedy="add names or use head.init=class_mean",
             )
         key = (template if isinstance(template, str) else tuple(template), tuple(class_names))
         if key not in self._embedded:
@@ -85,14 +90,16 @@ class Backbone:
     def zero_shot_head(self, class_names: Sequence[str], template: str | list[str]) -> ZeroShotHead:
         """CLIP's own classifier for these classes (arXiv 2103.00020). Raises BadInput as `text_embeddings`."""
         if self.text is None:
-            raise BadInput(f"tuner zero_shot: needs a text tower, but {self.name} has none; use linear_probe")
+            raise BadInput(
+                "tuner zero_shot", "requires a text tower", but=f"{self.name} has none", remedy="use linear_probe"
+            )
         text = self.text_embeddings(class_names, template)
         assert self.projection is not None
         return ZeroShotHead(self.projection, text, self.logit_scale)
 
 
 def _templates(template: str | list[str]) -> list[Callable[[str], str]]:
-    """What makes a line of text from a name, for each template."""
+    """For each template a function from a class name to a line of text."""
     if template == "ensemble":
         import open_clip
 
@@ -100,7 +107,7 @@ def _templates(template: str | list[str]) -> list[Callable[[str], str]]:
     texts = [template] if isinstance(template, str) else template
     for text in texts:
         if "{}" not in text:
-            raise BadInput(f"head.template: must hold {{}} for the class name, but got {text!r}; add it")
+            raise BadInput("head.template", "must contain {} for the class name", repr(text), "add it")
     return [partial(text.replace, "{}") for text in texts]
 
 
@@ -118,7 +125,7 @@ def load_backbone(
         model: `embedded:lift-tiny`, an open_clip name, `hf-hub:...`, `local-dir:...` or `timm:NAME`.
         pretrained: open_clip's tag or a local weights file, for an open_clip name; None (timm's own weights) or a local
             safetensors file for a timm name.
-        resolution_px: side of the pictures, a multiple of the patch; what it was trained with when not given.
+        resolution_px: side of the images, a multiple of the patch size; by default the side that the backbone was trained with.
         checkpointing: compute activations again in the backward pass, to save memory.
 
     Raises:
@@ -129,8 +136,10 @@ def load_backbone(
     if resolution_px is not None:
         if resolution_px < patch_px or resolution_px % patch_px:
             raise BadInput(
-                f"backbone.resolution_px: must be a multiple of the patch of {patch_px} px, but got {resolution_px}; "
-                f"use {max(1, round(resolution_px / patch_px)) * patch_px}"
+                "backbone.resolution_px",
+                f"must be a multiple of the patch size, {patch_px} px",
+                resolution_px,
+                f"use {max(1, round(resolution_px / patch_px)) * patch_px}",
             )
         tower.resolution_px = resolution_px
     tower.checkpointing = checkpointing
@@ -141,11 +150,18 @@ def check_tuner(tower: AnyTower, kind: str) -> None:
     """Raises BadInput, with the make of the tower, when a kind of tuner has no place in it."""
     if not tower.attention and kind not in ON_RESNET:
         raise BadInput(
-            f"tuner {kind}: this tower (ModifiedResNet) has no attention blocks; "
-            "use ssf, bitfit, batchnorm or linear_probe"
+            f"tuner {kind}",
+            "requires attention blocks",
+            but="this backbone (ModifiedResNet) has none",
+            remedy="use ssf, bitfit, batchnorm or linear_probe",
         )
     if tower.attention and kind == "batchnorm":
-        raise BadInput(f"tuner {kind}: this tower (VisionTransformer) has no batch norms; use layernorm")
+        raise BadInput(
+            f"tuner {kind}",
+            "requires batch norms",
+            but="this backbone (VisionTransformer) has none",
+            remedy="use layernorm",
+        )
 
 
 def _load_open_clip(model: str, pretrained: str | None) -> Backbone:
@@ -174,7 +190,7 @@ def _load_open_clip(model: str, pretrained: str | None) -> Backbone:
 
 
 def check_source(model: str, pretrained: str | None) -> None:
-    """Whether there is such a model, with such weights, as far as it can be said without network. Raises BadInput.
+    """Check that the model and its weights exist, as far as possible without a network. Raises BadInput.
 
     Args: as of `load_backbone`.
     """
@@ -183,9 +199,7 @@ def check_source(model: str, pretrained: str | None) -> None:
     else:
         source, _ = _source(model, pretrained)
         if source.startswith(LOCAL) and not Path(source.removeprefix(LOCAL), "open_clip_config.json").is_file():
-            raise BadInput(
-                f"backbone.model: must be a folder with open_clip_config.json, but got {model}; check the path"
-            )
+            raise BadInput("backbone.model", "must be a folder with open_clip_config.json", model, "check the path")
 
 
 def _timm_name(model: str, pretrained: str | None) -> str:
@@ -198,11 +212,13 @@ def _timm_name(model: str, pretrained: str | None) -> str:
     if timm.is_model(arch):
         known = [arch, *timm.list_models(f"{arch}.*", pretrained=True)]
     if (name != arch and name not in known) or not timm.is_model(arch):
-        raise BadInput(f"backbone.model: unknown model '{model}'; {did_you_mean(name, known)}")
+        raise BadInput("backbone.model", f"unknown model '{model}'", remedy=did_you_mean(name, known))
     if pretrained is not None and not (pretrained.endswith(".safetensors") and Path(pretrained).is_file()):
         raise BadInput(
-            f"backbone.pretrained: must be a safetensors file that exists, but got {pretrained!r}; "
-            "check the path, or convert the file, as nothing is unpickled"
+            "backbone.pretrained",
+            "must be an existing safetensors file",
+            repr(pretrained),
+            "check the path, or convert the file, because lift_ray unpickles nothing",
         )
     return name
 
@@ -224,7 +240,7 @@ def _load_timm(model: str, pretrained: str | None) -> Backbone:
 
 
 def _fill(vit: Any, model: str, path: str) -> None:
-    """Load a file into timm's model, strictly but for the classifier; positions may be for another size of pictures."""
+    """Load a file into timm's model, strictly except for the classifier; position embeddings may be for another image size."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -232,7 +248,10 @@ def _fill(vit: Any, model: str, path: str) -> None:
         state = {key: value.float() for key, value in load_file(path).items() if not key.startswith("head.")}
     except (SafetensorError, OSError) as error:
         raise BadInput(
-            f"backbone.pretrained: must be a safetensors file, but {path} cannot be read ({error}); get it again"
+            "backbone.pretrained",
+            "must be a safetensors file",
+            but=f"{path} cannot be read ({error})",
+            remedy="download it again",
         ) from None
     vit.reset_classifier(0)
     positions = state.get("pos_embed", torch.empty(0))
@@ -248,8 +267,10 @@ def _fill(vit: Any, model: str, path: str) -> None:
     found = [f"{how} {', '.join(sorted(keys)[:4])}" for how, keys in faults.items() if keys]
     if found:
         raise BadInput(
-            f"backbone.pretrained: must hold the tensors of {model}, but got {path} {' and '.join(found)}; "
-            "use a file of this model"
+            "backbone.pretrained",
+            f"must contain the tensors of {model}",
+            f"{path} {' and '.join(found)}",
+            "use a file of this model",
         )
     vit.load_state_dict(state, strict=True, assign=True)
 
@@ -266,21 +287,27 @@ def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
         folder = Path(str(assets / model.removeprefix(EMBEDDED)))
         if not (folder / "open_clip_config.json").is_file():
             known = [p.parent.name for p in Path(str(assets)).glob("*/open_clip_config.json")]
-            raise BadInput(f"backbone.model: unknown embedded model '{model}'; {did_you_mean(folder.name, known)}")
+            raise BadInput(
+                "backbone.model", f"unknown embedded model '{model}'", remedy=did_you_mean(folder.name, known)
+            )
         model = f"{LOCAL}{folder}"
     if ":" in model:
         if pretrained is not None:
-            raise BadInput(f"backbone.pretrained: must not be given with {model}, but got {pretrained!r}; remove it")
+            raise BadInput("backbone.pretrained", f"must not be given with {model}", repr(pretrained), "remove it")
         return model, False
     import open_clip
 
     if model not in open_clip.list_models():
-        raise BadInput(f"backbone.model: unknown model '{model}'; {did_you_mean(model, open_clip.list_models())}")
+        raise BadInput(
+            "backbone.model", f"unknown model '{model}'", remedy=did_you_mean(model, open_clip.list_models())
+        )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
         raise BadInput(
-            f"backbone.pretrained: must be a tag of {model} or a weights file, but got {pretrained!r}; "
-            f"{did_you_mean(pretrained, tags)}"
+            "backbone.pretrained",
+            f"must be a tag of {model} or a weights file",
+            repr(pretrained),
+            did_you_mean(pretrained, tags),
         )
     # open_clip only warns when OpenAI's weights meet a config with plain GELU; the features would be wrong.
     return model, bool((open_clip.pretrained.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu", False))

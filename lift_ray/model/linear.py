@@ -49,4 +49,4 @@ def _works() -> bool:
 
 
 _ONEDNN = _works()
-"""Whether this build of torch has the product that torch.compile uses for frozen weights; it is not a public name."""
+"""True if this build of torch has the product that torch.compile uses for frozen weights; its name is not public."""

@@ -22,8 +22,10 @@ def rebuild(visual: Any, name: str = "this tower") -> AnyTower:
     """
     plain = "VisionTransformer" in type(visual).__name__
     refused = BadInput(
-        f"backbone.model: must be a plain vision transformer with a class token, but {name} is a {type(visual).__name__}"
-        f"{' with other parts' if plain else ''}; use one of CLIP's ViT models"
+        "backbone.model",
+        "must be a plain vision transformer with a class token",
+        but=f"{name} is a {type(visual).__name__}{' with other parts' if plain else ''}",
+        remedy="use one of CLIP's ViT models",
     )
     with torch.device("meta"):  # weights at random would take longer than those that replace them
         found = _open_clip_vit(visual) or _open_clip_resnet(visual) or _timm_vit(visual)
@@ -32,7 +34,7 @@ def rebuild(visual: Any, name: str = "this tower") -> AnyTower:
     tower, state = found
     try:
         tower.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError:  # layer scale in open_clip, registers, norms elsewhere, pictures that are not square
+    except RuntimeError:  # layer scale in open_clip, registers, norms elsewhere, images that are not square
         raise refused from None
     return tower.eval().requires_grad_(False)
 

@@ -76,7 +76,7 @@ def write_open_clip(model: str, pretrained: str | None, tower: AnyTower, folder:
 
 
 def _at_its_size(tower: AnyTower) -> dict[str, Tensor]:
-    """The tower's tensors, positions as they are for its size of pictures."""
+    """The tower's tensors, with the position embeddings of its image size."""
     side = tower.resolution_px // tower.patch_px
     return {
         name: resized(value, side) if name.endswith("positions") else value
@@ -111,4 +111,4 @@ LICENCES = {
     "datacomp": "MIT",
     "hf-hub:laion/": "MIT",
 }
-"""How a name or a tag of open_clip begins -> the licence that its publisher states for the weights."""
+"""Start of a name or tag of open_clip -> the license that its publisher states for the weights."""

@@ -82,7 +82,7 @@ class AttentionPool(nn.Module):
         return feature
 
     def _positions(self, side: int) -> Tensor:
-        """(1 + side^2, C): resized (bicubic) when the pictures are of another size than the weights were trained with."""
+        """(1 + side^2, C): resized (bicubic) if the images have another size than the weights were trained with."""
         if side not in self._resized:
             self._resized[side] = resized(self.positions, side)
         return self._resized[side]
@@ -99,7 +99,7 @@ class SsfConv(BlockTuner):
     def __init__(self, channels: Sequence[int], norms: bool = False) -> None:
         super().__init__()
         if norms:
-            raise BadInput("tuner ssf: norms must be false on a tower without layer norms, but got true; remove it")
+            raise BadInput("tuner ssf", "norms must be false for a backbone without layer norms", "true", "remove it")
         self.after = nn.ModuleList(ScaleShift(number) for number in channels)
 
     can_merge = True
@@ -126,7 +126,7 @@ class ResNetTower(FrozenTower):
         stem_width: channels of the stem; 64 for RN50.
         width: D, of the feature.
         num_heads: of the attention pool.
-        resolution_px: side of the pictures that the positions are for.
+        resolution_px: side of the images that the position embeddings are for.
         checkpointing: compute activations again in the backward pass, to save memory.
     """
 
@@ -161,7 +161,7 @@ class ResNetTower(FrozenTower):
 
     @property
     def activation_bytes(self) -> int:
-        """Of a picture in fp32, the largest: what the stem makes, before its pool."""
+        """Bytes of the largest activation of one image in fp32: the output of the stem, before its pool."""
         return 4 * self.conv3.out_channels * (self.resolution_px // 2) ** 2
 
     def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         return self._out(out.transpose(1, 2).flatten(2), tuner)
 
     def _one_query(self, q: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """What one token sees, (B, 1, D), of the normed input (B, T, D), without the keys and values of all tokens.
+        """Attention output of one token, (B, 1, D), from the normed input (B, T, D), without the keys and values of all tokens.
 
         q (W_k h) = (q W_k) h and sum_t p_t (W_v h_t) = W_v (sum_t p_t h_t). The keys' bias moves all scores alike.
 
@@ -105,14 +105,14 @@ class Block(nn.Module):
 
 
 class FrozenTower(nn.Module):
-    """What all towers have: `embed`, then `blocks_until` and `finish`, which every kind does in its own way."""
+    """Interface of all towers: `embed`, then `blocks_until` and `finish`, which each kind implements."""
 
     patch_px: int
     embed: Callable[..., Tensor]
     finish: Callable[..., Tensor]
 
     def num_patches(self, resolution_px: int) -> int:
-        """Patches in a picture of this side; for a residual network, places that its attention pool looks at."""
+        """Number of patches in an image of this side; for a residual network, of places that its attention pool sees."""
         return (resolution_px // self.patch_px) ** 2
 
     def forward(
@@ -145,7 +145,7 @@ class Tower(FrozenTower):
     Args:
         width: D.
         hidden: width of the MLPs.
-        patch_px, resolution_px: sides of a patch and of the pictures.
+        patch_px, resolution_px: sides of a patch and of the images.
         norm_first: a layer norm before the first block (CLIP).
         patch_bias: a bias in the patch embedding (timm).
         checkpointing: compute activations again in the backward pass, to save memory.
@@ -181,11 +181,11 @@ class Tower(FrozenTower):
 
     @property
     def activation_bytes(self) -> int:
-        """Of a picture in fp32, the largest: what an MLP has between its linears."""
+        """Bytes of the largest activation of one image in fp32: between the two linears of an MLP."""
         return 4 * self.hidden * (self.num_patches(self.resolution_px) + 1)
 
     def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
-        """What goes into the first block: (B, 3, H, W) -> (B, T, D)."""
+        """Input of the first block: (B, 3, H, W) -> (B, T, D)."""
         x = self.patch(images).flatten(2).transpose(1, 2)
         positions = self._positions(images.shape[-1] // self.patch_px).to(x.dtype)
         x = x + positions[1:]
@@ -216,7 +216,7 @@ class Tower(FrozenTower):
         return feature
 
     def _positions(self, side: int) -> Tensor:
-        """(1 + side^2, D): resized (bicubic) when the pictures are of another size than the weights were trained with."""
+        """(1 + side^2, D): resized (bicubic) if the images have another size than the weights were trained with."""
         if side not in self._resized:
             self._resized[side] = resized(self.positions, side)
         return self._resized[side]
@@ -224,7 +224,7 @@ class Tower(FrozenTower):
 
 @torch.no_grad()
 def resized(positions: Tensor, side: int) -> Tensor:
-    """(1 + n^2, D) -> (1 + side^2, D): the first as it is, the others as a square grid, bicubic."""
+    """(1 + n^2, D) -> (1 + side^2, D): the first row unchanged, the rest resized as a square grid (bicubic)."""
     trained = round((len(positions) - 1) ** 0.5)
     if side == trained:
         return positions

@@ -13,7 +13,7 @@ from lift_ray.settings.base import OneOf
 def _holds_place(template: str | list[str]) -> str | list[str]:
     for line in [template] if isinstance(template, str) else template:
         if "{}" not in line and template != "ensemble":
-            raise ValueError(f"must hold {{}} for the class name, but got {line!r}; add it")
+            raise ValueError(f"must contain {{}} for the class name, but got {line!r}; add it")
     return template
 
 
@@ -25,14 +25,14 @@ Template = Annotated[
 
 
 class HeadConfig(Config):
-    """Where the weights of the classifier start."""
+    """The classifier, and the initialization of its weights."""
 
     kind: str
     init: Literal["semantic", "class_mean", "linear_probe", "random"] = "semantic"
-    """semantic: from the class names through the text tower; class_mean: mean feature of at most 100 images a class;
+    """semantic: from the class names through the text tower; class_mean: mean feature of at most 100 images per class;
     linear_probe: balanced logistic regression on the frozen features; random: Kaiming uniform."""
     template: Template = "a photo of a {}."
-    """Text around the class name for the semantic initialisation: one, several (their mean), or `ensemble`, CLIP's own 80."""
+    """Text around the class name for the semantic initialization: one, several (their mean), or `ensemble`, CLIP's own 80."""
 
 
 class CosineHeadConfig(HeadConfig):

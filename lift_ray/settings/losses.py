@@ -41,7 +41,7 @@ class LdamConfig(LossConfig):
     kind: Literal["ldam"] = "ldam"
     max_margin: Annotated[float, Field(ge=0)] = 0.5
     scale: Annotated[float, Field(gt=0)] = 25.0
-    """What margins are multiplied with; the cosine head's scale."""
+    """Factor of the margins: the scale of the cosine head."""
 
 
 class ClassBalancedConfig(LossConfig):

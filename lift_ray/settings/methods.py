@@ -1,4 +1,4 @@
-"""What is trained on top of a tuner and a head: LIFT itself, its neighbours for half-labelled data, several models at once."""
+"""Methods on top of a tuner and a head: LIFT itself, methods for half-labeled data, and several models together."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class MethodConfig(Config):
 
 
 class LiftConfig(MethodConfig):
-    """One model on labelled pictures (arXiv 2309.10019, 2504.13282)."""
+    """One model on labeled images (arXiv 2309.10019, 2504.13282)."""
 
     kind: Literal["lift"] = "lift"
 
 
 class HalfLabelledConfig(MethodConfig):
-    """What all methods share that also learn from the split `unlabelled`, of which no label is read."""
+    """Settings of methods that also learn from the split `unlabelled`, whose labels are not used."""
 
     kind: str
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """A pseudo-label counts when its probability is at least this. No source states ULFine's; LoFT has 0.6 on CIFAR-100."""
     unlabelled_ratio: Annotated[int, Field(ge=1)] = 7
-    """Unlabelled pictures for each labelled one in a step. No source states ULFine's; 7 is FixMatch's."""
+    """Unlabeled images per labeled image in a step. No source states ULFine's; 7 is FixMatch's."""
     cutout_frac: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Side of the grey square in strong views, as a share of the picture's: FixMatch's 16 of 32 px. That it grows with the picture is
-    assumed."""
+    """Side of the gray square in strong views, as a fraction of the image's side: FixMatch's 16 of 32 px. We assume that it scales
+    with the image."""
 
 
 class FixmatchConfig(HalfLabelledConfig):
@@ -47,13 +47,13 @@ class FixmatchConfig(HalfLabelledConfig):
 
 
 class LoftConfig(HalfLabelledConfig):
-    """FixMatch with soft labels for the pictures below the threshold (arXiv 2509.09926)."""
+    """FixMatch with soft labels for images below the threshold (arXiv 2509.09926)."""
 
     kind: Literal["loft"] = "loft"
     lambda_1: Weight = 3.0
-    """Weight of confident pictures."""
+    """Weight of confident images."""
     lambda_2: Weight = 0.0
-    """Weight of the others."""
+    """Weight of the remaining images."""
 
 
 class UlfineConfig(HalfLabelledConfig):
@@ -62,19 +62,19 @@ class UlfineConfig(HalfLabelledConfig):
 
     kind: Literal["ulfine"] = "ulfine"
     mu: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """How far the text prototype of the most frequent pseudo-label moves towards its visual one."""
+    """Step of the text prototype of the most frequent pseudo-label towards its visual prototype."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """How much of the visual prototypes stays in a step."""
+    """Momentum of the visual prototypes."""
     pseudo_ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """How much of the frequency of the pseudo-labels stays in a step."""
+    """Momentum of the frequency of pseudo-labels."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the similarity logits in the fused ones; the rest is the linear head's."""
+    """Fraction of the similarity logits in the fused logits; the rest comes from the linear head."""
     lambda_u: Weight = 1.0
     """Weight of the unlabelled loss."""
     lambda_s: Weight = 1.0
-    """Weight of the cross-entropy of the similarity logits on labelled pictures."""
+    """Weight of the cross-entropy of the similarity logits on labeled images."""
     similarity_tau: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of the logit adjustment in that cross-entropy; 0 is without."""
+    """Strength of the logit adjustment in that cross-entropy; 0 turns it off."""
     lambda_o: Weight = 0.1
     """Weight of the orthogonality of the prototypes."""
 
@@ -87,13 +87,13 @@ class BackdoorConfig(MethodConfig):
 
     kind: Literal["backdoor"] = "backdoor"
     members: Annotated[dict[Name, dict[str, Any]], Field(min_length=2)]
-    """For each model, by name, what differs from the rest of the run, as dotted settings: `b16: {backbone.model: ViT-B-16}`."""
+    """The models by name, each with the dotted settings that differ from the rest of the run: `b16: {backbone.model: ViT-B-16}`."""
     use: str | None = None
-    """The members that take part, as `a+b`; all when not given."""
+    """Members to use, as `a+b`; all by default."""
     combine: Literal["logits", "probabilities"] = "logits"
-    """What is averaged: logits as in the released code, or probabilities as in the paper's equation."""
+    """Average logits, as in the released code, or probabilities, as in the paper's equation."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Of the members, by name; 1 where not given."""
+    """Weights of the members by name; 1 by default."""
 
     @model_validator(mode="after")
     def _known_members(self) -> BackdoorConfig:
@@ -112,12 +112,12 @@ class BackdoorConfig(MethodConfig):
 
 
 def check_suits(method: MethodConfig, run: Mapping[str, Any]) -> None:
-    """Raises ValueError when a method for half-labelled data does not go with the other sections of a run."""
+    """Raises ValueError if a method for half-labeled data does not fit the other sections of a run."""
     if not isinstance(method, HalfLabelledConfig):
         return
     rules = [
-        ("augment", "kind", "none", "pictures that change", "use mda or crop_flip"),
-        ("augment", "decode", "gpu", "pictures decoded on the CPU", "leave decode out"),
+        ("augment", "kind", "none", "images that change", "use mda or crop_flip"),
+        ("augment", "decode", "gpu", "images decoded on the CPU", "leave decode out"),
         ("tuner", "kind", "zero_shot", "a model that is trained", "use linear_probe"),
     ]
     for section, setting, refused, wanted, todo in rules:
@@ -125,18 +125,20 @@ def check_suits(method: MethodConfig, run: Mapping[str, Any]) -> None:
             raise ValueError(f"{method.kind} needs {wanted}, but got {section}.{setting} {refused}; {todo}")
     if "optim" in run and (parts := run["optim"].accumulate) > 1:
         raise ValueError(
-            f"{method.kind} needs a step's pictures at once, but got optim.accumulate {parts}; use backbone.checkpointing instead"
+            f"{method.kind} needs all images of a step at once, but got optim.accumulate {parts}; use backbone.checkpointing instead"
         )
     if isinstance(method, UlfineConfig) and "head" in run and (head := run["head"].kind) != "cosine":
         raise ValueError(f"{method.kind} needs a head as its prototypes are, but got head.kind {head}; use cosine")
 
 
 def check_splits(method: MethodConfig, dataset: str, splits: Iterable[str]) -> None:
-    """Raises BadInput when a method learns from images without labels, and the data set has no such split."""
+    """Raises BadInput if a method learns from unlabeled images and the dataset has no such split."""
     if isinstance(method, HalfLabelledConfig) and "unlabelled" not in splits:
         raise BadInput(
-            f"method {method.kind}: needs the split 'unlabelled', but {dataset} has only {', '.join(splits)}; "
-            "convert with --labelled and --unlabelled, or use method lift"
+            f"method {method.kind}",
+            "requires the split 'unlabelled'",
+            but=f"{dataset} has only {', '.join(splits)}",
+            remedy="convert with --labelled and --unlabelled, or use method lift",
         )
 
 

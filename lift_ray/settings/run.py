@@ -34,34 +34,34 @@ class BackboneConfig(Config):
     """open_clip's tag of the weights (openai, laion2b_s34b_b88k) or a local file; timm's own weights when not given; not with
     embedded, hf-hub or local-dir."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the frozen tower computes in; bf16 and fp16 are autocast on a GPU."""
+    """Precision of the frozen tower; bf16 and fp16 use autocast on a GPU."""
     resolution_px: Annotated[int, Field(ge=1)] | None = None
-    """Side of the pictures; the one it was trained with when not given."""
+    """Side of the images; by default the side that the backbone was trained with."""
     compile: bool = False
     """Compile the blocks with torch.compile: slower to start, faster steps on some GPUs."""
     checkpointing: bool = False
     """Compute activations again in the backward pass: a third more work, much less memory."""
     cache_gib: Annotated[float, Field(ge=0)] = 2.0
-    """Memory a worker may use for what frozen blocks make of pictures that stay the same; 0 computes it every time."""
+    """Memory of a worker for cached activations of frozen blocks, for images that never change; 0 turns the cache off."""
 
     @property
     def is_embedded(self) -> bool:
-        """Whether it comes with the package."""
+        """True if it comes with the package."""
         return self.model.startswith("embedded:")
 
     @property
     def has_text(self) -> bool:
-        """Whether it knows names: models of timm have no text tower."""
+        """True if it has a text tower; models of timm have none."""
         return not self.model.startswith("timm:")
 
 
 class RandomCropsConfig(Config):
-    """What saves work with pictures that change from epoch to epoch."""
+    """Settings that save work with images that change from epoch to epoch."""
 
     patch_dropout: Share = 0.0
-    """Share of the patches that are left out in training, others for each picture; all are used in evaluation (arXiv 2212.00794)."""
+    """Fraction of the patches dropped in training, chosen anew for each image; evaluation uses all (arXiv 2212.00794)."""
     start_px: Annotated[int, Field(ge=1)] | None = None
-    """Side of the training pictures in the first epoch, from where it grows to the backbone's; the backbone's when not given."""
+    """Side of the training images in the first epoch, which grows to the backbone's; by default the backbone's."""
     decode: Literal["exact", "reduced", "gpu"] = "exact"
     """reduced: large JPEGs are decoded at 1/2, 1/4 or 1/8 where a crop needs no more pixels, which moves edges by up to a pixel;
     gpu: JPEGs are decoded and resized on the GPU. Evaluation is always exact."""
@@ -81,7 +81,7 @@ class CropFlipConfig(RandomCropsConfig):
 
 
 class NoAugmentConfig(Config):
-    """The evaluation crop in training too. What the frozen blocks make of a picture is then computed once and kept."""
+    """The evaluation crop, also in training. The activations of the frozen blocks are then computed once and cached."""
 
     kind: Literal["none"] = "none"
 
@@ -93,14 +93,14 @@ class OptimConfig(Config):
     global_batch_size: Annotated[int, Field(ge=1)] = 128
     """Images a step, over all workers."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """Parts in which a worker's share of a step goes through the tower, for less memory."""
+    """Number of micro-batches in which a worker's part of a step goes through the tower, to save memory."""
     lr: Annotated[float, Field(gt=0)] = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     shuffle_mib: Annotated[float, Field(gt=0)] = 192.0
-    """Encoded pictures that are shuffled together, at most 8,192: what a worker holds in memory of a larger data set."""
+    """Encoded images that are shuffled together, at most 8,192: the part of a larger dataset that a worker holds in memory."""
     data_frac: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each class's training pictures that is learnt from, at least one of each: what would more pictures be worth?"""
+    """Fraction of each class's training images to use, at least one per class: shows what more images would be worth."""
 
     @property
     def shuffle_bytes(self) -> int:
@@ -109,7 +109,7 @@ class OptimConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """How images are classified after training."""
+    """Classification after training."""
 
     posthoc_tau: Annotated[float, Field(ge=0)] = 0.0
     """Subtract this times the log of the training prior from the logits (arXiv 2007.07314)."""
@@ -128,7 +128,7 @@ class RunConfig(Config):
     augment: AugmentConfig = MdaConfig()
     tuner: AnyTunerConfig = TUNERS.default("adaptformer")
     extra_tuner: AnyTunerConfig | None = None
-    """A second tuner, of a kind that changes other places."""
+    """A second tuner, which changes other places."""
     head: AnyHeadConfig = HEADS.default("cosine")
     loss: AnyLossConfig = LOSSES.default("logit_adjusted")
     optim: OptimConfig = OptimConfig()
@@ -157,7 +157,7 @@ class RunConfig(Config):
         return method
 
     def members(self) -> dict[str, RunConfig]:
-        """The runs of the models of `method: backdoor` that take part, by name; none for other methods."""
+        """The runs of the members of `method: backdoor` by name; empty for other methods."""
         if not isinstance(self.method, BackdoorConfig):
             return {}
         return {name: _member(dict(self), self.method, name) for name in self.method.used}

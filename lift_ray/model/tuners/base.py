@@ -143,9 +143,8 @@ class Tuner(nn.Module):
     """The tuners of all blocks: one for each tuned block, Identity elsewhere.
 
     Args:
-        parts: for each kind its options: what its constructor takes beside the tower's sizes, and `blocks`. Kinds that put
-            nothing into the blocks leave no trace here.
-        tower: its width, hidden, patch_px, num_blocks and attention are asked for; without attention, its `make_ssf`.
+        parts: options of each kind: the arguments of its `build`, and `blocks`. Kinds without a `build` are ignored.
+        tower: its width, hidden, patch_px, num_blocks and attention are used; without attention, its `make_ssf`.
     """
 
     def __init__(self, parts: dict[str, dict[str, Any]], tower: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the settings of all tuners share."""
+"""Field types and words that the settings of tuners share."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class VptShallowConfig(_PromptConfig):
 
 
 class VptDeepConfig(_PromptConfig):
-    """Learned tokens, others in every block (arXiv 2203.12119)."""
+    """Learned tokens, different ones in each block (arXiv 2203.12119)."""
 
     kind: Literal["vpt_deep"] = "vpt_deep"
     length: Width | None = None

@@ -30,7 +30,7 @@ class Sparse(nn.Module):
 
 
 def add_sparse(tower: nn.Module, blocks: Sequence[int], ratio: float) -> None:
-    """Train a random share of the weights and biases of the linears in these blocks (AFT, arXiv 2309.10019)."""
+    """Train a random fraction of the weights and biases of the linears in these blocks (AFT, arXiv 2309.10019)."""
     for index in blocks:
         block: nn.Module = tower.blocks[index]  # type: ignore[index,assignment]
         for at, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
