@@ -84,9 +84,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.quality is not None and self.short_side is None:
-            raise BadInput(
-                "--quality: must come with --short-side, but got it alone (bytes are kept); add --short-side"
-            )
+            raise BadInput("--quality", "requires --short-side", "none (the bytes are kept)", "add --short-side")
         self.division()
 
     def division(self) -> Division:
@@ -213,7 +211,9 @@ def cifar(
           --gamma-l 100
     """
     if options.largest is not None:
-        raise BadInput("largest: must be left out for cifar, whose cut keeps all of the first class; drop it")
+        raise BadInput(
+            "largest", "must not be given for cifar, whose cut keeps all images of the first class", remedy="remove it"
+        )
     from lift_ray.data.convert.cifar import scan_cifar
 
     index = scan_cifar(source, imbalance=options.imbalance, coarse=coarse)

@@ -60,7 +60,7 @@ def test_a_download_that_differs_from_the_manifest_is_made_again_once(
     assert RowReader(split).read(np.arange(20)) == IMAGES[:20]
     store.always = "flip"
     with pytest.raises(
-        BadInput, match=r"must have the sha256 of the manifest, .*, but got a checksum mismatch \(.*; run conv"
+        BadInput, match=r"must match the sha256 in the manifest, .*, but got a checksum mismatch \(.*; run conv"
     ):
         RowReader(split).read(np.array([20]))
     assert len(list((tmp_path / "cache" / "shards").iterdir())) == 2  # the good one, and the lock
@@ -133,9 +133,7 @@ def test_a_bad_cache_size_is_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("LIFT_CACHE_GB", value)
     with pytest.raises(BadInput) as caught:
         open_dataset(str(tmp_path))
-    assert (
-        str(caught.value) == f"LIFT_CACHE_GB: must be a number of at least 0, but got {value!r}; give 100, for instance"
-    )
+    assert str(caught.value) == f"LIFT_CACHE_GB: must be a number of at least 0, but got {value!r}; for example, 100"
 
 
 READ_ALL = """\

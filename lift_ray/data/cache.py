@@ -47,7 +47,7 @@ def shard_limit_bytes() -> int:
     except ValueError:
         size = math.nan
     if not 0 <= size < math.inf:
-        raise BadInput(f"LIFT_CACHE_GB: must be a number of at least 0, but got {text!r}; give 100, for instance")
+        raise BadInput("LIFT_CACHE_GB", "must be a number of at least 0", f"{text!r}", "for example, 100")
     return int(size * 1e9)
 
 
@@ -169,8 +169,10 @@ class ShardCopies:
             if digest.hexdigest() == shard.sha256 or not shard.sha256:
                 return
         raise BadInput(
-            f"{shard.url}: must have the sha256 of the manifest, {shard.sha256[:12]}..., but got a checksum mismatch "
-            f"({digest.hexdigest()[:12]}...); {RECONVERT} or copy it again"
+            shard.url,
+            f"must match the sha256 in the manifest, {shard.sha256[:12]}...",
+            f"a checksum mismatch ({digest.hexdigest()[:12]}...)",
+            f"{RECONVERT} or copy it again",
         )
 
 

@@ -92,5 +92,5 @@ class Dataset:
         """The split of this name. Raises BadInput, naming what is there, when it is absent."""
         if name not in self.splits:
             there = ", ".join(self.splits)
-            raise BadInput(f"{self.uri}: must hold the split {name!r}, but got only {there}; choose one of these")
+            raise BadInput(self.uri, f"must have the split {name!r}", f"only {there}", "choose one of these")
         return self.splits[name]

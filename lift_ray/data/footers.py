@@ -60,13 +60,15 @@ def read_content(url: str, num_bytes: int | None, patience_s: float) -> Content:
     groups = range(metadata.num_row_groups)
     column = read_columns(url, metadata, groups, label, patience_s).column(label)
     if column.null_count:
-        raise BadInput(f"{url}: every row must have a label, but got {column.null_count} without; {RECONVERT}")
+        raise BadInput(url, "every row must have a label", f"{column.null_count} without one", RECONVERT)
     labels = np.from_dlpack(column.combine_chunks()).astype(np.int64)  # to_numpy imports pandas
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if len(wrong):
         raise BadInput(
-            f"{url}: labels must be 0 to {len(class_names) - 1} ({len(class_names)} class names), "
-            f"but got {labels[wrong[0]]} in row {wrong[0]}; mend the label or the class names"
+            url,
+            f"labels must be 0 to {len(class_names) - 1} ({len(class_names)} class names)",
+            f"{labels[wrong[0]]} in row {wrong[0]}",
+            "fix the label or the class names",
         )
     rows = tuple(metadata.row_group(group).num_rows for group in groups)
     columns = schema.remove_metadata().to_string(show_field_metadata=False)
@@ -153,7 +155,7 @@ def _check_length(url: str, metadata: Any, num_bytes: int | None) -> None:
         ends += [_span(group.column(column))[1] for column in range(group.num_columns)]
     needed = max(ends) + metadata.serialized_size + 8
     if num_bytes is not None and needed > num_bytes:
-        raise BadInput(f"{url}: must be {needed} bytes long, as its footer says, but got {num_bytes}; {REMEDY}")
+        raise BadInput(url, f"must be {needed} bytes long according to its footer", num_bytes, REMEDY)
 
 
 def _columns(url: str, schema: Any) -> tuple[str, str]:
@@ -164,14 +166,14 @@ def _columns(url: str, schema: Any) -> tuple[str, str]:
     label = _column(url, types, features, "ClassLabel", "label")
     if not {image, label} <= set(types):
         got = ", ".join(types) or "no columns"
-        raise BadInput(f"{url}: must have the columns image and label, but got {got}; rename them, or {RECONVERT}")
+        raise BadInput(url, "must have the columns image and label", got, f"rename them, or {RECONVERT}")
     parts = {field.name: field.type for field in types[image]} if pa.types.is_struct(types[image]) else {}
     data = parts.get("bytes", pa.null())
     if not (pa.types.is_binary(data) or pa.types.is_large_binary(data)):
         wanted = "struct<bytes: binary, path: string>"
-        raise BadInput(f"{url}: the column {image} must be {wanted}, but got {types[image]}; {RECONVERT}")
+        raise BadInput(url, f"the {image} column must be {wanted}", types[image], RECONVERT)
     if not pa.types.is_integer(types[label]):
-        raise BadInput(f"{url}: the column {label} must be int64, but got {types[label]}; {RECONVERT}")
+        raise BadInput(url, f"the {label} column must be int64", types[label], RECONVERT)
     return image, label
 
 
@@ -182,8 +184,10 @@ def _column(url: str, types: dict[str, Any], features: dict[str, Any], kind: str
         return usual
     if len(there) > 1:
         raise BadInput(
-            f"{url}: must have one {usual} column, but got {', '.join(there)}; "
-            f"choose with python -m lift_ray.convert parquet ... --{usual}-column {there[0]}"
+            url,
+            f"must have one {usual} column",
+            ", ".join(there),
+            f"choose with python -m lift_ray.convert parquet ... --{usual}-column {there[0]}",
         )
     return there[0]
 
@@ -192,13 +196,13 @@ def _class_names(url: str, schema: Any, label: str) -> tuple[str, ...]:
     rule = "must name its classes in the schema metadata, as Hugging Face ClassLabel does"
     feature = _features((schema.metadata or {}).get(b"huggingface", b"")).get(label)
     if not isinstance(feature, dict) or "names" not in feature:
-        raise BadInput(f"{url}: {rule}, but got none; {CONVERT}")
+        raise BadInput(url, rule, "none", CONVERT)
     names = feature["names"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"{url}: {rule}, but got {str(names)[:60]!r}; {CONVERT}")
+        raise BadInput(url, rule, f"{str(names)[:60]!r}", CONVERT)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadInput(f"{url}: class names must differ, but got {twice!r} twice; rename one")
+        raise BadInput(url, "class names must be unique", f"{twice!r} twice", "rename one")
     return tuple(names)
 
 

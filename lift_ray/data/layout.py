@@ -82,7 +82,7 @@ def find_shards(uri: str, url: str, patience_s: float) -> Listing:
         shards = _flat(uri, here) or _folders(uri, url, here, patience_s)
     if not shards:
         got = f"{len(names)} other names ({', '.join(names[:3])})" if names else "an empty folder"
-        raise BadInput(f"{uri}: must hold shards named train-00000-of-00001.parquet, but got {got}; {CONVERT}")
+        raise BadInput(uri, "must contain shards named train-00000-of-00001.parquet", got, CONVERT)
     return Listing(url, {split: shards[split] for split in SPLITS if split in shards}, here.get(MANIFEST))
 
 
@@ -94,8 +94,10 @@ def _flat(uri: str, here: dict[str, Entry]) -> dict[str, tuple[Entry, ...]]:
         totals = {int(match[3] or 1) for match in matches}
         if totals != {len(there)} or [int(match[2] or 0) for match in matches] != list(range(len(there))):
             raise BadInput(
-                f"{join(uri, split)}: the names say {' or '.join(map(str, sorted(totals)))} shards, but "
-                f"{len(there)} are there ({there[0]} to {there[-1]}); copy the missing ones, or {RECONVERT}"
+                join(uri, split),
+                f"the names say {' or '.join(map(str, sorted(totals)))} shards",
+                but=f"{len(there)} are there ({there[0]} to {there[-1]})",
+                remedy=f"copy the missing ones, or {RECONVERT}",
             )
     return {split: tuple(here[name] for name in there) for split, there in by_split.items()}
 
@@ -109,7 +111,7 @@ def _folders(uri: str, url: str, here: dict[str, Entry], patience_s: float) -> d
         if parts := _parts(join(uri, folder), join(url, folder), folder, patience_s):
             if split in shards:
                 other = shards[split][0].name.partition("/")[0]
-                raise BadInput(f"{uri}: must have one folder for {split}, but got {other} and {folder}; move one away")
+                raise BadInput(uri, f"must have one folder for {split}", f"{other} and {folder}", "move one elsewhere")
             shards[split] = parts
     return shards
 
@@ -123,7 +125,9 @@ def _parts(uri: str, url: str, folder: str, patience_s: float) -> tuple[Entry, .
     found.sort(key=lambda pair: pair[0])
     if [number for number, _ in found] != list(range(len(found))):
         raise BadInput(
-            f"{uri}: the shards must be numbered from 0000 without gaps, but {len(found)} are there "
-            f"({found[0][1].name} to {found[-1][1].name}); copy the missing ones"
+            uri,
+            "the shards must be numbered from 0000 without gaps",
+            but=f"{len(found)} are there ({found[0][1].name} to {found[-1][1].name})",
+            remedy="copy the missing ones",
         )
     return tuple(Entry(f"{folder}/{entry.name}", False, entry.num_bytes, entry.identity) for _, entry in found)

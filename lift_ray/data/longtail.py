@@ -27,9 +27,9 @@ def longtail_counts(natural_counts: Int64s, largest: int, imbalance: float) -> I
         Counts in class order, (K,); a class without images keeps 0. Raises BadInput for values out of range.
     """
     if largest < 1:
-        raise BadInput(f"largest: must be at least 1, but got {largest}; give the images of the largest class")
+        raise BadInput("largest", "must be at least 1", largest, "give the images of the largest class")
     if imbalance < 1:
-        raise BadInput(f"imbalance: must be at least 1, but got {imbalance}; give largest / smallest, such as 50")
+        raise BadInput("imbalance", "must be at least 1", imbalance, "give largest / smallest, for example 50")
     natural = np.asarray(natural_counts, dtype=np.int64)
     profile = np.round(largest * float(imbalance) ** -_tail(natural)).astype(np.int64)
     return np.minimum(natural, np.maximum(profile, 1))
@@ -54,7 +54,7 @@ def semi_supervised_counts(
     """
     for name, value in (("labelled", labelled), ("unlabelled", unlabelled), ("gamma-l", gamma_l), ("gamma-u", gamma_u)):
         if value < 1:
-            raise BadInput(f"{name}: must be at least 1, but got {value:g}; give a larger number")
+            raise BadInput(name, "must be at least 1", f"{value:g}", "give a larger number")
     tail = _tail(np.asarray(natural_counts, dtype=np.int64))
     counts = (labelled / float(gamma_l) ** tail).astype(np.int64)
     further = (unlabelled / float(gamma_u) ** (1 - tail if flipped else tail)).astype(np.int64)

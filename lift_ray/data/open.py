@@ -43,7 +43,7 @@ def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENC
             columns, class names, labels in [0, K), the same schema everywhere, a training image of every class.
     """
     if not uri:
-        raise BadInput("dataset: must be a path or URL, but got nothing; give a folder, or embedded:caltech101")
+        raise BadInput("dataset", "must be a path or URL", "nothing", "give a folder, or embedded:caltech101")
     if uri.startswith("embedded:"):
         return _open_embedded(uri)
     if "://" not in uri and "::" not in uri:
@@ -61,7 +61,7 @@ def schema_metadata(class_names: Iterable[str]) -> dict[bytes, bytes]:
 def _open_embedded(uri: str) -> Dataset:
     name = uri.removeprefix("embedded:")
     if name not in EMBEDDED:
-        raise BadInput(f"{uri}: must name data in the package, but got {name!r}; {did_you_mean(name, EMBEDDED)}")
+        raise BadInput(uri, "must name a dataset in the package", f"{name!r}", did_you_mean(name, EMBEDDED))
     folder, cut = EMBEDDED[name]
     return cut(_open_folder(uri, str(files("lift_ray") / "assets" / folder), 0.0))
 
@@ -120,7 +120,7 @@ def _split(name: str, listing: Listing, contents: dict[str, Content], manifest: 
         url = join(listing.url, entry.name)
         content, told = contents[url], manifest.shards.get(entry.name)
         if told and told.rows != len(content.labels):
-            raise BadInput(f"{url}: the manifest says {told.rows} rows, but got {len(content.labels)}; {RECONVERT}")
+            raise BadInput(url, f"the manifest says {told.rows} rows", len(content.labels), RECONVERT)
         labels.append(content.labels)
         shards.append(
             Shard(
@@ -141,9 +141,7 @@ def _check_same(contents: dict[str, Content]) -> None:
     for url, content in contents.items():
         if content.class_names != first.class_names or content.columns != first.columns:
             what = "class names" if content.class_names != first.class_names else "columns"
-            raise BadInput(
-                f"{url}: every shard must have the same {what}, but got others than {first_url}; {RECONVERT}"
-            )
+            raise BadInput(url, f"every shard must have the same {what}", f"others than in {first_url}", RECONVERT)
 
 
 def _to_arrays(dataset: Dataset) -> dict[str, Any]:
@@ -204,7 +202,7 @@ def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
         manifest = json.loads(data)
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             version = manifest.get("format_version") if isinstance(manifest, dict) else None
-            raise BadInput(f"{url}: {rule}, but got format {version}; use the lift_ray that wrote it")
+            raise BadInput(url, rule, f"format {version}", "use the lift_ray that wrote it")
         rows = {name: int(record["rows"]) for name, record in manifest["splits"].items()}
         shards = {
             shard["name"]: _Told(int(shard["rows"]), int(shard["bytes"]), str(shard["sha256"]))
@@ -220,33 +218,38 @@ def _check_files(listing: Listing, manifest: _Manifest) -> None:
     for entry in [entry for split in listing.shards.values() for entry in split if manifest.shards]:
         url = join(listing.url, entry.name)
         if entry.name not in manifest.shards:
-            raise BadInput(f"{url}: must be in the manifest, but is not; remove one of the two, or {RECONVERT}")
+            raise BadInput(
+                url, "must be in the manifest", but="is not", remedy=f"remove one of the two, or {RECONVERT}"
+            )
         told = manifest.shards[entry.name].num_bytes
         if entry.num_bytes not in (None, told):
-            raise BadInput(
-                f"{url}: the manifest says {told} bytes, but got {entry.num_bytes}; copy it again, or {RECONVERT}"
-            )
+            raise BadInput(url, f"the manifest says {told} bytes", entry.num_bytes, f"copy it again, or {RECONVERT}")
 
 
 def _check_manifest(dataset: Dataset, manifest: _Manifest) -> None:
     if manifest.class_names != dataset.class_names:
         raise BadInput(
-            f"{dataset.uri}: the manifest and the shards must name the same classes, "
-            f"but got {len(manifest.class_names)} and {dataset.num_classes} that differ; {RECONVERT}"
+            dataset.uri,
+            "the manifest and the shards must name the same classes",
+            f"{len(manifest.class_names)} and {dataset.num_classes} that differ",
+            RECONVERT,
         )
     for name in SPLITS:
         split = dataset.splits.get(name)
         held, told = split.num_samples if split else 0, manifest.rows.get(name, 0)
         if told != held:
             raise BadInput(
-                f"{join(dataset.uri, name)}: the manifest says {told} rows, but the shards hold {held}; {RECONVERT}"
+                join(dataset.uri, name),
+                f"the manifest says {told} rows",
+                but=f"the shards hold {held}",
+                remedy=RECONVERT,
             )
 
 
 def _check_training(dataset: Dataset) -> None:
     for name, split in dataset.splits.items():
         if split.num_samples == 0:
-            raise BadInput(f"{join(dataset.uri, name)}: must hold images, but got 0 rows; {RECONVERT}")
+            raise BadInput(join(dataset.uri, name), "must contain images", "0 rows", RECONVERT)
     if "train" not in dataset.splits:
         return
     missing = np.flatnonzero(dataset.splits["train"].class_counts(dataset.num_classes) == 0)
@@ -254,8 +257,10 @@ def _check_training(dataset: Dataset) -> None:
         names = ", ".join(repr(dataset.class_names[index]) for index in missing[:3])
         more = ", ..." if len(missing) > 3 else ""
         raise BadInput(
-            f"{join(dataset.uri, 'train')}: every class must have an image, but {len(missing)} of "
-            f"{dataset.num_classes} have none ({names}{more}); add images, or drop these class names"
+            join(dataset.uri, "train"),
+            "every class must have an image",
+            but=f"{len(missing)} of {dataset.num_classes} have none ({names}{more})",
+            remedy="add images or remove these class names",
         )
 
 

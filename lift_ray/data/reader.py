@@ -80,7 +80,7 @@ class RowReader:
                 if not image.is_valid:
                     url = self._split.shards[self._homes[group][0]].url
                     at = f"row {rows[place]} of row group {self._homes[group][1]}"
-                    raise BadInput(f"{url}: every row must hold image bytes, but got none in {at}; {RECONVERT}")
+                    raise BadInput(url, "every row must contain an image", f"none in {at}", RECONVERT)
                 images[place] = image.as_py()
         return images
 
@@ -203,11 +203,13 @@ class RowReader:
         metadata = read_footer(url, self._patience_s)
         if metadata.num_rows != shard.num_rows:
             raise BadInput(
-                f"{shard.url}: must stay as it was when opened ({shard.num_rows} rows), "
-                f"but got {metadata.num_rows} rows; start again"
+                shard.url,
+                f"must not change after opening ({shard.num_rows} rows)",
+                f"{metadata.num_rows} rows",
+                "start again",
             )
         if shard.row_group_bytes and image_bytes(metadata, self._split.image_column) != shard.row_group_bytes:
-            raise BadInput(f"{shard.url}: must stay as it was when opened, but got other row groups; start again")
+            raise BadInput(shard.url, "must not change after opening", "other row groups", "start again")
         return metadata
 
 

@@ -75,7 +75,7 @@ class ScaleConfig(Settings):
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     use_gpu: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
     max_concurrent: Annotated[
-        Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or a whole number of at least 1")
+        Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or an integer of at least 1")
     ] = "auto"
 
 
@@ -99,7 +99,7 @@ class Constraint(Settings):
         if self.min is None and self.max is None:
             raise ValueError("must have min or max, but got neither; add one")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min <= max must hold, but got {self.min:g} and {self.max:g}; swap them")
+            raise ValueError(f"min must be at most max, but got {self.min:g} and {self.max:g}; swap them")
         return self
 
     def excess(self, value: float) -> float:

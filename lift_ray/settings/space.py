@@ -39,20 +39,21 @@ class Param(Settings):
         ranges = {"choices": self.choices, "int": self.ints, "float": self.floats}
         given = [name for name, value in ranges.items() if value is not None]
         if len(given) != 1:
-            raise ValueError(f"must have exactly one of choices, int, float, but got {given or 'none'}; keep one")
+            got = f"{given}; keep one" if given else "none; add one"
+            raise ValueError(f"must have exactly one of choices, int, float, but got {got}")
         if self.choices is not None and (self.log or self.step):
-            raise ValueError("log and step go with int or float, but got choices; remove them")
+            raise ValueError("log and step require int or float, but got choices; remove them")
         if self.log and self.step:
             raise ValueError("must not have both log and step, but got both; remove one")
         bounds = self.bounds
         if bounds and max(map(abs, bounds)) > LARGEST_BOUND:
-            raise ValueError(f"bounds must lie within -1e15 ... 1e15, but got {list(bounds)}; narrow them")
+            raise ValueError(f"bounds must be within -1e15 ... 1e15, but got {list(bounds)}; narrow them")
         if bounds and bounds[0] > bounds[1]:
-            raise ValueError(f"low <= high must hold, but got {list(bounds)}; swap them")
+            raise ValueError(f"low must be at most high, but got {list(bounds)}; swap them")
         if bounds and self.log and bounds[0] <= 0:
-            raise ValueError(f"log needs low > 0, but got {bounds[0]}; raise it")
+            raise ValueError(f"log requires low > 0, but got {bounds[0]}; raise it")
         if self.ints and self.step and self.step % 1:
-            raise ValueError(f"step must be a whole number with int, but got {self.step}; round it")
+            raise ValueError(f"step must be an integer for int, but got {self.step}; round it")
         if bounds and not self._on_step(bounds[1]):
             raise ValueError(
                 f"high - low must be a whole number of steps, but got {list(bounds)} with step {self.step:g}; change one"

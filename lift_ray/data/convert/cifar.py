@@ -74,7 +74,7 @@ def scan_cifar(source: str, *, imbalance: float | None = None, coarse: bool = Fa
     files = _load(absolute(source))
     layout = CIFAR10 if CIFAR10.meta in files else CIFAR100
     if coarse and layout.coarse_keys is None:
-        raise BadInput("coarse: must go with CIFAR-100, but got CIFAR-10, which has no superclasses; leave it out")
+        raise BadInput("coarse", "requires CIFAR-100", "CIFAR-10, which has no superclasses", "remove it")
     label_key, name_key = layout.coarse_keys if coarse and layout.coarse_keys else layout.keys
     with reached(source, "must be CIFAR as published", DOWNLOAD):
         given = [name.decode() if isinstance(name, bytes) else str(name) for name in files[layout.meta][name_key]]
@@ -105,7 +105,12 @@ def longtailed_rows(labels: Int64s, num_classes: int, imbalance: float) -> Int64
     """
     largest = len(labels) / num_classes
     if not (math.isfinite(imbalance) and 1 <= imbalance <= largest):
-        raise BadInput(f"imbalance: must be 1 to {largest:g}, the images of a class, but got {imbalance:g}; give 100")
+        raise BadInput(
+            "imbalance",
+            f"must be between 1 and {largest:g}, the number of images per class",
+            f"{imbalance:g}",
+            "for example, 100",
+        )
     rng = np.random.RandomState(0)
     kept = []
     for label in range(num_classes):
@@ -147,11 +152,13 @@ def _loaded(source: str) -> dict[str, dict[str, Any]]:
         if layout.meta in files:
             missing = [name for name in (*layout.train, *layout.test) if name not in files]
             if missing:
-                raise BadInput(f"{source}: must hold all files of CIFAR, but got no {missing[0]}; {DOWNLOAD}")
+                raise BadInput(source, "must contain all CIFAR files", f"no {missing[0]}", DOWNLOAD)
             return files
     raise BadInput(
-        f"{source}: must hold {CIFAR10.meta} (CIFAR-10) or {CIFAR100.meta} (CIFAR-100), but got neither; "
-        "give cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder in it"
+        source,
+        f"must contain {CIFAR10.meta} (CIFAR-10) or {CIFAR100.meta} (CIFAR-100)",
+        "neither",
+        "give cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder in it",
     )
 
 
@@ -177,7 +184,7 @@ def _in_archive(source: str) -> Iterator[tuple[str, bytes]]:
 
 def _check_size(where: str, num_bytes: int) -> None:
     if num_bytes > MOST_BYTES:
-        raise BadInput(f"{where}: must have at most {MOST_BYTES} bytes, but got {num_bytes}; {DOWNLOAD}")
+        raise BadInput(where, f"must have at most {MOST_BYTES} bytes", num_bytes, DOWNLOAD)
 
 
 class _Array:
@@ -229,15 +236,13 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            raise BadInput(
-                f"{self._where}: must hold only numbers, names and arrays, but got {module}.{name}; {DOWNLOAD}"
-            )
+            raise BadInput(self._where, "must contain only numbers, names and arrays", f"{module}.{name}", DOWNLOAD)
         return ALLOWED[module, name]
 
 
 def _unpickled(where: str, raw: bytes) -> dict[str, Any]:
     content = _Unpickler(where, raw).load()
     if not isinstance(content, dict):
-        raise BadInput(f"{where}: must hold a table of names, but got {type(content).__name__}; {DOWNLOAD}")
+        raise BadInput(where, "must contain a dictionary", type(content).__name__, DOWNLOAD)
     named = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
     return cast("dict[str, Any]", named)

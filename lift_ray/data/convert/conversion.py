@@ -118,10 +118,10 @@ def _check_outside(source: str, destination: str) -> None:
     (file_system, path), (source_system, source_path) = locate(destination), locate(source)
     path = path.rstrip("/")
     if file_system == source_system and f"{path}/".startswith(f"{source_path.rstrip('/')}/"):
-        raise BadInput(f"{destination}: must lie outside the source, but got a folder in {source}; choose another")
+        raise BadInput(destination, "must be outside the source", f"a folder in {source}", "choose another folder")
     with reached(destination, RULE, "check the path"):
         if file_system.exists(path) and not file_system.isdir(path):
-            raise BadInput(f"{destination}: must be a folder, but got a file; choose another name")
+            raise BadInput(destination, "must be a folder", "a file", "choose another name")
 
 
 @contextmanager
@@ -146,7 +146,10 @@ def _claimed(destination: str) -> Iterator[None]:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BadInput(
-                    f"{destination}: must be free, but another conversion writes there now; wait, or choose another"
+                    destination,
+                    "must not be in use",
+                    but="another conversion is writing there",
+                    remedy="wait, or choose another folder",
                 ) from None
         yield
     finally:
@@ -165,7 +168,9 @@ def _begin(job: Job, tasks: Sequence[ShardTask], overwrite: bool) -> dict[str, S
     if PLAN not in there:
         discard(job.destination)  # what a conversion that was killed at its very end left
     if not overwrite and (MANIFEST in there or shard_names(there)):
-        raise BadInput(f"{job.destination}: must be free, but got a data set there; pass --overwrite or choose another")
+        raise BadInput(
+            job.destination, "must not contain a dataset", "one", "pass --overwrite or choose another folder"
+        )
     discard(job.destination)
     write_file(job.destination, PLAN, json.dumps({"digest": digest, "shards": len(tasks)}).encode())
     return {}
@@ -200,7 +205,7 @@ def _finished(job: Job, tasks: Sequence[ShardTask], there: Mapping[str, int]) ->
 def _load(destination: str, name: str) -> dict[str, Any]:
     """What a small file of ours holds."""
     file_system, folder = locate(destination)
-    with reached(join(destination, name), "must be as it was written", "remove it"):
+    with reached(join(destination, name), "must be unchanged since it was written", "remove it"):
         content: dict[str, Any] = json.loads(file_system.cat_file(join(folder, name)))
         return content
 
@@ -222,7 +227,9 @@ def _finish(job: Job, shards: Sequence[ShardRecord]) -> Converted:
     if 0 in counts:
         discard(job.destination)
         name = job.class_names[counts.index(0)]
-        raise BadInput(f"{job.source}: every class must keep a training image, but {name!r} has no good one; add one")
+        raise BadInput(
+            job.source, "every class must keep a training image", but=f"{name!r} has no readable one", remedy="add one"
+        )
     _list_skipped(job.destination, skipped)
     publish(job.destination, job.class_names, records)
     return Converted(records, job.class_names, skipped)
@@ -233,6 +240,6 @@ def _list_skipped(destination: str, skipped: Sequence[str]) -> None:
         write_file(destination, SKIPPED, "".join(f"{line}\n" for line in skipped).encode())
         return
     file_system, folder = locate(destination)
-    with reached(destination, RULE, "check the disk and your rights"):
+    with reached(destination, RULE, "check the disk and your permissions"):
         if file_system.exists(join(folder, SKIPPED)):
             file_system.rm_file(join(folder, SKIPPED))

@@ -81,7 +81,9 @@ def index_of_files(
     for where, split, path, label in rows:
         reference = inside(path, where)
         if first := listed.get(reference):
-            raise BadInput(f"{where}: an image must be listed once, but {reference!r} is in {first} too; remove one")
+            raise BadInput(
+                where, "each image must be listed once", but=f"{reference!r} is in {first} too", remedy="remove one"
+            )
         listed[reference] = where
         splits.setdefault(split, []).append((reference, label))
     check_trained(source, class_names, splits)
@@ -93,7 +95,7 @@ def inside(path: str, where: str) -> str:
     parts = path.replace("\\", "/").split("/")
     plain = "/".join(part for part in path.split("/") if part not in ("", "."))
     if not plain or not parts[0] or parts[0].endswith(":") or ".." in parts:
-        raise BadInput(f"{where}: must name a file in the source, but got {path!r}, a path outside the source; mend it")
+        raise BadInput(where, "must name a file in the source", f"{path!r}, a path outside the source", "fix it")
     return plain
 
 
@@ -107,7 +109,12 @@ def check_trained(source: str, class_names: Sequence[str], splits: dict[str, lis
     found = {label for _, label in splits.get("train", [])}
     if bare := [name for label, name in enumerate(class_names) if label not in found]:
         shown = ", ".join(map(repr, bare[:3])) + (", ..." if len(bare) > 3 else "")
-        raise BadInput(f"{source}: every class must have an image, but {shown} have none; add images or remove them")
+        raise BadInput(
+            source,
+            "every class must have an image",
+            but=f"{shown} have none",
+            remedy="add images or remove these classes",
+        )
 
 
 def distinct(class_names: Iterable[str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

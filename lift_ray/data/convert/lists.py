@@ -45,10 +45,10 @@ def read_class_names(url: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     while names and not names[-1].strip():
         names.pop()
     if not names:
-        raise BadInput(f"{url}: must hold a class name on each line, but got none; check the file")
+        raise BadInput(url, "must contain one class name per line", "none", "check the file")
     for number, name in enumerate(names, 1):
         if not name.strip():
-            raise BadInput(f"{url}:{number}: must be a class name, but got an empty line; remove it or name the class")
+            raise BadInput(f"{url}:{number}", "must be a class name", "an empty line", "remove it or name the class")
     return distinct(names, url)
 
 
@@ -60,15 +60,17 @@ def _rows(url: str, split: str, num_classes: int) -> Iterator[Row]:
             continue
         empty, where = False, f"{url}:{number}"
         if len(words) == 1:
-            raise BadInput(f"{where}: must be a path and a label, but got only {words[0]!r}; add what is missing")
+            raise BadInput(where, "must be a path and a label", f"only {words[0]!r}", "add what is missing")
         path, label = words
         if not label.isdecimal() or len(label) > MOST_DIGITS:
-            raise BadInput(f"{where}: must end with a label, a whole number, but got {label!r}; add the label")
+            raise BadInput(where, "must end with a label (an integer)", f"{label!r}", "add the label")
         if int(label) >= num_classes:
             raise BadInput(
-                f"{where}: the label must be 0 to {num_classes - 1} ({num_classes} class names), but got {label}; "
-                "check the class names, or count from 0"
+                where,
+                f"the label must be 0 to {num_classes - 1} ({num_classes} class names)",
+                label,
+                "check the class names, or count from 0",
             )
         yield where, split, path.strip(), int(label)
     if empty:
-        raise BadInput(f"{url}: must list images, but got none; check the file")
+        raise BadInput(url, "must list images", "none", "check the file")

@@ -23,7 +23,7 @@ from lift_ray.storage.store import join, locate, reached
 
 ROW_GROUP_BYTES = 256 * 2**20  # pictures kept at full size may not fill memory, nor a 2 GiB Arrow array
 PLAN = ".plan.json"
-RULE = "must be a folder that can be written"
+RULE = "must be a writable folder"
 PARTIAL = ".partial"
 
 Sample = tuple[bytes, str, int]
@@ -208,7 +208,7 @@ def publish(destination: str, class_names: Iterable[str], splits: Mapping[str, S
     there = sizes(destination)
     moved = {name for name, shard in files.items() if shard.partial not in there}
     if lost := sorted(moved - there.keys()):
-        raise BadInput(f"{destination}: must keep what was written, but {lost[0]} is gone; start again")
+        raise BadInput(destination, "must keep the written files", but=f"{lost[0]} is gone", remedy="start again")
     with _writing(destination):
         for name in sorted(there, key=lambda name: name != MANIFEST):
             if name == MANIFEST or (SHARD_NAME.fullmatch(name) and name not in moved):
@@ -301,4 +301,4 @@ def _token() -> str:
 
 
 def _writing(destination: str) -> Any:
-    return reached(destination, RULE, "check the disk and your rights")
+    return reached(destination, RULE, "check the disk and your permissions")

@@ -49,11 +49,9 @@ class Division:
     def __post_init__(self) -> None:
         for split, frac in (("validation", self.validation_frac), ("test", self.test_frac)):
             if frac is not None and not 0 <= frac < 1:
-                raise BadInput(
-                    f"{split}-frac: must be at least 0 and below 1, but got {frac:g}; give 0.1, for instance"
-                )
+                raise BadInput(f"{split}-frac", "must be at least 0 and below 1", f"{frac:g}", "for example, 0.1")
         if self.largest is not None and self.imbalance is None:
-            raise BadInput("largest: must come with an imbalance, but got it alone; add --imbalance")
+            raise BadInput("largest", "requires an imbalance", "none", "add --imbalance")
         semi_supervised = {
             "labelled": self.labelled,
             "unlabelled": self.unlabelled,
@@ -63,11 +61,15 @@ class Division:
         }
         given = [name for name, value in semi_supervised.items() if value is not None]
         if given and (missing := {"labelled", "unlabelled", "gamma-l"} - set(given)):
-            raise BadInput(f"{given[0]}: must come with {min(missing)}, but got it without; add --{min(missing)}")
+            raise BadInput(given[0], f"requires {min(missing)}", "none", f"add --{min(missing)}")
         if given and self.imbalance is not None:
-            raise BadInput("imbalance: must come without labelled, which has gamma-l for it, but got both; drop one")
+            raise BadInput(
+                "imbalance", "cannot be combined with labelled, whose imbalance is gamma-l", remedy="remove one"
+            )
         if self.flipped and (self.gamma_l if self.gamma_u is None else self.gamma_u) == 1:
-            raise BadInput("reversed: must have an order to turn round, but gamma-u is 1; drop it")
+            raise BadInput(
+                "reversed", "requires an unlabelled imbalance above 1", but="gamma-u is 1", remedy="remove it"
+            )
 
 
 def divide(index: ImageIndex, division: Division) -> dict[str, list[Row]]:
@@ -81,12 +83,14 @@ def divide(index: ImageIndex, division: Division) -> dict[str, list[Row]]:
     for split, value in taken.items():
         if value is not None and split in index.splits:
             option = "labelled" if split == "unlabelled" else f"{split}-frac"
-            raise BadInput(f"{option}: must be left out, but {index.source} has its own {split} images; drop it")
+            raise BadInput(
+                option, "must not be given", but=f"{index.source} has its own {split} images", remedy="remove it"
+            )
     test_frac, validation_frac = division.test_frac or 0.0, division.validation_frac
     if validation_frac is None:
         validation_frac = 0.0 if "validation" in index.splits else 0.1
     if validation_frac + test_frac >= 1:
-        raise BadInput(f"test-frac: must leave images to train on, but got {test_frac:g}; give a smaller part")
+        raise BadInput("test-frac", "must leave images for training", f"{test_frac:g}", "give a smaller fraction")
     drawn = stratified_split(_labels(index.splits["train"]), validation_frac, test_frac, division.seed)
     splits = {**index.splits}
     for split in ("train", *DRAWN):
@@ -143,8 +147,11 @@ def _semi_supervised(index: ImageIndex, rows: list[Row], division: Division) -> 
     )
     for label in np.flatnonzero(labelled + further > natural)[:1]:
         raise BadInput(
-            f"{index.source}: class {index.class_names[label]!r} must have {labelled[label] + further[label]} training images "
-            f"({labelled[label]} labelled and {further[label]} further), but got {natural[label]}; give smaller numbers"
+            index.source,
+            f"class {index.class_names[label]!r} must have {labelled[label] + further[label]} training images "
+            f"({labelled[label]} labelled and {further[label]} further)",
+            natural[label],
+            "give smaller numbers",
         )
     return _first(rows, labels, labelled), _first(rows, labels, labelled + further)
 

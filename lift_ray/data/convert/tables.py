@@ -133,7 +133,7 @@ def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise BadInput(f"{where}: must have {len(header)} cells, as the header, but got {len(cells)}; mend it")
+                raise BadInput(where, f"must have {len(header)} cells, like the header", len(cells), "fix it")
             part = "train" if split is None else _split_named(cells[split], where)
             yield _told(where, part, cells[image].strip(), cells[label].strip(), columns)
 
@@ -191,16 +191,14 @@ def _parquet_rows(
 def _told(where: str, split: str, image: str, label: str, columns: Columns) -> Told:
     for cell, column in ((image, columns.image), (label, columns.label)):
         if not cell:
-            raise BadInput(
-                f"{where}: must have a cell in the column {column!r}, but got none; fill it or remove the row"
-            )
+            raise BadInput(where, f"must have a value in the column {column!r}", "none", "fill it or remove the row")
     return where, split, image, label
 
 
 def _split_named(name: str, where: str) -> str:
     split = SPLIT_DIRECTORIES.get(name.strip().lower())
     if split is None:
-        raise BadInput(f"{where}: the split must be train, val or test, but got {name!r}; rename it")
+        raise BadInput(where, "the split must be train, val or test", f"{name!r}", "rename it")
     return split
 
 
@@ -216,29 +214,31 @@ def _column(source: str, columns: list[str], given: str, what: str, known: froze
     """The column that was given, or else the one with a known name; no split column is fine."""
     if given:
         if given not in columns:
-            raise BadInput(f"{source}: must have the column {given!r}, but it has none; {did_you_mean(given, columns)}")
+            raise BadInput(
+                source, f"must have the column {given!r}", but="it is missing", remedy=did_you_mean(given, columns)
+            )
         return given
     found = [name for name in columns if name.lower() in known]
     if len(found) != 1 and (found or what != "split"):
-        shown = ", ".join(columns) or "none"
-        raise BadInput(f"{source}: the {what} column must be plain, but got the columns {shown}; pass --{what}-column")
+        got = f"the columns {', '.join(columns)}" if columns else "no columns"
+        raise BadInput(source, f"the {what} column must be unambiguous", got, f"pass --{what}-column")
     return found[0] if found else ""
 
 
 def _labelled(source: str, told: list[Told], names: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[int]]:
     """The class names, and the label of each row."""
     if not told:
-        raise BadInput(f"{source}: must hold images, but got no row; check the file")
+        raise BadInput(source, "must contain images", "no rows", "check the file")
     numbers = all(NUMBER.fullmatch(label) for *_, label in told)
     if numbers and names is None:
-        raise BadInput(f"{source}: labels that are numbers must come with names, but got none; pass --class-names FILE")
+        raise BadInput(source, "numeric labels require class names", "none", "pass --class-names FILE")
     names = names or tuple(sorted({readable(label) for *_, label in told}))
     labels = {str(label) if numbers else name: label for label, name in enumerate(names)}
     rows = [labels.get(label if numbers else readable(label)) for *_, label in told]
     if None in rows:
         where, _, _, label = told[rows.index(None)]
         rule = f"the label must be 0 to {len(names) - 1}" if numbers else "the label must be a class name"
-        raise BadInput(f"{where}: {rule}, but got {label!r}; check the {len(names)} class names")
+        raise BadInput(where, rule, f"{label!r}", f"check the {len(names)} class names")
     return names, [label for label in rows if label is not None]
 
 
@@ -254,7 +254,7 @@ def _parquet_files(source: str) -> tuple[str, list[str]]:
         else:
             found = [file_system.info(path)["name"]]
     if not found:
-        raise BadInput(f"{source}: must hold Parquet files, but got none; check the path")
+        raise BadInput(source, "must contain Parquet files", "none", "check the path")
     base_path = locate(base)[1].rstrip("/")
     return base, sorted(name[len(base_path) :].lstrip("/") for name in found)
 
@@ -272,7 +272,7 @@ def _splits_by_name(source: str, files: Iterable[str]) -> dict[str, str]:
             if split := SPLIT_DIRECTORIES.get(re.split(r"[-_.]", part)[0].lower()):
                 splits[file] = split
     if splits and (others := [file for file in files if file not in splits]):
-        raise BadInput(f"{source}: every file must tell its split, or none, but got {others[0]!r}; rename it")
+        raise BadInput(source, "every file name must state its split, or none may", f"{others[0]!r}", "rename it")
     return splits
 
 
@@ -285,7 +285,7 @@ def _leaf(source: str, schema: Any, image: str) -> str | None:
     if _is_bytes(kind) or ("bytes" in inner and _is_bytes(inner["bytes"])):
         return f"{image}.bytes" if inner else image
     raise BadInput(
-        f"{source}: the column {image!r} must hold paths, bytes or struct<bytes, path>, but got {kind}; pass --image-column"
+        source, f"the column {image!r} must contain paths, bytes or struct<bytes, path>", kind, "pass --image-column"
     )
 
 
@@ -297,9 +297,7 @@ def _used(schema: Any, columns: Columns) -> Any:
 def _check_label_type(source: str, schema: Any, label: str) -> None:
     kind = _plain_type(schema.field(label).type)
     if not (pa.types.is_integer(kind) or _is_text(kind)):
-        raise BadInput(
-            f"{source}: the column {label!r} must hold whole numbers or text, but got {kind}; pass --label-column"
-        )
+        raise BadInput(source, f"the column {label!r} must contain integers or text", kind, "pass --label-column")
 
 
 def _plain_type(kind: Any) -> Any:

@@ -81,7 +81,7 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
                 raise BadInput(f"{image}; remove it or pass --skip-bad")
         if len(skipped) == len(task.rows) >= SUSPICIOUS:
             raise BadInput(
-                f"{skipped[0]}, as for all {len(skipped)} images of a shard; check that each machine reaches the source"
+                f"{skipped[0]}, like all {len(skipped)} images of a shard; check that every machine can access the source"
             )
 
     with ThreadPoolExecutor(num_threads) as pool:
@@ -135,8 +135,8 @@ def _in_processes(
             records += [future.result() for future in ready]
     except BrokenProcessPool:
         raise RunFailed(
-            f"{job.destination}: a process of the conversion was killed, perhaps for want of memory; start it again with "
-            "fewer --workers: it goes on with the missing shards"
+            f"{job.destination}: a conversion process was killed, perhaps because memory ran out; start it again with "
+            "fewer --workers: finished shards are reused"
         ) from None
     finally:
         stop.value = 1
@@ -196,7 +196,7 @@ def _checked(job: Job, reference: str) -> bytes | str:
         reason = "nothing there"
     except (ValueError, LookupError, OSError) as error:
         reason = one_line(error)
-    return f"{where}: must be a whole image, but got {reason}"
+    return f"{where}: must be an intact image, but got {reason}"
 
 
 def _read(job: Job, reference: str, where: str) -> bytes:

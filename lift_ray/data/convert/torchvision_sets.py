@@ -60,21 +60,25 @@ def scan_torchvision(name: str, *, root: str, download: bool = False) -> ImageIn
     Raises BadInput for an unknown set, one that is not there, or one whose package (SciPy, h5py) is missing.
     """
     if name not in SETS:
-        raise BadInput(f"{name}: must be a set of torchvision with one label an image; {did_you_mean(name, SETS)}")
+        raise BadInput(name, "must be a torchvision dataset with one label per image", remedy=did_you_mean(name, SETS))
     if "://" in root:
         raise BadInput(
-            f"{root}: must be a folder on this machine, since torchvision reads no other; copy the set there"
+            root,
+            "must be a folder on this machine, because torchvision reads only local files",
+            remedy="copy the dataset there",
         )
     if download and name in NO_DOWNLOAD:
-        raise BadInput(f"download: must be left out, but torchvision cannot fetch {name}; put its files in {root}")
+        raise BadInput(
+            "download", "must not be given", but=f"torchvision cannot fetch {name}", remedy=f"put its files in {root}"
+        )
     remedy = "check the folder" if download or name in NO_DOWNLOAD else "check the folder, or pass --download"
     here = absolute(root)
-    with reached(root, f"must hold {name} as torchvision keeps it", remedy):
+    with reached(root, f"must contain {name} as torchvision stores it", remedy):
         datasets = {split: _open(name, here, split, download) for split in SETS[name]}
         labels = {split: _labels(dataset) for split, dataset in datasets.items()}
         paths = {split: _paths(dataset, here) for split, dataset in datasets.items()}
     if not all(labels.values()):
-        raise BadInput(f"{root}: must hold {name} as torchvision keeps it, but got no images; {remedy}")
+        raise BadInput(root, f"must contain {name} as torchvision stores it", "no images", remedy)
     given, notes = _class_names(name, datasets["train"], labels)
     names, more = distinct(given, name)
     read: ReadImage = TorchvisionImages(name, here)
@@ -94,7 +98,7 @@ def _open(name: str, root: str, split: str, download: bool) -> Any:
     try:
         return getattr(torchvision.datasets, name)(root, **SETS[name][split], **more)
     except ImportError as error:
-        raise BadInput(f"{name}: needs a package, but got {one_line(error)!r}; install it") from None
+        raise BadInput(name, "requires a package", f"{one_line(error)!r}", "install it") from None
 
 
 @lru_cache(maxsize=3)
