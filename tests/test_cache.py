@@ -124,7 +124,7 @@ def test_a_disk_that_takes_nothing_means_one_warning_and_reading_from_the_store(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert RowReader(split).read(np.arange(60)) == IMAGES
-    [warning] = [str(entry.message) for entry in caught if "shards are kept" in str(entry.message)]
+    [warning] = [str(entry.message) for entry in caught if "no longer cached" in str(entry.message)]
     assert warning.endswith("reading from the store")
 
 

@@ -123,7 +123,7 @@ def test_a_bad_image_stops_with_its_path_unless_it_is_to_be_skipped(
     assert len(lines) == 2
     printed = capsys.readouterr().out
     assert f"2 bad images were skipped: {out}/skipped.txt" in printed
-    assert "1 files that are not images by name were left out" in printed
+    assert "skipped files without an image suffix: 1" in printed
     assert sum(map(len, contents(str(out)).values())) == 21
 
 
@@ -145,7 +145,7 @@ def test_a_source_that_fails_stops_the_conversion_and_leaves_no_image_out(tmp_pa
     with pytest.raises(BadInput, match=r"^photos/2: must be readable, but .*(disk error|denied|lost).*; check"):
         convert(index, str(tmp_path / "out"), skip_bad=True)
     found = convert(replace(index, read=Fails(FileNotFoundError("2"))), str(tmp_path / "out"), skip_bad=True)
-    assert found.skipped == ("photos/2: must be an intact image, but got nothing there",)
+    assert found.skipped == ("photos/2: must be an intact image, but got no file",)
 
 
 def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(

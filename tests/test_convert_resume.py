@@ -172,14 +172,12 @@ def test_after_a_bad_image_the_finished_shards_are_kept_for_skip_bad_and_not_the
             **more,
         )
 
-    with pytest.raises(
-        BadInput, match=r"missing\.jpg: must be an intact image, but got nothing there; remove it or pass"
-    ):
+    with pytest.raises(BadInput, match=r"missing\.jpg: must be an intact image, but got no file; remove it or pass"):
         run()
     with pytest.raises(Killed), killed_at(11):  # the plan, one shard and its record, and nothing more
         run(skip_bad=True)
     assert seen[0] == SMALL
-    with pytest.raises(BadInput, match="nothing there"):
+    with pytest.raises(BadInput, match="got no file"):
         run()
     assert seen[0] == SMALL, "the shard without the bad image is done again"
     run(skip_bad=True)
@@ -257,7 +255,7 @@ def test_on_a_cluster_paths_are_relative_to_the_working_directory_and_bad_images
     monkeypatch.chdir(tmp_path)
     assert not verb.main(["folder", "photos", "out", "--ray", "auto", "--rows-per-shard", "10"])
     assert sum(split.num_samples for split in open_dataset("out").splits.values()) == SMALL
-    assert "data set: out" in capsys.readouterr().out
+    assert "dataset: out" in capsys.readouterr().out
     Path("photos/class_0/bad.jpg").write_bytes(b"no")
     with pytest.raises(BadInput, match=r"^photos/class_0/bad\.jpg: must be an intact image, but got bytes of no known"):
         verb.main(["folder", "photos", "new", "--ray", "auto", "--rows-per-shard", "10"])

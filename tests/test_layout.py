@@ -162,7 +162,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         lambda folder: write(folder / SHARD, features={"label": {"names": {"0": "cat"}, "_type": "ClassLabel"}}),
-        f"{{0}}/{SHARD}: must name its classes in the schema metadata, as Hugging Face ClassLabel does, "
+        f"{{0}}/{SHARD}: must name its classes in the schema metadata, like Hugging Face ClassLabel, "
         "but got \"{{'0': 'cat'}}\"; make it with python -m lift_ray.convert",
     ),
 ]

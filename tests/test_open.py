@@ -204,8 +204,8 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         no_class_names,
-        "{0}/train-00001-of-00002.parquet: must name its classes in the schema metadata, as Hugging Face ClassLabel "
-        "does, but got none; make it with python -m lift_ray.convert",
+        "{0}/train-00001-of-00002.parquet: must name its classes in the schema metadata, like Hugging Face ClassLabel, "
+        "but got none; make it with python -m lift_ray.convert",
     ),
     (
         lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1, 0, 2]),
@@ -241,11 +241,11 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         lambda folder: manifest(folder, splits={"train": {"rows": 7}, "test": {"rows": 1}}),
-        "{0}/train: the manifest says 7 rows, but the shards hold 5; run convert again",
+        "{0}/train: the manifest says 7 rows, but the shards contain 5; run convert again",
     ),
     (
         lambda folder: manifest(folder, splits={"train": {"rows": 5}, "validation": {"rows": 3}, "test": {"rows": 1}}),
-        "{0}/validation: the manifest says 3 rows, but the shards hold 0; run convert again",
+        "{0}/validation: the manifest says 3 rows, but the shards contain 0; run convert again",
     ),
     (
         lambda folder: manifest(folder, class_names=["dog", "cat"]),

@@ -93,7 +93,7 @@ def test_a_class_name_that_comes_again_gets_a_number_and_a_note(tmp_path: Path) 
     rows = "".join(f"{label}.jpg {label}\n" for label in range(4))
     index = listed(write(tmp_path, {"train.txt": rows, "names.txt": names}))
     assert index.class_names == ("missile", "crane", "missile (2)", "missile (3)")
-    assert index.notes == (f"{tmp_path}/names.txt: names of 1 classes came before: class 3 is called 'missile (3)'",)
+    assert index.notes == (f"{tmp_path}/names.txt: repeated class names (1): class 3 is called 'missile (3)'",)
 
 
 LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
@@ -331,7 +331,7 @@ def test_a_torchvision_set_that_cannot_be_used_is_one_line(tmp_path: Path) -> No
         (
             "FashonMNIST",
             f"{tmp_path}",
-            r"^FashonMNIST: must be a set of torchvision .*; did you mean 'FashionMNIST'\?$",
+            r"^FashonMNIST: must be a torchvision dataset .*; did you mean 'FashionMNIST'\?$",
         ),
         ("CocoDetection", f"{tmp_path}", r"^CocoDetection: must be a torchvision dataset with one label per image; "),
         ("MNIST", "s3://b/x", r"^s3://b/x: must be a folder on this machine"),
@@ -343,6 +343,6 @@ def test_a_torchvision_set_that_cannot_be_used_is_one_line(tmp_path: Path) -> No
     ):
         with pytest.raises(BadInput, match=message):
             scan_torchvision(name, root=root)
-    with pytest.raises(BadInput, match=r"^download: must not be given, but torchvision cannot fetch ImageNet; "):
+    with pytest.raises(BadInput, match=r"^download: must not be given, but torchvision cannot download ImageNet; "):
         scan_torchvision("ImageNet", root=str(tmp_path), download=True)
     assert list(tmp_path.iterdir()) == []

@@ -263,7 +263,9 @@ def test_a_fault_in_parquet_is_one_line(
 def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
     write_parquet(tmp_path, "train-0.parquet")
     write_parquet(tmp_path, "test-0.parquet", image=["x"] * 6)
-    with pytest.raises(BadInput, match=r"train-0.parquet: must be readable .*not those of test-0.parquet'; check"):
+    with pytest.raises(
+        BadInput, match=r"train-0.parquet: must be readable .*differ from those of test-0.parquet'; check"
+    ):
         scan_table(str(tmp_path), kind="parquet")
     write_parquet(tmp_path, "more.parquet")
     with pytest.raises(

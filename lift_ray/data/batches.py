@@ -266,7 +266,7 @@ def _batch(
         for place in places:
             images[place] = planar(place)
 
-    first = planar(0)
+    first = planar(0)  # its shape is that of the batch, whose rows several threads then fill in place
     images = np.empty((len(samples), *first.shape), np.uint8)
     images[0] = first
     pieces = [range(start, min(start + PIECE, len(samples))) for start in range(1, len(samples), PIECE)]

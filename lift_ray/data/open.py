@@ -1,4 +1,4 @@
-"""What a data set holds: splits, shards, class names and labels, from Parquet footers and the label column only."""
+"""Open datasets: splits, shards, class names and labels, read from Parquet footers and the label column only."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, join, locate, reached
 
 FORMAT_VERSION = 1
-INDEX_VERSION = 1  # of what is kept of remote data sets
-READERS = 16  # shards opened at a time: opening waits for the store
+INDEX_VERSION = 1  # format of the cached index
+READERS = 16  # shards opened at the same time, because opening waits for the store
 
 
 def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENCE_S) -> Dataset:
-    """Open Hugging Face style Parquet, as this project and `datasets` write it; `layout.find_shards` says which names.
+    """Open Parquet shards in the format of Hugging Face `datasets`; `layout.find_shards` lists the supported file names.
 
-    The images are the column of the Hugging Face feature Image, the labels that of ClassLabel: the ones named image and
-    label, or the only ones. What is read of a remote store is kept in LIFT_CACHE: opening it again only lists files.
+    The image column has the Hugging Face feature Image and the label column ClassLabel. They are named image and label, or are the
+    only columns with these features. The index of a remote dataset is cached in LIFT_CACHE: opening it again only lists files.
 
     Args:
-        uri: a path, any fsspec URL, or `embedded:NAME` for data that ships inside the package.
-        base: the folder that relative paths start from; by default the working directory.
-        patience_s: how long a request to a remote store is tried again while its failure may pass.
+        uri: a path, any fsspec URL, or `embedded:NAME` for data included in the package.
+        base: folder that relative paths start from; default: the working directory.
+        patience_s: how long requests to a remote store are retried.
 
     Raises:
-        BadInput: one line, when the data cannot be reached or read, or is not a data set for classification:
-            columns, class names, labels in [0, K), the same schema everywhere, a training image of every class.
+        BadInput: the data cannot be read, or is not a classification dataset: it requires both columns, class names, labels in
+            [0, K), the same schema in all shards, and a training image of every class.
     """
     if not uri:
         raise BadInput("dataset", "must be a path or URL", "nothing", "give a folder, or embedded:caltech101")
@@ -48,12 +48,12 @@ def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENC
         return _open_embedded(uri)
     if "://" not in uri and "::" not in uri:
         uri = os.path.normpath((base or Path.cwd()) / Path(uri).expanduser())
-    shard_limit_bytes()  # a bad LIFT_CACHE_GB is told before anything starts
+    shard_limit_bytes()  # reports an invalid LIFT_CACHE_GB before anything starts
     return _open_folder(uri, uri, patience_s)
 
 
 def schema_metadata(class_names: Iterable[str]) -> dict[bytes, bytes]:
-    """Schema metadata that names the classes as Hugging Face `datasets` writes it."""
+    """Return the schema metadata that Hugging Face `datasets` writes for these class names."""
     features = {"image": {"_type": "Image"}, "label": {"names": list(class_names), "_type": "ClassLabel"}}
     return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
 
@@ -73,7 +73,7 @@ def _long_tailed(whole: Dataset, largest: int, imbalance: float) -> Dataset:
 
 
 def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dataset:
-    """The 40 classes with the most images, 40 to 2 of each labelled, and up to 47 more in the unlabelled pool."""
+    """Keep the 40 largest classes, with 40 to 2 labeled images each, and up to 47 more in the unlabeled pool."""
     natural = whole.split("train").class_counts(whole.num_classes)
     classes = np.sort(np.argsort(-natural, kind="stable")[:40])
     label_of = np.full(whole.num_classes, -1)
@@ -91,7 +91,7 @@ def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dat
 
 
 def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
-    """`uri` is what the user typed and messages name; `url` is where the files are."""
+    """Open the folder `url`; `uri` is its name in messages, as the user typed it."""
     listing = find_shards(uri, url, patience_s)
     fingerprint = f"{INDEX_VERSION} {listing.fingerprint}" if listing.fingerprint else ""
     if fingerprint and (arrays := load_index(listing.url, fingerprint)):
@@ -145,7 +145,7 @@ def _check_same(contents: dict[str, Content]) -> None:
 
 
 def _to_arrays(dataset: Dataset) -> dict[str, Any]:
-    """What the index keeps of a data set: plain arrays, one of them JSON."""
+    """Convert a dataset to plain arrays, one of them JSON, for the cached index."""
     splits = {
         name: {"image_column": split.image_column, "shards": [asdict(shard) for shard in split.shards]}
         for name, split in dataset.splits.items()
@@ -178,7 +178,7 @@ def _from_arrays(uri: str, arrays: dict[str, Any]) -> Dataset:
 
 @dataclass(frozen=True)
 class _Told:
-    """What the manifest says of one shard."""
+    """Manifest entry of a shard."""
 
     rows: int
     num_bytes: int
@@ -187,7 +187,7 @@ class _Told:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What manifest.json says: class names, rows of each split, and of each shard by name where it lists them."""
+    """Content of manifest.json: class names, rows of each split, and shards by name if it lists them."""
 
     class_names: tuple[str, ...] = ()
     rows: dict[str, int] = field(default_factory=dict)
@@ -214,7 +214,7 @@ def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
 
 
 def _check_files(listing: Listing, manifest: _Manifest) -> None:
-    """Before anything of a shard is read: the manifest and the listing agree."""
+    """Check that the manifest and the listing agree, before any shard is read."""
     for entry in [entry for split in listing.shards.values() for entry in split if manifest.shards]:
         url = join(listing.url, entry.name)
         if entry.name not in manifest.shards:
@@ -241,7 +241,7 @@ def _check_manifest(dataset: Dataset, manifest: _Manifest) -> None:
             raise BadInput(
                 join(dataset.uri, name),
                 f"the manifest says {told} rows",
-                but=f"the shards hold {held}",
+                but=f"the shards contain {held}",
                 remedy=RECONVERT,
             )
 
@@ -264,7 +264,7 @@ def _check_training(dataset: Dataset) -> None:
         )
 
 
-# name -> folder in assets/, and which of its images are taken
+# name -> folder in assets/, and the function that selects its images
 EMBEDDED: dict[str, tuple[str, Callable[[Dataset], Dataset]]] = {
     "caltech101": ("caltech101", lambda whole: whole),
     "caltech101-lt": ("caltech101", partial(_long_tailed, largest=200, imbalance=50.0)),

@@ -75,12 +75,12 @@ def strong_view(image: Pixels, draw: NDArray[np.float64], cutout_frac: float) ->
 
 def _moved(view: Tensor, level: float, *, angle: float = 0, right: float = 0, down: float = 0) -> Tensor:
     """Rotate by degrees, and shift by fractions of the side."""
-    pixels = [int(share * level * view.shape[-1]) for share in (right, down)]
+    pixels = [int(fraction * level * view.shape[-1]) for fraction in (right, down)]
     return _affine(view, angle=angle * level, translate=pixels, shear=[0.0, 0.0])
 
 
 def _sheared(view: Tensor, level: float, *, right: float = 0, down: float = 0) -> Tensor:
-    degrees = [math.degrees(math.atan(share * level)) for share in (right, down)]
+    degrees = [math.degrees(math.atan(slope * level)) for slope in (right, down)]
     return _affine(view, angle=0.0, translate=[0, 0], shear=degrees, center=[0.0, 0.0])
 
 

@@ -1,4 +1,4 @@
-"""Reads CIFAR-10 and CIFAR-100 as published, and cuts them to the long tail of the literature."""
+"""Read the published CIFAR-10 and CIFAR-100, optionally with the long-tailed training split of the literature."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lift_ray.data.longtail import Int64s
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, reached, retried
 
-MOST_BYTES = 256 * 2**20  # of one file; the largest that was published has 155 MB
+MOST_BYTES = 256 * 2**20  # per file; the largest published one has 155 MB
 DOWNLOAD = "download the python version again"
 _ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of one published set, and the keys of its labels and of its class names."""
+    """File names of a published set, and the keys of its labels and class names."""
 
     meta: str
     train: tuple[str, ...]
@@ -48,12 +48,12 @@ FILES = frozenset(name for layout in (CIFAR10, CIFAR100) for name in (layout.met
 
 @dataclass(frozen=True)
 class CifarImages:
-    """Reads images of an archive as PNG; a reference is `file/row`. A process holds the archive's pixels (184 MB)."""
+    """Read images of an archive as PNG; a reference is `file/row`. Each process keeps the pixels of the archive (184 MB)."""
 
     source: str
 
     def __call__(self, reference: str) -> bytes:
-        """The image as PNG."""
+        """Return the image as PNG."""
         file, row = reference.split("/")
         pixels = _load(self.source)[file]["data"].pixels()[int(row)]
         return encode_png(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))))
@@ -62,14 +62,14 @@ class CifarImages:
 def scan_cifar(source: str, *, imbalance: float | None = None, coarse: bool = False) -> ImageIndex:
     """List the images of CIFAR-10 or CIFAR-100.
 
-    With `imbalance` the training images are cut as in the literature (`longtailed_rows`).
+    With `imbalance`, the training images are reduced as in the literature (`longtailed_rows`).
 
     Args:
-        source: cifar-10-python.tar.gz, cifar-100-python.tar.gz, or what is in one of them as a folder; any fsspec URL.
-        imbalance: images of the first class over those of the last, >= 1; the literature has 10, 50 and 100.
-        coarse: the 20 superclasses of CIFAR-100.
+        source: cifar-10-python.tar.gz, cifar-100-python.tar.gz, or a folder with their content; any fsspec URL.
+        imbalance: ratio of the images of the first class to those of the last, >= 1; the literature uses 10, 50 and 100.
+        coarse: use the 20 superclasses of CIFAR-100.
 
-    Raises BadInput when that is not what is there, for an imbalance out of range, and for coarse labels of CIFAR-10.
+    Raises BadInput for other content, an imbalance out of range, and coarse labels of CIFAR-10.
     """
     files = _load(absolute(source))
     layout = CIFAR10 if CIFAR10.meta in files else CIFAR100
@@ -90,18 +90,18 @@ def scan_cifar(source: str, *, imbalance: float | None = None, coarse: bool = Fa
 
 
 def longtailed_rows(labels: Int64s, num_classes: int, imbalance: float) -> Int64s:
-    """The rows that make a balanced set long-tailed, exactly as IMBALANCECIFAR of LDAM-DRW (arXiv 1906.07413) draws them.
+    """Return the rows of a long-tailed subset of a balanced set, exactly like IMBALANCECIFAR of LDAM-DRW (arXiv 1906.07413).
 
-    Class c of K keeps n_c = int(N / K * (1 / imbalance) ** (c / (K - 1))) images, the first of its images after a
-    shuffle by one NumPy RandomState(0) that goes from class to class.
+    Class c of K keeps n_c = int(N / K * (1 / imbalance) ** (c / (K - 1))) images: the first after a shuffle. One NumPy
+    RandomState(0) shuffles the classes one after another.
 
     Args:
         labels: label of every image, (N,), each in [0, K).
         num_classes: K, at least 2.
-        imbalance: images of the first class over those of the last, >= 1.
+        imbalance: ratio of the images of the first class to those of the last, >= 1.
 
     Returns:
-        Indices into `labels`, class after class. Raises BadInput when the last class would keep no image.
+        Indices into `labels`, class after class. Raises BadInput if the last class would keep no image.
     """
     largest = len(labels) / num_classes
     if not (math.isfinite(imbalance) and 1 <= imbalance <= largest):
@@ -133,13 +133,13 @@ def _rows(
 
 
 def _load(source: str) -> dict[str, dict[str, Any]]:
-    with _ONE_AT_A_TIME:  # threads that start together would each read it
+    with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
         return _loaded(source)
 
 
 @lru_cache(maxsize=1)
 def _loaded(source: str) -> dict[str, dict[str, Any]]:
-    """The content of every file of a set by file name."""
+    """Return the content of every file of a set by file name."""
     file_system, path = locate(source)
 
     def work(_: float) -> dict[str, dict[str, Any]]:
@@ -172,7 +172,7 @@ def _in_folder(source: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _in_archive(source: str) -> Iterator[tuple[str, bytes]]:
-    """The archive is read as a stream; nothing is extracted."""
+    """Read the files from the archive as a stream, without extracting it."""
     file_system, path = locate(source)
     with file_system.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
@@ -188,13 +188,13 @@ def _check_size(where: str, num_bytes: int) -> None:
 
 
 class _Array:
-    """Stands for numpy.ndarray in the pickles: keeps what describes the array, and builds nothing while unpickling."""
+    """Replaces numpy.ndarray in the pickles: keeps the description of the array, and builds nothing while unpickling."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.type, self.by_columns, self.bytes = state
 
     def pixels(self) -> npt.NDArray[np.uint8]:
-        """Images as (N, 3, 32, 32). Raises an error when the array is not that."""
+        """Return the images as (N, 3, 32, 32). Raises ValueError for other arrays."""
         if getattr(self.type, "code", None) not in ("u1", b"u1"):
             raise ValueError("an array that is not of bytes")
         rows = np.frombuffer(self.bytes, dtype=np.uint8).reshape(self.shape, order="F" if self.by_columns else "C")
@@ -202,13 +202,13 @@ class _Array:
 
 
 class _Type:
-    """Stands for numpy.dtype in the pickles."""
+    """Replaces numpy.dtype in the pickles."""
 
     def __init__(self, code: object, *_: object) -> None:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like say nothing about single bytes."""
+        """Ignore byte order and alignment, which do not matter for single bytes."""
 
 
 def _new_array(*_: object) -> _Array:
@@ -216,7 +216,7 @@ def _new_array(*_: object) -> _Array:
 
 
 def _encode(text: str, _: str) -> bytes:
-    """What Python 3 writes in place of bytes in old pickles."""
+    """Decode the form in which Python 3 writes bytes to old pickle protocols."""
     return text.encode("latin1")
 
 

@@ -1,4 +1,4 @@
-"""Finds labelled images in class directories, at any fsspec URL."""
+"""Find labeled images in class directories, at any fsspec URL."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SPLIT_DIRECTORIES = {
 
 
 def scan_folder(source: str) -> ImageIndex:
-    """List a directory of class directories, or one of train, val(idation) and test directories that hold them.
+    """List the images in class directories, either directly in `source` or in its train, val(idation) and test directories.
 
-    A class is named as its directory, with spaces for underscores; labels follow the sorted directory names.
-    Directories inside a class directory count to it; hidden files and directories are left out.
+    A class has the name of its directory, with spaces for underscores; labels follow the sorted directory names. Subdirectories
+    belong to their class; hidden files and directories are ignored.
 
-    Raises BadInput when there is no such directory, it has no class directories, or a class has no training image.
+    Raises BadInput if the directory does not exist or has no class directories, or if a class has no training image.
     """
     file_system, root = locate(source)
     root = root.rstrip("/")
@@ -57,7 +57,7 @@ def _split_directories(source: str, top: list[str], inner: dict[str, list[str]])
 
 
 def _index(source: str, directories: dict[str, list[str]], names: Iterable[str]) -> ImageIndex:
-    """`directories` maps a split directory, or "" when there are no splits, to its class directories."""
+    """Index the images. `directories` maps split directories, or "" if there are none, to their class directories."""
     train = next((split for split in directories if SPLIT_DIRECTORIES.get(split.lower()) == "train"), "")
     classes = sorted(directories[train])
     labels = {name: label for label, name in enumerate(classes)}

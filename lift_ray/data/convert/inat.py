@@ -1,4 +1,4 @@
-"""Finds the images of iNaturalist 2018, 2019 and 2021, with any rank of the taxonomy as the label."""
+"""Find the images of iNaturalist 2018, 2019 and 2021, with any rank of the taxonomy as the label."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ def scan_inat(
     """List the images of an iNaturalist competition.
 
     The published validation images become the test split, as in the long-tail literature; a conversion draws validation
-    from the training images. Labels follow the order of the category ids, so species labels are the published ones. A
-    species is named by its binomial. Names that stand at several places of the taxonomy (Iris is a plant and a mantis)
-    stay apart and get their parent in brackets.
+    images from the training images. Labels follow the order of the category ids, so species labels are the published ones. Species
+    have binomial names. Names that occur several times in the taxonomy (Iris is a plant and a mantis) are different classes, with the
+    parent in parentheses.
 
     Args:
-        source: folder that holds the images under their `file_name`, any fsspec URL.
-        rank: one of RANKS, the label.
-        train, test: annotation files (COCO style), inside `source` unless they are absolute paths or URLs.
-        categories: the taxonomy, a list of categories, found likewise. 2018 needs it, since its annotation files hide the
-            names. When there is no such file, the categories of `train` must contain the taxonomy, as in 2019 and 2021.
+        source: folder with the images at their `file_name`, any fsspec URL.
+        rank: rank of the label, one of RANKS.
+        train, test: annotation files (COCO style), in `source` unless they are absolute paths or URLs.
+        categories: file with the taxonomy, a list of categories, in `source` unless it is an absolute path or URL. 2018 requires it,
+            because its annotation files hide the names. If it does not exist, the categories of `train` must contain the taxonomy, as
+            in 2019 and 2021.
 
-    Raises BadInput for an unknown rank, a file that is not of this form, an image without exactly one category, a path
-    outside the source, an image listed twice, or a class without a training image.
+    Raises BadInput for an unknown rank, a file of another form, an image without exactly one category, a path outside
+    the source, an image listed twice, or a class without a training image.
     """
     if rank not in RANKS:
         raise BadInput("rank", f"must be one of {', '.join(RANKS)}", f"{rank!r}", did_you_mean(rank, RANKS))
@@ -60,7 +61,7 @@ def _url(source: str, name: str) -> str:
 
 
 def _read(url: str) -> Any:
-    """The JSON of a file, without what is not used: the annotations of 2018 hold 10 million further values."""
+    """Read the JSON of a file, without unused keys: the annotations of 2018 contain 10 million more values."""
     data = fetch(url, 0, None, PATIENCE_S)
     with reached(url, "must be iNaturalist JSON", "download it again"):
         return json.loads(data, object_hook=lambda item: {k: item[k] for k in USED & item.keys()})
@@ -77,7 +78,7 @@ def _annotations(url: str) -> dict[str, list[Any]]:
 
 
 def _lineages(url: str, train_url: str, own: list[Any], rank: str) -> dict[int, Lineage]:
-    """The taxonomy of each category id, in the order of the ids, from the kingdom down to the rank."""
+    """Return the lineage of each category id, sorted by id, from the kingdom down to the rank."""
     file_system, path = locate(url)
     with reached(url, "must be a readable file", "check the path"):
         there = file_system.exists(path)
@@ -123,7 +124,7 @@ def _field(where: str, item: Any, name: str, kind: type) -> Any:
 
 
 def _names(lineages: list[Lineage]) -> tuple[str, ...]:
-    """The last name of each lineage, with the nearest ancestor that tells it from the others of that name."""
+    """Return the last name of each lineage, with the nearest ancestor that distinguishes it from others of that name."""
     alike: dict[str, list[Lineage]] = defaultdict(list)
     for lineage in lineages:
         alike[lineage[-1]].append(lineage)

@@ -1,4 +1,4 @@
-"""Which images a conversion keeps, and for which split: drawn by seed before any image is read."""
+"""Selection of the images of a conversion and their splits, drawn by seed before any image is read."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from lift_ray.data.layout import SPLITS
 from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
 from lift_ray.errors import BadInput
 
-DRAWN = ("validation", "test")  # splits that may be drawn from the training images
+DRAWN = ("validation", "test")  # splits that can be drawn from the training images
 
 Row = tuple[str, int]
-"""An image's reference and its label."""
+"""Reference and label of an image."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """How images are divided into splits. Raises BadInput for options that do not go together.
+    """Division of images into splits. Raises BadInput for options that cannot be combined.
 
     Attributes:
-        validation_frac: part of each class, in [0, 1), that leaves the training split; None means 0.1 where the source
-            has no validation split. One image of each class always stays.
-        test_frac: the same for the test split; None means 0.
-        seed: of every draw and of the order.
-        imbalance: cut what is left for training to a long tail with this factor, >= 1.
-        largest: images of the first class of that tail; None takes as many as there are.
-        labelled, unlabelled: make it a semi-supervised set instead: images of the first class with a label, and further
-            ones without.
-        gamma_l, gamma_u: the imbalance factor of each, >= 1; gamma_u is gamma_l when it is None.
-        flipped: the unlabelled images have the order of the classes turned round.
+        validation_frac: fraction of each class, in [0, 1), that moves from training to validation; None for 0.1 if the source
+            has no validation split. At least one image of each class stays.
+        test_frac: fraction of each class that moves to the test split; None for 0.
+        seed: seed of every draw and of the order.
+        imbalance: reduce the remaining training images to a long tail with this factor, >= 1.
+        largest: images of the first class of that tail; None for all.
+        labelled, unlabelled: make a semi-supervised set instead: labeled and additional unlabeled images of the first
+            class.
+        gamma_l, gamma_u: imbalance factors of the labeled and the unlabeled images, >= 1; gamma_u is gamma_l if None.
+        flipped: reverse the order of the classes for the unlabeled images.
     """
 
     validation_frac: float | None = None
@@ -73,11 +73,11 @@ class Division:
 
 
 def divide(index: ImageIndex, division: Division) -> dict[str, list[Row]]:
-    """The shuffled rows of every split that gets any, in the order of SPLITS.
+    """Return the shuffled rows of every nonempty split, in the order of SPLITS.
 
-    The labelled images of a semi-supervised set also stand among the unlabelled ones.
+    The unlabeled split of a semi-supervised set also contains the labeled images.
 
-    Raises BadInput when the index has a split that was to be drawn, or a class has too few images.
+    Raises BadInput if the index already has a split that is to be drawn, or a class has too few images.
     """
     taken = {"validation": division.validation_frac, "test": division.test_frac, "unlabelled": division.labelled}
     for split, value in taken.items():
@@ -135,7 +135,7 @@ def _long_tailed(rows: list[Row], imbalance: float, largest: int | None) -> list
 
 
 def _semi_supervised(index: ImageIndex, rows: list[Row], division: Division) -> tuple[list[Row], list[Row]]:
-    """The labelled rows, and the pool of unlabelled ones that holds them too."""
+    """Return the labeled rows, and the unlabeled pool, which includes them."""
     assert division.labelled is not None
     assert division.unlabelled is not None
     assert division.gamma_l is not None
