@@ -486,3 +486,14 @@ def test_the_old_name_of_the_baselines_is_read_with_a_note(tmp_path: Path, capsy
     old.write_text(old.read_text() + "\nbaselines: []\n")
     with pytest.raises(BadInput, match=rf"{old}:{line} start: is the old name of baselines, but got both; remove one$"):
         read_space(old)
+
+
+def test_each_problem_is_an_error_of_its_own_with_its_parts(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(HEAD + "space:\n  optim.lrr: {float: [0.1, 1]}\n  tuner: {choices: [1]}\n")
+    with pytest.raises(BadInput) as caught:
+        read_space(path)
+    assert [(fault.place, fault.rule, fault.remedy) for fault in caught.value.faults] == [
+        (f"{path}:4 space.optim.lrr", "unknown setting 'optim.lrr'", "did you mean 'optim.lr'?"),
+        (f"{path}:5 space.tuner", "unknown setting 'tuner'", "did you mean 'tuner.mlp'?"),
+    ]

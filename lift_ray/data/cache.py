@@ -161,9 +161,8 @@ class ShardCopies:
     def _download(self, shard: Shard, partial: Path) -> None:
         for _ in range(2):
             digest = hashlib.sha256()
-            with partial.open(
-                "r+b"
-            ) as file:  # not "wb": the file keeps its full length, which counts towards the limit
+            # not "wb": the file keeps its full length, which counts towards the limit
+            with partial.open("r+b") as file:
                 for start in range(0, shard.num_bytes, DOWNLOAD_BYTES):
                     end = min(start + DOWNLOAD_BYTES, shard.num_bytes)
                     data = fetch(shard.url, start, end, self._patience_s)

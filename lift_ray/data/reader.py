@@ -24,7 +24,7 @@ LOADERS = 4  # row groups loaded in the background at the same time
 
 
 class RowReader:
-    """Reads the encoded images of a split by sample number.
+    """Reader of the encoded images of a split, by sample number.
 
     Each row group is read as a whole (the image column only) in one request, and kept in a least-recently-used cache. Footers are
     cached too. Threads may share a reader: they load different row groups at the same time, and the same one only once.
@@ -213,7 +213,7 @@ class RowReader:
 
 
 def _nothing() -> None:
-    """Replaces work that has begun."""
+    """Stand in for work that has begun."""
 
 
 class _Once:

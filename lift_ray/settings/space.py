@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RENAMED = {"start": "baselines"}  # keys of earlier versions, still read
 LARGEST_GRID = 10_000
-LARGEST_BOUND = 1e15  # above this, floats cannot represent every integer
+LARGEST_BOUND = 1e15  # above this, samplers lose integer precision
 
 
 Value = Annotated[bool | int | float | str | None, OneOf("text, a number, true, false or null")]

@@ -186,7 +186,7 @@ def locate(url: str) -> tuple[Any, str]:
 
 
 def join(url: str, name: str) -> str:
-    """`url/name` with one slash between."""
+    """Return `url/name` with one slash between."""
     return f"{url.rstrip('/')}/{name}"
 
 
@@ -198,9 +198,8 @@ def _read(file_system: Any, path: str, start: int | None, end: int | None, limit
     elif type(file_system).cat_file is not AbstractFileSystem.cat_file:
         data = file_system.cat_file(path, start=start, end=end)
     else:
-        options = (
-            {"cache_type": "none"} if is_remote(file_system) else {}
-        )  # otherwise reading a label may fetch megabytes ahead
+        # without a cache: reading a label could fetch megabytes ahead
+        options = {"cache_type": "none"} if is_remote(file_system) else {}
         with file_system.open(path, "rb", **options) as file:
             size = file.seek(0, 2)
             start = start or 0

@@ -48,7 +48,7 @@ FILES = frozenset(name for layout in (CIFAR10, CIFAR100) for name in (layout.met
 
 @dataclass(frozen=True)
 class CifarImages:
-    """Read images of an archive as PNG; a reference is `file/row`. Each process keeps the pixels of the archive (184 MB)."""
+    """Reader of the images of an archive, as PNG; a reference is `file/row`. Each process keeps the pixels of the archive (184 MB)."""
 
     source: str
 
@@ -188,7 +188,7 @@ def _check_size(where: str, num_bytes: int) -> None:
 
 
 class _Array:
-    """Replaces numpy.ndarray in the pickles: keeps the description of the array, and builds nothing while unpickling."""
+    """Replacement for numpy.ndarray in the pickles: keeps the description of the array, and builds nothing while unpickling."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.type, self.by_columns, self.bytes = state
@@ -202,7 +202,7 @@ class _Array:
 
 
 class _Type:
-    """Replaces numpy.dtype in the pickles."""
+    """Replacement for numpy.dtype in the pickles."""
 
     def __init__(self, code: object, *_: object) -> None:
         self.code = code

@@ -29,7 +29,7 @@ class ReadImage(Protocol):
 
 @dataclass(frozen=True)
 class FilesIn:
-    """Read images that are files under a URL; references are relative paths."""
+    """Reader of image files under a URL; references are relative paths."""
 
     source: str
 

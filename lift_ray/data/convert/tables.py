@@ -55,7 +55,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class ImagesInParquet:
-    """Read images in cells of Parquet files; a reference is `file:row group:row of the group`.
+    """Reader of images in cells of Parquet files; a reference is `file:row group:row of the group`.
 
     Row groups are read as a whole, and each process caches the last `num_kept`.
     """

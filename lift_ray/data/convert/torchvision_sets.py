@@ -32,7 +32,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class TorchvisionImages:
-    """Read images of a dataset as PNG; a reference is `split/number`. Each process opens a split on first use."""
+    """Reader of the images of a dataset, as PNG; a reference is `split/number`. Each process opens a split on first use."""
 
     name: str
     root: str
