@@ -1,4 +1,4 @@
-"""python -m lift_ray.convert: any image set as sharded Parquet with a manifest."""
+"""python -m lift_ray.convert: convert image datasets to sharded Parquet with a manifest."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.callback()
 def convert() -> None:
-    """Turn an image set into Parquet shards that lift_ray, Hugging Face datasets and DuckDB read.
+    """Convert an image dataset to Parquet shards that lift_ray, Hugging Face datasets and DuckDB can read.
 
-    A conversion that was cut short goes on when the same command is given again.
+    If a conversion is interrupted, rerun the same command: finished shards are reused.
 
     \b
     Examples:
@@ -42,55 +42,57 @@ Destination = Annotated[str, typer.Argument(metavar="DEST", help="Folder for the
 
 @dataclass(frozen=True)
 class Options:
-    """What every kind of source can be told; each field is an option of the command line."""
+    """Command-line options shared by all sources, one per field."""
 
     short_side: Annotated[
-        int | None, typer.Option(min=1, help="Shrink larger images to this short side (px); all become JPEG.")
+        int | None, typer.Option(min=1, help="Shrink larger images to this short side (px); all images become JPEG.")
     ] = None
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="JPEG quality with --short-side.  [90]")] = None
-    max_pixels: Annotated[int, typer.Option(min=1, max=178_956_970, help="An image that has more is a bad one.")] = (
+    max_pixels: Annotated[int, typer.Option(min=1, max=178_956_970, help="Images with more pixels count as bad.")] = (
         178_956_970
     )
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded.")] = False
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip images that cannot be decoded.")] = False
     validation_frac: Annotated[
-        float | None, typer.Option(help="Part of each class for validation, where SRC has no such split.  [0.1]")
+        float | None, typer.Option(help="Fraction of each class for validation if SRC has no such split.  [0.1]")
     ] = None
-    test_frac: Annotated[float | None, typer.Option(help="Part of each class for the test split.  [0]")] = None
+    test_frac: Annotated[float | None, typer.Option(help="Fraction of each class for the test split.  [0]")] = None
     imbalance: Annotated[
-        float | None, typer.Option(min=1, help="Cut the training split to a long tail: largest / smallest class.")
+        float | None, typer.Option(min=1, help="Make the training split long-tailed: largest / smallest class.")
     ] = None
-    largest: Annotated[int | None, typer.Option(min=1, help="Images of its first class.  [as many as it has]")] = None
+    largest: Annotated[
+        int | None, typer.Option(min=1, help="Images of the largest class, with --imbalance.  [all]")
+    ] = None
     labelled: Annotated[
-        int | None, typer.Option(min=1, help="Semi-supervised set: images of the first class with a label.")
+        int | None, typer.Option(min=1, help="Make a semi-supervised dataset: labeled images of the first class.")
     ] = None
-    unlabelled: Annotated[int | None, typer.Option(min=1, help="Its further images without one.")] = None
-    gamma_l: Annotated[float | None, typer.Option(min=1, help="Imbalance of the labelled images.")] = None
-    gamma_u: Annotated[
-        float | None, typer.Option(min=1, help="Imbalance of the unlabelled images.  [as --gamma-l]")
-    ] = None
+    unlabelled: Annotated[int | None, typer.Option(min=1, help="Additional unlabeled images of the first class.")] = (
+        None
+    )
+    gamma_l: Annotated[float | None, typer.Option(min=1, help="Imbalance of the labeled images.")] = None
+    gamma_u: Annotated[float | None, typer.Option(min=1, help="Imbalance of the unlabeled images.  [as --gamma-l]")] = (
+        None
+    )
     reversed: Annotated[
-        bool, typer.Option("--reversed", help="Most unlabelled images for the class with the fewest labelled.")
+        bool, typer.Option("--reversed", help="Give the class with the fewest labeled images the most unlabeled ones.")
     ] = False
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every draw and of the order.")] = 0
-    rows_per_shard: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 4096
-    row_group_rows: Annotated[int, typer.Option(min=1, help="Images in a row group, the unit of reading.")] = 256
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set at DEST.")] = False
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the splits and of the order.")] = 0
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Images per file.")] = 4096
+    row_group_rows: Annotated[int, typer.Option(min=1, help="Images per row group, the unit of reading.")] = 256
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset at DEST.")] = False
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Images (on a cluster: shards) in work at once.  [one for each core]")
+        int | None, typer.Option(min=1, help="Images (on a cluster: shards) processed at once.  [one per core]")
     ] = None
     ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Use this Ray cluster.  [$RAY_ADDRESS, else none]")
+        str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster.  [$RAY_ADDRESS, else none]")
     ] = None
 
     def __post_init__(self) -> None:
         if self.quality is not None and self.short_side is None:
-            raise BadInput(
-                "--quality: must come with --short-side, but got it alone (bytes are kept); add --short-side"
-            )
+            raise BadInput("--quality", "requires --short-side", "none (the bytes are kept)", "add --short-side")
         self.division()
 
     def division(self) -> Division:
-        """The options about splits. Raises BadInput for those that do not go together."""
+        """Return the options for splits. Raises BadInput for options that cannot be combined."""
         from lift_ray.data.convert.splitting import Division
 
         return Division(
@@ -108,7 +110,7 @@ class Options:
 
 
 def kind(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command; a parameter that is a dataclass is an option for each of its fields."""
+    """Register a command; a dataclass parameter becomes one option per field."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(function, eval_str=True).parameters
@@ -153,15 +155,15 @@ def folder(
 
 @kind("list")
 def image_list(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder that the paths in the lists start from.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder that the paths in the lists are relative to.")],
     destination: Destination,
     options: Options,
     train: Annotated[str, typer.Option(metavar="FILE", help="List of training images.")],
-    class_names: Annotated[str, typer.Option(metavar="FILE", help="A class name on each line, in label order.")],
+    class_names: Annotated[str, typer.Option(metavar="FILE", help="Class names, one per line, in label order.")],
     validation: Annotated[str | None, typer.Option(metavar="FILE", help="List of validation images.")] = None,
     test: Annotated[str | None, typer.Option(metavar="FILE", help="List of test images.")] = None,
 ) -> None:
-    """Convert images that text files list, `path label` on each line, as ImageNet-LT and Places-LT come.
+    """Convert images listed in text files, `path label` on each line, the format of ImageNet-LT and Places-LT.
 
     \b
     Example:
@@ -179,10 +181,10 @@ def inat(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder with train_val2018/ and the annotations.")],
     destination: Destination,
     options: Options,
-    rank: Annotated[str, typer.Option(help="Rank of the taxonomy that is the label.")] = "species",
+    rank: Annotated[str, typer.Option(help="Taxonomic rank of the labels.")] = "species",
     train: Annotated[str, typer.Option(metavar="FILE", help="Annotations of the training images.")] = "train2018.json",
     test: Annotated[
-        str, typer.Option(metavar="FILE", help="Annotations of the published validation images, which become the test.")
+        str, typer.Option(metavar="FILE", help="Annotations of the published validation images, used as test split.")
     ] = "val2018.json",
     categories: Annotated[str, typer.Option(metavar="FILE", help="The taxonomy.")] = "categories.json",
 ) -> None:
@@ -199,12 +201,12 @@ def inat(
 
 @kind("cifar")
 def cifar(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="cifar-100-python.tar.gz, or the folder it makes.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="cifar-100-python.tar.gz, or its extracted folder.")],
     destination: Destination,
     options: Options,
-    coarse: Annotated[bool, typer.Option("--coarse", help="The 20 superclasses of CIFAR-100.")] = False,
+    coarse: Annotated[bool, typer.Option("--coarse", help="Use the 20 superclasses of CIFAR-100.")] = False,
 ) -> None:
-    """Convert CIFAR-10 or CIFAR-100; --imbalance 10, 50 or 100 is the long-tailed cut of the literature.
+    """Convert CIFAR-10 or CIFAR-100; --imbalance 10, 50 or 100 makes the long-tailed version of the literature.
 
     \b
     Examples:
@@ -213,7 +215,9 @@ def cifar(
           --gamma-l 100
     """
     if options.largest is not None:
-        raise BadInput("largest: must be left out for cifar, whose cut keeps all of the first class; drop it")
+        raise BadInput(
+            "largest", "must not be given for cifar, whose cut keeps all images of the first class", remedy="remove it"
+        )
     from lift_ray.data.convert.cifar import scan_cifar
 
     index = scan_cifar(source, imbalance=options.imbalance, coarse=coarse)
@@ -222,20 +226,20 @@ def cifar(
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What is where in a table; the help of each option says it."""
+    """Options for the columns of a table."""
 
     image_column: Annotated[
-        str | None, typer.Option(help="Column of the images: paths, in Parquet also bytes.  [found]")
+        str | None, typer.Option(help="Column of image paths, in Parquet also of bytes.  [by name]")
     ] = None
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels: names or numbers.  [found]")] = None
-    split_column: Annotated[
-        str | None, typer.Option(help="Column of train, val or test.  [split, if there is one]")
-    ] = None
+    label_column: Annotated[str | None, typer.Option(help="Column of labels: names or integers.  [by name]")] = None
+    split_column: Annotated[str | None, typer.Option(help="Column of train, val or test.  [split, if it exists]")] = (
+        None
+    )
     root: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Folder that paths start from.  [where the table is]")
+        str | None, typer.Option(metavar="FOLDER", help="Folder that paths are relative to.  [the table's]")
     ] = None
     class_names: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A class name on each line, for labels that are numbers.")
+        str | None, typer.Option(metavar="FILE", help="Class names, one per line, for integer labels.")
     ] = None
 
 
@@ -264,7 +268,7 @@ def parquet_table(
     columns: Columns,
     options: Options,
 ) -> None:
-    """Convert images that Parquet files hold, or name.
+    """Convert images from Parquet files that contain them or their paths.
 
     \b
     Example:
@@ -280,10 +284,10 @@ def torchvision(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A class of torchvision.datasets, such as Food101.")],
     destination: Destination,
     options: Options,
-    root: Annotated[str, typer.Option(metavar="FOLDER", help="Where torchvision keeps the set.")],
-    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch it first.")] = False,
+    root: Annotated[str, typer.Option(metavar="FOLDER", help="Local folder of the dataset.")],
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision download it first.")] = False,
 ) -> None:
-    """Convert a classification set that torchvision knows.
+    """Convert a classification dataset of torchvision.
 
     \b
     Example:
@@ -320,7 +324,7 @@ def _convert(index: ImageIndex, destination: str, options: Options) -> None:
 
 @contextmanager
 def _engine(options: Options) -> Iterator[RunTasks | None]:
-    """The Ray cluster, if one is named; None for this machine's cores."""
+    """Yield a function that runs tasks on the given Ray cluster, or None to use the cores of this machine."""
     if not (options.ray or os.environ.get("RAY_ADDRESS")):
         yield None
         return
@@ -352,10 +356,10 @@ def _report(destination: str, converted: Converted, num_ignored: int) -> None:
     counts = np.array(converted.splits["train"].class_counts)
     print(f"train: {summary(counts)}\n{plot(counts)}")
     if num_ignored:
-        print(f"{num_ignored} files that are not images by name were left out")
+        print(f"skipped files without an image suffix: {num_ignored}")
     if converted.skipped:
         print(f"{len(converted.skipped)} bad images were skipped: {join(destination, SKIPPED)}")
-    print(f"data set: {destination}")
+    print(f"dataset: {destination}")
 
 
 def main(argv: list[str]) -> int | None:

@@ -1,4 +1,4 @@
-"""Bad input: one clear line for the user and exit code 2, from whichever room finds it."""
+"""Exceptions of lift_ray and their exit codes. Bad input becomes one clear line for the user and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, NoReturn
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used: `place: rule, but got value; remedy`.
+    """Invalid input of the user, with the message `place: rule, but got value; remedy`.
 
     Args:
         place: file and line, option, or URL.
-        rule: what is required there.
-        got: what is there instead; None where the rule says it.
-        remedy: what to do.
-        but: in place of "got ...", where nothing was got: "there is none", "is missing".
+        rule: the requirement that is not met.
+        got: the actual value; None if the rule already states it.
+        remedy: how to fix it.
+        but: replaces "got ..." if there is no value: "there is none", "is missing".
 
     Attributes:
-        faults: the errors that this one reports, itself when it is a single one.
+        faults: the errors that this one reports; itself if it is a single error.
     """
 
     def __init__(self, place: str, rule: str = "", got: object = None, remedy: str = "", *, but: str = "") -> None:
@@ -35,7 +35,7 @@ class BadInput(Exception):
 
     @classmethod
     def of(cls, faults: Iterable[BadInput]) -> BadInput:
-        """One error, a line for each of several faults."""
+        """Combine several errors into one, with one line each."""
         found = list(faults)
         whole = cls("\n".join(map(str, found)))
         whole.faults = found
@@ -43,14 +43,14 @@ class BadInput(Exception):
 
 
 class RunFailed(Exception):
-    """The input was good, but the run did not finish. The message says where to look."""
+    """The input was valid, but the run did not finish. The message says where to look."""
 
 
 class Stopped(RunFailed):
-    """The run was told to stop. A thread may still wait for Ray, whose shutdown would then crash: the process ends without it.
+    """The run was stopped. A thread may still wait for Ray, whose shutdown would then crash: the process exits without it.
 
     Args:
-        exit_code: 128 + the number of the signal that told it, as shells have it.
+        exit_code: 128 + the number of the signal that stopped it, as in shells.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -59,7 +59,7 @@ class Stopped(RunFailed):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came where nothing could be stopped in order."""
+    """A signal arrived before there was anything to stop in order."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()
@@ -67,21 +67,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """An error's text on one line, cut to a length; the name of its class when it has no text."""
+    """Return the text of an error on one line, truncated to `most` characters; the class name if it has no text."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's text, where Ray's reports say what happened; the name of its class when it has none."""
+    """Return the last line of an error's text, which has the cause in Ray's reports; the class name if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
-MOST_NAMES = 60  # in one error line
+MOST_NAMES = 60  # in one error message
 
 
 def did_you_mean(value: object, options: Iterable[object]) -> str:
-    """The tail of an error line: the nearest known name, or all of them when none is near; of very many the nearest few."""
+    """Return a remedy for an unknown name: the closest known name, or else all of them (the closest few if there are very many)."""
     names = [str(option) for option in options]
     if near := difflib.get_close_matches(str(value), names, n=1):
         return f"did you mean '{near[0]}'?"
@@ -92,7 +92,7 @@ def did_you_mean(value: object, options: Iterable[object]) -> str:
 
 
 def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], NoReturn]:
-    """Wrap a verb: 0 done, 1 the run failed, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM. A traceback is for a bug."""
+    """Wrap a command with exit codes: 0 success, 1 failed run, 2 bad input, 130 Ctrl-C, 143 SIGTERM. Only bugs show a traceback."""
 
     @wraps(main)
     def run(argv: list[str]) -> NoReturn:
@@ -115,13 +115,13 @@ def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]],
 
 
 def run_verb(app: Any, verb: str, argv: list[str]) -> int | None:
-    """Parse the words after `python -m lift_ray.VERB` with a typer app and run it. Raises BadInput for wrong usage."""
+    """Parse the arguments of `python -m lift_ray.VERB` with a typer app and run it. Raises BadInput for wrong usage."""
     import typer
 
     prog = f"python -m lift_ray.{verb}"
     try:
         result = typer.main.get_command(app).main(args=argv, prog_name=prog, standalone_mode=False)
-    except Exception as error:  # the class of usage errors moved between versions of typer; their method did not
+    except Exception as error:  # the class of usage errors differs between versions of typer; the method does not
         if not hasattr(error, "format_message"):
             raise
         raise BadInput(f"{verb}: {error.format_message()} See {prog} --help") from None

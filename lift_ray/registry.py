@@ -129,13 +129,14 @@ class SamplerKind:
 
     Attributes:
         build: seed -> optuna.samplers.BaseSampler; or an import path.
-        problem: space file -> what of it the sampler does not support, "" if nothing; or an import path; "" for a sampler of any space.
+        problem: (space file, place for messages) -> an error if the sampler does not support the space; or an import path; "" if
+            it supports every space.
         package: the name of a package that it needs.
     """
 
     name: str
     build: Callable[[int], Any] | str
-    problem: Callable[[Any], str] | str = ""
+    problem: Callable[[Any, str], BadInput | None] | str = ""
     package: str = ""
 
     def builder(self) -> Callable[..., Any]:
@@ -234,7 +235,7 @@ def register_sampler(
     name: str,
     build: Callable[[int], Any] | str,
     *,
-    problem: Callable[[Any], str] | str = "",
+    problem: Callable[[Any, str], BadInput | None] | str = "",
     package: str = "",
 ) -> None:
     """Register a sampler; SamplerKind says what the arguments are."""

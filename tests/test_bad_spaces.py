@@ -29,45 +29,45 @@ QUICKSTART = (Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
 BROKEN = {
     "a grid without steps": (
         LR + "search: {sampler: grid}",
-        "5 search.sampler: grid needs choices, int, or float with a step, but got optim.lr without; give it a step, or use random",
+        "5 search.sampler: grid requires choices, int, or float with a step, but got optim.lr without a step; add one, or use random",
     ),
     "a grid with too few trials": (
         GRID + "search: {sampler: grid, trials: 5}",
-        "6 search.sampler: grid needs a trial for each of its 6 points, but got trials: 5; raise it, or use random",
+        "6 search.sampler: grid requires a trial for each of its 6 points, but got trials: 5; raise it, or use random",
     ),
     "a grid with baselines": (
         GRID + "baselines: [{loss.tau: 0.0, seed: 1}]\nsearch: {sampler: grid}",
-        "7 search.sampler: grid has all points of the space, but got baselines too; remove baselines",
+        "7 search.sampler: grid already visits every point of the space, but got baselines too; remove them",
     ),
     "a grid without end": (
         HEAD + "space:\n  seed: {int: [0, 4000000000]}\nsearch: {sampler: grid}",
-        "5 search.sampler: grid needs at most 10000 points, but got more; give larger steps, or use random",
+        "5 search.sampler: grid allows at most 10000 points, but got more; use larger steps, or use random",
     ),
     "cmaes with choices": (
         KIND + "search: {sampler: cmaes}",
-        "6 search.sampler: cmaes needs int and float settings without `when`, but got tuner.kind; use tpe, or move it to base",
+        "6 search.sampler: cmaes requires int and float settings without `when`, but got tuner.kind; use tpe, or move it to base",
     ),
     "cmaes with one setting": (
         LR + "search: {sampler: cmaes}",
-        "5 search.sampler: cmaes needs at least 2 settings, but got 1; use tpe",
+        "5 search.sampler: cmaes requires at least 2 settings, but got 1; use tpe",
     ),
     "cmaes with two objectives": (
         TWO + f"objectives: {{validation/few: max, {COUNT}: min}}\nsearch: {{sampler: cmaes}}",
-        "7 search.sampler: cmaes needs one objective, but got 2; use nsga2 or tpe",
+        "7 search.sampler: cmaes requires one objective, but got 2; use nsga2 or tpe",
     ),
     "gp with when": (
         KIND + "search: {sampler: gp}",
-        "6 search.sampler: gp needs settings without `when`, but got tuner.bottleneck; use tpe",
+        "6 search.sampler: gp requires settings without `when`, but got tuner.bottleneck; use tpe",
     ),
     "nsga2 with one objective": (
         TWO + "search: {sampler: nsga2}",
-        "6 search.sampler: nsga2 needs several objectives, but got 1; use tpe, or add one",
+        "6 search.sampler: nsga2 requires several objectives, but got 1; use tpe, or add one",
     ),
     "no objective": (LR + "objectives: {}", "5 objectives: must have at least 1 item, but got {}; change it"),
     "a size as the first objective": (
         LR + f"objectives: {{{COUNT}: min}}",
-        f"5 objectives.{COUNT}: the first objective must be a metric of validation, but got {COUNT}; "
-        "name validation/mean_class_accuracy before it",
+        f"5 objectives.{COUNT}: the first objective must be a validation metric, but got {COUNT}; "
+        "put validation/mean_class_accuracy before it",
     ),
     "a constraint on an unknown figure": (
         LR + "constraints: {traned_parameters: {max: 3}}",
@@ -79,7 +79,7 @@ BROKEN = {
     ),
     "a constraint that nothing keeps to": (
         LR + f"constraints: {{{COUNT}: {{min: 3, max: 2}}}}",
-        f"5 constraints.{COUNT}: min <= max must hold, but got 3 and 2; swap them",
+        f"5 constraints.{COUNT}: min must be at most max, but got 3 and 2; swap them",
     ),
     "a constraint that is a number": (
         LR + f"constraints: {{{COUNT}: 3}}",
@@ -111,7 +111,7 @@ BROKEN = {
     ),
     "shares on a grid": (
         HEAD + "space:\n  tuner.kind: {choices: [lora, adapter]}\nsearch: {per_kind: 3, sampler: grid}",
-        "5 search.per_kind: does not go with sampler grid; set trials",
+        "5 search.per_kind: does not work with the sampler grid; set trials instead",
     ),
     "shares and a baseline of no kind": (
         KIND + "baselines: [{tuner.bottleneck: 2}]\nsearch: {per_kind: 3}",
@@ -201,9 +201,12 @@ def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, mo
         ),
         (
             ["--schema", "{tmp}/no/schema.json"],
-            "--schema: must be a file that can be written, but got {tmp}/no/schema.json (No such file or directory); give another",
+            "--schema: must be a writable file, but got {tmp}/no/schema.json (No such file or directory); choose another path",
         ),
-        (["search.sampler=cmaes"], "command line search.sampler: cmaes needs at least 2 settings, but got 1; use tpe"),
+        (
+            ["search.sampler=cmaes"],
+            "command line search.sampler: cmaes requires at least 2 settings, but got 1; use tpe",
+        ),
         (["search.sampler=pte"], "command line search.sampler: unknown value 'pte'; did you mean 'tpe'?"),
         (
             ["objectives.validation/few=up"],
@@ -216,7 +219,7 @@ def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, mo
         (["space.optim.lr.log=3"], "command line space.optim.lr.log: must be a valid boolean, but got 3; change it"),
         (
             ["space./=3"],
-            "command line: settings must be written key=value, but got 'space./=3'; for example loss.tau=0.5",
+            "command line: settings must be written key=value, but got 'space./=3'; for example, loss.tau=0.5",
         ),
         (
             ["--storage", "nonsense", "--out", "{tmp}/out"],
@@ -245,7 +248,7 @@ def test_a_word_that_cannot_be_is_one_exact_line_and_leaves_nothing(
         ),
         (
             "space.loss.tau.float=[2, 1]",
-            "command line space.loss.tau: low <= high must hold, but got [2.0, 1.0]; swap them",
+            "command line space.loss.tau: low must be at most high, but got [2.0, 1.0]; swap them",
         ),
         (
             "space.loss.tau.itn=[1, 2]",

@@ -60,7 +60,7 @@ def test_a_download_that_differs_from_the_manifest_is_made_again_once(
     assert RowReader(split).read(np.arange(20)) == IMAGES[:20]
     store.always = "flip"
     with pytest.raises(
-        BadInput, match=r"must have the sha256 of the manifest, .*, but got a checksum mismatch \(.*; run conv"
+        BadInput, match=r"must match the sha256 in the manifest, .*, but got a checksum mismatch \(.*; run conv"
     ):
         RowReader(split).read(np.array([20]))
     assert len(list((tmp_path / "cache" / "shards").iterdir())) == 2  # the good one, and the lock
@@ -124,7 +124,7 @@ def test_a_disk_that_takes_nothing_means_one_warning_and_reading_from_the_store(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert RowReader(split).read(np.arange(60)) == IMAGES
-    [warning] = [str(entry.message) for entry in caught if "shards are kept" in str(entry.message)]
+    [warning] = [str(entry.message) for entry in caught if "no longer cached" in str(entry.message)]
     assert warning.endswith("reading from the store")
 
 
@@ -133,9 +133,7 @@ def test_a_bad_cache_size_is_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("LIFT_CACHE_GB", value)
     with pytest.raises(BadInput) as caught:
         open_dataset(str(tmp_path))
-    assert (
-        str(caught.value) == f"LIFT_CACHE_GB: must be a number of at least 0, but got {value!r}; give 100, for instance"
-    )
+    assert str(caught.value) == f"LIFT_CACHE_GB: must be a number of at least 0, but got {value!r}; for example, 100"
 
 
 READ_ALL = """\

@@ -190,24 +190,24 @@ def swapped(**changes: Any) -> dict[str, bytes]:
 
 
 NOT_AS_PUBLISHED = "x.tar.gz: must be CIFAR as published, but got "
-IMBALANCE = "imbalance: must be 1 to 10, the images of a class, but got "
+IMBALANCE = "imbalance: must be between 1 and 10, the number of images per class, but got "
 FAULTS: list[tuple[Callable[[], dict[str, bytes]], dict[str, Any], str]] = [
     (
         lambda: {"readme": b""},
         {},
-        "x.tar.gz: must hold batches.meta (CIFAR-10) or meta (CIFAR-100), but got neither; give cifar-10-",
+        "x.tar.gz: must contain batches.meta (CIFAR-10) or meta (CIFAR-100), but got neither; give cifar-10-",
     ),
     (
         lambda: {"batches.meta": published({b"label_names": TEN})},
         {},
-        "x.tar.gz: must hold all files of CIFAR, but got no data_batch_1; ",
+        "x.tar.gz: must contain all CIFAR files, but got no data_batch_1; ",
     ),
-    (lambda: {"batches.meta": published([1])}, {}, "x.tar.gz/batches.meta: must hold a table of names, but got list; "),
+    (lambda: {"batches.meta": published([1])}, {}, "x.tar.gz/batches.meta: must contain a dictionary, but got list; "),
     (lambda: {"batches.meta": published({1: 2})[:-3]}, {}, f"{NOT_AS_PUBLISHED}'pickle data was truncated'; "),
     (
         lambda: {"batches.meta": rewritten({1: os.path.join})},
         {},
-        "x.tar.gz/batches.meta: must hold only numbers, names and arrays, but got posixpath.join; ",
+        "x.tar.gz/batches.meta: must contain only numbers, names and arrays, but got posixpath.join; ",
     ),
     (lambda: swapped(test_batch={b"labels": [0]}), {}, f"{NOT_AS_PUBLISHED}'labels of test_batch that do not fit "),
     (
@@ -225,7 +225,7 @@ FAULTS: list[tuple[Callable[[], dict[str, bytes]], dict[str, Any], str]] = [
         {},
         f"{NOT_AS_PUBLISHED}'cannot reshape ",
     ),
-    (swapped, {"coarse": True}, "coarse: must go with CIFAR-100, but got CIFAR-10, which has no superclasses; "),
+    (swapped, {"coarse": True}, "coarse: requires CIFAR-100, but got CIFAR-10, which has no superclasses; "),
     (swapped, {"imbalance": 0.5}, f"{IMBALANCE}0.5; "),
     (swapped, {"imbalance": float("nan")}, f"{IMBALANCE}nan; "),
     (swapped, {"imbalance": 11}, f"{IMBALANCE}11; "),

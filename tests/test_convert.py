@@ -113,17 +113,17 @@ def test_a_bad_image_stops_with_its_path_unless_it_is_to_be_skipped(
     bad.write_bytes(b"no image")
     (source / "car_side" / "cut.jpg").write_bytes(IMAGES[0][: len(IMAGES[0]) // 2])
     (source / "car_side" / "notes.txt").write_text("left out")
-    with pytest.raises(BadInput, match=r"must be a whole image, but got .*; remove it or pass --skip-bad$"):
+    with pytest.raises(BadInput, match=r"must be an intact image, but got .*; remove it or pass --skip-bad$"):
         verb.main(["folder", str(source), str(out)])
     assert not out.exists()
     verb.main(["folder", str(source), str(out), "--skip-bad"])
     lines = sorted((out / "skipped.txt").read_text().splitlines())
-    assert lines[0] == f"{bad}: must be a whole image, but got bytes of no known format"
-    assert lines[1].startswith(f"{source}/car_side/cut.jpg: must be a whole image, but got image file is truncated")
+    assert lines[0] == f"{bad}: must be an intact image, but got bytes of no known format"
+    assert lines[1].startswith(f"{source}/car_side/cut.jpg: must be an intact image, but got image file is truncated")
     assert len(lines) == 2
     printed = capsys.readouterr().out
     assert f"2 bad images were skipped: {out}/skipped.txt" in printed
-    assert "1 files that are not images by name were left out" in printed
+    assert "skipped files without an image suffix: 1" in printed
     assert sum(map(len, contents(str(out)).values())) == 21
 
 
@@ -145,7 +145,7 @@ def test_a_source_that_fails_stops_the_conversion_and_leaves_no_image_out(tmp_pa
     with pytest.raises(BadInput, match=r"^photos/2: must be readable, but .*(disk error|denied|lost).*; check"):
         convert(index, str(tmp_path / "out"), skip_bad=True)
     found = convert(replace(index, read=Fails(FileNotFoundError("2"))), str(tmp_path / "out"), skip_bad=True)
-    assert found.skipped == ("photos/2: must be a whole image, but got nothing there",)
+    assert found.skipped == ("photos/2: must be an intact image, but got no file",)
 
 
 def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
@@ -164,7 +164,9 @@ def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
     dataset = open_dataset(f"{tmp_path}/out")
     assert (len(dataset.split("train").shards), dataset.split("train").num_samples) == (7, 2)
     monkeypatch.setattr("lift_ray.data.convert.tasks.SUSPICIOUS", 1)
-    with pytest.raises(BadInput, match=r"got 0 bytes, as for all 1 images of a shard; check that each machine reaches"):
+    with pytest.raises(
+        BadInput, match=r"got 0 bytes, like all 1 images of a shard; check that every machine can access"
+    ):
         convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
 
 
@@ -259,29 +261,29 @@ BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
     (no_classes, "{0}/none: must be a folder of class directories, but got none; give each class a directory"),
     (
         no_images,
-        "{0}/none: must hold images (.bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp), but got none; check the path",
+        "{0}/none: must contain images (.bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp), but got none; check the path",
     ),
     (
         one_empty_class,
-        "{0}/photos: every class must have an image, but 'dodo' have none; add images or remove them",
+        "{0}/photos: every class must have an image, but 'dodo' have none; add images or remove these classes",
     ),
-    (stray_directory, "{0}/p: must hold only train, val and test beside each other, but got 'meta'; move it"),
-    (new_class_in_test, "{0}/p/test: must hold only classes of train, but got 'dodo'; add it to train"),
-    (own_validation, "validation-frac: must be left out, but {0}/p has its own validation images; drop it"),
-    (same_names, "{0}/photos: class names must differ, but got 'car side' twice; rename a directory"),
-    (taken, "{0}/out: must be free, but got a data set there; pass --overwrite or choose another"),
-    (only_bad, "{0}/photos: every class must keep a training image, but 'yin yang' has no good one; add one"),
+    (stray_directory, "{0}/p: must contain nothing next to train, val and test, but got 'meta'; move it elsewhere"),
+    (new_class_in_test, "{0}/p/test: must contain only classes of train, but got 'dodo'; add it to train"),
+    (own_validation, "validation-frac: must not be given, but {0}/p has its own validation images; remove it"),
+    (same_names, "{0}/photos: class names must be unique, but got 'car side' twice; rename a directory"),
+    (taken, "{0}/out: must not contain a dataset, but got one; pass --overwrite or choose another folder"),
+    (only_bad, "{0}/photos: every class must keep a training image, but 'yin yang' has no readable one; add one"),
     (
         lambda folder: [f"{folder}/photos", "--validation-frac", "1.5"],
-        "validation-frac: must be at least 0 and below 1, but got 1.5; give 0.1, for instance",
+        "validation-frac: must be at least 0 and below 1, but got 1.5; for example, 0.1",
     ),
     (
         lambda folder: [f"{folder}/photos", "--labelled", "5"],
-        "labelled: must come with gamma-l, but got it without; add --gamma-l",
+        "labelled: requires gamma-l, but got none; add --gamma-l",
     ),
     (
         lambda folder: [f"{folder}/photos", "--quality", "80"],
-        "--quality: must come with --short-side, but got it alone (bytes are kept); add --short-side",
+        "--quality: requires --short-side, but got none (the bytes are kept); add --short-side",
     ),
 ]
 
@@ -297,7 +299,7 @@ def test_bad_input_is_one_line(tmp_path: Path, prepare: Callable[[Path], list[st
 
 def test_a_destination_inside_the_source_is_bad_input(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos")
-    with pytest.raises(BadInput, match="must lie outside the source"):
+    with pytest.raises(BadInput, match="must be outside the source"):
         verb.main(["folder", str(source), f"{source}/out"])
 
 

@@ -118,7 +118,7 @@ def test_killed_at_any_change_of_a_file_it_goes_on_to_the_same_bytes(
             run(out)
             break
         is_whole = not overwrite and (out / "manifest.json").exists() and not (out / ".plan.json").exists()
-        with pytest.raises(BadInput, match="must be free") if is_whole else nullcontext():
+        with pytest.raises(BadInput, match="must not contain a dataset") if is_whole else nullcontext():
             run(out)  # only temporary files were left to remove
         assert files(out) == files(tmp_path / "whole"), operation
     assert 15 < operation < 99
@@ -172,14 +172,12 @@ def test_after_a_bad_image_the_finished_shards_are_kept_for_skip_bad_and_not_the
             **more,
         )
 
-    with pytest.raises(
-        BadInput, match=r"missing\.jpg: must be a whole image, but got nothing there; remove it or pass"
-    ):
+    with pytest.raises(BadInput, match=r"missing\.jpg: must be an intact image, but got no file; remove it or pass"):
         run()
     with pytest.raises(Killed), killed_at(11):  # the plan, one shard and its record, and nothing more
         run(skip_bad=True)
     assert seen[0] == SMALL
-    with pytest.raises(BadInput, match="nothing there"):
+    with pytest.raises(BadInput, match="got no file"):
         run()
     assert seen[0] == SMALL, "the shard without the bad image is done again"
     run(skip_bad=True)
@@ -192,7 +190,7 @@ def test_a_second_conversion_to_the_same_folder_is_refused_while_one_runs(small:
     with pytest.raises(BadInput) as caught:
         convert(small, str(tmp_path))
     assert str(caught.value) == (
-        f"{tmp_path}: must be free, but another conversion writes there now; wait, or choose another"
+        f"{tmp_path}: must not be in use, but another conversion is writing there; wait, or choose another folder"
     )
     assert not files(tmp_path)
     os.close(handle)
@@ -218,9 +216,7 @@ def test_a_killed_process_ends_the_conversion_with_one_line_and_it_goes_on(
 ) -> None:
     monkeypatch.setattr("lift_ray.data.convert.tasks.FEW_IMAGES", 0)
     index = replace(small, read=KillsOnce(small.source, f"{tmp_path}/mark"))
-    with pytest.raises(
-        RunFailed, match=r"^.*/out: a process of the conversion was killed, perhaps for want of memory; "
-    ):
+    with pytest.raises(RunFailed, match=r"^.*/out: a conversion process was killed, perhaps because memory ran out; "):
         convert(index, f"{tmp_path}/out", rows_per_shard=10, workers=2)
     convert(index, f"{tmp_path}/out", rows_per_shard=10, workers=1)
     convert(small, f"{tmp_path}/whole", rows_per_shard=10)
@@ -234,7 +230,7 @@ def test_a_bad_image_in_another_process_is_one_line(tmp_path: Path, monkeypatch:
     with pytest.raises(BadInput) as caught:
         convert(scan_folder(source), f"{tmp_path}/out", rows_per_shard=10, workers=2)
     assert str(caught.value) == (
-        f"{source}/class_0/bad.jpg: must be a whole image, but got bytes of no known format; remove it or pass --skip-bad"
+        f"{source}/class_0/bad.jpg: must be an intact image, but got bytes of no known format; remove it or pass --skip-bad"
     )
 
 
@@ -259,7 +255,7 @@ def test_on_a_cluster_paths_are_relative_to_the_working_directory_and_bad_images
     monkeypatch.chdir(tmp_path)
     assert not verb.main(["folder", "photos", "out", "--ray", "auto", "--rows-per-shard", "10"])
     assert sum(split.num_samples for split in open_dataset("out").splits.values()) == SMALL
-    assert "data set: out" in capsys.readouterr().out
+    assert "dataset: out" in capsys.readouterr().out
     Path("photos/class_0/bad.jpg").write_bytes(b"no")
-    with pytest.raises(BadInput, match=r"^photos/class_0/bad\.jpg: must be a whole image, but got bytes of no known"):
+    with pytest.raises(BadInput, match=r"^photos/class_0/bad\.jpg: must be an intact image, but got bytes of no known"):
         verb.main(["folder", "photos", "new", "--ray", "auto", "--rows-per-shard", "10"])

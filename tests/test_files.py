@@ -29,7 +29,7 @@ def problem(text: str) -> str:
 
 
 BROKEN = {
-    "a missing data set": ("seed: 1\n", "run.yaml:1 dataset: must be given, but is missing; add it"),
+    "a missing data set": ("seed: 1\n", "run.yaml:1 dataset: is required, but missing; add it"),
     "an unknown section": (D + "optm: {lr: 1}", "run.yaml:2 optm: unknown key 'optm'; did you mean 'optim'?"),
     "an unknown key": (
         D + "optim:\n  lr: 0.1\n  epoch: 3",
@@ -126,7 +126,7 @@ BROKEN = {
     ),
     "a second tuner without its kind": (
         D + "extra_tuner: {bottleneck: 2}",
-        "run.yaml:2 extra_tuner: must name its kind, but got {'bottleneck': 2}; add `kind: ...`",
+        "run.yaml:2 extra_tuner: must have a kind, but got {'bottleneck': 2}; add `kind: ...`",
     ),
     "a field of another kind in the second tuner": (
         D + "extra_tuner:\n  kind: bitfit\n  bottleneck: 2",
@@ -144,12 +144,12 @@ BROKEN = {
     "an empty file": ("", "run.yaml:1: must be a mapping of settings, but got nothing; start with `dataset: ...`"),
     "a repeated key": (
         "dataset: d\ndataset: e",
-        'run.yaml:2: must be YAML 1.2, but got: found duplicate key "dataset" with '
-        'value "e" (original value: "d"); mend this line',
+        'run.yaml:2: invalid YAML 1.2: found duplicate key "dataset" with '
+        'value "e" (original value: "d"); fix this line',
     ),
     "a broken line": (
         D + "optim: {lr: 1",
-        "run.yaml:2: must be YAML 1.2, but got: expected ',' or '}', but got '<stream end>'; mend this line",
+        "run.yaml:2: invalid YAML 1.2: expected ',' or '}', but got '<stream end>'; fix this line",
     ),
 }
 
@@ -220,8 +220,8 @@ def test_command_line_settings_are_yaml_values() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("loss.tau", "command line: settings must be written key=value, but got 'loss.tau'; for example loss.tau=0.5"),
-        ("--tau=1", "command line: settings must be written key=value, but got '--tau=1'; for example loss.tau=0.5"),
+        ("loss.tau", "command line: settings must be written key=value, but got 'loss.tau'; for example, loss.tau=0.5"),
+        ("--tau=1", "command line: settings must be written key=value, but got '--tau=1'; for example, loss.tau=0.5"),
         (
             "loss.tau=[",
             "command line loss.tau: must be a YAML value, but got '[' (expected the node content, but found "

@@ -140,7 +140,7 @@ def gap(folder: Path) -> None:
 
 SHARD = "train-00000-of-00001.parquet"
 BROKEN: list[tuple[Callable[[Path], object], str]] = [
-    (two_validation_folders, "{0}: must have one folder for validation, but got val and dev; move one away"),
+    (two_validation_folders, "{0}: must have one folder for validation, but got val and dev; move one elsewhere"),
     (
         gap,
         "{0}/train: the shards must be numbered from 0000 without gaps, but 2 are there (0000.parquet to 0002.parquet); "
@@ -162,7 +162,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         lambda folder: write(folder / SHARD, features={"label": {"names": {"0": "cat"}, "_type": "ClassLabel"}}),
-        f"{{0}}/{SHARD}: must name its classes in the schema metadata, as Hugging Face ClassLabel does, "
+        f"{{0}}/{SHARD}: must name its classes in the schema metadata, like Hugging Face ClassLabel, "
         "but got \"{{'0': 'cat'}}\"; make it with python -m lift_ray.convert",
     ),
 ]
@@ -221,5 +221,5 @@ def test_a_shard_that_lost_bytes_before_its_footer_is_bad_input(tmp_path: Path) 
     (tmp_path / SHARD).write_bytes(whole[:100] + whole[130:])
     with pytest.raises(BadInput) as caught:
         open_dataset(str(tmp_path))
-    got = f"must be {len(whole)} bytes long, as its footer says, but got {len(whole) - 30}"
+    got = f"must be {len(whole)} bytes long according to its footer, but got {len(whole) - 30}"
     assert str(caught.value) == f"{tmp_path}/{SHARD}: {got}; copy it again, or run convert again"

@@ -39,7 +39,7 @@ def test_a_single_class_and_an_empty_class_are_limits_that_hold() -> None:
     ("largest", "imbalance", "message"),
     [
         (0, 2.0, "largest: must be at least 1, but got 0; give the images of the largest class"),
-        (5, 0.5, "imbalance: must be at least 1, but got 0.5; give largest / smallest, such as 50"),
+        (5, 0.5, "imbalance: must be at least 1, but got 0.5; give largest / smallest, for example 50"),
     ],
 )
 def test_values_out_of_range_are_bad_input(largest: int, imbalance: float, message: str) -> None:

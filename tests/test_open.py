@@ -107,7 +107,7 @@ def test_a_set_without_a_training_split_opens_for_evaluation(tmp_path: Path) -> 
     assert dataset.split("test").num_samples == 2
     with pytest.raises(BadInput) as caught:
         dataset.split("train")
-    assert str(caught.value) == f"{tmp_path}: must hold the split 'train', but got only test; choose one of these"
+    assert str(caught.value) == f"{tmp_path}: must have the split 'train', but got only test; choose one of these"
 
 
 def manifest(folder: Path, **changes: object) -> None:
@@ -170,12 +170,12 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (remove, "{0}: must be a folder of Parquet shards, but nothing is there; check the path"),
     (
         empty,
-        "{0}: must hold shards named train-00000-of-00001.parquet, but got an empty folder; "
+        "{0}: must contain shards named train-00000-of-00001.parquet, but got an empty folder; "
         "make it with python -m lift_ray.convert",
     ),
     (
         other_files,
-        "{0}: must hold shards named train-00000-of-00001.parquet, but got 1 other names (cat.jpg); "
+        "{0}: must contain shards named train-00000-of-00001.parquet, but got 1 other names (cat.jpg); "
         "make it with python -m lift_ray.convert",
     ),
     (
@@ -195,57 +195,57 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         text_labels,
-        "{0}/train-00001-of-00002.parquet: the column label must be int64, but got string; run convert again",
+        "{0}/train-00001-of-00002.parquet: the label column must be int64, but got string; run convert again",
     ),
     (
         paths_for_images,
-        "{0}/train-00001-of-00002.parquet: the column image must be struct<bytes: binary, path: string>, "
+        "{0}/train-00001-of-00002.parquet: the image column must be struct<bytes: binary, path: string>, "
         "but got string; run convert again",
     ),
     (
         no_class_names,
-        "{0}/train-00001-of-00002.parquet: must name its classes in the schema metadata, as Hugging Face ClassLabel "
-        "does, but got none; make it with python -m lift_ray.convert",
+        "{0}/train-00001-of-00002.parquet: must name its classes in the schema metadata, like Hugging Face ClassLabel, "
+        "but got none; make it with python -m lift_ray.convert",
     ),
     (
         lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1, 0, 2]),
         "{0}/train-00001-of-00002.parquet: labels must be 0 to 1 (2 class names), but got 2 in row 2; "
-        "mend the label or the class names",
+        "fix the label or the class names",
     ),
     (
         lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1, None]),
-        "{0}/train-00001-of-00002.parquet: every row must have a label, but got 1 without; run convert again",
+        "{0}/train-00001-of-00002.parquet: every row must have a label, but got 1 without one; run convert again",
     ),
     (
         lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1], ["cat", "cow"]),
-        "{0}/train-00001-of-00002.parquet: every shard must have the same class names, but got others than "
+        "{0}/train-00001-of-00002.parquet: every shard must have the same class names, but got others than in "
         "{0}/train-00000-of-00002.parquet; run convert again",
     ),
     (
         lambda folder: write_shard(folder / "train-00001-of-00002.parquet", [1], label_type=pa.int32()),
-        "{0}/train-00001-of-00002.parquet: every shard must have the same columns, but got others than "
+        "{0}/train-00001-of-00002.parquet: every shard must have the same columns, but got others than in "
         "{0}/train-00000-of-00002.parquet; run convert again",
     ),
     (
         lambda folder: write_shard(folder / "train-00000-of-00002.parquet", [1], ["cat", "cat"]),
-        "{0}/train-00000-of-00002.parquet: class names must differ, but got 'cat' twice; rename one",
+        "{0}/train-00000-of-00002.parquet: class names must be unique, but got 'cat' twice; rename one",
     ),
     (
         empty_shards,
-        "{0}/train: must hold images, but got 0 rows; run convert again",
+        "{0}/train: must contain images, but got 0 rows; run convert again",
     ),
     (
         lambda folder: write_shard(folder / "train-00000-of-00002.parquet", [1, 1, 1]),
         "{0}/train: every class must have an image, but 1 of 2 have none ('cat'); "
-        "add images, or drop these class names",
+        "add images or remove these class names",
     ),
     (
         lambda folder: manifest(folder, splits={"train": {"rows": 7}, "test": {"rows": 1}}),
-        "{0}/train: the manifest says 7 rows, but the shards hold 5; run convert again",
+        "{0}/train: the manifest says 7 rows, but the shards contain 5; run convert again",
     ),
     (
         lambda folder: manifest(folder, splits={"train": {"rows": 5}, "validation": {"rows": 3}, "test": {"rows": 1}}),
-        "{0}/validation: the manifest says 3 rows, but the shards hold 0; run convert again",
+        "{0}/validation: the manifest says 3 rows, but the shards contain 0; run convert again",
     ),
     (
         lambda folder: manifest(folder, class_names=["dog", "cat"]),
@@ -286,7 +286,7 @@ def test_at_most_three_classes_without_images_are_named(tmp_path: Path) -> None:
         ("", "dataset: must be a path or URL, but got nothing; give a folder, or embedded:caltech101"),
         (
             "embedded:caltech102",
-            "embedded:caltech102: must name data in the package, but got 'caltech102'; did you mean 'caltech101'?",
+            "embedded:caltech102: must name a dataset in the package, but got 'caltech102'; did you mean 'caltech101'?",
         ),
         (
             "nowhere://x",
@@ -314,5 +314,5 @@ def test_a_store_whose_package_is_missing_says_what_to_install(monkeypatch: pyte
     with pytest.raises(BadInput) as caught:
         open_dataset("s3://bucket/pets")
     assert str(caught.value) == (
-        "s3://bucket/pets: s3 needs a package, but got 'Install s3fs to access S3'; pip install 'lift_ray[s3]'"
+        "s3://bucket/pets: s3 requires a package, but got 'Install s3fs to access S3'; pip install 'lift_ray[s3]'"
     )

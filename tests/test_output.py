@@ -70,7 +70,7 @@ def test_a_search_can_write_to_object_storage(
         ("nonsense://bucket/x", "--out: must be a folder or a URL of object storage, but got nonsense://bucket/x ("),
         (
             "s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http",
-            "--out: must be storage that answers, but s3://bucket/x",
+            "--out: must be reachable storage, but s3://bucket/x",
         ),
     ],
 )

@@ -224,7 +224,7 @@ def test_a_bucket_or_folder_that_is_not_there_is_told_at_once(store: Store, uri:
 def test_no_permission_is_told_at_once(store: Store) -> None:
     store.listing = "403"
     with pytest.raises(
-        BadInput, match=r"must be a folder of Parquet shards, but access is denied .*; check your rights"
+        BadInput, match=r"must be a folder of Parquet shards, but access is denied .*; check your permissions"
     ):
         opened()
     store.listing, store.always = "", "403"
@@ -285,5 +285,7 @@ def test_a_store_that_is_not_asynchronous_is_read_exactly_and_patiently(
     assert RowReader(split).read(np.arange(60)) == IMAGES
     assert Hub.fails == []
     Hub.fails = [PermissionError("private")]
-    with pytest.raises(BadInput, match=r"must be a readable file, but access is denied \(private\); check your rights"):
+    with pytest.raises(
+        BadInput, match=r"must be a readable file, but access is denied \(private\); check your permissions"
+    ):
         RowReader(split).read(np.array([0]))

@@ -370,7 +370,7 @@ def test_evaluate_works_on_a_data_set_with_a_test_split_alone(
         seen.append(json.loads(capsys.readouterr().out))
     assert seen[0] == seen[1]
     assert {"test/medium", "test/few"} <= set(seen[0])
-    with pytest.raises(BadInput, match="must hold the split 'validation', but got only test; choose one of these"):
+    with pytest.raises(BadInput, match="must have the split 'validation', but got only test; choose one of these"):
         evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])
 
 

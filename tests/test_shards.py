@@ -106,7 +106,7 @@ def test_a_shard_that_changed_or_went_bad_under_the_reader_is_bad_input(tmp_path
     shard.write_bytes((tmp_path / "train-00001-of-00002.parquet").read_bytes())
     with pytest.raises(BadInput) as caught:
         RowReader(split).read(np.array([0]))
-    assert str(caught.value) == f"{shard}: must stay as it was when opened (10 rows), but got 2 rows; start again"
+    assert str(caught.value) == f"{shard}: must not change after opening (10 rows), but got 2 rows; start again"
     shard.write_bytes(good[:200] + b"\0" * 3000 + good[3200:])
     with pytest.raises(BadInput) as caught:
         RowReader(split).read(np.array([0]))
@@ -128,7 +128,7 @@ def test_a_row_without_image_bytes_is_bad_input(tmp_path: Path) -> None:
         RowReader(open_dataset(url).split("train")).read(np.array([0, 1]))
     shard = f"{url}/train-00000-of-00001.parquet"
     assert str(caught.value) == (
-        f"{shard}: every row must hold image bytes, but got none in row 1 of row group 0; run convert again"
+        f"{shard}: every row must contain an image, but got none in row 1 of row group 0; run convert again"
     )
 
 
@@ -207,7 +207,7 @@ def test_publishing_replaces_the_set_that_was_there(tmp_path: Path) -> None:
 def test_writing_that_fails_leaves_no_data_set_behind() -> None:
     def broken() -> object:
         yield from images(15)
-        raise BadInput("photos/x.jpg: must be a whole image")
+        raise BadInput("photos/x.jpg: must be an intact image")
 
     with pytest.raises(BadInput, match=r"photos/x\.jpg"):
         write_split("memory://shards-broken", "train", broken(), ("a", "b", "c"), rows_per_shard=10)  # type: ignore[arg-type]
@@ -219,7 +219,7 @@ def test_a_destination_that_cannot_be_written_is_bad_input(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput) as caught:
         write_split(f"{tmp_path}/file", "train", images(2), ("a", "b", "c"))
-    assert str(caught.value).startswith(f"{tmp_path}/file: must be a folder that can be written, but got ")
+    assert str(caught.value).startswith(f"{tmp_path}/file: must be a writable folder, but got ")
 
 
 def test_large_images_end_a_row_group_early(monkeypatch: pytest.MonkeyPatch) -> None:

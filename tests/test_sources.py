@@ -93,27 +93,27 @@ def test_a_class_name_that_comes_again_gets_a_number_and_a_note(tmp_path: Path) 
     rows = "".join(f"{label}.jpg {label}\n" for label in range(4))
     index = listed(write(tmp_path, {"train.txt": rows, "names.txt": names}))
     assert index.class_names == ("missile", "crane", "missile (2)", "missile (3)")
-    assert index.notes == (f"{tmp_path}/names.txt: names of 1 classes came before: class 3 is called 'missile (3)'",)
+    assert index.notes == (f"{tmp_path}/names.txt: repeated class names (1): class 3 is called 'missile (3)'",)
 
 
 LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
     ({"train.txt": "a.jpg 0\nb.jpg\n"}, "train.txt:2: must be a path and a label, but got only 'b.jpg'; "),
-    ({"train.txt": "a.jpg 0\n\nb c.jpg\n"}, "train.txt:3: must end with a label, a whole number, but got 'c.jpg'; "),
-    ({"train.txt": "a.jpg -1\n"}, "train.txt:1: must end with a label, a whole number, but got '-1'; "),
-    ({"train.txt": "a.jpg " + "1" * 5000}, "train.txt:1: must end with a label, a whole number, but got '11"),
+    ({"train.txt": "a.jpg 0\n\nb c.jpg\n"}, "train.txt:3: must end with a label (an integer), but got 'c.jpg'; "),
+    ({"train.txt": "a.jpg -1\n"}, "train.txt:1: must end with a label (an integer), but got '-1'; "),
+    ({"train.txt": "a.jpg " + "1" * 5000}, "train.txt:1: must end with a label (an integer), but got '11"),
     ({"train.txt": "a.jpg 2\n"}, "train.txt:1: the label must be 0 to 1 (2 class names), but got 2; "),
     ({"train.txt": "\n \n"}, "train.txt: must list images, but got none; "),
     (
         {"train.txt": "a.jpg 0\n./a.jpg 1\n"},
-        "train.txt:2: an image must be listed once, but 'a.jpg' is in {0}/train.txt:1 too; ",
+        "train.txt:2: each image must be listed once, but 'a.jpg' is in {0}/train.txt:1 too; ",
     ),
     (
         {"train.txt": "a.jpg 0\nval/3.jpg 1\n"},
-        "val.txt:1: an image must be listed once, but 'val/3.jpg' is in {0}/train.txt:2 too; ",
+        "val.txt:1: each image must be listed once, but 'val/3.jpg' is in {0}/train.txt:2 too; ",
     ),
     ({"train.txt": "a.jpg 0\n"}, "photos: every class must have an image, but 'crane, bird' have none; "),
     ({"train.txt": b"\xff\xfe"}, "train.txt: must be a text file, but got "),
-    ({"names.txt": "\n"}, "names.txt: must hold a class name on each line, but got none; "),
+    ({"names.txt": "\n"}, "names.txt: must contain one class name per line, but got none; "),
     ({"names.txt": "a\n\nb\n"}, "names.txt:2: must be a class name, but got an empty line; "),
 ]
 
@@ -130,9 +130,9 @@ def test_a_fault_in_a_list_is_one_line(tmp_path: Path, changes: dict[str, str | 
 )
 def test_a_path_outside_the_source_is_refused(tmp_path: Path, path: str) -> None:
     write(tmp_path, {**PHOTOS, "train.txt": f"a.jpg 0\n{path} 1\n", "t.csv": f"path,label\nb.jpg,x\n{path},y\n"})
-    with pytest.raises(BadInput, match=r"train.txt:2: .*, a path outside the source; mend it$"):
+    with pytest.raises(BadInput, match=r"train.txt:2: .*, a path outside the source; fix it$"):
         listed(tmp_path)
-    with pytest.raises(BadInput, match=r"t.csv:3: .*, a path outside the source; mend it$"):
+    with pytest.raises(BadInput, match=r"t.csv:3: .*, a path outside the source; fix it$"):
         scan_table(f"{tmp_path}/t.csv", kind="csv")
 
 
@@ -213,10 +213,10 @@ INAT_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
     ({"train2018.json": "{"}, "train2018.json: must be iNaturalist JSON, but got "),
     (
         {"train2018.json": "[1]"},
-        "train2018.json: must hold the lists images, annotations, categories, but got no images; ",
+        "train2018.json: must contain the lists images, annotations, categories, but got no images; ",
     ),
     (with_images(images=[]), "train2018.json: must list images, but got none; "),
-    (with_images(images=[{"id": 1}]), "train2018.json: file_name must be text everywhere, but got {{'id': 1}}; "),
+    (with_images(images=[{"id": 1}]), "train2018.json: file_name must be text in every entry, but got {{'id': 1}}; "),
     (with_images(annotations=[]), "train2018.json: image 0 must have a category, but got none; "),
     (
         with_images(annotations=[{"image_id": 0, "category_id": 5}]),
@@ -236,13 +236,13 @@ INAT_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
     ),
     (
         {"val2018.json": annotations([20], HIDDEN)},
-        "val2018.json: image 0: an image must be listed once, but 'pictures/20_0.jpg' is in {0}/train2018.json: image 0 too; ",
+        "val2018.json: image 0: each image must be listed once, but 'pictures/20_0.jpg' is in {0}/train2018.json: image 0 too; ",
     ),
     ({"categories.json": "{}"}, "categories.json: must be a list of categories, but got '{{}}'; "),
-    ({"categories.json": json.dumps(HIDDEN)}, "categories.json: kingdom must be text everywhere, but got "),
+    ({"categories.json": json.dumps(HIDDEN)}, "categories.json: kingdom must be text in every entry, but got "),
     (
         {"categories.json": json.dumps(CATEGORIES[:1] * 2)},
-        "categories.json: ids of categories must differ, but got 0 twice; ",
+        "categories.json: category ids must be unique, but got 0 twice; ",
     ),
 ]
 
@@ -262,7 +262,7 @@ def test_inaturalist_needs_names_and_a_known_rank(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"^rank: must be one of .*, but got 'spezies'; did you mean 'species'\?$"):
         scan_inat(str(tmp_path), rank="spezies")
     (tmp_path / "categories.json").unlink()
-    with pytest.raises(BadInput, match=r"categories.json: must hold the taxonomy that .*train2018.json leaves out"):
+    with pytest.raises(BadInput, match=r"categories.json: must contain the taxonomy that .*train2018.json leaves out"):
         scan_inat(str(tmp_path))
 
 
@@ -331,18 +331,18 @@ def test_a_torchvision_set_that_cannot_be_used_is_one_line(tmp_path: Path) -> No
         (
             "FashonMNIST",
             f"{tmp_path}",
-            r"^FashonMNIST: must be a set of torchvision .*; did you mean 'FashionMNIST'\?$",
+            r"^FashonMNIST: must be a torchvision dataset .*; did you mean 'FashionMNIST'\?$",
         ),
-        ("CocoDetection", f"{tmp_path}", r"^CocoDetection: must be a set of torchvision with one label an image; "),
+        ("CocoDetection", f"{tmp_path}", r"^CocoDetection: must be a torchvision dataset with one label per image; "),
         ("MNIST", "s3://b/x", r"^s3://b/x: must be a folder on this machine"),
         (
             "MNIST",
             f"{tmp_path}",
-            r"^/.*: must hold MNIST as torchvision keeps it, but got 'Dataset not found.*--download$",
+            r"^/.*: must contain MNIST as torchvision stores it, but got 'Dataset not found.*--download$",
         ),
     ):
         with pytest.raises(BadInput, match=message):
             scan_torchvision(name, root=root)
-    with pytest.raises(BadInput, match=r"^download: must be left out, but torchvision cannot fetch ImageNet; "):
+    with pytest.raises(BadInput, match=r"^download: must not be given, but torchvision cannot download ImageNet; "):
         scan_torchvision("ImageNet", root=str(tmp_path), download=True)
     assert list(tmp_path.iterdir()) == []

@@ -51,10 +51,10 @@ def param(text: str) -> str:
 
 KINDS = "  tuner.kind: {choices: [lora, linear_probe]}\n"
 BROKEN = {
-    "no space": (HEAD, "1 space: must be given, but is missing; add it"),
+    "no space": (HEAD, "1 space: is required, but missing; add it"),
     "an empty space": (HEAD + "space: {}", "3 space: must have at least 1 item, but got {}; change it"),
     "a space that is a list": (HEAD + "space: [1]", "3 space: must be a mapping, but got [1]; write {key: value}"),
-    "no name": (SEED.replace("name: n\n", ""), "1 name: must be given, but is missing; add it"),
+    "no name": (SEED.replace("name: n\n", ""), "1 name: is required, but missing; add it"),
     "a name with a slash": (
         SEED.replace("name: n", "name: a/b"),
         "1 name: must match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', but got 'a/b'; change it",
@@ -62,7 +62,7 @@ BROKEN = {
     "an unknown section": (SEED + "serch: {trials: 3}", "5 serch: unknown key 'serch'; did you mean 'search'?"),
     "a setting without a range": (
         param("optim.lr: {}"),
-        "4 space.optim.lr: must have exactly one of choices, int, float, but got none; keep one",
+        "4 space.optim.lr: must have exactly one of choices, int, float, but got none; add one",
     ),
     "a setting with two ranges": (
         param("optim.lr: {float: [0.1, 1], int: [1, 2]}"),
@@ -78,7 +78,7 @@ BROKEN = {
     ),
     "bounds the wrong way": (
         param("optim.lr: {float: [1, 0.1]}"),
-        "4 space.optim.lr: low <= high must hold, but got [1.0, 0.1]; swap them",
+        "4 space.optim.lr: low must be at most high, but got [1.0, 0.1]; swap them",
     ),
     "one bound": (
         param("optim.lr: {float: [0.1]}"),
@@ -86,7 +86,7 @@ BROKEN = {
     ),
     "log from 0": (
         param("optim.lr: {float: [0, 1], log: true}"),
-        "4 space.optim.lr: log needs low > 0, but got 0.0; raise it",
+        "4 space.optim.lr: log requires low > 0, but got 0.0; raise it",
     ),
     "an endless bound": (
         param("optim.lr: {float: [0.1, .inf]}"),
@@ -94,7 +94,7 @@ BROKEN = {
     ),
     "a bound beyond the samplers": (
         param("optim.lr: {float: [0.1, 1.0e+300]}"),
-        "4 space.optim.lr: bounds must lie within -1e15 ... 1e15, but got [0.1, 1e+300]; narrow them",
+        "4 space.optim.lr: bounds must be within -1e15 ... 1e15, but got [0.1, 1e+300]; narrow them",
     ),
     "log and step": (
         param("optim.epochs: {int: [1, 5], log: true, step: 2}"),
@@ -102,11 +102,11 @@ BROKEN = {
     ),
     "log with choices": (
         param("optim.lr: {choices: [0.1], log: true}"),
-        "4 space.optim.lr: log and step go with int or float, but got choices; remove them",
+        "4 space.optim.lr: log and step require int or float, but got choices; remove them",
     ),
     "half a step": (
         param("optim.epochs: {int: [1, 5], step: 0.5}"),
-        "4 space.optim.epochs: step must be a whole number with int, but got 0.5; round it",
+        "4 space.optim.epochs: step must be an integer for int, but got 0.5; round it",
     ),
     "a step that misses the end": (
         param("optim.lr: {float: [0.1, 1], step: 0.4}"),
@@ -143,7 +143,7 @@ BROKEN = {
     "a setting of other kinds without when": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck: {int: [1, 3]}",
         "5 space.tuner.bottleneck: has no effect with tuner.kind linear_probe; "
-        "add when: {tuner.kind: [the kinds it belongs to]}",
+        "add when: {tuner.kind: [the kinds that have it]}",
     ),
     "a setting that the base excludes": (
         param("tuner.bottleneck: {int: [1, 3]}") + "base: {tuner: {kind: zero_shot}}",
@@ -156,7 +156,7 @@ BROKEN = {
     ),
     "a second tuner that searches no kind": (
         param("extra_tuner.bottleneck: {choices: [2]}"),
-        "3 space: must name its kind, but got {'bottleneck': 2}; add `kind: ...`",
+        "3 space: must have a kind, but got {'bottleneck': 2}; add `kind: ...`",
     ),
     "when of an unknown setting": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck:\n    int: [1, 3]\n    when: {tuner.knid: lora}",
@@ -175,11 +175,11 @@ BROKEN = {
         HEAD
         + "space:\n  seed: {int: [1, 2], when: {loss.tau: 1}}\n  optim.lr: {float: [0.1, 1], when: {optim.epochs: 1}}\n"
         "  optim.epochs: {int: [1, 2], when: {optim.lr: 0.1}}\n  loss.tau: {float: [0, 1], when: {optim.lr: 0.1}}",
-        "3 space: `when` must not go in a circle, but got optim.lr -> optim.epochs -> optim.lr; break it",
+        "3 space: `when` must not be circular, but got optim.lr -> optim.epochs -> optim.lr; break the circle",
     ),
     "when of itself": (
         param("seed: {int: [1, 2], when: {seed: 1}}"),
-        "3 space: `when` must not go in a circle, but got seed -> seed; break it",
+        "3 space: `when` must not be circular, but got seed -> seed; break the circle",
     ),
     "when that is a mapping of mappings": (
         param("seed: {int: [1, 2], when: {seed: {a: 1}}}"),
@@ -187,15 +187,15 @@ BROKEN = {
     ),
     "a baseline outside": (
         SEED + "baselines:\n  - {seed: 2}\n  - {seed: 10}",
-        "7 baselines.1.seed: must lie inside the space (1 ... 9), but got 10; widen the space or change the baseline",
+        "7 baselines.1.seed: must be inside the space (1 ... 9), but got 10; widen the space or change the baseline",
     ),
     "a baseline of another type": (
         SEED + "baselines: [{seed: 2.0}]",
-        "5 baselines.0.seed: must lie inside the space (1 ... 9), but got 2.0; widen the space or change the baseline",
+        "5 baselines.0.seed: must be inside the space (1 ... 9), but got 2.0; widen the space or change the baseline",
     ),
     "a baseline off the steps": (
         param("seed: {int: [1, 9], step: 4}") + "baselines: [{seed: 3}]",
-        "5 baselines.0.seed: must lie inside the space (1 ... 9), but got 3; widen the space or change the baseline",
+        "5 baselines.0.seed: must be inside the space (1 ... 9), but got 3; widen the space or change the baseline",
     ),
     "a baseline that is not searched": (
         SEED + "baselines: [{sed: 2}]",
@@ -208,7 +208,7 @@ BROKEN = {
     ),
     "an empty baseline": (
         SEED + "baselines: [{name: nothing}]",
-        "5 baselines.0: must set at least one setting of the space, but got none; add them",
+        "5 baselines.0: must set at least one setting of the space, but got none; add one",
     ),
     "an unknown metric": (
         SEED + "objectives: {validation/accurcy: max}",
@@ -250,7 +250,7 @@ BROKEN = {
     ),
     "no slots": (
         SEED + "scale: {max_concurrent: 0}",
-        "5 scale.max_concurrent: must be auto or a whole number of at least 1, but got 0; change it",
+        "5 scale.max_concurrent: must be auto or an integer of at least 1, but got 0; change it",
     ),
     "half a GPU": (
         SEED + "scale: {use_gpu: 0.5}",
@@ -481,8 +481,19 @@ def test_the_old_name_of_the_baselines_is_read_with_a_note(tmp_path: Path, capsy
         old.read_text().splitlines().index(next(li for li in old.read_text().splitlines() if li.startswith("start:")))
         + 1
     )
-    assert capsys.readouterr().err == f"{old}:{line} start: is called baselines now; the old name still works\n"
+    assert capsys.readouterr().err == f"{old}:{line} start: renamed to baselines; the old name still works\n"
     assert read_space(old, {"start": []}).baselines == []
     old.write_text(old.read_text() + "\nbaselines: []\n")
     with pytest.raises(BadInput, match=rf"{old}:{line} start: is the old name of baselines, but got both; remove one$"):
         read_space(old)
+
+
+def test_each_problem_is_an_error_of_its_own_with_its_parts(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(HEAD + "space:\n  optim.lrr: {float: [0.1, 1]}\n  tuner: {choices: [1]}\n")
+    with pytest.raises(BadInput) as caught:
+        read_space(path)
+    assert [(fault.place, fault.rule, fault.remedy) for fault in caught.value.faults] == [
+        (f"{path}:4 space.optim.lrr", "unknown setting 'optim.lrr'", "did you mean 'optim.lr'?"),
+        (f"{path}:5 space.tuner", "unknown setting 'tuner'", "did you mean 'tuner.mlp'?"),
+    ]

@@ -107,18 +107,18 @@ def test_gamma_u_one_makes_the_unlabelled_images_uniform() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"largest": 5}, "largest: must come with an imbalance, but got it alone; add --imbalance"),
-    ({"labelled": 5}, "labelled: must come with gamma-l, but got it without; add --gamma-l"),
-    ({"gamma_u": 5.0}, "gamma-u: must come with gamma-l, but got it without; add --gamma-l"),
-    ({"flipped": True}, "reversed: must come with gamma-l, but got it without; add --gamma-l"),
-    ({"labelled": 5, "gamma_l": 2.0}, "labelled: must come with unlabelled, but got it without; add --unlabelled"),
+    ({"largest": 5}, "largest: requires an imbalance, but got none; add --imbalance"),
+    ({"labelled": 5}, "labelled: requires gamma-l, but got none; add --gamma-l"),
+    ({"gamma_u": 5.0}, "gamma-u: requires gamma-l, but got none; add --gamma-l"),
+    ({"flipped": True}, "reversed: requires gamma-l, but got none; add --gamma-l"),
+    ({"labelled": 5, "gamma_l": 2.0}, "labelled: requires unlabelled, but got none; add --unlabelled"),
     (
         {"labelled": 5, "unlabelled": 5, "gamma_l": 2.0, "imbalance": 2.0},
-        "imbalance: must come without labelled, which has gamma-l for it, but got both; drop one",
+        "imbalance: cannot be combined with labelled, whose imbalance is gamma-l; remove one",
     ),
     (
         {"labelled": 5, "unlabelled": 5, "gamma_l": 2.0, "gamma_u": 1.0, "flipped": True},
-        "reversed: must have an order to turn round, but gamma-u is 1; drop it",
+        "reversed: requires an unlabelled imbalance above 1, but gamma-u is 1; remove it",
     ),
     (
         {"labelled": 5, "unlabelled": 6, "gamma_l": 2.0},
@@ -130,11 +130,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"validation_frac": 0.6, "test_frac": 0.5},
-        "test-frac: must leave images to train on, but got 0.5; give a smaller part",
+        "test-frac: must leave images for training, but got 0.5; give a smaller fraction",
     ),
     (
         {"test_frac": 1.0},
-        "test-frac: must be at least 0 and below 1, but got 1; give 0.1, for instance",
+        "test-frac: must be at least 0 and below 1, but got 1; for example, 0.1",
     ),
 ]
 

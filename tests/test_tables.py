@@ -84,47 +84,47 @@ def test_a_class_name_file_orders_labels_that_are_names(tmp_path: Path) -> None:
 
 NAMES = {"class_names": "{0}/names.txt"}
 CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
-    ("", {}, ": the image column must be plain, but got the columns none; pass --image-column"),
-    ("id,label\n", {}, ": the image column must be plain, but got the columns id, label; pass --image-column"),
+    ("", {}, ": the image column must be unambiguous, but got no columns; pass --image-column"),
+    ("id,label\n", {}, ": the image column must be unambiguous, but got the columns id, label; pass --image-column"),
     (
         "image,label,class\n",
         {},
-        ": the label column must be plain, but got the columns image, label, class; pass --label-column",
+        ": the label column must be unambiguous, but got the columns image, label, class; pass --label-column",
     ),
     (
         "image,label\n",
         {"label_column": "lable"},
-        ": must have the column 'lable', but it has none; did you mean 'label'?",
+        ": must have the column 'lable', but it is missing; did you mean 'label'?",
     ),
-    ("image,label\n", {}, ": must hold images, but got no row; check the file"),
-    ("image,label\na,b,c\n", {}, ":2: must have 2 cells, as the header, but got 3; mend it"),
+    ("image,label\n", {}, ": must contain images, but got no rows; check the file"),
+    ("image,label\na,b,c\n", {}, ":2: must have 2 cells, like the header, but got 3; fix it"),
     (
         "image,label\na,b\n ,b\n",
         {},
-        ":3: must have a cell in the column 'image', but got none; fill it or remove the row",
+        ":3: must have a value in the column 'image', but got none; fill it or remove the row",
     ),
     (
         'image,label\n"a\nb",b\nc,\n',
         {},
-        ":4: must have a cell in the column 'label', but got none; fill it or remove the row",
+        ":4: must have a value in the column 'label', but got none; fill it or remove the row",
     ),
     (
         "image,label,split\na,b,train\nc,b,eval\n",
         {},
         ":3: the split must be train, val or test, but got 'eval'; rename it",
     ),
-    ("image,label\na,b\na,b\n", {}, ":3: an image must be listed once, but 'a' is in {0}/t.csv:2 too; remove one"),
+    ("image,label\na,b\na,b\n", {}, ":3: each image must be listed once, but 'a' is in {0}/t.csv:2 too; remove one"),
     (
         "image,label\na,0\nb,1\n",
         {},
-        ": labels that are numbers must come with names, but got none; pass --class-names FILE",
+        ": numeric labels require class names, but got none; pass --class-names FILE",
     ),
     ("image,label\na,0\nb,2\n", NAMES, ":3: the label must be 0 to 1, but got '2'; check the 2 class names"),
     ("image,label\na,x\n", NAMES, ":2: the label must be a class name, but got 'x'; check the 2 class names"),
     (
         "image,label,split\na,x,train\nb,y,val\n",
         {},
-        ": every class must have an image, but 'y' have none; add images or remove them",
+        ": every class must have an image, but 'y' have none; add images or remove these classes",
     ),
     ('image,label\n"a,b\n', {}, ": must be CSV with a header, but got 'unexpected end of data'; check the file"),
 ]
@@ -218,28 +218,28 @@ PARQUET_FAULTS: list[tuple[dict[str, Any], dict[str, str], str]] = [
     (
         {"image": NUMBERS},
         {},
-        ": the column 'image' must hold paths, bytes or struct<bytes, path>, but got int64; pass --image-column",
+        ": the column 'image' must contain paths, bytes or struct<bytes, path>, but got int64; pass --image-column",
     ),
     (
         {"label": [0.5] * 6},
         {},
-        ": the column 'label' must hold whole numbers or text, but got double; pass --label-column",
+        ": the column 'label' must contain integers or text, but got double; pass --label-column",
     ),
-    ({"label": NUMBERS}, {}, ": labels that are numbers must come with names, but got none; pass --class-names FILE"),
+    ({"label": NUMBERS}, {}, ": numeric labels require class names, but got none; pass --class-names FILE"),
     (
         {"label": ["a", "b", "a", None, "a", "b"]},
         {},
-        " row 3: must have a cell in the column 'label', but got none; fill it or remove the row",
+        " row 3: must have a value in the column 'label', but got none; fill it or remove the row",
     ),
     (
         {"image": ["a", "b", None, "c", "d", "e"]},
         {},
-        " row 2: must have a cell in the column 'image', but got none; fill it or remove the row",
+        " row 2: must have a value in the column 'image', but got none; fill it or remove the row",
     ),
     (
         {"image": ["a", "b", "../c", "d", "e", "f"]},
         {},
-        " row 2: must name a file in the source, but got '../c', a path outside the source; mend it",
+        " row 2: must name a file in the source, but got '../c', a path outside the source; fix it",
     ),
     (
         {"label": [0, 1, 0, 1, -1, 1], "huggingface": {"label": {"names": ["a", "b"]}}},
@@ -247,7 +247,7 @@ PARQUET_FAULTS: list[tuple[dict[str, Any], dict[str, str], str]] = [
         " row 4: the label must be 0 to 1, but got '-1'; check the 2 class names",
     ),
     ({"split": ["train"] * 5 + ["all"]}, {}, " row 5: the split must be train, val or test, but got 'all'; rename it"),
-    ({}, {"image_column": "imag"}, ": must have the column 'imag', but it has none; did you mean 'image'?"),
+    ({}, {"image_column": "imag"}, ": must have the column 'imag', but it is missing; did you mean 'image'?"),
 ]
 
 
@@ -263,10 +263,14 @@ def test_a_fault_in_parquet_is_one_line(
 def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
     write_parquet(tmp_path, "train-0.parquet")
     write_parquet(tmp_path, "test-0.parquet", image=["x"] * 6)
-    with pytest.raises(BadInput, match=r"train-0.parquet: must be readable .*not those of test-0.parquet'; check"):
+    with pytest.raises(
+        BadInput, match=r"train-0.parquet: must be readable .*differ from those of test-0.parquet'; check"
+    ):
         scan_table(str(tmp_path), kind="parquet")
     write_parquet(tmp_path, "more.parquet")
-    with pytest.raises(BadInput, match=r"every file must tell its split, or none, but got 'more.parquet'; rename it$"):
+    with pytest.raises(
+        BadInput, match=r"every file name must state its split, or none may, but got 'more.parquet'; rename it$"
+    ):
         scan_table(str(tmp_path), kind="parquet")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.parquet").write_bytes(b"PAR1")

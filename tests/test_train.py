@@ -131,7 +131,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
     with pytest.raises(RunFailed) as caught:
         train.main([str(run_file), "--no-ray", "--out", str(out), "--checkpoint-steps", "2"])
     assert (
-        str(caught.value) == f"{out}: must take a checkpoint, but the disk is full; make room, then go on with --resume"
+        str(caught.value)
+        == f"{out}: cannot write a checkpoint: the disk is full; free some space, then continue with --resume"
     )
     names = [path.name for path in (out / "checkpoints").iterdir()]
     assert names
@@ -211,7 +212,7 @@ def test_storage_that_stays_away_is_one_line(monkeypatch: pytest.MonkeyPatch, tm
     (output.folder / "run.yaml").write_text("name: x")
     with pytest.raises(RunFailed) as caught:
         output.publish()
-    assert str(caught.value).startswith(f"{output.url}: must take the results, but: ")
+    assert str(caught.value).startswith(f"{output.url}: the storage failed: ")
     assert "\n" not in str(caught.value)
 
 

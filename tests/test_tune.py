@@ -190,7 +190,7 @@ def test_a_trial_that_fits_no_node_is_said_before_anything_starts(
         ),
         (
             ["dataset=embedded:caltech102"],
-            "embedded:caltech102: must name data in the package, but got 'caltech102'; did you mean 'caltech101'?",
+            "embedded:caltech102: must name a dataset in the package, but got 'caltech102'; did you mean 'caltech101'?",
         ),
         (
             ["search.trails=4"],
@@ -202,7 +202,7 @@ def test_a_trial_that_fits_no_node_is_said_before_anything_starts(
         ),
         (
             ["trials"],
-            "command line: settings must be written key=value, but got 'trials'; for example loss.tau=0.5",
+            "command line: settings must be written key=value, but got 'trials'; for example, loss.tau=0.5",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from lift_ray.data.decode import Pixels
 from lift_ray.data.open import open_dataset
 from lift_ray.data.order import epoch_order
 from lift_ray.data.reader import RowReader
-from lift_ray.data.views import GREY, LEVEL, NUM_DRAWS, OPERATIONS, STRONG_DRAWS, strong_view, two_views, weak_view
+from lift_ray.data.views import GRAY, LEVEL, NUM_DRAWS, OPERATIONS, STRONG_DRAWS, strong_view, two_views, weak_view
 
 POOL = open_dataset("embedded:caltech101-half").split("unlabelled")
 TORCHVISION = {
@@ -73,9 +73,9 @@ def test_the_grey_square_grows_with_the_picture_and_is_cut_at_its_border(share: 
     here = np.zeros((48, 48, 3), np.uint8)
     draw = np.full(STRONG_DRAWS, 0.5)
     draw[3:-2] = 0  # identity, twice
-    assert (strong_view(here, draw, share) == GREY).all(-1).sum() == round(48 * share) ** 2
+    assert (strong_view(here, draw, share) == GRAY).all(-1).sum() == round(48 * share) ** 2
     draw[-2:] = 0
-    assert (strong_view(here, draw, share) == GREY).all(-1).sum() == round(48 * share / 2) ** 2
+    assert (strong_view(here, draw, share) == GRAY).all(-1).sum() == round(48 * share / 2) ** 2
 
 
 def test_views_depend_on_their_draws_alone() -> None:

@@ -1,7 +1,7 @@
-"""Decoded pictures to square uint8 pictures: random crops for training, a centre crop or five crops for evaluation.
+"""Convert decoded images to square uint8 images: random crops for training, a center crop or five crops for evaluation.
 
-Resizing is torch's, bicubic or bilinear with antialiasing, as torchvision's transforms of tensors do it. Its vector code
-takes a third of Pillow's time and differs from Pillow by one level in 0.3% of the values, by two in a few of a million.
+Images are resized by torch, bicubic or bilinear with antialiasing, like torchvision's transforms of tensors. Its vectorized
+code takes a third of Pillow's time. It differs from Pillow by one level in 0.3% of the values, by two in a few per million.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROWTH: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of a picture, in its pixels, and what is done with it."""
+    """A rectangle of an image in pixels, with its interpolation mode and flip."""
 
     left: int
     top: int
@@ -43,7 +43,7 @@ FindCrop = Callable[[int, int], Crop]
 
 
 def smallest_area(schedule: str, epoch: int, epochs: int) -> float:
-    """Smallest crop as a share of the picture: 0.08 + 0.92 g(t), t = epoch / (epochs - 1) (arXiv 2504.13282).
+    """Return the smallest crop as a fraction of the image area: 0.08 + 0.92 g(t), t = epoch / (epochs - 1) (arXiv 2504.13282).
 
     Args:
         epoch: from 0; t is 0 when there is only one epoch.
@@ -53,9 +53,9 @@ def smallest_area(schedule: str, epoch: int, epochs: int) -> float:
 
 
 def square_crop(width: int, height: int, smallest: float, draw: NDArray[np.float64]) -> Crop:
-    """A square whose share of the area is uniform in [smallest, 1]; no flip, no change of aspect (arXiv 2504.13282).
+    """Draw a square whose fraction of the area is uniform in [smallest, 1], without flip or change of aspect (arXiv 2504.13282).
 
-    Both ends are capped at the largest square's share.
+    Both bounds are capped at the fraction of the largest square.
 
     Args:
         draw: three numbers in [0, 1): area, left, top.
@@ -68,7 +68,7 @@ def square_crop(width: int, height: int, smallest: float, draw: NDArray[np.float
 
 
 def any_crop(width: int, height: int, draw: NDArray[np.float64]) -> Crop:
-    """A crop of 8% to all of the area and 3/4 to 4/3 aspect, bilinear, half of them flipped (arXiv 2309.10019).
+    """Draw a crop of 8% to 100% of the area and aspect 3/4 to 4/3, bilinear, flipped with probability 1/2 (arXiv 2309.10019).
 
     Args:
         draw: three numbers in [0, 1) that decide everything.
@@ -81,88 +81,88 @@ def any_crop(width: int, height: int, draw: NDArray[np.float64]) -> Crop:
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
             break
-    else:  # the middle, as far as the aspect allows
+    else:  # the largest center crop that the aspect allows
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
     return Crop(left, top, w, h, "bilinear", bool(random.random() < 0.5))
 
 
 def training_image(encoded: bytes, size_px: int, find: FindCrop, *, reduced: bool = False) -> Pixels:
-    """(size, size, 3) uint8: a crop of an encoded picture, resized.
+    """Return a resized crop of an encoded image, (size, size, 3) uint8.
 
     Args:
-        find: the crop of a picture of (width, height).
-        reduced: decode a JPEG smaller than it is where the crop still has at least `size_px` pixels a side.
+        find: returns the crop for an image of (width, height).
+        reduced: decode a JPEG at a lower resolution if the crop still has at least `size_px` pixels per side.
     """
 
     def spare(width: int, height: int) -> float:
         crop = find(width, height)
         return min(crop.width, crop.height) / size_px
 
-    picture = decode(encoded, spare if reduced else None)
-    crop = find(picture.shape[1], picture.shape[0])
-    part = picture[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    image = decode(encoded, spare if reduced else None)
+    crop = find(image.shape[1], image.shape[0])
+    part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     small = resized(part, size_px, size_px, crop.mode)
     return small[:, ::-1] if crop.flip else small
 
 
 def training_images_on(device: torch.device, encoded: list[bytes], size_px: int, finds: list[FindCrop]) -> torch.Tensor:
-    """(b, 3, size, size) uint8 on a device, decoded and resized there."""
+    """Return images decoded and resized on a device, (b, 3, size, size) uint8."""
     out = torch.empty(len(encoded), 3, size_px, size_px, dtype=torch.uint8, device=device)
-    for row, picture, find in zip(out, decode_on(device, encoded), finds, strict=True):
-        crop = find(picture.shape[2], picture.shape[1])
-        part = picture[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width].float()
+    for row, image, find in zip(out, decode_on(device, encoded), finds, strict=True):
+        crop = find(image.shape[2], image.shape[1])
+        part = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width].float()
         small = F.interpolate(part[None], size=(size_px, size_px), mode=crop.mode, antialias=True)[0]
         row.copy_((small.flip(-1) if crop.flip else small).round_().clamp_(0, 255))
     return out
 
 
 def evaluation_image(encoded: bytes, size_px: int) -> Pixels:
-    """(size, size, 3) uint8: short side to 8/7 of the size (224 -> 256), then the centre."""
+    """Return the evaluation crop, (size, size, 3) uint8: short side resized to 8/7 of the size (224 -> 256), then a center crop."""
     return centre_crop(decode(encoded), size_px)
 
 
-def centre_crop(picture: Pixels, size_px: int) -> Pixels:
-    """`evaluation_image` of what is decoded already."""
-    picture = _short_side(picture, round(size_px * 8 / 7))
-    left, top = (round((side - size_px) / 2) for side in (picture.shape[1], picture.shape[0]))
-    return picture[top : top + size_px, left : left + size_px]
+def centre_crop(image: Pixels, size_px: int) -> Pixels:
+    """Return the evaluation crop of a decoded image, (size, size, 3)."""
+    image = _short_side(image, round(size_px * 8 / 7))
+    left, top = (round((side - size_px) / 2) for side in (image.shape[1], image.shape[0]))
+    return image[top : top + size_px, left : left + size_px]
 
 
 def five_crops(encoded: bytes, size_px: int) -> Pixels:
-    """(5, size, size, 3) uint8 for test-time ensembling: the corners and the centre (arXiv 2309.10019).
+    """Return the corners and the center for test-time ensembling, (5, size, size, 3) uint8 (arXiv 2309.10019).
 
-    The short side is resized to size + 24; for pictures under 224 px by the same share.
+    The short side is resized to size + 24 px; for sizes below 224 px, the margin of 24 shrinks in proportion.
     """
     return corners_and_centre(decode(encoded), size_px)
 
 
-def corners_and_centre(picture: Pixels, size_px: int) -> Pixels:
-    """`five_crops` of what is decoded already."""
-    picture = _short_side(picture, size_px + min(24, round(size_px * 24 / 224)))
-    bottom, right = picture.shape[0] - size_px, picture.shape[1] - size_px
+def corners_and_centre(image: Pixels, size_px: int) -> Pixels:
+    """Return the five crops of a decoded image, (5, size, size, 3)."""
+    image = _short_side(image, size_px + min(24, round(size_px * 24 / 224)))
+    bottom, right = image.shape[0] - size_px, image.shape[1] - size_px
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-    return np.stack([picture[top : top + size_px, left : left + size_px] for top, left in corners])
+    return np.stack([image[top : top + size_px, left : left + size_px] for top, left in corners])
 
 
-def resized(picture: Pixels, width: int, height: int, mode: str = "bicubic") -> Pixels:
-    """(height, width, 3): resized with antialiasing."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    # numpy copies on this thread; a copy in torch may start threads of its own
-    dense = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
+def resized(image: Pixels, width: int, height: int, mode: str = "bicubic") -> Pixels:
+    """Resize an image to (height, width, 3) with antialiasing."""
+    if image.shape[:2] == (height, width):
+        return image
+    # numpy copies in this thread; a copy in torch may start more threads
+    dense = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     small: Pixels = F.interpolate(dense, size=(height, width), mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
     return small
 
 
 def growing_px(start_px: int, full_px: int, patch_px: int, epoch: int, epochs: int) -> int:
-    """Side of the training pictures in an epoch: from start to full in equal steps, in whole patches."""
+    """Return the side of the training images in an epoch: from start to full in equal steps, rounded to whole patches."""
     t = epoch / (epochs - 1) if epochs > 1 else 1.0
     return max(1, round((start_px + (full_px - start_px) * t) / patch_px)) * patch_px
 
 
-def _short_side(picture: Pixels, side_px: int) -> Pixels:
-    height, width = picture.shape[:2]
+def _short_side(image: Pixels, side_px: int) -> Pixels:
+    height, width = image.shape[:2]
     if width < height:
-        return resized(picture, side_px, int(side_px * height / width))
-    return resized(picture, int(side_px * width / height), side_px)
+        return resized(image, side_px, int(side_px * height / width))
+    return resized(image, int(side_px * width / height), side_px)

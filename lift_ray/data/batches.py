@@ -1,7 +1,7 @@
-"""The order of samples, and a stream of decoded batches that runs ahead of the training step.
+"""Streams of decoded batches that are prepared ahead of the training step.
 
-The order is a pure function of (seed, epoch, layout of the split), and so is the augmentation of every sample: the global
-batches are the same for any number of workers, and resuming at a step equals skipping the steps before it.
+The order of samples and their augmentation are pure functions of (seed, epoch, layout of the split). The global batches are
+therefore the same for any number of workers, and resuming at a step is the same as skipping the steps before it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from lift_ray.data.order import (
 )
 from lift_ray.data.reader import RowReader
 from lift_ray.data.views import NUM_DRAWS, two_views
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 
 AHEAD = 3
-PIECE = 8  # pictures of a batch that one thread decodes at a time
-MOST_DECODERS = 4  # more threads of one interpreter wait for each other, and hold up the one that trains
+PIECE = 8  # images that a thread decodes at a time
+MOST_DECODERS = 4  # more threads wait for each other in one interpreter, and delay the training thread
 
 Decode = Literal["exact", "reduced", "gpu"]
 Given = TypeVar("Given")
@@ -61,7 +61,7 @@ class Batch:
     Args:
         images: (b, 3, H, W) uint8.
         labels: (b,) int64.
-        patches: (b, P) int64, the patches that are looked at; None for all.
+        patches: (b, P) int64, the patches that the model sees; None for all.
     """
 
     images: Tensor
@@ -90,18 +90,18 @@ def training_batches(
     device: torch.device | None = None,
     shuffle_bytes: int = SHUFFLE_BYTES,
 ) -> Iterator[Batch]:
-    """This rank's share of every global batch of an epoch; the incomplete last batch is left out.
+    """Yield this rank's part of every global batch of an epoch; an incomplete last batch is dropped.
 
     Args:
-        size_px: side of the square pictures.
-        epoch: from 0, of `epochs` in the run; sets the augmentation's schedule.
+        size_px: side of the square images.
+        epoch: current epoch, from 0, of `epochs` in the run; sets the schedule of the augmentation.
         schedule: a key of augment.GROWTH, for `mda`.
-        kind: mda, crop_flip, or none for the evaluation crop.
-        num_patches: patches in a picture; only patch_dropout needs it.
-        patch_dropout: share of them to leave out, in [0, 1); at least one stays.
-        start_step: steps of this epoch that are done already.
-        decode: exact; reduced: large JPEGs decoded at 1/2, 1/4 or 1/8 where a crop does not need more; gpu: on `device`.
-        shuffle_bytes: encoded pictures that are shuffled together; part of what decides the order.
+        kind: augmentation: mda, crop_flip, or none for the evaluation crop.
+        num_patches: patches per image; required by patch_dropout only.
+        patch_dropout: fraction of the patches to drop, in [0, 1); at least one stays.
+        start_step: number of steps of this epoch already done.
+        decode: exact; reduced: decode large JPEGs at 1/2, 1/4 or 1/8 if the crop does not need more; gpu: decode on `device`.
+        shuffle_bytes: size of the encoded images that are shuffled together; the order depends on it.
     """
     order = epoch_order(split, seed, epoch, shuffle_bytes)
     smallest, decoders = smallest_area(schedule, epoch, epochs), _decoders(num_threads)
@@ -165,15 +165,17 @@ def unlabelled_batches(
     num_threads: int = 1,
     shuffle_bytes: int = SHUFFLE_BYTES,
 ) -> Iterator[Batch]:
-    """This rank's share of batches of a split whose labels are not learnt from; after a pass over it the next one begins.
+    """Yield this rank's part of the batches of a split whose labels are not used for training; passes follow each other.
 
-    Of each picture there are a weak and a strong view: images (b, 2, 3, H, W), patches (b, 2, P). The labels are for measuring.
+    Each image has a weak and a strong view: images (b, 2, 3, H, W), patches (b, 2, P). The labels are for evaluation only.
 
     Args:
-        start_step: steps since the run began, over all its epochs; the batches are those of the next `num_steps`.
-        cutout_frac: as in `views.strong_view`.
-
-    The others are those of `training_batches`.
+        size_px: side of the square images.
+        start_step: number of steps since the run began, over all epochs; the batches of the next `num_steps` follow.
+        cutout_frac: side of the gray square of the strong view, as a fraction of the image's side.
+        num_patches: patches per image; required by patch_dropout only.
+        patch_dropout: fraction of the patches to drop, in [0, 1); at least one stays.
+        shuffle_bytes: size of the encoded images that are shuffled together; the order depends on it.
     """
     order = lru_cache(4)(partial(epoch_order, split, seed, shuffle_bytes=shuffle_bytes))
     decoders = _decoders(num_threads)
@@ -218,19 +220,19 @@ def evaluation_batches(
     crops: bool = False,
     samples: Int64s | None = None,
 ) -> Iterator[Batch]:
-    """This rank's stretch of a split, or of some of its samples; over all ranks every sample comes exactly once.
+    """Yield this rank's slice of a split, or of some of its samples; over all ranks, every sample comes exactly once.
 
     Args:
-        crops: five crops of each picture: images (b, 5, 3, H, W).
-        samples: sample numbers; all when not given.
+        crops: take five crops of each image: images (b, 5, 3, H, W).
+        samples: sample numbers; None for all.
     """
     wanted = np.arange(split.num_samples) if samples is None else samples
     mine = wanted[rank_slice(len(wanted), rank, world_size)]
-    picture, decoders = five_crops if crops else evaluation_image, _decoders(num_threads)
+    image, decoders = five_crops if crops else evaluation_image, _decoders(num_threads)
 
     def make(step: int) -> Batch:
         places = mine[step * batch_size : (step + 1) * batch_size]
-        return _batch(reader, split, places, lambda data, i: picture(data, size_px), decoders)
+        return _batch(reader, split, places, lambda data, i: image(data, size_px), decoders)
 
     def prefetch(step: int) -> None:
         reader.prefetch(mine[step * batch_size : (step + 1) * batch_size])
@@ -241,7 +243,7 @@ def evaluation_batches(
 
 
 def _decoders(num_threads: int) -> ThreadPoolExecutor | None:
-    """Threads that share the pictures of a batch, so that the first one is there soon; None where there is but one."""
+    """Return threads that share the images of a batch, so that the first batch is ready soon; None for a single thread."""
     return ThreadPoolExecutor(min(num_threads, MOST_DECODERS), "lift-decode") if num_threads > 1 else None
 
 
@@ -249,27 +251,27 @@ def _batch(
     reader: RowReader,
     split: Split,
     samples: Int64s,
-    picture: Callable[[bytes, int], Pixels],
+    image: Callable[[bytes, int], Pixels],
     decoders: ThreadPoolExecutor | None,
 ) -> Batch:
     encoded = reader.read(samples)
 
     def planar(place: int) -> Pixels:
         try:
-            return np.moveaxis(picture(encoded[place], place), -1, -3)
+            return np.moveaxis(image(encoded[place], place), -1, -3)
         except IMAGE_ERRORS as error:
             raise _broken(split, samples[place], error) from None
 
     def fill(places: range) -> None:
         for place in places:
-            pictures[place] = planar(place)
+            images[place] = planar(place)
 
-    first = planar(0)
-    pictures = np.empty((len(samples), *first.shape), np.uint8)
-    pictures[0] = first
+    first = planar(0)  # its shape is that of the batch, whose rows several threads then fill in place
+    images = np.empty((len(samples), *first.shape), np.uint8)
+    images[0] = first
     pieces = [range(start, min(start + PIECE, len(samples))) for start in range(1, len(samples), PIECE)]
     deque((decoders.map if decoders else map)(fill, pieces), maxlen=0)
-    return Batch(torch.from_numpy(pictures), torch.from_numpy(split.labels[samples]))
+    return Batch(torch.from_numpy(images), torch.from_numpy(split.labels[samples]))
 
 
 def _batch_on(
@@ -290,8 +292,10 @@ def _batch_on(
 
 def _broken(split: Split, sample: int, error: Exception) -> BadInput:
     return BadInput(
-        f"{split.shards[0].url.rsplit('/', 1)[0]}: row {split.rows[sample]} of {split.name} must be a readable image, "
-        f"but got {' '.join(str(error).split())}; convert again with --skip-bad"
+        split.shards[0].url.rsplit("/", 1)[0],
+        f"row {split.rows[sample]} of {split.name} must be a readable image",
+        one_line(error),
+        "convert again with --skip-bad",
     )
 
 
@@ -303,11 +307,11 @@ def _ahead(
     read_ahead: int = 0,
     decoders: ThreadPoolExecutor | None = None,
 ) -> Iterator[Made]:
-    """Batches in order, a few made ahead by threads, and what `read_ahead` further steps need read ahead.
+    """Yield batches in order; threads make a few ahead, and the data of `read_ahead` further steps is prefetched.
 
     Args:
-        num_threads: that make them, at most MOST_DECODERS.
-        decoders: threads that `make` gives its work to, closed at the end; the threads here then only wait for them.
+        num_threads: number of threads that make batches, at most MOST_DECODERS.
+        decoders: threads that `make` delegates to, shut down at the end; the threads here then only wait for them.
     """
     coming, to_read = iter(steps), iter(steps)
     makers = AHEAD if decoders else min(num_threads, MOST_DECODERS)
@@ -327,10 +331,12 @@ def _ahead(
 def in_order(
     pool: ThreadPoolExecutor, make: Callable[[Given], Made], things: Iterable[Given], most: int
 ) -> Iterator[Made]:
-    """What threads make of things, in order, at most so many ahead; what has not begun when it ends early is cancelled.
+    """Yield the results of `make` in order; threads compute at most `most` of them ahead.
+
+    If the caller stops early, pending work is canceled.
 
     Args:
-        things: asked for by the caller's thread alone.
+        things: iterated in the caller's thread only.
     """
     waiting: deque[Future[Made]] = deque()
     try:
@@ -345,5 +351,5 @@ def in_order(
             future.cancel()
 
 
-# what Pillow raises for broken images
+# exceptions that Pillow raises for broken images
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError)

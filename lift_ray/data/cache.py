@@ -1,6 +1,7 @@
-"""What is kept on this machine of data in remote stores: the index of each data set, and whole shards when asked for.
+"""Local cache of remote data: the index of each dataset, and optionally whole shards.
 
-LIFT_CACHE names the folder (~/.cache/lift_ray). LIFT_CACHE_GB, a number above 0, lets whole shards be kept, up to that size.
+LIFT_CACHE is the folder (default ~/.cache/lift_ray). LIFT_CACHE_GB, a number above 0, enables caching of whole shards up to that
+size.
 """
 
 from __future__ import annotations
@@ -29,30 +30,30 @@ from lift_ray.storage.store import fetch
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Shard
 
-DOWNLOAD_BYTES = 2**24  # of one request
-DEAD_S = 900.0  # a download that wrote nothing for so long has died
-NEEDED_S = 86400.0  # in random order a shard used today is needed again before another one has paid for its download
+DOWNLOAD_BYTES = 2**24  # per request
+DEAD_S = 900.0  # a download that wrote nothing for this long is dead
+NEEDED_S = 86400.0  # in random order, a shard used today is needed again before a new one would pay for its download
 
 
 def cache_folder() -> Path:
-    """LIFT_CACHE, or ~/.cache/lift_ray."""
+    """Return the cache folder: LIFT_CACHE, or ~/.cache/lift_ray."""
     return Path(os.environ.get("LIFT_CACHE") or "~/.cache/lift_ray").expanduser()
 
 
 def shard_limit_bytes() -> int:
-    """LIFT_CACHE_GB in bytes; 0, the default, keeps no shards. Raises BadInput when it is not a number of at least 0."""
+    """Return LIFT_CACHE_GB in bytes; 0, the default, caches no shards. Raises BadInput unless it is a number of at least 0."""
     text = os.environ.get("LIFT_CACHE_GB") or "0"
     try:
         size = float(text)
     except ValueError:
         size = math.nan
     if not 0 <= size < math.inf:
-        raise BadInput(f"LIFT_CACHE_GB: must be a number of at least 0, but got {text!r}; give 100, for instance")
+        raise BadInput("LIFT_CACHE_GB", "must be a number of at least 0", f"{text!r}", "for example, 100")
     return int(size * 1e9)
 
 
 def load_index(url: str, fingerprint: str) -> dict[str, Any] | None:
-    """The arrays kept for a data set; None when there are none, they cannot be read, or the fingerprint is another."""
+    """Return the cached arrays of a dataset; None if there are none, they are unreadable, or the fingerprint differs."""
     try:
         with np.load(_index_file(url), allow_pickle=False) as stored:
             arrays = dict(stored)
@@ -62,7 +63,7 @@ def load_index(url: str, fingerprint: str) -> dict[str, Any] | None:
 
 
 def store_index(url: str, fingerprint: str, arrays: dict[str, Any]) -> None:
-    """Keep arrays for a data set under a temporary name first; nothing happens when the folder cannot be written."""
+    """Cache arrays of a dataset, whole or not at all; does nothing if the folder cannot be written."""
     with suppress(OSError):
         _index_file(url).parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=_index_file(url).parent, suffix=".partial")
@@ -75,23 +76,23 @@ def store_index(url: str, fingerprint: str, arrays: dict[str, Any]) -> None:
 
 
 class ShardCopies:
-    """Whole shards of remote stores on this machine's disk, shared by all its processes.
+    """Local copies of whole remote shards, shared by all processes of this machine.
 
-    The first process that needs a shard downloads it; the others read from the store until it is there. The least
-    recently used shards are dropped to stay within the limit, but not for another shard of the same data set: that one is
-    read from the store. So is everything when the disk is full, after one warning.
+    The first process that needs a shard downloads it; the others read from the store until the copy is complete. The least
+    recently used shards are dropped to stay within the limit, but not for another shard of the same dataset, which is then
+    read from the store. If the disk is full, everything is read from the store after one warning.
     """
 
     def __init__(self, limit_bytes: int, patience_s: float) -> None:
-        """`limit_bytes` bounds all shards in the folder, those being downloaded included."""
+        """`limit_bytes` bounds all shards in the folder, including those being downloaded."""
         self._limit_bytes, self._patience_s = limit_bytes, patience_s
         self._folder = cache_folder() / "shards"
         self._off, self._lock = limit_bytes == 0, threading.Lock()
 
     def path(self, shard: Shard) -> Path | None:
-        """Where the whole shard is, after a download if need be; None when it is to be read from its store.
+        """Return the path of the local copy, downloaded if necessary; None if the shard is to be read from its store.
 
-        Raises BadInput when the store fails, or twice delivers what is not what the manifest says.
+        Raises BadInput when the store fails, or the checksum differs from the manifest twice.
         """
         if self._off or not shard.identity:
             return None
@@ -100,7 +101,7 @@ class ShardCopies:
         )
         try:
             with suppress(FileNotFoundError):
-                os.utime(copy)  # the time of use, for dropping
+                os.utime(copy)  # time of last use, which decides what is dropped
                 return copy
             self._folder.mkdir(parents=True, exist_ok=True)
             if partial := self._reserved(copy, shard.num_bytes):
@@ -116,12 +117,12 @@ class ShardCopies:
                 first, self._off = not self._off, True
             if first:
                 warnings.warn(
-                    f"{self._folder}: no more shards are kept ({error}); reading from the store", stacklevel=2
+                    f"{self._folder}: shards are no longer cached ({error}); reading from the store", stacklevel=2
                 )
         return None
 
     def _reserved(self, copy: Path, num_bytes: int) -> Path | None:
-        """A temporary file of full length; None when another process downloads this shard, or there is no room."""
+        """Return a temporary file of full length; None if another process downloads this shard, or there is no space."""
         with self._alone():
             now, old = time.time(), []
             excess = num_bytes - self._limit_bytes
@@ -147,12 +148,12 @@ class ShardCopies:
                 excess -= size
             partial = copy.with_name(f"{copy.stem}.{os.getpid()}.partial")
             with partial.open("wb") as file:
-                file.truncate(num_bytes)  # takes its place in the sum from now on
+                file.truncate(num_bytes)  # counts towards the limit from now on
             return partial
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Inside, no other thread or process counts or names files of the folder."""
+        """Lock the folder: no other thread or process counts or renames its files."""
         with (self._folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -160,6 +161,7 @@ class ShardCopies:
     def _download(self, shard: Shard, partial: Path) -> None:
         for _ in range(2):
             digest = hashlib.sha256()
+            # not "wb": the file keeps its full length, which counts towards the limit
             with partial.open("r+b") as file:
                 for start in range(0, shard.num_bytes, DOWNLOAD_BYTES):
                     end = min(start + DOWNLOAD_BYTES, shard.num_bytes)
@@ -169,8 +171,10 @@ class ShardCopies:
             if digest.hexdigest() == shard.sha256 or not shard.sha256:
                 return
         raise BadInput(
-            f"{shard.url}: must have the sha256 of the manifest, {shard.sha256[:12]}..., but got a checksum mismatch "
-            f"({digest.hexdigest()[:12]}...); {RECONVERT} or copy it again"
+            shard.url,
+            f"must match the sha256 in the manifest, {shard.sha256[:12]}...",
+            f"a checksum mismatch ({digest.hexdigest()[:12]}...)",
+            f"{RECONVERT} or copy it again",
         )
 
 

@@ -1,4 +1,4 @@
-"""A dataset: its classes, its splits and their shards."""
+"""Datasets: classes, splits and their shards."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Shard:
     """One Parquet file.
 
     Attributes:
-        url: where it is.
-        row_groups: rows of each of its row groups.
-        row_group_bytes: bytes of the images of each, uncompressed; () when not known.
-        num_bytes: of the whole file; 0 when not known.
-        identity: changes with the file's content; "" when the store does not tell, or is this machine's own disk.
-        sha256: of the file, when there is a manifest.
+        url: path or URL of the file.
+        row_groups: number of rows of each row group.
+        row_group_bytes: uncompressed bytes of the images of each row group; () if unknown.
+        num_bytes: size of the file; 0 if unknown.
+        identity: changes with the file's content; "" for local files, or if the store does not report it.
+        sha256: checksum of the file if there is a manifest.
     """
 
     url: str
@@ -32,7 +32,7 @@ class Shard:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the whole file."""
+        """Number of rows of the file."""
         return sum(self.row_groups)
 
 
@@ -41,11 +41,11 @@ class Split:
     """The kept samples of one split, in storage order.
 
     Attributes:
-        name: one of SPLITS; the labels of `unlabelled` are for measuring only.
-        shards: its files, by name.
+        name: one of SPLITS; the labels of `unlabelled` are for evaluation only.
+        shards: its files, sorted by name.
         labels: label of every kept sample, (N,).
-        rows: global row number, counted through the shards, of every kept sample, (N,), ascending.
-        image_column: name of the column of images.
+        rows: row number of every kept sample, counted across the shards, (N,), ascending.
+        image_column: name of the image column.
     """
 
     name: str
@@ -56,19 +56,19 @@ class Split:
 
     @property
     def num_samples(self) -> int:
-        """N, the number of kept samples."""
+        """Number of kept samples N."""
         return len(self.labels)
 
     def class_counts(self, num_classes: int) -> Int64s:
-        """Kept samples of each class, (K,)."""
+        """Return the number of kept samples of each class, (K,)."""
         return np.bincount(self.labels, minlength=num_classes).astype(np.int64)
 
     def take(self, samples: Int64s) -> Split:
-        """The samples of these numbers, in this order."""
+        """Return the samples with these numbers, in this order."""
         return replace(self, labels=self.labels[samples], rows=self.rows[samples])
 
     def share(self, frac: float) -> Split:
-        """The first `round(frac * n)` kept samples of each class in storage order, at least one of each; frac in (0, 1]."""
+        """Return the first `round(frac * n)` kept samples of each class in storage order, at least one; frac in (0, 1]."""
         if frac == 1:
             return self
         counts = self.class_counts(int(self.labels.max()) + 1)
@@ -77,7 +77,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """An opened data set: where it is, its class names (K of them) and its splits by name."""
+    """An open dataset: URI, K class names, and splits by name."""
 
     uri: str
     class_names: tuple[str, ...]
@@ -85,12 +85,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """K, the number of classes."""
+        """Number of classes K."""
         return len(self.class_names)
 
     def split(self, name: str) -> Split:
-        """The split of this name. Raises BadInput, naming what is there, when it is absent."""
+        """Return a split by name. Raises BadInput, naming the existing splits, if it does not exist."""
         if name not in self.splits:
             there = ", ".join(self.splits)
-            raise BadInput(f"{self.uri}: must hold the split {name!r}, but got only {there}; choose one of these")
+            raise BadInput(self.uri, f"must have the split {name!r}", f"only {there}", "choose one of these")
         return self.splits[name]

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: JPEG through torchcodec, everything else (and what it cannot read) through Pillow."""
+"""Decode images: JPEG with torchcodec, other formats (and JPEGs that it cannot read) with Pillow."""
 
 from __future__ import annotations
 
@@ -14,59 +14,58 @@ from PIL import Image, ImageOps
 from torchcodec.decoders import decode_jpeg  # type: ignore[attr-defined]
 
 Pixels = NDArray[np.uint8]
-MAX_PIXELS = 178_956_970  # what Pillow takes for a decompression bomb
+MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 JPEG = b"\xff\xd8\xff"
 
 
 def decode(encoded: bytes, spare: Callable[[int, int], float] | None = None) -> Pixels:
-    """The picture as (H, W, 3) uint8, RGB and upright; transparency is dropped.
+    """Decode an image to (H, W, 3) uint8, RGB and upright; transparency is dropped.
 
     Args:
-        encoded: JPEG, PNG, WebP or anything else that Pillow reads.
-        spare: given (width, height), how many times smaller the picture may be. A JPEG is then decoded at 1/2, 1/4 or 1/8,
-            which saves most of the work; a crop of it may move by up to a pixel. None decodes exactly.
+        encoded: JPEG, PNG, WebP or any other format that Pillow reads.
+        spare: returns, for (width, height), by which factor the image may be smaller. A JPEG is then decoded at 1/2, 1/4
+            or 1/8, which saves most of the work; a crop may shift by up to a pixel. None decodes exactly.
 
     Raises:
-        OSError, ValueError, SyntaxError: as Pillow raises them for a broken image; ValueError for one over MAX_PIXELS.
+        OSError, ValueError, SyntaxError: the image is broken (Pillow's exceptions); ValueError also above MAX_PIXELS.
     """
     jpeg = encoded.startswith(JPEG)
     if spare is None and jpeg:
         width, height = jpeg_size(encoded)
         check_pixels(width, height)
-        with suppress(
-            RuntimeError
-        ):  # Pillow reads more of what is out of the ordinary, and says what is wrong with the rest
-            picture: Pixels = decode_jpeg(encoded).permute(1, 2, 0).numpy()  # type: ignore[union-attr]
-            return picture
-    with Image.open(io.BytesIO(encoded)) as image:
-        check_pixels(*image.size)
+        # Pillow reads more unusual files, and explains what is wrong with broken ones
+        with suppress(RuntimeError):
+            image: Pixels = decode_jpeg(encoded).permute(1, 2, 0).numpy()  # type: ignore[union-attr]
+            return image
+    with Image.open(io.BytesIO(encoded)) as opened:
+        check_pixels(*opened.size)
         if spare is not None and jpeg:
-            factor = max(1.0, spare(*image.size))
-            image.draft("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            factor = max(1.0, spare(*opened.size))
+            opened.draft("RGB", (math.ceil(opened.width / factor), math.ceil(opened.height / factor)))
+        return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
 
 
 def decode_on(device: torch.device, encoded: list[bytes]) -> list[torch.Tensor]:
-    """The pictures as (3, H, W) uint8 on a device: JPEG decoded there (nvJPEG on a GPU), others here and copied.
+    """Decode images to (3, H, W) uint8 on a device: JPEG there (nvJPEG on a GPU), other formats on the CPU and copied.
 
     Raises what `decode` raises.
     """
     jpegs = [index for index, data in enumerate(encoded) if data.startswith(JPEG)]
     for index in jpegs:
         check_pixels(*jpeg_size(encoded[index]))
-    pictures: dict[int, torch.Tensor] = {}
+    images: dict[int, torch.Tensor] = {}
     if jpegs:
         data = [encoded[index] for index in jpegs]
-        with suppress(RuntimeError):  # the loop below finds out which one it is, and whether Pillow can read it
-            pictures = dict(zip(jpegs, decode_jpeg(data, device=device), strict=True))
+        with suppress(RuntimeError):  # the loop below finds the broken image, and Pillow may still read it
+            images = dict(zip(jpegs, decode_jpeg(data, device=device), strict=True))
     for index, one in enumerate(encoded):
-        if index not in pictures:
-            pictures[index] = torch.from_numpy(decode(one)).permute(2, 0, 1).to(device)
-    return [pictures[index] for index in range(len(encoded))]
+        if index not in images:
+            images[index] = torch.from_numpy(decode(one)).permute(2, 0, 1).to(device)
+    return [images[index] for index in range(len(encoded))]
 
 
 def jpeg_size(encoded: bytes) -> tuple[int, int]:
-    """(width, height) of a JPEG from its frame header, as stored; (0, 0) when there is none."""
+    """Return (width, height) from the frame header of a JPEG, before rotation; (0, 0) if it has none."""
     at = 2
     while at + 9 <= len(encoded) and encoded[at] == 0xFF:
         marker = encoded[at + 1]
@@ -77,6 +76,6 @@ def jpeg_size(encoded: bytes) -> tuple[int, int]:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Raises ValueError for a picture that would take gigabytes to decode."""
+    """Raise ValueError for an image that would take gigabytes to decode."""
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")

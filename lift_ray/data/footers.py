@@ -1,4 +1,4 @@
-"""What one Parquet shard says of itself, and its columns by row group, read as byte ranges."""
+"""Footers and columns of Parquet shards, read as byte ranges."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lift_ray.data.longtail import Int64s
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import fetch, is_remote, locate, reached, retried
 
-TAIL_BYTES = 2**16  # most footers fit; a larger one takes a second request
+TAIL_BYTES = 2**16  # most footers fit; larger ones take a second request
 RULE, REMEDY = "must be readable Parquet", f"copy it again, or {RECONVERT}"
 
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a data set needs to know of a shard.
+    """Metadata and labels of a shard.
 
     Attributes:
         columns: names and types of all columns.
-        image_column: name of the column of images.
+        image_column: name of the image column.
         class_names: in label order.
-        row_groups: rows of each row group.
-        row_group_bytes: bytes of the images of each row group, uncompressed, as Parquet holds them.
+        row_groups: number of rows of each row group.
+        row_group_bytes: uncompressed bytes of the images of each row group.
         labels: label of every row, (N,).
     """
 
@@ -47,10 +47,10 @@ def read_content(url: str, num_bytes: int | None, patience_s: float) -> Content:
     """Read and check a shard's footer and labels.
 
     Args:
-        num_bytes: size of the file, when the store tells.
+        num_bytes: size of the file if the store reports it.
 
     Raises:
-        BadInput: it cannot be read, is shorter than its footer says, or does not hold images and labels of classes.
+        BadInput: the shard cannot be read, is shorter than its footer says, or does not contain images with class labels.
     """
     metadata = read_footer(url, patience_s)
     _check_length(url, metadata, num_bytes)
@@ -60,13 +60,15 @@ def read_content(url: str, num_bytes: int | None, patience_s: float) -> Content:
     groups = range(metadata.num_row_groups)
     column = read_columns(url, metadata, groups, label, patience_s).column(label)
     if column.null_count:
-        raise BadInput(f"{url}: every row must have a label, but got {column.null_count} without; {RECONVERT}")
+        raise BadInput(url, "every row must have a label", f"{column.null_count} without one", RECONVERT)
     labels = np.from_dlpack(column.combine_chunks()).astype(np.int64)  # to_numpy imports pandas
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if len(wrong):
         raise BadInput(
-            f"{url}: labels must be 0 to {len(class_names) - 1} ({len(class_names)} class names), "
-            f"but got {labels[wrong[0]]} in row {wrong[0]}; mend the label or the class names"
+            url,
+            f"labels must be 0 to {len(class_names) - 1} ({len(class_names)} class names)",
+            f"{labels[wrong[0]]} in row {wrong[0]}",
+            "fix the label or the class names",
         )
     rows = tuple(metadata.row_group(group).num_rows for group in groups)
     columns = schema.remove_metadata().to_string(show_field_metadata=False)
@@ -74,7 +76,7 @@ def read_content(url: str, num_bytes: int | None, patience_s: float) -> Content:
 
 
 def read_footer(url: str, patience_s: float) -> Any:
-    """The `FileMetaData` of a Parquet file, in one or two requests. Raises BadInput when it is not one."""
+    """Return the `FileMetaData` of a Parquet file, in one or two requests. Raises BadInput for other files."""
     tail = fetch(url, -TAIL_BYTES, None, patience_s)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if needed > len(tail) and tail[-4:] == b"PAR1":
@@ -84,16 +86,16 @@ def read_footer(url: str, patience_s: float) -> Any:
 
 
 def read_images(url: str, metadata: Any, group: int, column: str, patience_s: float) -> Any:
-    """The encoded images of one row group, a binary array of its rows, from one request. Raises BadInput."""
+    """Return the encoded images of a row group as a binary array, in one request. Raises BadInput."""
     table = read_columns(url, metadata, [group], f"{column}.bytes", patience_s)
     images = pc.struct_field(table.column(column), "bytes")
     return images.chunk(0) if images.num_chunks == 1 else images
 
 
 def read_columns(url: str, metadata: Any, groups: Sequence[int], leaf: str, patience_s: float) -> Any:
-    """A table of one leaf column of some row groups: one request for each, exactly of its bytes, and checksums verified.
+    """Return a table of one leaf column of some row groups: one request per row group, for exactly its bytes, checksums verified.
 
-    Raises BadInput when it cannot be read, or stays broken for `patience_s` in a remote store.
+    Raises BadInput when it cannot be read, or a remote store keeps delivering broken data for `patience_s`.
     """
 
     def work(left_s: float) -> Any:
@@ -106,13 +108,13 @@ def read_columns(url: str, metadata: Any, groups: Sequence[int], leaf: str, pati
 
 
 def image_bytes(metadata: Any, column: str) -> tuple[int, ...]:
-    """Bytes of the images of each row group: the uncompressed size of the column chunk, close to what reading takes."""
+    """Return the image bytes of each row group: the uncompressed size of the column chunk, close to the memory that reading takes."""
     groups = range(metadata.num_row_groups)
     return tuple(_chunk(metadata, group, f"{column}.bytes").total_uncompressed_size for group in groups)
 
 
 class _Pieces:
-    """A file of which only some pieces, by their start, are there: the few methods that Arrow asks for."""
+    """File object made of a few pieces, by start offset, with the methods that Arrow calls."""
 
     def __init__(self, pieces: dict[int, bytes]) -> None:
         self._pieces, self._at, self.closed = pieces, 0, False
@@ -140,7 +142,7 @@ def _chunk(metadata: Any, group: int, leaf: str) -> Any:
 
 
 def _span(chunk: Any) -> tuple[int, int]:
-    """Where the bytes of a column chunk start and end in the file."""
+    """Return the start and end of a column chunk in the file."""
     start: int = chunk.data_page_offset
     if chunk.dictionary_page_offset:  # None or 0 when there is no dictionary
         start = min(start, chunk.dictionary_page_offset)
@@ -153,58 +155,60 @@ def _check_length(url: str, metadata: Any, num_bytes: int | None) -> None:
         ends += [_span(group.column(column))[1] for column in range(group.num_columns)]
     needed = max(ends) + metadata.serialized_size + 8
     if num_bytes is not None and needed > num_bytes:
-        raise BadInput(f"{url}: must be {needed} bytes long, as its footer says, but got {num_bytes}; {REMEDY}")
+        raise BadInput(url, f"must be {needed} bytes long according to its footer", num_bytes, REMEDY)
 
 
 def _columns(url: str, schema: Any) -> tuple[str, str]:
-    """The names of the columns of images and of labels."""
+    """Return the names of the image and label columns."""
     types = {field.name: field.type for field in schema}
     features = _features((schema.metadata or {}).get(b"huggingface", b""))
     image = _column(url, types, features, "Image", "image")
     label = _column(url, types, features, "ClassLabel", "label")
     if not {image, label} <= set(types):
         got = ", ".join(types) or "no columns"
-        raise BadInput(f"{url}: must have the columns image and label, but got {got}; rename them, or {RECONVERT}")
+        raise BadInput(url, "must have the columns image and label", got, f"rename them, or {RECONVERT}")
     parts = {field.name: field.type for field in types[image]} if pa.types.is_struct(types[image]) else {}
     data = parts.get("bytes", pa.null())
     if not (pa.types.is_binary(data) or pa.types.is_large_binary(data)):
         wanted = "struct<bytes: binary, path: string>"
-        raise BadInput(f"{url}: the column {image} must be {wanted}, but got {types[image]}; {RECONVERT}")
+        raise BadInput(url, f"the {image} column must be {wanted}", types[image], RECONVERT)
     if not pa.types.is_integer(types[label]):
-        raise BadInput(f"{url}: the column {label} must be int64, but got {types[label]}; {RECONVERT}")
+        raise BadInput(url, f"the {label} column must be int64", types[label], RECONVERT)
     return image, label
 
 
 def _column(url: str, types: dict[str, Any], features: dict[str, Any], kind: str, usual: str) -> str:
-    """The column with the usual name, or the only one of this kind of Hugging Face feature."""
+    """Return the column with the usual name, or else the only one with this kind of Hugging Face feature."""
     there = [name for name in types if isinstance(features.get(name), dict) and features[name].get("_type") == kind]
     if usual in there or not there:
         return usual
     if len(there) > 1:
         raise BadInput(
-            f"{url}: must have one {usual} column, but got {', '.join(there)}; "
-            f"choose with python -m lift_ray.convert parquet ... --{usual}-column {there[0]}"
+            url,
+            f"must have one {usual} column",
+            ", ".join(there),
+            f"choose with python -m lift_ray.convert parquet ... --{usual}-column {there[0]}",
         )
     return there[0]
 
 
 def _class_names(url: str, schema: Any, label: str) -> tuple[str, ...]:
-    rule = "must name its classes in the schema metadata, as Hugging Face ClassLabel does"
+    rule = "must name its classes in the schema metadata, like Hugging Face ClassLabel"
     feature = _features((schema.metadata or {}).get(b"huggingface", b"")).get(label)
     if not isinstance(feature, dict) or "names" not in feature:
-        raise BadInput(f"{url}: {rule}, but got none; {CONVERT}")
+        raise BadInput(url, rule, "none", CONVERT)
     names = feature["names"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"{url}: {rule}, but got {str(names)[:60]!r}; {CONVERT}")
+        raise BadInput(url, rule, f"{str(names)[:60]!r}", CONVERT)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadInput(f"{url}: class names must differ, but got {twice!r} twice; rename one")
+        raise BadInput(url, "class names must be unique", f"{twice!r} twice", "rename one")
     return tuple(names)
 
 
-@lru_cache(maxsize=4)  # hundreds of shards name the same thousands of classes
+@lru_cache(maxsize=4)  # hundreds of shards repeat the same thousands of class names
 def _features(huggingface: bytes) -> dict[str, Any]:
-    """The features that Hugging Face `datasets` writes into schema metadata; empty when there are none."""
+    """Return the features that Hugging Face `datasets` writes into schema metadata; empty if there are none."""
     try:
         features = json.loads(huggingface)["info"]["features"]
     except (KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Where the shards of a data set lie: the names that Hugging Face and this project give them."""
+"""File layouts of datasets: the shard names that Hugging Face and this project use."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ RULE = "must be a folder of Parquet shards"
 
 @dataclass(frozen=True)
 class Listing:
-    """The shards that a folder holds.
+    """The shards in a folder.
 
     Attributes:
-        url: the folder that the names start from.
-        shards: the files of each split in order; a name may have a folder in it (`train/0000.parquet`).
-        manifest: the entry of manifest.json, if there is one.
+        url: folder that the names are relative to.
+        shards: the files of each split in order; a name may contain a folder (`train/0000.parquet`).
+        manifest: the entry of manifest.json, if it exists.
     """
 
     url: str
@@ -46,7 +46,7 @@ class Listing:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any of the files; "" for a store that does not tell, or where reading costs too little to care."""
+        """Hash that changes with any of the files; "" for local files, and for stores that do not report changes."""
         files = [entry for split in self.shards.values() for entry in split]
         files += [self.manifest] if self.manifest else []
         if not is_remote(locate(self.url)[0]) or not all(entry.identity for entry in files):
@@ -55,23 +55,23 @@ class Listing:
 
 
 def shard_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of shards among `names`, sorted, by split."""
+    """Return the sorted shard names among `names`, by split."""
     matches = [match for match in map(SHARD_NAME.fullmatch, sorted(names)) if match]
     return {split: here for split in SPLITS if (here := [m[0] for m in matches if SPLIT_NAMES[m[1]] == split])}
 
 
 def find_shards(uri: str, url: str, patience_s: float) -> Listing:
-    """List the shards of a data set, by names only, in one of these layouts.
+    """List the shards of a dataset by file name.
 
-    `<split>-00000-of-0000N.parquet` or `<split>.parquet` in the folder or in its `data/`; or `<split>/0000.parquet`
-    and on in the folder or in its `data/`. val, valid and dev are names of the validation split.
+    The folder, or its subfolder `data/`, contains `<split>-00000-of-0000N.parquet`, `<split>.parquet`, or `<split>/0000.parquet`,
+    `<split>/0001.parquet` and so on. val, valid and dev are names of the validation split.
 
     Args:
-        uri: what messages name.
+        uri: name of the dataset in messages.
         url: the folder.
 
     Raises:
-        BadInput: nothing is there, there are no shards, or their numbers have gaps.
+        BadInput: the folder does not exist, it has no shards, or their numbers have gaps.
     """
     here = {entry.name: entry for entry in entries(url, uri, RULE, patience_s)}
     names = list(here)
@@ -82,26 +82,28 @@ def find_shards(uri: str, url: str, patience_s: float) -> Listing:
         shards = _flat(uri, here) or _folders(uri, url, here, patience_s)
     if not shards:
         got = f"{len(names)} other names ({', '.join(names[:3])})" if names else "an empty folder"
-        raise BadInput(f"{uri}: must hold shards named train-00000-of-00001.parquet, but got {got}; {CONVERT}")
+        raise BadInput(uri, "must contain shards named train-00000-of-00001.parquet", got, CONVERT)
     return Listing(url, {split: shards[split] for split in SPLITS if split in shards}, here.get(MANIFEST))
 
 
 def _flat(uri: str, here: dict[str, Entry]) -> dict[str, tuple[Entry, ...]]:
-    """`train-00000-of-00002.parquet` or `train.parquet`."""
+    """Find `train-00000-of-00002.parquet` or `train.parquet`."""
     by_split = shard_names(here)
     for split, there in by_split.items():
         matches = [match for match in map(SHARD_NAME.fullmatch, there) if match]
         totals = {int(match[3] or 1) for match in matches}
         if totals != {len(there)} or [int(match[2] or 0) for match in matches] != list(range(len(there))):
             raise BadInput(
-                f"{join(uri, split)}: the names say {' or '.join(map(str, sorted(totals)))} shards, but "
-                f"{len(there)} are there ({there[0]} to {there[-1]}); copy the missing ones, or {RECONVERT}"
+                join(uri, split),
+                f"the names say {' or '.join(map(str, sorted(totals)))} shards",
+                but=f"{len(there)} are there ({there[0]} to {there[-1]})",
+                remedy=f"copy the missing ones, or {RECONVERT}",
             )
     return {split: tuple(here[name] for name in there) for split, there in by_split.items()}
 
 
 def _folders(uri: str, url: str, here: dict[str, Entry], patience_s: float) -> dict[str, tuple[Entry, ...]]:
-    """`train/0000.parquet`."""
+    """Find `train/0000.parquet`."""
     shards: dict[str, tuple[Entry, ...]] = {}
     for folder, split in SPLIT_NAMES.items():
         if folder not in here or not here[folder].is_folder:
@@ -109,7 +111,7 @@ def _folders(uri: str, url: str, here: dict[str, Entry], patience_s: float) -> d
         if parts := _parts(join(uri, folder), join(url, folder), folder, patience_s):
             if split in shards:
                 other = shards[split][0].name.partition("/")[0]
-                raise BadInput(f"{uri}: must have one folder for {split}, but got {other} and {folder}; move one away")
+                raise BadInput(uri, f"must have one folder for {split}", f"{other} and {folder}", "move one elsewhere")
             shards[split] = parts
     return shards
 
@@ -123,7 +125,9 @@ def _parts(uri: str, url: str, folder: str, patience_s: float) -> tuple[Entry, .
     found.sort(key=lambda pair: pair[0])
     if [number for number, _ in found] != list(range(len(found))):
         raise BadInput(
-            f"{uri}: the shards must be numbered from 0000 without gaps, but {len(found)} are there "
-            f"({found[0][1].name} to {found[-1][1].name}); copy the missing ones"
+            uri,
+            "the shards must be numbered from 0000 without gaps",
+            but=f"{len(found)} are there ({found[0][1].name} to {found[-1][1].name})",
+            remedy="copy the missing ones",
         )
     return tuple(Entry(f"{folder}/{entry.name}", False, entry.num_bytes, entry.identity) for _, entry in found)

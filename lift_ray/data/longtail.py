@@ -1,4 +1,4 @@
-"""Long-tailed class counts by rule, the rows that realise them, and what a distribution looks like."""
+"""Long-tailed class counts: profiles, selection of rows, and summaries."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Int64s = npt.NDArray[np.int64]
 
 
 def longtail_counts(natural_counts: Int64s, largest: int, imbalance: float) -> Int64s:
-    """The exponential profile `min(natural, round(largest * imbalance ** (-i / (K - 1))))`, never below one image.
+    """Return the exponential profile `min(natural, round(largest * imbalance ** (-i / (K - 1))))`, never below one image.
 
-    i is the rank of a class by natural count (descending, ties by class index), so the head stays the head.
+    i is the rank of a class by natural count (descending, ties by class index), so the largest classes stay the largest.
 
     Args:
         natural_counts: images of each class, (K,).
-        largest: what the first class may keep, >= 1.
-        imbalance: largest over smallest count of the profile, >= 1.
+        largest: maximum count of the first class, >= 1.
+        imbalance: ratio of the largest to the smallest count of the profile, >= 1.
 
     Returns:
         Counts in class order, (K,); a class without images keeps 0. Raises BadInput for values out of range.
     """
     if largest < 1:
-        raise BadInput(f"largest: must be at least 1, but got {largest}; give the images of the largest class")
+        raise BadInput("largest", "must be at least 1", largest, "give the images of the largest class")
     if imbalance < 1:
-        raise BadInput(f"imbalance: must be at least 1, but got {imbalance}; give largest / smallest, such as 50")
+        raise BadInput("imbalance", "must be at least 1", imbalance, "give largest / smallest, for example 50")
     natural = np.asarray(natural_counts, dtype=np.int64)
     profile = np.round(largest * float(imbalance) ** -_tail(natural)).astype(np.int64)
     return np.minimum(natural, np.maximum(profile, 1))
@@ -38,23 +38,23 @@ def longtail_counts(natural_counts: Int64s, largest: int, imbalance: float) -> I
 def semi_supervised_counts(
     natural_counts: Int64s, labelled: int, unlabelled: int, gamma_l: float, gamma_u: float, *, flipped: bool = False
 ) -> tuple[Int64s, Int64s]:
-    """Labelled `int(labelled / gamma_l ** t)`, at least 1, and unlabelled `int(unlabelled / gamma_u ** t)` images.
+    """Return counts of labeled images, `max(1, int(labelled / gamma_l ** t))`, and unlabeled ones, `int(unlabelled / gamma_u ** t)`.
 
-    t runs from 0 for the largest class to 1 for the smallest, by natural count as in `longtail_counts`; on balanced
-    data that is the order of the classes, as in the literature on CIFAR.
+    t grows from 0 for the class with the most images to 1 for the one with the fewest, ties by class index. On balanced data this is
+    the order of the classes, as in the literature on CIFAR.
 
     Args:
-        natural_counts: images of each class, (K,); only their order counts.
+        natural_counts: images of each class, (K,); only their order matters.
         labelled, unlabelled: images of the first class, each >= 1.
-        gamma_l, gamma_u: largest over smallest count, each >= 1.
-        flipped: give the class with the fewest labelled images the most unlabelled ones.
+        gamma_l, gamma_u: ratio of the largest to the smallest count, each >= 1.
+        flipped: the class with the fewest labeled images gets the most unlabeled ones.
 
     Returns:
-        Labelled and further unlabelled images of each class, (K,) each. Raises BadInput for values out of range.
+        Labeled and additional unlabeled images of each class, (K,) each. Raises BadInput for values out of range.
     """
     for name, value in (("labelled", labelled), ("unlabelled", unlabelled), ("gamma-l", gamma_l), ("gamma-u", gamma_u)):
         if value < 1:
-            raise BadInput(f"{name}: must be at least 1, but got {value:g}; give a larger number")
+            raise BadInput(name, "must be at least 1", f"{value:g}", "give a larger number")
     tail = _tail(np.asarray(natural_counts, dtype=np.int64))
     counts = (labelled / float(gamma_l) ** tail).astype(np.int64)
     further = (unlabelled / float(gamma_u) ** (1 - tail if flipped else tail)).astype(np.int64)
@@ -62,18 +62,18 @@ def semi_supervised_counts(
 
 
 def _tail(natural: Int64s) -> npt.NDArray[np.float64]:
-    """0 for the class with the most images to 1 for the one with the fewest, ties by class index, (K,)."""
+    """Return the rank of each class, from 0 (most images) to 1 (fewest), ties by class index, (K,)."""
     rank = np.empty(len(natural), dtype=np.int64)
     rank[np.argsort(-natural, kind="stable")] = np.arange(len(natural))
     return rank / max(len(natural) - 1, 1)
 
 
 def keep_first(labels: Int64s, counts: Int64s) -> Int64s:
-    """Rows of the first `counts[c]` samples of every class c, in storage order.
+    """Return the rows of the first `counts[c]` samples of every class c, in storage order.
 
     Args:
         labels: label of every sample, (N,), each in [0, K).
-        counts: samples to keep, (K,); more than there are keeps them all.
+        counts: number of samples to keep, (K,); larger values than available keep all.
 
     Returns:
         Ascending indices into `labels`.
@@ -87,7 +87,7 @@ def keep_first(labels: Int64s, counts: Int64s) -> Int64s:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Class counts in short; many is above 100 images, medium 20 to 100, few below 20 (classes of each group)."""
+    """Summary of class counts; `many`, `medium` and `few` count classes with over 100, 20 to 100, and under 20 images."""
 
     classes: int
     images: int
@@ -106,7 +106,7 @@ class Distribution:
 
 
 def summary(counts: Int64s) -> Distribution:
-    """What the counts of K >= 1 classes, (K,), amount to; the imbalance factor is largest / smallest."""
+    """Summarize the counts of K >= 1 classes, (K,); the imbalance factor is largest / smallest."""
     largest, smallest = int(counts.max()), int(counts.min())
     many, few = int((counts > 100).sum()), int((counts < 20).sum())
     return Distribution(
@@ -122,14 +122,14 @@ def summary(counts: Int64s) -> Distribution:
 
 
 def plot(counts: Int64s, width: int = 60, height: int = 6) -> str:
-    """Sorted class counts, (K,), as `height` lines of text: columns of a log scale that starts at one image.
+    """Plot sorted class counts, (K,), as `height` lines of text, on a log scale that starts at one image.
 
-    More than `width` classes are thinned out evenly; the first and the last always show.
+    More than `width` classes are subsampled evenly; the first and the last are always shown.
     """
     ordered = np.sort(counts)[::-1]
     shown = ordered[np.linspace(0, len(ordered) - 1, min(len(ordered), width)).round().astype(np.int64)]
     top = max(int(ordered[0]), 2)
-    eighths = 1 + np.log(np.maximum(shown, 1)) / math.log(top) * (8 * height - 1)  # one image is still to be seen
+    eighths = 1 + np.log(np.maximum(shown, 1)) / math.log(top) * (8 * height - 1)  # one image is still visible
     fill = np.clip(np.round(eighths[None, :] - 8 * np.arange(height)[::-1, None]), 0, 8).astype(np.int64)
     scale = f"{top:,}"
     names = [scale] + [""] * (height - 2) + ["1"]

@@ -1,4 +1,4 @@
-"""What a data set holds: splits, shards, class names and labels, from Parquet footers and the label column only."""
+"""Open datasets: splits, shards, class names and labels, read from Parquet footers and the label column only."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, join, locate, reached
 
 FORMAT_VERSION = 1
-INDEX_VERSION = 1  # of what is kept of remote data sets
-READERS = 16  # shards opened at a time: opening waits for the store
+INDEX_VERSION = 1  # format of the cached index
+READERS = 16  # shards opened at the same time, because opening waits for the store
 
 
 def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENCE_S) -> Dataset:
-    """Open Hugging Face style Parquet, as this project and `datasets` write it; `layout.find_shards` says which names.
+    """Open Parquet shards in the format of Hugging Face `datasets`; `layout.find_shards` lists the supported file names.
 
-    The images are the column of the Hugging Face feature Image, the labels that of ClassLabel: the ones named image and
-    label, or the only ones. What is read of a remote store is kept in LIFT_CACHE: opening it again only lists files.
+    The image column has the Hugging Face feature Image and the label column ClassLabel. They are named image and label, or are the
+    only columns with these features. The index of a remote dataset is cached in LIFT_CACHE: opening it again only lists files.
 
     Args:
-        uri: a path, any fsspec URL, or `embedded:NAME` for data that ships inside the package.
-        base: the folder that relative paths start from; by default the working directory.
-        patience_s: how long a request to a remote store is tried again while its failure may pass.
+        uri: a path, any fsspec URL, or `embedded:NAME` for data included in the package.
+        base: folder that relative paths start from; default: the working directory.
+        patience_s: how long requests to a remote store are retried.
 
     Raises:
-        BadInput: one line, when the data cannot be reached or read, or is not a data set for classification:
-            columns, class names, labels in [0, K), the same schema everywhere, a training image of every class.
+        BadInput: the data cannot be read, or is not a classification dataset: it requires both columns, class names, labels in
+            [0, K), the same schema in all shards, and a training image of every class.
     """
     if not uri:
-        raise BadInput("dataset: must be a path or URL, but got nothing; give a folder, or embedded:caltech101")
+        raise BadInput("dataset", "must be a path or URL", "nothing", "give a folder, or embedded:caltech101")
     if uri.startswith("embedded:"):
         return _open_embedded(uri)
     if "://" not in uri and "::" not in uri:
         uri = os.path.normpath((base or Path.cwd()) / Path(uri).expanduser())
-    shard_limit_bytes()  # a bad LIFT_CACHE_GB is told before anything starts
+    shard_limit_bytes()  # reports an invalid LIFT_CACHE_GB before anything starts
     return _open_folder(uri, uri, patience_s)
 
 
 def schema_metadata(class_names: Iterable[str]) -> dict[bytes, bytes]:
-    """Schema metadata that names the classes as Hugging Face `datasets` writes it."""
+    """Return the schema metadata that Hugging Face `datasets` writes for these class names."""
     features = {"image": {"_type": "Image"}, "label": {"names": list(class_names), "_type": "ClassLabel"}}
     return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
 
@@ -61,7 +61,7 @@ def schema_metadata(class_names: Iterable[str]) -> dict[bytes, bytes]:
 def _open_embedded(uri: str) -> Dataset:
     name = uri.removeprefix("embedded:")
     if name not in EMBEDDED:
-        raise BadInput(f"{uri}: must name data in the package, but got {name!r}; {did_you_mean(name, EMBEDDED)}")
+        raise BadInput(uri, "must name a dataset in the package", f"{name!r}", did_you_mean(name, EMBEDDED))
     folder, cut = EMBEDDED[name]
     return cut(_open_folder(uri, str(files("lift_ray") / "assets" / folder), 0.0))
 
@@ -73,7 +73,7 @@ def _long_tailed(whole: Dataset, largest: int, imbalance: float) -> Dataset:
 
 
 def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dataset:
-    """The 40 classes with the most images, 40 to 2 of each labelled, and up to 47 more in the unlabelled pool."""
+    """Keep the 40 largest classes, with 40 to 2 labeled images each, and up to 47 more in the unlabeled pool."""
     natural = whole.split("train").class_counts(whole.num_classes)
     classes = np.sort(np.argsort(-natural, kind="stable")[:40])
     label_of = np.full(whole.num_classes, -1)
@@ -91,7 +91,7 @@ def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dat
 
 
 def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
-    """`uri` is what the user typed and messages name; `url` is where the files are."""
+    """Open the folder `url`; `uri` is its name in messages, as the user typed it."""
     listing = find_shards(uri, url, patience_s)
     fingerprint = f"{INDEX_VERSION} {listing.fingerprint}" if listing.fingerprint else ""
     if fingerprint and (arrays := load_index(listing.url, fingerprint)):
@@ -120,7 +120,7 @@ def _split(name: str, listing: Listing, contents: dict[str, Content], manifest: 
         url = join(listing.url, entry.name)
         content, told = contents[url], manifest.shards.get(entry.name)
         if told and told.rows != len(content.labels):
-            raise BadInput(f"{url}: the manifest says {told.rows} rows, but got {len(content.labels)}; {RECONVERT}")
+            raise BadInput(url, f"the manifest says {told.rows} rows", len(content.labels), RECONVERT)
         labels.append(content.labels)
         shards.append(
             Shard(
@@ -141,13 +141,11 @@ def _check_same(contents: dict[str, Content]) -> None:
     for url, content in contents.items():
         if content.class_names != first.class_names or content.columns != first.columns:
             what = "class names" if content.class_names != first.class_names else "columns"
-            raise BadInput(
-                f"{url}: every shard must have the same {what}, but got others than {first_url}; {RECONVERT}"
-            )
+            raise BadInput(url, f"every shard must have the same {what}", f"others than in {first_url}", RECONVERT)
 
 
 def _to_arrays(dataset: Dataset) -> dict[str, Any]:
-    """What the index keeps of a data set: plain arrays, one of them JSON."""
+    """Convert a dataset to plain arrays, one of them JSON, for the cached index."""
     splits = {
         name: {"image_column": split.image_column, "shards": [asdict(shard) for shard in split.shards]}
         for name, split in dataset.splits.items()
@@ -180,7 +178,7 @@ def _from_arrays(uri: str, arrays: dict[str, Any]) -> Dataset:
 
 @dataclass(frozen=True)
 class _Told:
-    """What the manifest says of one shard."""
+    """Manifest entry of a shard."""
 
     rows: int
     num_bytes: int
@@ -189,7 +187,7 @@ class _Told:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What manifest.json says: class names, rows of each split, and of each shard by name where it lists them."""
+    """Content of manifest.json: class names, rows of each split, and shards by name if it lists them."""
 
     class_names: tuple[str, ...] = ()
     rows: dict[str, int] = field(default_factory=dict)
@@ -204,7 +202,7 @@ def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
         manifest = json.loads(data)
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             version = manifest.get("format_version") if isinstance(manifest, dict) else None
-            raise BadInput(f"{url}: {rule}, but got format {version}; use the lift_ray that wrote it")
+            raise BadInput(url, rule, f"format {version}", "use the lift_ray that wrote it")
         rows = {name: int(record["rows"]) for name, record in manifest["splits"].items()}
         shards = {
             shard["name"]: _Told(int(shard["rows"]), int(shard["bytes"]), str(shard["sha256"]))
@@ -216,37 +214,42 @@ def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
 
 
 def _check_files(listing: Listing, manifest: _Manifest) -> None:
-    """Before anything of a shard is read: the manifest and the listing agree."""
+    """Check that the manifest and the listing agree, before any shard is read."""
     for entry in [entry for split in listing.shards.values() for entry in split if manifest.shards]:
         url = join(listing.url, entry.name)
         if entry.name not in manifest.shards:
-            raise BadInput(f"{url}: must be in the manifest, but is not; remove one of the two, or {RECONVERT}")
+            raise BadInput(
+                url, "must be in the manifest", but="is not", remedy=f"remove one of the two, or {RECONVERT}"
+            )
         told = manifest.shards[entry.name].num_bytes
         if entry.num_bytes not in (None, told):
-            raise BadInput(
-                f"{url}: the manifest says {told} bytes, but got {entry.num_bytes}; copy it again, or {RECONVERT}"
-            )
+            raise BadInput(url, f"the manifest says {told} bytes", entry.num_bytes, f"copy it again, or {RECONVERT}")
 
 
 def _check_manifest(dataset: Dataset, manifest: _Manifest) -> None:
     if manifest.class_names != dataset.class_names:
         raise BadInput(
-            f"{dataset.uri}: the manifest and the shards must name the same classes, "
-            f"but got {len(manifest.class_names)} and {dataset.num_classes} that differ; {RECONVERT}"
+            dataset.uri,
+            "the manifest and the shards must name the same classes",
+            f"{len(manifest.class_names)} and {dataset.num_classes} that differ",
+            RECONVERT,
         )
     for name in SPLITS:
         split = dataset.splits.get(name)
         held, told = split.num_samples if split else 0, manifest.rows.get(name, 0)
         if told != held:
             raise BadInput(
-                f"{join(dataset.uri, name)}: the manifest says {told} rows, but the shards hold {held}; {RECONVERT}"
+                join(dataset.uri, name),
+                f"the manifest says {told} rows",
+                but=f"the shards contain {held}",
+                remedy=RECONVERT,
             )
 
 
 def _check_training(dataset: Dataset) -> None:
     for name, split in dataset.splits.items():
         if split.num_samples == 0:
-            raise BadInput(f"{join(dataset.uri, name)}: must hold images, but got 0 rows; {RECONVERT}")
+            raise BadInput(join(dataset.uri, name), "must contain images", "0 rows", RECONVERT)
     if "train" not in dataset.splits:
         return
     missing = np.flatnonzero(dataset.splits["train"].class_counts(dataset.num_classes) == 0)
@@ -254,12 +257,14 @@ def _check_training(dataset: Dataset) -> None:
         names = ", ".join(repr(dataset.class_names[index]) for index in missing[:3])
         more = ", ..." if len(missing) > 3 else ""
         raise BadInput(
-            f"{join(dataset.uri, 'train')}: every class must have an image, but {len(missing)} of "
-            f"{dataset.num_classes} have none ({names}{more}); add images, or drop these class names"
+            join(dataset.uri, "train"),
+            "every class must have an image",
+            but=f"{len(missing)} of {dataset.num_classes} have none ({names}{more})",
+            remedy="add images or remove these class names",
         )
 
 
-# name -> folder in assets/, and which of its images are taken
+# name -> folder in assets/, and the function that selects its images
 EMBEDDED: dict[str, tuple[str, Callable[[Dataset], Dataset]]] = {
     "caltech101": ("caltech101", lambda whole: whole),
     "caltech101-lt": ("caltech101", partial(_long_tailed, largest=200, imbalance=50.0)),

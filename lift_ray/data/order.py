@@ -8,19 +8,15 @@ from lift_ray.data.dataset import Split
 from lift_ray.data.longtail import Int64s
 
 SHUFFLE_SAMPLES = 8192
-
-
 SHUFFLE_BYTES = 192 * 2**20
-
-
 READ_AHEAD_SAMPLES = 2048
 
 
 def epoch_order(split: Split, seed: int, epoch: int, shuffle_bytes: int = SHUFFLE_BYTES) -> Int64s:
-    """Sample numbers of one epoch, (N,): row groups permuted, then samples shuffled inside a bounded buffer.
+    """Return the sample numbers of an epoch, (N,): row groups are permuted, then samples are shuffled within a bounded buffer.
 
-    A sample moves by at most the buffer, so only so many encoded pictures need to be in memory at a time: as many as
-    `shuffle_bytes` hold, at most SHUFFLE_SAMPLES. A split that fits is shuffled as a whole.
+    A sample moves by at most the size of the buffer, which bounds the encoded images in memory: as many as fit in
+    `shuffle_bytes`, at most SHUFFLE_SAMPLES. A split that fits is shuffled as a whole.
     """
     random = np.random.default_rng([seed, epoch])
     ends = np.cumsum([rows for shard in split.shards for rows in shard.row_groups])
@@ -34,14 +30,14 @@ def epoch_order(split: Split, seed: int, epoch: int, shuffle_bytes: int = SHUFFL
 
 
 def shuffle_buffer(split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> int:
-    """Samples that the shuffle looks at together."""
+    """Return the number of samples in the shuffle buffer."""
     sizes = [size for shard in split.shards for size in shard.row_group_bytes]
     mean_bytes = sum(sizes) / max(1, sum(shard.num_rows for shard in split.shards))
     return max(1, int(min(SHUFFLE_SAMPLES, shuffle_bytes / max(1.0, mean_bytes))))
 
 
 def memory_bytes(split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> int:
-    """What a reader of this split needs to hold encoded pictures in: those being shuffled and those read ahead."""
+    """Return the memory that a reader of this split requires for encoded images: those being shuffled and those read ahead."""
     sizes = [size for shard in split.shards for size in shard.row_group_bytes]
     rows = max(1, sum(shard.num_rows for shard in split.shards))
     samples = shuffle_buffer(split, shuffle_bytes) + READ_AHEAD_SAMPLES
@@ -49,26 +45,26 @@ def memory_bytes(split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> int:
 
 
 def share_of_batch(batch: Int64s, rank: int, world_size: int) -> Int64s:
-    """Places in a global batch, ascending, that are this rank's.
+    """Return this rank's positions in a global batch, ascending.
 
-    Each rank takes a stretch of the batch in storage order, so a row group is read by one or two ranks and not by all.
+    Each rank takes a contiguous part of the batch in storage order, so a row group is read by one or two ranks and not by all.
     """
     size = len(batch) // world_size
     return np.sort(np.argsort(batch, kind="stable")[rank * size : (rank + 1) * size])
 
 
 def rank_slice(number: int, rank: int, world_size: int) -> slice:
-    """This rank's part of so many things that the ranks share out in order; parts differ by one at most."""
+    """Return this rank's slice of `number` items divided among the ranks in order; sizes differ by at most one."""
     return slice(number * rank // world_size, number * (rank + 1) // world_size)
 
 
 def steps_per_epoch(split: Split, global_batch_size: int) -> int:
-    """Whole global batches in one epoch."""
+    """Return the number of complete global batches in an epoch."""
     return split.num_samples // global_batch_size
 
 
 def kept_patches(random: np.random.Generator, batch_size: int, num_patches: int, dropout: float) -> Int64s:
-    """(B, P) patch numbers, for each picture another choice of the share that stays, in ascending order."""
+    """Draw the patches to keep for each image independently, (B, P), ascending."""
     kept = max(1, int(num_patches * (1 - dropout)))
     order = np.argsort(random.random((batch_size, num_patches), dtype=np.float32), axis=1)
     return np.sort(order[:, :kept], axis=1)

@@ -1,4 +1,4 @@
-"""Encoded images out of Parquet shards at any fsspec URL."""
+"""Read encoded images from Parquet shards at any fsspec URL."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ from lift_ray.data.longtail import Int64s
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import PATIENCE_S
 
-LOADERS = 4  # row groups loaded in the background at a time
+LOADERS = 4  # row groups loaded in the background at the same time
 
 
 class RowReader:
-    """Reads the encoded images of a split by sample number.
+    """Reader of the encoded images of a split, by sample number.
 
-    Whole row groups are read, of the column of images only, each in one request, and kept in a cache that drops the least
-    recently used ones. Footers are kept. Threads may share a reader: they load different row groups at the same time, and
-    the same one once.
+    Each row group is read as a whole (the image column only) in one request, and kept in a least-recently-used cache. Footers are
+    cached too. Threads may share a reader: they load different row groups at the same time, and the same one only once.
     """
 
     def __init__(self, split: Split, cache_bytes: int = 512 * 2**20, patience_s: float = PATIENCE_S) -> None:
-        """Nothing is read yet.
+        """Prepare to read; nothing is read yet.
 
         Args:
-            cache_bytes: bounds what is cached and what is being read ahead; only the row group that a call of `read` works
-                on may come on top. It may be changed at any time.
-            patience_s: how long a request to a remote store is tried again while its failure may pass.
+            cache_bytes: limit for cached and prefetched row groups; only the row group that `read` works on may exceed it. It
+                may be changed at any time.
+            patience_s: how long requests to a remote store are retried.
 
         Raises BadInput when LIFT_CACHE_GB is not a number.
         """
@@ -60,13 +59,13 @@ class RowReader:
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of images that the cache holds now, or will hold when what is on its way has come."""
+        """Image bytes in the cache, including row groups that are still loading."""
         return self._cached_bytes
 
     def read(self, samples: Int64s) -> list[bytes]:
-        """Encoded images of the kept samples with these numbers, each in [0, N), in the order asked for.
+        """Return the encoded images of samples by number, each in [0, N), in the requested order.
 
-        Raises BadInput when a shard cannot be read, has changed since the split was opened, or a row has no image.
+        Raises BadInput if a shard cannot be read or has changed since the split was opened, or a row has no image.
         """
         rows, groups = self._rows_and_groups(samples)
         order = np.argsort(groups, kind="stable").tolist()
@@ -80,21 +79,21 @@ class RowReader:
                 if not image.is_valid:
                     url = self._split.shards[self._homes[group][0]].url
                     at = f"row {rows[place]} of row group {self._homes[group][1]}"
-                    raise BadInput(f"{url}: every row must hold image bytes, but got none in {at}; {RECONVERT}")
+                    raise BadInput(url, "every row must contain an image", f"none in {at}", RECONVERT)
                 images[place] = image.as_py()
         return images
 
     def prefetch(self, samples: Int64s) -> None:
-        """Start loading what these samples need in the background, in this order, as far as the cache has room; return.
+        """Start loading the row groups of these samples in the background, in this order, as far as the cache has space.
 
-        Room is made by dropping row groups that were read, none of which these samples need. What fails to load is tried
-        again by `read`, which tells.
+        Space is freed by dropping row groups that were read and that these samples do not need. If loading fails, `read` tries
+        again and reports the error.
         """
         _, groups = self._rows_and_groups(samples)
         self._start(groups.tolist())
 
     def close(self) -> None:
-        """Empty the cache and stop reading ahead; a later read starts anew."""
+        """Empty the cache and stop reading ahead; a later read starts from scratch."""
         with self._lock:
             pool, self._pool = self._pool, None
             self._footers.clear()
@@ -108,7 +107,7 @@ class RowReader:
         return rows, np.searchsorted(self._starts, rows, side="right") - 1
 
     def _start(self, groups: list[int]) -> None:
-        """Begin to load row groups, in this order, as far as there is room."""
+        """Start loading row groups, in this order, as far as there is space."""
         wanted = dict.fromkeys(groups)
         with self._lock:
             for group in wanted:
@@ -123,7 +122,7 @@ class RowReader:
                 self._pool.submit(self._added(group).run)
 
     def _row_group(self, group: int) -> Any:
-        """The images of a row group, from the cache, from whoever is loading it, or loaded here."""
+        """Return the images of a row group: from the cache, from the thread that is loading it, or loaded here."""
         with self._lock:
             entry = self._cache.get(group) or self._added(group)
             self._cache.move_to_end(group)
@@ -138,7 +137,7 @@ class RowReader:
         return column
 
     def _make_room(self, num_bytes: int, keep: dict[int, None]) -> bool:
-        """Drop row groups that were read until so many bytes fit; nothing when that would not do. Under the lock."""
+        """Drop row groups that were read until `num_bytes` fit, or none if that is not enough. Call with the lock held."""
         excess = self._cached_bytes + num_bytes - self.cache_bytes
         old = []
         for group, entry in self._cache.items():
@@ -153,7 +152,7 @@ class RowReader:
         return excess <= 0
 
     def _added(self, group: int) -> _RowGroup:
-        """A new entry of the cache, not loaded yet. Under the lock."""
+        """Add an entry to the cache, not loaded yet. Call with the lock held."""
         entry = _RowGroup(lambda: self._loaded(group, entry), self._expected_bytes(group))
         self._cache[group] = entry
         self._cached_bytes += entry.num_bytes
@@ -168,7 +167,7 @@ class RowReader:
         return sizes[inner] if sizes else 0
 
     def _loaded(self, group: int, entry: _RowGroup) -> Any:
-        """The images of a row group, with their true size in the books; a failed one leaves them, to be tried again."""
+        """Load a row group and correct its size in the cache; a failed one is removed, so that it is tried again."""
         try:
             column = self._load(*self._homes[group])
         except BaseException:
@@ -187,7 +186,7 @@ class RowReader:
         if copy := self._copies.path(shard):
             try:
                 return read_images(str(copy), self._footer(number, str(copy)), inner, name, patience_s)
-            except BadInput:  # dropped by another process just now, or broken on this disk
+            except BadInput:  # another process dropped it just now, or the copy is broken
                 copy.unlink(missing_ok=True)
         return read_images(shard.url, self._footer(number, shard.url), inner, name, patience_s)
 
@@ -203,51 +202,54 @@ class RowReader:
         metadata = read_footer(url, self._patience_s)
         if metadata.num_rows != shard.num_rows:
             raise BadInput(
-                f"{shard.url}: must stay as it was when opened ({shard.num_rows} rows), "
-                f"but got {metadata.num_rows} rows; start again"
+                shard.url,
+                f"must not change after opening ({shard.num_rows} rows)",
+                f"{metadata.num_rows} rows",
+                "start again",
             )
         if shard.row_group_bytes and image_bytes(metadata, self._split.image_column) != shard.row_group_bytes:
-            raise BadInput(f"{shard.url}: must stay as it was when opened, but got other row groups; start again")
+            raise BadInput(shard.url, "must not change after opening", "other row groups", "start again")
         return metadata
 
 
 def _nothing() -> None:
-    """What is left of work that was begun."""
+    """Stand in for work that has begun."""
 
 
 class _Once:
-    """Work that is done once, by the first thread that asks; the others wait for the result."""
+    """Work that is done once, by the first thread that asks for it; other threads wait for the result."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work, self._begun, self._future = work, threading.Lock(), Future[Any]()
 
     @property
     def is_done(self) -> bool:
-        """Whether the result, or a failure, is there."""
+        """True if the work has ended, with a result or an exception."""
         return self._future.done()
 
     @property
     def failed(self) -> bool:
-        """Whether the work ended with an exception."""
+        """True if the work ended with an exception."""
         return self.is_done and self._future.exception() is not None
 
     def run(self) -> None:
-        """Do the work here, unless a thread has begun it."""
+        """Do the work in this thread, unless another one has begun it."""
         if self._begun.acquire(blocking=False):
-            work, self._work = self._work, _nothing  # it holds the cache's entry, which holds it: neither would ever go
+            # the work refers to this entry: without the cut, the reference cycle would keep the images in memory
+            work, self._work = self._work, _nothing
             try:
                 self._future.set_result(work())
             except BaseException as error:
                 self._future.set_exception(error)
 
     def result(self) -> Any:
-        """The result, or the exception of the work."""
+        """Return the result, or raise the exception of the work."""
         self.run()
         return self._future.result()
 
 
 class _RowGroup(_Once):
-    """A row group in the cache: its size, expected or true, and whether it was of use yet."""
+    """A row group in the cache, with its size (expected, then true) and a flag for whether it was read."""
 
     def __init__(self, work: Callable[[], Any], num_bytes: int) -> None:
         super().__init__(work)

@@ -1,6 +1,6 @@
-"""Two views of a picture without a label: a weak one that says what it is, and a strong one that must agree.
+"""Two views of an unlabeled image: pseudo-labels come from the weak view, and the strong view is trained to agree.
 
-A view is a pure function of a picture and a few random numbers, so the threads that make views share no state.
+A view is a pure function of an image and a few random numbers, so threads that make views share no state.
 """
 
 from __future__ import annotations
@@ -21,65 +21,66 @@ from lift_ray.data.decode import Pixels
 NUM_OPERATIONS = 2
 LEVEL = 10 / 30  # magnitude 10 on RandAugment's scale of 0 to 30
 PAD = 4 / 32  # of the side
-GREY = 127
+GRAY = 127
 WEAK_DRAWS = 3
 STRONG_DRAWS = WEAK_DRAWS + 2 * NUM_OPERATIONS + 2
 NUM_DRAWS = WEAK_DRAWS + STRONG_DRAWS
 
 
 def two_views(encoded: bytes, size_px: int, draw: NDArray[np.float64], cutout_frac: float) -> Pixels:
-    """(2, size, size, 3) uint8: `weak_view` and `strong_view` of the evaluation crop.
+    """Return `weak_view` and `strong_view` of the evaluation crop, (2, size, size, 3) uint8.
 
     Args:
-        draw: (NUM_DRAWS,) numbers in [0, 1) that decide everything.
-        cutout_frac: as in `strong_view`.
+        draw: (NUM_DRAWS,) random numbers in [0, 1).
+        cutout_frac: side of the gray square as a fraction of the image's side, in [0, 1].
     """
-    picture = evaluation_image(encoded, size_px)
-    return np.stack([weak_view(picture, draw[:WEAK_DRAWS]), strong_view(picture, draw[WEAK_DRAWS:], cutout_frac)])
+    image = evaluation_image(encoded, size_px)
+    return np.stack([weak_view(image, draw[:WEAK_DRAWS]), strong_view(image, draw[WEAK_DRAWS:], cutout_frac)])
 
 
-def weak_view(picture: Pixels, draw: NDArray[np.float64]) -> Pixels:
-    """(size, size, 3): moved by up to an eighth of its side, the border mirrored, and half of them flipped (arXiv 2001.07685).
+def weak_view(image: Pixels, draw: NDArray[np.float64]) -> Pixels:
+    """Return the weak view, (size, size, 3): shifted by up to 1/8 of the side, mirrored border, half flipped (arXiv 2001.07685).
 
     Args:
-        draw: (3,) numbers in [0, 1): flip, left, top.
+        draw: (3,) random numbers in [0, 1): flip, left, top.
     """
-    size = len(picture)
+    size = len(image)
     pad = round(PAD * size)
     left, top = (int((2 * pad + 1) * number) for number in draw[1:])
-    moved = np.pad(picture, ((pad, pad), (pad, pad), (0, 0)), "reflect")[top : top + size, left : left + size]
+    moved = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), "reflect")[top : top + size, left : left + size]
     return moved[:, ::-1] if draw[0] < 0.5 else moved
 
 
-def strong_view(picture: Pixels, draw: NDArray[np.float64], cutout_frac: float) -> Pixels:
-    """(size, size, 3): a weak view, two operations of RandAugment at magnitude 10 of 30, and cutout (arXiv 1909.13719, 1708.04552).
+def strong_view(image: Pixels, draw: NDArray[np.float64], cutout_frac: float) -> Pixels:
+    """Return the strong view, (size, size, 3): a weak view, two RandAugment operations, and cutout (arXiv 1909.13719, 1708.04552).
 
-    The operations and their strengths are torchvision's. The grey square's centre is uniform in the picture, so that part of
-    the square may lie outside. FixMatch has a square of 16 px in 32 px; that it grows with the picture is assumed.
+    The operations have magnitude 10 of 30; they and their strengths are torchvision's. The center of the gray square is uniform in
+    the image, so part of the square may be outside. FixMatch uses a square of 16 px in 32 px; scaling it with the image is an
+    assumption.
 
     Args:
-        draw: (STRONG_DRAWS,) numbers in [0, 1): those of the weak view, operation and sign twice, the square's centre.
-        cutout_frac: side of the square as a share of the picture's, in [0, 1].
+        draw: (STRONG_DRAWS,) random numbers in [0, 1): those of the weak view, operation and sign twice, center of the square.
+        cutout_frac: side of the square as a fraction of the image's side, in [0, 1].
     """
-    size, side = len(picture), round(cutout_frac * len(picture))
-    view = torch.from_numpy(np.ascontiguousarray(weak_view(picture, draw[:WEAK_DRAWS]))).permute(2, 0, 1)
+    size, side = len(image), round(cutout_frac * len(image))
+    view = torch.from_numpy(np.ascontiguousarray(weak_view(image, draw[:WEAK_DRAWS]))).permute(2, 0, 1)
     operations = list(OPERATIONS.values())
     for which, sign in draw[WEAK_DRAWS:-2].reshape(NUM_OPERATIONS, 2):
         view = operations[int(len(operations) * which)](view, LEVEL if sign < 0.5 else -LEVEL)
     out: Pixels = view.permute(1, 2, 0).numpy().copy()
     left, top = (int(size * number) - side // 2 for number in draw[-2:])
-    out[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = GREY
+    out[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = GRAY
     return out
 
 
 def _moved(view: Tensor, level: float, *, angle: float = 0, right: float = 0, down: float = 0) -> Tensor:
-    """Turned by degrees, moved by shares of the side."""
-    pixels = [int(share * level * view.shape[-1]) for share in (right, down)]
+    """Rotate by degrees, and shift by fractions of the side."""
+    pixels = [int(fraction * level * view.shape[-1]) for fraction in (right, down)]
     return _affine(view, angle=angle * level, translate=pixels, shear=[0.0, 0.0])
 
 
 def _sheared(view: Tensor, level: float, *, right: float = 0, down: float = 0) -> Tensor:
-    degrees = [math.degrees(math.atan(share * level)) for share in (right, down)]
+    degrees = [math.degrees(math.atan(slope * level)) for slope in (right, down)]
     return _affine(view, angle=0.0, translate=[0, 0], shear=degrees, center=[0.0, 0.0])
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a search-space file beyond the type of each value, found without a cluster."""
+"""Checks of a search-space file beyond the type of each value; they require no cluster."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.registry import SAMPLERS, imported
-from lift_ray.settings.messages import Path_, explain, models_of
+from lift_ray.settings.messages import Path_, explain, fault, models_of
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.run_file import check_global_batch
+from lift_ray.settings.run_file import batch_fault
 from lift_ray.settings.search import NoSchedulerConfig
 from lift_ray.settings.space import (
     LARGEST_GRID,
@@ -43,19 +44,19 @@ COUNT = "trained_parameters"
 NUM_CHECK_DRAWS = 64
 
 
-def problems_of(file: SettingsFile, space: SpaceFile) -> list[str]:
-    """One line for every place where the file cannot be used: names, `when`, seeded draws, baselines."""
+def problems_of(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
+    """Return one error for each place of the file that cannot be used: names, `when`, seeded draws, baselines."""
     problems = [*_objective_problems(file, space), *_base_problems(file, space), *_name_problems(file, space)]
     if not problems:
         problems = [*_draw_problems(file, space), *_when_problems(file, space), *_baseline_problems(file, space)]
     if not problems:
         problems = _search_problems(file, space)
-    first_at_each_place = {line.split(": ")[0]: " ".join(line.split()) for line in reversed(problems)}
+    first_at_each_place = {problem.place: problem for problem in reversed(problems)}
     return list(reversed(first_at_each_place.values()))
 
 
 def known_paths(model: Any = RunConfig, prefix: str = "") -> set[str]:
-    """Every dotted path to a single setting, over all kinds of every section."""
+    """Return the dotted path of every setting, for all kinds of every section."""
     out: set[str] = set()
     for name, field in model.model_fields.items():
         below = models_of(field.annotation)
@@ -63,119 +64,129 @@ def known_paths(model: Any = RunConfig, prefix: str = "") -> set[str]:
     return out
 
 
-def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     options = [f"validation/{name}" for name in METRICS]
     out = [
-        f"{file.where((section, metric))}: unknown metric '{metric}'; {did_you_mean(metric, [*options, COUNT])}"
+        fault(
+            file.where((section, metric)), f"unknown metric '{metric}'", remedy=did_you_mean(metric, [*options, COUNT])
+        )
         for section, metrics in (("objectives", space.objectives), ("constraints", space.constraints))
         for metric in metrics
         if metric not in (*options, COUNT)
     ]
     if not out and space.objective[0] == COUNT:
-        out.append(
-            f"{file.where(('objectives', COUNT))}: the first objective must be a metric of validation, but got {COUNT}; "
-            "name validation/mean_class_accuracy before it"
-        )
+        place = file.where(("objectives", COUNT))
+        rule, remedy = "the first objective must be a validation metric", "put validation/mean_class_accuracy before it"
+        out.append(fault(place, rule, COUNT, remedy))
     return out
 
 
-def _search_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    """What the sampler, the scheduler and per_kind ask of the space."""
+def _search_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
+    """Requirements of the sampler, the scheduler and per_kind that the space does not meet."""
     search = space.search
-    rules: list[tuple[Path_, str]] = [(("search", "sampler"), _sampler_problem(space))]
+    found = [_sampler_problem(space, file.where(("search", "sampler")))]
     if search.per_kind is not None:
-        rules.append((("search", "per_kind"), _per_kind_rule(space)))
-    return [f"{file.where(at)}: {problem}" for at, problem in rules if problem] or _epoch_problems(file, space)
+        found.append(_per_kind_rule(space, file.where(("search", "per_kind"))))
+    return [problem for problem in found if problem] or _epoch_problems(file, space)
 
 
-def _sampler_problem(space: SpaceFile) -> str:
+def _sampler_problem(space: SpaceFile, place: str) -> BadInput | None:
     problem = SAMPLERS[space.search.sampler].problem
-    return str(imported(problem)(space)) if problem else ""
+    found: BadInput | None = imported(problem)(space, place) if problem else None
+    return found
 
 
-def grid_problem(space: SpaceFile) -> str:
-    """What of a space `grid` does not support."""
+def grid_problem(space: SpaceFile, place: str) -> BadInput | None:
+    """Feature of a space that `grid` does not support, if any."""
     try:
         number = len(grid_points(space.space))
     except ValueError as error:
-        return f"grid needs choices, int, or float with a step, but got {error} without; give it a step, or use random"
+        rule = "grid requires choices, int, or float with a step"
+        return fault(place, rule, f"{error} without a step", "add one, or use random")
     if number > LARGEST_GRID:
-        return f"grid needs at most {LARGEST_GRID} points, but got more; give larger steps, or use random"
-    if space.search.trials < number:
-        return f"grid needs a trial for each of its {number} points, but got trials: {space.search.trials}; raise it, or use random"
+        return fault(place, f"grid allows at most {LARGEST_GRID} points", "more", "use larger steps, or use random")
+    if (trials := space.search.trials) < number:
+        rule = f"grid requires a trial for each of its {number} points"
+        return fault(place, rule, f"trials: {trials}", "raise it, or use random")
     if space.baselines:
-        return "grid has all points of the space, but got baselines too; remove baselines"
-    return ""
+        return fault(place, "grid already visits every point of the space", "baselines too", "remove them")
+    return None
 
 
-def cmaes_problem(space: SpaceFile) -> str:
-    """What of a space `cmaes` does not support."""
+def cmaes_problem(space: SpaceFile, place: str) -> BadInput | None:
+    """Feature of a space that `cmaes` does not support, if any."""
     named = next((name for name, param in space.space.items() if param.choices is not None or param.when), "")
     if named:
-        return f"cmaes needs int and float settings without `when`, but got {named}; use tpe, or move it to base"
+        rule = "cmaes requires int and float settings without `when`"
+        return fault(place, rule, named, "use tpe, or move it to base")
     if len(space.space) < 2:
-        return "cmaes needs at least 2 settings, but got 1; use tpe"
+        return fault(place, "cmaes requires at least 2 settings", 1, "use tpe")
     if len(space.objectives) > 1:
-        return f"cmaes needs one objective, but got {len(space.objectives)}; use nsga2 or tpe"
-    return ""
+        return fault(place, "cmaes requires one objective", len(space.objectives), "use nsga2 or tpe")
+    return None
 
 
-def gp_problem(space: SpaceFile) -> str:
-    """What of a space `gp` does not support."""
+def gp_problem(space: SpaceFile, place: str) -> BadInput | None:
+    """Feature of a space that `gp` does not support, if any."""
     named = next((name for name, param in space.space.items() if param.when), "")
-    return f"gp needs settings without `when`, but got {named}; use tpe" if named else ""
+    return fault(place, "gp requires settings without `when`", named, "use tpe") if named else None
 
 
-def nsga2_problem(space: SpaceFile) -> str:
-    """What of a space `nsga2` does not support."""
-    return "" if len(space.objectives) > 1 else "nsga2 needs several objectives, but got 1; use tpe, or add one"
+def nsga2_problem(space: SpaceFile, place: str) -> BadInput | None:
+    """Feature of a space that `nsga2` does not support, if any."""
+    if len(space.objectives) > 1:
+        return None
+    return fault(place, "nsga2 requires several objectives", 1, "use tpe, or add one")
 
 
-def _per_kind_rule(space: SpaceFile) -> str:
+def _per_kind_rule(space: SpaceFile, place: str) -> BadInput | None:
     kind = space.space.get("tuner.kind")
     if kind is None or kind.choices is None:
-        return "must have tuner.kind with choices in the space, but got none; add it, or set trials"
+        return fault(place, "must have tuner.kind with choices in the space", "none", "add it, or set trials")
     if any("tuner.kind" not in point for point in space.baselines):
-        return "needs baselines that name their tuner.kind, but got one that does not; add it"
+        return fault(place, "requires baselines with a tuner.kind", "one without", "add it")
     if space.search.sampler == "grid":
-        return "does not go with sampler grid; set trials"
-    return ""
+        return fault(place, "does not work with the sampler grid", remedy="set trials instead")
+    return None
 
 
-def _base_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+def _base_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     try:
         file.validate(RunConfig, space.base, ("base",))
     except BadInput as error:
-        return str(error).splitlines()
+        return error.faults
     return []
 
 
-def _name_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    """Names that nothing in the settings or the space bears, and circles of `when`."""
-    out: list[str] = []
+def _name_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
+    """Unknown names of settings, and circular `when`."""
+    out: list[BadInput] = []
     paths = known_paths()
     for name, param in space.space.items():
         if name not in paths:
-            out.append(f"{file.where(('space', name))}: unknown setting '{name}'; {did_you_mean(name, paths)}")
-        out += [
-            f"{file.where(('space', name, 'when', parent))}: `when` must name a setting of the space, but got '{parent}'; "
-            f"{did_you_mean(parent, space.space)}"
-            for parent in param.when
-            if parent not in space.space
-        ]
+            place = file.where(("space", name))
+            out.append(fault(place, f"unknown setting '{name}'", remedy=did_you_mean(name, paths)))
+        for parent in param.when:
+            if parent not in space.space:
+                place = file.where(("space", name, "when", parent))
+                rule, remedy = "`when` must name a setting of the space", did_you_mean(parent, space.space)
+                out.append(fault(place, rule, f"'{parent}'", remedy))
     if not out:
         try:
             parents_first(space.space)
         except ValueError as error:
-            out.append(f"{file.where(('space',))}: `when` must not go in a circle, but got {error}; break it")
+            out.append(fault(file.where(("space",)), "`when` must not be circular", error, "break the circle"))
     return out
 
 
-def _when_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+def _when_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     """Values of `when` that the named setting never takes."""
     return [
-        f"{file.where(('space', name, 'when', parent))}: {parent} never takes the value {value!r}; "
-        f"{did_you_mean(value, space.space[parent].choices or [str(space.space[parent])])}"
+        fault(
+            file.where(("space", name, "when", parent)),
+            f"{parent} never takes the value {value!r}",
+            remedy=did_you_mean(value, space.space[parent].choices or [str(space.space[parent])]),
+        )
         for name, param in space.space.items()
         for parent, wanted in param.when.items()
         for value in listed(wanted)
@@ -183,77 +194,75 @@ def _when_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
     ]
 
 
-def _draw_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
+def _draw_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     draws = seeded_draws(space.space, NUM_CHECK_DRAWS)
-    return [line for values in draws for line in _config_problems(file, space, values, ("space",))]
+    return [problem for values in draws for problem in _config_problems(file, space, values, ("space",))]
 
 
-def _baseline_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    out: list[str] = []
+def _baseline_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
+    out: list[BadInput] = []
     for index, point in enumerate(space.baseline_values()):
         at: Path_ = ("baselines", index)
-        bad = not point
         if not point:
-            out.append(f"{file.where(at)}: must set at least one setting of the space, but got none; add them")
-        for name, value in point.items():
-            if name not in space.space:
-                problem = f"must name a setting of the space, but got '{name}'; {did_you_mean(name, space.space)}"
-            elif not space.space[name].holds(value):
-                problem = f"must lie inside the space ({space.space[name]}), but got {value!r}; widen the space or change the baseline"
-            elif not is_active(space.space[name], point):
-                problem = f"has no effect here, because its `when` {space.space[name].when} does not hold; remove it"
-            else:
-                continue
-            bad = True
-            out.append(f"{file.where((*at, name))}: {problem}")
-        if not bad:
-            out += _config_problems(file, space, point, at)
+            out.append(fault(file.where(at), "must set at least one setting of the space", "none", "add one"))
+            continue
+        bad = [
+            problem
+            for name, value in point.items()
+            if (problem := _baseline_value_problem(space, point, name, value, file.where((*at, name))))
+        ]
+        out += bad or _config_problems(file, space, point, at)
     return out
 
 
-def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any], at: Path_) -> list[str]:
-    """Lines for a set of values that does not build a valid run; each says which searched setting is to blame."""
-    batch = "optim.global_batch_size"
+def _baseline_value_problem(
+    space: SpaceFile, point: dict[str, Any], name: str, value: Any, place: str
+) -> BadInput | None:
+    param = space.space.get(name)
+    if param is None:
+        return fault(place, "must name a setting of the space", f"'{name}'", did_you_mean(name, space.space))
+    if not param.holds(value):
+        rule, remedy = f"must be inside the space ({param})", "widen the space or change the baseline"
+        return fault(place, rule, repr(value), remedy)
+    if not is_active(param, point):
+        return fault(place, f"has no effect here, because its `when` {param.when} does not hold", remedy="remove it")
+    return None
+
+
+def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any], at: Path_) -> list[BadInput]:
+    """Return the errors of values that do not form a valid run, each at the searched setting that causes it."""
     try:
-        check_global_batch(space.config(values).optim.global_batch_size, space.scale.workers_per_trial)
+        config = space.config(values)
     except ValidationError as error:
-        out = []
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"]) + (
-                ".kind" if problem["type"] == "union_tag_invalid" else ""
-            )
-            blamed = next(
-                (
-                    v
-                    for v in values
-                    if v.split(".")[0] == name.split(".")[0] and v.split(".")[-1] == name.split(".")[-1]
-                ),
-                "",
-            )
-            kind = f"{name.split('.')[0]}.kind"
-            if problem["type"] == "extra_forbidden" and blamed:
-                todo = f"add when: {{{kind}: [the kinds it belongs to]}}" if kind in space.space else "remove it"
-                out.append(f"{file.where((*at, blamed))}: has no effect with {kind} {problem['loc'][1]}; {todo}")
-            else:
-                out.append(
-                    f"{file.where((*at, blamed) if blamed else at)}: {explain(RunConfig, problem, tuple(name.split('.')))}"
-                )
-        return out
-    except ValueError as error:
-        place = (*at, batch) if batch in values else ("base", *batch.split("."))
-        return [f"{file.where(place)}: {str(error).removeprefix(batch + ': ')}"]
-    return []
+        return [_value_problem(file, space, values, at, problem) for problem in error.errors()]
+    batch = "optim.global_batch_size"
+    place = file.where((*at, batch) if batch in values else ("base", *batch.split(".")))
+    problem = batch_fault(config.optim.global_batch_size, space.scale.workers_per_trial, place)
+    return [problem] if problem else []
 
 
-def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[str]:
-    """A scheduler that could stop nothing."""
+def _value_problem(
+    file: SettingsFile, space: SpaceFile, values: dict[str, Any], at: Path_, problem: ErrorDetails
+) -> BadInput:
+    name = ".".join(str(part) for part in problem["loc"]) + (".kind" if problem["type"] == "union_tag_invalid" else "")
+    section, leaf = name.split(".")[0], name.split(".")[-1]
+    cause = next((value for value in values if value.split(".")[0] == section and value.split(".")[-1] == leaf), "")
+    place = file.where((*at, cause) if cause else at)
+    if problem["type"] == "extra_forbidden" and cause:
+        kind = f"{section}.kind"
+        remedy = f"add when: {{{kind}: [the kinds that have it]}}" if kind in space.space else "remove it"
+        return fault(place, f"has no effect with {kind} {problem['loc'][1]}", remedy=remedy)
+    return explain(RunConfig, problem, tuple(name.split(".")), place)
+
+
+def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
+    """A scheduler that can never stop a trial."""
     scheduler, most = space.search.scheduler, space.most_epochs()
     if isinstance(scheduler, NoSchedulerConfig) or scheduler.grace_epochs <= most:
         return []
-    return [
-        f"{file.where(('search', 'scheduler', 'grace_epochs'))}: must be at most the {most} epochs of a trial, "
-        f"but got {scheduler.grace_epochs}; lower it, or set search.scheduler.kind=none"
-    ]
+    place = file.where(("search", "scheduler", "grace_epochs"))
+    rule, remedy = f"must be at most the {most} epochs of a trial", "lower it, or set search.scheduler.kind=none"
+    return [fault(place, rule, scheduler.grace_epochs, remedy)]
 
 
 def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> SpaceFile:
@@ -265,5 +274,5 @@ def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> Spa
     file.expand("dataset", "out")
     space = file.validate(SpaceFile)
     if problems := problems_of(file, space):
-        raise BadInput("\n".join(problems))
+        raise BadInput.of(problems)
     return space

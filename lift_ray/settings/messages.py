@@ -1,4 +1,4 @@
-"""Error messages for settings: pydantic problems in plain words."""
+"""Error messages for settings: pydantic problems in plain English."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from lift_ray.errors import did_you_mean
+from lift_ray.errors import BadInput, did_you_mean
 
 Path_ = tuple[str | int, ...]
 
@@ -20,50 +20,65 @@ def dotted(path: Path_) -> str:
     return ".".join(str(part) for part in path)
 
 
-def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_) -> str:
-    """What rule was broken, what came, and what to do."""
+def fault(place: str, rule: str, got: object = None, remedy: str = "", *, but: str = "") -> BadInput:
+    """Return a BadInput whose parts are one line each: keys and values of a file may contain line breaks."""
+    return BadInput(
+        place, _one_line(rule), None if got is None else _one_line(got), _one_line(remedy), but=_one_line(but)
+    )
+
+
+def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_, place: str) -> BadInput:
+    """Return the error for one pydantic problem: the rule, the value and the remedy.
+
+    Args:
+        model: the validated model.
+        path: position of the problem as the user wrote it.
+        place: the same for the message.
+    """
     kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "extra_forbidden":
-        return f"unknown key '{path[-1]}'; {did_you_mean(path[-1], allowed_keys(model, problem['loc'][:-1]))}"
+        known = allowed_keys(model, problem["loc"][:-1])
+        return fault(place, f"unknown key '{path[-1]}'", remedy=did_you_mean(path[-1], known))
     if kind == "union_tag_invalid":
         tags = [tag.strip().strip("'") for tag in str(context["expected_tags"]).split(",")]
-        return f"unknown value '{context['tag']}'; {did_you_mean(context['tag'], tags)}"
+        return fault(place, f"unknown value '{context['tag']}'", remedy=did_you_mean(context["tag"], tags))
     if kind == "union_tag_not_found":
-        return f"must name its kind, but got {_short(value)}; add `kind: ...`"
+        return fault(place, "must have a kind", _short(value), "add `kind: ...`")
     if kind == "literal_error":
         options = [part.strip(" '") for part in re.split(r", | or ", str(context["expected"]))]
-        return f"unknown value {_short(value)}; {did_you_mean(value, options)}"
+        return fault(place, f"unknown value {_short(value)}", remedy=did_you_mean(value, options))
     if kind == "missing":
-        return "must be given, but is missing; add it"
+        return fault(place, "is required", but="missing", remedy="add it")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         write = f"{{kind: {value}}}" if kind == "model_attributes_type" and isinstance(value, str) else "{key: value}"
-        return f"must be a mapping, but got {_short(value)}; write {write}"
+        return fault(place, "must be a mapping", _short(value), f"write {write}")
     rule = (
         problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Assertion failed, ")
     )
-    if kind in ("value_error", "assertion_error"):
-        return rule
+    if kind in ("value_error", "assertion_error"):  # our own validators: the text has its value and remedy
+        return fault(place, rule)
     if wrong_size := re.match(r"(?:Dictionary|List|String) should (have at (?:least|most) \d+ items?|match .*)", rule):
-        return f"must {wrong_size[1].removesuffix(' after validation')}, but got {_short(value)}; change it"
-    return f"must be {rule}, but got {_short(value)}; change it"
+        rule = wrong_size[1].removesuffix(" after validation")
+        return fault(place, f"must {rule}", _short(value), "change it")
+    return fault(place, f"must be {rule}", _short(value), "change it")
 
 
 def explain_first(model: type[BaseModel], error: ValidationError) -> str:
-    """`loss.tau: must be ..., but got ...`: the first problem of a tree that stands in no file of its own."""
+    """Return `loss.tau: must be ..., but got ...` for the first problem of a tree that has no file of its own."""
     problem = error.errors()[0]
     path = _walk(model, problem["loc"])[0]
-    return f"{dotted(path)}: {explain(model, problem, path)}"
+    return str(explain(model, problem, path, dotted(path)))
 
 
 def allowed_keys(model: type[BaseModel], loc: Path_) -> list[str]:
-    """The field names of the model that sits at a pydantic error position (tags of unions included)."""
+    """Return the field names of the model at a pydantic error position (tags of unions included)."""
     return [
         field.alias or name for found in models_of(_walk(model, loc)[1]) for name, field in found.model_fields.items()
     ]
 
 
 def models_of(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field of this type can hold."""
+    """Return the models that a field of this type can contain."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
@@ -72,9 +87,9 @@ def models_of(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _walk(model: type[BaseModel], loc: Path_) -> tuple[Path_, Any]:
-    """A pydantic error position as the user wrote it, and the type of what stands there.
+    """Return a pydantic error position as the user wrote it, and the type at that position.
 
-    pydantic puts the tag of a union of kinds into the position (tuner, lora, blocks); users do not write it.
+    pydantic includes the tag of a union of kinds in the position (tuner, lora, blocks); users do not write it.
     """
     path: list[str | int] = []
     here: Any = model

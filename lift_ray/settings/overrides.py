@@ -1,4 +1,4 @@
-"""Settings given on the command line, and how they change a settings tree."""
+"""Settings given on the command line, and their application to a settings tree."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
-from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.settings.base import Holds
-from lift_ray.settings.messages import Path_, _one_line
+from lift_ray.settings.messages import Path_
 from lift_ray.settings.yaml_file import SettingsFile, _plain
 
 RANGES, RANGE_OPTIONS = ("choices", "int", "float"), ("log", "step", "when")
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
-    """`["loss.tau=0.5"]` from a command line -> {"loss.tau": 0.5}, values read as YAML 1.2. Raises BadInput."""
+    """Parse `["loss.tau=0.5"]` into {"loss.tau": 0.5}; values are read as YAML 1.2. Raises BadInput."""
     out: dict[str, Any] = {}
     for word in words:
         path, equals, text = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w[\w/]*)*", path):
             raise BadInput(
-                f"command line: settings must be written key=value, but got '{word}'; for example loss.tau=0.5"
+                "command line", "settings must be written key=value", f"'{word}'", "for example, loss.tau=0.5"
             )
         try:
             out[path] = _plain(YAML(typ="rt").load(text), (), {})
         except Exception as error:  # ruamel raises several unrelated types for broken input
             problem = error.problem if isinstance(error, MarkedYAMLError) else error
             raise BadInput(
-                f"command line {path}: must be a YAML value, but got '{text}' ({_one_line(problem)}); quote it"
+                f"command line {path}", "must be a YAML value", f"'{text}' ({one_line(problem)})", "quote it"
             ) from None
     return out
 
@@ -40,12 +40,14 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
 def apply_file_overrides(file: SettingsFile, overrides: dict[str, Any], model: type[BaseModel]) -> None:
     """Set command-line overrides in a file's data; the first name must be one of the model's. Raises BadInput.
 
-    Keys of `space` have dots in them: `space.tuner.bottleneck.int=[4, 64]` sets `int` of `tuner.bottleneck`.
+    Keys of `space` contain dots: `space.tuner.bottleneck.int=[4, 64]` sets `int` of `tuner.bottleneck`.
     """
     for path in overrides:
         first = path.split(".")[0]
         if first not in model.model_fields:
-            raise BadInput(f"command line {path}: unknown key '{first}'; {did_you_mean(first, model.model_fields)}")
+            raise BadInput(
+                f"command line {path}", f"unknown key '{first}'", remedy=did_you_mean(first, model.model_fields)
+            )
     searched = {
         path: value for path, value in overrides.items() if path.startswith("space.") and "space" in model.model_fields
     }
@@ -57,7 +59,7 @@ def apply_file_overrides(file: SettingsFile, overrides: dict[str, Any], model: t
 
 
 def _set_searched(data: dict[str, Any], path: str, value: Any) -> Path_:
-    """Set one word of a searched setting, or all of them when the last name is no such word; returns the position."""
+    """Set one option of a searched setting, or all of them if the last name is not an option; return its position."""
     name, _, word = path.rpartition(".")
     if not name or word not in (*RANGES, *RANGE_OPTIONS):
         name, word = path, ""
@@ -67,20 +69,20 @@ def _set_searched(data: dict[str, Any], path: str, value: Any) -> Path_:
         return "space", name
     before = space.get(name)
     kept = before if isinstance(before, dict) else {}
-    if word in RANGES:  # a setting has one range: another takes its place
+    if word in RANGES:  # a setting has one range: the new one replaces it
         kept = {k: v for k, v in kept.items() if k not in RANGES and (k == "when" or word != "choices")}
     space[name] = kept | {word: value}
     return "space", name
 
 
 def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """A copy of a settings tree with dotted overrides (`{"loss.tau": 0.5}`) set in it.
+    """Return a copy of a settings tree with dotted overrides (`{"loss.tau": 0.5}`) applied.
 
-    Setting the `kind` of a section to another kind drops that section's other keys, which belonged to the old kind;
-    kinds are therefore set first.
+    Changing the `kind` of a section drops the section's other keys, which belong to the old kind. Kinds are therefore
+    set first.
 
     Args:
-        model: what the tree describes; it says which kind a section without `kind` is of.
+        model: model of the tree; its defaults give the kind of a section without `kind`.
     """
     out = copy.deepcopy(tree)
     for path in sorted(overrides, key=lambda p: (not p.endswith(".kind"), p)):
@@ -97,7 +99,7 @@ def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any], model: type
 
 
 def _default_kind(model: type[BaseModel], section: list[str]) -> str | None:
-    """The kind of a section that does not name one: that of its default."""
+    """Return the default kind of a section."""
     default: Any = None
     for name in section:
         field = model.model_fields.get(name)

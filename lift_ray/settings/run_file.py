@@ -1,38 +1,44 @@
-"""A run file: the settings of one run, and the data it runs on."""
+"""Run files: the settings of a run and the dataset it uses."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from lift_ray.errors import BadInput
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.yaml_file import SettingsFile
 
 
 class RunFile(RunConfig):
-    """A run file: the settings of one run, and the data it runs on."""
+    """Settings of a run file: those of the run, and the dataset it uses."""
 
     name: str = "run"
     dataset: str
-    """Any fsspec URL or path of Parquet shards, or embedded:NAME."""
+    """Path or fsspec URL of Parquet shards, or embedded:NAME."""
     out: str | None = None
 
     @property
     def config(self) -> RunConfig:
-        """The settings alone."""
+        """The settings without name, dataset and output folder."""
         return RunConfig.model_validate(self.model_dump(include=set(RunConfig.model_fields)))
 
 
 def check_global_batch(size: int, workers: int) -> None:
-    """Raises ValueError, with what would fit, when a global batch cannot be shared evenly."""
-    if size % workers:
-        fits = max(1, round(size / workers)) * workers
-        fewer = max(w for w in range(1, workers) if size % w == 0)
-        raise ValueError(
-            f"optim.global_batch_size: must be divisible by {workers} workers, but got {size}; "
-            f"use {fits}, or {fewer} worker{'s' if fewer > 1 else ''}"
-        )
+    """Raise ValueError, with values that would fit, if a global batch cannot be divided evenly among the workers."""
+    if fault := batch_fault(size, workers, "optim.global_batch_size"):
+        raise ValueError(str(fault))
+
+
+def batch_fault(size: int, workers: int, place: str) -> BadInput | None:
+    """Return the error for a global batch that cannot be divided evenly among the workers, or None."""
+    if size % workers == 0:
+        return None
+    fits = max(1, round(size / workers)) * workers
+    fewer = max(w for w in range(1, workers) if size % w == 0)
+    remedy = f"use {fits}, or {fewer} worker{'s' if fewer > 1 else ''}"
+    return BadInput(place, f"must be divisible by {workers} workers", size, remedy)
 
 
 def read_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunFile:

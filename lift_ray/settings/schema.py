@@ -1,4 +1,4 @@
-"""The JSON schema of search-space files, for editors that complete and check YAML."""
+"""JSON schema of search-space files, for editors that complete and check YAML."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lift_ray.storage.atomic import replacing
 
 
 def space_schema() -> dict[str, Any]:
-    """JSON schema 2020-12 of SpaceFile; `base` is a run's settings, and the names in `space` and `baselines` are known ones."""
+    """Return the JSON schema 2020-12 of SpaceFile, with run settings in `base` and only known names in `space` and `baselines`."""
     schema = SpaceFile.model_json_schema(by_alias=True)
     run = RunConfig.model_json_schema(ref_template="#/$defs/{model}")
     schema["$defs"] |= run.pop("$defs")
     names, parts = sorted(known_paths()), schema["properties"]
-    parts["base"] = run | {"title": "Base", "description": "What every trial has.", "default": {}}
+    parts["base"] = run | {"title": "Base", "description": "Settings shared by all trials.", "default": {}}
     parts["space"]["propertyNames"] = {"enum": names}
     parts["baselines"]["items"]["propertyNames"] = {"enum": ["name", *names]}
     metrics = [*(f"validation/{name}" for name in METRICS), COUNT]
@@ -29,12 +29,12 @@ def space_schema() -> dict[str, Any]:
 
 
 def write_schema(path: str) -> None:
-    """space_schema as a file. Raises BadInput when it cannot be written."""
+    """Write the schema to a file. Raises BadInput when it cannot be written."""
     target = Path(path)
     try:
         with replacing(target) as temporary:
             temporary.write_text(json.dumps(space_schema(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise BadInput(
-            f"--schema: must be a file that can be written, but got {path} ({error.strerror}); give another"
+            "--schema", "must be a writable file", f"{path} ({error.strerror})", "choose another path"
         ) from None

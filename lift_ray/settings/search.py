@@ -1,4 +1,4 @@
-"""How a space is searched, and what a trial may use of the cluster."""
+"""Settings of a search: trials, samplers, schedulers, resources per trial and constraints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lift_ray.registry import SAMPLERS, Config, register_sampler
 from lift_ray.settings.base import OneOf
 
 Epochs = Annotated[int, Field(ge=1)]
-TAUS = tuple(0.25 * i for i in range(9))  # 0 ... 2: the strengths of post-hoc adjustment that are tried after training
+TAUS = tuple(0.25 * i for i in range(9))  # 0 ... 2: strengths of post-hoc logit adjustment tried after training
 
 
 class NoSchedulerConfig(Config):
-    """Every trial runs to its end."""
+    """Run every trial to its end."""
 
     kind: Literal["none"] = "none"
 
 
 class AshaConfig(Config):
-    """Stop the worse trials early (arXiv 1810.05934). Baselines (`start`) always run to their end."""
+    """Stop the worse trials early (arXiv 1810.05934). Baselines always run to their end."""
 
     kind: Literal["asha"] = "asha"
     grace_epochs: Epochs = 1
@@ -29,7 +29,7 @@ class AshaConfig(Config):
 
 
 class HyperbandConfig(Config):
-    """ASHA in several brackets, each with a longer grace than the one before (arXiv 1603.06560); trials take turns."""
+    """ASHA in several brackets with increasing grace periods (arXiv 1603.06560); trials are assigned to them in turn."""
 
     kind: Literal["hyperband"] = "hyperband"
     grace_epochs: Epochs = 1
@@ -37,7 +37,7 @@ class HyperbandConfig(Config):
 
 
 class MedianConfig(Config):
-    """Stop a trial whose best value so far is below the median of the others' means up to the same epoch."""
+    """Stop a trial if its best value so far is below the median of the other trials' means up to the same epoch."""
 
     kind: Literal["median"] = "median"
     grace_epochs: Epochs = 1
@@ -66,18 +66,18 @@ else:
 
 
 class SearchConfig(Config):
-    """How the space is searched."""
+    """Settings of the search: number of trials, sampler, scheduler and final evaluation."""
 
     trials: Annotated[int, Field(ge=1)] = 32
     per_kind: Annotated[int, Field(ge=1)] | None = None
-    """So many trials for each tuner.kind, in place of `trials`; each kind has a sampler and rungs of its own."""
+    """Number of trials for each tuner.kind, instead of `trials`; each kind has its own sampler and rungs."""
     sampler: AnySampler = "tpe"
     scheduler: Annotated[AnyScheduler, Field(discriminator="kind")] = AshaConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     tte_best: Annotated[int, Field(ge=0)] = 1
     """Number of the best trials that are also evaluated with test-time ensembling at the end."""
     seeds_best: Annotated[int, Field(ge=1, le=100)] = 1
-    """Number of seeds with which the best settings and the first baseline are trained, the search's own included."""
+    """Number of seeds for training the best settings and the first baseline, including the seed of the search."""
 
     @model_validator(mode="after")
     def _one_number(self) -> SearchConfig:
@@ -87,13 +87,13 @@ class SearchConfig(Config):
 
 
 class ScaleConfig(Config):
-    """What a trial may use of the cluster."""
+    """Resources of a trial."""
 
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     use_gpu: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
     max_concurrent: Annotated[
-        Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or a whole number of at least 1")
+        Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or an integer of at least 1")
     ] = "auto"
 
 
@@ -101,13 +101,13 @@ class PlanConfig(Config):
     """Estimates used by --dry-run only."""
 
     training_images: Annotated[int, Field(ge=1)] | None = None
-    """Of data that a dry run does not open."""
+    """Number of training images, for datasets that a dry run does not open."""
     images_per_s: Annotated[float, Field(gt=0)] | None = None
-    """A worker's speed in training."""
+    """Training speed of a worker."""
 
 
 class Constraint(Config):
-    """What a trial's figure must keep to."""
+    """Bounds of a metric that a trial must satisfy."""
 
     min: float | None = None
     max: float | None = None
@@ -117,18 +117,18 @@ class Constraint(Config):
         if self.min is None and self.max is None:
             raise ValueError("must have min or max, but got neither; add one")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min <= max must hold, but got {self.min:g} and {self.max:g}; swap them")
+            raise ValueError(f"min must be at most max, but got {self.min:g} and {self.max:g}; swap them")
         return self
 
     def excess(self, value: float) -> float:
-        """By how much a value breaks the limit; 0 or less when it keeps to it."""
+        """Return by how much a value exceeds the bounds; 0 or less if it satisfies them."""
         return max(
             -math.inf if self.max is None else value - self.max, -math.inf if self.min is None else self.min - value
         )
 
 
 def rungs(scheduler: AnyScheduler, most_epochs: int, bracket: int = 0) -> list[int]:
-    """The epochs after which ASHA or Hyperband may stop a trial: grace * factor^k, below the end."""
+    """Return the epochs after which ASHA or Hyperband may stop a trial: grace * factor^k, before the last epoch."""
     if not isinstance(scheduler, AshaConfig | HyperbandConfig):
         return []
     out = [scheduler.grace_epochs * scheduler.reduction_factor**bracket]
@@ -138,7 +138,7 @@ def rungs(scheduler: AnyScheduler, most_epochs: int, bracket: int = 0) -> list[i
 
 
 def num_brackets(scheduler: AnyScheduler, most_epochs: int) -> int:
-    """How many brackets Hyperband has; the last one stops nothing."""
+    """Return the number of Hyperband brackets; the last one never stops a trial."""
     if not isinstance(scheduler, HyperbandConfig):
         return 1
     number = 1
@@ -148,12 +148,12 @@ def num_brackets(scheduler: AnyScheduler, most_epochs: int) -> int:
 
 
 def expected_epochs(scheduler: AnyScheduler, most_epochs: int) -> float:
-    """Mean epochs of a drawn trial, when each rung lets one in `reduction_factor` go on."""
+    """Return the expected epochs of a sampled trial if each rung lets one in `reduction_factor` continue."""
     means = []
     for bracket in range(num_brackets(scheduler, most_epochs)):
-        share, done, mean = 1.0, 0, 0.0
+        fraction, done, mean = 1.0, 0, 0.0
         for epoch in [*rungs(scheduler, most_epochs, bracket), most_epochs]:
-            mean += share * (epoch - done)
-            share, done = share / getattr(scheduler, "reduction_factor", 1), epoch
+            mean += fraction * (epoch - done)
+            fraction, done = fraction / getattr(scheduler, "reduction_factor", 1), epoch
         means.append(mean)
     return sum(means) / len(means)

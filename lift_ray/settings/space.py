@@ -1,4 +1,4 @@
-"""The search-space file: Optuna's words (choices, int, float, log, step) plus `when` and `start`."""
+"""Search-space files: the vocabulary of Optuna (choices, int, float, log, step), plus `when` and `baselines`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RENAMED = {"start": "baselines"}  # keys of earlier versions, still read
 LARGEST_GRID = 10_000
-LARGEST_BOUND = 1e15  # beyond it the samplers lose whole numbers
+LARGEST_BOUND = 1e15  # above this, samplers lose integer precision
 
 
 Value = Annotated[bool | int | float | str | None, OneOf("text, a number, true, false or null")]
@@ -25,7 +25,7 @@ Values = Annotated[bool | int | float | str | list[Value] | None, OneOf("one val
 
 
 class Param(Config):
-    """One searched setting: exactly one of choices, int, float."""
+    """Range of a searched setting: exactly one of choices, int and float."""
 
     choices: Annotated[list[Value], Field(min_length=1)] | None = None
     ints: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(None, alias="int")
@@ -33,27 +33,28 @@ class Param(Config):
     log: bool = False
     step: Annotated[float, Field(gt=0)] | None = None
     when: dict[str, Values] = {}
-    """Draw this setting only when these others have one of these values."""
+    """Search this setting only if other settings have one of these values."""
 
     @model_validator(mode="after")
     def _one_range(self) -> Param:
         ranges = {"choices": self.choices, "int": self.ints, "float": self.floats}
         given = [name for name, value in ranges.items() if value is not None]
         if len(given) != 1:
-            raise ValueError(f"must have exactly one of choices, int, float, but got {given or 'none'}; keep one")
+            got = f"{given}; keep one" if given else "none; add one"
+            raise ValueError(f"must have exactly one of choices, int, float, but got {got}")
         if self.choices is not None and (self.log or self.step):
-            raise ValueError("log and step go with int or float, but got choices; remove them")
+            raise ValueError("log and step require int or float, but got choices; remove them")
         if self.log and self.step:
             raise ValueError("must not have both log and step, but got both; remove one")
         bounds = self.bounds
         if bounds and max(map(abs, bounds)) > LARGEST_BOUND:
-            raise ValueError(f"bounds must lie within -1e15 ... 1e15, but got {list(bounds)}; narrow them")
+            raise ValueError(f"bounds must be within -1e15 ... 1e15, but got {list(bounds)}; narrow them")
         if bounds and bounds[0] > bounds[1]:
-            raise ValueError(f"low <= high must hold, but got {list(bounds)}; swap them")
+            raise ValueError(f"low must be at most high, but got {list(bounds)}; swap them")
         if bounds and self.log and bounds[0] <= 0:
-            raise ValueError(f"log needs low > 0, but got {bounds[0]}; raise it")
+            raise ValueError(f"log requires low > 0, but got {bounds[0]}; raise it")
         if self.ints and self.step and self.step % 1:
-            raise ValueError(f"step must be a whole number with int, but got {self.step}; round it")
+            raise ValueError(f"step must be an integer for int, but got {self.step}; round it")
         if bounds and not self._on_step(bounds[1]):
             raise ValueError(
                 f"high - low must be a whole number of steps, but got {list(bounds)} with step {self.step:g}; change one"
@@ -61,18 +62,18 @@ class Param(Config):
         return self
 
     def _on_step(self, value: Any) -> bool:
-        """As Optuna checks it: the steps from low may be off by rounding."""
+        """Return True if the value is a whole number of steps above low, with Optuna's tolerance for rounding."""
         steps = (value - self.bounds[0]) / self.step if self.bounds and self.step else 0.0
         return bool(abs(steps - round(steps)) < 1e-8)
 
     @property
     def bounds(self) -> tuple[Any, Any] | None:
-        """(low, high), both possible; None for choices."""
+        """(low, high), both inclusive; None for choices."""
         pair = self.ints or self.floats
         return (pair[0], pair[1]) if pair else None
 
     def holds(self, value: Any) -> bool:
-        """Is the value one that this setting can take?"""
+        """Return True if the setting can take this value."""
         if self.choices is not None:
             return value in self.choices
         number = isinstance(value, int) if self.ints else isinstance(value, int | float)
@@ -80,7 +81,7 @@ class Param(Config):
         return number and not isinstance(value, bool) and low <= value <= high and self._on_step(value)
 
     def options(self) -> list[Value] | None:
-        """Every value, when they can be counted: choices, whole numbers, steps."""
+        """Return every value if they can be enumerated (choices, integers, steps), else None."""
         if self.choices is not None:
             return list(self.choices)
         low, high = self.bounds  # type: ignore[misc]
@@ -91,7 +92,7 @@ class Param(Config):
         return [round(low + i * step) if self.ints else low + i * step for i in range(number)]
 
     def suggest(self, trial: optuna.trial.BaseTrial, name: str) -> Value:
-        """Ask Optuna for a value."""
+        """Suggest a value with Optuna."""
         if self.choices is not None:
             return trial.suggest_categorical(name, self.choices)
         low, high = self.bounds  # type: ignore[misc]
@@ -109,7 +110,7 @@ class Param(Config):
 
 
 class SpaceFile(Config):
-    """A search-space file, checked as far as it can be without a cluster."""
+    """Search-space file: what is searched, how, and with which resources."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dataset: str
@@ -117,60 +118,60 @@ class SpaceFile(Config):
     objectives: Annotated[dict[str, Literal["max", "min"]], Field(min_length=1)] = {
         "validation/mean_class_accuracy": "max"
     }
-    """Several make a Pareto search. Early stopping and `best` go by the first."""
+    """Metrics to optimize; several make a Pareto search. Early stopping and `best` use the first."""
     constraints: dict[str, Constraint] = {}
-    """A trial known to break one before training (trained_parameters) is not trained, but told to the sampler."""
+    """Bounds on metrics. A trial that violates one before training (trained_parameters) is reported to the sampler, not trained."""
     base: Annotated[dict[str, Any], Holds(RunConfig)] = {}
     space: Annotated[dict[str, Param], Field(min_length=1)]
     baselines: list[dict[str, Value]] = []
-    """Trained first and never stopped early, to compare the search with; `name` labels one in the tables."""
+    """Settings to compare the search with, trained first and never stopped early; `name` is the label in tables."""
     search: SearchConfig = SearchConfig()
     scale: ScaleConfig = ScaleConfig()
     plan: PlanConfig = PlanConfig()
 
     @property
     def objective(self) -> tuple[str, Literal["max", "min"]]:
-        """(metric, max or min) of the first."""
+        """The first objective: (metric, max or min)."""
         return next(iter(self.objectives.items()))
 
     def baseline_values(self) -> list[dict[str, Value]]:
-        """The settings of each baseline, without its name."""
+        """Return the settings of each baseline, without its name."""
         return [{key: value for key, value in point.items() if key != "name"} for point in self.baselines]
 
     def baseline_labels(self) -> list[str]:
-        """The name of each baseline in tables."""
+        """Return the label of each baseline in tables."""
         return [str(point.get("name", f"baseline {index}")) for index, point in enumerate(self.baselines, 1)]
 
     def kinds(self) -> list[str]:
-        """The tuner kinds that have trials of their own (search.per_kind); one nameless group otherwise."""
+        """Return the tuner kinds with their own trials (search.per_kind); otherwise one group with an empty name."""
         if self.search.per_kind is None:
             return [""]
         return [str(kind) for kind in self.space["tuner.kind"].choices or []]
 
     def of_kind(self, kind: str) -> dict[str, Param]:
-        """The space with tuner.kind held at one of `kinds`."""
+        """Return the space with tuner.kind fixed to one of `kinds`."""
         return self.space | {"tuner.kind": Param(choices=[kind])} if kind else self.space
 
     @property
     def num_trials(self) -> int:
-        """Trials in all; fewer when a grid has fewer points."""
+        """Total number of trials; at most the number of points of a grid."""
         number = (self.search.per_kind or 0) * len(self.kinds()) or self.search.trials
         return min(number, len(grid_points(self.space))) if self.search.sampler == "grid" else number
 
     def most_epochs(self) -> int:
-        """The longest that a trial of this space trains."""
+        """Return the maximum number of epochs of a trial."""
         searched = self.space.get("optim.epochs")
         if searched is None:
             return self.config({}).optim.epochs
         return int(max(searched.choices or searched.bounds or ()))
 
     def config(self, values: dict[str, Any]) -> RunConfig:
-        """The run that a trial's values describe. Raises pydantic's ValidationError."""
+        """Return the run settings for the values of a trial. Raises pydantic's ValidationError."""
         return RunConfig.model_validate(apply_overrides(self.base, values, RunConfig))
 
 
 def grid_points(space: dict[str, Param]) -> list[dict[str, Value]]:
-    """Every combination of a space's values, `when` respected, at most LARGEST_GRID + 1. Raises ValueError for one without steps."""
+    """Return all combinations of values that satisfy `when`, at most LARGEST_GRID + 1. Raises ValueError for a range without steps."""
     points: list[dict[str, Value]] = [{}]
     for name in parents_first(space):
         options = space[name].options()
@@ -185,13 +186,13 @@ def grid_points(space: dict[str, Param]) -> list[dict[str, Value]]:
 
 
 class Draw:
-    """The space as Optuna's define-by-run function."""
+    """Search space as a define-by-run function of Optuna."""
 
     def __init__(self, space: dict[str, Param]) -> None:
         self.space = {name: space[name] for name in parents_first(space)}
 
     def __call__(self, trial: optuna.trial.BaseTrial) -> dict[str, Value]:
-        """All values drawn; settings whose `when` does not hold are left out."""
+        """Return the suggested values; settings whose `when` does not hold are omitted."""
         values: dict[str, Value] = {}
         for name, param in self.space.items():
             if is_active(param, values):
@@ -200,7 +201,7 @@ class Draw:
 
 
 def seeded_draws(space: dict[str, Param], number: int) -> list[dict[str, Value]]:
-    """What a random search would try first, always the same."""
+    """Return the first draws of a random search with a fixed seed."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -209,17 +210,17 @@ def seeded_draws(space: dict[str, Param], number: int) -> list[dict[str, Value]]
 
 
 def is_active(param: Param, values: dict[str, Any]) -> bool:
-    """Does every `when` of a setting hold for the values drawn so far?"""
+    """Return True if every `when` of a setting holds for the values drawn so far."""
     return all(name in values and values[name] in listed(wanted) for name, wanted in param.when.items())
 
 
 def listed(wanted: Value | list[Value]) -> list[Value]:
-    """One value or a list of values, as a list."""
+    """Return one value or a list of values as a list."""
     return wanted if isinstance(wanted, list) else [wanted]
 
 
 def parents_first(space: dict[str, Param]) -> list[str]:
-    """Names ordered so that every `when` parent comes first. Raises ValueError, with the circle, when there is none."""
+    """Sort names so that `when` parents come first. Raises ValueError with the circle if `when` is circular."""
     order: list[str] = []
     waiting = list(space)
     while waiting:

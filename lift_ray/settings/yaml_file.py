@@ -1,4 +1,4 @@
-"""YAML 1.2 files into strict settings, with every problem reported at once by file, line and dotted path."""
+"""Read YAML 1.2 files into strict settings; all problems are reported at once, with file, line and dotted path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 from lift_ray.settings.messages import Path_, _one_line, _short, _walk, dotted, explain
 from lift_ray.storage.atomic import replacing
 
@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class SettingsFile:
-    """A YAML file as plain data plus the line of every key.
+    """A YAML file as plain data, with the line of every key.
 
     Args:
         source: for messages, usually the path.
@@ -43,50 +43,48 @@ class SettingsFile:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise BadInput(f"{path}: must be a YAML file, but there is none; check the path") from None
+            raise BadInput(str(path), "must be a YAML file", but="there is none", remedy="check the path") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"{path}: must be a readable YAML file, but got {_one_line(error)}; check the path"
-            ) from None
+            raise BadInput(str(path), "must be a readable YAML file", one_line(error), "check the path") from None
         return cls.parse(text, str(path))
 
     @classmethod
     def parse(cls, text: str, source: str) -> SettingsFile:
-        """The same from a string."""
+        """Read settings from a string. Raises BadInput like `read`."""
         yaml = YAML(typ="rt")
         try:
             tree = yaml.load(text)
         except MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise BadInput(
-                f"{source}:{line}: must be YAML 1.2, but got: {_one_line(error.problem)}; mend this line"
+                f"{source}:{line}", f"invalid YAML 1.2: {one_line(error.problem)}", remedy="fix this line"
             ) from None
         except Exception as error:  # ruamel raises several unrelated types for broken input
-            raise BadInput(f"{source}: must be YAML 1.2, but got: {_one_line(error)}; mend the file") from None
+            raise BadInput(source, f"invalid YAML 1.2: {one_line(error)}", remedy="fix the file") from None
         if not isinstance(tree, CommentedMap):
             got = "a list" if isinstance(tree, list) else "nothing" if tree is None else _short(tree)
-            raise BadInput(f"{source}:1: must be a mapping of settings, but got {got}; start with `dataset: ...`")
+            raise BadInput(f"{source}:1", "must be a mapping of settings", got, "start with `dataset: ...`")
         lines: dict[Path_, int] = {}
         return cls(source, _plain(tree, (), lines), lines)
 
     def rename(self, old: str, new: str) -> None:
-        """Read a top-level key of an earlier version under its new name, with a note. Raises BadInput for a file with both."""
+        """Rename a top-level key of an earlier version, with a note to the user. Raises BadInput if the file has both names."""
         if old not in self.data:
             return
         if new in self.data:
-            raise BadInput(f"{self.where((old,))}: is the old name of {new}, but got both; remove one")
-        print(f"{self.where((old,))}: is called {new} now; the old name still works", file=sys.stderr)
+            raise BadInput(self.where((old,)), f"is the old name of {new}", "both", "remove one")
+        print(f"{self.where((old,))}: renamed to {new}; the old name still works", file=sys.stderr)
         self.data[new] = self.data.pop(old)
         self.lines |= {(new, *path[1:]): line for path, line in self.lines.items() if path[0] == old}
 
     def line(self, path: Path_) -> int:
-        """The line of a position, or of the nearest one above it that the file holds."""
+        """Return the line of a position, or of its nearest parent in the file."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
 
     def where(self, path: Path_) -> str:
-        """`file.yaml:14 tuner.kind`, or `command line tuner.kind` for what was set there."""
+        """Return `file.yaml:14 tuner.kind`, or `command line tuner.kind` for a setting given there."""
         on_command_line = any(path[: len(setting)] == setting for setting in self.overridden) or (
             path not in self.lines and any(setting[: len(path)] == path != () for setting in self.overridden)
         )
@@ -94,7 +92,7 @@ class SettingsFile:
         return f"{source} {_one_line(dotted(path))}".rstrip()
 
     def validate(self, model: type[Model], data: Any = None, at: Path_ = ()) -> Model:
-        """Build `model` from the data at position `at` (or from `data` that came from there).
+        """Build `model` from the data at position `at`, or from `data` taken from there.
 
         Raises BadInput with one line for every problem.
         """
@@ -106,14 +104,14 @@ class SettingsFile:
             return model.model_validate(data)
         except ValidationError as error:
             problems = sorted(error.errors(), key=lambda problem: self.line((*at, *_walk(model, problem["loc"])[0])))
-            raise BadInput("\n".join(self.describe(model, problem, at) for problem in problems)) from None
+            raise BadInput.of(self.describe(model, problem, at) for problem in problems) from None
 
-    def describe(self, model: type[BaseModel], problem: ErrorDetails, at: Path_ = ()) -> str:
-        """One line for one pydantic problem."""
+    def describe(self, model: type[BaseModel], problem: ErrorDetails, at: Path_ = ()) -> BadInput:
+        """Return the error for one pydantic problem."""
         path = _walk(model, problem["loc"])[0]
         if problem["type"] == "union_tag_invalid":
             path = (*path, "kind")
-        return f"{self.where((*at, *path))}: {_one_line(explain(model, problem, path))}"
+        return explain(model, problem, path, self.where((*at, *path)))
 
     def expand(self, *names: str) -> None:
         """Replace `${NAME}` and `${NAME:-default}` in the named top-level texts. Raises BadInput when NAME is not set."""
@@ -127,8 +125,10 @@ class SettingsFile:
         value = os.environ.get(match[1]) or match[2]
         if value is None:
             raise BadInput(
-                f"{self.where((name,))}: the environment variable {match[1]} must be set, but is not; "
-                f"export {match[1]}=... or write ${{{match[1]}:-default}}"
+                self.where((name,)),
+                f"the environment variable {match[1]} must be set",
+                but="is not",
+                remedy=f"export {match[1]}=... or write ${{{match[1]}:-default}}",
             )
         return value
 
@@ -143,10 +143,10 @@ def dump_yaml(data: Mapping[str, Any], path: Path, header: str = "") -> None:
 
 
 def _plain(node: Any, path: Path_, lines: dict[Path_, int]) -> Any:
-    """ruamel's round-trip objects to plain Python, noting where each key stands; keys become text."""
+    """Convert ruamel's round-trip objects to plain Python and record the line of each key; keys become text."""
     if isinstance(node, CommentedMap | CommentedSeq):
         keys = list(node) if isinstance(node, CommentedMap) else list(range(len(node)))
-        places = node.lc.data or {}  # keys that a merge (<<) brought in have none
+        places = node.lc.data or {}  # keys that come from a merge (<<) have none
         found: dict[Any, Any] = {}
         for key in keys:
             name = key if isinstance(node, CommentedSeq) or isinstance(key, str) else str(key)
@@ -156,7 +156,7 @@ def _plain(node: Any, path: Path_, lines: dict[Path_, int]) -> Any:
     if isinstance(node, ScalarBoolean):  # a bool with an anchor
         return bool(node)
     if isinstance(node, int) and not -(2**63) <= node < 2**63:
-        return hex(node)  # as text it fails with a plain message wherever a number is wanted
+        return hex(node)  # as text it fails with a clear message wherever a number is required
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)

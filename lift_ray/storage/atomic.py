@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes: whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file name next to `path`, renamed to it when the block ends, and removed when it fails.
+    """Yield a temporary path next to `path`, renamed to it when the block ends, and removed if it fails.
 
-    A reader therefore sees the old content or the new one, also when the process is killed. One writer at a time.
+    Readers therefore see the old content or the new one, even if the process is killed. Only one writer at a time.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -1,13 +1,11 @@
-"""Where the files of a search or a run go: a folder, or object storage by way of a local copy."""
+"""Result folder of a search or a run: a local folder, or object storage with a local copy."""
 
 from __future__ import annotations
 
 import errno
-import random
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,29 +14,29 @@ from typing import TypeVar
 import fsspec
 from pyarrow import ArrowException, fs
 
-from lift_ray.errors import BadInput, RunFailed
+from lift_ray.errors import BadInput, RunFailed, one_line
+from lift_ray.storage.retry import retry
 
-PATIENCE_S = 120.0  # object storage may fail for so long
-LONGEST_PAUSE_S = 8.0
+PATIENCE_S = 120.0  # how long failing object storage is retried
 Result = TypeVar("Result")
 
 
 class Output:
     """The result folder of a search or a run.
 
-    What one process writes alone goes to `folder`; for a URL (s3://, gs://, any that pyarrow or fsspec knows) that is a local
-    copy, which `publish` uploads. Checkpoints, which other processes read, go through `staged` and `fetched`.
+    Files that only one process writes go to `folder`. For a URL (s3://, gs://, any that pyarrow or fsspec supports) `folder` is a
+    local copy that `publish` uploads. Checkpoints, which other processes read, go through `staged` and `fetched`.
 
     Args:
         where: a path or a URL.
-        option: what the user gave it as.
+        option: name of the option that set it, for messages.
 
     Attributes:
-        url: where, a path in full.
+        url: the URL, or the absolute path.
         shown: the same without credentials, for messages.
 
     Raises:
-        BadInput: an unknown kind of URL, or storage that does not answer.
+        BadInput: the protocol is unknown, or the storage cannot be reached.
     """
 
     def __init__(self, where: str, option: str = "--out") -> None:
@@ -54,20 +52,22 @@ class Output:
             self._remote = _file_system(where)
         except (ArrowException, ValueError, OSError, ImportError) as error:
             raise BadInput(
-                f"{option}: must be a folder or a URL of object storage, but got {self.shown} "
-                f"({_one_line(error)}); try s3://bucket/folder"
+                option,
+                "must be a folder or a URL of object storage",
+                f"{self.shown} ({one_line(error)})",
+                "try s3://bucket/folder",
             ) from None
         self.folder = Path(tempfile.mkdtemp(prefix="lift_ray-"))
 
     def publish(self) -> None:
-        """Upload what is new or changed; nothing to do for a local folder. Raises RunFailed when the storage refuses."""
+        """Upload new and changed files; does nothing for a local folder. Raises RunFailed when the upload fails."""
         if self._remote is None:
             return
         filesystem, path = self._remote
-        self._tried(lambda: _copy(self.folder, filesystem, path), f"; they are in {self.folder}")
+        self._tried(lambda: _copy(self.folder, filesystem, path), f"; the results are in {self.folder}")
 
     def holds(self, name: str) -> bool:
-        """Whether there is such a file. Raises BadInput when the storage does not answer."""
+        """Return True if the file exists. Raises BadInput when the storage cannot be reached."""
         if self._remote is None:
             return (self.folder / name).exists()
         filesystem, path = self._remote
@@ -75,24 +75,26 @@ class Output:
             return bool(filesystem.get_file_info(f"{path}/{name}").type != fs.FileType.NotFound)
         except (ArrowException, OSError) as error:
             raise BadInput(
-                f"{self.option}: must be storage that answers, but {self.shown} says: {_one_line(error)}; "
-                "check bucket, region and credentials"
+                self.option,
+                "must be reachable storage",
+                but=f"{self.shown} says: {one_line(error)}",
+                remedy="check bucket, region and credentials",
             ) from None
 
     def names(self, folder: str) -> list[str]:
-        """The names in a folder, sorted; none when it is not there. Raises RunFailed when the storage does not answer."""
+        """Return the sorted names in a folder; empty if it does not exist. Raises RunFailed when the storage cannot be reached."""
         filesystem, path = self._remote or (fs.LocalFileSystem(), str(self.folder))
         selector = fs.FileSelector(f"{path}/{folder}", allow_not_found=True)
         return sorted({info.base_name for info in self._tried(lambda: filesystem.get_file_info(selector))} - {""})
 
     @contextmanager
     def staged(self, name: str, last: str) -> Iterator[Path]:
-        """A path for a folder to write; it becomes `name`, whole or not at all.
+        """Yield a local path to write a folder to; the folder then becomes `name`, whole or not at all.
 
         Args:
-            last: the file in it that is uploaded last: where it is, the folder is whole.
+            last: the file that is uploaded last: if it exists, the folder is complete.
 
-        Raises RunFailed when the disk is full, or the storage keeps refusing.
+        Raises RunFailed when the disk is full, or the storage keeps failing.
         """
         if self._remote is None:
             with self._written():
@@ -109,7 +111,7 @@ class Output:
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
-        """A local path of a folder or file that is there, "" for all. Raises RunFailed when the storage does not answer."""
+        """Yield a local path of an existing folder or file, "" for everything. Raises RunFailed when the storage cannot be reached."""
         if self._remote is None:
             yield self.folder / name
             return
@@ -126,7 +128,7 @@ class Output:
             yield local
 
     def remove(self, name: str) -> None:
-        """Delete a folder, if it is there. Raises RunFailed when the storage does not answer."""
+        """Delete a folder if it exists. Raises RunFailed when the storage cannot be reached."""
         if self._remote is None:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             return
@@ -135,17 +137,12 @@ class Output:
             self._tried(lambda: filesystem.delete_dir(f"{path}/{name}"))
 
     def _tried(self, work: Callable[[], Result], kept: str = "") -> Result:
-        """What `work` returns; called again, after growing pauses, while remote storage fails."""
-        ends = time.monotonic() + (PATIENCE_S if self._remote else 0.0)
-        pause_s = 0.25
-        while True:
-            try:
-                return work()
-            except (ArrowException, OSError) as error:
-                if time.monotonic() + pause_s > ends or isinstance(error, FileNotFoundError | PermissionError):
-                    raise RunFailed(f"{self.shown}: must take the results, but: {_one_line(error)}{kept}") from None
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+        """Return the result of `work`, retried while remote storage fails. Raises RunFailed when it keeps failing."""
+        patience_s = PATIENCE_S if self._remote else 0.0
+        try:
+            return retry(lambda _: work(), _may_pass, patience_s, first_pause_s=0.25)
+        except (ArrowException, OSError) as error:
+            raise RunFailed(f"{self.shown}: the storage failed: {one_line(error)}{kept}") from None
 
     @contextmanager
     def _written(self) -> Iterator[None]:
@@ -153,21 +150,25 @@ class Output:
             yield
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            got = "the disk is full" if full else _one_line(error)
-            what = "make room" if full else "check the disk"
+            got = "the disk is full" if full else one_line(error)
+            what = "free some space" if full else "check the disk"
             raise RunFailed(
-                f"{self.shown}: must take a checkpoint, but {got}; {what}, then go on with --resume"
+                f"{self.shown}: cannot write a checkpoint: {got}; {what}, then continue with --resume"
             ) from None
 
     def __str__(self) -> str:
-        """As the user would type it."""
+        """Return the folder as the user would type it."""
         if self._remote is None and self.folder.is_relative_to(Path.cwd()):
             return str(self.folder.relative_to(Path.cwd()))
         return self.shown
 
 
+def _may_pass(error: Exception) -> bool:
+    return isinstance(error, ArrowException | OSError) and not isinstance(error, FileNotFoundError | PermissionError)
+
+
 def _file_system(url: str) -> tuple[fs.FileSystem, str]:
-    """Of pyarrow where it knows the protocol, else of fsspec."""
+    """Return the file system of a URL: pyarrow's if it knows the protocol, otherwise that of fsspec."""
     try:
         filesystem, path = fs.FileSystem.from_uri(url)
     except ArrowException:
@@ -180,7 +181,3 @@ def _file_system(url: str) -> tuple[fs.FileSystem, str]:
 
 def _copy(source: Path, filesystem: fs.FileSystem, target: str) -> None:
     fs.copy_files(str(source), target, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

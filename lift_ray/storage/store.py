@@ -1,13 +1,11 @@
-"""Files at any fsspec URL, with patience for stores that fail now and then, and one clear line for whatever goes wrong."""
+"""Files at any fsspec URL: requests are retried while a failure may pass, and every error is one clear line."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, TypeVar
 
 import fsspec
@@ -15,15 +13,15 @@ from fsspec.asyn import sync
 from fsspec.spec import AbstractFileSystem
 
 from lift_ray.errors import BadInput
+from lift_ray.storage.retry import retry
 
 PATIENCE_S = 60.0
-LEAST_BYTES_PER_S = 2**20  # a store that delivers less counts as one that does not answer
-LONGEST_PAUSE_S = 8.0
+LEAST_BYTES_PER_S = 2**20  # a slower store counts as unreachable
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 CERTAIN = (BadInput, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-# in the names of what botocore, aiohttp, httpx and others raise for a request that may succeed later
+# parts of the names of exceptions that botocore, aiohttp, httpx and others raise for requests that may succeed later
 PASSING = ("Timeout", "Connect", "Payload", "IncompleteRead", "Streaming", "Checksum")
-# what stores call that which changes with a file's content, best first
+# the stores' names for a value that changes with a file's content, best first
 MARKS = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
 
 Result = TypeVar("Result")
@@ -31,13 +29,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Entry:
-    """One name in a folder.
+    """A file or folder inside a folder.
 
     Attributes:
         name: without the folder.
-        is_folder: whether it is one.
-        num_bytes: size of the file; None when the store does not tell.
-        identity: changes with the file's content (size and etag, or size and time); "" when the store tells neither.
+        is_folder: True for a folder.
+        num_bytes: size of the file; None when the store does not report it.
+        identity: changes with the file's content (size and etag, or size and time); "" when the store reports neither.
     """
 
     name: str
@@ -47,7 +45,7 @@ class Entry:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message without its final period, at most 160 characters."""
+    """Return the first line of an error's message without its final period, at most 160 characters."""
     lines = str(error).strip().splitlines()
     if not lines and isinstance(error, TimeoutError):
         return "no answer in time"
@@ -56,7 +54,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def reached(where: str, rule: str, remedy: str) -> Iterator[None]:
-    """Turn any failure of a file or store into `where: rule, but got <error>; remedy`.
+    """Turn any failure of a file or store into BadInput: `where: rule, but got <error>; remedy`.
 
     Raises BadInput; a BadInput from inside passes unchanged.
     """
@@ -65,54 +63,60 @@ def reached(where: str, rule: str, remedy: str) -> Iterator[None]:
     except BadInput:
         raise
     except FileNotFoundError:
-        raise BadInput(f"{where}: {rule}, but nothing is there; check the path") from None
+        raise BadInput(where, rule, but="nothing is there", remedy="check the path") from None
     except ImportError as error:
         protocol = where.partition("://")[0]
         extra = EXTRAS.get(protocol)
         fix = f"pip install 'lift_ray[{extra}]'" if extra else "install the package of this store"
-        raise BadInput(f"{where}: {protocol} needs a package, but got {one_line(error)!r}; {fix}") from None
+        raise BadInput(where, f"{protocol} requires a package", f"{one_line(error)!r}", fix) from None
     except Exception as error:  # every store has its own exception types (botocore, aiohttp, gcsfs, Arrow)
         if (
             isinstance(error, PermissionError)
             or _http_status(error) in (401, 403)
             or "Credentials" in type(error).__name__
         ):
-            raise BadInput(f"{where}: {rule}, but access is denied ({one_line(error)}); check your rights") from None
-        raise BadInput(f"{where}: {rule}, but got {one_line(error)!r}; {remedy}") from None
+            raise BadInput(
+                where, rule, but=f"access is denied ({one_line(error)})", remedy="check your permissions"
+            ) from None
+        raise BadInput(where, rule, f"{one_line(error)!r}", remedy) from None
 
 
 def retried(work: Callable[[float], Result], where: str, rule: str, remedy: str, patience_s: float) -> Result:
-    """What `work` returns; it is called again, after growing pauses, while what it raises may pass.
+    """Return the result of `work`, retried while its failure may pass.
 
     Args:
-        work: may be repeated; gets the seconds that are left for it, at least 1.
-        where, rule, remedy: for the error line, as in `reached`.
-        patience_s: no try begins later than this; 0 means a single try.
+        work: as in `retry`.
+        where, rule, remedy: parts of the error message, as in `reached`.
+        patience_s: no attempt begins later than this; 0 means a single attempt.
 
-    Raises BadInput: at once for what stays (not there, not allowed), else when the patience is over, saying how long.
+    Raises BadInput: at once for permanent failures (file not found, access denied), otherwise when the patience is over; the message
+    then says how long and how often it was tried.
     """
-    started, got = time.monotonic(), ""
-    for tries in count(1):
+    started, tries, got = time.monotonic(), 0, ""
+
+    def attempt(left_s: float) -> Result:
+        nonlocal tries, got
+        tries += 1
         try:
-            return work(max(1.0, patience_s - (time.monotonic() - started)))
+            return work(left_s)
         except Exception as error:
-            spent_s = time.monotonic() - started
-            if not patience_s or not may_pass(error):
-                with reached(where, rule, remedy):
-                    raise
-            pause_s = random.uniform(0.5, 1.0) * min(LONGEST_PAUSE_S, 0.1 * 2**tries)
-            got = (
-                one_line(error) if str(error) or not got else got
-            )  # an interrupted last try tells less than those before
-            if spent_s + pause_s > patience_s:
-                often = f"{tries} tries" if tries > 1 else "1 try"
-                raise BadInput(f"{where}: {rule}, but got {got!r} ({often} in {spent_s:.0f} s); {remedy}") from None
-        time.sleep(pause_s)
-    raise AssertionError("unreachable")
+            if str(error) or not got:  # an interrupted last attempt says less than those before it
+                got = one_line(error)
+            raise
+
+    try:
+        return retry(attempt, may_pass, patience_s)
+    except Exception as error:
+        if not patience_s or not may_pass(error):
+            with reached(where, rule, remedy):
+                raise
+        often = f"{tries} tries" if tries > 1 else "1 try"
+        spent_s = time.monotonic() - started
+        raise BadInput(where, rule, f"{got!r} ({often} in {spent_s:.0f} s)", remedy) from None
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later: timeout, lost connection, short or broken body, HTTP 408, 429, 5xx."""
+    """Return True if the same request may succeed later: timeout, lost connection, short or broken body, HTTP 408, 429, 5xx."""
     if isinstance(error, CERTAIN):
         return False
     if isinstance(error, TimeoutError):
@@ -123,15 +127,15 @@ def may_pass(error: BaseException) -> bool:
 
 
 def is_remote(file_system: Any) -> bool:
-    """Whether reads go over a network: worth a cache and a second try."""
+    """Return True if reads go over a network, so that caching and retrying pay off."""
     protocol = file_system.protocol
     return (protocol if isinstance(protocol, str) else protocol[0]) not in ("file", "local", "memory")
 
 
 def fetch(url: str, start: int | None, end: int | None, patience_s: float) -> bytes:
-    """The bytes [start, end) of a file in one request; None is the file's begin or end, a negative `start` its tail.
+    """Return the bytes [start, end) of a file in one request; None means the beginning or end, a negative `start` counts from the end.
 
-    A failure that may pass is tried again for `patience_s` when the store is remote.
+    Requests to a remote store are retried for `patience_s` while the failure may pass.
     Raises BadInput when the file cannot be read, or is too short.
     """
     file_system, path = locate(url)
@@ -149,21 +153,21 @@ def fetch(url: str, start: int | None, end: int | None, patience_s: float) -> by
 
 
 def entries(url: str, where: str, rule: str, patience_s: float) -> list[Entry]:
-    """What a folder holds, sorted by name, as it is now. `where` and `rule` are for the error line, as in `reached`.
+    """List a folder, sorted by name. `where` and `rule` are parts of the error message, as in `reached`.
 
     Raises BadInput when there is no such folder or it is a file.
     """
     file_system, path = locate(url)
 
     def work(left_s: float) -> Any:
-        file_system.invalidate_cache(path)  # the instance is shared, and may remember an older listing
+        file_system.invalidate_cache(path)  # the instance is shared and may have cached an older listing
         if _can_be_interrupted(file_system):
             return sync(file_system.loop, file_system._ls, path, detail=True, timeout=left_s)
         return file_system.ls(path, detail=True)
 
     found = retried(work, where, rule, "check the path and the store", patience_s if is_remote(file_system) else 0.0)
     if [info["name"].rstrip("/") for info in found if info["type"] == "file"] == [path.rstrip("/")]:
-        raise BadInput(f"{where}: {rule}, but got a file; give the folder it is in")
+        raise BadInput(where, rule, "a file", "give the folder it is in")
     here = [
         Entry(
             info["name"].rstrip("/").rsplit("/", 1)[-1], info["type"] == "directory", info.get("size"), _identity(info)
@@ -174,7 +178,7 @@ def entries(url: str, where: str, rule: str, patience_s: float) -> list[Entry]:
 
 
 def locate(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path inside it. Raises BadInput for an unknown or missing protocol."""
+    """Return the fsspec file system of a URL and the path inside it. Raises BadInput for an unknown or missing protocol."""
     with reached(url, "must be a path or an fsspec URL", "check the protocol"):
         file_system, path = fsspec.core.url_to_fs(url)
         return file_system, path
@@ -182,7 +186,7 @@ def locate(url: str) -> tuple[Any, str]:
 
 
 def join(url: str, name: str) -> str:
-    """`url/name` with one slash between."""
+    """Return `url/name` with one slash between."""
     return f"{url.rstrip('/')}/{name}"
 
 
@@ -194,7 +198,8 @@ def _read(file_system: Any, path: str, start: int | None, end: int | None, limit
     elif type(file_system).cat_file is not AbstractFileSystem.cat_file:
         data = file_system.cat_file(path, start=start, end=end)
     else:
-        options = {"cache_type": "none"} if is_remote(file_system) else {}  # else a label may cost megabytes read ahead
+        # without a cache: reading a label could fetch megabytes ahead
+        options = {"cache_type": "none"} if is_remote(file_system) else {}
         with file_system.open(path, "rb", **options) as file:
             size = file.seek(0, 2)
             start = start or 0
@@ -204,12 +209,12 @@ def _read(file_system: Any, path: str, start: int | None, end: int | None, limit
 
 
 def _can_be_interrupted(file_system: Any) -> bool:
-    """Whether it is asynchronous underneath, so that a request that hangs can be ended; its own limits may be minutes."""
+    """Return True for file systems that are asynchronous inside: a hanging request can be ended (their own limits may be minutes)."""
     return bool(file_system.async_impl and not file_system.asynchronous)
 
 
 def _http_status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, if any, as botocore, aiohttp, gcsfs and httpx tell it."""
+    """Return the HTTP status behind an error of botocore, aiohttp, gcsfs or httpx, if there is one."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):

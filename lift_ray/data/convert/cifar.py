@@ -1,4 +1,4 @@
-"""Reads CIFAR-10 and CIFAR-100 as published, and cuts them to the long tail of the literature."""
+"""Read the published CIFAR-10 and CIFAR-100, optionally with the long-tailed training split of the literature."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lift_ray.data.longtail import Int64s
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, reached, retried
 
-MOST_BYTES = 256 * 2**20  # of one file; the largest that was published has 155 MB
+MOST_BYTES = 256 * 2**20  # per file; the largest published one has 155 MB
 DOWNLOAD = "download the python version again"
 _ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of one published set, and the keys of its labels and of its class names."""
+    """File names of a published set, and the keys of its labels and class names."""
 
     meta: str
     train: tuple[str, ...]
@@ -48,12 +48,12 @@ FILES = frozenset(name for layout in (CIFAR10, CIFAR100) for name in (layout.met
 
 @dataclass(frozen=True)
 class CifarImages:
-    """Reads images of an archive as PNG; a reference is `file/row`. A process holds the archive's pixels (184 MB)."""
+    """Reader of the images of an archive, as PNG; a reference is `file/row`. Each process keeps the pixels of the archive (184 MB)."""
 
     source: str
 
     def __call__(self, reference: str) -> bytes:
-        """The image as PNG."""
+        """Return the image as PNG."""
         file, row = reference.split("/")
         pixels = _load(self.source)[file]["data"].pixels()[int(row)]
         return encode_png(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))))
@@ -62,19 +62,19 @@ class CifarImages:
 def scan_cifar(source: str, *, imbalance: float | None = None, coarse: bool = False) -> ImageIndex:
     """List the images of CIFAR-10 or CIFAR-100.
 
-    With `imbalance` the training images are cut as in the literature (`longtailed_rows`).
+    With `imbalance`, the training images are reduced as in the literature (`longtailed_rows`).
 
     Args:
-        source: cifar-10-python.tar.gz, cifar-100-python.tar.gz, or what is in one of them as a folder; any fsspec URL.
-        imbalance: images of the first class over those of the last, >= 1; the literature has 10, 50 and 100.
-        coarse: the 20 superclasses of CIFAR-100.
+        source: cifar-10-python.tar.gz, cifar-100-python.tar.gz, or a folder with their content; any fsspec URL.
+        imbalance: ratio of the images of the first class to those of the last, >= 1; the literature uses 10, 50 and 100.
+        coarse: use the 20 superclasses of CIFAR-100.
 
-    Raises BadInput when that is not what is there, for an imbalance out of range, and for coarse labels of CIFAR-10.
+    Raises BadInput for other content, an imbalance out of range, and coarse labels of CIFAR-10.
     """
     files = _load(absolute(source))
     layout = CIFAR10 if CIFAR10.meta in files else CIFAR100
     if coarse and layout.coarse_keys is None:
-        raise BadInput("coarse: must go with CIFAR-100, but got CIFAR-10, which has no superclasses; leave it out")
+        raise BadInput("coarse", "requires CIFAR-100", "CIFAR-10, which has no superclasses", "remove it")
     label_key, name_key = layout.coarse_keys if coarse and layout.coarse_keys else layout.keys
     with reached(source, "must be CIFAR as published", DOWNLOAD):
         given = [name.decode() if isinstance(name, bytes) else str(name) for name in files[layout.meta][name_key]]
@@ -90,22 +90,27 @@ def scan_cifar(source: str, *, imbalance: float | None = None, coarse: bool = Fa
 
 
 def longtailed_rows(labels: Int64s, num_classes: int, imbalance: float) -> Int64s:
-    """The rows that make a balanced set long-tailed, exactly as IMBALANCECIFAR of LDAM-DRW (arXiv 1906.07413) draws them.
+    """Return the rows of a long-tailed subset of a balanced set, exactly like IMBALANCECIFAR of LDAM-DRW (arXiv 1906.07413).
 
-    Class c of K keeps n_c = int(N / K * (1 / imbalance) ** (c / (K - 1))) images, the first of its images after a
-    shuffle by one NumPy RandomState(0) that goes from class to class.
+    Class c of K keeps n_c = int(N / K * (1 / imbalance) ** (c / (K - 1))) images: the first after a shuffle. One NumPy
+    RandomState(0) shuffles the classes one after another.
 
     Args:
         labels: label of every image, (N,), each in [0, K).
         num_classes: K, at least 2.
-        imbalance: images of the first class over those of the last, >= 1.
+        imbalance: ratio of the images of the first class to those of the last, >= 1.
 
     Returns:
-        Indices into `labels`, class after class. Raises BadInput when the last class would keep no image.
+        Indices into `labels`, class after class. Raises BadInput if the last class would keep no image.
     """
     largest = len(labels) / num_classes
     if not (math.isfinite(imbalance) and 1 <= imbalance <= largest):
-        raise BadInput(f"imbalance: must be 1 to {largest:g}, the images of a class, but got {imbalance:g}; give 100")
+        raise BadInput(
+            "imbalance",
+            f"must be between 1 and {largest:g}, the number of images per class",
+            f"{imbalance:g}",
+            "for example, 100",
+        )
     rng = np.random.RandomState(0)
     kept = []
     for label in range(num_classes):
@@ -128,13 +133,13 @@ def _rows(
 
 
 def _load(source: str) -> dict[str, dict[str, Any]]:
-    with _ONE_AT_A_TIME:  # threads that start together would each read it
+    with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
         return _loaded(source)
 
 
 @lru_cache(maxsize=1)
 def _loaded(source: str) -> dict[str, dict[str, Any]]:
-    """The content of every file of a set by file name."""
+    """Return the content of every file of a set by file name."""
     file_system, path = locate(source)
 
     def work(_: float) -> dict[str, dict[str, Any]]:
@@ -147,11 +152,13 @@ def _loaded(source: str) -> dict[str, dict[str, Any]]:
         if layout.meta in files:
             missing = [name for name in (*layout.train, *layout.test) if name not in files]
             if missing:
-                raise BadInput(f"{source}: must hold all files of CIFAR, but got no {missing[0]}; {DOWNLOAD}")
+                raise BadInput(source, "must contain all CIFAR files", f"no {missing[0]}", DOWNLOAD)
             return files
     raise BadInput(
-        f"{source}: must hold {CIFAR10.meta} (CIFAR-10) or {CIFAR100.meta} (CIFAR-100), but got neither; "
-        "give cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder in it"
+        source,
+        f"must contain {CIFAR10.meta} (CIFAR-10) or {CIFAR100.meta} (CIFAR-100)",
+        "neither",
+        "give cifar-10-python.tar.gz, cifar-100-python.tar.gz, or the folder in it",
     )
 
 
@@ -165,7 +172,7 @@ def _in_folder(source: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _in_archive(source: str) -> Iterator[tuple[str, bytes]]:
-    """The archive is read as a stream; nothing is extracted."""
+    """Read the files from the archive as a stream, without extracting it."""
     file_system, path = locate(source)
     with file_system.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
@@ -177,17 +184,17 @@ def _in_archive(source: str) -> Iterator[tuple[str, bytes]]:
 
 def _check_size(where: str, num_bytes: int) -> None:
     if num_bytes > MOST_BYTES:
-        raise BadInput(f"{where}: must have at most {MOST_BYTES} bytes, but got {num_bytes}; {DOWNLOAD}")
+        raise BadInput(where, f"must have at most {MOST_BYTES} bytes", num_bytes, DOWNLOAD)
 
 
 class _Array:
-    """Stands for numpy.ndarray in the pickles: keeps what describes the array, and builds nothing while unpickling."""
+    """Replacement for numpy.ndarray in the pickles: keeps the description of the array, and builds nothing while unpickling."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.type, self.by_columns, self.bytes = state
 
     def pixels(self) -> npt.NDArray[np.uint8]:
-        """Images as (N, 3, 32, 32). Raises an error when the array is not that."""
+        """Return the images as (N, 3, 32, 32). Raises ValueError for other arrays."""
         if getattr(self.type, "code", None) not in ("u1", b"u1"):
             raise ValueError("an array that is not of bytes")
         rows = np.frombuffer(self.bytes, dtype=np.uint8).reshape(self.shape, order="F" if self.by_columns else "C")
@@ -195,13 +202,13 @@ class _Array:
 
 
 class _Type:
-    """Stands for numpy.dtype in the pickles."""
+    """Replacement for numpy.dtype in the pickles."""
 
     def __init__(self, code: object, *_: object) -> None:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like say nothing about single bytes."""
+        """Ignore byte order and alignment, which do not matter for single bytes."""
 
 
 def _new_array(*_: object) -> _Array:
@@ -209,7 +216,7 @@ def _new_array(*_: object) -> _Array:
 
 
 def _encode(text: str, _: str) -> bytes:
-    """What Python 3 writes in place of bytes in old pickles."""
+    """Decode the form in which Python 3 writes bytes to old pickle protocols."""
     return text.encode("latin1")
 
 
@@ -229,15 +236,13 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            raise BadInput(
-                f"{self._where}: must hold only numbers, names and arrays, but got {module}.{name}; {DOWNLOAD}"
-            )
+            raise BadInput(self._where, "must contain only numbers, names and arrays", f"{module}.{name}", DOWNLOAD)
         return ALLOWED[module, name]
 
 
 def _unpickled(where: str, raw: bytes) -> dict[str, Any]:
     content = _Unpickler(where, raw).load()
     if not isinstance(content, dict):
-        raise BadInput(f"{where}: must hold a table of names, but got {type(content).__name__}; {DOWNLOAD}")
+        raise BadInput(where, "must contain a dictionary", type(content).__name__, DOWNLOAD)
     named = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
     return cast("dict[str, Any]", named)

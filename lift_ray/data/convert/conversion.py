@@ -1,4 +1,4 @@
-"""Turns labelled images that are somewhere into shuffled, stratified Parquet shards; what was cut short goes on."""
+"""Convert labeled images to shuffled, stratified Parquet shards; interrupted conversions can be continued."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SKIPPED = "skipped.txt"
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote: a record of each split, the class names, and one line for every image left out."""
+    """Result of a conversion: a record of each split, the class names, and one line for each skipped image."""
 
     splits: dict[str, SplitRecord]
     class_names: tuple[str, ...]
@@ -60,27 +60,27 @@ def convert(
     progress: Callable[[int, int], None] = lambda done, total: None,
     run_tasks: RunTasks | None = None,
 ) -> Converted:
-    """Check every image, and write them as a data set that `open_dataset` opens.
+    """Check every image, and write a dataset that `open_dataset` opens.
 
-    Which image goes into which shard is fixed before any is read, so shards are independent, and a conversion that was
-    cut short at any moment goes on with the missing ones when it is called again with the same arguments: the files
-    become those of one that ran through. It then needs `overwrite` no more. With other arguments it begins anew.
+    The shard of each image is fixed before any image is read, so shards are independent. If a conversion is interrupted at any
+    time, calling it again with the same arguments writes the missing shards; the files are the same as without the interruption.
+    `overwrite` is then not required. With other arguments, the conversion starts from scratch.
 
     Args:
         index: the images.
-        destination: folder, any fsspec URL. A second conversion to the same folder of this machine is refused.
-        division: which images are kept, for which split; None takes its defaults.
-        encoding: how they are stored; None keeps the bytes.
+        destination: folder, any fsspec URL. Only one conversion at a time may write to a folder of this machine.
+        division: selection of images and their splits; None for the defaults.
+        encoding: storage format of the images; None keeps their bytes.
         rows_per_shard, row_group_rows: layout of the files. A bad image makes its shard shorter.
-        skip_bad: leave images out that cannot be decoded, and list them in skipped.txt.
-        overwrite: replace a data set at the destination.
-        workers: images in work at once; None means one for each core.
-        progress: called with (done, total) images; first with what was there already.
-        run_tasks: runs the shards elsewhere (a cluster); by default processes of this machine, unless data is in memory.
+        skip_bad: skip images that cannot be decoded, and list them in skipped.txt.
+        overwrite: replace an existing dataset at the destination.
+        workers: number of images processed at the same time; None for one per core.
+        progress: called with (done, total) images; first with those of an earlier, interrupted call.
+        run_tasks: runs the shards elsewhere (on a cluster); default: processes of this machine, or threads for data in memory.
 
     Raises:
-        BadInput: a bad image, a class left without a training image, or a destination that is taken or unwritable.
-        RunFailed: a process was killed. Finished shards stay in both cases.
+        BadInput: an image is bad, a class has no training image, or the destination is in use or not writable.
+        RunFailed: a process was killed. Finished shards are kept in both cases.
     """
     splits = divide(index, division or Division())
     job = Job(
@@ -118,17 +118,17 @@ def _check_outside(source: str, destination: str) -> None:
     (file_system, path), (source_system, source_path) = locate(destination), locate(source)
     path = path.rstrip("/")
     if file_system == source_system and f"{path}/".startswith(f"{source_path.rstrip('/')}/"):
-        raise BadInput(f"{destination}: must lie outside the source, but got a folder in {source}; choose another")
+        raise BadInput(destination, "must be outside the source", f"a folder in {source}", "choose another folder")
     with reached(destination, RULE, "check the path"):
         if file_system.exists(path) and not file_system.isdir(path):
-            raise BadInput(f"{destination}: must be a folder, but got a file; choose another name")
+            raise BadInput(destination, "must be a folder", "a file", "choose another name")
 
 
 @contextmanager
 def _claimed(destination: str) -> Iterator[None]:
-    """Make the folder, and keep other conversions of this machine out of it; one that stays empty goes again.
+    """Create the folder and lock it against other conversions of this machine; a new folder that stays empty is removed.
 
-    The lock is the kernel's, on the folder itself: it ends with this process, however that ends.
+    The lock belongs to the kernel and is on the folder itself, so it is released when this process ends, even if it is killed.
     """
     file_system, path = locate(destination)
     with reached(destination, RULE, "check the path"):
@@ -141,12 +141,15 @@ def _claimed(destination: str) -> Iterator[None]:
 
     folder = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems have no locks
+        with suppress(OSError):  # some network file systems do not support locks
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BadInput(
-                    f"{destination}: must be free, but another conversion writes there now; wait, or choose another"
+                    destination,
+                    "must not be in use",
+                    but="another conversion is writing there",
+                    remedy="wait, or choose another folder",
                 ) from None
         yield
     finally:
@@ -157,22 +160,24 @@ def _claimed(destination: str) -> Iterator[None]:
 
 
 def _begin(job: Job, tasks: Sequence[ShardTask], overwrite: bool) -> dict[str, ShardRecord]:
-    """The shards that an earlier call with the same plan has finished, by the name of their record."""
+    """Return the shards that an earlier call with the same plan has finished, by the name of their record."""
     digest = _digest(job, tasks)
     there = sizes(job.destination)
     if PLAN in there and _load(job.destination, PLAN).get("digest") == digest:
         return _finished(job, tasks, there)
     if PLAN not in there:
-        discard(job.destination)  # what a conversion that was killed at its very end left
+        discard(job.destination)  # left by a conversion that was killed at the very end
     if not overwrite and (MANIFEST in there or shard_names(there)):
-        raise BadInput(f"{job.destination}: must be free, but got a data set there; pass --overwrite or choose another")
+        raise BadInput(
+            job.destination, "must not contain a dataset", "one", "pass --overwrite or choose another folder"
+        )
     discard(job.destination)
     write_file(job.destination, PLAN, json.dumps({"digest": digest, "shards": len(tasks)}).encode())
     return {}
 
 
 def _digest(job: Job, tasks: Sequence[ShardTask]) -> str:
-    """Of all that decides the bytes. `skip_bad` does not: a shard that is finished without it is so with it."""
+    """Hash everything that determines the bytes. `skip_bad` does not: a shard finished without it is the same with it."""
     versions = [FORMAT_VERSION, *(version(name) for name in ("lift_ray", "pyarrow", "pillow"))]
     images = [job.source, repr(job.read), asdict(job.encoding), job.class_names, job.row_group_rows]
     digest = hashlib.sha256(json.dumps([versions, images]).encode())
@@ -182,7 +187,7 @@ def _digest(job: Job, tasks: Sequence[ShardTask]) -> str:
 
 
 def _finished(job: Job, tasks: Sequence[ShardTask], there: Mapping[str, int]) -> dict[str, ShardRecord]:
-    """The records whose shard is there as a whole, waiting or in its place; other temporary files are removed."""
+    """Return the records of complete shards, under a temporary or final name; other temporary files are removed."""
     totals = {task.split: task.number + 1 for task in tasks}
     found: dict[str, ShardRecord] = {}
     for name in there.keys() & {record_name(task) for task in tasks}:
@@ -198,22 +203,22 @@ def _finished(job: Job, tasks: Sequence[ShardTask], there: Mapping[str, int]) ->
 
 
 def _load(destination: str, name: str) -> dict[str, Any]:
-    """What a small file of ours holds."""
+    """Return the content of a JSON file of a conversion."""
     file_system, folder = locate(destination)
-    with reached(join(destination, name), "must be as it was written", "remove it"):
+    with reached(join(destination, name), "must be unchanged since it was written", "remove it"):
         content: dict[str, Any] = json.loads(file_system.cat_file(join(folder, name)))
         return content
 
 
 def _leave(destination: str, tasks: Sequence[ShardTask]) -> None:
-    """After a failure: keep finished shards to go on with; without any, leave nothing behind."""
+    """Clean up after a failure: keep finished shards for the next call; if there are none, leave nothing behind."""
     with suppress(BadInput):
         if not sizes(destination).keys() & {record_name(task) for task in tasks}:
             discard(destination)
 
 
 def _finish(job: Job, shards: Sequence[ShardRecord]) -> Converted:
-    """Check that every class can be trained, and publish. A split without a good image is left out."""
+    """Check that every class has a training image, and publish. A split without any readable image is dropped."""
     shards = sorted(shards, key=lambda shard: shard.number)
     records = {split: SplitRecord(tuple(shard for shard in shards if shard.split == split)) for split in SPLITS}
     skipped = tuple(line for record in records.values() for shard in record.shards for line in shard.skipped)
@@ -222,7 +227,9 @@ def _finish(job: Job, shards: Sequence[ShardRecord]) -> Converted:
     if 0 in counts:
         discard(job.destination)
         name = job.class_names[counts.index(0)]
-        raise BadInput(f"{job.source}: every class must keep a training image, but {name!r} has no good one; add one")
+        raise BadInput(
+            job.source, "every class must keep a training image", but=f"{name!r} has no readable one", remedy="add one"
+        )
     _list_skipped(job.destination, skipped)
     publish(job.destination, job.class_names, records)
     return Converted(records, job.class_names, skipped)
@@ -233,6 +240,6 @@ def _list_skipped(destination: str, skipped: Sequence[str]) -> None:
         write_file(destination, SKIPPED, "".join(f"{line}\n" for line in skipped).encode())
         return
     file_system, folder = locate(destination)
-    with reached(destination, RULE, "check the disk and your rights"):
+    with reached(destination, RULE, "check the disk and your permissions"):
         if file_system.exists(join(folder, SKIPPED)):
             file_system.rm_file(join(folder, SKIPPED))

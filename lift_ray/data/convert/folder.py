@@ -1,4 +1,4 @@
-"""Finds labelled images in class directories, at any fsspec URL."""
+"""Find labeled images in class directories, at any fsspec URL."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SPLIT_DIRECTORIES = {
 
 
 def scan_folder(source: str) -> ImageIndex:
-    """List a directory of class directories, or one of train, val(idation) and test directories that hold them.
+    """List the images in class directories, either directly in `source` or in its train, val(idation) and test directories.
 
-    A class is named as its directory, with spaces for underscores; labels follow the sorted directory names.
-    Directories inside a class directory count to it; hidden files and directories are left out.
+    A class has the name of its directory, with spaces for underscores; labels follow the sorted directory names. Subdirectories
+    belong to their class; hidden files and directories are ignored.
 
-    Raises BadInput when there is no such directory, it has no class directories, or a class has no training image.
+    Raises BadInput if the directory does not exist or has no class directories, or if a class has no training image.
     """
     file_system, root = locate(source)
     root = root.rstrip("/")
@@ -37,7 +37,7 @@ def scan_folder(source: str) -> ImageIndex:
         inner = {name: _directories(file_system.ls(f"{root}/{name}", detail=True)) for name in top if _is_split(name)}
         names = [name[len(root) :].lstrip("/") for name in file_system.find(root)]
     if not top:
-        raise BadInput(f"{source}: must be a folder of class directories, but got none; give each class a directory")
+        raise BadInput(source, "must be a folder of class directories", "none", "give each class a directory")
     has_splits = bool(inner) and all(inner.values())
     return _index(source, _split_directories(source, top, inner) if has_splits else {"": top}, names)
 
@@ -47,28 +47,28 @@ def _split_directories(source: str, top: list[str], inner: dict[str, list[str]])
     splits = [SPLIT_DIRECTORIES[name.lower()] for name in inner]
     if others:
         raise BadInput(
-            f"{source}: must hold only train, val and test beside each other, but got {others[0]!r}; move it"
+            source, "must contain nothing next to train, val and test", f"{others[0]!r}", "move it elsewhere"
         )
     if len(set(splits)) < len(splits):
-        raise BadInput(f"{source}: must hold one directory for each split, but got {', '.join(inner)}; merge them")
+        raise BadInput(source, "must contain one directory per split", ", ".join(inner), "merge them")
     if "train" not in splits:
-        raise BadInput(f"{source}: must hold a train directory, but got only {', '.join(inner)}; add train")
+        raise BadInput(source, "must contain a train directory", f"only {', '.join(inner)}", "add train")
     return inner
 
 
 def _index(source: str, directories: dict[str, list[str]], names: Iterable[str]) -> ImageIndex:
-    """`directories` maps a split directory, or "" when there are no splits, to its class directories."""
+    """Index the images. `directories` maps split directories, or "" if there are none, to their class directories."""
     train = next((split for split in directories if SPLIT_DIRECTORIES.get(split.lower()) == "train"), "")
     classes = sorted(directories[train])
     labels = {name: label for label, name in enumerate(classes)}
     for split, here in directories.items():
         if extra := [name for name in here if name not in labels]:
             raise BadInput(
-                f"{source}/{split}: must hold only classes of {train}, but got {extra[0]!r}; add it to {train}"
+                f"{source}/{split}", f"must contain only classes of {train}", f"{extra[0]!r}", f"add it to {train}"
             )
     class_names = tuple(readable(name) for name in classes)
     if twice := [name for name in class_names if class_names.count(name) > 1]:
-        raise BadInput(f"{source}: class names must differ, but got {twice[0]!r} twice; rename a directory")
+        raise BadInput(source, "class names must be unique", f"{twice[0]!r} twice", "rename a directory")
     splits: dict[str, list[tuple[str, int]]] = {_split_name(split): [] for split in directories}
     num_ignored = 0
     for name in sorted(names):
@@ -81,7 +81,7 @@ def _index(source: str, directories: dict[str, list[str]], names: Iterable[str])
         else:
             num_ignored += 1
     if not any(splits.values()):
-        raise BadInput(f"{source}: must hold images ({' '.join(sorted(IMAGE_SUFFIXES))}), but got none; check the path")
+        raise BadInput(source, f"must contain images ({' '.join(sorted(IMAGE_SUFFIXES))})", "none", "check the path")
     check_trained(source, class_names, splits)
     held = {name: rows for name, rows in splits.items() if rows}
     return ImageIndex(source, class_names, held, FilesIn(absolute(source)), num_ignored)

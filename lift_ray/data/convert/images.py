@@ -1,4 +1,4 @@
-"""Checks one encoded image, and shrinks it where that is asked for."""
+"""Check encoded images, and shrink them if requested."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lift_ray.storage.store import one_line
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not all of Pillow's: EPS would run Ghostscript
-MAX_PIXELS = 178_956_970  # where Pillow itself, and so training, refuses
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not all that Pillow reads: EPS would run Ghostscript
+MAX_PIXELS = 178_956_970  # above this, Pillow and therefore training refuse an image
 ORIENTATION = 0x0112
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # there is one limit here, `max_pixels`
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `max_pixels` is the only limit here
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored.
+    """Storage format of images.
 
     Attributes:
-        short_side_px: shrink larger images to this short side; all become upright RGB JPEG. None keeps the bytes.
-        quality: of that JPEG, 1 to 100.
-        max_pixels: an image that has more is a bad one; it is not decoded.
+        short_side_px: shrink larger images to this short side; all become upright RGB JPEGs. None keeps the bytes.
+        quality: JPEG quality, 1 to 100.
+        max_pixels: images with more pixels are bad; they are not decoded.
     """
 
     short_side_px: int | None = None
@@ -32,7 +32,7 @@ class Encoding:
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, data: bytes) -> bytes:
-        """The bytes to store, after one full decode. Raises ValueError that says why the image is a bad one."""
+        """Return the bytes to store, after one full decode. Raises ValueError with the reason if the image is bad."""
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > self.max_pixels:
@@ -50,7 +50,7 @@ class Encoding:
         scale = short_side_px / min(image.size)
         as_it_is = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
         if scale >= 1 and as_it_is:
-            return data  # a second encoding would only lose
+            return data  # encoding it again would only lose quality
         upright = ImageOps.exif_transpose(image).convert("RGB")
         if scale < 1:
             width, height = (max(1, round(scale * side)) for side in upright.size)

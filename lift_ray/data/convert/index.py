@@ -1,4 +1,4 @@
-"""Labelled images that are somewhere, not read yet: what every kind of source is turned into before a conversion."""
+"""Index of labeled images, the common form of all sources before a conversion; no image is read yet."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
 PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 Row = tuple[str, str, str, int]
-"""Where an image is listed (for messages), its split, its path and its label."""
+"""An image: the place that lists it (for messages), its split, path and label."""
 
 
 class ReadImage(Protocol):
-    """Reads one image of a source. It is sent to other processes, so it holds names and numbers, no open files."""
+    """Reader of single images of a source. It is sent to other processes, so it contains names and numbers, no open files."""
 
     def __call__(self, reference: str) -> bytes:
-        """The encoded image behind a reference; whatever goes wrong is raised."""
+        """Return the encoded image of a reference; any exception is raised."""
         ...
 
 
 @dataclass(frozen=True)
 class FilesIn:
-    """Reads images that are files under a URL; references are relative paths."""
+    """Reader of image files under a URL; references are relative paths."""
 
     source: str
 
     def __call__(self, reference: str) -> bytes:
-        """The file's bytes."""
+        """Return the bytes of the file."""
         file_system, root = locate(self.source)
         data: bytes = file_system.cat_file(join(root, reference))
         return data
@@ -42,16 +42,16 @@ class FilesIn:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Labelled images that are somewhere, not read yet.
+    """Index of labeled images; no image is read yet.
 
     Attributes:
-        source: URL that messages name.
+        source: URL of the source in messages.
         class_names: in label order.
         splits: (reference, label) pairs of each split that the source defines, by split name. References that are
-            cheap to read together stand together.
-        read: turns a reference into an encoded image.
-        num_ignored: files that are not images by their suffix.
-        notes: lines for the user about what was made of the source.
+            cheap to read together are next to each other.
+        read: returns the encoded image of a reference.
+        num_ignored: number of files without an image suffix.
+        notes: messages to the user about the source.
     """
 
     source: str
@@ -65,14 +65,14 @@ class ImageIndex:
 def index_of_files(
     source: str, root: str, class_names: tuple[str, ...], rows: Iterable[Row], notes: tuple[str, ...] = ()
 ) -> ImageIndex:
-    """The index of image files that something lists by path.
+    """Return the index of image files listed by path.
 
     Args:
-        source: URL that messages name.
+        source: URL of the source in messages.
         root: URL of the folder that the paths are relative to.
         class_names: in label order.
-        rows: what is listed; labels in [0, K).
-        notes: for the user.
+        rows: the listed images; labels in [0, K).
+        notes: messages to the user.
 
     Raises BadInput for a path outside the root, an image that is listed twice, or a class without a training image.
     """
@@ -81,7 +81,9 @@ def index_of_files(
     for where, split, path, label in rows:
         reference = inside(path, where)
         if first := listed.get(reference):
-            raise BadInput(f"{where}: an image must be listed once, but {reference!r} is in {first} too; remove one")
+            raise BadInput(
+                where, "each image must be listed once", but=f"{reference!r} is in {first} too", remedy="remove one"
+            )
         listed[reference] = where
         splits.setdefault(split, []).append((reference, label))
     check_trained(source, class_names, splits)
@@ -89,16 +91,16 @@ def index_of_files(
 
 
 def inside(path: str, where: str) -> str:
-    """The plain form of a relative path. Raises BadInput when it leads out of the folder it is relative to."""
+    """Normalize a relative path. Raises BadInput if it leads out of its folder."""
     parts = path.replace("\\", "/").split("/")
     plain = "/".join(part for part in path.split("/") if part not in ("", "."))
     if not plain or not parts[0] or parts[0].endswith(":") or ".." in parts:
-        raise BadInput(f"{where}: must name a file in the source, but got {path!r}, a path outside the source; mend it")
+        raise BadInput(where, "must name a file in the source", f"{path!r}, a path outside the source", "fix it")
     return plain
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute, since other processes may run in another folder; any other URL as it is."""
+    """Make a local path absolute, because other processes may run in another folder; other URLs are unchanged."""
     return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))
 
 
@@ -107,13 +109,18 @@ def check_trained(source: str, class_names: Sequence[str], splits: dict[str, lis
     found = {label for _, label in splits.get("train", [])}
     if bare := [name for label, name in enumerate(class_names) if label not in found]:
         shown = ", ".join(map(repr, bare[:3])) + (", ..." if len(bare) > 3 else "")
-        raise BadInput(f"{source}: every class must have an image, but {shown} have none; add images or remove them")
+        raise BadInput(
+            source,
+            "every class must have an image",
+            but=f"{shown} have none",
+            remedy="add images or remove these classes",
+        )
 
 
 def distinct(class_names: Iterable[str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Class names with spaces for underscores and a number after a name that came before, and a note if there is one.
+    """Return class names with spaces for underscores and numbers after repeated names, and a note if there are any.
 
-    Published lists do repeat names: the usual 1,000 names of ImageNet have 'missile' and 'sunglasses' twice.
+    Published lists do repeat names: the usual 1,000 names of ImageNet contain 'missile' and 'sunglasses' twice.
     """
     names: dict[str, None] = {}
     changed = []
@@ -126,16 +133,16 @@ def distinct(class_names: Iterable[str], where: str) -> tuple[tuple[str, ...], t
             changed.append(f"class {label} is called {name!r}")
         names[name] = None
     shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-    return tuple(names), (f"{where}: names of {len(changed)} classes came before: {shown}",) if changed else ()
+    return tuple(names), (f"{where}: repeated class names ({len(changed)}): {shown}",) if changed else ()
 
 
 def readable(name: str) -> str:
-    """A class name as a text tower should see it: spaces for underscores."""
+    """Return a class name as the text tower should see it: with spaces for underscores."""
     return name.replace("_", " ").strip()
 
 
 def read_lines(url: str) -> list[str]:
-    """The lines of a UTF-8 text file, without their ends. Raises BadInput when it cannot be read."""
+    """Return the lines of a UTF-8 text file without line ends. Raises BadInput when it cannot be read."""
     data = fetch(url, 0, None, PATIENCE_S)
     with reached(url, "must be a text file", "check the file"):
         lines = data.decode("utf-8-sig").split("\n")
@@ -143,7 +150,7 @@ def read_lines(url: str) -> list[str]:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """An image as PNG: lossless, and the same bytes each time."""
+    """Encode an image as PNG: lossless and deterministic."""
     encoded = io.BytesIO()
     (image if image.mode in PNG_MODES else image.convert("RGB")).save(encoded, "PNG")
     return encoded.getvalue()

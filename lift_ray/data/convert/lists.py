@@ -1,4 +1,4 @@
-"""Finds labelled images in lists of "path label" lines, as ImageNet-LT, Places-LT and iNaturalist 2018 come."""
+"""Find labeled images in lists of "path label" lines, the format of ImageNet-LT, Places-LT and iNaturalist 2018."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def scan_list(
 ) -> ImageIndex:
     """List the images that text files name.
 
-    A line is a path inside `source` and a label; the label is the last word, so that paths may hold spaces. Empty lines
-    do not count. An image stands in one list only: the published splits share none, and one that is trained on and
-    tested on would flatter the test.
+    Each line has a path inside `source` and a label. The label is the last word, so paths may contain spaces. Empty lines
+    are ignored. Each image may be in one list only: the published splits share none, and an image in both training and test
+    would bias the test.
 
     Args:
         source: folder that the paths are relative to, any fsspec URL.
-        train, validation, test: the lists, paths or URLs of their own.
+        train, validation, test: paths or URLs of the lists.
         class_names: file with a class name on each line, in label order.
 
-    Raises BadInput with file and line for a line that is no path and label, a label outside the class names, a path
+    Raises BadInput with file and line for a line without path and label, a label outside the class names, a path
     outside the source, an image listed twice, an empty list, or a class without a training image.
     """
     names, notes = read_class_names(class_names)
@@ -34,21 +34,21 @@ def scan_list(
 
 
 def read_class_names(url: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The class names of a file, one a line in label order, and notes for the user.
+    """Return the class names of a file, one per line in label order, and notes for the user.
 
-    Underscores become spaces. Commas stay: WordNet's "crane, bird" is a name that the text tower understands, and which
-    of the synonyms is the best one is not for a converter to decide. A name that came before gets a number.
+    Underscores become spaces. Commas stay: the text tower understands WordNet's "crane, bird", and a converter cannot decide
+    which synonym is best. Repeated names get a number.
 
-    Raises BadInput when the file cannot be read, is empty, or has an empty line.
+    Raises BadInput if the file cannot be read, is empty, or has an empty line.
     """
     names = read_lines(url)
     while names and not names[-1].strip():
         names.pop()
     if not names:
-        raise BadInput(f"{url}: must hold a class name on each line, but got none; check the file")
+        raise BadInput(url, "must contain one class name per line", "none", "check the file")
     for number, name in enumerate(names, 1):
         if not name.strip():
-            raise BadInput(f"{url}:{number}: must be a class name, but got an empty line; remove it or name the class")
+            raise BadInput(f"{url}:{number}", "must be a class name", "an empty line", "remove it or name the class")
     return distinct(names, url)
 
 
@@ -60,15 +60,17 @@ def _rows(url: str, split: str, num_classes: int) -> Iterator[Row]:
             continue
         empty, where = False, f"{url}:{number}"
         if len(words) == 1:
-            raise BadInput(f"{where}: must be a path and a label, but got only {words[0]!r}; add what is missing")
+            raise BadInput(where, "must be a path and a label", f"only {words[0]!r}", "add what is missing")
         path, label = words
         if not label.isdecimal() or len(label) > MOST_DIGITS:
-            raise BadInput(f"{where}: must end with a label, a whole number, but got {label!r}; add the label")
+            raise BadInput(where, "must end with a label (an integer)", f"{label!r}", "add the label")
         if int(label) >= num_classes:
             raise BadInput(
-                f"{where}: the label must be 0 to {num_classes - 1} ({num_classes} class names), but got {label}; "
-                "check the class names, or count from 0"
+                where,
+                f"the label must be 0 to {num_classes - 1} ({num_classes} class names)",
+                label,
+                "check the class names, or count from 0",
             )
         yield where, split, path.strip(), int(label)
     if empty:
-        raise BadInput(f"{url}: must list images, but got none; check the file")
+        raise BadInput(url, "must list images", "none", "check the file")

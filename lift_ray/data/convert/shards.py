@@ -1,4 +1,4 @@
-"""Encoded images into Parquet shards at any fsspec URL, under temporary names until all of them are there."""
+"""Write encoded images to Parquet shards at any fsspec URL, under temporary names until all shards are complete."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from lift_ray.data.open import FORMAT_VERSION, schema_metadata
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import join, locate, reached
 
-ROW_GROUP_BYTES = 256 * 2**20  # pictures kept at full size may not fill memory, nor a 2 GiB Arrow array
+ROW_GROUP_BYTES = 256 * 2**20  # full-size images must not fill the memory or exceed a 2 GiB Arrow array
 PLAN = ".plan.json"
-RULE = "must be a folder that can be written"
+RULE = "must be a writable folder"
 PARTIAL = ".partial"
 
 Sample = tuple[bytes, str, int]
-"""An encoded image, its path and its label."""
+"""A sample: encoded image, path and label."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard, which waits for `publish` under a temporary name.
+    """A finished shard, under a temporary name until `publish`.
 
     Attributes:
-        split, number: which shard it is, numbers from 0.
+        split, number: split and number of the shard, from 0.
         partial: the temporary name.
-        rows, bytes, sha256: of the file.
-        class_counts: in class order, (K,).
-        skipped: one line for each image that was left out.
+        rows, bytes, sha256: rows, size and checksum of the file.
+        class_counts: number of images of each class, (K,).
+        skipped: one line for each skipped image.
     """
 
     split: str
@@ -53,7 +53,7 @@ class ShardRecord:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> ShardRecord:
-        """The record whose fields went through JSON."""
+        """Return the record from its fields in JSON."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
         }
@@ -62,23 +62,23 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """The finished shards of one split, by number."""
+    """The finished shards of a split, by number."""
 
     shards: tuple[ShardRecord, ...]
 
     @property
     def rows(self) -> int:
-        """Images of the split."""
+        """Number of images of the split."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def class_counts(self) -> tuple[int, ...]:
-        """Images of each class, (K,)."""
+        """Number of images of each class, (K,)."""
         return tuple(map(sum, zip(*(shard.class_counts for shard in self.shards), strict=True)))
 
     @property
     def files(self) -> dict[str, ShardRecord]:
-        """The shards by their final name."""
+        """The shards by final name."""
         return {shard_name(shard.split, shard.number, len(self.shards)): shard for shard in self.shards}
 
 
@@ -94,9 +94,9 @@ def write_split(
 ) -> SplitRecord:
     """Write samples as Parquet shards under temporary names, ready for `publish`.
 
-    When anything fails, all temporary files at the destination are removed.
+    After a failure, all temporary files at the destination are removed.
 
-    Raises BadInput when the destination cannot be written; whatever `samples` raises passes through.
+    Raises BadInput if the destination cannot be written; exceptions of `samples` are not caught.
     """
     names, rest = tuple(class_names), iter(samples)
     shards: list[ShardRecord] = []
@@ -126,11 +126,11 @@ def write_shard(
     row_group_rows: int = 256,
     compression: str = "none",
 ) -> ShardRecord:
-    """Write samples, perhaps none, as one Parquet file under a temporary name of its own.
+    """Write samples, possibly none, to one Parquet file under a unique temporary name.
 
-    A row group ends at `row_group_rows` samples, or at 256 MiB of images. When anything fails, the file is removed.
+    A row group ends at `row_group_rows` samples, or at 256 MiB of images. After a failure, the file is removed.
 
-    Raises BadInput when the destination cannot be written; whatever `samples` raises passes through.
+    Raises BadInput if the destination cannot be written; exceptions of `samples` are not caught.
     """
     schema = _schema(class_names)
     counts = np.zeros(len(class_names), dtype=np.int64)
@@ -167,12 +167,12 @@ def write_shard(
 
 
 def shard_name(split: str, number: int, total: int) -> str:
-    """The final name of a shard: `train-00000-of-00002.parquet`."""
+    """Return the final name of a shard: `train-00000-of-00002.parquet`."""
     return f"{split}-{number:05d}-of-{total:05d}.parquet"
 
 
 def write_file(destination: str, name: str, data: bytes) -> None:
-    """Write a small file so that it is there as a whole or not at all. Raises BadInput when that is refused."""
+    """Write a small file, whole or not at all. Raises BadInput if it cannot be written."""
     file_system, folder = locate(destination)
     temporary = join(folder, f".{name.lstrip('.')}-{_token()}{PARTIAL}")
     with _writing(destination):
@@ -181,9 +181,9 @@ def write_file(destination: str, name: str, data: bytes) -> None:
 
 
 def sizes(destination: str) -> dict[str, int]:
-    """Size of each file in the folder, by name, as it is now; none when there is no folder yet.
+    """Return the size of each file in the folder by name; empty if the folder does not exist.
 
-    Raises BadInput when it cannot be listed.
+    Raises BadInput if it cannot be listed.
     """
     file_system, folder = locate(destination)
     with _writing(destination):
@@ -196,20 +196,21 @@ def sizes(destination: str) -> dict[str, int]:
 
 
 def publish(destination: str, class_names: Iterable[str], splits: Mapping[str, SplitRecord]) -> None:
-    """Give the written shards their names in place of any data set there, and write manifest.json last.
+    """Rename the written shards to their final names, replacing any existing dataset, and write manifest.json last.
 
-    A reader never sees a half-written shard, and sees a manifest only when every shard is in place. What was cut short
-    may be called again: a shard whose temporary name is gone has its own name already.
+    Readers never see a half-written shard, and see a manifest only after every shard is in place. An interrupted call can be
+    repeated: a shard whose temporary name is gone has its final name already.
 
-    Raises BadInput when the destination cannot be written.
+    Raises BadInput if the destination cannot be written.
     """
     file_system, folder = locate(destination)
     files = {name: shard for record in splits.values() for name, shard in record.files.items()}
     there = sizes(destination)
     moved = {name for name, shard in files.items() if shard.partial not in there}
     if lost := sorted(moved - there.keys()):
-        raise BadInput(f"{destination}: must keep what was written, but {lost[0]} is gone; start again")
+        raise BadInput(destination, "must keep the written files", but=f"{lost[0]} is gone", remedy="start again")
     with _writing(destination):
+        # the manifest goes first: no reader may take the old one for the new shards
         for name in sorted(there, key=lambda name: name != MANIFEST):
             if name == MANIFEST or (SHARD_NAME.fullmatch(name) and name not in moved):
                 file_system.rm_file(join(folder, name))
@@ -221,9 +222,9 @@ def publish(destination: str, class_names: Iterable[str], splits: Mapping[str, S
 
 
 def discard(destination: str, keep: Collection[str] = ()) -> None:
-    """Remove temporary files of writing that did not end, but for some. Raises BadInput when that is refused.
+    """Remove the temporary files of unfinished conversions, except `keep`. Raises BadInput if that fails.
 
-    The plan goes first: files without a plan are nobody's.
+    The plan is removed first, because temporary files without a plan belong to no conversion: an interruption here is harmless.
     """
     file_system, folder = locate(destination)
     with _writing(destination):
@@ -233,7 +234,7 @@ def discard(destination: str, keep: Collection[str] = ()) -> None:
 
 
 class _HashedFile:
-    """The few methods that Arrow asks of a file; what passes through is counted and hashed."""
+    """File object with the methods that Arrow calls; it counts and hashes the bytes written."""
 
     def __init__(self, sink: Any) -> None:
         self.sink, self.num_bytes, self.digest = sink, 0, hashlib.sha256()
@@ -246,7 +247,7 @@ class _HashedFile:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing is held back here."""
+        """Do nothing: nothing is buffered here."""
 
     def close(self) -> None:
         self.closed = True
@@ -296,9 +297,9 @@ def _row_groups(samples: Iterator[Sample], row_group_rows: int) -> Iterator[list
 
 
 def _token() -> str:
-    """Part of a temporary name, so that two writers never share a file."""
+    """Return a random part of a temporary name, so that two writers never share a file."""
     return uuid4().hex[:8]
 
 
 def _writing(destination: str) -> Any:
-    return reached(destination, RULE, "check the disk and your rights")
+    return reached(destination, RULE, "check the disk and your permissions")

@@ -1,4 +1,4 @@
-"""Which images a conversion keeps, and for which split: drawn by seed before any image is read."""
+"""Selection of the images of a conversion and their splits, drawn by seed before any image is read."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from lift_ray.data.layout import SPLITS
 from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
 from lift_ray.errors import BadInput
 
-DRAWN = ("validation", "test")  # splits that may be drawn from the training images
+DRAWN = ("validation", "test")  # splits that can be drawn from the training images
 
 Row = tuple[str, int]
-"""An image's reference and its label."""
+"""Reference and label of an image."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """How images are divided into splits. Raises BadInput for options that do not go together.
+    """Division of images into splits. Raises BadInput for options that cannot be combined.
 
     Attributes:
-        validation_frac: part of each class, in [0, 1), that leaves the training split; None means 0.1 where the source
-            has no validation split. One image of each class always stays.
-        test_frac: the same for the test split; None means 0.
-        seed: of every draw and of the order.
-        imbalance: cut what is left for training to a long tail with this factor, >= 1.
-        largest: images of the first class of that tail; None takes as many as there are.
-        labelled, unlabelled: make it a semi-supervised set instead: images of the first class with a label, and further
-            ones without.
-        gamma_l, gamma_u: the imbalance factor of each, >= 1; gamma_u is gamma_l when it is None.
-        flipped: the unlabelled images have the order of the classes turned round.
+        validation_frac: fraction of each class, in [0, 1), that moves from training to validation; None for 0.1 if the source
+            has no validation split. At least one image of each class stays.
+        test_frac: fraction of each class that moves to the test split; None for 0.
+        seed: seed of every draw and of the order.
+        imbalance: reduce the remaining training images to a long tail with this factor, >= 1.
+        largest: images of the first class of that tail; None for all.
+        labelled, unlabelled: make a semi-supervised set instead: labeled and additional unlabeled images of the first
+            class.
+        gamma_l, gamma_u: imbalance factors of the labeled and the unlabeled images, >= 1; gamma_u is gamma_l if None.
+        flipped: reverse the order of the classes for the unlabeled images.
     """
 
     validation_frac: float | None = None
@@ -49,11 +49,9 @@ class Division:
     def __post_init__(self) -> None:
         for split, frac in (("validation", self.validation_frac), ("test", self.test_frac)):
             if frac is not None and not 0 <= frac < 1:
-                raise BadInput(
-                    f"{split}-frac: must be at least 0 and below 1, but got {frac:g}; give 0.1, for instance"
-                )
+                raise BadInput(f"{split}-frac", "must be at least 0 and below 1", f"{frac:g}", "for example, 0.1")
         if self.largest is not None and self.imbalance is None:
-            raise BadInput("largest: must come with an imbalance, but got it alone; add --imbalance")
+            raise BadInput("largest", "requires an imbalance", "none", "add --imbalance")
         semi_supervised = {
             "labelled": self.labelled,
             "unlabelled": self.unlabelled,
@@ -63,30 +61,36 @@ class Division:
         }
         given = [name for name, value in semi_supervised.items() if value is not None]
         if given and (missing := {"labelled", "unlabelled", "gamma-l"} - set(given)):
-            raise BadInput(f"{given[0]}: must come with {min(missing)}, but got it without; add --{min(missing)}")
+            raise BadInput(given[0], f"requires {min(missing)}", "none", f"add --{min(missing)}")
         if given and self.imbalance is not None:
-            raise BadInput("imbalance: must come without labelled, which has gamma-l for it, but got both; drop one")
+            raise BadInput(
+                "imbalance", "cannot be combined with labelled, whose imbalance is gamma-l", remedy="remove one"
+            )
         if self.flipped and (self.gamma_l if self.gamma_u is None else self.gamma_u) == 1:
-            raise BadInput("reversed: must have an order to turn round, but gamma-u is 1; drop it")
+            raise BadInput(
+                "reversed", "requires an unlabelled imbalance above 1", but="gamma-u is 1", remedy="remove it"
+            )
 
 
 def divide(index: ImageIndex, division: Division) -> dict[str, list[Row]]:
-    """The shuffled rows of every split that gets any, in the order of SPLITS.
+    """Return the shuffled rows of every nonempty split, in the order of SPLITS.
 
-    The labelled images of a semi-supervised set also stand among the unlabelled ones.
+    The unlabeled split of a semi-supervised set also contains the labeled images.
 
-    Raises BadInput when the index has a split that was to be drawn, or a class has too few images.
+    Raises BadInput if the index already has a split that is to be drawn, or a class has too few images.
     """
     taken = {"validation": division.validation_frac, "test": division.test_frac, "unlabelled": division.labelled}
     for split, value in taken.items():
         if value is not None and split in index.splits:
             option = "labelled" if split == "unlabelled" else f"{split}-frac"
-            raise BadInput(f"{option}: must be left out, but {index.source} has its own {split} images; drop it")
+            raise BadInput(
+                option, "must not be given", but=f"{index.source} has its own {split} images", remedy="remove it"
+            )
     test_frac, validation_frac = division.test_frac or 0.0, division.validation_frac
     if validation_frac is None:
         validation_frac = 0.0 if "validation" in index.splits else 0.1
     if validation_frac + test_frac >= 1:
-        raise BadInput(f"test-frac: must leave images to train on, but got {test_frac:g}; give a smaller part")
+        raise BadInput("test-frac", "must leave images for training", f"{test_frac:g}", "give a smaller fraction")
     drawn = stratified_split(_labels(index.splits["train"]), validation_frac, test_frac, division.seed)
     splits = {**index.splits}
     for split in ("train", *DRAWN):
@@ -131,7 +135,7 @@ def _long_tailed(rows: list[Row], imbalance: float, largest: int | None) -> list
 
 
 def _semi_supervised(index: ImageIndex, rows: list[Row], division: Division) -> tuple[list[Row], list[Row]]:
-    """The labelled rows, and the pool of unlabelled ones that holds them too."""
+    """Return the labeled rows, and the unlabeled pool, which includes them."""
     assert division.labelled is not None
     assert division.unlabelled is not None
     assert division.gamma_l is not None
@@ -143,8 +147,11 @@ def _semi_supervised(index: ImageIndex, rows: list[Row], division: Division) -> 
     )
     for label in np.flatnonzero(labelled + further > natural)[:1]:
         raise BadInput(
-            f"{index.source}: class {index.class_names[label]!r} must have {labelled[label] + further[label]} training images "
-            f"({labelled[label]} labelled and {further[label]} further), but got {natural[label]}; give smaller numbers"
+            index.source,
+            f"class {index.class_names[label]!r} must have {labelled[label] + further[label]} training images "
+            f"({labelled[label]} labelled and {further[label]} further)",
+            natural[label],
+            "give smaller numbers",
         )
     return _first(rows, labels, labelled), _first(rows, labels, labelled + further)
 

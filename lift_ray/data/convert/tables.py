@@ -1,4 +1,4 @@
-"""Finds labelled images in a CSV file or in Parquet, whose rows hold an image or its path, and a label."""
+"""Find labeled images in CSV or Parquet tables, whose rows have an image or its path, and a label."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ CACHE_BYTES = 512 * 2**20
 _ONE_AT_A_TIME = threading.Lock()
 
 Told = tuple[str, str, str, str]
-"""Where a row stands (for messages), its split, its image's reference, and its label as text."""
+"""A row: its place (for messages), split, image reference, and label as text."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns that are used; None where a table has no split column."""
+    """Names of the used columns; `split` is None if the table has no split column."""
 
     image: str
     label: str
@@ -55,9 +55,9 @@ class Columns:
 
 @dataclass(frozen=True)
 class ImagesInParquet:
-    """Reads images that are cells of Parquet files; a reference is `file:row group:row of the group`.
+    """Reader of images in cells of Parquet files; a reference is `file:row group:row of the group`.
 
-    Whole row groups are read, and a process keeps the last `num_kept` of them.
+    Row groups are read as a whole, and each process caches the last `num_kept`.
     """
 
     base: str
@@ -65,9 +65,9 @@ class ImagesInParquet:
     num_kept: int
 
     def __call__(self, reference: str) -> bytes:
-        """The bytes in the cell. Raises ValueError for an empty one."""
+        """Return the bytes in the cell. Raises ValueError for an empty cell."""
         file, group, row = reference.rsplit(":", 2)
-        with _ONE_AT_A_TIME:  # threads that start together would each read it
+        with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
             cell = _row_groups(self.num_kept)(join(self.base, file), self.leaf, int(group))[int(row)]
         if not cell.is_valid:
             raise ValueError("no image in this row")
@@ -85,23 +85,23 @@ def scan_table(
     root: str | None = None,
     class_names: str | None = None,
 ) -> ImageIndex:
-    """List the images that the rows of a table name or hold.
+    """List the images in the rows of a table.
 
-    Labels are names, or numbers from 0 that count the names of `class_names`, or of the ClassLabel that Hugging Face
-    stores in Parquet. Classes that are only named in the labels are sorted. Underscores in names become spaces.
+    Labels are class names, or integers from 0 that index `class_names` or the ClassLabel that Hugging Face stores in Parquet.
+    Without such a list, the class names are sorted. Underscores in names become spaces.
 
     Args:
         source: for "csv" a file with a header, separated by commas, semicolons or tabs; for "parquet" a file, a folder
             or a pattern with `*`. Any fsspec URL.
         kind: "csv" or "parquet".
-        image_column: paths; in Parquet also bytes, or the struct {bytes, path} of Hugging Face. None finds it.
-        label_column: None finds it.
-        split_column: train, val or test, under the names that a folder may have. None takes a column called split, else
-            in Parquet the file names (train-00000-of-00002.parquet, test/0.parquet), else all rows are for training.
-        root: folder that paths are relative to, default where the table is.
-        class_names: file with a class name on each line, in label order.
+        image_column: column of paths; in Parquet also of bytes, or of the Hugging Face struct {bytes, path}. None finds it by name.
+        label_column: column of labels. None finds it by name.
+        split_column: column of train, val or test, with the same synonyms as split folders. None uses the column `split`, else
+            the file names of Parquet (train-00000-of-00002.parquet, test/0.parquet), else all rows are for training.
+        root: folder that paths are relative to; default: the folder of the table.
+        class_names: file with one class name per line, in label order.
 
-    Raises BadInput, with the line or row, for columns that are not plain, a row without an image or a label, an unknown
+    Raises BadInput, with the line or row, for ambiguous columns, a row without an image or a label, an unknown
     label or split, a path outside the root, an image listed twice, or a class without a training image.
     """
     given = Columns(image_column or "", label_column or "", split_column)
@@ -119,7 +119,7 @@ def _scan_csv(
 
 
 def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
-    """The standard library's reader, since it tells the line of each row, also where a cell holds line breaks."""
+    """Read CSV rows with the standard library, which reports the line of each row even if cells contain line breaks."""
     text = "\n".join(read_lines(source))
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
@@ -133,7 +133,7 @@ def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise BadInput(f"{where}: must have {len(header)} cells, as the header, but got {len(cells)}; mend it")
+                raise BadInput(where, f"must have {len(header)} cells, like the header", len(cells), "fix it")
             part = "train" if split is None else _split_named(cells[split], where)
             yield _told(where, part, cells[image].strip(), cells[label].strip(), columns)
 
@@ -153,7 +153,7 @@ def _scan_parquet(
     for file in files:
         with _readable(join(base, file)), _opened(join(base, file)) as parquet:
             if _used(parquet.schema_arrow, columns) != _used(schema, columns):
-                raise ValueError(f"columns or class names that are not those of {files[0]}")
+                raise ValueError(f"columns or class names that differ from those of {files[0]}")
             groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
             most_bytes = max([most_bytes, *(group.total_byte_size for group in groups)])
             told += _parquet_rows(parquet, groups, join(base, file), file, split_of.get(file, "train"), columns, leaf)
@@ -191,16 +191,14 @@ def _parquet_rows(
 def _told(where: str, split: str, image: str, label: str, columns: Columns) -> Told:
     for cell, column in ((image, columns.image), (label, columns.label)):
         if not cell:
-            raise BadInput(
-                f"{where}: must have a cell in the column {column!r}, but got none; fill it or remove the row"
-            )
+            raise BadInput(where, f"must have a value in the column {column!r}", "none", "fill it or remove the row")
     return where, split, image, label
 
 
 def _split_named(name: str, where: str) -> str:
     split = SPLIT_DIRECTORIES.get(name.strip().lower())
     if split is None:
-        raise BadInput(f"{where}: the split must be train, val or test, but got {name!r}; rename it")
+        raise BadInput(where, "the split must be train, val or test", f"{name!r}", "rename it")
     return split
 
 
@@ -213,37 +211,39 @@ def _columns(source: str, columns: list[str], given: Columns) -> Columns:
 
 
 def _column(source: str, columns: list[str], given: str, what: str, known: frozenset[str]) -> str:
-    """The column that was given, or else the one with a known name; no split column is fine."""
+    """Return the given column, or else the only one with a known name; a split column is optional."""
     if given:
         if given not in columns:
-            raise BadInput(f"{source}: must have the column {given!r}, but it has none; {did_you_mean(given, columns)}")
+            raise BadInput(
+                source, f"must have the column {given!r}", but="it is missing", remedy=did_you_mean(given, columns)
+            )
         return given
     found = [name for name in columns if name.lower() in known]
     if len(found) != 1 and (found or what != "split"):
-        shown = ", ".join(columns) or "none"
-        raise BadInput(f"{source}: the {what} column must be plain, but got the columns {shown}; pass --{what}-column")
+        got = f"the columns {', '.join(columns)}" if columns else "no columns"
+        raise BadInput(source, f"the {what} column must be unambiguous", got, f"pass --{what}-column")
     return found[0] if found else ""
 
 
 def _labelled(source: str, told: list[Told], names: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[int]]:
-    """The class names, and the label of each row."""
+    """Return the class names, and the label of each row."""
     if not told:
-        raise BadInput(f"{source}: must hold images, but got no row; check the file")
+        raise BadInput(source, "must contain images", "no rows", "check the file")
     numbers = all(NUMBER.fullmatch(label) for *_, label in told)
     if numbers and names is None:
-        raise BadInput(f"{source}: labels that are numbers must come with names, but got none; pass --class-names FILE")
+        raise BadInput(source, "numeric labels require class names", "none", "pass --class-names FILE")
     names = names or tuple(sorted({readable(label) for *_, label in told}))
     labels = {str(label) if numbers else name: label for label, name in enumerate(names)}
     rows = [labels.get(label if numbers else readable(label)) for *_, label in told]
     if None in rows:
         where, _, _, label = told[rows.index(None)]
         rule = f"the label must be 0 to {len(names) - 1}" if numbers else "the label must be a class name"
-        raise BadInput(f"{where}: {rule}, but got {label!r}; check the {len(names)} class names")
+        raise BadInput(where, rule, f"{label!r}", f"check the {len(names)} class names")
     return names, [label for label in rows if label is not None]
 
 
 def _parquet_files(source: str) -> tuple[str, list[str]]:
-    """The folder of the Parquet files, and their paths in it."""
+    """Return the folder of the Parquet files, and their paths in it."""
     base = _folder_of(source.partition("*")[0] if "*" in source else source)
     file_system, path = locate(source)
     with reached(source, "must be a Parquet file, a folder of them, or a pattern", "check the path"):
@@ -254,7 +254,7 @@ def _parquet_files(source: str) -> tuple[str, list[str]]:
         else:
             found = [file_system.info(path)["name"]]
     if not found:
-        raise BadInput(f"{source}: must hold Parquet files, but got none; check the path")
+        raise BadInput(source, "must contain Parquet files", "none", "check the path")
     base_path = locate(base)[1].rstrip("/")
     return base, sorted(name[len(base_path) :].lstrip("/") for name in found)
 
@@ -265,19 +265,19 @@ def _folder_of(url: str) -> str:
 
 
 def _splits_by_name(source: str, files: Iterable[str]) -> dict[str, str]:
-    """The split of each file that a part of its path begins with; of all files, or of none."""
+    """Return the split of each file, if a part of its path begins with a split name; all files must have one, or none."""
     splits = {}
     for file in files:
         for part in file.split("/"):
             if split := SPLIT_DIRECTORIES.get(re.split(r"[-_.]", part)[0].lower()):
                 splits[file] = split
     if splits and (others := [file for file in files if file not in splits]):
-        raise BadInput(f"{source}: every file must tell its split, or none, but got {others[0]!r}; rename it")
+        raise BadInput(source, "every file name must state its split, or none may", f"{others[0]!r}", "rename it")
     return splits
 
 
 def _leaf(source: str, schema: Any, image: str) -> str | None:
-    """The Parquet column of the images' bytes, or None when the column holds paths."""
+    """Return the Parquet column with the bytes of the images, or None if the column contains paths."""
     kind = _plain_type(schema.field(image).type)
     inner = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
     if _is_text(kind):
@@ -285,7 +285,7 @@ def _leaf(source: str, schema: Any, image: str) -> str | None:
     if _is_bytes(kind) or ("bytes" in inner and _is_bytes(inner["bytes"])):
         return f"{image}.bytes" if inner else image
     raise BadInput(
-        f"{source}: the column {image!r} must hold paths, bytes or struct<bytes, path>, but got {kind}; pass --image-column"
+        source, f"the column {image!r} must contain paths, bytes or struct<bytes, path>", kind, "pass --image-column"
     )
 
 
@@ -297,9 +297,7 @@ def _used(schema: Any, columns: Columns) -> Any:
 def _check_label_type(source: str, schema: Any, label: str) -> None:
     kind = _plain_type(schema.field(label).type)
     if not (pa.types.is_integer(kind) or _is_text(kind)):
-        raise BadInput(
-            f"{source}: the column {label!r} must hold whole numbers or text, but got {kind}; pass --label-column"
-        )
+        raise BadInput(source, f"the column {label!r} must contain integers or text", kind, "pass --label-column")
 
 
 def _plain_type(kind: Any) -> Any:
@@ -339,7 +337,7 @@ def _row_groups(num_kept: int) -> Callable[[str, str, int], Any]:
 
 
 def _row_group(url: str, leaf: str, group: int) -> Any:
-    """The cells of a column of bytes, (rows,)."""
+    """Return the cells of a column of bytes, (rows,)."""
     with _opened(url) as parquet:
         column = parquet.read_row_group(group, columns=[leaf]).column(0)
     return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column

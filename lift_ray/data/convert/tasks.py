@@ -1,4 +1,4 @@
-"""The shards of a conversion as independent tasks, and running them on the cores of this machine."""
+"""Independent tasks, one per shard of a conversion, and their execution on the cores of this machine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lift_ray.data.convert.splitting import Row
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass, one_line, reached, retried
 
-FEW_IMAGES = 2000  # processes take seconds to start
+FEW_IMAGES = 2000  # below this, starting processes takes longer than it saves
 POLL_S = 0.2
-SUSPICIOUS = 100  # bad images and no good one mean a source that is gone
+SUSPICIOUS = 100  # so many bad images without a good one mean that the source is gone
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all shards of a conversion share; it is sent to other processes. Fields as in `conversion.convert`."""
+    """Options shared by all shards of a conversion, sent to other processes. Fields as in `conversion.convert`."""
 
     destination: str
     source: str
@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The images of one shard, in order; which they are was decided before any was read."""
+    """The images of one shard, in order; they are chosen before any image is read."""
 
     split: str
     number: int
@@ -51,24 +51,24 @@ class ShardTask:
 
 
 RunTasks = Callable[[Job, Sequence[ShardTask], Callable[[int], None]], list[ShardRecord]]
-"""Runs tasks somewhere, in any order, and calls back with the number of images done since the last call."""
+"""Function that runs tasks in any order, and calls back with the number of images done since the last call."""
 
 
 class Stopped(Exception):
-    """Another task failed, or the user wants to stop."""
+    """Another task failed, or the user stopped the conversion."""
 
 
 def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[], None]) -> ShardRecord:
-    """Check the images of one shard and write it, then its record: a shard that has a record is finished.
+    """Check the images of a shard, write it, then write its record: a shard with a record is finished.
 
     Args:
-        num_threads: images in work at once.
-        step: called before each image is written; what it raises passes through, and the unfinished shard is removed.
+        num_threads: number of images processed at the same time.
+        step: called before each image is written; its exceptions are not caught, and the unfinished shard is removed.
 
-    Raises BadInput for the first bad image, unless they are to be skipped, and when the source or the destination fails;
-    a shard of very many images that are all bad counts as a source that fails.
+    Raises BadInput for the first bad image unless bad images are skipped, and if the source or the destination fails; a large shard
+    with only bad images also counts as a failing source.
     """
-    skipped: list[str] = []
+    bad: list[BadInput] = []
 
     def good(pool: ThreadPoolExecutor) -> Iterator[Sample]:
         for (reference, label), image in _in_order(pool, lambda row: _checked(job, row[0]), task.rows, 4 * num_threads):
@@ -76,34 +76,33 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
             if isinstance(image, bytes):
                 yield image, reference, label
             elif job.skip_bad:
-                skipped.append(image)
+                bad.append(image)
             else:
-                raise BadInput(f"{image}; remove it or pass --skip-bad")
-        if len(skipped) == len(task.rows) >= SUSPICIOUS:
-            raise BadInput(
-                f"{skipped[0]}, as for all {len(skipped)} images of a shard; check that each machine reaches the source"
-            )
+                raise BadInput(image.place, image.rule, image.got, "remove it or pass --skip-bad")
+        if len(bad) == len(task.rows) >= SUSPICIOUS:
+            first, got = bad[0], f"{bad[0].got}, like all {len(bad)} images of a shard"
+            raise BadInput(first.place, first.rule, got, "check that every machine can access the source")
 
     with ThreadPoolExecutor(num_threads) as pool:
         record = write_shard(
             job.destination, task.split, task.number, good(pool), job.class_names, row_group_rows=job.row_group_rows
         )
-    record = replace(record, skipped=tuple(skipped))
+    record = replace(record, skipped=tuple(map(str, bad)))
     write_file(job.destination, record_name(task), json.dumps(asdict(record)).encode())
     return record
 
 
 def record_name(task: ShardTask) -> str:
-    """The file that says a shard is finished."""
+    """Return the name of the file that marks a shard as finished."""
     return f".{task.split}-{task.number:05d}.json{PARTIAL}"
 
 
 def run_here(
     job: Job, tasks: Sequence[ShardTask], advance: Callable[[int], None], *, workers: int
 ) -> list[ShardRecord]:
-    """Run tasks with so many images in work at once: in one process for each core, or few in threads of this one.
+    """Run tasks with `workers` images at the same time: in one process per core, or in threads if there are few images.
 
-    Raises what `convert_shard` raises; RunFailed when a process was killed from outside.
+    Raises the exceptions of `convert_shard`, and RunFailed if a process was killed from outside.
     """
     processes = min(workers, os.cpu_count() or 1, len(tasks))
     small = sum(len(task.rows) for task in tasks) < FEW_IMAGES
@@ -113,7 +112,7 @@ def run_here(
 
 
 def in_memory(job: Job) -> bool:
-    """Whether the data is only in the memory of this process."""
+    """Return True if the data is only in the memory of this process."""
     return "memory://" in job.source + job.destination
 
 
@@ -121,7 +120,7 @@ def _in_processes(
     job: Job, tasks: Sequence[ShardTask], advance: Callable[[int], None], processes: int, num_threads: int
 ) -> list[ShardRecord]:
     context = multiprocessing.get_context("spawn")
-    # without locks, which a killed process would never give back
+    # without locks, which a killed process would never release
     counters, stop = context.RawArray("q", len(tasks)), context.RawValue("b", 0)
     pool = ProcessPoolExecutor(processes, context, _begin, (job, num_threads, counters, stop))
     records: list[ShardRecord] = []
@@ -135,8 +134,8 @@ def _in_processes(
             records += [future.result() for future in ready]
     except BrokenProcessPool:
         raise RunFailed(
-            f"{job.destination}: a process of the conversion was killed, perhaps for want of memory; start it again with "
-            "fewer --workers: it goes on with the missing shards"
+            f"{job.destination}: a conversion process was killed, perhaps because memory ran out; start it again with "
+            "fewer --workers: finished shards are reused"
         ) from None
     finally:
         stop.value = 1
@@ -173,11 +172,11 @@ def _run(number: int, task: ShardTask) -> ShardRecord:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Row], bytes | str], rows: Sequence[Row], ahead: int
-) -> Iterator[tuple[Row, bytes | str]]:
-    """Results of `work` in the order of `rows`, with a bounded number of images in memory."""
+    pool: ThreadPoolExecutor, work: Callable[[Row], bytes | BadInput], rows: Sequence[Row], ahead: int
+) -> Iterator[tuple[Row, bytes | BadInput]]:
+    """Yield results of `work` in the order of `rows`, with a bounded number of images in memory."""
     rest = iter(rows)
-    window: deque[tuple[Row, Future[bytes | str]]] = deque()
+    window: deque[tuple[Row, Future[bytes | BadInput]]] = deque()
     for row in islice(rest, ahead):
         window.append((row, pool.submit(work, row)))
     while window:
@@ -187,20 +186,20 @@ def _in_order(
             window.append((following, pool.submit(work, following)))
 
 
-def _checked(job: Job, reference: str) -> bytes | str:
-    """The bytes to store, or the line that says what is wrong with the image."""
+def _checked(job: Job, reference: str) -> bytes | BadInput:
+    """Return the bytes to store, or the BadInput that says what is wrong with the image."""
     where = join(job.source, reference)
     try:
         return job.encoding(_read(job, reference, where))
     except FileNotFoundError:
-        reason = "nothing there"
+        reason = "no file"
     except (ValueError, LookupError, OSError) as error:
         reason = one_line(error)
-    return f"{where}: must be a whole image, but got {reason}"
+    return BadInput(where, "must be an intact image", reason)
 
 
 def _read(job: Job, reference: str, where: str) -> bytes:
-    """The bytes of an image. BadInput when it is the source that fails: no image may be left out for that."""
+    """Return the bytes of an image. Raises BadInput if the source fails, because no image may be skipped for that."""
     rule, remedy = "must be readable", "check the source, and start again"
     try:
         return job.read(reference)

@@ -1,4 +1,4 @@
-"""Reads the classification sets of torchvision.datasets by the name of their class."""
+"""Read the classification datasets of torchvision.datasets by class name."""
 
 from __future__ import annotations
 
@@ -32,49 +32,56 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class TorchvisionImages:
-    """Reads images of a set as PNG; a reference is `split/number`. A process opens a split when it first needs it."""
+    """Reader of the images of a dataset, as PNG; a reference is `split/number`. Each process opens a split on first use."""
 
     name: str
     root: str
 
     def __call__(self, reference: str) -> bytes:
-        """The image as PNG."""
+        """Return the image as PNG."""
         split, number = reference.split("/")
-        with _ONE_AT_A_TIME:  # threads that start together would each open it
+        with _ONE_AT_A_TIME:  # otherwise threads that start together would all open it
             dataset = _opened(self.name, self.root, split)
         return encode_png(dataset[int(number)][0])
 
 
 def scan_torchvision(name: str, *, root: str, download: bool = False) -> ImageIndex:
-    """List the images of a set that torchvision knows.
+    """List the images of a torchvision dataset.
 
-    Images that are files keep their bytes, others become PNG. Where the only labelled images outside of train are called
-    val (ImageNet, Imagenette, Places365), they become the test split, as the literature uses them. A set without class
-    names gets `class 0`, `class 1`, ..., and a note.
+    Images that are files keep their bytes, others become PNG. If the only labeled images outside train are called val (ImageNet,
+    Imagenette, Places365), they become the test split, as in the literature. A dataset without class names gets `class 0`,
+    `class 1`, ..., and a note.
 
     Args:
         name: class in torchvision.datasets, a key of SETS.
-        root: folder on this machine that torchvision keeps the set in (its own argument `root`).
-        download: let torchvision fetch the set first.
+        root: local folder of the dataset, torchvision's argument `root`.
+        download: let torchvision download the dataset first.
 
-    Raises BadInput for an unknown set, one that is not there, or one whose package (SciPy, h5py) is missing.
+    Raises BadInput if the dataset is unknown, does not exist, or requires a missing package (SciPy, h5py).
     """
     if name not in SETS:
-        raise BadInput(f"{name}: must be a set of torchvision with one label an image; {did_you_mean(name, SETS)}")
+        raise BadInput(name, "must be a torchvision dataset with one label per image", remedy=did_you_mean(name, SETS))
     if "://" in root:
         raise BadInput(
-            f"{root}: must be a folder on this machine, since torchvision reads no other; copy the set there"
+            root,
+            "must be a folder on this machine, because torchvision reads only local files",
+            remedy="copy the dataset there",
         )
     if download and name in NO_DOWNLOAD:
-        raise BadInput(f"download: must be left out, but torchvision cannot fetch {name}; put its files in {root}")
+        raise BadInput(
+            "download",
+            "must not be given",
+            but=f"torchvision cannot download {name}",
+            remedy=f"put its files in {root}",
+        )
     remedy = "check the folder" if download or name in NO_DOWNLOAD else "check the folder, or pass --download"
     here = absolute(root)
-    with reached(root, f"must hold {name} as torchvision keeps it", remedy):
+    with reached(root, f"must contain {name} as torchvision stores it", remedy):
         datasets = {split: _open(name, here, split, download) for split in SETS[name]}
         labels = {split: _labels(dataset) for split, dataset in datasets.items()}
         paths = {split: _paths(dataset, here) for split, dataset in datasets.items()}
     if not all(labels.values()):
-        raise BadInput(f"{root}: must hold {name} as torchvision keeps it, but got no images; {remedy}")
+        raise BadInput(root, f"must contain {name} as torchvision stores it", "no images", remedy)
     given, notes = _class_names(name, datasets["train"], labels)
     names, more = distinct(given, name)
     read: ReadImage = TorchvisionImages(name, here)
@@ -94,7 +101,7 @@ def _open(name: str, root: str, split: str, download: bool) -> Any:
     try:
         return getattr(torchvision.datasets, name)(root, **SETS[name][split], **more)
     except ImportError as error:
-        raise BadInput(f"{name}: needs a package, but got {one_line(error)!r}; install it") from None
+        raise BadInput(name, "requires a package", f"{one_line(error)!r}", "install it") from None
 
 
 @lru_cache(maxsize=3)
@@ -103,7 +110,7 @@ def _opened(name: str, root: str, split: str) -> Any:
 
 
 def _labels(dataset: Any) -> list[int]:
-    """The labels by number, from where the set keeps them, or else from its items."""
+    """Return the labels by number, from an attribute of the dataset, or else from its items."""
     total = len(dataset)
     pairs, held = _first(dataset, PAIRS), _first(dataset, LABELS)
     if pairs is not None:
@@ -114,12 +121,14 @@ def _labels(dataset: Any) -> list[int]:
         return [int(dataset[number][1]) for number in range(total)]
     for number in np.linspace(0, total - 1, SPOT_CHECKS).astype(int).tolist() if total else []:
         if int(dataset[number][1]) != labels[number]:
-            raise ValueError("labels that are not those of its images; this version of torchvision is not known")
+            raise ValueError(
+                "labels that differ from those of its images; this version of torchvision is not supported"
+            )
     return labels
 
 
 def _paths(dataset: Any, root: str) -> list[str]:
-    """The images' paths in the root, or nothing when they are not files."""
+    """Return the paths of the images in the root; empty if they are not files."""
     paths = _first(dataset, PATHS)
     if paths is None:
         paths = [path for path, _ in _first(dataset, PAIRS) or []]
