@@ -19,7 +19,9 @@ from lift_ray.inference.evaluate import evaluate_checkpoint
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run_file import RunFile
 from lift_ray.training import checkpoint
+from lift_ray.training.plan import plan
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -392,3 +394,20 @@ def test_kept_activations_are_those_of_the_share(warm: Workspace, small_data: st
     found = list(Run(settings(small_clip, **own, optim__data_frac=0.5), warm).epochs())
     alone = list(Run(settings(small_clip, **own, optim__data_frac=0.5), Workspace(small_data, Ranks.alone())).epochs())
     assert untimed(found) == untimed(alone)
+
+
+def test_a_plan_needs_no_weights_but_reports_every_other_mistake(small_data: str, small_clip: str) -> None:
+    data = open_dataset(small_data)
+
+    def planned(clip: str, **overrides: Any) -> dict[str, str]:
+        tree = {"name": "planned", "dataset": small_data, **settings(clip, **overrides).model_dump()}
+        return plan(RunFile.model_validate(tree), data, 1, 300)[1]
+
+    lines = planned("local-dir:/nowhere/at/all")
+    assert lines["trained parameters and memory"].startswith(
+        "unknown; backbone.model: local-dir:/nowhere/at/all could not be loaded ("
+    )
+    assert lines["steps"].startswith("6 an epoch, 18 in all;")
+    assert "trained parameters" in planned(small_clip)
+    with pytest.raises(BadInput, match=r"^tuner.blocks: must lie in 0 ... 1, but got \[0, 2\]"):
+        planned(small_clip, tuner__blocks=[0, 2])

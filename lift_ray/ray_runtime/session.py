@@ -9,12 +9,12 @@ import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
 
-from lift_ray.errors import Interrupted, RunFailed, Stopped
+from lift_ray.errors import Interrupted, RunFailed, Stopped, one_line
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
+from lift_ray.ray_runtime.patches import listen_on_loopback, use_free_agent_port
 
 OBJECT_STORE_BYTES = 150 * 2**20  # shards are read by the workers themselves; only settings and figures travel
 
@@ -41,8 +41,8 @@ def connected(
     mine = not ray.is_initialized()
     if mine:
         if not address:
-            _stay_on_loopback()
-            _take_a_free_agent_port()
+            listen_on_loopback()
+            use_free_agent_port()
         try:
             ray.init(
                 address=address or "local",
@@ -54,15 +54,12 @@ def connected(
         except SystemExit as error:  # Ray's own handler of SIGTERM, while it starts
             raise Interrupted(signal.SIGTERM) if error.code == signal.SIGTERM else error from None
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RunFailed(
-                f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}"
-            ) from None
+            raise RunFailed(f"Ray at {address or 'this machine'} does not answer: {one_line(error)}") from None
         finally:
             if not address:
-                with suppress(OSError):  # there is none without authentication
-                    (Path.home() / ".ray" / "auth_token").chmod(
-                        0o600
-                    )  # Ray writes it for every user of the machine to read
+                # Ray writes the token readable by every user of the machine; without authentication there is none.
+                with suppress(OSError):
+                    (Path.home() / ".ray" / "auth_token").chmod(0o600)
     try:
         yield cluster_nodes()
     except Stopped:
@@ -71,28 +68,6 @@ def connected(
     finally:
         if mine:
             ray.shutdown()
-
-
-def _stay_on_loopback() -> None:
-    """Have the Ray that this process starts listen on 127.0.0.1 alone, by the switch that Ray uses itself on macOS and Windows.
-
-    Ray's processes would listen on every interface otherwise, the node's metrics without asking for the token.
-    """
-    from ray._private import ray_constants
-
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for drivers started from here
-    ray_constants.ENABLE_RAY_CLUSTER = False  # was read from it at import
-
-
-@cache
-def _take_a_free_agent_port() -> None:
-    """Let the node's agent listen on any free port; `ray.init` has no word for it.
-
-    On its default, 52365, a second Ray on the machine would have an agent that gives up serving: no jobs, no job logs.
-    """
-    from ray._private.parameter import RayParams
-
-    RayParams.__init__ = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
 
 
 def meeting_point() -> tuple[str, int]:
