@@ -229,10 +229,10 @@ def test_a_checkpoint_of_other_classes_or_another_tower_is_refused(
     record = checkpoint.read_record(tmp_path / "one")
     record.class_names[0] = "unicorn"
     with pytest.raises(
-        BadInput, match=r"must be of the same classes, but it has 8 and the data set 8, which differ \("
+        BadInput, match=r"must have the same classes, but it has 8 classes and the dataset 8, which differ in "
     ):
         checkpoint.check_same(tmp_path / "one", record, run.config.to_dict(), warm.dataset.class_names)
-    with pytest.raises(BadInput, match="must be of the same settings, but backbone was"):
+    with pytest.raises(BadInput, match="must have the same settings, but backbone was"):
         Run(settings("embedded:lift-tiny"), warm).load(tmp_path / "one")
 
 

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting Ray on this machine."""
+"""Connection to a Ray cluster, or to Ray started on this machine."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from lift_ray.errors import Interrupted, RunFailed, Stopped, one_line
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
 from lift_ray.ray_runtime.patches import listen_on_loopback, use_free_agent_port
 
-OBJECT_STORE_BYTES = 150 * 2**20  # shards are read by the workers themselves; only settings and figures travel
+OBJECT_STORE_BYTES = 150 * 2**20  # workers read shards themselves, so only settings and metrics pass through it
 
 
 @contextmanager
 def connected(
     address: str | None = None, *, dashboard: bool = True, metadata: Mapping[str, str] | None = None
 ) -> Iterator[list[dict[str, float]]]:
-    """Use the cluster at `address` or $RAY_ADDRESS; without either, start Ray here, on loopback, and stop it afterwards.
+    """Connect to the cluster at `address` or $RAY_ADDRESS; without either, start Ray here, on loopback, and stop it afterwards.
 
-    A session that is already connected is used as it is. Yields the resources of each node that is there or may come.
+    A session that is already connected is used as it is. Yields the resources of each node that is up or may be added.
 
     Args:
-        metadata: for the dashboard's entry of this driver; `job_name` is what its list of jobs shows.
+        address: address of the cluster.
+        dashboard: serve the dashboard if Ray is started here.
+        metadata: metadata of this driver on the dashboard; its list of jobs shows `job_name`.
 
     Raises:
         RunFailed: the cluster does not answer.
@@ -51,7 +53,7 @@ def connected(
                 job_config=ray.job_config.JobConfig(metadata=dict(metadata or {})),
                 **({} if address else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}),
             )
-        except SystemExit as error:  # Ray's own handler of SIGTERM, while it starts
+        except SystemExit as error:  # from Ray's handler of SIGTERM while it starts
             raise Interrupted(signal.SIGTERM) if error.code == signal.SIGTERM else error from None
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(f"Ray at {address or 'this machine'} does not answer: {one_line(error)}") from None
@@ -63,7 +65,7 @@ def connected(
     try:
         yield cluster_nodes()
     except Stopped:
-        mine = False  # the process ends at once, and what it started with it
+        mine = False  # the process exits at once, and the Ray that it started with it
         raise
     finally:
         if mine:
@@ -71,7 +73,7 @@ def connected(
 
 
 def meeting_point() -> tuple[str, int]:
-    """This node's address and a free port, where a process group can form."""
+    """Return this node's address and a free port, for a process group to meet."""
     import ray
 
     with socket.socket() as probe:
@@ -80,7 +82,7 @@ def meeting_point() -> tuple[str, int]:
 
 
 def dashboard_url() -> str | None:
-    """Where the dashboard of the connected session is served; None without one."""
+    """Return the URL of the connected session's dashboard; None without one."""
     import ray
 
     url = ray._private.worker.get_dashboard_url()
@@ -88,7 +90,7 @@ def dashboard_url() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Where a search runs: the driver's system, and what each node of the cluster offers."""
+    """Describe the hardware of a search: the driver's system, and the resources of each node of the cluster."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
