@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import runpy
 import shutil
 import subprocess
 import sys
@@ -103,15 +104,22 @@ def test_another_ray_is_left_alone_with_a_warning(
     ]
 
 
-def test_a_kind_of_machine_that_the_cloud_refuses_counts_as_unavailable(tmp_path: Path) -> None:
-    folder = tmp_path / "instance_manager"
+def test_a_kind_of_machine_that_the_cloud_refuses_counts_as_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "autoscaler" / "v2" / "instance_manager"
     shutil.copytree(INSTANCE_MANAGER, folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name, (before, after) in patches.AUTOSCALER_FIX.items():  # as released, even where this one is patched already
         path = folder / name
         path.write_text(path.read_text().replace(after, before))
     refused = InstanceUpdateEvent(new_instance_status=Instance.ALLOCATION_FAILED, instance_type="gpu-spot")
     assert unavailable(folder, refused) == set()
-    patches.fix_autoscaler(folder)
+    monkeypatch.setattr(ray, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(sys, "argv", ["patches"])
+    monkeypatch.delitem(sys.modules, patches.__name__)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(patches.__name__, run_name="__main__")  # as the cluster files do
+    assert ended.value.code == 0
     assert unavailable(folder, refused) == {"gpu-spot"}
     reconciler = (folder / "reconciler.py").read_text()
     compile(reconciler, "reconciler.py", "exec")

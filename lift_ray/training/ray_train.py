@@ -150,11 +150,11 @@ class ChannelClient:
 
     def __init__(self, channel: Any) -> None:
         self.channel = channel
-        self._answer: Any = None
+        self._reply: Any = None
 
     def tell(self, message: Event) -> None:
         """Send an event."""
-        self._answer = self.channel.tell.remote(message)
+        self._reply = self.channel.tell.remote(message)
 
     def stop_asked(self) -> str:
         """Return the reason to stop now; "" to continue."""
@@ -164,10 +164,10 @@ class ChannelClient:
 
         if told_to_stop.is_set():
             return "SIGTERM"
-        if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:
+        if self._reply is None or not ray.wait([self._reply], timeout=0)[0]:
             return ""
-        answer, self._answer = ray.get(self._answer), None
-        return str(answer)
+        reply, self._reply = ray.get(self._reply), None
+        return str(reply)
 
 
 def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience, progress: Progress) -> None:

@@ -73,7 +73,7 @@ class Run:
         self.history: list[Figures] = []
         self.pulse: Callable[[], None] = lambda: None
         self.per_class: PerClass | None = None
-        self.beside: dict[str, MetricAccumulator] = {}  # metrics of the head's other logits in an evaluation
+        self.auxiliary: dict[str, MetricAccumulator] = {}  # metrics of the head's other logits in an evaluation
         self.evaluated = 0.0  # fraction of the split that the current evaluation has processed
         if class_counts is None and self.trained:
             self._prepare_training()
@@ -238,7 +238,7 @@ class Run:
         log_prior = torch.from_numpy(np.log(self.class_counts / self.class_counts.sum())).float().to(device)
         tallies = [MetricAccumulator(self.warm.dataset.num_classes, device) for _ in taus]
         names = ("linear", "similarity") if isinstance(self.model.head, FusedHead) else ()
-        self.beside = {name: MetricAccumulator(self.warm.dataset.num_classes, device) for name in names}
+        self.auxiliary = {name: MetricAccumulator(self.warm.dataset.num_classes, device) for name in names}
         with torch.inference_mode(), autocast(self.config, device):
             split = self.warm.dataset.split(split_name)
             for logits, labels in self._logits(split):
@@ -250,14 +250,14 @@ class Run:
                     if images is not None:
                         images.add(adjusted)
         self.evaluated = 0.0
-        counts = [tally.tensors() for tally in (*tallies, *self.beside.values())] + [
+        counts = [tally.tensors() for tally in (*tallies, *self.auxiliary.values())] + [
             images.tensors() for images in each
         ]
         for tensor in chain.from_iterable(counts):
             self.ranks.sum(tensor)
         further = {
             f"{split_name}/{metric}_{name}": value
-            for name, tally in self.beside.items()
+            for name, tally in self.auxiliary.items()
             for metric, value in tally.result(self.class_counts)[0].items()
             if metric in ("accuracy", "mean_class_accuracy", *GROUPS)
         }
@@ -268,13 +268,13 @@ class Run:
         return out
 
     def _logits(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (logits, labels) of this rank's part of a split; the head's other logits go to `beside`."""
+        """Yield (logits, labels) of this rank's part of a split; the head's other logits go to `auxiliary`."""
         head = self.model.head
         for features, labels in self._features(split):
             if isinstance(head, FusedHead):
                 with torch.autocast(features.device.type, enabled=False):
                     both = [over_crops(logits) for logits in head.both(features.float())]
-                for tally, logits in zip(self.beside.values(), both, strict=True):
+                for tally, logits in zip(self.auxiliary.values(), both, strict=True):
                     tally.add(logits, labels)
                 yield head.fused(*both), labels
             else:

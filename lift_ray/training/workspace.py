@@ -186,7 +186,7 @@ class Workspace:
             samples=samples,
             batch_size=batch_size(ranks.device, backbone.tower),
         )
-        normalized = self.normaliser(config)
+        normalized = self.normalizer(config)
 
         def frozen(batch: Batch) -> torch.Tensor:
             with torch.no_grad(), autocast(config, ranks.device):
@@ -223,12 +223,12 @@ class Workspace:
         self, config: RunConfig, batches: Iterable[Batch]
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Yield normalized images, labels and kept patches on the device; copies to a GPU are asynchronous."""
-        normalized = self.normaliser(config)
+        normalized = self.normalizer(config)
         for batch in batches:
             patches = None if batch.patches is None else self.to_device(batch.patches)
             yield normalized(batch.images), self.to_device(batch.labels), patches
 
-    def normaliser(self, config: RunConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    def normalizer(self, config: RunConfig) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return a function that turns uint8 images (..., 3, H, W) into the backbone's input, on the device."""
         backbone, device = self.backbone(config), self.ranks.device
         std = torch.tensor(backbone.std, device=device).view(3, 1, 1)
@@ -240,7 +240,7 @@ class Workspace:
         self, config: RunConfig, model: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return a function from uint8 images (b, 3, H, W) or (b, 5, 3, H, W) to the model's output, (b, ...) or (b, 5, ...)."""
-        normalized, device = self.normaliser(config), self.ranks.device
+        normalized, device = self.normalizer(config), self.ranks.device
 
         def predict(images: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode(), autocast(config, device):
