@@ -1,4 +1,4 @@
-"""python -m lift_ray.evaluate: the accuracy of a checkpoint on a data set."""
+"""python -m lift_ray.evaluate: the accuracy of a checkpoint, or of an ensemble of checkpoints, on a dataset."""
 
 from __future__ import annotations
 
@@ -24,31 +24,38 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT...",
-            help="Checkpoints, or the results of tune or train: folders or URLs. Several answer together.",
+            help="Checkpoints, or results of tune or train: folders or URLs. Several form an ensemble.",
         ),
     ],
-    data: Annotated[str | None, typer.Option(help="Data set; any fsspec URL.  [the one it was trained on]")] = None,
+    data: Annotated[str | None, typer.Option(help="Dataset; any fsspec URL.  [the one it was trained on]")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     tau: Annotated[
         list[float] | None,
-        typer.Option("--posthoc-tau", min=0, help="Post-hoc logit adjustment; several to compare.  [as trained]"),
+        typer.Option(
+            "--posthoc-tau",
+            min=0,
+            help="Strength of post-hoc logit adjustment; may be repeated.  [as trained]",
+        ),
     ] = None,
-    tte: Annotated[bool, typer.Option("--tte", help="Mean of the logits of five crops.  [as trained]")] = False,
+    tte: Annotated[bool, typer.Option("--tte", help="Average the logits of five crops.  [as trained]")] = False,
     combine: Annotated[
-        str | None, typer.Option(help="Mean of the logits or of the probabilities of several models.  [logits]")
+        str | None, typer.Option(help="Average the logits or the probabilities of several models.  [logits]")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Of the models, in order: 2,1,1.  [equal]")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the models, in order: 2,1,1.  [equal]")] = None,
     gla: Annotated[
-        bool, typer.Option("--gla", help="Add zero-shot logits and take the priors of both out; reads validation too.")
+        bool,
+        typer.Option(
+            "--gla", help="Add zero-shot logits and remove both label priors; also reads the validation split."
+        ),
     ] = False,
-    per_class: Annotated[Path | None, typer.Option(help="Write a table of all classes to this CSV file.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Share the images out to so many Ray workers.")] = 1,
-    cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores for each; alone it takes all.")] = 1,
+    per_class: Annotated[Path | None, typer.Option(help="Write the metrics of each class to this CSV file.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of Ray workers that share the images.")] = 1,
+    cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores of each worker; a single one uses all.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Print overall, mean class, many, medium and few accuracy. The groups are those of the data it was trained on.
+    """Print overall, mean class, many, medium and few accuracy. The groups are those of the training data.
 
-    Several checkpoints of the same classes answer together (backdoor adjustment, arXiv 2501.15955), each image read once.
+    Several checkpoints of the same classes form an ensemble (backdoor adjustment, arXiv 2501.15955); each image is read once.
 
     \b
     Examples:
@@ -66,8 +73,10 @@ def evaluate(
     dataset.split(split)
     if list(dataset.class_names) != records[0].class_names:
         raise BadInput(
-            f"{dataset.uri}: must have the classes of the checkpoint, but "
-            f"{difference(records[0].class_names, dataset.class_names)}; give the data set it was trained for"
+            dataset.uri,
+            "must have the classes of the checkpoint",
+            but=difference(records[0].class_names, dataset.class_names),
+            remedy="give the dataset it was trained on",
         )
     taus = _taus(checkpoints, records, tau, gla)
     _check_together(records, combine, weights)
@@ -85,41 +94,44 @@ def evaluate(
         return
     from lift_ray.terminal.evaluation_tables import print_found
 
-    name = "together" if found.report else checkpoints[0]
+    name = "ensemble" if found.report else checkpoints[0]
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
     print_found(
-        f"{dataset.uri} {split}, {dataset.split(split).num_samples:,} images, accuracy in %", split, shown, found.report
+        f"{dataset.uri} {split}, {dataset.split(split).num_samples:,} images, accuracy (%)", split, shown, found.report
     )
 
 
 def _records(checkpoints: list[str]) -> list[Record]:
-    """What the checkpoints say of themselves. Raises BadInput when they do not know the same classes in the same order."""
-    from lift_ray.training.checkpoint import opened, read_record
+    """Read the records of the checkpoints. Raises BadInput if their classes or the order of these differ."""
+    from lift_ray.training.checkpoint import difference, opened, read_record
 
     records = []
     if twice := next((where for where in checkpoints if checkpoints.count(where) > 1), None):
         raise BadInput(
-            f"CHECKPOINT: must each be named once, but got {twice} twice; use --weights to make it count more"
+            "CHECKPOINT", "each must be given once", f"{twice} twice", "use --weights to give it more weight"
         )
     for where in checkpoints:
         with opened(where) as folder:
             records.append(read_record(folder))
         first, here = records[0].class_names, records[-1].class_names
         if here != first:
-            odd = sorted(set(here) ^ set(first))[:3] or ["the same names in another order"]
             raise BadInput(
-                f"{where}: must have the classes of {checkpoints[0]} in the same order, but it has {len(here)} and that "
-                f"{len(first)}, which differ ({', '.join(odd)}); combine models of one data set"
+                where,
+                f"must have the classes of {checkpoints[0]} in the same order",
+                but=difference(here, first, "the other"),
+                remedy="combine models of one dataset",
             )
     return records
 
 
 def _taus(checkpoints: list[str], records: list[Record], tau: list[float] | None, gla: bool) -> tuple[float, ...]:
-    """The strengths of the post-hoc adjustment: those asked for, else what the models were trained with."""
+    """Return the strengths of the post-hoc adjustment: those of the option, or else those of the models' settings."""
     if gla:
         if tau:
             raise BadInput(
-                "--posthoc-tau: must not be given with --gla, which takes the prior out itself; leave one of them out"
+                "--posthoc-tau",
+                "cannot be used with --gla, which removes the prior itself",
+                remedy="leave one of them out",
             )
         return (0.0,)
     own = {
@@ -127,35 +139,37 @@ def _taus(checkpoints: list[str], records: list[Record], tau: list[float] | None
     }
     if not tau and len(own) > 1:
         raise BadInput(
-            f"--posthoc-tau: must be given for models trained with several, but got none for {', '.join(map(str, own))}; "
-            "name one"
+            "--posthoc-tau",
+            f"is required for models with different values ({', '.join(map(str, own))})",
+            but="is missing",
+            remedy="give one",
         )
     return tuple(tau or own)
 
 
 def _check_together(records: list[Record], combine: str | None, weights: str | None) -> None:
-    """Raises BadInput for options that need several models, and there is one."""
+    """Raise BadInput if an option requires several models and there is only one."""
     if combine not in (None, *COMBINE):
-        raise BadInput(f"--combine: unknown value '{combine}'; {did_you_mean(combine, COMBINE)}")
+        raise BadInput("--combine", f"unknown value '{combine}'", remedy=did_you_mean(combine, COMBINE))
     several = len(records) > 1 or records[0].config["method"]["kind"] == "backdoor"
     for option, value in (("--combine", combine), ("--weights", weights)):
         if value is not None and not several:
-            raise BadInput(f"{option}: needs at least 2 models, but got 1; name more checkpoints, or leave it out")
+            raise BadInput(option, "requires at least 2 models", 1, "give more checkpoints, or leave it out")
 
 
 def _numbers(weights: str | None) -> tuple[float, ...]:
-    """`2,1,1` -> (2.0, 1.0, 1.0). Raises BadInput."""
+    """Parse weights: `2,1,1` -> (2.0, 1.0, 1.0). Raises BadInput."""
     try:
         numbers = tuple(float(word) for word in weights.split(",")) if weights else ()
     except ValueError:
         numbers = (0.0,)
     if any(not 0 < number < float("inf") for number in numbers):
-        raise BadInput(f"--weights: must be numbers over 0 with commas between them, but got '{weights}'; try 2,1,1")
+        raise BadInput("--weights", "must be positive numbers separated by commas", f"'{weights}'", "try 2,1,1")
     return numbers
 
 
 def main(argv: list[str]) -> int | None:
-    """Run the verb on the words after its name."""
+    """Run the command with the arguments after its name."""
     return run_verb(app, "evaluate", argv)
 
 

@@ -1,4 +1,4 @@
-"""python -m lift_ray.train: one run of LIFT on Ray Train workers, or in one process; several for `method: backdoor`."""
+"""python -m lift_ray.train: one run of LIFT on Ray Train workers or in one process; several runs for `method: backdoor`."""
 
 from __future__ import annotations
 
@@ -28,41 +28,46 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def train(
-    run_file: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The settings of the run.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Change the file.")] = None,
+    run_file: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Settings of the run.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Override settings of the file.")
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="Folder or URL (s3://, gs://) for the results.  [runs/NAME-DATE-TIME]")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of worker processes that train together.")] = 1,
     min_workers: Annotated[
-        int | None, typer.Option(min=1, help="Go on with so few when the cluster shrinks, and grow again.  [--workers]")
+        int | None,
+        typer.Option(min=1, help="Continue with this many if the cluster shrinks, and grow again later.  [--workers]"),
     ] = None,
-    cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores for each.")] = 1,
+    cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores of each worker.")] = 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
     ] = False,
-    no_ray: Annotated[bool, typer.Option("--no-ray", help="Train in this process, without Ray; one worker.")] = False,
+    no_ray: Annotated[
+        bool, typer.Option("--no-ray", help="Train in this process, without Ray, as a single worker.")
+    ] = False,
     checkpoint_s: Annotated[
-        float, typer.Option(min=0, help="Seconds between checkpoints; one more after each epoch.")
+        float, typer.Option(min=0, help="Seconds between checkpoints, in addition to one after each epoch.")
     ] = 300.0,
-    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints, too.")] = None,
-    max_failures: Annotated[int, typer.Option(min=0, help="How often workers may be lost.")] = 3,
+    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints, in addition.")] = None,
+    max_failures: Annotated[int, typer.Option(min=0, help="Number of times that workers may be lost.")] = 3,
     heartbeat_s: Annotated[
-        float, typer.Option(min=1, help="Workers that are silent for longer hang, and are replaced.")
+        float, typer.Option(min=1, help="Replace workers that report nothing for this many seconds.")
     ] = 1800.0,
     dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Serve Ray's dashboard when Ray is started here.")
+        bool, typer.Option("--dashboard", help="Serve Ray's dashboard if Ray is started here.")
     ] = False,
     log_to: Annotated[
-        list[str] | None, typer.Option(metavar="SERVICE", help="Keep the run in mlflow or wandb too; may be repeated.")
+        list[str] | None, typer.Option(metavar="SERVICE", help="Also log the run to mlflow or wandb; may be repeated.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print settings, steps and memory; start nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and print settings, steps and memory; start nothing.")
     ] = False,
 ) -> None:
-    """Train one LIFT model and test it. Lost workers are replaced, and the run goes on from its last checkpoint.
+    """Train one LIFT model and test it. Lost workers are replaced, and the run continues from its last checkpoint.
 
-    With `method: backdoor` several models are trained, as many at once as the cluster holds, and tested together.
+    With `method: backdoor`, several models are trained, as many at once as fit the cluster, and tested as an ensemble.
 
     \b
     Examples:
@@ -82,9 +87,11 @@ def train(
     members = _members(run)
     least = min(min_workers or workers, workers)
     if no_ray and dashboard:
-        raise BadInput("--dashboard: must go without --no-ray, since Ray serves it; leave one of them out")
+        raise BadInput(
+            "--dashboard", "cannot be used with --no-ray, because Ray serves it", remedy="leave one of them out"
+        )
     if "tensorboard" in (log_to or []):
-        raise BadInput("--log-to: must be mlflow or wandb, but got tensorboard; leave it out, every run writes it")
+        raise BadInput("--log-to", "must be mlflow or wandb", "tensorboard", "leave it out, every run writes it")
     for one in members.values() or [run]:
         _check_workers(one, workers, least, no_ray)
         if dry_run:
@@ -92,7 +99,7 @@ def train(
     if dry_run:
         return
     if resume and out is None:
-        raise BadInput("--resume: must name the run to go on with, but --out is missing; add --out FOLDER")
+        raise BadInput("--resume", "requires the run to continue", but="--out is missing", remedy="add --out FOLDER")
     from lift_ray.ray_runtime.capacity import num_fitting, num_slots
     from lift_ray.ray_runtime.session import connected, dashboard_url
     from lift_ray.settings.search import ScaleConfig
@@ -126,7 +133,7 @@ def train(
             at_once = max(1, min(len(members), num_fitting(need, nodes)))
 
             def train_one(one: RunFile, target: Output) -> Progress:
-                with _begun(one, data.uri, target, str(need), services, beside=at_once > 1) as progress:
+                with _begun(one, data.uri, target, str(need), services, others=at_once > 1) as progress:
                     train_on_workers(job(one, target), need, least, Patience(max_failures, heartbeat_s), progress)
                 return progress
 
@@ -134,7 +141,7 @@ def train(
 
 
 def _members(run: RunFile) -> dict[str, RunFile]:
-    """The runs that `method: backdoor` stands for, by name; none for other methods."""
+    """Return the member runs of `method: backdoor` by name; none for other methods."""
     from lift_ray.settings.run_file import RunFile
 
     return {
@@ -152,11 +159,16 @@ def _train_all(
     at_once: int,
     need: Need | None,
 ) -> None:
-    """Train one model, or all members and put them together; then say what was found.
+    """Train one model, or all members and combine them; then print the metrics.
 
     Args:
-        at_once: so many members are trained at a time.
-        need: of the workers that evaluate the members together; None for this process.
+        run: the run.
+        members: its members by name; none for a single model.
+        data: the dataset.
+        output: the result folder.
+        train_one: trains one run in a result folder.
+        at_once: number of members that are trained at once.
+        need: resources of the workers that evaluate the ensemble; None to use this process.
     """
     if not members:
         _print_found(run, output, train_one(run, output))
@@ -175,12 +187,12 @@ def _train_all(
     found = evaluate_on_workers(question, need.workers, need.cpus) if need else evaluate_here(question)
     write_json({**found.figures[0], **found.report}, output.folder / TOGETHER)
     output.publish()
-    print_found(f"{split}, accuracy in %", split, [(run.name, found.figures[0])], found.report)
+    print_found(f"{split} accuracy (%)", split, [(run.name, found.figures[0])], found.report)
     print(f"files in {output}: checkpoint, members, {TOGETHER}, {SETTINGS}")
 
 
 def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> None:
-    """The settings as YAML, and the plan as comments below them: together they are a run file."""
+    """Print the settings as YAML, and the plan as comments below them; the output is a valid run file."""
     from ruamel.yaml import YAML
 
     from lift_ray.training.plan import plan
@@ -201,9 +213,13 @@ def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
 
 @contextmanager
 def _begun(
-    run: RunFile, dataset: str, output: Output, where: str, services: Sequence[Tracked], *, beside: bool = False
+    run: RunFile, dataset: str, output: Output, where: str, services: Sequence[Tracked], *, others: bool = False
 ) -> Iterator[Progress]:
-    """Write run.yaml, say what begins, tell the services, and show how it goes, `beside` other runs or alone."""
+    """Write run.yaml, announce the run, log it to the services, and show its progress.
+
+    Args:
+        others: True if other runs are trained at the same time.
+    """
     from lift_ray.ensembles.train import MemberProgress
     from lift_ray.tracking.services import followed
     from lift_ray.training.progress import Progress
@@ -212,7 +228,7 @@ def _begun(
     print(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}", flush=True)
     with (
         followed(services, run.name, run.config.to_dict()) as tell,
-        MemberProgress(output, run.name) if beside else Progress(output) as progress,
+        MemberProgress(output, run.name) if others else Progress(output) as progress,
     ):
         progress.listeners.append(tell)
         yield progress
@@ -224,9 +240,9 @@ def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
 
     last = progress.last
     split = "test" if "test/accuracy" in last else "validation"
-    console().print(accuracy_table(f"{split}, accuracy in %", split, [(run.name, last)]))
+    console().print(accuracy_table(f"{split} accuracy (%)", split, [(run.name, last)]))
     for reason, number in Counter(progress.retries).items():
-        print(f"tried again {number} time{'s' if number > 1 else ''}: {reason}")
+        print(f"retried {number} time{'s' if number > 1 else ''}: {reason}")
     print(f"files in {output}: checkpoint, metrics.jsonl, {SETTINGS}, tensorboard")
 
 
@@ -234,7 +250,7 @@ def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:
     from lift_ray.settings.run_file import check_global_batch
 
     if no_ray and most > 1:
-        raise BadInput(f"--workers: must be 1 with --no-ray, but got {most}; leave one of them out")
+        raise BadInput("--workers", "must be 1 with --no-ray", most, "leave one of them out")
     for workers in {most, *range(least, most)}:
         try:
             check_global_batch(run.optim.global_batch_size, workers)
@@ -243,33 +259,40 @@ def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:
 
 
 def _check_out(output: Output, run: RunFile, resume: bool) -> None:
-    """Refuse to write over a run, and to go on with one of other settings."""
+    """Refuse to overwrite a run, and to resume a run that has other settings."""
     from lift_ray.settings.run_file import read_run
 
     holds_run = output.holds(SETTINGS)
     if not resume:
         if holds_run:
             raise BadInput(
-                f"{output.shown}: must be a new folder, but it holds a run already; add --resume, or give another --out"
+                output.shown,
+                "must be a new folder",
+                but="it already contains a run",
+                remedy="add --resume, or use another --out",
             )
         return
     if not holds_run:
         raise BadInput(
-            f"{output.shown}: must hold a run to go on with, but there is no {SETTINGS}; check --out, or leave out "
-            "--resume"
+            output.shown,
+            "must contain a run to continue",
+            but=f"there is no {SETTINGS}",
+            remedy="check --out, or leave out --resume",
         )
     with output.fetched(SETTINGS) as path:
         before, now = read_run(path).config.to_dict(), run.config.to_dict()
     for section, value in now.items():
         if before[section] != value:
             raise BadInput(
-                f"{output.shown}/{SETTINGS} {section}: must stay as the run began, {before[section]}, but got "
-                f"{value}; give another --out, or the settings it began with"
+                f"{output.shown}/{SETTINGS} {section}",
+                f"must stay as it was when the run started, {before[section]}",
+                value,
+                "use another --out, or the settings it started with",
             )
 
 
 def main(argv: list[str]) -> int | None:
-    """Run the verb on the words after its name."""
+    """Run the command with the arguments after its name."""
     return run_verb(app, "train", argv)
 
 

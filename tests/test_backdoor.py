@@ -222,11 +222,11 @@ def test_the_table_and_the_words_below_it(folders: list[str], capsys: pytest.Cap
     evaluate.main(folders)
     shown = capsys.readouterr().out
     for words in (
-        "together",
+        "ensemble",
         "P-many",
         "D-few",
         "->",
-        "images on which two models differ, in %: ",
+        "images on which two models disagree (%): ",
         " trained parameters, ",
     ):
         assert words in shown
@@ -247,43 +247,46 @@ def test_the_loss_of_gla_trains_with_the_prior_of_the_foundation_model(warm: Wor
     [
         (
             ["{a}", "--combine", "logits"],
-            "--combine: needs at least 2 models, but got 1; name more checkpoints, or leave it out",
+            "--combine: requires at least 2 models, but got 1; give more checkpoints, or leave it out",
         ),
         (
             ["{a}", "--weights", "1"],
-            "--weights: needs at least 2 models, but got 1; name more checkpoints, or leave it out",
+            "--weights: requires at least 2 models, but got 1; give more checkpoints, or leave it out",
         ),
         (
             ["{a}", "{b}", "--weights", "1,2,3"],
-            "--weights: must be one for each of the 2 models ({a}, {b}), but got 3; give 2, with commas between them",
+            "--weights: must contain one weight for each of the 2 models ({a}, {b}), but got 3; give 2, separated by commas",
         ),
         (
             ["{a}", "{b}", "--weights", "1,0"],
-            "--weights: must be numbers over 0 with commas between them, but got '1,0'; try 2,1,1",
+            "--weights: must be positive numbers separated by commas, but got '1,0'; try 2,1,1",
         ),
         (
             ["{a}", "{b}", "--weights", "one"],
-            "--weights: must be numbers over 0 with commas between them, but got 'one'; try 2,1,1",
+            "--weights: must be positive numbers separated by commas, but got 'one'; try 2,1,1",
         ),
         (["{a}", "{b}", "--combine", "logit"], "--combine: unknown value 'logit'; did you mean 'logits'?"),
-        (["{a}", "{a}"], "CHECKPOINT: must each be named once, but got {a} twice; use --weights to make it count more"),
+        (
+            ["{a}", "{a}"],
+            "CHECKPOINT: each must be given once, but got {a} twice; use --weights to give it more weight",
+        ),
         (
             ["{a}", "{order}"],
-            "{order}: must have the classes of {a} in the same order, but it has 8 and that 8, which differ (the same "
-            "names in another order); combine models of one data set",
+            "{order}: must have the classes of {a} in the same order, but their order differs; "
+            "combine models of one dataset",
         ),
         (
             ["{a}", "{fewer}"],
-            "{fewer}: must have the classes of {a} in the same order, but it has 7 and that 8, which differ ({last}); "
-            "combine models of one data set",
+            "{fewer}: must have the classes of {a} in the same order, but it has 7 classes and the other 8, which differ in "
+            "{last}; combine models of one dataset",
         ),
         (
             ["{a}", "{b}", "--gla", "--posthoc-tau", "1"],
-            "--posthoc-tau: must not be given with --gla, which takes the prior out itself; leave one of them out",
+            "--posthoc-tau: cannot be used with --gla, which removes the prior itself; leave one of them out",
         ),
         (
             ["{a}", "{tau}"],
-            "--posthoc-tau: must be given for models trained with several, but got none for 0.0, 0.5; name one",
+            "--posthoc-tau: is required for models with different values (0.0, 0.5), but is missing; give one",
         ),
     ],
 )
@@ -317,7 +320,7 @@ def test_gla_without_a_text_tower_is_one_line_and_the_table_goes_without_paramet
         evaluate.main([folders[0], "--gla"])
     assert (
         str(caught.value)
-        == f"GLA: needs a text tower, but {small_clip} has none; leave it out, or use another backbone"
+        == f"GLA: requires a text tower, but {small_clip} has none; leave GLA out, or use another backbone"
     )
     assert {d: list(row) for d, row in said(folders, capsys)["groups"].items()} == {
         "medium": ["all"],
@@ -385,7 +388,7 @@ def test_a_prior_that_cannot_be_fitted_is_one_line_and_the_table_says_that_it_go
         evaluate.main([folders[0], "--gla"])
     assert str(caught.value) == f"{message}; GLA cannot be used with it"
     evaluate.main(folders)
-    assert f"without parameter groups: {message}" in capsys.readouterr().out
+    assert f"no parameter groups: {message}" in capsys.readouterr().out
 
 
 def without_text(load: Callable[..., backbone.Backbone]) -> Callable[..., backbone.Backbone]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lift_ray.errors import BadInput
 from lift_ray.ray_runtime.capacity import Need, need, num_fitting, num_slots
-from lift_ray.settings.space import Scale
+from lift_ray.settings.search import ScaleConfig
 
 CPU8 = {"CPU": 8.0}
 GPU4 = {"CPU": 16.0, "GPU": 4.0, "memory": 1e9}
@@ -54,7 +54,7 @@ def test_trials_that_fit_use_no_more_than_there_is(workers: int, cpus: int, node
     ],
 )
 def test_auto_takes_a_gpu_when_there_is_one(use_gpu: bool, has_gpu: bool, gpus: int) -> None:
-    wanted = need(Scale(workers_per_trial=2, cpus_per_worker=3, use_gpu=use_gpu), has_gpu)
+    wanted = need(ScaleConfig(workers_per_trial=2, cpus_per_worker=3, use_gpu=use_gpu), has_gpu)
     assert wanted == Need(2, 3, gpus)
     assert wanted.bundle() == ({"CPU": 3.0, "GPU": 1.0} if gpus else {"CPU": 3.0})
     assert str(wanted) == ("2 x (3 CPU + 1 GPU)" if gpus else "2 x (3 CPU)")
@@ -63,24 +63,26 @@ def test_auto_takes_a_gpu_when_there_is_one(use_gpu: bool, has_gpu: bool, gpus: 
 @pytest.mark.parametrize(
     ("scale", "nodes", "slots"),
     [
-        (Scale(), [CPU8], 8),
-        (Scale(max_concurrent=3), [CPU8], 3),
-        (Scale(max_concurrent=99), [CPU8], 8),
-        (Scale(), [CPU8, GPU4], 4),
-        (Scale(use_gpu=False), [CPU8, GPU4], 24),
-        (Scale(workers_per_trial=5), [CPU8, CPU8], 3),
+        (ScaleConfig(), [CPU8], 8),
+        (ScaleConfig(max_concurrent=3), [CPU8], 3),
+        (ScaleConfig(max_concurrent=99), [CPU8], 8),
+        (ScaleConfig(), [CPU8, GPU4], 4),
+        (ScaleConfig(use_gpu=False), [CPU8, GPU4], 24),
+        (ScaleConfig(workers_per_trial=5), [CPU8, CPU8], 3),
     ],
 )
-def test_slots_are_what_fits_or_what_was_asked_for(scale: Scale, nodes: list[dict[str, float]], slots: int) -> None:
+def test_slots_are_what_fits_or_what_was_asked_for(
+    scale: ScaleConfig, nodes: list[dict[str, float]], slots: int
+) -> None:
     assert num_slots(scale, nodes)[1] == slots
 
 
 def test_a_trial_that_fits_nowhere_is_one_line_before_anything_starts() -> None:
     with pytest.raises(BadInput) as caught:
-        num_slots(Scale(workers_per_trial=2, cpus_per_worker=16, use_gpu=True), [CPU8, GPU4])
+        num_slots(ScaleConfig(workers_per_trial=2, cpus_per_worker=16, use_gpu=True), [CPU8, GPU4])
     assert str(caught.value) == (
         "scale: a trial must fit the cluster, but got 2 x (16 CPU + 1 GPU) for 2 node(s) with 24 CPU, 4 GPU in all; "
         "lower scale.workers_per_trial or scale.cpus_per_worker, or set scale.use_gpu=false"
     )
     with pytest.raises(BadInput, match=r"for 0 node\(s\) with 0 CPU, 0 GPU"):
-        num_slots(Scale(), [])
+        num_slots(ScaleConfig(), [])

@@ -71,7 +71,7 @@ def test_killed_halfway_and_started_again_it_makes_the_bytes_of_an_uninterrupted
     assert 8 <= finished(killed) < 17
     assert not (killed / "manifest.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    there = int(again.stderr.removeprefix("goes on: ").partition(" of 2,000 images")[0].replace(",", ""))
+    there = int(again.stderr.removeprefix("continuing: ").partition(" of 2,000 images")[0].replace(",", ""))
     assert there >= 8 * 100
     assert files(killed) == files(tmp_path / "serial")
 

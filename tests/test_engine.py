@@ -23,6 +23,7 @@ from ray import tune
 
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.ray_runtime.capacity import Need
+from lift_ray.ray_runtime.patches import SECRETS
 from lift_ray.search import tune_run
 from lift_ray.search.engine import Engine
 from lift_ray.search.jobs import SlotSettings, TrainJob
@@ -232,11 +233,11 @@ def test_tune_keeps_neither_settings_nor_secrets_of_ours(monkeypatch: pytest.Mon
     from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
     before = set(ENV_VARS_TO_PROPAGATE)
-    assert before >= tune_run.SECRETS, "Ray has another list; see what it would show of the environment"
+    assert before >= SECRETS, "Ray has another list; see what it would show of the environment"
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "1")
     monkeypatch.delenv("TUNE_GLOBAL_CHECKPOINT_S", raising=False)
     with tune_run._environment():
-        assert not ENV_VARS_TO_PROPAGATE & tune_run.SECRETS
+        assert not ENV_VARS_TO_PROPAGATE & SECRETS
         assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
     assert before == ENV_VARS_TO_PROPAGATE
     assert os.environ["RAY_CHDIR_TO_TRIAL_DIR"] == "1"

@@ -56,7 +56,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         evaluate.main([str(tmp_path), "--workers", "2"])
     assert str(caught.value) == (
-        f"{tmp_path}: must be a checkpoint folder, but there is no run.json; give the folder that holds it"
+        f"{tmp_path}: must be a checkpoint folder, but there is no run.json; give the folder that contains it"
     )
     with pytest.raises(
         BadInput, match=r"^CHECKPOINT: must be a folder or a URL of object storage, but got nonsense://x"

@@ -70,7 +70,7 @@ def test_a_run_whose_driver_is_killed_by_sigkill_ends_with_the_same_prototypes(
         process.wait(30)
     assert not (out / "checkpoint").exists()
     train.main([*words, "--resume"])
-    assert "going on from epoch " in capsys.readouterr().out
+    assert "continuing from epoch " in capsys.readouterr().out
     assert farthest(out, alone) == 0
 
 

@@ -101,7 +101,7 @@ def test_ray_trains_members_side_by_side_to_the_same_models(
         assert_same(tmp_path / "out" / "members" / name, trained / "members" / name)
     shown = capsys.readouterr().out
     assert "s  probe: epoch 2/2" in shown
-    assert "images on which two models differ, in %: other and probe" in shown
+    assert "images on which two models disagree (%): other and probe" in shown
 
 
 def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone(
@@ -118,8 +118,8 @@ def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone
                 os.kill(os.getpid(), signal.SIGTERM)
             super().__call__()
 
-    monkeypatch.setattr(loop, "Pulse", Notice)
-    with pytest.raises(RunFailed, match=r"members/other: stopped by SIGTERM; .*; go on with --resume"):
+    monkeypatch.setattr(loop, "StepCallback", Notice)
+    with pytest.raises(RunFailed, match=r"members/other: stopped by SIGTERM; .*; continue with --resume"):
         train.main([str(run_file), "--no-ray", "--out", str(out)])
     monkeypatch.undo()
     assert not (out / "checkpoint").exists()
@@ -127,8 +127,8 @@ def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone
     capsys.readouterr()
     train.main([str(run_file), "--no-ray", "--out", str(out), "--resume"])
     shown = capsys.readouterr().out
-    assert "plain: finished before" in shown
-    assert "going on from epoch 2, step " in shown
+    assert "plain: already finished" in shown
+    assert "continuing from epoch 2, step " in shown
     assert (out / "members" / "plain" / "checkpoint" / "run.json").stat().st_mtime_ns == finished
     assert_same(out, trained)
 

@@ -39,8 +39,8 @@ def test_progress_rebuilds_the_figures_from_the_history_and_counts_what_was_trie
     assert progress.retries == ["worker 1: [/lost] its node"]
     assert progress.problem == RunAborted("one", True)
     said = capsys.readouterr().out
-    assert "worker 1: [/lost] its node; trying again from the last checkpoint" in said
-    assert "going on from epoch 2, step 4 of 10, on 1 worker" in said
+    assert "worker 1: [/lost] its node; retrying from the last checkpoint" in said
+    assert "continuing from epoch 2, step 4 of 10, on 1 worker" in said
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"step/data_wait_frac" in events.read_bytes()
 

@@ -19,7 +19,9 @@ from lift_ray.inference.evaluate import evaluate_checkpoint
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run_file import RunFile
 from lift_ray.training import checkpoint
+from lift_ray.training.plan import plan
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -282,21 +284,21 @@ def broken(folder: Path, file: str, data: bytes | None) -> None:
         (
             "run.json",
             None,
-            "{folder}: must be a checkpoint folder, but there is no run.json; give the folder that holds it",
+            "{folder}: must be a checkpoint folder, but there is no run.json; give the folder that contains it",
         ),
-        ("run.json", b"{", "{folder}/run.json: must be a checkpoint's record, but got "),
-        ("run.json", b"[]", "{folder}/run.json: must be a checkpoint's record, but got "),
-        ("run.json", b"\xff\xfe", "{folder}/run.json: must be a checkpoint's record, but got "),
-        ("run.json", b'{"format_version": 1}', "{folder}/run.json: must be a checkpoint's record, but got "),
+        ("run.json", b"{", "{folder}/run.json: invalid checkpoint record: "),
+        ("run.json", b"[]", "{folder}/run.json: invalid checkpoint record: "),
+        ("run.json", b"\xff\xfe", "{folder}/run.json: invalid checkpoint record: "),
+        ("run.json", b'{"format_version": 1}', "{folder}/run.json: invalid checkpoint record: "),
         (
             "run.json",
             b'{"format_version": 9}',
             "{folder}: must be a checkpoint of format 1, but got 9; use the version of lift_ray that wrote it",
         ),
-        ("weights.safetensors", None, "{folder}/weights.safetensors: must fit the settings beside it, but got: "),
-        ("weights.safetensors", b"x" * 100, "{folder}/weights.safetensors: must fit the settings beside it, but got: "),
-        ("optimizer.safetensors", None, "{folder}/optimizer.safetensors: must be readable, but got: "),
-        ("optimizer.safetensors", b"", "{folder}/optimizer.safetensors: must be readable, but got: "),
+        ("weights.safetensors", None, "{folder}/weights.safetensors: does not match the settings next to it: "),
+        ("weights.safetensors", b"x" * 100, "{folder}/weights.safetensors: does not match the settings next to it: "),
+        ("optimizer.safetensors", None, "{folder}/optimizer.safetensors: cannot be read: "),
+        ("optimizer.safetensors", b"", "{folder}/optimizer.safetensors: cannot be read: "),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_one_line(
@@ -323,8 +325,8 @@ def test_a_checkpoint_of_other_settings_is_refused(
     with pytest.raises(BadInput) as caught:
         Run(settings(small_clip, loss__tau=0.5), warm).load(trained[1][0])
     assert str(caught.value) == (
-        f"{trained[1][0]}: must be of the same settings, but loss was {{'kind': 'logit_adjusted', 'tau': 1.0}} and is "
-        "{'kind': 'logit_adjusted', 'tau': 0.5}; use another --out, or the settings it began with"
+        f"{trained[1][0]}: must have the same settings, but loss was {{'kind': 'logit_adjusted', 'tau': 1.0}} and is now "
+        "{'kind': 'logit_adjusted', 'tau': 0.5}; use another --out, or the settings it started with"
     )
 
 
@@ -332,7 +334,7 @@ def test_weights_of_another_shape_are_refused(
     warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
     run = Run(settings(small_clip, tuner__bottleneck=3), warm)
-    with pytest.raises(BadInput, match=r"but got: the checkpoint does not fit the model: tuner.adaptformer.0.down"):
+    with pytest.raises(BadInput, match=r"next to it: the checkpoint does not fit the model: tuner.adaptformer.0.down"):
         checkpoint.load_weights(trained[1][0], run.model)
 
 
@@ -347,14 +349,14 @@ def test_evaluate_prints_the_figures_of_the_run_as_json_and_as_a_table(
     assert evaluate.main([folder, "--data", small_data, "--split", "validation"]) is None
     table = capsys.readouterr().out
     assert f"{100 * figures['validation/accuracy']:.1f}" in table
-    assert "24 images, accuracy in %" in table
+    assert "24 images, accuracy (%)" in table
 
 
 def test_evaluate_refuses_a_data_set_of_other_classes(trained: tuple[Figures, list[Path], Run]) -> None:
     with pytest.raises(BadInput) as caught:
         evaluate.main([str(trained[1][0]), "--data", "embedded:caltech101"])
     assert str(caught.value).startswith(
-        "embedded:caltech101: must have the classes of the checkpoint, but it has 8 and the data set 100, which differ ("
+        "embedded:caltech101: must have the classes of the checkpoint, but it has 8 classes and the dataset 100, which differ in "
     )
 
 
@@ -392,3 +394,20 @@ def test_kept_activations_are_those_of_the_share(warm: Workspace, small_data: st
     found = list(Run(settings(small_clip, **own, optim__data_frac=0.5), warm).epochs())
     alone = list(Run(settings(small_clip, **own, optim__data_frac=0.5), Workspace(small_data, Ranks.alone())).epochs())
     assert untimed(found) == untimed(alone)
+
+
+def test_a_plan_needs_no_weights_but_reports_every_other_mistake(small_data: str, small_clip: str) -> None:
+    data = open_dataset(small_data)
+
+    def planned(clip: str, **overrides: Any) -> dict[str, str]:
+        tree = {"name": "planned", "dataset": small_data, **settings(clip, **overrides).model_dump()}
+        return plan(RunFile.model_validate(tree), data, 1, 300)[1]
+
+    lines = planned("local-dir:/nowhere/at/all")
+    assert lines["trained parameters and memory"].startswith(
+        "unknown; backbone.model: local-dir:/nowhere/at/all could not be loaded ("
+    )
+    assert lines["steps"].startswith("6 an epoch, 18 in all;")
+    assert "trained parameters" in planned(small_clip)
+    with pytest.raises(BadInput, match=r"^tuner.blocks: must lie in 0 ... 1, but got \[0, 2\]"):
+        planned(small_clip, tuner__blocks=[0, 2])

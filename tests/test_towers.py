@@ -359,7 +359,8 @@ def test_a_tuner_of_attention_blocks_does_not_go_on_a_resnet(kind: str, resnet: 
     with pytest.raises(BadInput) as caught:
         check_tuner(resnet, kind)
     assert str(caught.value) == (
-        f"tuner {kind}: requires attention blocks, but this backbone (ModifiedResNet) has none; use ssf, bitfit, batchnorm or linear_probe"
+        f"tuner {kind}: requires attention blocks, but this backbone (ModifiedResNet) has none; "
+        "use ssf, bitfit, batchnorm or linear_probe"
     )
     check_tuner(rebuild(vit_of()), kind)
 

@@ -62,7 +62,7 @@ def test_a_service_is_told_of_each_trial_and_a_broken_one_does_not_end_the_searc
         tracked = Tracked("mlflow", service)
         tell_of_a_trial(tracked)
         assert service.told == [TRIAL, *([] if breaks else [(1, FIGURES), "pruned"])]
-    assert capsys.readouterr().out == "mlflow takes no more figures (no route); going on without it\n"
+    assert capsys.readouterr().out == "mlflow accepts no more metrics (no route); continuing without it\n"
 
 
 def tell_of_a_trial(tracked: Tracked) -> None:
@@ -223,8 +223,8 @@ def offline_run(path: Path) -> dict[str, Any]:
     ("service", "message"),
     [
         ("mlfow", "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
-        ("mlflow", "--log-to mlflow: needs the package mlflow, but it is not installed; pip install mlflow"),
-        ("wandb", "--log-to wandb: needs the package wandb, but it is not installed; pip install wandb"),
+        ("mlflow", "--log-to mlflow: requires the package mlflow, but it is not installed; pip install mlflow"),
+        ("wandb", "--log-to wandb: requires the package wandb, but it is not installed; pip install wandb"),
     ],
 )
 def test_a_service_that_is_not_there_is_said_before_anything_starts(
@@ -248,7 +248,7 @@ def test_what_train_would_do_anyway_or_cannot_do_is_refused(run_file: str, tmp_p
         (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
         (
             ["--no-ray", "--dashboard"],
-            "--dashboard: must go without --no-ray, since Ray serves it; leave one of them out",
+            "--dashboard: cannot be used with --no-ray, because Ray serves it; leave one of them out",
         ),
     ):
         with pytest.raises(BadInput) as caught:

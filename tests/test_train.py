@@ -100,17 +100,17 @@ def test_sigterm_writes_a_checkpoint_inside_the_epoch_and_resume_gives_exactly_t
                 os.kill(os.getpid(), signal.SIGTERM)
             super().__call__()
 
-    monkeypatch.setattr(loop, "Pulse", Notice)
+    monkeypatch.setattr(loop, "StepCallback", Notice)
     with pytest.raises(RunFailed) as caught:
         train.main([str(run_file), "--no-ray", "--out", str(out)])
     last = max(path.name for path in (out / "checkpoints").iterdir())
-    assert str(caught.value) == f"{out}: stopped by SIGTERM; the last checkpoint is {last}; go on with --resume"
+    assert str(caught.value) == f"{out}: stopped by SIGTERM; the last checkpoint is {last}; continue with --resume"
     assert last.startswith("epoch-0001-step-")
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
     capsys.readouterr()
     train.main([str(run_file), "--no-ray", "--out", str(out), "--resume"])
-    assert f"going on from epoch 2, step {int(last[-6:])} of 12, on 1 worker" in capsys.readouterr().out
+    assert f"continuing from epoch 2, step {int(last[-6:])} of 12, on 1 worker" in capsys.readouterr().out
     assert_same_model(out, alone)
     train.main([str(run_file), "--no-ray", "--out", str(out), "--resume"])
     assert_same_model(out, alone)
@@ -188,7 +188,7 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
     train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url])
     assert len(down) == 2, "the storage was to be away for a while"
     assert down[1] - down[0] >= OUTAGE_S
-    with pytest.raises(BadInput, match="must be a new folder, but it holds a run already"):
+    with pytest.raises(BadInput, match="must be a new folder, but it already contains a run"):
         train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url])
     output = Output(url)
     assert output.names("checkpoints") == ["epoch-0001", "epoch-0002"]
@@ -197,7 +197,7 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
     output.remove("checkpoints/epoch-0002")
     capsys.readouterr()
     train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url, "--resume"])
-    assert "going on from epoch 2, step 0 of 12" in capsys.readouterr().out
+    assert "continuing from epoch 2, step 0 of 12" in capsys.readouterr().out
     with output.fetched("metrics.jsonl") as path:
         lines = untimed(path)
     assert lines[0]["epoch"] == 1
@@ -266,20 +266,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(run_file: Path, tmp_path: Path
         ),
         (
             [str(run_file), "--resume"],
-            "--resume: must name the run to go on with, but --out is missing; add --out FOLDER",
+            "--resume: requires the run to continue, but --out is missing; add --out FOLDER",
         ),
         (
             [str(run_file), "--resume", "--out", str(out)],
-            f"{out}: must hold a run to go on with, but there is no run.yaml; check --out, or leave out --resume",
+            f"{out}: must contain a run to continue, but there is no run.yaml; check --out, or leave out --resume",
         ),
         (
             [str(run_file), "--out", str(held)],
-            f"{held}: must be a new folder, but it holds a run already; add --resume, or give another --out",
+            f"{held}: must be a new folder, but it already contains a run; add --resume, or use another --out",
         ),
         (
             [str(run_file), "seed=1", "--resume", "--out", str(held)],
-            f"{held / 'run.yaml'} seed: must stay as the run began, 0, but got 1; "
-            "give another --out, or the settings it began with",
+            f"{held / 'run.yaml'} seed: must stay as it was when the run started, 0, but got 1; "
+            "use another --out, or the settings it started with",
         ),
         (
             [str(run_file), "dataset=/nowhere/at/all"],

@@ -164,7 +164,7 @@ def killed(cluster: Cluster, run_file: Path, tmp_path_factory: pytest.TempPathFa
     assert process.returncode == 1
     assert output.splitlines()[-1].split("; ", 1) == [
         f"{out}: stopped by SIGTERM",
-        f"the last checkpoint is {newest(out)}; go on with --resume",
+        f"the last checkpoint is {newest(out)}; continue with --resume",
     ]
     assert "-step-" in newest(out)
     assert took_s < 30
@@ -190,10 +190,10 @@ def test_a_run_whose_driver_and_then_a_worker_were_killed_gives_exactly_the_same
         workers()[1].send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    places = [line.split("going on from ")[1] for line in output.splitlines() if "going on from " in line]
+    places = [line.split("continuing from ")[1] for line in output.splitlines() if "continuing from " in line]
     assert [place.split(",")[0] for place in places] == ["epoch 5", "epoch 9"]
     assert not any("step 0 " in place for place in places), "it was to go on inside an epoch"
-    assert "tried again 1 time: worker " in output
+    assert "retried 1 time: worker " in output
     assert_same_model(out, undisturbed)
 
 
@@ -226,10 +226,10 @@ def test_a_hung_worker_a_spot_notice_and_a_lost_node_leave_exactly_the_same_mode
         cluster.remove_node(lost, allow_graceful=False)
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    again = [line for line in output.splitlines() if line.startswith("tried again 1 time")]
+    again = [line for line in output.splitlines() if line.startswith("retried 1 time")]
     assert len(again) == 3
-    assert again[0] == "tried again 1 time: the workers gave no sign of life for 10 s"
-    assert "told to stop by SIGTERM, and wrote epoch-0004-step-" in again[1]
+    assert again[0] == "retried 1 time: the workers were silent for 10 s"
+    assert "stopped by SIGTERM after writing epoch-0004-step-" in again[1]
     assert_same_model(out, undisturbed)
 
 
@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_fewer_workers_when_the_cluster_shrinks_and_with_more
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 
     def places() -> list[str]:
-        return re.findall(r"going on from epoch \d+, step \d+ of \d+, on (.*)", log.read_text())
+        return re.findall(r"continuing from epoch \d+, step \d+ of \d+, on (.*)", log.read_text())
 
     words = ("optim.epochs=2000", "--min-workers", "1", "--checkpoint-steps", "5")
     start = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}

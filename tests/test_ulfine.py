@@ -310,7 +310,7 @@ def test_a_tower_without_text_is_one_line(small_clip: str, monkeypatch: pytest.M
     with pytest.raises(BadInput) as caught:
         Run(config, here)
     assert str(caught.value) == (
-        f"method ulfine: needs a text tower for its prototypes, but {small_clip} has none; use fixmatch or loft"
+        f"method ulfine: requires a text tower for its prototypes, but {small_clip} has none; use fixmatch or loft"
     )
 
 
@@ -323,6 +323,6 @@ def test_evaluate_shows_the_accuracy_of_all_logits_and_how_good_the_pseudo_label
     for words in (
         "its linear logits",
         "its similarity logits",
-        "pseudo-labels of the last epoch, in %: all precision ",
+        "pseudo-labels of the last epoch (%): all precision ",
     ):
         assert words in shown, words

@@ -21,6 +21,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint
 from lift_ray.training.batches import micro_batches
+from lift_ray.training.feature_cache import FeatureCache
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace, first_of_each_class
 
@@ -67,10 +68,10 @@ def test_kept_activations_of_frozen_blocks_give_the_same_figures(
     warm: Workspace, small_clip: str, changes: dict[str, Any]
 ) -> None:
     kept = trained(warm, settings(small_clip, **changes))
-    assert warm._kept
+    assert len(warm.cache)
     fresh = Workspace(warm.dataset.uri, Ranks.alone())
     assert_near(trained(fresh, settings(small_clip, backbone__cache_gib=0.0, **changes)), kept)
-    assert not fresh._kept
+    assert not len(fresh.cache)
 
 
 def test_a_second_run_reads_no_picture_when_nothing_in_the_tower_is_tuned(
@@ -85,9 +86,9 @@ def test_a_second_run_reads_no_picture_when_nothing_in_the_tower_is_tuned(
 
 def test_nothing_is_kept_for_tuned_blocks_and_for_pictures_that_change(warm: Workspace, small_clip: str) -> None:
     trained(warm, settings(small_clip))
-    assert not warm._kept
+    assert not len(warm.cache)
     trained(warm, settings(small_clip, tuner__kind="linear_probe", augment__kind="mda"))
-    assert [key[-3] for key in warm._kept] == ["validation"]
+    assert [key[-3] for key in warm.cache] == ["validation"]
 
 
 def test_a_linear_probe_from_kept_features_is_many_times_faster(small_clip: str, warm: Workspace) -> None:
@@ -228,8 +229,33 @@ def test_a_checkpoint_of_other_classes_or_another_tower_is_refused(
     record = checkpoint.read_record(tmp_path / "one")
     record.class_names[0] = "unicorn"
     with pytest.raises(
-        BadInput, match=r"must be of the same classes, but it has 8 and the data set 8, which differ \("
+        BadInput, match=r"must have the same classes, but it has 8 classes and the dataset 8, which differ in "
     ):
         checkpoint.check_same(tmp_path / "one", record, run.config.to_dict(), warm.dataset.class_names)
-    with pytest.raises(BadInput, match="must be of the same settings, but backbone was"):
+    with pytest.raises(BadInput, match="must have the same settings, but backbone was"):
         Run(settings("embedded:lift-tiny"), warm).load(tmp_path / "one")
+
+
+def test_the_cache_computes_an_entry_once_and_counts_all_of_them() -> None:
+    cache = FeatureCache()
+    calls: list[str] = []
+
+    def compute(name: str) -> torch.Tensor:
+        calls.append(name)
+        return torch.zeros(10)
+
+    assert cache.fits("a", 40, 40)
+    assert not cache.fits("a", 41, 40)
+    for _ in range(2):
+        assert cache.get("a", lambda: compute("a")).shape == (10,)
+    assert calls == ["a"]
+    assert cache.fits("a", 10**9, 0), "it is there already"
+    assert cache.fits("b", 8, 48)
+    assert not cache.fits("b", 9, 48), "what is cached counts too"
+    with pytest.raises(BadInput):
+        cache.get("c", lambda: _refuse())
+    assert list(cache) == ["a"]
+
+
+def _refuse() -> torch.Tensor:
+    raise BadInput("head.init")

@@ -1,7 +1,7 @@
-"""Backdoor adjustment: several models, trained independently, answer together (arXiv 2501.15955).
+"""Backdoor adjustment: an ensemble of models that are trained independently (arXiv 2501.15955).
 
-The incomplete semantic factor of a foundation model is a confounder of picture and label. M foundation models stand for its
-values, each with the probability 1 / M: P(y | do(x)) = (1 / M) sum_m P_m(y | x).
+The incomplete semantic factor of a foundation model is a confounder of image and label. M foundation models represent its values, each
+with probability 1 / M: P(y | do(x)) = (1 / M) sum_m P_m(y | x).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from lift_ray.methods.lift import Lift
 
 
 def mean_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_m w_m z_m / sum w, (B, K), of M times (B, K): what the released code does with equal weights."""
+    """Return sum_m w_m z_m / sum w, (B, K), from M logits (B, K); the released code does this with equal weights."""
     return sum((w * z for w, z in zip(weights, logits, strict=True)), torch.zeros_like(logits[0])) / sum(weights)
 
 
 def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """log sum_m w_m softmax(z_m) / sum w, (B, K): what the paper's equation says, in logits that softmax gives back."""
-    shares = [math.log(w / sum(weights)) for w in weights]
-    return torch.stack([z.log_softmax(1) + share for z, share in zip(logits, shares, strict=True)]).logsumexp(0)
+    """Return log sum_m w_m softmax(z_m) / sum w, (B, K): the paper's equation, as logits whose softmax is the mean."""
+    log_weights = [math.log(w / sum(weights)) for w in weights]
+    return torch.stack([z.log_softmax(1) + log_w for z, log_w in zip(logits, log_weights, strict=True)]).logsumexp(0)
 
 
 class Members:
-    """Several models as one, for a checkpoint: it holds what each stores, under its name.
+    """Several models as one for a checkpoint, which contains the tensors of each under its name.
 
     Args:
-        models: by name, without slashes where they are stored.
+        models: the models by name; names in a checkpoint must not contain slashes.
     """
 
     head = None
@@ -39,16 +39,16 @@ class Members:
         self.models = dict(models)
 
     def stored(self) -> dict[str, Tensor]:
-        """As of a single model, under NAME/."""
+        """Return the stored tensors of all models, each under NAME/."""
         return {f"{name}/{key}": value for name, model in self.models.items() for key, value in model.stored().items()}
 
     def load_stored(self, state: dict[str, Tensor]) -> None:
-        """Load what `stored` gave, strictly. Raises ValueError that names what is missing or too much."""
+        """Load the result of `stored` strictly. Raises ValueError with the names of missing or unexpected tensors."""
         for name, model in self.models.items():
             mine = {key.removeprefix(f"{name}/"): t for key, t in state.items() if key.startswith(f"{name}/")}
             model.load_stored(mine)
         if strange := sorted({key.split("/")[0] for key in state} - set(self.models)):
-            raise ValueError(f"the checkpoint does not fit the model: it holds {', '.join(strange[:4])} too")
+            raise ValueError(f"the checkpoint does not fit the model: it also contains {', '.join(strange[:4])}")
 
 
 COMBINE: dict[str, Callable[[Sequence[Tensor], Sequence[float]], Tensor]] = {

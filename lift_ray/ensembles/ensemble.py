@@ -1,4 +1,4 @@
-"""Several trained models that answer together, evaluated in one pass over the images."""
+"""Ensembles of trained models, evaluated in one pass over the images."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from lift_ray.training.workspace import Workspace
 
 
 class Ensemble(Run):
-    """A run whose logits are the mean of several runs' on the same data; what a run is asked when it is evaluated.
+    """Ensemble of runs on the same data, with the methods of a run that evaluation uses; its logits are the mean of theirs.
 
-    Each picture is read and decoded once, and each model gets it at its own size, with its own mean and deviation.
+    Each image is read and decoded once. Each model gets it at its own size, with its own mean and standard deviation.
 
     Args:
-        config: settings of the whole.
-        runs: by name.
+        config: settings of the ensemble.
+        runs: the members by name.
 
     Attributes:
-        in_use: the first so many runs answer.
+        in_use: number of members, from the first one on, that are used.
     """
 
     def __init__(self, config: RunConfig, runs: Mapping[str, Run]) -> None:
@@ -55,19 +55,21 @@ class Ensemble(Run):
         self.p_groups: NDArray[np.str_] | None = None
 
     def answer(self, combine: str | None = None, weights: Sequence[float] = (), *, with_gla: bool = False) -> None:
-        """How the models answer from now on; what is not given stays as it is.
+        """Set how the logits are combined from now on; arguments that are not given change nothing.
 
         Args:
-            combine: a key of methods.backdoor.COMBINE.
-            weights: of the runs, in their order.
-            with_gla: take both priors out of each model: z_ft + z_zs - log prior_train - log q (arXiv 2310.08106).
+            combine: a key of ensembles.combine.COMBINE.
+            weights: one for each run, in their order.
+            with_gla: remove both priors from each model: z_ft + z_zs - log prior_train - log q (arXiv 2310.08106).
 
-        Raises BadInput for weights that are not one for each run, and as `Gla`.
+        Raises BadInput for a wrong number of weights, and if a label prior cannot be estimated for GLA.
         """
         if weights and len(weights) != len(self.runs):
             raise BadInput(
-                f"--weights: must be one for each of the {len(self.runs)} models ({', '.join(self.runs)}), but got "
-                f"{len(weights)}; give {len(self.runs)}, with commas between them"
+                "--weights",
+                f"must contain one weight for each of the {len(self.runs)} models ({', '.join(self.runs)})",
+                len(weights),
+                f"give {len(self.runs)}, separated by commas",
             )
         self.combine = COMBINE[combine] if combine else self.combine
         self.weights = list(weights) or self.weights
@@ -75,7 +77,7 @@ class Ensemble(Run):
 
     @classmethod
     def of(cls, config: RunConfig, warms: Sequence[Workspace], class_counts: list[int] | None = None) -> Self:
-        """The members of `method: backdoor`, as `Run` makes one, each on one of the devices in turn."""
+        """Build the members of `method: backdoor`, on the devices in turn, and the ensemble of them."""
         method = config.method
         assert isinstance(method, BackdoorConfig)
         members = zip(config.members().items(), itertools.cycle(warms), strict=False)
@@ -86,13 +88,13 @@ class Ensemble(Run):
 
     @property
     def num_trained(self) -> int:
-        """Number of trained values of all models."""
+        """Number of trained parameters of all models."""
         return sum(run.num_trained for run in self.runs.values())
 
     def evaluate_taus(
         self, split_name: str, taus: Sequence[float], each: Sequence[PredictionCollector] = ()
     ) -> list[dict[str, float]]:
-        """As of a run; `report` then says what the models did alone, too, all at the last tau."""
+        """Return metrics for several taus (Run.evaluate_taus), and count each member at the last tau for `report`."""
         used = list(self.runs)[: self.in_use]
         self.crossed = GroupGainTable(used, self.warm.dataset.num_classes, self.ranks.device)
         log_prior = torch.from_numpy(np.log(self.class_counts / self.class_counts.sum())).float()
@@ -103,7 +105,7 @@ class Ensemble(Run):
         return found
 
     def report(self, split_name: str) -> dict[str, Any]:
-        """What the last evaluation, of this split, found (GroupGainTable.result)."""
+        """Return the report of the last evaluation, which was on this split (GroupGainTable.result)."""
         assert self.crossed is not None
         assert self.per_class is not None
         self.p_groups, why_not = self._p_groups()
@@ -111,9 +113,9 @@ class Ensemble(Run):
         return found | ({"no_parameter_groups": why_not} if why_not else {})
 
     def _p_groups(self) -> tuple[NDArray[np.str_] | None, str]:
-        """many, medium or few by the label prior of the foundation models together, (K,), and ""; None where it cannot be had, and why.
+        """Return the parameter group of each class, many, medium or few, (K,), and ""; or None and the reason.
 
-        Models without a text tower have no say.
+        It follows from the mean label prior of the foundation models that have a text tower.
         """
         models = {}
         for run in self.runs.values():
@@ -122,7 +124,7 @@ class Ensemble(Run):
         if not models:
             return None, "no model has a text tower"
         if "validation" not in self.warm.dataset.splits:
-            return None, "the data set has no validation split"
+            return None, "the dataset has no validation split"
         try:
             priors = [label_prior(run.warm, run.config).log_q.cpu() for run in models.values()]
         except BadInput as error:
@@ -130,7 +132,7 @@ class Ensemble(Run):
         return thirds(mean_prior(priors)), ""
 
     def per_class_rows(self) -> list[dict[str, Any]]:
-        """As of a run; after `report` with each class's parameter group, where it is known."""
+        """Return a row for each class, after `report` with its parameter group if that is known."""
         rows = super().per_class_rows()
         if self.p_groups is None:
             return rows
@@ -147,12 +149,12 @@ class Ensemble(Run):
 
 
 class Gla:
-    """What takes both priors out of trained models; fitted on the validation split when it is made.
+    """Generalized logit adjustment: removes both priors from trained models; fitted on the validation split at construction.
 
     Args:
-        runs: trained, on data with a validation split.
+        runs: trained runs, on data with a validation split.
 
-    Raises BadInput for a backbone without a text tower, and where no prior can be fitted.
+    Raises BadInput for a backbone without a text tower, and if no prior can be fitted.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -171,7 +173,7 @@ class Gla:
         ]
 
     def without_priors(self, logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits (B, K) of the trained and then of the zero-shot models -> those of GLA, one for each trained model."""
+        """Return the GLA logits (B, K) of each trained model, given the logits of the trained and then of the zero-shot models."""
         number = len(self.priors)
         return [
             gla(tuned / temperature, plain / prior.temperature, left.to(tuned.device), prior.log_q.to(tuned.device))
@@ -182,13 +184,13 @@ class Gla:
 
 
 def prior_left(loss: LossConfig) -> float:
-    """How much of log prior_train a loss leaves in the raw logits: all after cross-entropy, 1 - tau after logit adjustment."""
+    """Return the fraction of log prior_train that a loss leaves in the logits: 1 for cross-entropy, 1 - tau for logit adjustment."""
     left = LOSSES[loss.kind].prior_left
     return left(loss) if callable(left) else left
 
 
 def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-    """This rank's share of a split: fp32 logits (B, K) of each run on the first one's device, and labels (B,)."""
+    """Yield, for this rank's part of a split, fp32 logits (B, K) of each run on the first one's device, and labels (B,)."""
     first = runs[0].ranks
     views = [View(run.model.tower.resolution_px, run.config.evaluation.tte) for run in runs]
     batches = view_batches(
@@ -200,19 +202,20 @@ def logits_of(runs: Sequence[Run], split: Split) -> Iterator[tuple[list[torch.Te
         num_threads=first.num_threads,
         batch_size=min(batch_size(first.device, run.model.tower, run.config.evaluation.tte) for run in runs),
     )
-    answers = [run.warm.predictor(run.config, run.model) for run in runs]
+    predictors = [run.warm.predictor(run.config, run.model) for run in runs]
 
-    def answer(batch: tuple[Mapping[View, torch.Tensor], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        pictures, labels = batch
+    def predict(batch: tuple[Mapping[View, torch.Tensor], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        images, labels = batch
         with torch.inference_mode():
-            logits = [over_crops(mine(pictures[view]).float()) for mine, view in zip(answers, views, strict=True)]
-            return [mine.to(first.device) for mine in logits], labels.to(first.device)  # all GPUs have work by now
+            logits = [over_crops(model(images[view]).float()) for model, view in zip(predictors, views, strict=True)]
+            # Copies wait for their GPU, so they come after all GPUs have been given work.
+            return [mine.to(first.device) for mine in logits], labels.to(first.device)
 
-    yield from on_cores(first.device, answer, batches)
+    yield from on_cores(first.device, predict, batches)
 
 
 def run_of(config: RunConfig, warms: Sequence[Workspace], class_counts: list[int] | None = None) -> Run:
-    """The run of any method; a single model is on the first device."""
+    """Build the run of any method; a single model is on the first device."""
     if isinstance(config.method, BackdoorConfig):
         return Ensemble.of(config, warms, class_counts)
     return Run(config, warms[0], class_counts)

@@ -1,4 +1,4 @@
-"""What several models gain together: by data group and parameter group, and how often they differ."""
+"""Gain of an ensemble by data group and parameter group, and disagreement between its members."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lift_ray.evaluation.metrics import ANY, GROUPS, PerClass, class_groups
 
 
 class GroupGainTable:
-    """Counts beside the evaluation of several models together: each alone, and how often two of them differ.
+    """Counts during the evaluation of an ensemble: metrics of each member, and disagreement between two members.
 
     Args:
-        names: of the M models.
+        names: names of the M members.
         num_classes: K.
-        device: where the logits are.
+        device: device of the logits.
     """
 
     def __init__(self, names: Sequence[str], num_classes: int, device: torch.device) -> None:
@@ -37,24 +37,27 @@ class GroupGainTable:
         self._differ += (found[:, None] != found[None]).sum(-1)
 
     def tensors(self) -> list[Tensor]:
-        """What the caller must sum over the ranks, in place, before `result`."""
+        """Return the tensors that the caller must sum over the ranks, in place, before `result`."""
         return [self._differ, *(tensor for tally in self._alone for tensor in tally.tensors())]
 
     def result(
         self, split: str, together: PerClass, train_counts: NDArray[np.int64], p_groups: NDArray[np.str_] | None
     ) -> dict[str, Any]:
-        """The report, JSON throughout.
+        """Return the report, for JSON.
 
         Args:
-            together: counts by class of the models together.
-            train_counts: (K,), what makes a class many, medium or few in the data (D).
-            p_groups: (K,), the same by label prior of the foundation models (P); None where that is not known.
+            split: name of the split.
+            together: counts by class of the ensemble.
+            train_counts: (K,), training images of each class; they define its data group D.
+            p_groups: (K,), its parameter group P, by the label prior of the foundation models; None if unknown.
 
         Returns:
-            members: {name: metrics as `split/name`}. best: the member with the best mean class accuracy on this very split, so
-            that what is gained over it is rather too small. groups: {D: {P: cell}}, D and P many, medium, few or all, of
-            the means of class accuracies: classes (their number), mean (of the members), best, together, gain (together -
-            mean), gain_over_best; cells without classes are left out. disagreement: [name, name, share of images].
+            members: {name: metrics as `split/name`}.
+            best: the member with the best mean class accuracy. It is chosen on this split, so the gain over it is underestimated.
+            groups: {D: {P: cell}}, D and P being many, medium, few or all. A cell has classes (their number) and means of class
+            accuracies: mean (of the members), best, together (the ensemble), gain (together - mean) and gain_over_best. Cells
+            without classes are left out.
+            disagreement: [name, name, fraction of images].
         """
         members = [tally.result(train_counts) for tally in self._alone]
         best = max(range(len(members)), key=lambda m: members[m][0]["mean_class_accuracy"])

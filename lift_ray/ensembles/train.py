@@ -1,4 +1,4 @@
-"""Training the models of `method: backdoor`: each an ordinary run in OUT/members/NAME, then one checkpoint of all of them."""
+"""Training of the members of `method: backdoor`: each is an ordinary run in OUT/members/NAME; one checkpoint combines them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class MemberProgress(Progress):
-    """The progress of one of several runs: its lines say whose they are, and it has no bar.
+    """Progress of one of several concurrent runs: its lines start with its name, and it has no progress bar.
 
     Args:
-        output: where its figures go.
-        name: of the model.
+        output: destination of its figures.
+        name: name of the member.
     """
 
     def __init__(self, output: Output, name: str) -> None:
@@ -36,7 +36,7 @@ class MemberProgress(Progress):
 
 
 def place_of(output: Output, name: str) -> Output:
-    """Where the run of a member goes: OUT/members/NAME."""
+    """Return the result folder of a member: OUT/members/NAME."""
     url, mark, query = output.url.partition("?")
     return Output(f"{url.rstrip('/')}/members/{name}{mark}{query}")
 
@@ -47,18 +47,20 @@ def train_members(
     at_once: int,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Train the members that are not finished, so many at once.
+    """Train the members that are not finished.
 
     Args:
-        names: of the members, and where each goes.
-        train: trains one to its end, or goes on with it.
+        names: result folder of each member, by name.
+        train: starts or resumes the training of one member, and returns at its end.
+        at_once: number of members that are trained at once.
+        say: prints a line.
 
-    Raises what `train` raised first, when all have ended.
+    Raises the error of the first member that failed, in their order, after all have ended.
     """
     waiting = {}
     for name, output in names.items():
         if output.holds(f"{FINAL_CHECKPOINT}/{RECORD}"):
-            say(f"{name}: finished before")
+            say(f"{name}: already finished")
         else:
             waiting[name] = output
     if at_once == 1:
@@ -75,7 +77,8 @@ def train_members(
             try:
                 wait(futures)
             except BaseException:
-                told_to_stop.set()  # so that they write a checkpoint and end, which the pool waits for
+                # Each training writes a checkpoint and ends; leaving the pool waits for that.
+                told_to_stop.set()
                 raise
         for future in futures:
             future.result()
@@ -84,10 +87,12 @@ def train_members(
 
 
 def bind(config: RunConfig, names: Mapping[str, Output], output: Output) -> None:
-    """Write OUT/checkpoint from the finished members: their weights under their names. Raises BadInput and RunFailed.
+    """Write OUT/checkpoint with the weights of the finished members, under their names. Raises BadInput and RunFailed.
 
     Args:
-        config: settings of the whole.
+        config: settings of the ensemble.
+        names: result folder of each member, by name.
+        output: OUT.
     """
     from safetensors.torch import load_file
 

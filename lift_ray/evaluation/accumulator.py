@@ -1,4 +1,4 @@
-"""What an evaluation counts, on the device, batch by batch."""
+"""Accumulators of an evaluation, which count on the device, batch by batch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
 class MetricAccumulator:
     """Sums over the images of a split; `add` reads nothing back to the host.
 
-    Bin m of M = 15 holds the images whose confidence, the largest softmax probability, lies in (m / M, (m + 1) / M].
+    Bin m of M = 15 counts images whose confidence, the largest softmax probability, is in (m / M, (m + 1) / M].
 
     Args:
         num_classes: K.
-        device: where the logits are.
+        device: device of the logits.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -43,11 +43,11 @@ class MetricAccumulator:
         self._loss -= log_p.gather(1, labels.unsqueeze(1)).double().sum()
 
     def tensors(self) -> list[Tensor]:
-        """What the caller must sum over the ranks, in place, before `result`."""
+        """Return the tensors that the caller must sum over the ranks, in place, before `result`."""
         return [self._counts, self._bins, self._loss]
 
     def result(self, train_counts: NDArray[np.int64]) -> tuple[dict[str, float], PerClass]:
-        """The metrics of `summarise`, and the counts by class.
+        """Return the metrics of `summarise`, and the counts by class.
 
         Args:
             train_counts: (K,), training images of each class.
@@ -57,12 +57,12 @@ class MetricAccumulator:
 
 
 class PredictionCollector:
-    """What a model made of each image of a split, in storage order; a rank fills in its stretch, the others stay 0.
+    """Prediction of a model for each image of a split, in storage order; a rank fills its slice, the rest stays 0.
 
     Args:
-        num_images: N of the whole split.
-        first: where this rank's stretch begins.
-        device: where the logits are.
+        num_images: N, images of the whole split.
+        first: number of the first image of this rank's slice.
+        device: device of the logits.
     """
 
     def __init__(self, num_images: int, first: int, device: torch.device) -> None:
@@ -70,30 +70,30 @@ class PredictionCollector:
         self._at = first
 
     def add(self, logits: Tensor) -> None:
-        """The next images: raw logits (B, K)."""
+        """Add the next images: raw logits (B, K)."""
         confidence, predicted = logits.float().softmax(1).max(1)
         self._found[:, self._at : self._at + len(logits)] = torch.stack([predicted.double(), confidence.double()])
         self._at += len(logits)
 
     def tensors(self) -> list[Tensor]:
-        """What the caller must sum over the ranks, in place, before `result`."""
+        """Return the tensors that the caller must sum over the ranks, in place, before `result`."""
         return [self._found]
 
     def result(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Predicted class and its probability for each image, (N,) each."""
+        """Return the predicted class and its probability for each image, (N,) each."""
         predicted, confidence = self._found.cpu().numpy()
         return predicted.astype(np.int64), confidence
 
 
 class TauGrid:
-    """What every strength of the post-hoc adjustment z - tau * log prior would give, counted beside an evaluation.
+    """Accuracy for each strength of the post-hoc adjustment z - tau * log prior, counted during an evaluation.
 
-    The images are in two halves. A tau chosen on one and measured on the other says how much of the gain is luck.
+    The images are divided into halves. Choosing tau on one half and measuring on the other estimates the selection bias.
 
     Args:
-        taus: in rising order.
+        taus: strengths in ascending order.
         train_counts: (K,), training images of each class.
-        device: where the logits are.
+        device: device of the logits.
     """
 
     def __init__(self, taus: Sequence[float], train_counts: NDArray[np.int64], device: torch.device) -> None:
@@ -111,12 +111,18 @@ class TauGrid:
             correct.index_add_(0, cell, ((logits.float() - tau * self._log_prior).argmax(1) == labels).long())
 
     def tensors(self) -> list[Tensor]:
-        """What the caller must sum over the ranks, in place, before `result`."""
+        """Return the tensors that the caller must sum over the ranks, in place, before `result`."""
         return [self._correct, self._total]
 
     def result(self) -> dict[str, float]:
-        """posthoc_tau, the best by mean class accuracy; posthoc_mean_class_accuracy with it; posthoc_optimism, the mean over
-        both halves of (accuracy where a tau was chosen) - (accuracy where it was not), at least 0."""
+        """Return the best tau and its effect.
+
+        Returns:
+            posthoc_tau: the tau with the best mean class accuracy.
+            posthoc_mean_class_accuracy: the mean class accuracy with it.
+            posthoc_optimism: mean over both halves of (best accuracy on the half) - (its accuracy with the tau chosen on the other
+            half), at least 0.
+        """
         correct, total = (t.cpu().numpy().astype(float) for t in self.tensors())
         by_half, counts = correct.reshape(len(self.taus), 2, -1), total.reshape(2, -1)
         both = _mean_class_accuracy(by_half.sum(1), counts.sum(0))
@@ -131,14 +137,14 @@ class TauGrid:
 
 
 def _mean_class_accuracy(correct: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(T, K) and (K,) -> (T,); classes without an image are left out."""
+    """Return the mean over classes, (T,), from correct (T, K) and total (K,); classes without images are left out."""
     there = total > 0
     mean: NDArray[np.float64] = (correct[:, there] / total[there]).mean(1)
     return mean
 
 
 def halves_of(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(N,) -> 0 or 1 for each image: every second image of its class."""
+    """Divide images into halves, 0 or 1, (N,): images of a class alternate."""
     order = np.argsort(labels, kind="stable")
     seen = np.arange(len(order)) - np.searchsorted(labels[order], labels[order], side="left")
     halves = np.empty(len(labels), np.int64)

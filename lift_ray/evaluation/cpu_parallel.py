@@ -1,7 +1,7 @@
-"""The forward pass over many batches on all cores of a CPU.
+"""Forward passes over many batches on all cores of a CPU.
 
-A batch whose operations are each shared out to the cores waits for the slowest core at every one of them, and for all of them while
-one decodes pictures. Here each core takes batches of its own, on one torch thread.
+If torch splits each operation between the cores, every operation waits for the slowest core, and all cores wait while one decodes
+images. Here each core processes its own batches, on one torch thread.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import torch
 from lift_ray.data.batches import Given, Made, in_order
 from lift_ray.model.resnet import AnyTower
 
-BATCH, BATCH_OF_CROPS = 250, 50  # pictures, on a GPU
-CPU_BATCH = 25  # pictures: their activations stay near the core; more are not faster
-ACTIVATION_BYTES = 32 * 2**20  # a larger piece of memory comes from the system each time, page by page
+BATCH, BATCH_OF_CROPS = 250, 50  # images, on a GPU
+CPU_BATCH = 25  # images: their activations stay in the core's cache; more are not faster
+ACTIVATION_BYTES = 32 * 2**20  # the allocator returns larger blocks to the system, which then maps new pages each time
 
 
 def batch_size(device: torch.device, tower: AnyTower, crops: bool = False, largest: int | None = None) -> int:
-    """Pictures of a batch: the largest on a GPU; fewer on a CPU, four times as many at most on all its cores.
+    """Return the number of images of a batch: `largest` on a GPU; fewer on a CPU, at most 4 * `largest` on all its cores together.
 
     Args:
-        crops: whether the tower looks at five crops of a picture.
-        largest: BATCH when not given, BATCH_OF_CROPS with crops.
+        device: the device.
+        tower: the backbone.
+        crops: True if the backbone gets five crops of each image.
+        largest: BATCH by default, with crops BATCH_OF_CROPS.
     """
     largest = largest or (BATCH_OF_CROPS if crops else BATCH)
     if device.type != "cpu":
@@ -34,11 +36,12 @@ def batch_size(device: torch.device, tower: AnyTower, crops: bool = False, large
 
 
 def on_cores(device: torch.device, compute: Callable[[Given], Made], batches: Iterable[Given]) -> Iterator[Made]:
-    """`compute` of each batch, in order; on a CPU with several torch threads of several batches at a time.
+    """Yield `compute` of each batch, in order; on a CPU with several torch threads it runs on several batches at once.
 
     Args:
-        compute: it sets torch's modes (inference, autocast) itself: they are a thread's own.
-        batches: asked for by this thread alone.
+        device: the device.
+        compute: must set torch's modes (inference, autocast) itself, because they are local to a thread.
+        batches: only the calling thread iterates over them.
     """
     cores = torch.get_num_threads()
     if device.type != "cpu" or cores == 1:
@@ -46,7 +49,7 @@ def on_cores(device: torch.device, compute: Callable[[Given], Made], batches: It
         return
 
     def alone(batch: Given) -> Made:
-        torch.set_num_threads(1)  # of this thread, and of those to come
+        torch.set_num_threads(1)  # for this thread and threads started later, hence the reset below
         return compute(batch)
 
     try:

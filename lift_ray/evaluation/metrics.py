@@ -1,4 +1,4 @@
-"""Accuracy by class and by group of classes, and how much the predictions can be trusted."""
+"""Accuracy by class and by group of classes, and calibration of the predictions."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lift_ray.storage.atomic import replacing
 MANY_ABOVE = 100
 FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
-ANY = "all"  # of them, in tables by group
+ANY = "all"  # name of all groups together, in tables by group
 RULES = {"many": f"over {MANY_ABOVE}", "medium": f"{FEW_BELOW} to {MANY_ABOVE}", "few": f"under {FEW_BELOW}"}
 
 
 class PerClass(NamedTuple):
-    """What one split gave for each class, (K,) each.
+    """Counts of one split for each class, (K,) each.
 
     Args:
-        correct: images of the class that were recognised.
+        correct: images of the class that were classified correctly.
         total: images of the class.
-        predicted: images, of any class, that were taken for the class.
+        predicted: images of any class that were classified as the class.
     """
 
     correct: NDArray[np.int64]
@@ -33,26 +33,30 @@ class PerClass(NamedTuple):
 
 
 def class_groups(train_counts: NDArray[np.int64]) -> NDArray[np.str_]:
-    """many (> 100 training images), medium (20 to 100) or few (< 20) for each class, (K,)."""
+    """Return the group of each class, (K,): many (> 100 training images), medium (20 to 100) or few (< 20)."""
     return np.where(train_counts > MANY_ABOVE, "many", np.where(train_counts < FEW_BELOW, "few", "medium"))
 
 
 def summarise(
     classes: PerClass, bins: NDArray[np.float64], loss_sum: float, train_counts: NDArray[np.int64]
 ) -> dict[str, float]:
-    """Metrics from the counts of one split of at least one image, all but the loss in [0, 1].
+    """Compute metrics from the counts of one split with at least one image. All except the loss are in [0, 1].
 
     Args:
         classes: counts by class.
         bins: (3, M), images, summed confidence and correct images of the M bins of confidence.
-        loss_sum: cross-entropy of the raw logits summed over the images.
-        train_counts: (K,), what makes a class many, medium or few.
+        loss_sum: cross-entropy of the raw logits, summed over the images.
+        train_counts: (K,), training images of each class; they define its group.
 
     Returns:
-        accuracy over images; mean_class_accuracy, worst_class, harmonic_mean and geometric_mean of the class accuracies
-        a_k, both means 0 where one a_k is; macro_f1, the mean of 2 correct / (total + predicted); many, medium and few, the
-        means of the group's a_k, a group without classes being left out; calibration_error, the expected one, sum over the
-        bins of |confidence - correct| / images (arXiv 1706.04599); loss. Classes without images in the split count nowhere.
+        accuracy: fraction of images that are classified correctly.
+        mean_class_accuracy, worst_class, harmonic_mean, geometric_mean: of the class accuracies a_k. The last two are 0 if one a_k
+        is 0.
+        macro_f1: mean over classes of 2 correct / (total + predicted).
+        many, medium, few: mean a_k of the group; a group without classes is left out.
+        calibration_error: expected calibration error, the sum over bins of |confidence - correct| / images (arXiv 1706.04599).
+        loss: mean cross-entropy.
+        Classes without images in the split are ignored.
     """
     seen = classes.total > 0
     correct, total, predicted = (counts[seen] for counts in classes)
@@ -74,15 +78,15 @@ def summarise(
 
 
 def pseudo_label_figures(counts: NDArray[np.int64], train_counts: NDArray[np.int64]) -> dict[str, float]:
-    """How good pseudo-labels were, over all classes and by group: precision, recall, and their number.
+    """Compute precision, recall and number of pseudo-labels, over all classes and by group.
 
     Args:
-        counts: (3, K), pictures of each class, pseudo-labels of it, and right ones among these.
-        train_counts: (K,), labelled images of each class, what makes it many, medium or few.
+        counts: (3, K), images of each class, pseudo-labels of the class, and correct ones among these.
+        train_counts: (K,), labeled images of each class; they define its group.
 
     Returns:
-        unlabelled/precision, recall and pseudo_labels, and the same with _many, _medium and _few; precision is left out where
-        there was no pseudo-label, and a group without classes altogether.
+        unlabelled/precision, unlabelled/recall and unlabelled/pseudo_labels, and the same with _many, _medium and _few. Precision
+        is left out if there is no pseudo-label, and all three are left out for a group without images.
     """
     groups, out = class_groups(train_counts), {}
     members = {"": np.full(len(groups), True), **{f"_{group}": groups == group for group in GROUPS}}
@@ -102,10 +106,10 @@ def per_class_rows(
     total: NDArray[np.int64],
     predicted: NDArray[np.int64],
 ) -> list[dict[str, Any]]:
-    """A row for each class; the last three are those of `PerClass`, so that `*classes` fits.
+    """Return a row for each class. The last three arguments are the fields of `PerClass`, so they can be passed as `*classes`.
 
-    accuracy and f1 are None for a class without images in the split, precision for one that was never predicted; the
-    means of the others are mean_class_accuracy and macro_f1.
+    accuracy and f1 are None for a class without images in the split; the means of the others are mean_class_accuracy and macro_f1.
+    precision is None for a class that was never predicted.
     """
     groups = class_groups(train_counts)
     return [
@@ -125,7 +129,7 @@ def per_class_rows(
 
 
 def write_per_class(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """The rows of `per_class_rows` as CSV, None as nothing, renamed into place; with the parameter groups where the rows have them."""
+    """Write the rows of `per_class_rows` atomically as CSV; parameter groups if the rows have them, None as an empty field."""
     import pyarrow as pa
     import pyarrow.csv
 

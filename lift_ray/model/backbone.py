@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.loading import rebuild
 from lift_ray.model.resnet import AnyTower
@@ -275,9 +275,14 @@ def _fill(vit: Any, model: str, path: str) -> None:
     vit.load_state_dict(state, strict=True, assign=True)
 
 
-def _not_loaded(model: str, error: Exception) -> BadInput:
-    reason = " ".join(str(error).split())
-    return BadInput(f"backbone.model: {model} could not be loaded ({reason}); check name and network")
+class BackboneUnavailable(BadInput):
+    """The library that builds the backbone could not load it: a wrong name, a broken file, or no network."""
+
+
+def _not_loaded(model: str, error: Exception) -> BackboneUnavailable:
+    return BackboneUnavailable(
+        "backbone.model", f"{model} could not be loaded ({one_line(error)})", remedy="check name and network"
+    )
 
 
 def _source(model: str, pretrained: str | None) -> tuple[str, bool]:

@@ -1,8 +1,8 @@
-"""The nodes that a cluster has, and those that its autoscaler may add.
+"""The nodes of a cluster, and those that its autoscaler may add.
 
-Ray keeps no word of the second kind where a driver could ask for it, so its autoscaler's own configuration is read: the file
-that `ray up` writes, or the RayCluster that KubeRay serves. Both can be seen from the head, where `ray job submit` and
-`ray exec` run the driver; from elsewhere only nodes that are up count.
+A driver cannot ask Ray for the second kind, so the configuration of the autoscaler is read: the file that `ray up` writes, or the
+RayCluster that KubeRay serves. Both are visible from the head, where `ray job submit` and `ray exec` run the driver. From elsewhere
+only nodes that are up count.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # Ray reads this file with PyYAML, so this is what it means
 
 MOST_NODES = 1000  # of one kind; KubeRay's default for a group without a limit is 2^31 - 1
-KIND = "ray.io/node-group"  # the label by which a node tells what kind it is
+KIND = "ray.io/node-group"  # label with the kind of a node
 
 
 def cluster_nodes() -> list[dict[str, float]]:
-    """The resources of each node of the connected cluster that is alive, then of each that may come."""
+    """Return the resources of each live node of the connected cluster, then of each node that may be added."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -29,11 +29,12 @@ def cluster_nodes() -> list[dict[str, float]]:
 
 
 def may_come(config: Mapping[str, Any], up: Mapping[str, int]) -> list[dict[str, float]]:
-    """The resources of each node that an autoscaler may still start, those with the most GPUs first.
+    """Return the resources of each node that an autoscaler may still start, those with the most GPUs first.
 
     Args:
-        config: in the words of `ray up`'s files: available_node_types, max_workers, head_node_type. Empty: no autoscaler.
-        up: how many nodes of each kind there are already.
+        config: a configuration as in the files of `ray up`: available_node_types, max_workers, head_node_type. Empty without an
+            autoscaler.
+        up: number of running nodes of each kind.
     """
     kinds = {
         name: kind for name, kind in config.get("available_node_types", {}).items() if name != config["head_node_type"]
@@ -43,14 +44,14 @@ def may_come(config: Mapping[str, Any], up: Mapping[str, int]) -> list[dict[str,
         kind["resources"]
         for name, kind in kinds.items()
         for _ in range(min(kind.get("max_workers", room), room, MOST_NODES) - up.get(name, 0))
-        if kind["resources"]  # of a machine of one's own (provider: local) Ray knows nothing before it is up
+        if kind["resources"]  # Ray does not know the size of a local machine (provider: local) before it is up
     ]
     nodes.sort(key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), reverse=True)
     return nodes[: max(0, room - sum(up.get(name, 0) for name in kinds))]
 
 
 def autoscaler_config() -> dict[str, Any]:
-    """What the autoscaler of the connected cluster goes by; empty without one, or away from the head."""
+    """Return the configuration of the connected cluster's autoscaler; empty without one, or away from the head."""
     import psutil  # type: ignore[import-untyped]  # comes with Ray
     import ray
 
@@ -64,7 +65,7 @@ def autoscaler_config() -> dict[str, Any]:
 
 
 def _kuberay_config() -> dict[str, Any]:
-    """From Kubernetes, which lets the head's pod of an autoscaling cluster read its RayCluster."""
+    """Return the configuration from Kubernetes, which lets the head's pod of an autoscaling cluster read its RayCluster."""
     name, namespace = os.environ.get("RAY_CLUSTER_NAME"), os.environ.get("RAY_CLUSTER_NAMESPACE")
     if not name or not namespace:
         return {}

@@ -1,4 +1,4 @@
-"""What a trial needs, what a cluster has, and how many trials fit at once."""
+"""Resources of a trial and of a cluster, and the number of trials that fit at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lift_ray.settings.search import ScaleConfig
 
 @dataclass(frozen=True)
 class Need:
-    """The bundles of one trial: as many as it has workers."""
+    """Resources of one trial: the number of its workers, and CPUs and GPUs of each."""
 
     workers: int
     cpus: int
     gpus: int
 
     def bundle(self) -> dict[str, float]:
-        """One worker's resources in Ray's words."""
+        """Return the resources of one worker by Ray's names."""
         return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
 
     def __str__(self) -> str:
@@ -29,16 +29,17 @@ class Need:
 
 
 def need(scale: ScaleConfig, has_gpu: bool) -> Need:
-    """What one trial asks for; `use_gpu: auto` takes a GPU when there is one."""
+    """Return the resources of one trial; `use_gpu: auto` takes a GPU if there is one."""
     use_gpu = has_gpu if scale.use_gpu == "auto" else scale.use_gpu
     return Need(scale.workers_per_trial, scale.cpus_per_worker, int(use_gpu))
 
 
 def num_fitting(wanted: Need, nodes: list[dict[str, float]]) -> int:
-    """How many trials fit on these nodes at once, each worker whole on one node.
+    """Return how many trials fit on these nodes at once, if no worker is split between nodes.
 
     Args:
-        nodes: for each node its total resources ({"CPU": 8.0, "GPU": 4.0}).
+        wanted: resources of one trial.
+        nodes: total resources of each node ({"CPU": 8.0, "GPU": 4.0}).
     """
     workers = 0
     for node in nodes:
@@ -48,36 +49,38 @@ def num_fitting(wanted: Need, nodes: list[dict[str, float]]) -> int:
 
 
 def num_slots(scale: ScaleConfig, nodes: list[dict[str, float]]) -> tuple[Need, int]:
-    """What a trial needs and how many run at once.
+    """Return the resources of a trial and the number of trials that run at once.
 
-    Raises BadInput, before anything starts, when not even one fits: a search would wait for ever.
+    Raises BadInput if not even one trial fits: the search would wait forever.
     """
     wanted = need(scale, any(node.get("GPU", 0) > 0 for node in nodes))
     fitting = num_fitting(wanted, nodes)
     if not fitting:
         total = {name: int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU")}
         raise BadInput(
-            f"scale: a trial must fit the cluster, but got {wanted} for {len(nodes)} node(s) with {total['CPU']} CPU, "
-            f"{total['GPU']} GPU in all; lower scale.workers_per_trial or scale.cpus_per_worker, or set scale.use_gpu=false"
+            "scale",
+            "a trial must fit the cluster",
+            f"{wanted} for {len(nodes)} node(s) with {total['CPU']} CPU, {total['GPU']} GPU in all",
+            "lower scale.workers_per_trial or scale.cpus_per_worker, or set scale.use_gpu=false",
         )
     return wanted, fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)
 
 
 def slots_now(scale: ScaleConfig, wanted: Need) -> int:
-    """How many trials fit the cluster as it is at the moment, and as it may become while they wait."""
+    """Return how many trials fit the cluster now, including nodes that may be added while they wait."""
     fitting = num_fitting(wanted, cluster_nodes())
     return fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)
 
 
 def gpus_here() -> int:
-    """NVIDIA GPUs of this machine, as its driver lists them (in WSL at most one); neither torch nor Ray is loaded for it."""
+    """Count the NVIDIA GPUs that this machine's driver lists (in WSL at most one), without loading torch or Ray."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or int(Path("/dev/dxg").exists())
     return there if listed is None else min(there, len([name for name in listed.split(",") if name.strip()]))
 
 
 def lacking(wanted: Need, node: dict[str, float]) -> str:
-    """What one machine lacks for a trial; "" when it fits."""
+    """Describe the resources that one machine lacks for a trial; "" if the trial fits."""
     if num_fitting(wanted, [node]):
         return ""
     needed = {name: int(amount * wanted.workers) for name, amount in wanted.bundle().items()}

@@ -1,4 +1,4 @@
-"""The shards of a conversion as Ray tasks."""
+"""Conversion of shards as Ray tasks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from lift_ray.data.convert.shards import ShardRecord, sizes
 from lift_ray.data.convert.tasks import Job, ShardTask, convert_shard
 from lift_ray.errors import BadInput, RunFailed
 
-THREADS = 4  # of a task, which has one core: reading overlaps with decoding
+THREADS = 4  # per task, on its one core: reading overlaps with decoding
 TRIES = 5
 
 
 def on_cluster(
     job: Job, tasks: Sequence[ShardTask], advance: Callable[[int], None], *, at_once: int | None = None
 ) -> list[ShardRecord]:
-    """Run tasks on the connected Ray cluster; a shard whose node is lost is done again elsewhere.
+    """Convert shards on the connected Ray cluster. If a node is lost, its shards are converted elsewhere.
 
     Args:
-        at_once: shards in work at once; None means one for each core of the cluster.
+        job: the conversion.
+        tasks: the shards.
+        advance: called with the number of images of each finished shard.
+        at_once: shards that are converted at once; None means one for each core of the cluster.
 
     Raises:
-        BadInput: what a task finds, or a destination that not every node reaches.
-        RunFailed: a node was lost too often.
+        BadInput: a mistake that a task finds, or a destination that not every node can reach.
+        RunFailed: nodes were lost too often.
     """
     limit = at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
     work = ray.remote(_convert).options(num_cpus=1, max_retries=TRIES, scheduling_strategy="SPREAD")
@@ -50,8 +53,8 @@ def on_cluster(
         raise (error.cause if isinstance(error.cause, BadInput | RunFailed) else error) from None
     except RayError as error:
         raise RunFailed(
-            f"{job.destination}: a node of the cluster was lost {TRIES + 1} times, and {type(error).__name__} came back; "
-            "start it again: it goes on with the missing shards"
+            f"{job.destination}: a node of the cluster was lost {TRIES + 1} times ({type(error).__name__}); "
+            "rerun the same command: finished shards are reused"
         ) from None
     finally:
         for reference in running:
@@ -60,15 +63,17 @@ def on_cluster(
 
 def _convert(shared: tuple[Job, str], task: ShardTask) -> ShardRecord:
     job, folder = shared
-    with chdir(folder) if os.path.isdir(folder) else nullcontext():  # paths that the user gave are relative to it
+    with chdir(folder) if os.path.isdir(folder) else nullcontext():  # the user's paths are relative to it
         return convert_shard(job, task, THREADS, lambda: None)
 
 
 def _checked(job: Job, record: ShardRecord) -> ShardRecord:
-    """A folder of one node is no shared folder."""
+    """Check that this node sees a shard that another node wrote, so the folder is shared."""
     if record.partial not in sizes(job.destination):
         raise BadInput(
-            f"{job.destination}: must be a folder that every node of the cluster reaches, but a shard that another node "
-            "wrote is not there; give a shared folder or a URL"
+            job.destination,
+            "must be a folder that every node of the cluster can reach",
+            but="a shard that another node wrote is missing",
+            remedy="use a shared folder or a URL",
         )
     return record

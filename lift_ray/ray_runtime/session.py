@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting Ray on this machine."""
+"""Connection to a Ray cluster, or to Ray started on this machine."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
 
-from lift_ray.errors import Interrupted, RunFailed, Stopped
+from lift_ray.errors import Interrupted, RunFailed, Stopped, one_line
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
+from lift_ray.ray_runtime.patches import listen_on_loopback, use_free_agent_port
 
-OBJECT_STORE_BYTES = 150 * 2**20  # shards are read by the workers themselves; only settings and figures travel
+OBJECT_STORE_BYTES = 150 * 2**20  # workers read shards themselves, so only settings and metrics pass through it
 
 
 @contextmanager
 def connected(
     address: str | None = None, *, dashboard: bool = True, metadata: Mapping[str, str] | None = None
 ) -> Iterator[list[dict[str, float]]]:
-    """Use the cluster at `address` or $RAY_ADDRESS; without either, start Ray here, on loopback, and stop it afterwards.
+    """Connect to the cluster at `address` or $RAY_ADDRESS; without either, start Ray here, on loopback, and stop it afterwards.
 
-    A session that is already connected is used as it is. Yields the resources of each node that is there or may come.
+    A session that is already connected is used as it is. Yields the resources of each node that is up or may be added.
 
     Args:
-        metadata: for the dashboard's entry of this driver; `job_name` is what its list of jobs shows.
+        address: address of the cluster.
+        dashboard: serve the dashboard if Ray is started here.
+        metadata: metadata of this driver on the dashboard; its list of jobs shows `job_name`.
 
     Raises:
         RunFailed: the cluster does not answer.
@@ -41,8 +43,8 @@ def connected(
     mine = not ray.is_initialized()
     if mine:
         if not address:
-            _stay_on_loopback()
-            _take_a_free_agent_port()
+            listen_on_loopback()
+            use_free_agent_port()
         try:
             ray.init(
                 address=address or "local",
@@ -51,52 +53,27 @@ def connected(
                 job_config=ray.job_config.JobConfig(metadata=dict(metadata or {})),
                 **({} if address else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}),
             )
-        except SystemExit as error:  # Ray's own handler of SIGTERM, while it starts
+        except SystemExit as error:  # from Ray's handler of SIGTERM while it starts
             raise Interrupted(signal.SIGTERM) if error.code == signal.SIGTERM else error from None
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RunFailed(
-                f"Ray at {address or 'this machine'} must answer, but: {' '.join(str(error).split())[:300]}"
-            ) from None
+            raise RunFailed(f"Ray at {address or 'this machine'} does not answer: {one_line(error)}") from None
         finally:
             if not address:
-                with suppress(OSError):  # there is none without authentication
-                    (Path.home() / ".ray" / "auth_token").chmod(
-                        0o600
-                    )  # Ray writes it for every user of the machine to read
+                # Ray writes the token readable by every user of the machine; without authentication there is none.
+                with suppress(OSError):
+                    (Path.home() / ".ray" / "auth_token").chmod(0o600)
     try:
         yield cluster_nodes()
     except Stopped:
-        mine = False  # the process ends at once, and what it started with it
+        mine = False  # the process exits at once, and the Ray that it started with it
         raise
     finally:
         if mine:
             ray.shutdown()
 
 
-def _stay_on_loopback() -> None:
-    """Have the Ray that this process starts listen on 127.0.0.1 alone, by the switch that Ray uses itself on macOS and Windows.
-
-    Ray's processes would listen on every interface otherwise, the node's metrics without asking for the token.
-    """
-    from ray._private import ray_constants
-
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for drivers started from here
-    ray_constants.ENABLE_RAY_CLUSTER = False  # was read from it at import
-
-
-@cache
-def _take_a_free_agent_port() -> None:
-    """Let the node's agent listen on any free port; `ray.init` has no word for it.
-
-    On its default, 52365, a second Ray on the machine would have an agent that gives up serving: no jobs, no job logs.
-    """
-    from ray._private.parameter import RayParams
-
-    RayParams.__init__ = partialmethod(RayParams.__init__, dashboard_agent_listen_port=0)
-
-
 def meeting_point() -> tuple[str, int]:
-    """This node's address and a free port, where a process group can form."""
+    """Return this node's address and a free port, for a process group to meet."""
     import ray
 
     with socket.socket() as probe:
@@ -105,7 +82,7 @@ def meeting_point() -> tuple[str, int]:
 
 
 def dashboard_url() -> str | None:
-    """Where the dashboard of the connected session is served; None without one."""
+    """Return the URL of the connected session's dashboard; None without one."""
     import ray
 
     url = ray._private.worker.get_dashboard_url()
@@ -113,7 +90,7 @@ def dashboard_url() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Where a search runs: the driver's system, and what each node of the cluster offers."""
+    """Describe the hardware of a search: the driver's system, and the resources of each node of the cluster."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []

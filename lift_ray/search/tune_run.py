@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
-from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 
 from lift_ray.errors import RunFailed, last_line
+from lift_ray.ray_runtime.patches import aws_keys_stay_here
 from lift_ray.search.engine import MAX_FAILURES, Engine
 from lift_ray.search.slot import Slot
 
@@ -38,7 +38,6 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
 
 class JobSearcher(Searcher):  # type: ignore[misc]
@@ -132,19 +131,16 @@ def _fit(engine: Engine, callbacks: Sequence[tune.Callback], slot_class: type[Sl
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Tune's settings for the time of a fit; and it must not copy keys of AWS into the runtime environment of the slots, which
-    the dashboard shows and logs hold. Slots have those of their node."""
+    """Tune's settings for the time of a fit, without AWS keys in what the dashboard shows."""
     logger = logging.getLogger("ray.tune")  # it would report, with tracebacks, what the search has a line for
     before, level = {name: os.environ.get(name) for name in ENVIRONMENT}, logger.level
     logger.setLevel(logging.CRITICAL)
-    propagated = class_cache.ENV_VARS_TO_PROPAGATE & SECRETS
     os.environ.update(ENVIRONMENT)
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(SECRETS)
     try:
-        yield
+        with aws_keys_stay_here():
+            yield
     finally:
         logger.setLevel(level)
-        class_cache.ENV_VARS_TO_PROPAGATE.update(propagated)
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -1,4 +1,4 @@
-"""What several models gain together, in tables and words; torch is not imported, so that the driver of a search can."""
+"""Tables and text about the gain of an ensemble. torch is not imported, because the driver of a search uses this module."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FURTHER = ("worst_class", "harmonic_mean", "geometric_mean", "macro_f1", "calibr
 
 
 def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
-    """Class accuracy in percent by data group (rows) and parameter group (columns): mean of the members -> together, gain."""
+    """Return a table of class accuracy (%) by data group (rows) and parameter group (columns): mean of the members -> ensemble."""
     groups = report["groups"]
     table = rich.table.Table(
-        title="mean of the models alone -> together (gain), by data group D and parameter group P",
+        title="Class accuracy (%): mean of the members -> ensemble (gain), by data group D and parameter group P",
         title_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
@@ -32,9 +32,9 @@ def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
 
 
 def together_table(found: Sequence[Mapping[str, Any]]) -> rich.table.Table:
-    """Test accuracy in percent of several sets of models, as distributed.final_comparison.ensemble_results gives them."""
+    """Return a table of the test accuracy (%) of several ensembles (search.final_comparison.ensemble_results)."""
     table = rich.table.Table(
-        title="models together, test accuracy in %; gain over their mean, over the best of them",
+        title="Ensembles, test accuracy (%); gain over the mean and over the best of their members",
         title_justify="left",
         box=rich.box.SIMPLE_HEAD,
         collapse_padding=True,
@@ -64,11 +64,13 @@ def _cell(cell: dict[str, float]) -> str:
 def print_found(
     title: str, split: str, shown: Sequence[tuple[str, Mapping[str, float]]], report: Mapping[str, Any]
 ) -> None:
-    """Print the accuracies of an evaluation, of the members of several models first.
+    """Print the accuracies of an evaluation; those of the members of an ensemble come first.
 
     Args:
+        title: title of the table.
+        split: the split.
         shown: (label, metrics as `split/name`), for each strength of the post-hoc adjustment.
-        report: of `GroupGainTable.result`, empty for one model.
+        report: result of `GroupGainTable.result`; empty for a single model.
     """
     screen = console()
     screen.print(accuracy_table(title, split, [*report.get("members", {}).items(), *shown]))
@@ -76,14 +78,14 @@ def print_found(
         values = (f"{name.replace('_', ' ')} {percent(figures[f'{split}/{name}'])}" for name in FURTHER)
         print(f"{label}: {', '.join(values)}")
     if shown and "unlabelled/recall" in (figures := shown[0][1]):
-        print(f"pseudo-labels of the last epoch, in %: {', '.join(_pseudo_labels(figures))}")
+        print(f"pseudo-labels of the last epoch (%): {', '.join(_pseudo_labels(figures))}")
     if report:
         screen.print(crossed_table(report))
         print("\n".join(_words(report)))
 
 
 def _pseudo_labels(figures: Mapping[str, float]) -> list[str]:
-    """How good the pseudo-labels of an epoch were, over all classes and by data group."""
+    """Describe the quality of an epoch's pseudo-labels, over all classes and by data group."""
     out = []
     for group, ending in ((ANY, ""), *((group, f"_{group}") for group in GROUPS)):
         if f"unlabelled/recall{ending}" in figures:
@@ -94,18 +96,18 @@ def _pseudo_labels(figures: Mapping[str, float]) -> list[str]:
 
 
 def _words(report: Mapping[str, Any]) -> list[str]:
-    """What the table does not show, in words: gain by data group, how often two models differ, and what it cost."""
+    """Describe the gain by data group, the disagreement between members, and the cost, which the table does not show."""
     gains = [
         f"{d} {100 * row[ANY]['gain']:+.1f} ({100 * row[ANY]['gain_over_best']:+.1f})"
         for d, row in report["groups"].items()
     ]
     differ = [f"{a} and {b} {percent(share)}" for a, b, share in report["disagreement"]]
     lines = [
-        f"gain over the mean of the models (over the best of them here, {report['best']}): {', '.join(gains)}",
-        f"images on which two models differ, in %: {', '.join(differ)}",
+        f"gain over the mean of the members (over the best one here, {report['best']}): {', '.join(gains)}",
+        f"images on which two models disagree (%): {', '.join(differ)}",
     ]
     if why := report.get("no_parameter_groups"):
-        lines.insert(0, f"without parameter groups: {why}")
+        lines.insert(0, f"no parameter groups: {why}")
     if cost := report.get("cost"):
         lines.append(
             f"cost: {cost['trained_parameters']:,} trained parameters, {cost['train_s']:.0f} s of training steps, "

@@ -1,4 +1,4 @@
-"""How far a conversion is: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of a conversion: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LINE_EVERY_S = 10.0
 
 @contextmanager
 def image_progress() -> Iterator[Callable[[int, int], None]]:
-    """Yields what to call with (done, total) images. Images that are done at the first call were there before.
+    """Yield a function to call with (done, total) images; it shows images/s and the remaining time on stderr.
 
-    Shows images/s and the time left on stderr.
+    Images that are done at the first call count as finished by an earlier run, not for the speed.
     """
     console = Console(stderr=True, highlight=False)
     columns = (
@@ -36,7 +36,7 @@ def image_progress() -> Iterator[Callable[[int, int], None]]:
                 first = done
                 bar.add_task("images", total=total, completed=done, rate=0.0)
                 if done:
-                    console.print(f"goes on: {done:,} of {total:,} images were there already", soft_wrap=True)
+                    console.print(f"continuing: {done:,} of {total:,} images were already converted", soft_wrap=True)
                 return
             rate = (done - first) / max(now - began, 1e-3)
             bar.update(bar.task_ids[0], completed=done, rate=rate)

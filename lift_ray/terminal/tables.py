@@ -14,20 +14,20 @@ HEADINGS = ("overall", "mean class", "many", "medium", "few")
 
 
 def console() -> Console:
-    """Where people read: the terminal's width, or 110 columns when there is none."""
+    """Return the console for tables: as wide as the terminal, or 110 columns without one."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=110)
 
 
 def percent(value: float | None) -> str:
-    """0.4567 -> 45.7."""
+    """Format a fraction as percent: 0.4567 -> 45.7."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> rich.table.Table:
-    """Accuracy in percent for each named model, overall and by group; the best of each column stands out.
+    """Return a table of the accuracy (%) of each named model, overall and by group; the best of each column is bold.
 
-    Models with several logits (ULFine) have those of the linear head and of the prototypes below their own.
+    For models with several logits (ULFine), rows for the linear head and the prototypes follow.
     """
     rows = [row for label, figures in rows for row in ((label, figures), *_further(split, figures))]
     table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
@@ -44,12 +44,12 @@ def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Fractions as percent, `45.7 ± 0.8`: mean and standard deviation of at least two."""
+    """Format the mean and standard deviation of at least two fractions as percent: `45.7 ± 0.8`."""
     return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
 def seeds_table(runs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
-    """Test accuracy of settings that were trained with several seeds, as `SearchResult.seeds` has them."""
+    """Return a table of the test accuracy of settings that were trained with several seeds (`SearchResult.seeds`)."""
     table = rich.table.Table(
         title="Test accuracy (%), several seeds, mean ± standard deviation",
         title_justify="left",
@@ -75,12 +75,12 @@ def _further(split: str, figures: Mapping[str, float]) -> list[tuple[str, dict[s
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """`adaptformer, bottleneck 8, tau 1, lr 0.02`: a trial's settings in a line."""
+    """Describe a trial's settings in one line: `adaptformer, bottleneck 8, tau 1, lr 0.02`."""
     parts = [str(values["tuner.kind"])] if "tuner.kind" in values else []
     parts += [f"{name.rsplit('.', 1)[-1]} {short(value)}" for name, value in values.items() if name != "tuner.kind"]
     return ", ".join(parts)
 
 
 def short(value: Any) -> str:
-    """A value for a narrow column."""
+    """Format a value for a narrow column."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Metrics of a search for Prometheus, by way of Ray: `ray_lift_ray_study_NAME`."""
+"""Prometheus metrics of a search, exported by Ray as `ray_lift_ray_study_NAME`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from lift_ray.training.events import Event, StepsDone
 
 STATES = ("to_come", "waiting", "running", "finished", "pruned", "infeasible", "failed")
 STUDY_GAUGES = {
-    "trials": ("trials in each state", "state"),
+    "trials": ("number of trials in each state", "state"),
     "best": ("first objective of the best finished trial", "objective"),
     "slots": ("process groups that trials run in", None),
-    "slot_restarts": ("slots lost and replaced since this driver began", None),
+    "slot_restarts": ("slots lost and replaced since this driver started", None),
 }
-TELL_EVERY_S = 2.0  # more often than Ray and Prometheus look
+TELL_EVERY_S = 2.0  # more often than Ray and Prometheus read them
 SLOT_GAUGES = {
-    "images_per_s": "training images a second of a slot, over the last second or epoch",
-    "data_wait_frac": "share of training time that a slot waited for data",
-    "gpu_memory_gib": "most GPU memory that tensors of a slot's first process held",
+    "images_per_s": "training images per second of a slot, over the last second or epoch",
+    "data_wait_frac": "fraction of training time that a slot waited for data",
+    "gpu_memory_gib": "peak GPU memory of tensors in a slot's first process",
 }
 
 
 class SlotCounts(Protocol):
-    """Number of slots, and of those that were lost."""
+    """Object that counts the slots of a search, and those that were lost."""
 
     @property
     def num_slots(self) -> int: ...
@@ -39,10 +39,12 @@ class SlotCounts(Protocol):
 
 
 class StudyMetrics:
-    """The state of a search as metrics of Ray.
+    """Ray metrics of the state of a search.
 
     Args:
-        rows: by number; the search fills them.
+        space: the search.
+        rows: trials by number; the search updates them.
+        slots: counts of slots.
     """
 
     def __init__(self, space: SpaceFile, rows: Mapping[int, TrialRow], slots: SlotCounts) -> None:
@@ -56,7 +58,7 @@ class StudyMetrics:
         self._told_at = -math.inf
 
     def tick(self) -> None:
-        """Called often. Sets all values every TELL_EVERY_S, because Ray drops one that was not set since it last looked."""
+        """Set all values if TELL_EVERY_S have passed; Ray drops a value that was not set since its last export."""
         if time.monotonic() - self._told_at >= TELL_EVERY_S:
             self._tell()
 
@@ -74,7 +76,7 @@ class StudyMetrics:
 
 
 class SlotGauges:
-    """Tells Ray how fast a slot trains, from its first process."""
+    """Ray metrics of the speed of a slot, set by its first process."""
 
     def __init__(self, study: str, slot: int) -> None:
         self._gauges = {
@@ -85,12 +87,12 @@ class SlotGauges:
             gauge.set_default_tags({"study": study, "slot": str(slot)})
 
     def take(self, message: Event) -> None:
-        """Figures in the middle of an epoch."""
+        """Set the figures of steps in the middle of an epoch."""
         if isinstance(message, StepsDone):
             self._set(message.figures)
 
     def epoch_done(self, figures: Mapping[str, float]) -> None:
-        """Figures of a whole epoch; nothing to tell where no step was made."""
+        """Set the figures of a whole epoch, if it had training steps."""
         if "train/images_per_s" in figures:
             self._set(
                 {

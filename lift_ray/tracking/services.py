@@ -1,4 +1,4 @@
-"""Trials and runs in MLflow, Weights & Biases or TensorBoard, for those who keep all they do there: off unless --log-to asks for it."""
+"""Logging of trials and runs to MLflow, Weights & Biases or TensorBoard, if `--log-to` asks for it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from lift_ray.errors import BadInput, Stopped, did_you_mean
+from lift_ray.errors import BadInput, Stopped, did_you_mean, one_line
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
 from lift_ray.terminal.tables import describe
 from lift_ray.training.events import EpochEnded, Event, Figures, RunStarted, TestEnded
 
-MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}  # all else was cut short
-LONGEST_NAME = 120  # of a folder
+MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}  # all other states: stopped early
+LONGEST_NAME = 120  # characters of a folder name
 Settings = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """A service that keeps runs, known by their titles. Its arguments: the name of the search or run, and the result folder."""
+    """A service that stores runs under their titles. It is constructed with the name of the search or run, and the result folder."""
 
     def begin(self, title: str, settings: Settings) -> None: ...
 
@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
 
 class MLflow:
-    """Runs of one experiment, where $MLFLOW_TRACKING_URI says."""
+    """Runs of one MLflow experiment, at $MLFLOW_TRACKING_URI."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.client, self.entities = _package("mlflow").MlflowClient(), _package("mlflow.entities")
@@ -43,31 +43,31 @@ class MLflow:
         self.runs: dict[str, str] = {}
 
     def begin(self, title: str, settings: Settings) -> None:
-        """A run with its settings."""
+        """Create a run with its settings."""
         run = self.client.create_run(self.experiment, run_name=title).info.run_id
         self.runs[title] = run
         self.client.log_batch(run, params=[self.entities.Param(name, str(value)) for name, value in settings.items()])
 
     def log(self, title: str, figures: Figures, epoch: int) -> None:
-        """The figures of an epoch."""
+        """Log the metrics of an epoch."""
         now = round(1000 * time.time())
         metrics = [self.entities.Metric(name, value, now, epoch) for name, value in figures.items()]
         self.client.log_batch(self.runs[title], metrics=metrics)
 
     def end(self, title: str, state: str) -> None:
-        """How it ended."""
+        """Store the final state of a run."""
         self.client.set_terminated(self.runs.pop(title), MLFLOW_STATUS.get(state, "KILLED"))
 
 
 class WeightsAndBiases:
-    """Runs of one project, as `wandb login` and $WANDB_MODE say."""
+    """Runs of one Weights & Biases project, according to `wandb login` and $WANDB_MODE."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.wandb, self.project = _package("wandb"), name
         self.runs: dict[str, Any] = {}
 
     def begin(self, title: str, settings: Settings) -> None:
-        """A run with its settings."""
+        """Create a run with its settings."""
         self.runs[title] = self.wandb.init(
             project=self.project,
             name=title,
@@ -77,32 +77,32 @@ class WeightsAndBiases:
         )
 
     def log(self, title: str, figures: Figures, epoch: int) -> None:
-        """The figures of an epoch."""
+        """Log the metrics of an epoch."""
         self.runs[title].log(figures, step=epoch)
 
     def end(self, title: str, state: str) -> None:
-        """How it ended."""
+        """Store the final state of a run."""
         run = self.runs.pop(title)
         run.summary["state"] = state
         run.finish(exit_code=int(state in ("failed", "infeasible")))
 
 
 class TensorBoard:
-    """Folders in OUT/tensorboard, with settings and last figures under HPARAMS."""
+    """Folders in OUT/tensorboard, with settings and last metrics under HPARAMS."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.folder = folder / "tensorboard"
         self.runs: dict[str, tuple[Any, Settings, Figures]] = {}
 
     def begin(self, title: str, settings: Settings) -> None:
-        """A folder for its events."""
+        """Create a folder for the events of a run."""
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
         place = self.folder / re.sub(r"[^\w.]+", "-", title)[:LONGEST_NAME]
         self.runs[title] = SummaryWriter(str(place)), settings, {}
 
     def log(self, title: str, figures: Figures, epoch: int) -> None:
-        """The figures of an epoch."""
+        """Log the metrics of an epoch."""
         writer, _, last = self.runs[title]
         last |= figures
         for name, value in figures.items():
@@ -110,7 +110,7 @@ class TensorBoard:
         writer.flush()
 
     def end(self, title: str, state: str) -> None:
-        """Settings and last figures, side by side with the others'."""
+        """Store settings, final state and last metrics, for comparison with other runs."""
         from tensorboardX.summary import hparams  # type: ignore[import-untyped]
 
         writer, settings, last = self.runs.pop(title)
@@ -121,9 +121,9 @@ class TensorBoard:
 
 
 class Tracked:
-    """Passes trials or runs on to a service; one that fails is left alone from then on, and the work goes on.
+    """Forwarder of trials or runs to a service. After the first failure the service is not used again, and training continues.
 
-    To a search it is a watcher.
+    It has the methods of a watcher of a search.
     """
 
     def __init__(self, name: str, tracker: Tracker) -> None:
@@ -132,34 +132,34 @@ class Tracked:
         self.works = True
 
     def begin(self, title: str, settings: Settings) -> None:
-        """A run, of which nothing else is called so."""
+        """Create a run; its title must be unique."""
         self.begun.add(title)
         self._try(lambda: self.tracker.begin(title, settings))
 
     def log(self, title: str, figures: Figures) -> None:
-        """The figures of an epoch, those that are numbers."""
+        """Log the finite metrics of an epoch."""
         numbers = {name: value for name, value in figures.items() if name != "epoch" and math.isfinite(value)}
         if title in self.begun:
             self._try(lambda: self.tracker.log(title, numbers, int(figures["epoch"])))
 
     def end(self, title: str, state: str) -> None:
-        """It ran to its end, was stopped, or failed."""
+        """Close a run that finished, was stopped, or failed."""
         if title in self.begun:
             self.begun.remove(title)
             self._try(lambda: self.tracker.end(title, state))
 
     def started(self, row: TrialRow) -> None:
-        """A trial was handed to a slot; of one that goes on, the epochs before are told too."""
+        """Log that a slot started a trial, with the earlier epochs of a trial that continues."""
         self.begin(_title(row), row.values)
         for figures in row.history:
             self.log(_title(row), figures)
 
     def reported(self, row: TrialRow) -> None:
-        """An epoch is done."""
+        """Log the last epoch of a trial."""
         self.log(_title(row), row.last)
 
     def ended(self, row: TrialRow) -> None:
-        """A trial ran to its end, was stopped early, or failed."""
+        """Close a trial that finished, was stopped early, or failed."""
         self.end(_title(row), row.state)
 
     def _try(self, work: Callable[[], None]) -> None:
@@ -167,9 +167,9 @@ class Tracked:
             return
         try:
             work()
-        except Exception as error:  # each service raises its own
+        except Exception as error:  # each service has its own errors
             self.works = False
-            print(f"{self.name} takes no more figures ({' '.join(str(error).split())[:200]}); going on without it")
+            print(f"{self.name} accepts no more metrics ({one_line(error, 200)}); continuing without it")
 
 
 def _title(row: TrialRow) -> str:
@@ -178,13 +178,14 @@ def _title(row: TrialRow) -> str:
 
 @contextmanager
 def trackers(names: Sequence[str], name: str, folder: Path) -> Iterator[list[Tracked]]:
-    """The services by their names in SERVICES, for the time of a search or a run.
+    """Open services for the duration of a search or run.
 
     Args:
-        name: of the search or run.
-        folder: where its results go.
+        names: keys of SERVICES.
+        name: name of the search or run.
+        folder: its result folder.
 
-    Raises BadInput: an unknown name, a package that is not installed, a service that does not answer.
+    Raises BadInput for an unknown name, a package that is not installed, or a service that does not answer.
     """
     found = []
     for service in dict.fromkeys(names):
@@ -195,31 +196,33 @@ def trackers(names: Sequence[str], name: str, folder: Path) -> Iterator[list[Tra
             raise
         except Exception as error:
             raise BadInput(
-                f"--log-to {service}: must answer, but says: {' '.join(str(error).split())[:200]}; check its "
-                "address and login, or leave it out"
+                f"--log-to {service}",
+                f"does not answer: {one_line(error, 200)}",
+                remedy="check its address and login, or leave it out",
             ) from None
     try:
         yield found
     finally:
-        for tracked in found:  # of a search that was cut short
+        for tracked in found:  # runs are left if the search was stopped early
             for title in list(tracked.begun):
                 tracked.end(title, "stopped")
 
 
 def check_service(name: str) -> None:
-    """Raises BadInput for a service that is not known, or whose package is not installed."""
+    """Raise BadInput if a service is unknown or its package is not installed."""
     if name not in SERVICES:
-        raise BadInput(f"--log-to: unknown service '{name}'; {did_you_mean(name, SERVICES)}")
+        raise BadInput("--log-to", f"unknown service '{name}'", remedy=did_you_mean(name, SERVICES))
     if find_spec(PACKAGES.get(name, name)) is None:
         raise _not_installed(name)
 
 
 @contextmanager
 def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterator[Callable[[Event], None]]:
-    """A run of `train` in each service; yields what is to be told of its messages.
+    """Log a run of `train` to each service; yields a function that takes the run's events.
 
     Args:
-        name: of the run.
+        services: the services.
+        name: name of the run.
         config: its settings, as a tree.
     """
     for service in services:
@@ -228,7 +231,9 @@ def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterat
 
     def tell(message: Event) -> None:
         nonlocal told
-        history = message.history if isinstance(message, RunStarted) else []  # all of it, of a run that was resumed
+        history = (
+            message.history if isinstance(message, RunStarted) else []
+        )  # all earlier epochs of a run that was resumed
         if isinstance(message, EpochEnded):
             history = [message.figures]
         new = [figures for figures in history if figures["epoch"] > told]
@@ -257,12 +262,12 @@ def _package(name: str) -> Any:
 
 
 def _not_installed(name: str) -> BadInput:
-    return BadInput(f"--log-to {name}: needs the package {name}, but it is not installed; pip install {name}")
+    return BadInput(
+        f"--log-to {name}", f"requires the package {name}", but="it is not installed", remedy=f"pip install {name}"
+    )
 
 
 PACKAGES = {"tensorboard": "tensorboardX"}
-
-
 SERVICES: dict[str, Callable[[str, Path], Tracker]] = {
     "mlflow": MLflow,
     "wandb": WeightsAndBiases,

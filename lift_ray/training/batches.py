@@ -1,4 +1,4 @@
-"""What the steps of an epoch are given: pictures, pairs of views of unlabelled ones beside them, or kept activations."""
+"""Inputs for the steps of an epoch: images, with pairs of views of unlabeled images if needed, or cached features."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Batches = Iterator[tuple[Inputs, torch.Tensor]]
 
 
 def image_batches(config: RunConfig, warm: Workspace, tower: AnyTower, epoch: int, step: int) -> Batches:
-    """((images, patches), labels) of the steps of an epoch from `step` on, this rank's part of each.
+    """Yield ((images, patches), labels) for the steps of an epoch from `step` on, this rank's part of each.
 
-    With a method for half-labelled data, labelled pictures are followed by weak views of others, and by strong views of these; a
-    view has its picture's label.
+    With a method for half-labeled data a batch contains labeled images, then weak views of unlabeled images, then strong views of the
+    same images. The label of a view is the true one of its image; only statistics may use it.
     """
     ranks, augment, optim = warm.ranks, config.augment, config.optim
     start_px, patch_dropout = getattr(augment, "start_px", None), getattr(augment, "patch_dropout", 0.0)
@@ -94,10 +94,10 @@ def _joined(labelled: torch.Tensor, pairs: torch.Tensor | None) -> torch.Tensor:
 def cached_batches(
     config: RunConfig, warm: Workspace, train: Split, kept: torch.Tensor, epoch: int, step: int
 ) -> Batches:
-    """((activations,), labels) of the steps of an epoch from `step` on, this rank's part of each.
+    """Yield ((features,), labels) for the steps of an epoch from `step` on, this rank's part of each.
 
     Args:
-        kept: of the whole training split (Workspace.kept).
+        kept: cached features of the whole training split (Workspace.kept).
     """
     size, ranks = config.optim.global_batch_size, warm.ranks
     order = epoch_order(train, config.seed, epoch, config.optim.shuffle_bytes)
@@ -109,6 +109,6 @@ def cached_batches(
 
 
 def micro_batches(size: int, number: int) -> list[slice]:
-    """At most `number` slices of a batch, as even as they can be."""
+    """Split a batch into at most `number` slices of almost equal length."""
     ends = [size * i // number for i in range(number + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends) if stop > start]

@@ -1,6 +1,6 @@
-"""A run on disk: trained tensors as safetensors, everything else as JSON. Nothing is pickled.
+"""Checkpoints: trained tensors as safetensors, everything else as JSON. Nothing is pickled.
 
-torch is imported by the functions that need it: the driver of a search reads records without it.
+Functions import torch when they need it, because the driver of a search reads records without torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 import lift_ray
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import write_per_class
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
 from lift_ray.storage.output import Output
@@ -35,16 +35,19 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Record:
-    """What a checkpoint says of its run.
+    """Description of a run in its checkpoint.
 
     Args:
-        config: the resolved settings.
-        dataset: its URI, class_names and class_counts (K,) of the training split.
-        epoch: epochs done, each with its evaluation.
-        step: steps done in all; more than `epoch` epochs have when the run stands inside an epoch.
-        metrics: of the last evaluation, by `split/name`.
-        history: the figures of every epoch that is done.
-        seconds: spent in the epoch that the run stands in, by name of its figure.
+        config: resolved settings.
+        digest: digest of these settings.
+        dataset: URI of the dataset.
+        class_names: names of the K classes.
+        class_counts: (K,), training images of each class.
+        epoch: number of finished epochs, evaluation included.
+        step: number of finished steps since the start of the run, including those of an unfinished epoch.
+        metrics: metrics of the last evaluation, by `split/name`.
+        history: figures of every finished epoch.
+        seconds: seconds spent in the unfinished epoch, by the name of the figure.
         scaler: state of the loss scaling, in fp16 only.
     """
 
@@ -71,13 +74,13 @@ def save(
     record: Record,
     per_class: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write a checkpoint, whole or not at all: to a temporary name, then renamed over what was there.
+    """Write a checkpoint atomically: to a temporary folder, which is then renamed over the previous checkpoint.
 
     Args:
-        state: further tensors by name (random numbers, the losses of an epoch half done).
-        per_class: rows of the last evaluation (results.metrics.per_class_rows).
+        state: other tensors by name (states of random generators, the losses of an unfinished epoch).
+        per_class: rows of the last evaluation (evaluation.metrics.per_class_rows).
 
-    Raises OSError; what was there before is then unchanged.
+    Raises OSError; the previous checkpoint is then unchanged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
@@ -111,7 +114,7 @@ def _rename(temporary: Path, folder: Path) -> None:
     try:
         os.replace(temporary, folder)
     except OSError as error:
-        # Two ranks that are told to stop write the same checkpoint at the same time.
+        # Two ranks that are told to stop may write the same checkpoint at the same time: the first one wins.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     shutil.rmtree(old, ignore_errors=True)
@@ -119,9 +122,9 @@ def _rename(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def opened(where: str) -> Iterator[Path]:
-    """The checkpoint meant by a folder or URL, as a local folder.
+    """Yield a checkpoint, given by folder or URL, as a local folder.
 
-    It is `where` itself, or the best/ of a search or the checkpoint/ of a run inside it. Raises BadInput.
+    `where` is the checkpoint itself, or the result folder of a search (its best/) or of a run (its checkpoint/). Raises BadInput.
     """
     output = Output(where, "CHECKPOINT")
     names = [name for name in ("", BEST, FINAL_CHECKPOINT) if output.holds(f"{name}/{RECORD}".lstrip("/"))]
@@ -130,60 +133,72 @@ def opened(where: str) -> Iterator[Path]:
 
 
 def read_record(folder: Path) -> Record:
-    """The JSON part of a checkpoint. Raises BadInput when the folder does not hold one."""
+    """Read the JSON part of a checkpoint. Raises BadInput if the folder is not a checkpoint."""
     try:
         data = json.loads((folder / RECORD).read_text())
         if data.get("format_version") != FORMAT_VERSION:
             raise BadInput(
-                f"{folder}: must be a checkpoint of format {FORMAT_VERSION}, but got {data.get('format_version')}; "
-                "use the version of lift_ray that wrote it"
+                str(folder),
+                f"must be a checkpoint of format {FORMAT_VERSION}",
+                data.get("format_version", "none"),
+                "use the version of lift_ray that wrote it",
             )
         return Record(**data)
     except FileNotFoundError:
         raise BadInput(
-            f"{folder}: must be a checkpoint folder, but there is no {RECORD}; give the folder that holds it"
+            str(folder),
+            "must be a checkpoint folder",
+            but=f"there is no {RECORD}",
+            remedy="give the folder that contains it",
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadInput(
-            f"{folder / RECORD}: must be a checkpoint's record, but got {error}; copy the folder again"
+            str(folder / RECORD), f"invalid checkpoint record: {one_line(error)}", remedy="copy the folder again"
         ) from None
 
 
-def difference(there: Sequence[str], here: Sequence[str]) -> str:
-    """What differs between a checkpoint's class names and those of a data set."""
-    odd = sorted(set(here) ^ set(there))[:3] or ["the same names in another order"]
-    return f"it has {len(there)} and the data set {len(here)}, which differ ({', '.join(odd)})"
+def difference(there: Sequence[str], here: Sequence[str], other: str = "the dataset") -> str:
+    """Describe how the class names of a checkpoint differ from those of a dataset, or of something else."""
+    if odd := sorted(set(here) ^ set(there))[:3]:
+        return f"it has {len(there)} classes and {other} {len(here)}, which differ in {', '.join(odd)}"
+    return "their order differs"
 
 
 def check_same(folder: Path, record: Record, config: Mapping[str, Any], class_names: Sequence[str]) -> None:
-    """Raises BadInput, with the first difference, when a checkpoint is not of these settings and classes."""
+    """Raise BadInput, with the first difference, if a checkpoint has other settings or classes."""
     for section, value in config.items():
         if record.config.get(section) != value:
             raise BadInput(
-                f"{folder}: must be of the same settings, but {section} was {record.config.get(section)} "
-                f"and is {value}; use another --out, or the settings it began with"
+                str(folder),
+                "must have the same settings",
+                but=f"{section} was {record.config.get(section)} and is now {value}",
+                remedy="use another --out, or the settings it started with",
             )
     if record.class_names != list(class_names):
         raise BadInput(
-            f"{folder}: must be of the same classes, but {difference(record.class_names, class_names)}; "
-            "give the data set it was trained for"
+            str(folder),
+            "must have the same classes",
+            but=difference(record.class_names, class_names),
+            remedy="give the dataset it was trained on",
         )
 
 
 def load_weights(folder: Path, model: Lift) -> None:
-    """Load tuner and head, strictly. Raises BadInput when they do not fit."""
+    """Load tuner and head strictly. Raises BadInput if they do not match the model."""
     from safetensors.torch import load_file
 
     try:
         model.load_stored(load_file(folder / WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(
-            f"{folder / WEIGHTS}: must fit the settings beside it, but got: {error}; copy the folder again"
+            str(folder / WEIGHTS),
+            f"does not match the settings next to it: {one_line(error)}",
+            remedy="copy the folder again",
         ) from None
 
 
 def load_optimizer(folder: Path, model: Lift, optimizer: torch.optim.Optimizer) -> None:
-    """Load SGD's momentum. Raises BadInput when it is unreadable."""
+    """Load SGD's momentum. Raises BadInput if it is unreadable."""
     momenta = _read_tensors(folder / OPTIMIZER)
     for name, parameter in model.trained().items():
         if name in momenta:
@@ -191,7 +206,7 @@ def load_optimizer(folder: Path, model: Lift, optimizer: torch.optim.Optimizer) 
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
-    """The further tensors given to `save`. Raises BadInput when they are unreadable."""
+    """Read the other tensors that `save` was given. Raises BadInput if they are unreadable."""
     return _read_tensors(folder / STATE)
 
 
@@ -201,4 +216,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: must be readable, but got: {error}; start from another checkpoint") from None
+        raise BadInput(
+            str(path), f"cannot be read: {one_line(error)}", remedy="start from another checkpoint"
+        ) from None

@@ -1,4 +1,4 @@
-"""Events of a run in training, from its first rank to whoever shows and stores them; and what else a slot of a search answers."""
+"""Events that the first rank of a run sends to whatever shows and stores them, and the replies of a slot of a search."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ class RunStarted:
     """The workers are ready, at the start or after a failure.
 
     Args:
-        epoch, step: where the run stands: whole epochs, and steps into the next one.
-        history: the figures of the epochs that are done.
-        trained_parameters: number of trained values.
+        num_workers: number of workers that train.
+        epochs: number of epochs of the run.
+        steps_per_epoch: number of steps of an epoch.
+        epoch: number of finished epochs.
+        step: number of finished steps of the current epoch.
+        history: figures of the finished epochs.
+        trained_parameters: number of trained parameters.
     """
 
     num_workers: int
@@ -29,12 +33,13 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class StepsDone:
-    """Steps were done; a sign of life when there are no figures.
+    """Steps are finished; without figures it is a heartbeat.
 
     Args:
-        epoch, step: as in Began.
-        figures: of the steps since the last message, by the names in progress.STEP_FIGURES.
-        evaluated: share of a split that an evaluation has done; 0 in training.
+        epoch: number of finished epochs.
+        step: number of finished steps of the current epoch.
+        figures: means over the steps since the last event, by the names in progress.STEP_FIGURES.
+        evaluated: fraction of a split that the current evaluation has processed; 0 in training.
     """
 
     epoch: int
@@ -45,10 +50,11 @@ class StepsDone:
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """An epoch is done, validated and in a checkpoint.
+    """An epoch is finished, validated and saved.
 
     Args:
-        checkpoint: its name.
+        figures: metrics and times of the epoch.
+        checkpoint: name of its checkpoint.
     """
 
     figures: Figures
@@ -57,14 +63,14 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class TestEnded:
-    """The test split's figures, after the last epoch."""
+    """The metrics of the test split, after the last epoch."""
 
     figures: Figures
 
 
 @dataclass(frozen=True)
 class RunStopped:
-    """The run stopped because it was told to, with a checkpoint."""
+    """The run stopped on request and wrote a checkpoint."""
 
     reason: str
     checkpoint: str
@@ -72,7 +78,7 @@ class RunStopped:
 
 @dataclass(frozen=True)
 class WorkersLost:
-    """Workers were lost, and the run goes on from its last checkpoint."""
+    """Workers were lost, and the run resumes from its last checkpoint."""
 
     reason: str
 
@@ -87,14 +93,14 @@ class RunAborted:
 
 @dataclass(frozen=True)
 class RunDiverged:
-    """The training loss is not finite: the settings are to blame, and a retry would end the same way."""
+    """The training loss is not finite. The settings cause this, so a retry would end in the same way."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class JobDone:
-    """The result of a job that is not a trial: a dict for JSON."""
+    """The result, for JSON, of a job that is not a trial."""
 
     value: dict[str, Any]
 

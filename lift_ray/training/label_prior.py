@@ -1,4 +1,4 @@
-"""The label prior inside a foundation model, from what it makes of the validation split untrained; the loss that may need it."""
+"""The label prior of a foundation model, estimated from its zero-shot logits on the validation split, and the losses that use it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from lift_ray.training.workspace import Workspace
 
 
 def zero_shot(config: RunConfig) -> RunConfig:
-    """The same foundation model without training, as a single model."""
+    """Return settings for the same foundation model without training, as a single model."""
     return RunConfig.model_validate(
         config.model_dump(exclude={"tuner", "extra_tuner", "method"}) | {"tuner": {"kind": "zero_shot"}}
     )
 
 
 def label_prior(warm: Workspace, config: RunConfig) -> Prior:
-    """`methods.prior.fit` of the zero-shot logits of the validation split, the same on every rank.
+    """Fit the label prior to the zero-shot logits of the validation split (methods.prior.fit); the same on every rank.
 
-    Raises BadInput without a text tower, without a validation image of every class, and where no prior can be fitted.
+    Raises BadInput if there is no text tower, if a class has no validation image, or if no prior can be fitted.
     """
     if (backbone := warm.backbone(config)).text is None:
-        raise BadInput(f"GLA: needs a text tower, but {backbone.name} has none; leave it out, or use another backbone")
+        raise BadInput(
+            "GLA",
+            "requires a text tower",
+            but=f"{backbone.name} has none",
+            remedy="leave GLA out, or use another backbone",
+        )
     split, plain = warm.dataset.split("validation"), warm.resolve(zero_shot(config))
     model = warm.build(plain)
     features = warm.kept(plain, model, split)
@@ -40,15 +45,15 @@ def label_prior(warm: Workspace, config: RunConfig) -> Prior:
 
 
 def fitted(warm: Workspace, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:
-    """`methods.prior.fit` on the validation split. Raises BadInput in one line where it cannot be fitted."""
+    """Call `methods.prior.fit` on the validation split. Raises BadInput if no prior can be fitted."""
     try:
         return fit(logits, labels, **options)
     except ValueError as error:
-        raise BadInput(f"{warm.dataset.uri} validation: {error}; GLA cannot be used with it") from None
+        raise BadInput(f"{warm.dataset.uri} validation", str(error), remedy="GLA cannot be used with it") from None
 
 
 def loss_of(config: RunConfig, warm: Workspace, counts: torch.Tensor) -> Loss:
-    """The loss on labelled pictures. Raises BadInput as `label_prior` for the loss that needs one.
+    """Return the loss on labeled images. Raises BadInput if it requires a label prior that `label_prior` cannot estimate.
 
     Args:
         counts: (K,), training images of each class, on the device of the logits.

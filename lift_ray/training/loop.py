@@ -1,4 +1,4 @@
-"""The training loop: the same on Ray Train's workers and in one process without Ray."""
+"""The training loop, the same on Ray Train's workers and in one process without Ray."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ told_to_stop = threading.Event()  # set by SIGTERM in this process
 
 
 class StopAsked(Exception):
-    """The run is to stop now, at a point where it can be saved.
+    """Request to stop, raised at a point where the run can be saved. Its text is the reason.
 
     Attributes:
-        checkpoint: the name of the one written then.
+        checkpoint: name of the checkpoint that was written before stopping.
     """
 
     checkpoint = ""
@@ -31,15 +31,15 @@ class StopAsked(Exception):
 def train(
     run: Run, checkpoints: CheckpointManager, tell: Callable[[Event], None], stop_asked: Callable[[], str]
 ) -> None:
-    """Go on from the last checkpoint to the end of the run, and test.
+    """Train from the last checkpoint to the end of the run, then test.
 
     Args:
-        tell: takes what happens; on ranks that are not the first it may throw it away.
-        stop_asked: why to stop now; "" to go on.
+        tell: receives the events; on ranks other than the first it may ignore them.
+        stop_asked: returns the reason to stop now, or "" to continue.
 
     Raises:
-        StopAsked: with a checkpoint written.
-        BadInput, RunFailed: what no retry can mend.
+        StopAsked: after a checkpoint was written.
+        BadInput, RunFailed: errors that no retry can fix.
     """
     checkpoints.restore(run)
     tell(RunStarted(run.ranks.world_size, run.num_epochs, run.steps_per_epoch, run.epoch, run.step, run.history))
@@ -67,9 +67,9 @@ def train(
 
 
 class StepCallback:
-    """Called after every step and evaluation batch: tells now and then what goes on, and passes a wish to stop on.
+    """Callback after every training step and evaluation batch: it reports progress and raises stop requests.
 
-    Losses are read from the device once in TELL_EVERY_S, so that a GPU does not wait for the host.
+    Losses are read from the device at most once in TELL_EVERY_S, so that a GPU does not wait for the host.
     """
 
     def __init__(self, run: Run, tell: Callable[[Event], None], stop_asked: Callable[[], str]) -> None:
@@ -78,7 +78,7 @@ class StepCallback:
         self._remember()
 
     def __call__(self) -> None:
-        """Raises StopAsked."""
+        """Report progress if it is time to. Raises StopAsked."""
         if reason := self.stop_asked():
             raise StopAsked(reason)
         if self.run.ranks.is_first and time.monotonic() - self._told_at >= TELL_EVERY_S:
@@ -90,7 +90,7 @@ class StepCallback:
         self._epoch, self._step, self._seconds = self.run.epoch, self.run.step, dict(self.run.seconds)
 
     def _figures(self) -> dict[str, float]:
-        """Of the steps of this epoch since the last message; none during evaluation."""
+        """Return the figures of this epoch's steps since the last event; none during evaluation."""
         run, same = self.run, self.run.epoch == self._epoch
         first = self._step if same else 0
         if run.step <= first:
@@ -111,6 +111,6 @@ class StepCallback:
 
 
 def stop_on_sigterm() -> None:
-    """From now on SIGTERM, as before a spot machine goes away, sets `told_to_stop`. For a process's main thread."""
+    """Make SIGTERM set `told_to_stop`, as it comes before a spot machine is taken away. Call it in the main thread."""
     told_to_stop.clear()
     signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())

@@ -1,4 +1,4 @@
-"""What a run would do and need: digest, trained parameters, steps, memory. Nothing is trained, and Ray is not started."""
+"""The plan of a run for `--dry-run`: digest, trained parameters, steps, memory. Nothing is trained, and Ray is not started."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from lift_ray.data.batches import AHEAD
 from lift_ray.data.dataset import Dataset, Split
 from lift_ray.data.order import memory_bytes, steps_per_epoch
-from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
+from lift_ray.model.backbone import BackboneUnavailable
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import RunFile
 from lift_ray.training.workspace import DTYPES, Workspace
@@ -19,17 +19,15 @@ PROBE_IMAGES = 2
 
 
 def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tuple[RunConfig, dict[str, str]]:
-    """The resolved settings, and a line for each thing that a user wants to know beforehand. Raises BadInput.
+    """Return the resolved settings, and a line for each part of the plan. Raises BadInput.
 
-    Where the tower's weights cannot be had, what depends on them is said to be unknown.
+    If the backbone cannot be loaded, for example without network, the lines that depend on it say "unknown".
     """
     config, split = run.config, data.split("train").share(run.config.optim.data_frac)
     model, unknown = None, ""
     try:
         model, config = _build(config, data)
-    except BadInput as error:
-        if "could not be loaded" not in str(error):
-            raise
+    except BackboneUnavailable as error:
         unknown = str(error)
     batch, epochs = config.optim.global_batch_size, config.optim.epochs
     steps = steps_per_epoch(split, batch)
@@ -41,7 +39,7 @@ def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tupl
     if model is None:
         return config, lines | {"trained parameters and memory": f"unknown; {unknown}"}
     parts = memory(model, config, batch // workers * (1 + 2 * getattr(config.method, "unlabelled_ratio", 0))) | {
-        "encoded pictures": _encoded_bytes(split, config.optim.shuffle_bytes)
+        "encoded images": _encoded_bytes(split, config.optim.shuffle_bytes)
     }
     each = ", ".join(f"{name} {size / MIB:,.1f}" for name, size in parts.items())
     return config, lines | {
@@ -55,41 +53,40 @@ def _encoded_bytes(split: Split, shuffle_bytes: int) -> int:
 
 
 def _build(config: RunConfig, data: Dataset) -> tuple[Lift, RunConfig]:
-    """The model, with a classifier that starts anywhere, and the resolved settings."""
+    """Return the model, its classifier not initialized, and the resolved settings."""
     warm = Workspace(data.uri, Ranks.alone())
-    # Here may be no GPU, and the classifier's start costs time and does not change a size.
+    # This machine may have no GPU, so the precision is fp32. Initializing the classifier takes time and changes no size.
     plain = config.model_copy(update={"backbone": config.backbone.model_copy(update={"precision": "fp32"})})
     resolved = warm.resolve(plain)
     return warm.build(resolved, trained_already=True), resolved.model_copy(update={"backbone": config.backbone})
 
 
 def memory(model: Lift, config: RunConfig, images: int) -> dict[str, int]:
-    """Bytes that a worker holds while it trains, by what they are.
+    """Estimate the bytes that a worker needs in training, by kind.
 
-    Activations are those that a step on PROBE_IMAGES images keeps for its backward pass, scaled up; a batch of pictures is
-    held for each that is made ahead.
+    Activations are measured in a forward pass of PROBE_IMAGES images and scaled up. Each batch that is prepared ahead counts.
 
     Args:
-        images: of a worker in one step.
+        images: number of images of a worker in one step.
     """
     trained = sum(p.numel() for p in model.trained().values())
     tower = sum(p.numel() for p in model.tower.parameters())
     at_once = -(-images // config.optim.accumulate)
-    picture = 3 * model.tower.resolution_px**2
+    image = 3 * model.tower.resolution_px**2
     value_bytes = DTYPES[config.backbone.precision].itemsize
     return {
         "tower": 4 * tower + (value_bytes * tower if value_bytes < 4 else 0),  # autocast keeps a copy
         "trained, gradients and momentum": 3 * 4 * trained,
         "activations": int(saved_bytes(model, value_bytes) / PROBE_IMAGES * at_once) if trained else 0,
-        "batches": (AHEAD + 2) * images * picture + 4 * images * picture,
+        "batches": (AHEAD + 2) * images * image + 4 * images * image,
     }
 
 
 def saved_bytes(model: Lift, value_bytes: int = 4) -> int:
-    """Bytes of activations that autograd keeps of PROBE_IMAGES images, each tensor counted once.
+    """Measure the bytes of activations that autograd saves for PROBE_IMAGES images, each tensor counted once.
 
-    Tensors that a layer norm was given stay in fp32 also where the products are computed in less. With activation checkpointing it
-    is the input of every block, and what one block keeps while it is computed again.
+    Inputs of layer norms stay in fp32 even if the products use a smaller type. With activation checkpointing the result is the input of
+    every block, plus what one block saves while it is recomputed.
     """
     px, tower = model.tower.resolution_px, model.tower
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

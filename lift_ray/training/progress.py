@@ -1,4 +1,4 @@
-"""A run in training as it goes: metrics.jsonl, TensorBoard, and a bar on a terminal or plain lines elsewhere."""
+"""Progress of a run: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from lift_ray.training.events import (
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 STEP_FIGURES = {
     "loss": "training loss",
-    "accuracy": "share of training images classified rightly",
+    "accuracy": "fraction of training images classified correctly",
     "lr": "learning rate",
-    "images_per_s": "images a second",
-    "data_wait_frac": "share of time spent waiting for data",
-    "gpu_memory_gib": "most GPU memory held by tensors",
+    "images_per_s": "images per second",
+    "data_wait_frac": "fraction of time spent waiting for data",
+    "gpu_memory_gib": "peak GPU memory of tensors",
 }
 
 
 class Progress:
-    """Takes a run's messages, keeps its figures and shows them.
+    """Receiver of a run's events that stores its figures and shows them.
 
     Args:
-        output: where metrics.jsonl and tensorboard/ go.
+        output: destination of metrics.jsonl and tensorboard/.
 
     Attributes:
-        last: the figures that came last.
-        retries: why the run was taken up again, in order.
-        problem: what ended it.
-        halted: set when it stopped because it was told to.
-        checkpoint: the name of the last one after an epoch.
-        listeners: told of every message too.
+        last: the latest figures.
+        retries: reasons of the retries so far, in order.
+        problem: the error that ended the run.
+        halted: set if the run stopped on request.
+        checkpoint: name of the latest checkpoint at the end of an epoch.
+        listeners: functions that also receive every event.
     """
 
     def __init__(self, output: Output) -> None:
@@ -95,7 +95,7 @@ class Progress:
         self._writer.close()
 
     def take(self, message: Event) -> None:
-        """Keep and show a message. Raises RunFailed when remote storage does not take the figures."""
+        """Store and show an event. Raises RunFailed if remote storage does not accept the figures."""
         self._takes[type(message)](message)
         for listener in self.listeners:
             listener(message)
@@ -105,7 +105,7 @@ class Progress:
         self._write(message.history)
         if message.epoch or message.step:
             self._say(
-                f"going on from epoch {message.epoch + 1}, step {message.step} of {message.steps_per_epoch}, "
+                f"continuing from epoch {message.epoch + 1}, step {message.step} of {message.steps_per_epoch}, "
                 f"on {message.num_workers} worker{'s' if message.num_workers > 1 else ''}"
             )
         total = message.epochs * message.steps_per_epoch
@@ -133,7 +133,7 @@ class Progress:
 
     def _failed(self, message: WorkersLost) -> None:
         self.retries.append(message.reason)
-        self._say(f"{message.reason}; trying again from the last checkpoint")
+        self._say(f"{message.reason}; retrying from the last checkpoint")
 
     def _halted(self, message: RunStopped) -> None:
         self.halted = message
@@ -164,5 +164,5 @@ class Progress:
 
 
 def read_metrics(path: Path) -> list[Figures]:
-    """The lines of a metrics.jsonl; none when there is no file."""
+    """Read the lines of a metrics.jsonl; a missing file has none."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

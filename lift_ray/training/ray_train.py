@@ -1,4 +1,4 @@
-"""One run: on Ray Train workers, where it survives lost and hung workers, or in this process without Ray."""
+"""Training of one run: on Ray Train workers, where it survives lost and hung workers, or in this process without Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lift_ray.errors import BadInput, RunFailed, Stopped, last_line
+from lift_ray.errors import BadInput, RunFailed, Stopped, last_line, one_line
 from lift_ray.ray_runtime.autoscaler import autoscaler_config
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.storage.layout import SETTINGS
@@ -22,23 +22,23 @@ from lift_ray.training.progress import Progress
 
 STOP_WITHIN_S = 10.0
 POLL_S = 0.3
-NODE_START_S = (
-    1800.0  # for a machine to be found, to boot and to install; where fewer workers may do, nobody waits so long
-)
-RESIZE_S = 20.0  # between two looks, of a run with fewer workers than it may have, at the cluster
-MOST_CHARACTERS = 300  # of an error in one line
+# A machine must be found, boot and install. A run that may start with fewer workers does not wait this long.
+NODE_START_S = 1800.0
+RESIZE_S = 20.0  # a run with fewer workers than allowed checks the cluster this often
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers of a run get.
+    """Description of a run for its workers.
 
     Args:
-        name: of the run.
-        config: the settings, as a tree.
-        dataset, out: URIs.
+        name: name of the run.
+        config: settings, as a tree.
+        dataset: URI of the dataset.
+        out: URI of the result folder.
         num_cpus: cores of each worker.
-        checkpoint_s, checkpoint_steps: a checkpoint after so many seconds and so many steps, besides each epoch's.
+        checkpoint_s: seconds between checkpoints, in addition to one after each epoch.
+        checkpoint_steps: steps between checkpoints, in addition; None for none.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Patience:
-    """What failures a run survives.
+    """Failures that a run survives.
 
     Args:
-        max_failures: how often workers may be lost.
-        heartbeat_s: workers that are silent for longer are taken for hung, and ended.
+        max_failures: number of times that workers may be lost.
+        heartbeat_s: seconds without an event after which workers count as hung and are killed.
     """
 
     max_failures: int = 3
@@ -64,7 +64,7 @@ class Patience:
 
 
 def train_alone(job: Job, progress: Progress) -> None:
-    """Train in this process, on its GPU if it has one. Raises BadInput, and RunFailed, also when SIGTERM comes."""
+    """Train in this process, on its GPU if it has one. Raises BadInput, and RunFailed, also after SIGTERM."""
     import torch
 
     from lift_ray.methods.world import Ranks
@@ -93,15 +93,17 @@ def _train(job: Job, ranks: Any, tell: Callable[[Event], None], stop_asked: Call
     output = Output(job.out)
     if not output.holds(SETTINGS):
         raise BadInput(
-            f"{output}: must be storage that every worker reaches, but one on {os.uname().nodename} finds no "
-            f"{SETTINGS} there; give a shared folder or a URL as --out"
+            str(output),
+            "must be storage that every worker can reach",
+            but=f"a worker on {os.uname().nodename} finds no {SETTINGS} there",
+            remedy="use a shared folder or a URL as --out",
         )
     run = Run(RunConfig.model_validate(job.config), Workspace(job.dataset, ranks))
     train(run, CheckpointManager(output, job.checkpoint_s, job.checkpoint_steps), tell, stop_asked)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What every rank runs under Ray Train."""
+    """Train as one rank under Ray Train."""
     import ray
     import ray.train
     import torch
@@ -110,29 +112,31 @@ def train_worker(settings: dict[str, Any]) -> None:
     from lift_ray.methods.world import Ranks
     from lift_ray.training.loop import StopAsked, told_to_stop
 
-    job, board = settings["job"], settings["board"]
+    job, channel = settings["job"], settings["channel"]
     me = ray.get_runtime_context().current_actor
-    ray.get(me.execute.remote(_stop_on_sigterm))  # signals are a matter of the main thread, and this is not it
-    if not ray.get(board.join.remote(me)):
+    # Only the main thread may set a signal handler, and Ray Train runs this function in another thread.
+    ray.get(me.execute.remote(_stop_on_sigterm))
+    if not ray.get(channel.join.remote(me)):
         return
     context = ray.train.get_context()
     torch.set_num_threads(job.num_cpus)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device(), max(1, job.num_cpus - 1))
-    link = ChannelClient(board)
+    client = ChannelClient(channel)
     try:
-        _train(job, ranks, link.tell if ranks.is_first else lambda message: None, link.stop_asked)
+        _train(job, ranks, client.tell if ranks.is_first else lambda message: None, client.stop_asked)
     except StopAsked as asked:
         if not told_to_stop.is_set():
-            ray.get(board.tell.remote(RunStopped(str(asked), asked.checkpoint)))
-            time.sleep(
-                STOP_WITHIN_S
-            )  # the driver ends now, and this with it; Ray Train must not start workers meanwhile
+            ray.get(channel.tell.remote(RunStopped(str(asked), asked.checkpoint)))
+            # The driver exits now, and this worker with it. Until then Ray Train must not start new workers.
+            time.sleep(STOP_WITHIN_S)
             return
-        raise RunFailed(f"told to stop by {asked}, and wrote {asked.checkpoint}") from None
+        raise RunFailed(f"stopped by {asked} after writing {asked.checkpoint}") from None
     except (BadInput, RunFailed) as error:
-        ray.get(board.tell.remote(RunAborted(str(error), isinstance(error, BadInput))))
+        ray.get(channel.tell.remote(RunAborted(str(error), isinstance(error, BadInput))))
         if ranks.world_size > 1:
-            raise  # other ranks may wait for this one; Ray Train ends them, and nobody finds work at the second try
+            # Other ranks may wait for this one, so Ray Train must end them. The workers that it starts next find the run aborted
+            # (RunChannel.join) and return at once.
+            raise
 
 
 def _stop_on_sigterm() -> None:
@@ -142,36 +146,36 @@ def _stop_on_sigterm() -> None:
 
 
 class ChannelClient:
-    """A worker's side of the board. Nothing waits for an answer: it is looked at when it is there."""
+    """Client of a RunChannel in a worker. It never waits for a reply: it reads one when it has arrived."""
 
-    def __init__(self, board: Any) -> None:
-        self.board = board
-        self._answer: Any = None
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        self._reply: Any = None
 
     def tell(self, message: Event) -> None:
-        """Send a message."""
-        self._answer = self.board.tell.remote(message)
+        """Send an event."""
+        self._reply = self.channel.tell.remote(message)
 
     def stop_asked(self) -> str:
-        """Why to stop now; "" to go on."""
+        """Return the reason to stop now; "" to continue."""
         import ray
 
         from lift_ray.training.loop import told_to_stop
 
         if told_to_stop.is_set():
             return "SIGTERM"
-        if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:
+        if self._reply is None or not ray.wait([self._reply], timeout=0)[0]:
             return ""
-        answer, self._answer = ray.get(self._answer), None
-        return str(answer)
+        reply, self._reply = ray.get(self._reply), None
+        return str(reply)
 
 
 def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience, progress: Progress) -> None:
-    """Train on `need.workers` Ray Train workers, on at least `min_workers` when the cluster shrinks.
+    """Train on `need.workers` Ray Train workers, or on at least `min_workers` if the cluster shrinks.
 
     Raises:
-        BadInput: settings that only a worker could find wrong.
-        RunFailed: the loss diverged, workers kept failing, storage or disk did, or SIGTERM came.
+        BadInput: a mistake in the settings that only a worker can find.
+        RunFailed: the loss diverged, workers failed too often, storage or disk failed, or SIGTERM came.
     """
     import ray
 
@@ -182,27 +186,27 @@ def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience,
     if in_main_thread:
         before = signal.getsignal(signal.SIGTERM)
         stop_on_sigterm()
-    board = new_channel(job.name)
-    fitting = Fitting(job, need, min_workers, patience.max_failures, board)
+    channel = new_channel(job.name)
+    fitting = Fitting(job, need, min_workers, patience.max_failures, channel)
     fitting.start()
     try:
         stop_at: float | None = None
         while fitting.is_alive():
             fitting.join(POLL_S)
-            messages, silent_s = ray.get(board.take.remote())
+            messages, silent_s = ray.get(channel.take.remote())
             for message in messages:
                 progress.take(message)
             if silent_s > patience.heartbeat_s:
-                ray.get(board.kill_workers.remote(f"the workers gave no sign of life for {patience.heartbeat_s:g} s"))
+                ray.get(channel.kill_workers.remote(f"the workers were silent for {patience.heartbeat_s:g} s"))
             if told_to_stop.is_set() and stop_at is None:
-                is_running = ray.get(board.ask_stop.remote("SIGTERM"))
+                is_running = ray.get(channel.ask_stop.remote("SIGTERM"))
                 stop_at = time.monotonic() + (STOP_WITHIN_S if is_running else 0.0)
             if stop_at is not None and (progress.halted or time.monotonic() >= stop_at):
                 raise _stopped(progress, "SIGTERM", progress.halted.checkpoint if progress.halted else "")
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
-    for message in ray.get(board.take.remote())[0]:
+    for message in ray.get(channel.take.remote())[0]:
         progress.take(message)
     if progress.problem and progress.problem.is_bad_input:
         raise BadInput(progress.problem.line)
@@ -210,27 +214,22 @@ def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience,
         raise RunFailed(progress.problem.line + _kept(progress))
     if fitting.error is not None:
         raise RunFailed(
-            f"{progress.output}: the workers must finish, but failed more than {patience.max_failures} times; the last error: "
-            f"{last_line(fitting.error)[:MOST_CHARACTERS]}; train again with --resume"
+            f"{progress.output}: the workers failed more than {patience.max_failures} times, the last time with: "
+            f"{one_line(last_line(fitting.error))}; continue with --resume"
         )
 
 
 class Fitting(threading.Thread):
-    """Ray Train at work, in a thread, so that the main thread can show what happens and hear signals."""
+    """Thread that runs Ray Train, so that the main thread can show progress and handle signals."""
 
-    def __init__(self, job: Job, need: Need, min_workers: int, max_failures: int, board: Any) -> None:
+    def __init__(self, job: Job, need: Need, min_workers: int, max_failures: int, channel: Any) -> None:
         super().__init__(daemon=True)
-        self.job, self.need, self.min_workers, self.max_failures, self.board = (
-            job,
-            need,
-            min_workers,
-            max_failures,
-            board,
-        )
+        self.job, self.need, self.min_workers = job, need, min_workers
+        self.max_failures, self.channel = max_failures, channel
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """To the end, or to a failure too many, which is then in `error`."""
+        """Train to the end, or until workers have failed too often; the last error is then in `error`."""
         import ray.train
         from ray.train.torch import TorchTrainer
 
@@ -241,20 +240,20 @@ class Fitting(threading.Thread):
             os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's /api/train/v2/runs/v1
         if self.min_workers >= self.need.workers and autoscaler_config():
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODE_START_S))
-        board, need = self.board, self.need
+        channel, need = self.channel, self.need
 
         class Failures(ray.train.UserCallback):  # type: ignore[misc]
-            """Tells the board that workers were lost."""
+            """Report lost workers to the channel."""
 
             def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-                """Ray Train calls this before it starts workers anew."""
-                ray.get(board.failed.remote(_reason(worker_exceptions)))
+                """Ray Train calls this before it starts new workers."""
+                ray.get(channel.failed.remote(_reason(worker_exceptions)))
 
-        # Ray Train keeps its own notes here; the run's checkpoints are ours, so nothing of it is needed later.
-        with tempfile.TemporaryDirectory(prefix="lift_ray-") as notes:
+        # Ray Train keeps its own state here. Checkpoints are written by lift_ray, so nothing of it is needed later.
+        with tempfile.TemporaryDirectory(prefix="lift_ray-") as state:
             trainer = TorchTrainer(
                 train_worker,
-                train_loop_config={"job": self.job, "board": board},
+                train_loop_config={"job": self.job, "channel": channel},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=need.workers if self.min_workers >= need.workers else (self.min_workers, need.workers),
                     use_gpu=bool(need.gpus),
@@ -263,7 +262,7 @@ class Fitting(threading.Thread):
                 ),
                 run_config=ray.train.RunConfig(
                     name=re.sub(r"[^\w.-]", "-", self.job.name),
-                    storage_path=notes,
+                    storage_path=state,
                     callbacks=[Failures()],
                     failure_config=ray.train.FailureConfig(
                         max_failures=self.max_failures, controller_failure_limit=self.max_failures
@@ -277,17 +276,17 @@ class Fitting(threading.Thread):
 
 
 def _reason(errors: dict[int, Exception]) -> str:
-    """The first worker that failed by itself, and not because another was gone."""
-    lines = [(rank, last_line(error)[:MOST_CHARACTERS]) for rank, error in sorted(errors.items())]
+    """Name the first worker that failed by itself, and not because another worker was gone."""
+    lines = [(rank, one_line(last_line(error))) for rank, error in sorted(errors.items())]
     rank, line = min(lines, key=lambda pair: "gloo" in pair[1] or "NCCL" in pair[1])
     return f"worker {rank}: {line}"
 
 
 def _stopped(progress: Progress, reason: str, checkpoint: str) -> Stopped:
     last = checkpoint or progress.checkpoint
-    kept = f"the last checkpoint is {last}" if last else "there was no checkpoint yet"
-    return Stopped(f"{progress.output}: stopped by {reason}; {kept}; go on with --resume")
+    kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    return Stopped(f"{progress.output}: stopped by {reason}; {kept}; continue with --resume")
 
 
 def _kept(progress: Progress) -> str:
-    return f"; checkpoints/{progress.checkpoint} is the last good one" if progress.checkpoint else ""
+    return f"; the last good checkpoint is checkpoints/{progress.checkpoint}" if progress.checkpoint else ""

@@ -1,4 +1,4 @@
-"""One run: from settings to a trained model, epoch by epoch. The same code under Ray Train, in a search, and alone."""
+"""One run, from settings to a trained model, epoch by epoch. The same code runs under Ray Train, in a search and alone."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ Figures = dict[str, float]
 
 
 class Run:
-    """A run at some point of its training: `step` steps into the epoch after `epoch` whole ones.
-
-    `pulse` is called after every step and every evaluation batch; what it raises ends the work at a point where the run can
-    be saved.
+    """State of a training run after `epoch` whole epochs and `step` steps of the next one.
 
     Args:
         config: settings; derived values are filled in here.
-        warm: the loaded tower and data.
-        class_counts: (K,) of the data it was trained on, for a run that is only evaluated; the data set then needs no
-            training split.
+        warm: the loaded backbone and data.
+        class_counts: (K,), training images of each class, for a run that is only evaluated; the dataset then needs no training
+            split.
+
+    Attributes:
+        pulse: called after every step and every evaluation batch. It may raise, at a point where the run can be saved.
     """
 
     def __init__(self, config: RunConfig, warm: Workspace, class_counts: list[int] | None = None) -> None:
@@ -67,14 +67,14 @@ class Run:
         self.trained = self.model.trained()
         self.optimizer: torch.optim.Optimizer | None = None
         self.epoch = self.step = self.steps_per_epoch = 0
-        self.losses = torch.zeros(0, 2)  # of every step of this epoch: loss, share of the batch that was right
+        self.losses = torch.zeros(0, 2)  # of every step of this epoch: loss, fraction of the batch classified correctly
         self.seconds = {"time/train_s": 0.0, "time/data_wait_s": 0.0}
         self.metrics: Figures = {}
         self.history: list[Figures] = []
         self.pulse: Callable[[], None] = lambda: None
         self.per_class: PerClass | None = None
-        self.beside: dict[str, MetricAccumulator] = {}  # what an evaluation counts of further logits of the head
-        self.evaluated = 0.0  # share of the split that an evaluation has done
+        self.auxiliary: dict[str, MetricAccumulator] = {}  # metrics of the head's other logits in an evaluation
+        self.evaluated = 0.0  # fraction of the split that the current evaluation has processed
         if class_counts is None and self.trained:
             self._prepare_training()
 
@@ -87,11 +87,13 @@ class Run:
         self.steps_per_epoch = steps_per_epoch(self.train, batch)
         if not self.steps_per_epoch:
             raise BadInput(
-                f"optim.global_batch_size: must be at most the {self.train.num_samples} training images, "
-                f"but got {batch}; lower it"
+                "optim.global_batch_size",
+                f"must be at most the {self.train.num_samples} training images",
+                batch,
+                "lower it",
             )
         if getattr(self.config.augment, "decode", "exact") == "gpu" and self.ranks.device.type != "cuda":
-            raise BadInput("augment.decode: must be exact or reduced without a GPU, but got gpu; leave it out")
+            raise BadInput("augment.decode", "must be exact or reduced without a GPU", "gpu", "leave it out")
         self.losses = torch.zeros(self.steps_per_epoch, 2, device=self.ranks.device)
         counts = torch.from_numpy(self.class_counts).float().to(self.ranks.device)
         labelled, method = loss_of(self.config, self.warm, counts), self.config.method
@@ -102,24 +104,27 @@ class Run:
         if self.config.backbone.compile:
             if self.ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
                 raise BadInput(
-                    "backbone.compile: needs a C++ compiler on a CPU, but got none; install g++, or set it to false"
+                    "backbone.compile",
+                    "requires a C++ compiler on a CPU",
+                    but="there is none",
+                    remedy="install g++, or set it to false",
                 )
             self.forward = torch.compile(self.forward)
 
     @property
     def num_epochs(self) -> int:
-        """Epochs to train: none when nothing is trained."""
+        """Number of epochs to train; 0 if nothing is trained."""
         return self.config.optim.epochs if self.trained else 0
 
     def train_epoch(self) -> Figures:
-        """One pass over the training split without validation; the figures of `end_epoch`."""
+        """Train one epoch without validation, and return its figures."""
         for batch in self.batches():
             self.train_step(batch)
         self._settle()
         return self._end_epoch()
 
     def batches(self) -> Iterator[Step]:
-        """The steps of this epoch that are not done yet."""
+        """Yield the remaining steps of this epoch."""
         forward, coming = self._batches()
         for _ in range(self.step, self.steps_per_epoch):
             self._asked = time.monotonic()
@@ -128,7 +133,7 @@ class Run:
             yield forward, inputs, labels
 
     def train_step(self, batch: Step) -> None:
-        """One step of SGD over the ranks' parts of a global batch; nothing is read back from the device."""
+        """Do one step of SGD over the ranks' parts of a global batch; nothing is read back from the device."""
         (forward, inputs, labels), config, optimizer = batch, self.config, self.optimizer
         assert optimizer is not None
         for group in optimizer.param_groups:
@@ -136,10 +141,10 @@ class Run:
         optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(2, device=self.ranks.device)
         for part in micro_batches(len(labels), config.optim.accumulate):
-            share = (part.stop - part.start) / len(labels)
+            weight = (part.stop - part.start) / len(labels)  # so that micro-batches add up to the mean over the batch
             with autocast(config, self.ranks.device):
                 output = forward(*(x if x is None else x[part] for x in inputs))
-            loss, right = (figure * share for figure in self.objective(output, labels[part]))
+            loss, right = (figure * weight for figure in self.objective(output, labels[part]))
             self.scaler.scale(loss).backward()
             figures += torch.stack([loss.detach(), right])
         self.losses[self.step] = self.ranks.average(self.trained.values(), figures)
@@ -150,10 +155,10 @@ class Run:
         self.pulse()
 
     def end_epoch(self) -> Figures:
-        """Validate after the last step of an epoch, and stand at the begin of the next.
+        """Validate after the last step of an epoch, and move to the start of the next one.
 
-        Returns train/loss, train/accuracy, speed, where the time went, and the metrics of validation.
-        Raises RunFailed when the loss was not finite.
+        Returns train/loss, train/accuracy, speed, times, and the metrics of validation.
+        Raises RunFailed if a loss was not finite.
         """
         self._settle()
         self.metrics = self.evaluate("validation")
@@ -162,7 +167,7 @@ class Run:
         return figures
 
     def _settle(self) -> None:
-        """Wait for the device to finish its steps, which counts as training, and check them."""
+        """Wait for the device to finish its steps and check their losses. The wait counts as training time."""
         asked = time.monotonic()
         self.check_finite()
         self.seconds["time/train_s"] += time.monotonic() - asked
@@ -185,13 +190,13 @@ class Run:
         return figures
 
     def lr(self, epoch: int, step: int) -> float:
-        """The cosine schedule over the whole run; epoch and step from 0."""
+        """Return the learning rate of a step: a cosine schedule over the whole run. Epoch and step count from 0."""
         optim = self.config.optim
         done = (epoch * self.steps_per_epoch + step) / (self.steps_per_epoch * optim.epochs)
         return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def check_finite(self) -> None:
-        """Raises RunFailed, naming the step, when the loss of a step of this epoch was not finite."""
+        """Raise RunFailed, with the number of the step, if a loss of this epoch is not finite."""
         losses = self.losses[:, 0].cpu()
         if not (wrong := (~losses.isfinite()).nonzero()).numel():
             return
@@ -203,14 +208,14 @@ class Run:
         )
 
     def _batches(self) -> tuple[Forward, Batches]:
-        """The rest of this epoch's (inputs, labels), and what goes through the model: pictures, or kept activations."""
+        """Return the forward function, and the rest of this epoch's (inputs, labels): images, or cached features."""
         config, warm, model = self.config, self.warm, self.model
         if isinstance(config.augment, NoAugmentConfig) and (kept := warm.kept(config, model, self.train)) is not None:
             return model.from_frozen, cached_batches(config, warm, self.train, kept, self.epoch, self.step)
         return self.forward, image_batches(config, warm, model.tower, self.epoch, self.step)
 
     def evaluate(self, split_name: str) -> dict[str, float]:
-        """Metrics of a split as `split/name`, over all ranks, each image counted once."""
+        """Return the metrics of a split as `split/name`, over all ranks, each image counted once."""
         began = time.monotonic()
         found = self.evaluate_taus(split_name, [self.config.evaluation.posthoc_tau])[0]
         return found | {"time/evaluate_s": time.monotonic() - began}
@@ -218,16 +223,20 @@ class Run:
     def evaluate_taus(
         self, split_name: str, taus: Sequence[float], each: Sequence[PredictionCollector] = ()
     ) -> list[dict[str, float]]:
-        """Metrics for several strengths of the post-hoc adjustment z - tau * log prior, the logits computed once.
+        """Return metrics for several strengths of the post-hoc adjustment z - tau * log prior; logits are computed once.
 
-        `each`, one for each tau, takes the predictions for every image. The accuracies of further logits of the head, unadjusted, stand
-        beside them as `split/accuracy_linear` and the like.
+        If the head has other logits, their accuracies without adjustment are included, as `split/accuracy_linear` and the like.
+
+        Args:
+            split_name: the split.
+            taus: the strengths.
+            each: one collector for each tau, for the prediction of every image.
         """
         device = self.ranks.device
         log_prior = torch.from_numpy(np.log(self.class_counts / self.class_counts.sum())).float().to(device)
         tallies = [MetricAccumulator(self.warm.dataset.num_classes, device) for _ in taus]
         names = ("linear", "similarity") if isinstance(self.model.head, FusedHead) else ()
-        self.beside = {name: MetricAccumulator(self.warm.dataset.num_classes, device) for name in names}
+        self.auxiliary = {name: MetricAccumulator(self.warm.dataset.num_classes, device) for name in names}
         with torch.inference_mode(), autocast(self.config, device):
             split = self.warm.dataset.split(split_name)
             for logits, labels in self._logits(split):
@@ -239,14 +248,14 @@ class Run:
                     if images is not None:
                         images.add(adjusted)
         self.evaluated = 0.0
-        counts = [tally.tensors() for tally in (*tallies, *self.beside.values())] + [
+        counts = [tally.tensors() for tally in (*tallies, *self.auxiliary.values())] + [
             images.tensors() for images in each
         ]
         for tensor in chain.from_iterable(counts):
             self.ranks.sum(tensor)
         further = {
             f"{split_name}/{metric}_{name}": value
-            for name, tally in self.beside.items()
+            for name, tally in self.auxiliary.items()
             for metric, value in tally.result(self.class_counts)[0].items()
             if metric in ("accuracy", "mean_class_accuracy", *GROUPS)
         }
@@ -257,20 +266,20 @@ class Run:
         return out
 
     def _logits(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's share of a split; further logits of the head are counted beside."""
+        """Yield (logits, labels) of this rank's part of a split; the head's other logits go to `auxiliary`."""
         head = self.model.head
         for features, labels in self._features(split):
             if isinstance(head, FusedHead):
                 with torch.autocast(features.device.type, enabled=False):
                     both = [over_crops(logits) for logits in head.both(features.float())]
-                for tally, logits in zip(self.beside.values(), both, strict=True):
+                for tally, logits in zip(self.auxiliary.values(), both, strict=True):
                     tally.add(logits, labels)
                 yield head.fused(*both), labels
             else:
                 yield over_crops(self.model.classify(features)), labels
 
     def _features(self, split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's share of a split, (b, D) and with test-time ensembling (b, 5, D)."""
+        """Yield (features, labels) of this rank's part of a split: (b, D), with test-time ensembling (b, 5, D)."""
         ranks, tte = self.ranks, self.config.evaluation.tte
         if not tte and (kept := self.warm.kept(self.config, self.model, split)) is not None:
             mine = rank_slice(split.num_samples, ranks.rank, ranks.world_size)
@@ -291,9 +300,9 @@ class Run:
         yield from on_cores(ranks.device, lambda one: (feature(one.images), self.warm.to_device(one.labels)), batches)
 
     def epochs(self) -> Iterator[Figures]:
-        """Train to the end from wherever the run stands; yields the figures of each epoch, validation included.
+        """Train from the current state to the end, and yield the figures of each epoch, validation included.
 
-        Where nothing is trained, validation is the one thing to yield, as epoch 0.
+        If nothing is trained, only validation is yielded, as epoch 0.
         """
         if not self.trained:
             yield self.validate_untrained()
@@ -303,20 +312,20 @@ class Run:
             yield self.end_epoch()
 
     def validate_untrained(self) -> Figures:
-        """The figures of a run that trains nothing: validation, as epoch 0."""
+        """Return the figures of a run that trains nothing: validation, as epoch 0."""
         self.metrics = self.evaluate("validation")
         self.history = [{"epoch": 0, **self.metrics, "trained_parameters": 0}]
         return self.history[0]
 
     @property
     def num_trained(self) -> int:
-        """Number of trained values, classifier included."""
+        """Number of trained parameters, classifier included."""
         return sum(p.numel() for p in self.trained.values())
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint of the run as it stands; the same on every rank.
+        """Write a checkpoint of the current state, which is the same on every rank.
 
-        Raises RunFailed when the loss of a step was not finite, and OSError.
+        Raises RunFailed if a loss is not finite, and OSError.
         """
         self.check_finite()
         data, scaling = self.warm.dataset, self.optimizer is not None and self.scaler.is_enabled()
@@ -342,12 +351,12 @@ class Run:
         checkpoint.save(folder, self.model, self.optimizer, state, record, rows)
 
     def per_class_rows(self) -> list[dict[str, Any]]:
-        """A row for each class, of the last evaluation."""
+        """Return a row for each class, from the last evaluation."""
         assert self.per_class is not None
         return per_class_rows(self.warm.dataset.class_names, self.class_counts, *self.per_class)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint of the same settings. Raises BadInput, naming the first setting that differs."""
+        """Load a checkpoint with the same settings. Raises BadInput, with the first setting that differs."""
         record = checkpoint.read_record(folder)
         checkpoint.check_same(folder, record, self.config.to_dict(), self.warm.dataset.class_names)
         checkpoint.load_weights(folder, self.model)
@@ -367,7 +376,7 @@ class Run:
 
 
 def make_optimizer(trained: dict[str, nn.Parameter], optim: OptimConfig) -> torch.optim.SGD:
-    """SGD with momentum over all trained parameters, as in LIFT; one fused update a step."""
+    """Return SGD with momentum over all trained parameters, as in LIFT, with one fused update per step."""
     return torch.optim.SGD(
         trained.values(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
     )

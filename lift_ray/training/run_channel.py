@@ -1,4 +1,4 @@
-"""Where the workers of a run and its driver meet: an actor that holds messages, signs of life, and the wish to stop."""
+"""Actor that relays events, heartbeats and stop requests between the workers of a run and its driver."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lift_ray.training.progress import STEP_FIGURES
 
 
 class RunChannel:
-    """An actor on the driver's node. Step figures are also Ray metrics, `ray_lift_ray_train_NAME` in Prometheus.
+    """Actor on the driver's node. It also exports step figures as Ray metrics, `ray_lift_ray_train_NAME` in Prometheus.
 
     Args:
-        run: its name, the metrics' tag.
+        run: name of the run, the tag of its metrics.
     """
 
     def __init__(self, run: str) -> None:
@@ -33,12 +33,12 @@ class RunChannel:
             gauge.set_default_tags({"run": run})
 
     def join(self, worker: Any) -> bool:
-        """A worker is there; whether it has anything to do."""
+        """Register a worker. Returns False if the run was aborted and there is nothing to do."""
         self._workers.append(worker)
         return not self._problem
 
     def tell(self, message: Event) -> str:
-        """Takes a worker's message; answers why it is to stop, "" to go on."""
+        """Store an event of a worker. Returns the reason to stop, or "" to continue."""
         self._messages.append(message)
         self._heard_at = time.monotonic()
         self._problem = self._problem or isinstance(message, RunAborted)
@@ -48,30 +48,30 @@ class RunChannel:
         return self._stop
 
     def failed(self, reason: str) -> None:
-        """Workers were lost; Ray Train starts others, or gives up."""
+        """Note that workers were lost; Ray Train starts new ones or gives up."""
         self._workers, self._heard_at = [], None
         if not (self._stop or self._problem):
             self._messages.append(WorkersLost(self._hung or reason))
         self._hung = ""
 
     def take(self) -> tuple[list[Event], float]:
-        """The messages since the last call, and for how many seconds the workers have been silent."""
+        """Return the events since the last call, and the seconds since the workers were last heard."""
         messages, self._messages = self._messages, []
         return messages, 0.0 if self._heard_at is None else time.monotonic() - self._heard_at
 
     def ask_stop(self, reason: str) -> bool:
-        """Pass on, with the next answer, that the run is to stop; whether there is a run to hear it."""
+        """Request a stop with the next reply. Returns True if there are workers to receive it."""
         self._stop = reason
         return self._heard_at is not None
 
     def kill_workers(self, reason: str) -> None:
-        """End workers that hang, so that Ray Train starts others."""
+        """Kill workers that hang, so that Ray Train starts new ones."""
         for worker in self._workers:
             ray.kill(worker)
         self._hung, self._heard_at = reason, None
 
 
 def new_channel(run: str) -> Any:
-    """A RunChannel on the node of this process."""
+    """Start a RunChannel on the node of this process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(RunChannel).options(scheduling_strategy=here).remote(run)

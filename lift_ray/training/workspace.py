@@ -1,4 +1,4 @@
-"""What stays loaded from one run to the next in a process: the tower, the data, and what frozen blocks made of it."""
+"""Backbones, data and cached features that stay loaded from one run of a process to the next."""
 
 from __future__ import annotations
 
@@ -26,17 +26,22 @@ from lift_ray.model.heads import MEAN_OF, CosineHead, class_means, probe_weights
 from lift_ray.registry import HEADS
 from lift_ray.settings.methods import UlfineConfig
 from lift_ray.settings.run import RunConfig
+from lift_ray.training.feature_cache import FeatureCache
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 2**30
 
 
 class Workspace:
-    """The loaded towers, the data set's index and open files, and kept activations.
+    """The loaded backbones, the index and open files of a dataset, and the cached features.
 
     Args:
-        dataset: URI, or one that is open.
+        dataset: URI, or an open dataset.
         ranks: this process among those that train together.
+
+    Attributes:
+        cache: the cached features.
+        load_s: seconds spent loading so far.
     """
 
     def __init__(self, dataset: str | Dataset, ranks: Ranks) -> None:
@@ -46,17 +51,19 @@ class Workspace:
         self._backbones: dict[tuple[Any, ...], Backbone] = {}
         self._readers: dict[tuple[str, int], RowReader] = {}
         self._shares: dict[float, Split] = {}
-        self._kept: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.cache = FeatureCache()
         self.load_s = time.monotonic() - began
 
     def backbone(self, config: RunConfig) -> Backbone:
-        """The frozen tower of a run, loaded once. Raises BadInput."""
+        """Return the frozen backbone of a run, loaded once. Raises BadInput."""
         wanted, key = config.backbone, _key(config)
         if key not in self._backbones:
             if wanted.precision != "fp32" and self.ranks.device.type == "cpu":
                 raise BadInput(
-                    f"backbone.precision: must be fp32 on a CPU, but got {wanted.precision}; "
-                    "set backbone.precision=fp32, or use a GPU"
+                    "backbone.precision",
+                    "must be fp32 on a CPU",
+                    wanted.precision,
+                    "set backbone.precision=fp32, or use a GPU",
                 )
             began = time.monotonic()
             self._backbones[key] = load_backbone(
@@ -70,7 +77,7 @@ class Workspace:
         return self._backbones[key]
 
     def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
-        """The open files of a split, and memory for the encoded pictures that are shuffled together."""
+        """Return the open files of a split, with memory for the encoded images that are shuffled together."""
         key = (split.name, split.num_samples)
         if key not in self._readers:
             self._readers[key] = RowReader(split)
@@ -79,35 +86,43 @@ class Workspace:
         return reader
 
     def training(self, config: RunConfig) -> Split:
-        """What a run learns from: the training split, or a share of it. Raises BadInput when there is none."""
+        """Return the training split of a run, or the fraction of it that it uses. Raises BadInput if there is none."""
         frac = config.optim.data_frac
         if frac not in self._shares:
             self._shares[frac] = self.dataset.split("train").share(frac)
         return self._shares[frac]
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """The run with every derived value filled in, checked against the tower. Raises BadInput."""
+        """Return the settings with every derived value filled in, checked against the backbone. Raises BadInput."""
         backbone = self.backbone(config)
         tower = backbone.tower
         for tuner in config.tuners():
             check_tuner(tower, tuner.kind)
         if isinstance(config.method, UlfineConfig) and backbone.text is None:
             raise BadInput(
-                f"method ulfine: needs a text tower for its prototypes, but {backbone.name} has none; use fixmatch or loft"
+                "method ulfine",
+                "requires a text tower for its prototypes",
+                but=f"{backbone.name} has none",
+                remedy="use fixmatch or loft",
             )
         for name in ("patch_dropout", "start_px"):
             if getattr(config.augment, name, None) and not tower.attention:
-                raise BadInput(f"augment.{name}: needs a tower of patches, but {backbone.name} has none; remove it")
+                raise BadInput(
+                    f"augment.{name}",
+                    "requires a backbone with patches",
+                    but=f"{backbone.name} has none",
+                    remedy="remove it",
+                )
         try:
             return config.resolve(self.dataset.num_classes, tower.num_blocks, tower.width)
         except ValueError as error:
             raise BadInput(str(error)) from None
 
     def build(self, config: RunConfig, trained_already: bool = False) -> Lift:
-        """A fresh model on the shared tower, for resolved settings; the same on every rank.
+        """Return a new model on the shared backbone, for resolved settings; the same on every rank.
 
         Args:
-            trained_already: its weights will be loaded, so the classifier's start does not matter.
+            trained_already: its weights will be loaded, so the initial weights of the classifier do not matter.
         """
         backbone, head = self.backbone(config), config.head
         tower = backbone.tower
@@ -133,12 +148,13 @@ class Workspace:
             return Lift(tower, parts, classifier).to(self.ranks.device)
 
     def _start_weights(self, config: RunConfig) -> torch.Tensor:
-        """(K, D), what the classifier starts from."""
+        """Return the initial weights of the classifier, (K, D)."""
         if config.head.init == "semantic":
             return self.backbone(config).semantic_weights(self.dataset.class_names, config.head.template)
         split = self.training(config)
         key = (*_key(config), config.head.init, split.num_samples)
-        if key not in self._kept:
+
+        def compute() -> torch.Tensor:
             samples = first_of_each_class(split.labels, MEAN_OF)
             probe = Lift(self.backbone(config).tower, {"linear_probe": {}}, torch.nn.Identity())
             features = self.frozen(config, probe, split, samples).float().cpu()
@@ -146,12 +162,17 @@ class Workspace:
             try:
                 weights = make(features, torch.from_numpy(split.labels[samples]), self.dataset.num_classes)
             except ValueError as error:
-                raise BadInput(f"head.init: {error}") from None
-            self._kept[key] = F.normalize(weights, dim=-1)
-        return self._kept[key]
+                raise BadInput("head.init", str(error)) from None
+            return F.normalize(weights, dim=-1)
+
+        return self.cache.get(key, compute)
 
     def frozen(self, config: RunConfig, model: Lift, split: Split, samples: Int64s) -> torch.Tensor:
-        """What the blocks below the first tuned one make of these samples, (N, T, D) or features (N, D); on every rank."""
+        """Return the output of the blocks below the first tuned one for these samples, on every rank.
+
+        Its shape is (N, T, D), or (N, D) if no block is tuned. All ranks must call it together: each computes its slice, and the
+        sum over the ranks puts the slices together.
+        """
         backbone, ranks = self.backbone(config), self.ranks
         batches = evaluation_batches(
             self.reader(split),
@@ -163,11 +184,11 @@ class Workspace:
             samples=samples,
             batch_size=batch_size(ranks.device, backbone.tower),
         )
-        normalised = self.normaliser(config)
+        normalized = self.normalizer(config)
 
         def frozen(batch: Batch) -> torch.Tensor:
             with torch.no_grad(), autocast(config, ranks.device):
-                return model.frozen_part(normalised(batch.images))
+                return model.frozen_part(normalized(batch.images))
 
         out, at = None, rank_slice(len(samples), ranks.rank, ranks.world_size).start
         for part in on_cores(ranks.device, frozen, batches):
@@ -180,17 +201,15 @@ class Workspace:
         return ranks.sum(out)
 
     def kept(self, config: RunConfig, model: Lift, split: Split) -> torch.Tensor | None:
-        """`frozen` of a whole split, computed once for all runs; None when it would not fit, or nothing is frozen."""
+        """Return `frozen` of a whole split, computed once for all runs; None if it does not fit or nothing is frozen."""
         if not model.first_tuned:
             return None
         key = (*_key(config), split.name, split.num_samples, model.first_tuned)
-        if key not in self._kept:
-            size = 4 * split.num_samples * int(np.prod(self._frozen_shape(config, model)))
-            held = sum(tensor.numel() * tensor.element_size() for tensor in self._kept.values())
-            if size + held > config.backbone.cache_gib * GIB:
-                return None
-            self._kept[key] = self.frozen(config, model, split, np.arange(split.num_samples))
-        return self._kept[key]
+        num_bytes = 4 * split.num_samples * int(np.prod(self._frozen_shape(config, model)))
+        # `frozen` is a collective call: sizes follow from settings and data alone, so all ranks decide the same.
+        if not self.cache.fits(key, num_bytes, config.backbone.cache_gib * GIB):
+            return None
+        return self.cache.get(key, lambda: self.frozen(config, model, split, np.arange(split.num_samples)))
 
     def _frozen_shape(self, config: RunConfig, model: Lift) -> tuple[int, ...]:
         tower = self.backbone(config).tower
@@ -201,49 +220,50 @@ class Workspace:
     def device_batches(
         self, config: RunConfig, batches: Iterable[Batch]
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Normalised float images, labels and kept patches on the device; copied without waiting on a GPU."""
-        normalised = self.normaliser(config)
+        """Yield normalized images, labels and kept patches on the device; copies to a GPU are asynchronous."""
+        normalized = self.normalizer(config)
         for batch in batches:
             patches = None if batch.patches is None else self.to_device(batch.patches)
-            yield normalised(batch.images), self.to_device(batch.labels), patches
+            yield normalized(batch.images), self.to_device(batch.labels), patches
 
-    def normaliser(self, config: RunConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What makes of pictures (..., 3, H, W) uint8 those that the backbone takes, on the device."""
+    def normalizer(self, config: RunConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return a function that turns uint8 images (..., 3, H, W) into the backbone's input, on the device."""
         backbone, device = self.backbone(config), self.ranks.device
         std = torch.tensor(backbone.std, device=device).view(3, 1, 1)
+        # (x / 255 - mean) / std as one multiplication and one addition
         gain, offset = 1 / (255 * std), -torch.tensor(backbone.mean, device=device).view(3, 1, 1) / std
-        return lambda pictures: self.to_device(pictures).float().mul_(gain).add_(offset)
+        return lambda images: self.to_device(images).float().mul_(gain).add_(offset)
 
     def predictor(
         self, config: RunConfig, model: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What makes of pictures (b, 3, H, W) or (b, 5, 3, H, W) uint8 the model's answers, (b, ...) or (b, 5, ...)."""
-        normalised, device = self.normaliser(config), self.ranks.device
+        """Return a function from uint8 images (b, 3, H, W) or (b, 5, 3, H, W) to the model's output, (b, ...) or (b, 5, ...)."""
+        normalized, device = self.normalizer(config), self.ranks.device
 
-        def answer(pictures: torch.Tensor) -> torch.Tensor:
+        def predict(images: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode(), autocast(config, device):
-                images = normalised(pictures)
-                answers: torch.Tensor = model(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
-            return answers
+                inputs = normalized(images)
+                outputs: torch.Tensor = model(inputs.flatten(0, -4)).unflatten(0, inputs.shape[:-3])
+            return outputs
 
-        return answer
+        return predict
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the device; copied without waiting on a GPU."""
-        if self.ranks.device.type == tensor.device.type:  # the CPU, or pictures that were decoded on the GPU
+        """Return the tensor on the device; the copy to a GPU is asynchronous."""
+        if self.ranks.device.type == tensor.device.type:  # the CPU, or images that were decoded on the GPU
             return tensor
         return tensor.pin_memory().to(self.ranks.device, non_blocking=True)
 
 
 def first_of_each_class(labels: Int64s, number: int) -> Int64s:
-    """Sample numbers of at most so many images of each class, in order."""
+    """Return the sample numbers of at most `number` images of each class, in ascending order."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], labels[order], side="left")
     return np.sort(order[np.arange(len(order)) - starts < number])
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The precision that the frozen tower computes in."""
+    """Return the autocast context of the precision that the frozen backbone computes in."""
     dtype = DTYPES[config.backbone.precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
