@@ -8,8 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from lift_ray.errors import RunFailed
+from lift_ray.ray_runtime.session import connected
 
 PLUGINS = Path(__file__).parent / "plugins"
 ROOT = Path(__file__).parent.parent
@@ -112,6 +116,22 @@ def test_a_plugin_that_fails_is_one_line(plugins: str, message: str, space: Path
     done = python("-m", "lift_ray.tune", str(space), "--dry-run", plugins=plugins, path=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert message in done.stderr
+
+
+def test_workers_of_a_cluster_are_told_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+
+    def init(**options: Any) -> None:
+        asked.append(dict(options["job_config"].runtime_env.get("env_vars", {})))
+        raise ConnectionError("no cluster in this test")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for plugins in ("gain_tuner", ""):
+        monkeypatch.setenv("LIFT_RAY_PLUGINS", plugins)
+        with pytest.raises(RunFailed, match="no cluster in this test"), connected("10.0.0.1:6379"):
+            pass
+    assert asked == [{"LIFT_RAY_PLUGINS": "gain_tuner"}, {}]
 
 
 def test_the_page_about_extending_shows_the_tuner_that_is_tested() -> None:

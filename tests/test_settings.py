@@ -126,11 +126,11 @@ UNREADABLE = "a text with {}, a list of such texts, or ensemble"
 @pytest.mark.parametrize(
     ("template", "rule"),
     [
-        ("a photo", "Value error, must hold {} for the class name, but got 'a photo'; add it"),
-        ("Ensemble", "Value error, must hold {} for the class name, but got 'Ensemble'; add it"),
-        (["a {}", "a {0}"], "Value error, must hold {} for the class name, but got 'a {0}'; add it"),
-        (["ensemble"], "Value error, must hold {} for the class name, but got 'ensemble'; add it"),
-        (["a {}", ""], "Value error, must hold {} for the class name, but got ''; add it"),
+        ("a photo", "Value error, must contain {} for the class name, but got 'a photo'; add it"),
+        ("Ensemble", "Value error, must contain {} for the class name, but got 'Ensemble'; add it"),
+        (["a {}", "a {0}"], "Value error, must contain {} for the class name, but got 'a {0}'; add it"),
+        (["ensemble"], "Value error, must contain {} for the class name, but got 'ensemble'; add it"),
+        (["a {}", ""], "Value error, must contain {} for the class name, but got ''; add it"),
         ("", UNREADABLE),
         ([], UNREADABLE),
         (3, UNREADABLE),

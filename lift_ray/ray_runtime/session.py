@@ -15,6 +15,7 @@ from typing import Any
 from lift_ray.errors import Interrupted, RunFailed, Stopped, one_line
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
 from lift_ray.ray_runtime.patches import listen_on_loopback, use_free_agent_port
+from lift_ray.registry import PLUGINS
 
 OBJECT_STORE_BYTES = 150 * 2**20  # workers read shards themselves, so only settings and metrics pass through it
 
@@ -50,7 +51,7 @@ def connected(
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                job_config=ray.job_config.JobConfig(metadata=dict(metadata or {})),
+                job_config=ray.job_config.JobConfig(runtime_env=_plugins(), metadata=dict(metadata or {})),
                 **({} if address else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}),
             )
         except SystemExit as error:  # from Ray's handler of SIGTERM while it starts
@@ -70,6 +71,11 @@ def connected(
     finally:
         if mine:
             ray.shutdown()
+
+
+def _plugins() -> dict[str, Any]:
+    """The runtime environment in which workers import the plugins that this process imports."""
+    return {"env_vars": {PLUGINS: os.environ[PLUGINS]}} if os.environ.get(PLUGINS) else {}
 
 
 def meeting_point() -> tuple[str, int]:
