@@ -32,7 +32,7 @@ from lift_ray.training.workspace import Workspace
 GROUPS = np.array(["many"] * 5 + ["few"] * 5)
 
 
-def answers(share: float, seed: int, images: int = 40) -> Predictions:
+def predictions(share: float, seed: int, images: int = 40) -> Predictions:
     """Ten classes of so many images each, of which about this share is recognised."""
     label = np.repeat(np.arange(10), images)
     hit = np.random.default_rng(seed).random(len(label)) < share
@@ -44,20 +44,20 @@ def test_intervals_cover_the_truth_as_often_as_they_say(images: int) -> None:
     """Without a correction for small classes, 85 of 100 with three test images a class, as iNaturalist has them."""
     inside = 0
     for seed in range(200):
-        spread = accuracy_intervals(answers(0.6, seed, images), GROUPS)["mean_class_accuracy"]
+        spread = accuracy_intervals(predictions(0.6, seed, images), GROUPS)["mean_class_accuracy"]
         inside += spread.low <= 0.6 <= spread.high
     assert 0.9 * 200 <= inside <= 0.99 * 200
 
 
 def test_an_interval_is_as_wide_as_the_binomial_law_says() -> None:
-    found = answers(0.5, 0, images=400)
+    found = predictions(0.5, 0, images=400)
     spread = accuracy_intervals(found, GROUPS)
     assert spread["accuracy"].value == pytest.approx(found.hits.mean())
     assert spread["few"].high - spread["few"].low == pytest.approx(2 * 1.96 * (0.25 / 2000) ** 0.5, rel=0.1)
 
 
 def test_a_gain_on_the_same_images_is_surer_than_two_accuracies_apart() -> None:
-    theirs = answers(0.5, 0)
+    theirs = predictions(0.5, 0)
     better = theirs.predicted.copy()
     better[::20] = theirs.label[::20]
     ours = Predictions(theirs.label, better, theirs.confidence)
@@ -68,7 +68,7 @@ def test_a_gain_on_the_same_images_is_surer_than_two_accuracies_apart() -> None:
 
 
 def test_a_model_gains_nothing_on_itself() -> None:
-    gain = accuracy_gains(answers(0.5, 0), answers(0.5, 0), GROUPS)["few"]
+    gain = accuracy_gains(predictions(0.5, 0), predictions(0.5, 0), GROUPS)["few"]
     assert (gain.value, gain.low, gain.high) == (0, 0, 0)
 
 
@@ -270,7 +270,7 @@ def test_what_is_kept_of_each_image_gives_the_same_accuracy(small_data: str, sma
     ((figures, table),) = evaluate_each(Run(config, warm), "test")
     write_predictions(table, Output(str(tmp_path)), "predictions/00")
     (tmp_path / "study.json").write_text('{"compared": [{"label": "zero-shot"}], "space": {"space": {}}}')
-    kept = read_study(tmp_path, "out").answers[0]
+    kept = read_study(tmp_path, "out").predictions[0]
     assert kept
     assert kept.label.tolist() == warm.dataset.split("test").labels.tolist()
     assert kept.hits.mean() == pytest.approx(figures["test/accuracy"])

@@ -53,9 +53,9 @@ class StudySection:
     without_examples: str = ""
 
 
-def figures_of(chapter: StudySection) -> tuple[list[Figure], list[str]]:
+def figures_of(section: StudySection) -> tuple[list[Figure], list[str]]:
     """The figures that the study has the numbers for, in reading order, and the names of those that it has not."""
-    study = chapter.study
+    study = section.study
     law = fit_law(study, *search.unit_of(study))
     makers: dict[str, Callable[[], Figure | None]] = {
         "yardsticks": lambda: comparison.compared_figure(study),
@@ -70,7 +70,7 @@ def figures_of(chapter: StudySection) -> tuple[list[Figure], list[str]]:
         "history": lambda: search.history_figure(study),
         "all settings at once": lambda: search.parallel_figure(study),
         "importance of the settings": lambda: search.importance_figure(
-            study, chapter.importances, chapter.importances_within
+            study, section.importances, section.importances_within
         ),
         "cost": lambda: search.cost_figure(study),
         "scaling": lambda: search.scaling_figure(law),

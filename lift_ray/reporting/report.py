@@ -48,9 +48,9 @@ def write_report(outs: Sequence[str], to: str | None = None, *, png: bool = Fals
     inside = to is None and len(outs) == 1
     target = Output(outs[0], "OUT") if inside else Output(to or REPORT, "--to")
     name = REPORT if inside else ""
-    chapters = [_chapter(study) for study in studies]
+    sections = [_section(study) for study in studies]
     with target.staged(name, PAGE) as folder:
-        named = write_page(chapters, folder)
+        named = write_page(sections, folder)
         if png:
             write_png(named, folder)
     return "/".join(part for part in (str(target), name, PAGE) if part)
@@ -68,7 +68,7 @@ def _read(out: Output) -> StudyFiles:
     return read_study(out.folder, str(out))
 
 
-def _chapter(study: StudyFiles) -> StudySection:
+def _section(study: StudyFiles) -> StudySection:
     from lift_ray.reporting.importance import importances, importances_within
 
     examples, why = worst_classes(study)
@@ -83,16 +83,16 @@ def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
     found = study.entry(BEST_FOUND)
     if found is None or found[1] is None or not study.class_names:
         return [], "the comparison on the test split is not there"
-    answers, counts, names = found[1], np.array(study.class_counts), study.class_names
-    total = np.bincount(answers.label, minlength=len(names))
-    right = np.bincount(answers.label[answers.hits], minlength=len(names))
+    predictions, counts, names = found[1], np.array(study.class_counts), study.class_names
+    total = np.bincount(predictions.label, minlength=len(names))
+    right = np.bincount(predictions.label[predictions.hits], minlength=len(names))
     order = sorted(np.flatnonzero(right < total), key=lambda k: (right[k] / total[k], -counts[k]))[:WORST_CLASSES]
-    wrong = {int(k): np.flatnonzero((answers.label == k) & ~answers.hits)[:PICTURES] for k in order}
+    wrong = {int(k): np.flatnonzero((predictions.label == k) & ~predictions.hits)[:PICTURES] for k in order}
     if not wrong:
         return [], "every test image is recognised"
     try:
         split = open_dataset(study.dataset, patience_s=10.0).split("test")
-        if split.labels.tolist() != answers.label.tolist():
+        if split.labels.tolist() != predictions.label.tolist():
             return [], f"{study.dataset} has changed since"
         with RowReader(split, patience_s=10.0) as reader:
             images = reader.read(np.concatenate(list(wrong.values())))
@@ -105,7 +105,7 @@ def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
             str(study.groups[k]),
             int(counts[k]),
             f"{right[k]} of {total[k]}",
-            [(next(pictures), names[answers.predicted[i]]) for i in samples],
+            [(next(pictures), names[predictions.predicted[i]]) for i in samples],
         )
         for k, samples in wrong.items()
     ], ""
