@@ -118,8 +118,9 @@ def test_bad_rates_at_large_sizes_do_not_make_heavy_tuning_hurt(sampler: str) ->
     found = replace(study(sizes, good + bad), about={"space": {"search": {"sampler": sampler}}})
     assert np.polyfit(np.log10(sizes), good + bad, 1)[0] < -0.02
     heavy = heavy_tuning(found)
-    assert heavy.answer.startswith("No: ten times as many trained parameters gain 2.0 points")
-    assert "Of the 14 finished trials only the best of each of 7 sizes (" in heavy.answer
+    assert heavy.answer.startswith("No: ten times as many trained parameters add 2.0 points of few-shot accuracy")
+    assert "Based on the best trial by mean class accuracy of each of 7 sizes (" in heavy.answer
+    assert heavy.answer.endswith(" among 14 finished trials.")
     assert [t["number"] for t in heavy.trials] == list(range(7))
 
 
@@ -173,7 +174,9 @@ def test_a_power_law_is_found_and_predicts_larger_trials_exactly() -> None:
     assert [p.scales["optim.epochs"] for p in held] == [12, 16], "the largest must be held out"
     for point in held:
         assert point.predicted.value == pytest.approx(point.found)
-    assert "buys 64 epochs in place of 16: 71.7%" in law.answer, "no law reaches beyond four times as many"
+    assert "buy 64 epochs instead of 16: predicted accuracy 71.7%" in law.answer, (
+        "no law reaches beyond four times as many"
+    )
     assert "do not rely on it" not in law.answer
 
 
@@ -189,14 +192,14 @@ def test_a_law_says_what_more_pictures_would_give(fracs: tuple[float, float], nu
     assert law.exponents["optim.data_frac"].value == pytest.approx(0.2)
     more = {"twice the": 2.0, "all": 1.0, "80% of the": 0.8}[number]
     expected = 100 * (1 - 0.5 * (more / fracs[0]) ** -0.2)
-    assert f"With {number} training pictures the best trial would get {expected:.1f}%" in law.answer
-    assert "trained parameters the best trial would get" in law.answer
+    assert f"With {number} training images, the best trial would reach {expected:.1f}%" in law.answer
+    assert "trained parameters, the best trial would reach" in law.answer
 
 
 def test_a_law_without_an_effect_promises_nothing() -> None:
     law = law_of(0.0, noise=0.05)
     assert "No effect is clear" in law.answer
-    assert "in place of" not in law.answer
+    assert "instead of" not in law.answer
     point = law.points[-1].predicted
     assert point.low < point.value < point.high
 
@@ -211,8 +214,11 @@ def test_of_trials_of_one_scale_the_best_counts() -> None:
 @pytest.mark.parametrize(
     ("epochs", "words"),
     [
-        ([2.0] * 8, "Cannot tell: no trial differs in training pictures"),
-        ([1.0, 2.0, 3.0], "Cannot tell: 3 trials"),
+        ([2.0] * 8, "Cannot tell: the trials do not vary enough in training images"),
+        (
+            [1.0, 2.0, 3.0],
+            "Cannot tell: 6 trials that differ in epochs are required to fit and check a law, but there are 3.",
+        ),
     ],
 )
 def test_without_several_scales_there_is_no_law(epochs: list[float], words: str) -> None:
@@ -224,21 +230,21 @@ def test_without_several_scales_there_is_no_law(epochs: list[float], words: str)
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
-        ([0.38, 0.39], "above every one of the recipe"),
-        ([0.38, 0.45], "overlap, so chance may decide"),
-        ([0.5, 0.9], "overlap, so nothing is won"),
+        ([0.38, 0.39], "every seed of the best settings is above every seed of the recipe"),
+        ([0.38, 0.45], "the seeds overlap, so the difference may be due to chance"),
+        ([0.5, 0.9], "the best settings are not better on average"),
     ],
 )
 def test_seeds_say_whether_another_seed_would_change_the_winner(theirs: list[float], words: str) -> None:
     runs = [("best found", v) for v in (0.4, 0.5, 0.6)] + [("the recipe", v) for v in theirs]
     about = {"seeds": [{"label": label, "test/mean_class_accuracy": value} for label, value in runs]}
     text = seed_spread(replace(study([1e4], [0.4]), about=about))
-    assert text.startswith("With 3 seeds the best settings reach 50.0% on test, give or take 10.0, and the recipe ")
+    assert text.startswith("Over 3 seeds, the best settings reach 50.0 ± 10.0% on test and the recipe ")
     assert words in text
 
 
 def test_one_seed_says_nothing_about_others() -> None:
-    assert "one seed" in seed_spread(study([1e4], [0.4]))
+    assert "a single seed" in seed_spread(study([1e4], [0.4]))
 
 
 def test_reliability_bins_hold_every_image() -> None:

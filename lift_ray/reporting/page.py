@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs no network, and the numbers behind each figure as CSV."""
+"""Report page: one HTML file that needs no network, and the data of each figure as CSV."""
 
 from __future__ import annotations
 
@@ -17,34 +17,42 @@ from lift_ray.reporting.figures import charts, comparison, search
 from lift_ray.reporting.figures.charts import HEAVY, Figure
 from lift_ray.reporting.scaling_law import fit_law
 from lift_ray.reporting.study_files import BEST_FOUND, StudyFiles
-from lift_ray.reporting.summary import Row, accuracy_rows, gain_rows, law_in_words, seed_rows, summary
+from lift_ray.reporting.summary import Row, accuracy_rows, compared_split, gain_rows, law_in_words, seed_rows, summary
 from lift_ray.reporting.templates import template
 from lift_ray.storage.atomic import replacing
 from lift_ray.storage.layout import PAGE
 
-MOST_ROWS = 60  # of a table in the page; the CSV has all
+ACCURACY_CAPTIONS = {"test": "Test accuracy (%), held out from the search", "validation": "Validation accuracy (%)"}
+MOST_ROWS = 60  # of a table on the page; the CSV has all
 
 
 @dataclass(frozen=True)
 class Example:
-    """A class that goes wrong, with test images of it.
+    """Class with low test accuracy, and misclassified test images of it.
 
     Args:
         name, group, train_images: the class.
-        right: recognised test images of all of them, as `0 of 10`.
-        pictures: (data URI of a small JPEG, what it was taken for).
+        right: number of correctly classified test images, as `0 of 10`.
+        images: (data URI of a small JPEG, predicted class) of each.
     """
 
     name: str
     group: str
     train_images: int
     right: str
-    pictures: list[tuple[str, str]]
+    images: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class StudySection:
-    """A study and what was computed for it elsewhere."""
+    """Study with what was computed for its section of the page.
+
+    Args:
+        importances: of the settings that all trials have.
+        importances_within: of the settings that only some trials have, among those trials.
+        examples: classes with the lowest test accuracy.
+        without_examples: reason why there are no examples.
+    """
 
     study: StudyFiles
     importances: Mapping[str, float] = field(default_factory=dict)
@@ -54,40 +62,38 @@ class StudySection:
 
 
 def figures_of(section: StudySection) -> tuple[list[Figure], list[str]]:
-    """The figures that the study has the numbers for, in reading order, and the names of those that it has not."""
+    """Return the figures that the study has data for, in reading order, and the names of the others."""
     study = section.study
     law = fit_law(study, *search.unit_of(study))
     makers: dict[str, Callable[[], Figure | None]] = {
-        "yardsticks": lambda: comparison.compared_figure(study),
-        "does heavy fine-tuning hurt": lambda: charts.heavy_figure(study),
-        "trade-off": lambda: search.pareto_figure(study),
+        "comparison with the baselines": lambda: comparison.compared_figure(study),
+        "effect of heavy fine-tuning": lambda: charts.heavy_figure(study),
+        "trade-off between objectives": lambda: search.pareto_figure(study),
         "accuracy against trained parameters": lambda: charts.size_figure(study),
-        "tau in training": lambda: charts.tau_figure(study),
-        "tau after training": lambda: charts.posthoc_figure(study),
+        "logit adjustment in training": lambda: charts.tau_figure(study),
+        "post-hoc logit adjustment": lambda: charts.posthoc_figure(study),
         "tuner kinds": lambda: charts.kinds_figure(study),
-        "classes": lambda: comparison.classes_figure(study),
+        "accuracy by class frequency": lambda: comparison.classes_figure(study),
         "calibration": lambda: comparison.calibration_figure(study),
-        "history": lambda: search.history_figure(study),
-        "all settings at once": lambda: search.parallel_figure(study),
-        "importance of the settings": lambda: search.importance_figure(
-            study, section.importances, section.importances_within
-        ),
+        "search history": lambda: search.history_figure(study),
+        "all settings of all trials": lambda: search.parallel_figure(study),
+        "setting importance": lambda: search.importance_figure(study, section.importances, section.importances_within),
         "cost": lambda: search.cost_figure(study),
-        "scaling": lambda: search.scaling_figure(law),
+        "scaling law": lambda: search.scaling_figure(law),
     }
     made = {name: make() for name, make in makers.items()}
     found = [figure for figure in made.values() if figure is not None]
     place = next((i for i, figure in enumerate(found) if figure.name in ("tau", "posthoc-tau")), len(found))
     widths = charts.width_figures(study)
     if len(study.objectives) < 2:
-        made.pop("trade-off")
-    missing = [name for name, figure in made.items() if figure is None] + ([] if widths else ["width"])
+        made.pop("trade-off between objectives")
+    missing = [name for name, figure in made.items() if figure is None] + ([] if widths else ["tuner width"])
     return found[:place] + widths + found[place:], missing
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A figure as the template shows it, with the first of its rows."""
+    """Figure as the template shows it, with the first of its rows."""
 
     name: str
     title: str
@@ -100,7 +106,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _StudyView:
-    """A study as the template shows it: the summary, the tables, then the figures and what each answers."""
+    """Study as the template shows it."""
 
     name: str
     dataset: str
@@ -181,12 +187,12 @@ def _best_of_each(studies: Sequence[StudyFiles]) -> list[Row]:
 
 
 def _heavy_answers(studies: Sequence[StudyFiles]) -> list[str]:
-    """The question of heavy fine-tuning, for each dataset that several studies share."""
+    """Return the answer on heavy fine-tuning for each dataset that several studies share."""
     by_dataset: dict[str, list[StudyFiles]] = {}
     for study in studies:
         by_dataset.setdefault(study.dataset, []).append(study)
     return [
-        f"{heavy_tuning(*same).answer} From {', '.join(study.name for study in same)} together, each with its own level "
+        f"{heavy_tuning(*same).answer} Fitted to {', '.join(study.name for study in same)} together, each with its own intercept "
         f"({dataset})."
         for dataset, same in by_dataset.items()
         if len(same) > 1
@@ -197,7 +203,7 @@ def _study_view(section: StudySection, named: Sequence[tuple[str, Figure]], miss
     study, shown = section.study, {figure.name for _, figure in named}
     answers = {
         "heavy": (HEAVY, heavy_tuning(study).answer),
-        "scaling": ("What would more training buy?", law_in_words(fit_law(study, *search.unit_of(study)))),
+        "scaling": ("What would more training gain?", law_in_words(fit_law(study, *search.unit_of(study)))),
     }
     drawn = {
         figure.name: _drawn(name, figure, answers["scaling"][1] if figure.name == "scaling" else "")
@@ -205,9 +211,9 @@ def _study_view(section: StudySection, named: Sequence[tuple[str, Figure]], miss
     }
     gains = gain_rows(study)
     tables = [
-        ("Accuracy in %", accuracy_rows(study)),
-        ("How much better the best is, in points", gains),
-        ("Several seeds, accuracy on test in %, mean ± standard deviation", seed_rows(study)),
+        (ACCURACY_CAPTIONS[compared_split(study)], accuracy_rows(study)),
+        ("Gain of the best settings in test accuracy (percentage points)", gains),
+        ("Test accuracy (%) over seeds, mean ± standard deviation", seed_rows(study)),
     ]
     return _StudyView(
         name=study.name,

@@ -142,12 +142,16 @@ def read_study(folder: Path, shown: str) -> StudyFiles:
     trials = [{name: _finite(value) for name, value in row.items()} for row in table]
     try:
         return _study(about, trials, _json(folder / BEST / RECORD, shown), folder, shown)
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise BadInput(
             shown,
             "must contain the results of a search",
             but=f"{error} is missing from study.json or trials.parquet",
             remedy=COPY_AGAIN,
+        ) from None
+    except (TypeError, AttributeError) as error:
+        raise BadInput(
+            shown, f"unexpected value in study.json or trials.parquet: {one_line(error)}", remedy=COPY_AGAIN
         ) from None
 
 

@@ -84,7 +84,8 @@ def served(
         server = ThreadingHTTPServer((HOST, port), Handler)
     except OSError as error:
         raise BadInput(
-            "--live-port", "must be a free port", f"{port} ({error.strerror})", "choose another, or omit the option"
+            f"--live-port: must be a port that is free, but got {port} ({error.strerror}); give another, or leave it "
+            "out"
         ) from None
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
