@@ -173,8 +173,8 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     names = dict.fromkeys(study.objective[0].rsplit("/", 1)[-1].replace("_", " ") for study in studies)
     metrics = " or ".join(f"{name} accuracy" if name in GROUPS else name for name in names)
     answer = (
-        f"{short.removesuffix('.')} ({interval}). Based on the best trial by {metrics} of each of {len(trials)} sizes ({span} "
-        f"trained parameters) among {number} finished trials."
+        f"{short.removesuffix('.')} ({interval}). Based on {len(trials)} sizes ({span} trained parameters), each "
+        f"represented by its best trial by {metrics}, out of {number} finished trials."
     )
     low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))
     return Heavy(short, answer, trials, slope, (10**grid, low, high))

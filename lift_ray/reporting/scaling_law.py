@@ -144,7 +144,7 @@ def _checked(points: Sequence[Point]) -> str:
     verdict = "" if error < plain else " The law predicts no better than that mean: do not rely on it."
     return (
         f"A power law fitted to the {len(points) - len(held)} smaller trials predicts the {len(held)} larger, held-out trials with "
-        f"a mean absolute error of {error:.1f} points (the mean of the smaller trials: {plain:.1f}); {inside} of {len(held)} are "
+        f"a mean absolute error of {error:.1f} points ({plain:.1f} for the mean of the smaller trials); {inside} of {len(held)} are "
         f"inside the 95% interval.{verdict}"
     )
 

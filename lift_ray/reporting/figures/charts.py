@@ -188,7 +188,7 @@ def size_figure(study: StudyFiles) -> Figure | None:
         "Accuracy against trained parameters",
         note,
         traces,
-        {"xaxis": log_axis("trained parameters", x), "yaxis": axis(ACCURACY)},
+        {"xaxis": log_axis("trained parameters", x), "yaxis": axis(f"validation {ACCURACY}")},
         rows,
     )
 
@@ -249,7 +249,7 @@ def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> 
         {"trial": t["number"], setting: t[setting], **{m: t.get(f"validation/{m}") for m in MEASURES}} for t in trials
     ]
     named = spelled(setting)
-    layout = {"xaxis": log_axis(named, x.tolist()) if is_log else axis(named), "yaxis": axis(ACCURACY)}
+    layout = {"xaxis": log_axis(named, x.tolist()) if is_log else axis(named), "yaxis": axis(f"validation {ACCURACY}")}
     return Figure(name, title, note, traces, layout, rows)
 
 
@@ -291,20 +291,20 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
             }
         )
     top = max(points, key=lambda p: p["validation/mean_class_accuracy"])
+    lead = "The logits of the best trial are adjusted after training. "
     note = (
-        f"Best post-hoc tau on validation: {top['tau']:g} (mean class accuracy {value_of(top)}, {value_of(points[0])} without "
+        f"{lead}Best post-hoc tau on validation: {top['tau']:g} (mean class accuracy {value_of(top)}, {value_of(points[0])} without "
         "adjustment). The value is slightly optimistic because tau is selected on the same images."
     )
     if top is points[0]:
-        note = f"On validation no post-hoc tau improves the mean class accuracy of {value_of(top)}."
-    note += " The logits of the best trial are adjusted after training, without training again."
+        note = f"{lead}On validation, no post-hoc tau improves the mean class accuracy of {value_of(top)}."
     rows = [{"tau": p["tau"], **{m: p.get(f"validation/{m}") for m in MEASURES}} for p in points]
     return Figure(
         "posthoc-tau",
         "Post-hoc logit adjustment (tau)",
         note,
         traces,
-        {"xaxis": axis("post-hoc tau"), "yaxis": axis(ACCURACY)},
+        {"xaxis": axis("post-hoc tau"), "yaxis": axis(f"validation {ACCURACY}")},
         rows,
     )
 
@@ -403,6 +403,6 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
         HEAVY,
         note,
         [band, *([faint] if others else []), points],
-        {"xaxis": log_axis("trained parameters", x.tolist()), "yaxis": axis(f"few-shot accuracy{PERCENT}")},
+        {"xaxis": log_axis("trained parameters", x.tolist()), "yaxis": axis(f"few-shot validation {ACCURACY}")},
         rows,
     )

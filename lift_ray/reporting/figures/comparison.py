@@ -98,7 +98,7 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
         )
     ticks = ["<br>".join(textwrap.wrap(text, NAME_WIDTH)) for text in names]
     layout = {
-        "xaxis": axis(ACCURACY),
+        "xaxis": axis(f"test {ACCURACY}"),
         "height": 120 + 62 * len(names),
         "yaxis": axis(
             "", tickvals=list(range(len(names))), ticktext=ticks, range=[len(names) - 0.5, -0.5], showgrid=False
@@ -147,7 +147,7 @@ def classes_figure(study: StudyFiles) -> Figure | None:
     never = int((correct[seen] == 0).sum())
     rules = ", ".join(f"{group} {RULES[group]}" for group in GROUPS)
     note = (
-        f"Each point is a class; test accuracy of the best settings. {never} of {len(seen)} classes are never recognized. "
+        f"Each point is a class; test accuracy of the best settings. Classes with zero accuracy: {never} of {len(seen)}. "
         f"Groups by number of training images: {rules}."
     )
     rows = [

@@ -424,6 +424,6 @@ def scaling_figure(law: Law) -> Figure | None:
         }
         for p in law.points
     ]
-    note = "Predictions of a power law fitted to the smaller trials, with 95% intervals, against measured validation accuracy."
+    note = "The figure shows the predictions of the law fitted to the smaller trials, with 95% intervals."
     layout = {"xaxis": axis(f"measured {charts.ACCURACY}"), "yaxis": axis(f"predicted {charts.ACCURACY}")}
     return Figure("scaling", "Scaling law: predicted and measured accuracy", note, traces, layout, rows)
