@@ -1,4 +1,4 @@
-"""How sure a result is: intervals, the question of heavy fine-tuning, the power law."""
+"""Uncertainty of results: intervals, the effect of heavy fine-tuning, the power law."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from lift_ray.training.workspace import Workspace
 GROUPS = np.array(["many"] * 5 + ["few"] * 5)
 
 
-def predictions(share: float, seed: int, images: int = 40) -> Predictions:
-    """Ten classes of so many images each, of which about this share is recognised."""
+def predictions(fraction: float, seed: int, images: int = 40) -> Predictions:
+    """Predictions for ten classes, of which about this fraction is correct."""
     label = np.repeat(np.arange(10), images)
-    hit = np.random.default_rng(seed).random(len(label)) < share
+    hit = np.random.default_rng(seed).random(len(label)) < fraction
     return Predictions(label, np.where(hit, label, (label + 1) % 10), np.full(len(label), 0.5))
 
 
 @pytest.mark.parametrize("images", [3, 40])
 def test_intervals_cover_the_truth_as_often_as_they_say(images: int) -> None:
-    """Without a correction for small classes, 85 of 100 with three test images a class, as iNaturalist has them."""
+    """Without the correction for small classes, coverage is 85% with three test images per class, as in iNaturalist."""
     inside = 0
     for seed in range(200):
         spread = accuracy_intervals(predictions(0.6, seed, images), GROUPS)["mean_class_accuracy"]
@@ -111,7 +111,7 @@ def test_few_sizes_cannot_tell_about_heavy_tuning(sizes: list[float]) -> None:
 
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
 def test_bad_rates_at_large_sizes_do_not_make_heavy_tuning_hurt(sampler: str) -> None:
-    """Every size gains a little; the higher of two rates ruins the large ones. Over all trials the line falls by 4 points."""
+    """Every size gains a little, but the higher of two rates ruins the large ones: over all trials the line falls by 4 points."""
     sizes = [10.0 ** (3 + i / 2) for i in range(7)] * 2
     good = [0.40 + 0.02 * np.log10(size / 1e3) + noise / 10 for size, noise in zip(sizes[:7], NOISE[:7], strict=True)]
     bad = [value - 0.1 * np.log10(size / 1e3) for size, value in zip(sizes[:7], good, strict=True)]
@@ -132,8 +132,8 @@ def test_kinds_and_sizes_apart_are_points_of_their_own() -> None:
     assert [t["number"] for t in best_of_each_size(found)] == [2, 1, 3]
 
 
-def test_studies_of_one_data_set_are_pooled_each_with_its_own_level() -> None:
-    """Both fall by 5 points for ten times the size; the one with the larger sizes is better by 30."""
+def test_studies_of_one_dataset_are_pooled_each_with_its_own_intercept() -> None:
+    """Both lose 5 points for ten times the size; the study with the larger sizes is better by 30."""
     one, two = (
         study(
             SIZES[at : at + 4],
@@ -150,7 +150,7 @@ def test_studies_of_one_data_set_are_pooled_each_with_its_own_level() -> None:
 
 @pytest.mark.parametrize("number", [5, 8, 14])
 def test_regression_intervals_cover_the_truth_with_few_trials(number: int) -> None:
-    """A slope and one more observation; a bootstrap of percentiles has the slope in 90 of 100."""
+    """Intervals for a slope and for one more observation; a percentile bootstrap covers the slope in 90% of the cases."""
     random, inside = np.random.default_rng(1), np.zeros(2)
     for _ in range(300):
         x = np.column_stack([np.ones(number), random.uniform(3, 6, number)])
@@ -185,12 +185,12 @@ def test_a_power_law_is_found_and_predicts_larger_trials_exactly() -> None:
 @pytest.mark.parametrize(
     ("fracs", "number"), [((1.0, 0.5), "twice the"), ((0.5, 0.25), "all"), ((0.2, 0.1), "80% of the")]
 )
-def test_a_law_says_what_more_pictures_would_give(fracs: tuple[float, float], number: str) -> None:
-    """The error falls with the pictures alone, at every width."""
-    shares = [fracs[0] / 2**n for n in range(4) for _ in range(3)]
+def test_a_law_predicts_the_gain_from_more_images(fracs: tuple[float, float], number: str) -> None:
+    """The error falls with the number of images alone, at every width."""
+    fractions = [fracs[0] / 2**n for n in range(4) for _ in range(3)]
     sizes = [1e4, 2e4, 4e4] * 4
-    accuracy = [1 - 0.5 * (s / fracs[0]) ** -0.2 for s in shares]
-    law = fit_law(study(sizes, accuracy, **{"optim.data_frac": shares}), devices=1, unit="CPU-hours")
+    accuracy = [1 - 0.5 * (s / fracs[0]) ** -0.2 for s in fractions]
+    law = fit_law(study(sizes, accuracy, **{"optim.data_frac": fractions}), devices=1, unit="CPU-hours")
     assert law.exponents["optim.data_frac"].value == pytest.approx(0.2)
     more = {"twice the": 2.0, "all": 1.0, "80% of the": 0.8}[number]
     expected = 100 * (1 - 0.5 * (more / fracs[0]) ** -0.2)
@@ -256,7 +256,7 @@ def test_reliability_bins_hold_every_image() -> None:
     assert bins[-1] == (pytest.approx(0.985), 1.0, 2)
 
 
-def test_two_ranks_fill_in_what_one_finds() -> None:
+def test_two_ranks_collect_what_one_finds() -> None:
     logits = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
     whole, halves = (
         PredictionCollector(10, 0, torch.device("cpu")),

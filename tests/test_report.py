@@ -1,4 +1,4 @@
-"""python -m lift_ray.report: a page for every kind of study, from its files alone, that a browser shows without a fault."""
+"""python -m lift_ray.report writes a page for every kind of study, from its files alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn_in(page: str) -> dict[str, Any]:
     return figures
 
 
-def test_the_page_holds_every_figure_and_its_numbers_lie_beside_it(
+def test_the_page_holds_every_figure_and_its_data_is_next_to_it(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not report.main([str(study)])
@@ -103,7 +103,7 @@ def test_the_summary_says_what_won_by_how_much_and_how_sure(study: Path) -> None
     assert not any("95%" in line for line in lines), "the intervals stand in the table"
 
 
-def test_a_loss_on_the_rare_classes_is_said(study: Path, tmp_path: Path) -> None:
+def test_a_loss_on_the_rare_classes_is_reported(study: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(study, tmp_path / "out"))
     about = json.loads((folder / "study.json").read_text())
     about["compared"][2]["test/few"] = about["compared"][1]["test/few"] - 0.1
@@ -112,7 +112,7 @@ def test_a_loss_on_the_rare_classes_is_said(study: Path, tmp_path: Path) -> None
 
 
 def test_equal_models_are_called_equal(tmp_path: Path) -> None:
-    lines = summary(read_study(write_study(tmp_path / "out", make_trials(3), shares=(0.1, 0.5, 0.5)), "out"))
+    lines = summary(read_study(write_study(tmp_path / "out", make_trials(3), fractions=(0.1, 0.5, 0.5)), "out"))
     assert lines[0].endswith("points above zero-shot and equal to the recipe.")
     assert lines[1] == "The difference from the recipe may be due to chance (bootstrap over test images)."
 
@@ -129,7 +129,7 @@ def test_the_tables_hold_the_intervals_and_the_gains(study: Path) -> None:
     assert gain_rows(found)[1]["baseline"] == "the recipe"
 
 
-def test_several_seeds_have_a_table_and_a_word(study: Path) -> None:
+def test_several_seeds_have_a_table_and_a_sentence(study: Path) -> None:
     found = read_study(study, "out")
     runs = [{"label": "best found", "seed": k, "test/mean_class_accuracy": v} for k, v in enumerate((0.5, 0.6))]
     found = replace(found, about=found.about | {"seeds": runs})
@@ -236,7 +236,7 @@ def test_several_objectives_and_a_diverged_trial_get_a_page_with_the_front(tmp_p
 
 
 def test_studies_stand_side_by_side_and_keep_apart(study: Path, tmp_path: Path) -> None:
-    other = write_study(tmp_path / "other", make_trials(2), shares=(0.1, 0.2, 0.3))
+    other = write_study(tmp_path / "other", make_trials(2), fractions=(0.1, 0.2, 0.3))
     assert not report.main([str(study), str(other), "--to", str(tmp_path / "both")])
     page = (tmp_path / "both" / "index.html").read_text()
     figures = drawn_in(page)
@@ -246,7 +246,7 @@ def test_studies_stand_side_by_side_and_keep_apart(study: Path, tmp_path: Path) 
     assert "Fitted to study 1, study 2 together, each with its own intercept (embedded:caltech101-lt)." in page
 
 
-def test_the_best_is_found_after_some_minutes_by_the_clock(tmp_path: Path) -> None:
+def test_the_best_is_found_after_some_minutes_of_wall_clock_time(tmp_path: Path) -> None:
     trials = [t | {"began_at": 1e9 + 60 * i, "ended_at": 1e9 + 60 * i + 90} for i, t in enumerate(make_trials(12))]
     found = read_study(write_study(tmp_path / "out", trials), "out")
     assert found.best
@@ -258,7 +258,7 @@ def test_the_best_is_found_after_some_minutes_by_the_clock(tmp_path: Path) -> No
 
 
 def test_hours_are_of_what_a_trial_held_while_the_search_still_runs(tmp_path: Path) -> None:
-    """`use_gpu: auto` on a cluster whose GPU nodes have not come yet, or have gone."""
+    """With `use_gpu: auto`, on a cluster whose GPU nodes have not started yet or have left."""
     folder = write_study(tmp_path / "out", make_trials(2))
     about = json.loads((folder / "study.json").read_text())
     running(folder)

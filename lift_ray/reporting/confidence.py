@@ -46,9 +46,9 @@ def accuracy_intervals(predictions: Predictions, groups: NDArray[np.str_]) -> di
     """
     total = np.bincount(predictions.label, minlength=len(groups))
     correct = np.bincount(predictions.label[predictions.hits], minlength=len(groups))
-    share = correct / np.maximum(total, 1)
+    fraction = correct / np.maximum(total, 1)
     random = np.random.default_rng(0)
-    return _intervals(correct, lambda: random.binomial(total, share, (CHUNK, len(groups))), total, groups)
+    return _intervals(correct, lambda: random.binomial(total, fraction, (CHUNK, len(groups))), total, groups)
 
 
 def accuracy_gains(ours: Predictions, theirs: Predictions, groups: NDArray[np.str_]) -> dict[str, Interval]:
@@ -60,8 +60,8 @@ def accuracy_gains(ours: Predictions, theirs: Predictions, groups: NDArray[np.st
     total = np.bincount(ours.label, minlength=len(groups))
     won, lost = ours.hits & ~theirs.hits, ~ours.hits & theirs.hits
     counts = np.stack([np.bincount(ours.label[where], minlength=len(groups)) for where in (won, lost)], 1)
-    share = counts / np.maximum(total, 1)[:, None]
-    pvals = np.concatenate([share, np.clip(1 - share.sum(1, keepdims=True), 0, 1)], 1)
+    fraction = counts / np.maximum(total, 1)[:, None]
+    pvals = np.concatenate([fraction, np.clip(1 - fraction.sum(1, keepdims=True), 0, 1)], 1)
     random = np.random.default_rng(0)
 
     def draw() -> Ints:

@@ -18,7 +18,7 @@ FEWEST_TRIALS = 10
 
 def importances(study: StudyFiles) -> dict[str, float]:
     """Return importances that sum to 1 of the settings that every trial has; empty if there are too few finished trials."""
-    return _shares(study, study.finished)
+    return _importances_among(study, study.finished)
 
 
 def importances_within(study: StudyFiles) -> dict[str, float]:
@@ -29,12 +29,12 @@ def importances_within(study: StudyFiles) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, param in study.space.items():
         if param.get("when"):
-            found = _shares(study, [t for t in study.finished if t.get(name) is not None])
+            found = _importances_among(study, [t for t in study.finished if t.get(name) is not None])
             out |= {name: found[name]} if name in found else {}
     return out
 
 
-def _shares(study: StudyFiles, trials: list[Trial]) -> dict[str, float]:
+def _importances_among(study: StudyFiles, trials: list[Trial]) -> dict[str, float]:
     """Return the importances of the settings that all these trials have."""
     metric, mode = study.objective
     shared = [name for name, param in study.space.items() if param and all(t.get(name) is not None for t in trials)]

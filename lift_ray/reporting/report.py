@@ -148,27 +148,29 @@ def kept_up_to_date(out: Output) -> Iterator[None]:
     if "://" in out.url:
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_keep, args=(out, out.folder / TRIALS, over), daemon=True)
+    # No lock: the search renames its files into place, and a read that fails anyway is tried again. The thread is a daemon because
+    # a hanging read, such as of remote data, must not keep the process alive.
+    stop = threading.Event()
+    thread = threading.Thread(target=_rewrite, args=(out, out.folder / TRIALS, stop), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
-        thread.join(timeout=60.0)
+        stop.set()
+        thread.join(timeout=60.0)  # so that a report in progress does not replace the final one
 
 
-def _keep(out: Output, trials: Path, over: threading.Event) -> None:
-    pause_s, written, told = EVERY_S, 0.0, ""
-    while not over.wait(pause_s):
+def _rewrite(out: Output, trials: Path, stop: threading.Event) -> None:
+    pause_s, written, printed = EVERY_S, 0.0, ""
+    while not stop.wait(pause_s):
         if not trials.exists() or (changed := trials.stat().st_mtime) == written:
             continue
         began = time.monotonic()
         try:
             write_report([out.url])
-            written, told = changed, ""
+            written, printed = changed, ""
         except Exception as error:  # a half-written file or a full disk: the next attempt may succeed
-            if (text := _failure(error, out)) != told:
+            if (text := _failure(error, out)) != printed:
                 print(text)
-            told = text
+            printed = text
         pause_s = max(EVERY_S, (time.monotonic() - began) / MOST_TIME_FRAC)

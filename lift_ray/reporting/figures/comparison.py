@@ -24,9 +24,8 @@ from lift_ray.reporting.figures.charts import (
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
 
 SHOWN = ("mean_class_accuracy", *GROUPS)
-BETWEEN = (
-    0.19  # of the distance between two models: separates the measures of one model, so that no point hides another
-)
+# vertical distance between the measures of a model, where models are 1 apart: no point hides another
+BETWEEN = 0.19
 NAME_WIDTH = 18  # letters in a line, which leaves room for the points on a phone
 
 

@@ -24,13 +24,8 @@ from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
 from lift_ray.terminal.tables import short
 
 MOST_LABELS = 5  # that fit on a phone
-SHADES = (
-    "#0072b2",
-    "#4aa3a0",
-    "#9aa33f",
-    "#e08214",
-    "#c2410c",
-)  # worst to best: from blue to red and also from dark to bright
+# worst to best: from blue to red and also from dark to bright
+SHADES = ("#0072b2", "#4aa3a0", "#9aa33f", "#e08214", "#c2410c")
 
 
 def history_figure(study: StudyFiles) -> Figure | None:
@@ -180,11 +175,11 @@ def importance_figure(
     """
     if not importances:
         return None
-    within = {name: share for name, share in within.items() if name not in importances}
+    within = {name: value for name, value in within.items() if name not in importances}
     names = sorted(importances, key=lambda n: importances[n])
     some = sorted(within, key=lambda n: within[n])
     traces = []
-    for label, shares, order, place in (
+    for label, values, order, place in (
         ("all trials", importances, names, 0),
         ("trials that have the setting", within, some, 2),
     ):
@@ -195,7 +190,7 @@ def importance_figure(
                     "orientation": "h",
                     "name": label,
                     "y": [spelled(n, "<br>") for n in order],
-                    "x": charts.percents([shares[n] for n in order]),
+                    "x": charts.percents([values[n] for n in order]),
                     "marker": {"color": COLORS[place]},
                     "hovertemplate": "%{x:.0f}%<extra></extra>",
                 }
@@ -213,8 +208,8 @@ def importance_figure(
         "yaxis": axis("", categoryorder="array", categoryarray=order),
     }
     rows = [
-        {"setting": n, "importance": shares[n], "among": among}
-        for shares, among, order in ((importances, "all trials", names), (within, "trials that have it", some))
+        {"setting": n, "importance": values[n], "among": among}
+        for values, among, order in ((importances, "all trials", names), (within, "trials that have it", some))
         for n in reversed(order)
     ]
     return Figure("importance", "Setting importance", note, traces, layout, rows)
@@ -359,9 +354,8 @@ def cost_in_words(study: StudyFiles) -> str:
     times = study.about.get("time_s", {})
     if "total" in times:
         total, last = (times[name] / 60 for name in ("total", "final comparison"))
-        if (
-            apart := max(clock.values(), default=0.0)
-        ) > total:  # the search was resumed: `times` covers its last start only
+        apart = max(clock.values(), default=0.0)
+        if apart > total:  # the search was resumed: `times` covers its last start only
             words += f" The last trial ended {apart:.1f} minutes after the first began; the final comparison took {last:.1f} minutes."
         else:
             words += f" The whole search took {total:.1f} minutes, including {last:.1f} for the final comparison."
