@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def report(
     outs: Annotated[
-        list[str], typer.Argument(metavar="OUT [OUT ...]", help="Result folders or URLs of python -m lift_ray.tune.")
+        list[str], typer.Argument(metavar="OUT", help="Result folders or URLs of python -m lift_ray.tune.")
     ],
     to: Annotated[
         str | None, typer.Option(help="Folder or URL for the page.  [OUT/report; for several searches ./report]")

@@ -93,4 +93,6 @@ def write_png(named: Sequence[tuple[str, Figure]], folder: Path) -> None:
     except Exception as error:  # a Chrome that does not start: kaleido and its dependencies raise many kinds of errors
         errors = (error,)
     if errors:
-        raise RunFailed(f"--png: {len(errors)} figures could not be drawn: {one_line(errors[0], 200)}; omit --png")
+        raise RunFailed(
+            f"--png: must draw all figures, but {len(errors)} failed: {one_line(errors[0], 200)}; omit --png"
+        )
