@@ -254,7 +254,7 @@ def test_studies_stand_side_by_side_and_keep_apart(study: Path, tmp_path: Path) 
     assert {"studies", "1-history", "2-history"} <= set(figures)
     assert figures["studies"]["layout"]["yaxis"]["ticktext"] == ["study 1", "study 2"]
     assert re.findall(r'<h2 class="wide" id="(study-\d)">', page) == ["study-1", "study-2"]
-    assert "Fitted to study 1, study 2 together, each with its own intercept (embedded:caltech101-lt)." in page
+    assert "Fitted jointly to study 1 and study 2, each with its own intercept (embedded:caltech101-lt)." in page
 
 
 def test_the_best_is_found_after_some_minutes_of_wall_clock_time(tmp_path: Path) -> None:

@@ -17,7 +17,16 @@ from lift_ray.reporting.figures import charts, comparison, search
 from lift_ray.reporting.figures.charts import HEAVY, Figure
 from lift_ray.reporting.scaling_law import fit_law
 from lift_ray.reporting.study_files import BEST_FOUND, StudyFiles
-from lift_ray.reporting.summary import Row, accuracy_rows, compared_split, gain_rows, law_in_words, seed_rows, summary
+from lift_ray.reporting.summary import (
+    Row,
+    accuracy_rows,
+    compared_split,
+    gain_rows,
+    law_in_words,
+    listed,
+    seed_rows,
+    summary,
+)
 from lift_ray.reporting.templates import template
 from lift_ray.storage.atomic import replacing
 from lift_ray.storage.layout import PAGE
@@ -192,7 +201,7 @@ def _heavy_answers(studies: Sequence[StudyFiles]) -> list[str]:
     for study in studies:
         by_dataset.setdefault(study.dataset, []).append(study)
     return [
-        f"{heavy_tuning(*same).answer} Fitted to {', '.join(study.name for study in same)} together, each with its own intercept "
+        f"{heavy_tuning(*same).answer} Fitted jointly to {listed([study.name for study in same])}, each with its own intercept "
         f"({dataset})."
         for dataset, same in by_dataset.items()
         if len(same) > 1

@@ -55,7 +55,7 @@ def _on_test(study: StudyFiles) -> list[str]:
     gains = [f"{_points(_gain(found[0], theirs, MEASURE))} {theirs['label']}" for theirs, _ in others]
     gains = gains[:1] + [text.replace(" points", "") for text in gains[1:]]
     head = f"Test accuracy of the best settings: {_percent(found[0], MEASURE)} (mean over classes, held out from the search)"
-    return [head + (f", {_listed(gains)}." if gains else "."), _significance(found, others, study), _few(found, others)]
+    return [head + (f", {listed(gains)}." if gains else "."), _significance(found, others, study), _few(found, others)]
 
 
 def baselines(study: StudyFiles) -> list[Compared]:
@@ -74,7 +74,7 @@ def _significance(found: Compared, others: Sequence[Compared], study: StudyFiles
     unsure = [label for label, theirs in pairs if not accuracy_gains(ours, theirs, study.groups)[MEASURE].excludes_zero]
     if unsure:
         differences = "The differences" if len(unsure) > 1 else "The difference"
-        return f"{differences} from {_listed(unsure)} may be due to chance (bootstrap over test images)."
+        return f"{differences} from {listed(unsure)} may be due to chance (bootstrap over test images)."
     return f"{'Each difference' if len(pairs) > 1 else 'This difference'} is significant (bootstrap over test images)."
 
 
@@ -103,7 +103,7 @@ def _percent(figures: dict[str, Any], measure: str) -> str:
     return f"{100 * figures[f'test/{measure}']:.1f}%"
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     """Join words as `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 

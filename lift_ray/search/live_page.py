@@ -151,7 +151,7 @@ def _row(row: TrialRow, metric: str) -> _Row:
         epochs=f"{len(row.history)}/{row.num_epochs}",
         value=f"{last[metric]:.4f}" if metric in last else "",
         images_per_s="" if speed is None else f"{speed:.0f}",
-        data_wait="" if wait is None else f"{100 * wait:.0f} %",
+        data_wait="" if wait is None else f"{100 * wait:.0f}%",
         settings=f"{describe(row.values)} {row.error}".rstrip(),
     )
 

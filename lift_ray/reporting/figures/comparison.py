@@ -48,7 +48,7 @@ def studies_figure(studies: Sequence[StudyFiles]) -> Figure | None:
         if (found := study.entry(BEST_FOUND))
         for row in _rows(study, "study", study.name, *found)
     ]
-    note = "Test accuracy of the best settings of each study. Bars: 95% bootstrap intervals over test images."
+    note = "Test accuracy, held out from each search. Bars: 95% bootstrap intervals over test images."
     return _dots("studies", "Best settings of each study", note, "study", rows)
 
 
