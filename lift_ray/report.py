@@ -1,4 +1,4 @@
-"""python -m lift_ray.report: one HTML page about what searches found."""
+"""python -m lift_ray.report: HTML report on the results of searches."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def report(
     outs: Annotated[
-        list[str], typer.Argument(metavar="OUT [OUT ...]", help="Results of python -m lift_ray.tune: folders or URLs.")
+        list[str], typer.Argument(metavar="OUT", help="Result folders or URLs of python -m lift_ray.tune.")
     ],
     to: Annotated[
-        str | None, typer.Option(help="Folder or URL for the page.  [OUT/report; of several searches ./report]")
+        str | None, typer.Option(help="Folder or URL for the page.  [OUT/report; for several searches ./report]")
     ] = None,
     png: Annotated[
-        bool, typer.Option("--png", help="Write each figure as PNG too (needs kaleido and Chrome).")
+        bool, typer.Option("--png", help="Also write each figure as PNG (requires kaleido and Chrome).")
     ] = False,
-    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Write a page that says what won, by how much and how sure that is; it needs no network. A search may still run.
+    """Write an HTML report: the best settings, their gain over the baselines, and how certain it is.
+
+    The page needs no network. It can be written while a search is still running.
 
     \b
     Examples:
@@ -45,7 +47,7 @@ def report(
 
 
 def main(argv: list[str]) -> int | None:
-    """Run the verb on the words after its name."""
+    """Run the verb with its command-line arguments."""
     return run_verb(app, "report", argv)
 
 

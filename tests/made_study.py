@@ -1,4 +1,4 @@
-"""A finished study's folder without a search: made-up trials, and made-up answers about real pictures."""
+"""Folder of a finished study, written without a search: made-up trials and made-up predictions for real images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPACE: dict[str, Any] = {
 
 
 def make_trials(number: int, **changes: Any) -> list[dict[str, Any]]:
-    """Rows as a search writes them: mean class accuracy rises with tau up to 1, whatever the rest is."""
+    """Return rows as a search writes them. Mean class accuracy depends on tau only and is highest at 1."""
     random, rows = np.random.default_rng(0), []
     for i in range(number):
         kind, width, tau = KINDS[i % 3], int(2 ** random.integers(1, 6)), float(random.uniform(0, 2))
@@ -67,14 +67,18 @@ def write_study(
     trials: list[dict[str, Any]],
     *,
     objectives: dict[str, str] | None = None,
-    shares: tuple[float, ...] = (0.1, 0.4, 0.6),
+    fractions: tuple[float, ...] = (0.1, 0.4, 0.6),
 ) -> Path:
-    """A finished study on real pictures; each compared model recognises the share of the test images that is given."""
+    """Write a finished study on real images.
+
+    Args:
+        fractions: fraction of the test images that each compared model classifies correctly.
+    """
     data = open_dataset(DATASET)
     labels, random = data.split("test").labels, np.random.default_rng(1)
     luck, compared = random.random(len(labels)), []
-    for i, (label, share) in enumerate(zip(("zero-shot", "the recipe", "best found"), shares, strict=False)):
-        predicted = np.where(luck < share, labels, (labels + 1) % data.num_classes)
+    for i, (label, fraction) in enumerate(zip(("zero-shot", "the recipe", "best found"), fractions, strict=False)):
+        predicted = np.where(luck < fraction, labels, (labels + 1) % data.num_classes)
         target = folder / predictions_of(f"model-{i}", 0)
         target.mkdir(parents=True)
         columns = {"label": labels, "predicted": predicted, "confidence": random.uniform(0.3, 1, len(labels))}

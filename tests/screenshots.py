@@ -27,9 +27,8 @@ from urllib.request import urlopen
 from browser import CHROME
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
+from plotly.offline import get_plotlyjs
 from ray._private.authentication.authentication_constants import AUTHENTICATION_TOKEN_COOKIE_NAME
-
-from lift_ray.reporting.page import plotly_js
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -257,7 +256,7 @@ def panels(address: str) -> str:
             }
             drawn.append((traces, layout))
     return (
-        f"<!doctype html><body style='margin:0;display:flex;flex-wrap:wrap'><script>{plotly_js()}</script><script>"
+        f"<!doctype html><body style='margin:0;display:flex;flex-wrap:wrap'><script>{get_plotlyjs()}</script><script>"
         f"for (const [data, layout] of {json.dumps(drawn)}) "
         "Plotly.newPlot(document.body.appendChild(document.createElement('div')), data, layout, {staticPlot: true})</script>"
     )

@@ -1,4 +1,4 @@
-"""How sure a result is: intervals, the question of heavy fine-tuning, the power law."""
+"""Uncertainty of results: intervals, the effect of heavy fine-tuning, the power law."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from lift_ray.training.workspace import Workspace
 GROUPS = np.array(["many"] * 5 + ["few"] * 5)
 
 
-def answers(share: float, seed: int, images: int = 40) -> Predictions:
-    """Ten classes of so many images each, of which about this share is recognised."""
+def predictions(fraction: float, seed: int, images: int = 40) -> Predictions:
+    """Predictions for ten classes, of which about this fraction is correct."""
     label = np.repeat(np.arange(10), images)
-    hit = np.random.default_rng(seed).random(len(label)) < share
+    hit = np.random.default_rng(seed).random(len(label)) < fraction
     return Predictions(label, np.where(hit, label, (label + 1) % 10), np.full(len(label), 0.5))
 
 
 @pytest.mark.parametrize("images", [3, 40])
 def test_intervals_cover_the_truth_as_often_as_they_say(images: int) -> None:
-    """Without a correction for small classes, 85 of 100 with three test images a class, as iNaturalist has them."""
+    """Without the correction for small classes, coverage is 85% with three test images per class, as in iNaturalist."""
     inside = 0
     for seed in range(200):
-        spread = accuracy_intervals(answers(0.6, seed, images), GROUPS)["mean_class_accuracy"]
+        spread = accuracy_intervals(predictions(0.6, seed, images), GROUPS)["mean_class_accuracy"]
         inside += spread.low <= 0.6 <= spread.high
     assert 0.9 * 200 <= inside <= 0.99 * 200
 
 
 def test_an_interval_is_as_wide_as_the_binomial_law_says() -> None:
-    found = answers(0.5, 0, images=400)
+    found = predictions(0.5, 0, images=400)
     spread = accuracy_intervals(found, GROUPS)
     assert spread["accuracy"].value == pytest.approx(found.hits.mean())
     assert spread["few"].high - spread["few"].low == pytest.approx(2 * 1.96 * (0.25 / 2000) ** 0.5, rel=0.1)
 
 
 def test_a_gain_on_the_same_images_is_surer_than_two_accuracies_apart() -> None:
-    theirs = answers(0.5, 0)
+    theirs = predictions(0.5, 0)
     better = theirs.predicted.copy()
     better[::20] = theirs.label[::20]
     ours = Predictions(theirs.label, better, theirs.confidence)
@@ -68,7 +68,7 @@ def test_a_gain_on_the_same_images_is_surer_than_two_accuracies_apart() -> None:
 
 
 def test_a_model_gains_nothing_on_itself() -> None:
-    gain = accuracy_gains(answers(0.5, 0), answers(0.5, 0), GROUPS)["few"]
+    gain = accuracy_gains(predictions(0.5, 0), predictions(0.5, 0), GROUPS)["few"]
     assert (gain.value, gain.low, gain.high) == (0, 0, 0)
 
 
@@ -111,15 +111,18 @@ def test_few_sizes_cannot_tell_about_heavy_tuning(sizes: list[float]) -> None:
 
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
 def test_bad_rates_at_large_sizes_do_not_make_heavy_tuning_hurt(sampler: str) -> None:
-    """Every size gains a little; the higher of two rates ruins the large ones. Over all trials the line falls by 4 points."""
+    """Every size gains a little, but the higher of two rates ruins the large ones: over all trials the line falls by 4 points."""
     sizes = [10.0 ** (3 + i / 2) for i in range(7)] * 2
     good = [0.40 + 0.02 * np.log10(size / 1e3) + noise / 10 for size, noise in zip(sizes[:7], NOISE[:7], strict=True)]
     bad = [value - 0.1 * np.log10(size / 1e3) for size, value in zip(sizes[:7], good, strict=True)]
     found = replace(study(sizes, good + bad), about={"space": {"search": {"sampler": sampler}}})
     assert np.polyfit(np.log10(sizes), good + bad, 1)[0] < -0.02
     heavy = heavy_tuning(found)
-    assert heavy.answer.startswith("No: ten times as many trained parameters gain 2.0 points")
-    assert "Of the 14 finished trials only the best of each of 7 sizes (" in heavy.answer
+    assert heavy.answer.startswith("No: ten times as many trained parameters add 2.0 points of few-shot accuracy")
+    assert (
+        "Based on 7 sizes (1,000 to 1,000,000 trained parameters), each represented by its best trial" in heavy.answer
+    )
+    assert heavy.answer.endswith(" by mean class accuracy, out of 14 finished trials.")
     assert [t["number"] for t in heavy.trials] == list(range(7))
 
 
@@ -129,8 +132,8 @@ def test_kinds_and_sizes_apart_are_points_of_their_own() -> None:
     assert [t["number"] for t in best_of_each_size(found)] == [2, 1, 3]
 
 
-def test_studies_of_one_data_set_are_pooled_each_with_its_own_level() -> None:
-    """Both fall by 5 points for ten times the size; the one with the larger sizes is better by 30."""
+def test_studies_of_one_dataset_are_pooled_each_with_its_own_intercept() -> None:
+    """Both lose 5 points for ten times the size; the study with the larger sizes is better by 30."""
     one, two = (
         study(
             SIZES[at : at + 4],
@@ -147,7 +150,7 @@ def test_studies_of_one_data_set_are_pooled_each_with_its_own_level() -> None:
 
 @pytest.mark.parametrize("number", [5, 8, 14])
 def test_regression_intervals_cover_the_truth_with_few_trials(number: int) -> None:
-    """A slope and one more observation; a bootstrap of percentiles has the slope in 90 of 100."""
+    """Intervals for a slope and for one more observation; a percentile bootstrap covers the slope in 90% of the cases."""
     random, inside = np.random.default_rng(1), np.zeros(2)
     for _ in range(300):
         x = np.column_stack([np.ones(number), random.uniform(3, 6, number)])
@@ -173,30 +176,32 @@ def test_a_power_law_is_found_and_predicts_larger_trials_exactly() -> None:
     assert [p.scales["optim.epochs"] for p in held] == [12, 16], "the largest must be held out"
     for point in held:
         assert point.predicted.value == pytest.approx(point.found)
-    assert "buys 64 epochs in place of 16: 71.7%" in law.answer, "no law reaches beyond four times as many"
+    assert "buy 64 epochs instead of 16: predicted accuracy 71.7%" in law.answer, (
+        "no law reaches beyond four times as many"
+    )
     assert "do not rely on it" not in law.answer
 
 
 @pytest.mark.parametrize(
     ("fracs", "number"), [((1.0, 0.5), "twice the"), ((0.5, 0.25), "all"), ((0.2, 0.1), "80% of the")]
 )
-def test_a_law_says_what_more_pictures_would_give(fracs: tuple[float, float], number: str) -> None:
-    """The error falls with the pictures alone, at every width."""
-    shares = [fracs[0] / 2**n for n in range(4) for _ in range(3)]
+def test_a_law_predicts_the_gain_from_more_images(fracs: tuple[float, float], number: str) -> None:
+    """The error falls with the number of images alone, at every width."""
+    fractions = [fracs[0] / 2**n for n in range(4) for _ in range(3)]
     sizes = [1e4, 2e4, 4e4] * 4
-    accuracy = [1 - 0.5 * (s / fracs[0]) ** -0.2 for s in shares]
-    law = fit_law(study(sizes, accuracy, **{"optim.data_frac": shares}), devices=1, unit="CPU-hours")
+    accuracy = [1 - 0.5 * (s / fracs[0]) ** -0.2 for s in fractions]
+    law = fit_law(study(sizes, accuracy, **{"optim.data_frac": fractions}), devices=1, unit="CPU-hours")
     assert law.exponents["optim.data_frac"].value == pytest.approx(0.2)
     more = {"twice the": 2.0, "all": 1.0, "80% of the": 0.8}[number]
     expected = 100 * (1 - 0.5 * (more / fracs[0]) ** -0.2)
-    assert f"With {number} training pictures the best trial would get {expected:.1f}%" in law.answer
-    assert "trained parameters the best trial would get" in law.answer
+    assert f"With {number} training images, the best trial would reach {expected:.1f}%" in law.answer
+    assert "trained parameters, the best trial would reach" in law.answer
 
 
 def test_a_law_without_an_effect_promises_nothing() -> None:
     law = law_of(0.0, noise=0.05)
     assert "No effect is clear" in law.answer
-    assert "in place of" not in law.answer
+    assert "instead of" not in law.answer
     point = law.points[-1].predicted
     assert point.low < point.value < point.high
 
@@ -211,8 +216,11 @@ def test_of_trials_of_one_scale_the_best_counts() -> None:
 @pytest.mark.parametrize(
     ("epochs", "words"),
     [
-        ([2.0] * 8, "Cannot tell: no trial differs in training pictures"),
-        ([1.0, 2.0, 3.0], "Cannot tell: 3 trials"),
+        ([2.0] * 8, "Cannot tell: the trials do not vary enough in training images"),
+        (
+            [1.0, 2.0, 3.0],
+            "Cannot tell: 6 trials that differ in epochs are required to fit and check a law, but there are 3.",
+        ),
     ],
 )
 def test_without_several_scales_there_is_no_law(epochs: list[float], words: str) -> None:
@@ -224,21 +232,21 @@ def test_without_several_scales_there_is_no_law(epochs: list[float], words: str)
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
-        ([0.38, 0.39], "above every one of the recipe"),
-        ([0.38, 0.45], "overlap, so chance may decide"),
-        ([0.5, 0.9], "overlap, so nothing is won"),
+        ([0.38, 0.39], "every seed of the best settings is above every seed of the recipe"),
+        ([0.38, 0.45], "the seeds overlap, so the difference may be due to chance"),
+        ([0.5, 0.9], "the best settings are not better on average"),
     ],
 )
 def test_seeds_say_whether_another_seed_would_change_the_winner(theirs: list[float], words: str) -> None:
     runs = [("best found", v) for v in (0.4, 0.5, 0.6)] + [("the recipe", v) for v in theirs]
     about = {"seeds": [{"label": label, "test/mean_class_accuracy": value} for label, value in runs]}
     text = seed_spread(replace(study([1e4], [0.4]), about=about))
-    assert text.startswith("With 3 seeds the best settings reach 50.0% on test, give or take 10.0, and the recipe ")
+    assert text.startswith("Over 3 seeds, the best settings reach 50.0 ± 10.0% on test and the recipe ")
     assert words in text
 
 
 def test_one_seed_says_nothing_about_others() -> None:
-    assert "one seed" in seed_spread(study([1e4], [0.4]))
+    assert "a single seed" in seed_spread(study([1e4], [0.4]))
 
 
 def test_reliability_bins_hold_every_image() -> None:
@@ -248,7 +256,7 @@ def test_reliability_bins_hold_every_image() -> None:
     assert bins[-1] == (pytest.approx(0.985), 1.0, 2)
 
 
-def test_two_ranks_fill_in_what_one_finds() -> None:
+def test_two_ranks_collect_what_one_finds() -> None:
     logits = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
     whole, halves = (
         PredictionCollector(10, 0, torch.device("cpu")),
@@ -270,7 +278,7 @@ def test_what_is_kept_of_each_image_gives_the_same_accuracy(small_data: str, sma
     ((figures, table),) = evaluate_each(Run(config, warm), "test")
     write_predictions(table, Output(str(tmp_path)), "predictions/00")
     (tmp_path / "study.json").write_text('{"compared": [{"label": "zero-shot"}], "space": {"space": {}}}')
-    kept = read_study(tmp_path, "out").answers[0]
+    kept = read_study(tmp_path, "out").predictions[0]
     assert kept
     assert kept.label.tolist() == warm.dataset.split("test").labels.tolist()
     assert kept.hits.mean() == pytest.approx(figures["test/accuracy"])

@@ -1,4 +1,4 @@
-"""python -m lift_ray.report --png: a picture of each figure, or a line that says what is missing."""
+"""python -m lift_ray.report --png: an image of each figure, or a line that says what is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOOD = Figure("good", "Good", "", [{"type": "scatter", "x": [1, 2], "y": [1, 2]}
 
 
 @NEEDS_CHROME
-def test_every_figure_is_a_picture_that_shows_something_and_a_table(tmp_path: Path) -> None:
+def test_every_figure_is_an_image_that_shows_something_and_a_table(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "out", make_trials(24))
     assert not report.main([str(folder), "--png"])
     page = (folder / "report" / "index.html").read_text()
@@ -40,17 +40,19 @@ def test_every_figure_is_a_picture_that_shows_something_and_a_table(tmp_path: Pa
 
 @NEEDS_CHROME
 def test_a_figure_that_cannot_be_drawn_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match=r"^--png: all figures must be drawn, but 1 were not: .*; leave out --png$"):
+    with pytest.raises(RunFailed, match=r"^--png: must draw all figures, but 1 failed: .*; omit --png$"):
         write_png([("good", GOOD), ("no such folder/bad", GOOD)], tmp_path)
 
 
-def test_pictures_without_chrome_or_kaleido_are_one_line_that_says_what_to_install(
+def test_images_without_chrome_or_kaleido_are_one_line_that_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Chromium, "find_browser", lambda *_, **__: None)
     monkeypatch.delenv("BROWSER_PATH", raising=False)
-    with pytest.raises(BadInput, match=r"^--png: needs Chrome or Chromium, but finds none; install one"):
+    with pytest.raises(BadInput, match=r"^--png: requires Chrome or Chromium, but found none; install one"):
         write_png([("good", GOOD)], tmp_path)
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    with pytest.raises(BadInput, match=r"^--png: needs the package kaleido, .*; pip install"):
+    with pytest.raises(
+        BadInput, match=r"^--png: requires the package kaleido, but it is not installed or older than 1.5; pip install"
+    ):
         write_png([("good", GOOD)], tmp_path)

@@ -223,7 +223,7 @@ def test_a_study_publishes_its_figures_as_ray_metrics(watched: Watched) -> None:
 def test_the_live_page_shows_the_trials_of_the_running_search(watched: Watched) -> None:
     assert watched.page_address.startswith("http://127.0.0.1:")
     assert "<h1>watched</h1>" in watched.page
-    assert "of 2 trials after" in watched.page
+    assert "of 2 trials ended after" in watched.page
     assert f"/{LONG}</td>" in watched.page
     with pytest.raises(urllib.error.URLError):
         get(watched.page_address)  # ended with the search

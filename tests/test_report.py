@@ -1,4 +1,4 @@
-"""python -m lift_ray.report: a page for every kind of study, from its files alone, that a browser shows without a fault."""
+"""python -m lift_ray.report writes a page for every kind of study, from its files alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn_in(page: str) -> dict[str, Any]:
     return figures
 
 
-def test_the_page_holds_every_figure_and_its_numbers_lie_beside_it(
+def test_the_page_holds_every_figure_and_its_data_is_next_to_it(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not report.main([str(study)])
@@ -88,33 +88,33 @@ def test_the_summary_says_what_won_by_how_much_and_how_sure(study: Path) -> None
     best = read_study(study, "out").best_trial
     assert best
     assert re.fullmatch(
-        r"The best settings recognise 59\.\d% of the test images, which the search did not see \(mean over classes\): "
-        r"5\d\.\d points more than zero-shot and 1[789]\.\d more than the recipe\.",
+        r"Test accuracy of the best settings: 59\.\d% \(mean over classes, held out from the search\), "
+        r"5\d\.\d points above zero-shot and 1[789]\.\d above the recipe\.",
         lines[0],
     )
-    assert lines[1] == "Each of these differences is more than chance over the test images."
+    assert lines[1] == "Each difference is significant (bootstrap over test images)."
     assert re.match(
-        r"On the few-shot classes it recognises 5\d\.\d%, .* the strongest yardstick there \(the recipe\)\.", lines[2]
+        r"Few-shot test accuracy: 5\d\.\d%, .* above the strongest baseline there \(the recipe\)\.", lines[2]
     )
-    assert lines[3].startswith("Does heavy fine-tuning hurt here? ")
-    assert "one seed" in lines[4]
-    assert lines[5].startswith(f"Best is trial {best['number']}: {best['tuner.kind']}, ")
+    assert lines[3].startswith("Does heavy fine-tuning hurt the few-shot classes? ")
+    assert "a single seed" in lines[4]
+    assert lines[5].startswith(f"Best trial: {best['number']} ({best['tuner.kind']}, ")
     assert lines[6] == "24 trials: 20 finished, 4 stopped early."
     assert not any("95%" in line for line in lines), "the intervals stand in the table"
 
 
-def test_a_loss_on_the_rare_classes_is_said(study: Path, tmp_path: Path) -> None:
+def test_a_loss_on_the_rare_classes_is_reported(study: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(study, tmp_path / "out"))
     about = json.loads((folder / "study.json").read_text())
     about["compared"][2]["test/few"] = about["compared"][1]["test/few"] - 0.1
     (folder / "study.json").write_text(json.dumps(about))
-    assert "10.0 points less than the strongest yardstick there (the recipe)." in summary(read_study(folder, "out"))[2]
+    assert "10.0 points below the strongest baseline there (the recipe)." in summary(read_study(folder, "out"))[2]
 
 
 def test_equal_models_are_called_equal(tmp_path: Path) -> None:
-    lines = summary(read_study(write_study(tmp_path / "out", make_trials(3), shares=(0.1, 0.5, 0.5)), "out"))
-    assert lines[0].endswith("more than zero-shot and as much as the recipe.")
-    assert lines[1] == "The difference to the recipe may be chance over the test images."
+    lines = summary(read_study(write_study(tmp_path / "out", make_trials(3), fractions=(0.1, 0.5, 0.5)), "out"))
+    assert lines[0].endswith("points above zero-shot and equal to the recipe.")
+    assert lines[1] == "The difference from the recipe may be due to chance (bootstrap over test images)."
 
 
 def test_the_tables_hold_the_intervals_and_the_gains(study: Path) -> None:
@@ -126,16 +126,27 @@ def test_the_tables_hold_the_intervals_and_the_gains(study: Path) -> None:
     assert low < float(best.text) < high
     low, high = map(float, gain.below.split(" to "))
     assert 0 < low < float(gain.text) < high
-    assert gain_rows(found)[1]["better than"] == "the recipe"
+    assert gain_rows(found)[1]["baseline"] == "the recipe"
 
 
-def test_several_seeds_have_a_table_and_a_word(study: Path) -> None:
+def test_the_best_posthoc_tau_comes_with_its_selection_bias(tmp_path: Path) -> None:
+    chosen = {"validation/posthoc_tau": 0.5, "validation/posthoc_optimism": 0.028}
+    found = read_study(write_study(tmp_path / "out", make_trials(3, **chosen)), "out")
+    found.posthoc[1]["validation/mean_class_accuracy"] = 0.35
+    figure = next(figure for figure in figures_of(StudySection(found))[0] if figure.name == "posthoc-tau")
+    assert figure.note.endswith(
+        "Best post-hoc tau on validation: 0.5 (mean class accuracy 35.0%, about 2.8 points of it selection bias; 30.0% without "
+        "adjustment)."
+    )
+
+
+def test_several_seeds_have_a_table_and_a_sentence(study: Path) -> None:
     found = read_study(study, "out")
     runs = [{"label": "best found", "seed": k, "test/mean_class_accuracy": v} for k, v in enumerate((0.5, 0.6))]
     found = replace(found, about=found.about | {"seeds": runs})
     (row,) = seed_rows(found)
     assert (row["model"], row["mean class"]) == ("best found, 2 seeds", Cell("55.0", "\u00b1 7.1"))
-    assert "With 2 seeds the best settings reach 55.0% on test" in "".join(summary(found))
+    assert "Over 2 seeds, the best settings reach 55.0 ± 7.1% on test" in "".join(summary(found))
 
 
 def test_a_law_that_says_no_more_than_the_mean_is_one_sentence() -> None:
@@ -199,14 +210,14 @@ def as_it_is(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (as_it_is, "The best settings recognise"),
-        (running, "Best so far is trial"),
-        (nothing_finished, "Of the failures: the loss must be finite"),
+        (as_it_is, "Test accuracy of the best settings: "),
+        (running, "Best trial so far: "),
+        (nothing_finished, "Error of a failed trial: the loss must be finite"),
         (before_the_first_trial, "No trial has finished yet."),
-        (without_predictions, "The best settings recognise"),
-        (without_a_test_split, "There are no figures of a test split"),
-        (with_lost_data, "There are no pictures to show"),
-        (of_an_older_version, "The best settings recognise"),
+        (without_predictions, "Test accuracy of the best settings: "),
+        (without_a_test_split, "This study has no test results."),
+        (with_lost_data, "No images to show"),
+        (of_an_older_version, "Test accuracy of the best settings: "),
     ],
 )
 @pytest.mark.parametrize("number", [1, 12])
@@ -228,29 +239,29 @@ def test_several_objectives_and_a_diverged_trial_get_a_page_with_the_front(tmp_p
     (folder / "study.json").write_text(json.dumps(about | {"pareto": [{"trial": 0}, {"trial": 2}]}))
     assert not report.main([str(folder)])
     figures = drawn_in((folder / "report" / "index.html").read_text())
-    assert "few accuracy in %" in json.dumps(figures["history"])
-    front = next(trace for trace in figures["pareto"]["data"] if trace["name"] == "not beaten")
+    assert "few accuracy (%)" in json.dumps(figures["history"])
+    front = next(trace for trace in figures["pareto"]["data"] if trace["name"] == "Pareto-optimal")
     assert sorted(zip(front["x"], front["y"], strict=True)) == sorted(
         (trials[i]["trained_parameters"], round(100 * trials[i]["validation/few"], 4)) for i in (0, 2)
     )
 
 
 def test_studies_stand_side_by_side_and_keep_apart(study: Path, tmp_path: Path) -> None:
-    other = write_study(tmp_path / "other", make_trials(2), shares=(0.1, 0.2, 0.3))
+    other = write_study(tmp_path / "other", make_trials(2), fractions=(0.1, 0.2, 0.3))
     assert not report.main([str(study), str(other), "--to", str(tmp_path / "both")])
     page = (tmp_path / "both" / "index.html").read_text()
     figures = drawn_in(page)
     assert {"studies", "1-history", "2-history"} <= set(figures)
     assert figures["studies"]["layout"]["yaxis"]["ticktext"] == ["study 1", "study 2"]
     assert re.findall(r'<h2 class="wide" id="(study-\d)">', page) == ["study-1", "study-2"]
-    assert "From study 1, study 2 together, each with its own level (embedded:caltech101-lt)." in page
+    assert "Fitted jointly to study 1 and study 2, each with its own intercept (embedded:caltech101-lt)." in page
 
 
-def test_the_best_is_found_after_some_minutes_by_the_clock(tmp_path: Path) -> None:
+def test_the_best_is_found_after_some_minutes_of_wall_clock_time(tmp_path: Path) -> None:
     trials = [t | {"began_at": 1e9 + 60 * i, "ended_at": 1e9 + 60 * i + 90} for i, t in enumerate(make_trials(12))]
     found = read_study(write_study(tmp_path / "out", trials), "out")
     assert found.best
-    assert f"{found.best + 1.5:.1f} minutes by the clock" in cost_in_words(found)
+    assert f"{found.best + 1.5:.1f} minutes of wall-clock time)" in cost_in_words(found)
     found.about["time_s"] = {"total": 60.0, "final comparison": 30.0}  # of the last start of a search that was resumed
     assert "The last trial ended 12.5 minutes after the first began" in cost_in_words(found)
     found.about["time_s"]["total"] = 7200.0
@@ -258,7 +269,7 @@ def test_the_best_is_found_after_some_minutes_by_the_clock(tmp_path: Path) -> No
 
 
 def test_hours_are_of_what_a_trial_held_while_the_search_still_runs(tmp_path: Path) -> None:
-    """`use_gpu: auto` on a cluster whose GPU nodes have not come yet, or have gone."""
+    """With `use_gpu: auto`, on a cluster whose GPU nodes have not started yet or have left."""
     folder = write_study(tmp_path / "out", make_trials(2))
     about = json.loads((folder / "study.json").read_text())
     running(folder)
@@ -299,15 +310,15 @@ def another_table(folder: Path) -> None:
     [
         (
             empty,
-            r"^{out}: must be the results of a search, but there is no study.json and no trials.parquet; give the --out of python -m "
-            r"lift_ray.tune$",
+            r"^{out}: must contain the results of a search, but there is no study.json or trials.parquet; give the --out of python "
+            r"-m lift_ray.tune$",
         ),
-        (half_a_json, r"^{out}: study.json must be JSON, but got Expecting value: .*; copy the folder again$"),
-        (half_a_table, r"^{out}: trials.parquet must be a Parquet table, but got .*; copy the folder again$"),
+        (half_a_json, r"^{out}: invalid JSON in study.json: Expecting value: .*; copy the folder again$"),
+        (half_a_table, r"^{out}: invalid Parquet in trials.parquet: .*; copy the folder again$"),
         (
             another_table,
-            r"^{out}: must be the results of a search, but study.json or trials.parquet lacks 'number, state'; copy the folder "
-            r"again$",
+            r"^{out}: must contain the results of a search, but 'number, state' is missing from study.json or trials.parquet; copy "
+            r"the folder again$",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Trials as rows: the best one, files that others read, tables that fit."""
+"""Trials as rows: the best one, the files, tables that fit a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a result is: intervals by bootstrap over test images and over trials."""
+"""Uncertainty of results: bootstrap intervals over test images and over trials."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lift_ray.evaluation.metrics import GROUPS
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles, Trial, numbers
 
 DRAWS = 2000
-CHUNK = 100  # draws at a time: thousands of classes fit into memory
+CHUNK = 100  # draws at a time, so that thousands of classes fit in memory
 MEASURES = ("accuracy", "mean_class_accuracy", *GROUPS)
-FEWEST_POINTS = 5  # of size and accuracy, for a line with an interval
-FEWEST_SIZES = 3
+FEWEST_POINTS = 5  # (size, accuracy) pairs required for a line with an interval
+FEWEST_SIZES = 3  # different sizes among them
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the 95% interval around it."""
+    """Value with its 95% interval."""
 
     value: float
     low: float
@@ -32,32 +32,36 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Is the sign certain at this level?"""
+        """True if the sign is certain at this level."""
         return self.low > 0 or self.high < 0
 
 
-def accuracy_intervals(answers: Predictions, groups: NDArray[np.str_]) -> dict[str, Interval]:
-    """Accuracy overall, by mean class and by group, with 95% intervals by bootstrap over test images.
+def accuracy_intervals(predictions: Predictions, groups: NDArray[np.str_]) -> dict[str, Interval]:
+    """Return accuracy overall, by mean class and by group, with 95% bootstrap intervals over test images.
 
-    Images are drawn anew within their class, so each class keeps its number of images.
+    Images are resampled within their class, so each class keeps its number of images.
 
     Args:
         groups: many, medium or few for each class, (K,).
     """
-    total = np.bincount(answers.label, minlength=len(groups))
-    correct = np.bincount(answers.label[answers.hits], minlength=len(groups))
-    share = correct / np.maximum(total, 1)
+    total = np.bincount(predictions.label, minlength=len(groups))
+    correct = np.bincount(predictions.label[predictions.hits], minlength=len(groups))
+    fraction = correct / np.maximum(total, 1)
     random = np.random.default_rng(0)
-    return _intervals(correct, lambda: random.binomial(total, share, (CHUNK, len(groups))), total, groups)
+    return _intervals(correct, lambda: random.binomial(total, fraction, (CHUNK, len(groups))), total, groups)
 
 
 def accuracy_gains(ours: Predictions, theirs: Predictions, groups: NDArray[np.str_]) -> dict[str, Interval]:
-    """By how much one model is better than another on the same images, as `accuracy_intervals`; the images are paired."""
+    """Return the gain of one model over another on the same images, with 95% bootstrap intervals over paired images.
+
+    Args:
+        groups: many, medium or few for each class, (K,).
+    """
     total = np.bincount(ours.label, minlength=len(groups))
     won, lost = ours.hits & ~theirs.hits, ~ours.hits & theirs.hits
     counts = np.stack([np.bincount(ours.label[where], minlength=len(groups)) for where in (won, lost)], 1)
-    share = counts / np.maximum(total, 1)[:, None]
-    pvals = np.concatenate([share, np.clip(1 - share.sum(1, keepdims=True), 0, 1)], 1)
+    fraction = counts / np.maximum(total, 1)[:, None]
+    pvals = np.concatenate([fraction, np.clip(1 - fraction.sum(1, keepdims=True), 0, 1)], 1)
     random = np.random.default_rng(0)
 
     def draw() -> Ints:
@@ -68,10 +72,15 @@ def accuracy_gains(ours: Predictions, theirs: Predictions, groups: NDArray[np.st
 
 
 def _intervals(found: Ints, draw: Callable[[], Ints], total: Ints, groups: NDArray[np.str_]) -> dict[str, Interval]:
-    """Each measure is a weighted sum over the classes of the images that count: (K,) found, (CHUNK, K) at each draw.
+    """Return each measure as a weighted sum of counts over classes, with the percentiles of its bootstrap draws.
 
-    Drawing within a class of n images gives (n - 1) / n of the variance that there is, which is put back; of a class with one
-    image no variance is known, and it adds none.
+    Resampling within a class of n images underestimates its variance by the factor (n - 1) / n, so deviations are widened by
+    sqrt(n / (n - 1)). The variance of a class with one image is unknown, and it adds none.
+
+    Args:
+        found: counts of the sample, (K,).
+        draw: resampled counts, (CHUNK, K) at each call.
+        total: test images of each class, (K,).
     """
     seen, weights = total > 0, {}
     for measure in MEASURES:
@@ -88,14 +97,14 @@ def _intervals(found: Ints, draw: Callable[[], Ints], total: Ints, groups: NDArr
 
 @dataclass(frozen=True)
 class Heavy:
-    """Does heavy fine-tuning hurt the few-shot classes? (arXiv 2309.10019)
+    """Answer to the question whether heavy fine-tuning hurts the few-shot classes (arXiv 2309.10019).
 
     Args:
         short: the answer in a sentence.
-        answer: the same with its interval and what it stands on.
-        trials: the best of each size, which it stands on.
-        slope: change of few-shot validation accuracy for ten times as many trained parameters.
-        curve: (x, low, high) of the fitted line: trained parameters, and its 95% interval.
+        answer: the answer with its interval and the trials it is based on.
+        trials: the best trial of each size, to which the line is fitted.
+        slope: change in few-shot validation accuracy for ten times as many trained parameters.
+        curve: (x, low, high) of the fitted line: trained parameters and the ends of its 95% interval.
     """
 
     short: str
@@ -106,19 +115,19 @@ class Heavy:
 
 
 def sized(study: StudyFiles) -> list[Trial]:
-    """The finished trials that say something about size."""
+    """Return the finished trials that have a few-shot accuracy and trained parameters."""
     return [t for t in study.finished if t.get("validation/few") is not None and (t.get("trained_parameters") or 0) > 0]
 
 
 def is_grid(study: StudyFiles) -> bool:
-    """Was every combination tried?"""
+    """Return True if the sampler was a grid, which tries every combination."""
     return bool(study.about.get("space", {}).get("search", {}).get("sampler") == "grid")
 
 
 def best_of_each_size(study: StudyFiles) -> list[Trial]:
-    """Of the trials of a size the best by the objective: a bad learning rate says nothing about the size.
+    """Return the best trial of each size by the objective, because a bad learning rate says nothing about the size.
 
-    A size is one number of trained parameters in a grid, else a kind of tuner and a number within a factor of two.
+    In a grid, a size is a number of trained parameters; otherwise it is a tuner kind with a number within a factor of two.
     """
     metric, mode = study.objective
     by_number = is_grid(study)
@@ -130,12 +139,12 @@ def best_of_each_size(study: StudyFiles) -> list[Trial]:
 
 
 def heavy_tuning(*studies: StudyFiles) -> Heavy:
-    """The question answered from the finished trials of studies of one data set, or why they cannot tell.
+    """Answer the question from the finished trials of studies of one dataset, or say why they cannot tell.
 
-    few = a + b log10(trained parameters), an `a` for each study, which has a level of its own, and one `b` for all.
+    The fitted line is few = a + b log10(trained parameters), with an intercept a for each study and one slope b for all.
     """
     if not any(t.get("validation/few") is not None for study in studies for t in study.trials):
-        reason = "no trial has a few-shot accuracy, as no class has under 20 training images."
+        reason = "no trial has a few-shot accuracy because no class has fewer than 20 training images."
         return Heavy("Cannot tell.", f"Cannot tell: {reason}", [])
     points = [(i, trial) for i, study in enumerate(studies) for trial in best_of_each_size(study)]
     owner, trials = np.array([i for i, _ in points], int), [trial for _, trial in points]
@@ -146,8 +155,8 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     if len(trials) < fewest or len(np.unique(size)) < FEWEST_SIZES or np.linalg.matrix_rank(design) < design.shape[1]:
         return Heavy(
             "Cannot tell: too few sizes were tried.",
-            f"Cannot tell: {number} finished trials of {len(trials)} sizes are too few; at least {fewest} sizes are needed "
-            "(search_spaces/heavy.yaml).",
+            f"Cannot tell: at least {fewest} sizes with {FEWEST_SIZES} different numbers of trained parameters are required, but "
+            f"the {number} finished trials cover {len(trials)} (see search_spaces/heavy.yaml).",
             trials,
         )
     grid = np.linspace(size.min(), size.max(), 30)
@@ -155,31 +164,31 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     slope, *heights = regression_intervals(
         design, few, np.concatenate([np.eye(design.shape[1])[-1:], np.column_stack([level, grid])])
     )
-    change = f"{'gain' if slope.value > 0 else 'lose'} {100 * abs(slope.value):.1f} points on the few-shot classes"
+    change = f"{'add' if slope.value > 0 else 'cost'} {100 * abs(slope.value):.1f} points of few-shot accuracy"
     word = ("No" if slope.value > 0 else "Yes") if slope.excludes_zero else "Cannot tell"
-    chance = "" if slope.excludes_zero else ", which may be chance"
+    chance = "" if slope.excludes_zero else ", which may be due to chance"
     short = f"{word}: ten times as many trained parameters {change}{chance}."
     interval = f"95% interval {100 * slope.low:+.1f} to {100 * slope.high:+.1f}"
     span = f"{10 ** size.min():,.0f} to {10 ** size.max():,.0f}"
     names = dict.fromkeys(study.objective[0].rsplit("/", 1)[-1].replace("_", " ") for study in studies)
     metrics = " or ".join(f"{name} accuracy" if name in GROUPS else name for name in names)
     answer = (
-        f"{short.removesuffix('.')} ({interval}). Of the {number} finished trials only the best of each of {len(trials)} sizes "
-        f"({span}) counts, by {metrics}."
+        f"{short.removesuffix('.')} ({interval}). Based on {len(trials)} sizes ({span} trained parameters), each "
+        f"represented by its best trial by {metrics}, out of {number} finished trials."
     )
     low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))
     return Heavy(short, answer, trials, slope, (10**grid, low, high))
 
 
 def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool = False) -> list[Interval]:
-    """Least squares by bootstrap-t over residuals: 95% intervals of combinations of the coefficients.
+    """Return 95% intervals for combinations of least-squares coefficients, by bootstrap-t over residuals.
 
-    With few trials a bootstrap of percentiles is too narrow: tests/test_confidence.py measures how often the truth is inside.
+    With few trials a percentile bootstrap is too narrow; tests/test_confidence.py measures the coverage.
 
     Args:
         design: (N, P) of full rank, N > P. y: (N,).
-        wanted: (M, P), the combinations: a row of the design for a height, a unit vector for a coefficient.
-        single: intervals for one more observation at each, not for the mean of many.
+        wanted: combinations, (M, P): a row of the design for a height, a unit vector for a coefficient.
+        single: return intervals for one more observation, not for the mean of many.
     """
     random, inverse = np.random.default_rng(0), np.linalg.inv(design.T @ design)
     spread = np.sqrt(np.einsum("mi,ij,mj->m", wanted, inverse, wanted) + single)
@@ -203,29 +212,31 @@ def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool
 
 
 def seed_spread(study: StudyFiles) -> str:
-    """What runs with other seeds say, as `search.seeds_best` has them trained; that there are none, when there are none."""
+    """Compare the seeds of the best settings with those of the first baseline (search.seeds_best), in words."""
     runs: dict[str, list[float]] = {}
     for run in study.about.get("seeds", []):
         if "test/mean_class_accuracy" in run:
             runs.setdefault(run["label"], []).append(100 * run["test/mean_class_accuracy"])
     best, *others = (runs.pop(BEST_FOUND, []), *runs.values())
     if len(best) < 2:
-        return "Every setting was trained with one seed, so how much another seed changes is not known (search.seeds_best)."
-    text = f"With {len(best)} seeds the best settings reach {np.mean(best):.1f}% on test, give or take {np.std(best, ddof=1):.1f}"
+        return "All settings were trained with a single seed, so the spread over seeds is unknown (search.seeds_best)."
+    text = f"Over {len(best)} seeds, the best settings reach {np.mean(best):.1f} ± {np.std(best, ddof=1):.1f}% on test"
     if not others or len(others[0]) < 2:
         return text + "."
     label, theirs = next(iter(runs)), others[0]
-    text += f", and {label} {np.mean(theirs):.1f}%, give or take {np.std(theirs, ddof=1):.1f}"
+    text += f" and {label} {np.mean(theirs):.1f} ± {np.std(theirs, ddof=1):.1f}%"
     if min(best) > max(theirs):
-        return f"{text}: every seed of the best is above every one of {label}."
-    return f"{text}: the seeds of the two overlap, so {'chance may decide' if np.mean(best) > np.mean(theirs) else 'nothing is won'}."
+        return f"{text}: every seed of the best settings is above every seed of {label}."
+    if np.mean(best) > np.mean(theirs):
+        return f"{text}: the seeds overlap, so the difference may be due to chance."
+    return f"{text}: the best settings are not better on average."
 
 
-def reliability(answers: Predictions, num_bins: int = 15) -> list[tuple[float, float, int]]:
-    """(mean confidence, accuracy, images) of each bin of confidence that holds images (arXiv 1706.04599)."""
-    place = np.clip(np.ceil(answers.confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+def reliability(predictions: Predictions, num_bins: int = 15) -> list[tuple[float, float, int]]:
+    """Return (mean confidence, accuracy, images) of each non-empty confidence bin (arXiv 1706.04599)."""
+    place = np.clip(np.ceil(predictions.confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     out = []
     for k in np.unique(place):
         here = place == k
-        out.append((float(answers.confidence[here].mean()), float(answers.hits[here].mean()), int(here.sum())))
+        out.append((float(predictions.confidence[here].mean()), float(predictions.hits[here].mean()), int(here.sum())))
     return out

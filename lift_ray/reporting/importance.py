@@ -1,4 +1,4 @@
-"""How much each setting decides about the objective, by Optuna's PED-ANOVA (arXiv 2304.10255)."""
+"""Importance of each setting for the objective, by Optuna's PED-ANOVA (arXiv 2304.10255)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ FEWEST_TRIALS = 10
 
 
 def importances(study: StudyFiles) -> dict[str, float]:
-    """Shares that add up to 1, of the settings that every trial has; empty when the finished trials are too few to tell."""
-    return _shares(study, study.finished)
+    """Return importances that sum to 1 of the settings that every trial has; empty if there are too few finished trials."""
+    return _importances_among(study, study.finished)
 
 
 def importances_within(study: StudyFiles) -> dict[str, float]:
-    """Of a setting that only some trials have, such as a bottleneck: its share among these trials, where they are enough."""
+    """Return the importance of each conditional setting, such as a bottleneck, among the trials that have it.
+
+    A setting that too few trials have is left out.
+    """
     out: dict[str, float] = {}
     for name, param in study.space.items():
         if param.get("when"):
-            found = _shares(study, [t for t in study.finished if t.get(name) is not None])
+            found = _importances_among(study, [t for t in study.finished if t.get(name) is not None])
             out |= {name: found[name]} if name in found else {}
     return out
 
 
-def _shares(study: StudyFiles, trials: list[Trial]) -> dict[str, float]:
-    """Of the settings that all these trials have."""
+def _importances_among(study: StudyFiles, trials: list[Trial]) -> dict[str, float]:
+    """Return the importances of the settings that all these trials have."""
     metric, mode = study.objective
     shared = [name for name, param in study.space.items() if param and all(t.get(name) is not None for t in trials)]
     ranges = {name: distribution(study.space[name]) for name in shared}
@@ -54,7 +57,7 @@ def _shares(study: StudyFiles, trials: list[Trial]) -> dict[str, float]:
 
 
 def distribution(param: Mapping[str, Any]) -> BaseDistribution:
-    """A searched setting, as the search-space file writes it, in Optuna's class."""
+    """Return the Optuna distribution of a searched setting, given as in the search-space file."""
     if param.get("choices") is not None:
         return CategoricalDistribution(param["choices"])
     low, high = param.get("int") or param["float"]

@@ -1,4 +1,4 @@
-"""Each figure of a report as a PNG, drawn by kaleido and the Chrome of this machine, without network."""
+"""Figures of a report as PNG files, drawn by kaleido and the local Chrome without network access."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lift_ray.errors import BadInput, RunFailed
+from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.reporting.figures.charts import Figure
 
-INK, SOFT, LINE = "#1c2128", "#57606a", "#d5dae0"  # as in page.html, in light
+INK, SOFT, LINE = "#1c2128", "#57606a", "#d5dae0"  # the light theme of page.html
 FONT = 'system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif'
 WIDTH, HEIGHT = 800, 420
 
 
 def on_paper(figure: Figure) -> dict[str, Any]:
-    """The layout of a figure that stands alone: what the page's script and heading add, on white."""
+    """Return the layout of a standalone figure on white, with the title and style that page.html adds on the page."""
     height = figure.layout.get("height", HEIGHT) + 50
     named = sum(1 for trace in figure.traces if trace.get("name") and trace.get("showlegend") is not False)
     return {
@@ -57,11 +57,11 @@ def _axis(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_png(named: Sequence[tuple[str, Figure]], folder: Path) -> None:
-    """folder/NAME.png of each figure.
+    """Write folder/NAME.png for each figure.
 
     Raises:
-        BadInput: kaleido or a Chrome is missing.
-        RunFailed: one cannot be drawn.
+        BadInput: kaleido or Chrome is missing.
+        RunFailed: a figure cannot be drawn.
     """
     specs: list[dict[str, Any]] = [
         {
@@ -76,17 +76,23 @@ def write_png(named: Sequence[tuple[str, Figure]], folder: Path) -> None:
         missing = import_module("kaleido.errors").ChromeNotFoundError
     except ImportError:
         raise BadInput(
-            "--png: needs the package kaleido, but it is not installed or older than 1.5; pip install 'kaleido>=1.5', "
-            "or leave out --png"
+            "--png",
+            "requires the package kaleido",
+            but="it is not installed or older than 1.5",
+            remedy="pip install 'kaleido>=1.5', or omit --png",
         ) from None
-    try:  # MathJax would come from a server
+    try:  # without MathJax, which kaleido would load from a server
         errors = kaleido.write_fig_from_object_sync(specs, kopts={"mathjax": False})
     except missing:
         raise BadInput(
-            "--png: needs Chrome or Chromium, but finds none; install one, name it in $BROWSER_PATH, or leave out --png"
+            "--png",
+            "requires Chrome or Chromium",
+            but="found none",
+            remedy="install one, set $BROWSER_PATH to it, or omit --png",
         ) from None
-    except Exception as error:  # a Chrome that does not start: kaleido and what it stands on raise many kinds
+    except Exception as error:  # a Chrome that does not start: kaleido and its dependencies raise many kinds of errors
         errors = (error,)
     if errors:
-        text = " ".join(str(errors[0]).split())[:200] or type(errors[0]).__name__
-        raise RunFailed(f"--png: all figures must be drawn, but {len(errors)} were not: {text}; leave out --png")
+        raise RunFailed(
+            f"--png: must draw all figures, but {len(errors)} failed: {one_line(errors[0], 200)}; omit --png"
+        )

@@ -1,4 +1,4 @@
-"""The report of studies: their files from wherever they are, what has to be computed for it, and when a running search writes it."""
+"""Report of studies: read their files, compute what the page needs, write it, and keep it up to date while a search runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 from lift_ray.reporting.page import Example, StudySection, write_page
 from lift_ray.reporting.png import write_png
 from lift_ray.reporting.study_files import BEST_FOUND, FILES, StudyFiles, read_study
@@ -25,22 +25,23 @@ from lift_ray.storage.layout import PAGE, PREDICTIONS, PREDICTIONS_FILE, REPORT,
 from lift_ray.storage.output import Output
 
 EVERY_S = 30.0
-SHARE = 0.05  # of the time that a running search may spend on its report
+MOST_TIME_FRAC = 0.05  # of the time of a running search that its report may take
 WORST_CLASSES = 8
-PICTURES = 3
-PICTURE_PX = 112
+EXAMPLES = 3  # misclassified images of each
+EXAMPLE_PX = 112
 
 
 def write_report(outs: Sequence[str], to: str | None = None, *, png: bool = False) -> str:
-    """Write the page about one study or several; returns where it is.
+    """Write the report page of one or several studies. Return its path or URL.
 
     Args:
-        outs: results of searches, folders or URLs.
-        to: folder or URL; without it report/ inside the one study, or ./report for several.
+        outs: result folders or URLs of searches.
+        to: folder or URL for the page; by default report/ inside a single study, or ./report for several.
+        png: also write each figure as PNG.
 
     Raises:
-        BadInput: a folder that holds no study, files that cannot be read, or `png` where what it needs is missing.
-        RunFailed: it cannot be written.
+        BadInput: a folder contains no study, a file cannot be read, or kaleido or Chrome is missing for `png`.
+        RunFailed: the page cannot be written.
     """
     studies = [_read(Output(out, "OUT")) for out in outs]
     twice = {name for name, number in Counter(study.name for study in studies).items() if number > 1}
@@ -48,16 +49,16 @@ def write_report(outs: Sequence[str], to: str | None = None, *, png: bool = Fals
     inside = to is None and len(outs) == 1
     target = Output(outs[0], "OUT") if inside else Output(to or REPORT, "--to")
     name = REPORT if inside else ""
-    chapters = [_chapter(study) for study in studies]
+    sections = [_section(study) for study in studies]
     with target.staged(name, PAGE) as folder:
-        named = write_page(chapters, folder)
+        named = write_page(sections, folder)
         if png:
             write_png(named, folder)
     return "/".join(part for part in (str(target), name, PAGE) if part)
 
 
 def _read(out: Output) -> StudyFiles:
-    """Only the files that the report needs: a remote study's checkpoints stay where they are."""
+    """Read a study. Of a remote study, download only the files that the report needs, not the checkpoints."""
     if "://" in out.url:
         names = [name for name in FILES if out.holds(name)]
         names += [f"{PREDICTIONS}/{name}/{PREDICTIONS_FILE}" for name in out.names(PREDICTIONS)]
@@ -68,7 +69,7 @@ def _read(out: Output) -> StudyFiles:
     return read_study(out.folder, str(out))
 
 
-def _chapter(study: StudyFiles) -> StudySection:
+def _section(study: StudyFiles) -> StudySection:
     from lift_ray.reporting.importance import importances, importances_within
 
     examples, why = worst_classes(study)
@@ -76,94 +77,100 @@ def _chapter(study: StudyFiles) -> StudySection:
 
 
 def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
-    """Classes that the best recognises least on test, with images of them taken for others; or none, and why.
+    """Return the classes with the lowest test accuracy and misclassified images of them, or none and the reason.
 
-    Of classes that are equally bad, the one with the most training images comes first: it has the least excuse.
+    Among classes with equal accuracy, the one with the most training images comes first, because there the failure is least
+    expected.
     """
     found = study.entry(BEST_FOUND)
     if found is None or found[1] is None or not study.class_names:
-        return [], "the comparison on the test split is not there"
-    answers, counts, names = found[1], np.array(study.class_counts), study.class_names
-    total = np.bincount(answers.label, minlength=len(names))
-    right = np.bincount(answers.label[answers.hits], minlength=len(names))
+        return [], "the study has no test predictions"
+    predictions, counts, names = found[1], np.array(study.class_counts), study.class_names
+    total = np.bincount(predictions.label, minlength=len(names))
+    right = np.bincount(predictions.label[predictions.hits], minlength=len(names))
     order = sorted(np.flatnonzero(right < total), key=lambda k: (right[k] / total[k], -counts[k]))[:WORST_CLASSES]
-    wrong = {int(k): np.flatnonzero((answers.label == k) & ~answers.hits)[:PICTURES] for k in order}
+    wrong = {int(k): np.flatnonzero((predictions.label == k) & ~predictions.hits)[:EXAMPLES] for k in order}
     if not wrong:
-        return [], "every test image is recognised"
+        return [], "every test image is classified correctly"
     try:
         split = open_dataset(study.dataset, patience_s=10.0).split("test")
-        if split.labels.tolist() != answers.label.tolist():
-            return [], f"{study.dataset} has changed since"
+        if split.labels.tolist() != predictions.label.tolist():
+            return [], f"{study.dataset} has changed since the search"
         with RowReader(split, patience_s=10.0) as reader:
             images = reader.read(np.concatenate(list(wrong.values())))
-        pictures = iter([thumbnail(image) for image in images])
-    except (BadInput, OSError, ValueError, SyntaxError) as error:  # the last three: Pillow's, for a broken image
-        return [], " ".join(str(error).split())
+        thumbnails = iter([thumbnail(image) for image in images])
+    except (BadInput, OSError, ValueError, SyntaxError) as error:  # Pillow raises the last three for a broken image
+        return [], one_line(error)
     return [
         Example(
             names[k],
             str(study.groups[k]),
             int(counts[k]),
             f"{right[k]} of {total[k]}",
-            [(next(pictures), names[answers.predicted[i]]) for i in samples],
+            [(next(thumbnails), names[predictions.predicted[i]]) for i in samples],
         )
         for k, samples in wrong.items()
     ], ""
 
 
 def thumbnail(image: bytes) -> str:
-    """An encoded image as the data URI of a small JPEG. Raises OSError for a broken one."""
+    """Return an encoded image as the data URI of a small JPEG. Raises OSError for a broken image."""
     from PIL import Image
 
     with Image.open(io.BytesIO(image)) as opened:
         small = opened.convert("RGB")
-    small.thumbnail((PICTURE_PX, PICTURE_PX))
+    small.thumbnail((EXAMPLE_PX, EXAMPLE_PX))
     out = io.BytesIO()
     small.save(out, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def try_report(out: Output) -> str | None:
-    """Write the report of a search, and say in a line why not: it must not end the search. Returns where it is."""
+    """Write the report of a search and return its path or URL. If that fails, print the reason: it must not end the search."""
     try:
         return write_report([out.url])
-    except Exception as error:  # whatever it is, the search is worth more
-        print(_fault(error, out))
+    except Exception as error:  # whatever failed, the results of the search matter more
+        print(_failure(error, out))
         return None
 
 
-def _fault(error: Exception, out: Output) -> str:
-    return f"the report was not written: {' '.join(str(error).split())[:300]}; try python -m lift_ray.report {out}"
+def _failure(error: Exception, out: Output) -> str:
+    return f"the report was not written: {one_line(error)}; try python -m lift_ray.report {out}"
 
 
 @contextmanager
 def kept_up_to_date(out: Output) -> Iterator[None]:
-    """Write the report while a search runs, in a thread: whenever the trials changed, at most every 30 s and for at most a
-    twentieth of the time. Only into a folder: an upload after every trial would be too much."""
+    """Rewrite the report in a thread while a search runs, whenever its trials have changed.
+
+    The report is written at most every 30 s and takes at most a twentieth of the time. A search whose results go to a URL has
+    no running report, because an upload after every trial would cost too much.
+    """
     if "://" in out.url:
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_keep, args=(out, out.folder / TRIALS, over), daemon=True)
+    # No lock: the search renames its files into place, and a read that fails anyway is tried again. The thread is a daemon because
+    # a hanging read, such as of remote data, must not keep the process alive.
+    stop = threading.Event()
+    thread = threading.Thread(target=_rewrite, args=(out, out.folder / TRIALS, stop), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
-        thread.join(timeout=60.0)
+        stop.set()
+        thread.join(timeout=60.0)  # so that a report in progress does not replace the final one
 
 
-def _keep(out: Output, trials: Path, over: threading.Event) -> None:
-    pause_s, written, told = EVERY_S, 0.0, ""
-    while not over.wait(pause_s):
+def _rewrite(out: Output, trials: Path, stop: threading.Event) -> None:
+    pause_s, written, printed = EVERY_S, 0.0, ""
+    while not stop.wait(pause_s):
         if not trials.exists() or (changed := trials.stat().st_mtime) == written:
             continue
         began = time.monotonic()
         try:
             write_report([out.url])
-            written, told = changed, ""
-        except Exception as error:  # a file that is half written, a full disk: the next time may be better
-            if (text := _fault(error, out)) != told:
+            written, printed = changed, ""
+        except Exception as error:  # a half-written file or a full disk: the next attempt may succeed
+            if (text := _failure(error, out)) != printed:
                 print(text)
-            told = text
-        pause_s = max(EVERY_S, (time.monotonic() - began) / SHARE)
+            printed = text
+        pause_s = max(EVERY_S, (time.monotonic() - began) / MOST_TIME_FRAC)

@@ -1,4 +1,4 @@
-"""A power law fitted to a study's trials: what more pictures, longer training or a wider tuner would give (after arXiv 2203.15556)."""
+"""Power law fitted to the trials of a study: predicted gain from more images, longer training or a wider tuner (arXiv 2203.15556)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from lift_ray.reporting.confidence import Interval, regression_intervals
 from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
 
-SCALES = {"optim.data_frac": "training pictures", "optim.epochs": "epochs", "trained_parameters": "trained parameters"}
-FEWEST_VALUES = 3  # of a scale, over a range of at least a factor of two
+SCALES = {"optim.data_frac": "training images", "optim.epochs": "epochs", "trained_parameters": "trained parameters"}
+FEWEST_VALUES = 3  # of a scale, spanning at least a factor of two
 HELD_OUT_FRAC = 0.25
-FARTHEST = 4.0  # times the largest scale seen: nothing is said of what lies beyond
+FARTHEST = 4.0  # times the largest scale seen; no prediction goes beyond
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A trial, and what the law fitted to the smaller ones predicts for it (with a 95% interval for a single trial)."""
+    """Trial with the prediction of the law fitted to the smaller trials, with a 95% interval for a single trial."""
 
     trial: Trial
     scales: dict[str, float]
@@ -32,7 +32,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Law:
-    """What was fitted, in words, and its points; exponents b of error = c * product of scale^-b, by scale."""
+    """Fitted law.
+
+    Args:
+        answer: predictions in words, or the reason why there are none.
+        points: the trials with their predictions.
+        exponents: b of error = c * product of scale^-b, by scale.
+    """
 
     answer: str
     points: list[Point] = field(default_factory=list)
@@ -40,10 +46,10 @@ class Law:
 
 
 class PowerLaw:
-    """log error = c - sum of b_i log scale_i, by least squares.
+    """Least-squares fit of log error = c - sum of b_i log scale_i.
 
     Args:
-        scales: (N, S), N > S + 1, all positive, each column with at least two values and none made of the others.
+        scales: (N, S), N > S + 1, all positive; each column has at least two values and is no combination of the others.
         accuracy: (N,), in [0, 1].
     """
 
@@ -51,12 +57,12 @@ class PowerLaw:
         self.design, self.target = _design(scales), np.log(np.maximum(1 - accuracy, 1e-6))
 
     def predict(self, scales: Floats) -> list[Interval]:
-        """Accuracy of one more trial at each place, (M, S) -> M."""
+        """Predict the accuracy of one more trial at each row of scales, (M, S) -> M."""
         found = regression_intervals(self.design, self.target, _design(scales), single=True)
         return [Interval(*(float(1 - np.exp(v)) for v in (error.value, error.high, error.low))) for error in found]
 
     def exponents(self) -> list[Interval]:
-        """b of each scale."""
+        """Return the exponent b of each scale."""
         found = regression_intervals(self.design, self.target, np.eye(self.design.shape[1])[1:])
         return [Interval(-b.value, -b.high, -b.low) for b in found]
 
@@ -66,21 +72,21 @@ def _design(scales: Floats) -> Floats:
 
 
 def fit_law(study: StudyFiles, devices: int, unit: str) -> Law:
-    """Fit the smaller trials of a study, check on the larger, then say what the next hour buys; or why it cannot.
+    """Fit a law to the smaller trials of a study, check it on the larger ones, then predict the gain from more training.
 
-    Of trials with the same scales the best counts: the law is about what a search finds there.
+    Only the best of the trials with the same scales counts: the law is about what a search finds there.
 
     Args:
-        devices: that one trial holds.
-        unit: what an hour of one is called.
+        devices: number of devices that a trial holds.
+        unit: unit of device time, GPU-hours or CPU-hours.
     """
     metric = study.objective[0] if _is_accuracy(study) else "validation/mean_class_accuracy"
     trials = [t for t in study.finished if t.get(metric) is not None]
     used = [name for name in SCALES if _is_scale(numbers(trials, name))]
     if not used:
         return Law(
-            "Cannot tell: no trial differs in training pictures, epochs or trained parameters enough (at least "
-            f"{FEWEST_VALUES} values over a factor of two; search optim.data_frac, optim.epochs or the width)."
+            "Cannot tell: the trials do not vary enough in training images, epochs or trained parameters. At least "
+            f"{FEWEST_VALUES} values spanning a factor of two are required: search optim.data_frac, optim.epochs or the width."
         )
     best = _best_at_each_scale(trials, used, metric)
     held = max(1, round(HELD_OUT_FRAC * len(best)))
@@ -91,8 +97,8 @@ def fit_law(study: StudyFiles, devices: int, unit: str) -> Law:
     small = len(best) - held
     if len(best) < fewest or np.linalg.matrix_rank(_design(scales[:small])) <= len(used):
         return Law(
-            f"Cannot tell: {len(best)} trials of different {' and '.join(SCALES[n] for n in used)} are too few "
-            f"to fit a law and check it; {fewest} are needed."
+            f"Cannot tell: {fewest} trials that differ in {' and '.join(SCALES[n] for n in used)} are required to fit and check "
+            f"a law, but there are {len(best)}."
         )
     predicted = PowerLaw(scales[:small], found[:small]).predict(scales)
     points = [
@@ -103,9 +109,9 @@ def fit_law(study: StudyFiles, devices: int, unit: str) -> Law:
     exponents = dict(zip(used, law.exponents(), strict=True))
     parts = [_checked(points), _exponents(exponents)]
     if any(b.excludes_zero for b in exponents.values()):
-        parts += [_more_pictures(law, study, used, scales), _next_hour(law, study, used, scales, devices, unit)]
+        parts += [_more_images(law, study, used, scales), _next_hour(law, study, used, scales, devices, unit)]
     else:
-        parts.append("No effect is clear, so what more of it would buy cannot be told.")
+        parts.append("No effect is clear, so the gain from more training cannot be predicted.")
     return Law(" ".join(part for part in parts if part), points, exponents)
 
 
@@ -135,11 +141,11 @@ def _checked(points: Sequence[Point]) -> str:
     error = 100 * float(np.mean([abs(p.found - p.predicted.value) for p in held]))
     plain = 100 * float(np.mean([abs(p.found - mean) for p in held]))
     inside = sum(p.predicted.low <= p.found <= p.predicted.high for p in held)
-    verdict = "" if error < plain else " So it says no more than the mean does: do not rely on it."
+    verdict = "" if error < plain else " The law predicts no better than that mean: do not rely on it."
     return (
-        f"A power law fitted to the {len(points) - len(held)} smaller trials misses the {len(held)} larger, held-out ones by "
-        f"{error:.1f} points in the mean (the mean of the smaller ones misses by {plain:.1f}); {inside} of {len(held)} lie inside "
-        f"its 95% interval.{verdict}"
+        f"A power law fitted to the {len(points) - len(held)} smaller trials predicts the {len(held)} larger, held-out trials with "
+        f"a mean absolute error of {error:.1f} points ({plain:.1f} for the mean of the smaller trials); {inside} of {len(held)} are "
+        f"inside the 95% interval.{verdict}"
     )
 
 
@@ -148,13 +154,13 @@ def _exponents(exponents: dict[str, Interval]) -> str:
     for name, b in exponents.items():
         change, low, high = (100 * (2**-exponent - 1) for exponent in (b.value, b.high, b.low))
         words.append(
-            f"With twice the {SCALES[name]} the error changes by {change:+.1f}% of itself (95% interval {low:+.1f} to {high:+.1f})."
+            f"Doubling the {SCALES[name]} changes the error by {change:+.1f}%, relative (95% interval {low:+.1f} to {high:+.1f})."
         )
     return " ".join(words)
 
 
-def _more_pictures(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales: Floats) -> str:
-    """The best trial on all training pictures; on twice as many where trials had them all."""
+def _more_images(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales: Floats) -> str:
+    """Predict the best trial on all training images, or on twice as many if trials already used them all."""
     at = _scales_of_best(study, used)
     if at is None or "optim.data_frac" not in used:
         return ""
@@ -162,17 +168,17 @@ def _more_pictures(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales
     most = float(scales[:, place].max())
     at[0, place] = min(2.0 if most == 1 else 1.0, FARTHEST * most)
     number = {1.0: "all", 2.0: "twice the"}.get(float(at[0, place]), f"{100 * at[0, place]:.0f}% of the")
-    return f"With {number} training pictures the best trial would get {_words(law.predict(at)[0])}."
+    return f"With {number} training images, the best trial would reach {_words(law.predict(at)[0])}."
 
 
 def _scales_of_best(study: StudyFiles, used: Sequence[str]) -> Floats | None:
-    """(1, S)."""
+    """Return the scales of the best trial, (1, S); None if one is unknown."""
     best = study.best_trial
     return None if best is None or any(not best.get(n) for n in used) else np.array([[float(best[n]) for n in used]])
 
 
 def _next_hour(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales: Floats, devices: int, unit: str) -> str:
-    """The best trial once more, trained for an hour longer."""
+    """Predict the best trial trained for one more device-hour; with twice the width if epochs were not searched."""
     best, at = study.best_trial, _scales_of_best(study, used)
     if best is None or at is None:
         return ""
@@ -182,7 +188,7 @@ def _next_hour(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales: Fl
         return (
             ""
             if (wider == at).all()
-            else f"With twice the trained parameters the best trial would get {_words(law.predict(wider)[0])}."
+            else f"With twice the trained parameters, the best trial would reach {_words(law.predict(wider)[0])}."
         )
     seconds = (best.get("train_s") or 0) + (best.get("evaluate_s") or 0)
     if not seconds:
@@ -194,13 +200,15 @@ def _next_hour(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales: Fl
     epochs, one_hour = bounded[0, place], bool(bounded[0, place] == longer[0, place])
     hours = devices * seconds / 3600 * (epochs / at[0, place] - 1)
     lead = (
-        f"The next {unit.removesuffix('s')}"
+        f"One more {unit.removesuffix('s')} on the best settings buys"
         if one_hour
-        else f"{hours:.2g} more {unit} ({FARTHEST:g} times the most epochs tried)"
+        else f"{hours:.2g} more {unit} on the best settings ({FARTHEST:g} times the most epochs tried) buy"
     )
     now, then = law.predict(at)[0], law.predict(bounded)[0]
-    buys = f"buys {epochs:.0f} epochs in place of {at[0, place]:.0f}: {_words(then)}"
-    return f"{lead}, spent on the best settings, {buys}, where the law has {100 * now.value:.1f}% now."
+    return (
+        f"{lead} {epochs:.0f} epochs instead of {at[0, place]:.0f}: predicted accuracy {_words(then)}, up from "
+        f"{100 * now.value:.1f}%."
+    )
 
 
 def _words(interval: Interval) -> str:

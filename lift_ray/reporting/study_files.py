@@ -1,4 +1,4 @@
-"""A study as its result folder tells it: trials, what was compared on the test split, and each model's answers there."""
+"""Study as read from its result folder: trials, the models compared on the test split, and their predictions."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import class_groups
 from lift_ray.storage.layout import BEST, PER_CLASS, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
 
 FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}", f"{BEST}/{PER_CLASS}")
 BEST_FOUND = "best found"
+COPY_AGAIN = "copy the folder again"
 DEFAULT_OBJECTIVES = {"validation/mean_class_accuracy": "max"}
 
 Trial = dict[str, Any]
 
 
 def predictions_of(model: str, tau: float) -> str:
-    """The folder in OUT with a model's predictions for the test images, with this post-hoc adjustment."""
+    """Return the folder in OUT for a model's predictions on the test images, with this post-hoc tau."""
     return f"{PREDICTIONS}/{model}-tau-{tau:g}"
 
 
 def _predictions_path(folder: Path, figures: dict[str, Any], index: int) -> Path:
-    """Where the predictions of a compared model are; older studies number them by its place in the comparison."""
+    """Return the path of the predictions of a compared model. Older studies number them by position in the comparison."""
     return folder / PREDICTIONS / Path(figures.get("predictions", f"{index:02d}")).name / PREDICTIONS_FILE
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model made of the N images of the test split, in storage order.
+    """Predictions of a model for the N images of the test split, in storage order.
 
     Args:
-        label, predicted: class of each image, (N,).
+        label, predicted: true and predicted class of each image, (N,).
         confidence: probability of the predicted class, (N,).
     """
 
@@ -50,26 +51,26 @@ class Predictions:
 
     @property
     def hits(self) -> NDArray[np.bool_]:
-        """Which images were recognised, (N,)."""
+        """Mask of the correctly classified images, (N,)."""
         hits: NDArray[np.bool_] = self.label == self.predicted
         return hits
 
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """What is known of a study, finished or not.
+    """Everything known about a study, finished or not.
 
     Args:
-        where: its folder or URL, as shown.
-        objectives: metric -> max or min; the first decides what is best.
-        space: what was searched, setting -> range, as in the search-space file.
-        trials: a row for each, as in trials.parquet.
-        compared: label, and figures of validation and test, of each model of the final comparison.
-        answers: for each of `compared`, what it made of the test images, None when that was not kept.
+        where: folder or URL, as shown.
+        objectives: metric -> max or min; the first decides which trial is best.
+        space: searched settings, name -> range, as in the search-space file.
+        trials: rows of trials.parquet.
+        compared: label, validation metrics and test metrics of each model in the final comparison.
+        predictions: test predictions of each model in `compared`, None if they were not kept.
         best: number of the best trial.
-        posthoc: for each tau after training, the best trial's figures on validation.
-        about: what was written at the start, and over it the whole study.json.
-        class_names, class_counts: of the training split; empty when not known yet.
+        posthoc: validation metrics of the best trial for each post-hoc tau.
+        about: contents of space.json, overridden by study.json.
+        class_names, class_counts: of the training split; empty if not known yet.
     """
 
     where: str
@@ -79,7 +80,7 @@ class StudyFiles:
     space: dict[str, dict[str, Any]]
     trials: list[Trial]
     compared: list[dict[str, Any]] = field(default_factory=list)
-    answers: list[Predictions | None] = field(default_factory=list)
+    predictions: list[Predictions | None] = field(default_factory=list)
     best: int | None = None
     posthoc: list[dict[str, float]] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
@@ -88,22 +89,22 @@ class StudyFiles:
 
     @property
     def objective(self) -> tuple[str, str]:
-        """(metric, max or min) of the first."""
+        """First objective: (metric, max or min)."""
         return next(iter(self.objectives.items()))
 
     @property
     def is_done(self) -> bool:
-        """Did the search end, with its comparison on the test split?"""
+        """True if the search has ended with its comparison on the test split."""
         return bool(self.compared)
 
     @property
     def finished(self) -> list[Trial]:
-        """The trials that were trained to their end and have the first objective, in the order of their numbers."""
+        """Trials that were trained to the end and have the first objective, in order of number."""
         return [t for t in self.trials if t["state"] == "finished" and t.get(self.objective[0]) is not None]
 
     @property
     def best_trial(self) -> Trial | None:
-        """The best finished trial; while the search runs, the best so far."""
+        """Best finished trial; while the search runs, the best so far."""
         if self.best is not None:
             return next((t for t in self.trials if t["number"] == self.best), None)
         metric, mode = self.objective
@@ -112,7 +113,7 @@ class StudyFiles:
 
     @property
     def settings(self) -> list[str]:
-        """The searched settings that the trials have."""
+        """Searched settings that at least one trial has."""
         return [name for name in self.space if any(t.get(name) is not None for t in self.trials)]
 
     @property
@@ -121,28 +122,36 @@ class StudyFiles:
         return class_groups(np.array(self.class_counts))
 
     def entry(self, label: str) -> tuple[dict[str, Any], Predictions | None] | None:
-        """Figures and answers of the compared model with this label."""
+        """Return metrics and predictions of the compared model with this label, None if there is none."""
         return next(
-            (found for found in zip(self.compared, self.answers, strict=True) if found[0]["label"] == label), None
+            (found for found in zip(self.compared, self.predictions, strict=True) if found[0]["label"] == label), None
         )
 
 
 def read_study(folder: Path, shown: str) -> StudyFiles:
-    """The study whose files are in a folder. Raises BadInput when there is none, or a file cannot be read."""
+    """Read the study in a folder. Raises BadInput if there is none or a file cannot be read."""
     about = _json(folder / SPACE, shown) | _json(folder / STUDY, shown)
     if not about and not (folder / TRIALS).exists():
         raise BadInput(
-            f"{shown}: must be the results of a search, but there is no study.json and no trials.parquet; "
-            "give the --out of python -m lift_ray.tune"
+            shown,
+            "must contain the results of a search",
+            but="there is no study.json or trials.parquet",
+            remedy="give the --out of python -m lift_ray.tune",
         )
     table = _table(folder / TRIALS, shown).to_pylist() if (folder / TRIALS).exists() else []
     trials = [{name: _finite(value) for name, value in row.items()} for row in table]
     try:
         return _study(about, trials, _json(folder / BEST / RECORD, shown), folder, shown)
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise BadInput(
-            f"{shown}: must be the results of a search, but study.json or trials.parquet lacks {error}; "
-            "copy the folder again"
+            shown,
+            "must contain the results of a search",
+            but=f"{error} is missing from study.json or trials.parquet",
+            remedy=COPY_AGAIN,
+        ) from None
+    except (TypeError, AttributeError) as error:
+        raise BadInput(
+            shown, f"unexpected value in study.json or trials.parquet: {one_line(error)}", remedy=COPY_AGAIN
         ) from None
 
 
@@ -160,7 +169,7 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
         space=named,
         trials=trials,
         compared=compared,
-        answers=[_answers(_predictions_path(folder, f, i), shown) for i, f in enumerate(compared)],
+        predictions=[_predictions(_predictions_path(folder, f, i), shown) for i, f in enumerate(compared)],
         best=about["best"]["trial"] if "best" in about else None,
         posthoc=about.get("posthoc_curve", []),
         about=about,
@@ -170,11 +179,11 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
 
 
 def _finite(value: Any) -> Any:
-    """What a trial that diverged has in place of a number is none."""
+    """Return a value, None for the NaN or infinity of a trial that diverged."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _answers(path: Path, shown: str) -> Predictions | None:
+def _predictions(path: Path, shown: str) -> Predictions | None:
     if not path.exists():
         return None
     table = _table(path, shown)
@@ -188,11 +197,9 @@ def _json(path: Path, shown: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"{shown}: {path.name} must be JSON, but got {error}; copy the folder again") from None
+        raise BadInput(shown, f"invalid JSON in {path.name}: {one_line(error)}", remedy=COPY_AGAIN) from None
     if not isinstance(data, dict):
-        raise BadInput(
-            f"{shown}: {path.name} must be a JSON object, but got {type(data).__name__}; copy the folder again"
-        )
+        raise BadInput(shown, f"{path.name} must be a JSON object", type(data).__name__, COPY_AGAIN)
     return data
 
 
@@ -200,12 +207,11 @@ def _table(path: Path, shown: str) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        text = " ".join(str(error).split())
-        raise BadInput(f"{shown}: {path.name} must be a Parquet table, but got {text}; copy the folder again") from None
+        raise BadInput(shown, f"invalid Parquet in {path.name}: {one_line(error)}", remedy=COPY_AGAIN) from None
 
 
 def numbers(trials: Sequence[Trial], name: str) -> NDArray[np.float64]:
-    """One column as numbers, NaN where a trial has none."""
+    """Return a column of trials as numbers, NaN if a trial has none."""
     values = [t.get(name) for t in trials]
     return np.array(
         [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else np.nan for v in values], float

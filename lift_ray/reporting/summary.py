@@ -1,4 +1,4 @@
-"""What a study found, in plain words, and the numbers behind the words as tables."""
+"""Summary of a study in words, and its tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lift_ray.evaluation.metrics import GROUPS
 from lift_ray.reporting.confidence import Interval, accuracy_gains, accuracy_intervals, heavy_tuning, seed_spread
-from lift_ray.reporting.figures.charts import HEAVY, WORDS, scale_of, short_count, tell
+from lift_ray.reporting.figures.charts import HEAVY, PERCENT, WORDS, describe_settings, scale_of, short_count
 from lift_ray.reporting.scaling_law import Law
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
 from lift_ray.terminal.tables import mean_and_deviation
@@ -19,72 +19,74 @@ Compared = tuple[dict[str, Any], Predictions | None]
 
 
 def summary(study: StudyFiles) -> list[str]:
-    """Sentences: what won, by how much, how sure. The first is the headline."""
+    """Return sentences on what won, by how much and how certain that is. The first is the headline."""
     heavy = f"{HEAVY} {heavy_tuning(study).short}" if study.finished else ""
     seeds = seed_spread(study) if study.finished else ""
-    return [text for text in (*_on_test(study), heavy, seeds, _what_won(study), _trials(study)) if text]
+    return [text for text in (*_on_test(study), heavy, seeds, _best_trial(study), _trials(study)) if text]
 
 
-def _what_won(study: StudyFiles) -> str:
+def _best_trial(study: StudyFiles) -> str:
     best, (metric, mode) = study.best_trial, study.objective
     if best is None:
-        return "No trial has finished yet." if not study.is_done else "No trial finished."
+        return "No trial finished." if study.is_done else "No trial has finished yet."
     scale, title = scale_of(metric)
-    value = f"{title.removesuffix(' in %')} {f'{100 * best[metric]:.1f}%' if scale == 100 else f'{best[metric]:,.4g}'}"
-    so_far = "" if study.is_done else " so far"
+    value = f"{100 * best[metric]:.1f}%" if scale == 100 else f"{best[metric]:,.4g}"
+    measure = f"{metric.split('/')[0]} {title.removesuffix(PERCENT)}"
+    lead = "Best trial" if study.is_done else "Best trial so far"
     end = "highest" if mode == "max" else "lowest"
-    return f"Best{so_far} is {tell(best)}. Its {metric.split('/')[0]} {value} is the {end} of {len(study.finished)} finished trials."
+    return (
+        f"{lead}: {best['number']} ({describe_settings(best)}). Its {measure}, {value}, is the {end} of "
+        f"{len(study.finished)} finished trials."
+    )
 
 
 def _on_test(study: StudyFiles) -> list[str]:
-    """The best against the yardsticks, on images that the search did not see."""
+    """Compare the best settings with the baselines on images that the search did not see."""
     found = study.entry(BEST_FOUND)
     if not study.is_done:
-        text = "This search has not ended: the comparison on the test split comes at its end."
-        return [text if study.best_trial is None else f"{text} What is said so far is about validation."]
+        text = "This search has not ended; test accuracy is measured at its end."
+        return [text if study.best_trial is None else f"{text} The results so far are on validation."]
     if found is None or f"test/{MEASURE}" not in found[0]:
         return [
-            "There are no figures of a test split, so what is said here is what the search itself looked at: expect a little less."
+            "This study has no test results. The validation results below are those that the search optimized: expect slightly "
+            "lower accuracy on new images."
         ]
     others = [pair for pair in baselines(study) if f"test/{MEASURE}" in pair[0]]
     gains = [f"{_points(_gain(found[0], theirs, MEASURE))} {theirs['label']}" for theirs, _ in others]
     gains = gains[:1] + [text.replace(" points", "") for text in gains[1:]]
-    value = _percent(found[0], MEASURE)
-    head = f"The best settings recognise {value} of the test images, which the search did not see (mean over classes)"
-    return [head + (f": {_listed(gains)}." if gains else "."), _luck(found, others, study), _few(found, others)]
+    head = f"Test accuracy of the best settings: {_percent(found[0], MEASURE)} (mean over classes, held out from the search)"
+    return [head + (f", {listed(gains)}." if gains else "."), _significance(found, others, study), _few(found, others)]
 
 
 def baselines(study: StudyFiles) -> list[Compared]:
-    """Zero-shot first, then the baselines by their test accuracy, the best last."""
-    known = zip(study.compared, study.answers, strict=True)
+    """Return zero-shot, then the baselines by their test accuracy, the best last."""
+    known = zip(study.compared, study.predictions, strict=True)
     others = [(f, a) for f, a in known if not f["label"].startswith(BEST_FOUND) and not f["label"].endswith(", TTE")]
     return others[:1] + sorted(others[1:], key=lambda pair: pair[0].get(f"test/{MEASURE}", 0.0))
 
 
-def _luck(found: Compared, others: Sequence[Compared], study: StudyFiles) -> str:
-    """Which of the differences may be luck of the test images."""
-    pairs = [(theirs, answers) for theirs, answers in others if answers and found[1] and study.class_counts]
-    if not pairs:
+def _significance(found: Compared, others: Sequence[Compared], study: StudyFiles) -> str:
+    """Name the baselines whose difference from the best may be chance over the test images."""
+    ours = found[1]
+    pairs = [(figures["label"], theirs) for figures, theirs in others if theirs and study.class_counts]
+    if not pairs or ours is None:
         return ""
-    unsure = [
-        theirs["label"]
-        for theirs, answers in pairs
-        if found[1] and answers and not accuracy_gains(found[1], answers, study.groups)[MEASURE].excludes_zero
-    ]
+    unsure = [label for label, theirs in pairs if not accuracy_gains(ours, theirs, study.groups)[MEASURE].excludes_zero]
     if unsure:
-        return f"The difference to {_listed(unsure)} may be chance over the test images."
-    return f"{'Each of these differences' if len(pairs) > 1 else 'That'} is more than chance over the test images."
+        differences = "The differences" if len(unsure) > 1 else "The difference"
+        return f"{differences} from {listed(unsure)} may be due to chance (bootstrap over test images)."
+    return f"{'Each difference' if len(pairs) > 1 else 'This difference'} is significant (bootstrap over test images)."
 
 
 def _few(found: Compared, others: Sequence[Compared]) -> str:
-    """The rare classes, which a better mean may hide."""
+    """Report the rare classes separately: a better mean may hide a loss there."""
     known = [theirs for theirs, _ in others if "test/few" in theirs]
     if "test/few" not in found[0] or not known:
         return ""
     strongest = max(known, key=lambda theirs: theirs["test/few"])
     gain = _gain(found[0], strongest, "few")
     return (
-        f"On the few-shot classes it recognises {_percent(found[0], 'few')}, {_points(gain)} the strongest yardstick there "
+        f"Few-shot test accuracy: {_percent(found[0], 'few')}, {_points(gain)} the strongest baseline there "
         f"({strongest['label']})."
     )
 
@@ -94,15 +96,15 @@ def _gain(ours: dict[str, Any], theirs: dict[str, Any], measure: str) -> float:
 
 
 def _points(gain: float) -> str:
-    return "as much as" if abs(gain) < 0.05 else f"{abs(gain):.1f} points {'more' if gain > 0 else 'less'} than"
+    return "equal to" if abs(gain) < 0.05 else f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
 
 
 def _percent(figures: dict[str, Any], measure: str) -> str:
     return f"{100 * figures[f'test/{measure}']:.1f}%"
 
 
-def _listed(words: Sequence[str]) -> str:
-    """a, b and c."""
+def listed(words: Sequence[str]) -> str:
+    """Join words as `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -119,11 +121,14 @@ def _trials(study: StudyFiles) -> str:
     }
     counts = ", ".join(f"{states.count(s)} {word}" for s, word in names.items() if s in states)
     errors = sorted({t["error"] for t in study.trials if t["state"] == "failed" and t.get("error")})
-    return f"{len(states)} trials: {counts or 'none yet'}." + (f" Of the failures: {errors[0]}" if errors else "")
+    noun = "trial" if len(states) == 1 else "trials"
+    return f"{len(states)} {noun}: {counts or 'none yet'}." + (
+        f" Error of a failed trial: {errors[0]}" if errors else ""
+    )
 
 
 def law_in_words(law: Law) -> str:
-    """What more training would buy, where the law predicts held-out trials better than the mean of the others does."""
+    """Return the law's answer if it predicts the held-out trials better than the mean of the smaller trials does."""
     held, small = ([p for p in law.points if p.held_out is side] for side in (True, False))
     if not held:
         return law.answer
@@ -131,13 +136,14 @@ def law_in_words(law: Law) -> str:
     if sum(abs(p.found - p.predicted.value) for p in held) < sum(abs(p.found - mean) for p in held):
         return law.answer
     return (
-        "Cannot tell: a power law fitted to the smaller trials predicts the larger ones no better than their mean does."
+        "Cannot tell: a power law fitted to the smaller trials predicts the larger trials no better than the mean of the "
+        "smaller trials does."
     )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table, and what stands below it in small."""
+    """Number in a table, with small print below it."""
 
     text: str
     below: str = ""
@@ -146,12 +152,21 @@ class Cell:
 Row = dict[str, str | Cell]
 
 
+def compared_split(study: StudyFiles) -> str:
+    """Return `test`, or `validation` for a dataset without a test split."""
+    return "test" if any("test/accuracy" in f for f in study.compared) else "validation"
+
+
 def accuracy_rows(study: StudyFiles) -> list[Row]:
-    """What was compared, accuracy on test in percent with 95% intervals (on validation where there is no test)."""
-    split = "test" if any("test/accuracy" in f for f in study.compared) else "validation"
+    """Return the accuracy (%) of each compared model on `compared_split`, on test with 95% intervals."""
+    split = compared_split(study)
     rows: list[Row] = []
-    for figures, answers in zip(study.compared, study.answers, strict=True):
-        spread = accuracy_intervals(answers, study.groups) if answers and study.class_counts and split == "test" else {}
+    for figures, predictions in zip(study.compared, study.predictions, strict=True):
+        spread = (
+            accuracy_intervals(predictions, study.groups)
+            if predictions and study.class_counts and split == "test"
+            else {}
+        )
         cells = {
             WORDS[m]: Cell(f"{100 * figures[f'{split}/{m}']:.1f}", _ends(spread.get(m)))
             for m in ORDER
@@ -164,21 +179,21 @@ def accuracy_rows(study: StudyFiles) -> list[Row]:
 
 
 def gain_rows(study: StudyFiles) -> list[Row]:
-    """By how many points the best is better on test than each yardstick, with 95% intervals."""
+    """Return the gain of the best settings over each baseline on test, in points with 95% intervals."""
     found = study.entry(BEST_FOUND)
     if found is None or found[1] is None or not study.class_counts:
         return []
     rows: list[Row] = []
-    for figures, answers in baselines(study):
-        if answers is not None:
-            gains = accuracy_gains(found[1], answers, study.groups)
+    for figures, predictions in baselines(study):
+        if predictions is not None:
+            gains = accuracy_gains(found[1], predictions, study.groups)
             cells = {WORDS[m]: Cell(f"{100 * gains[m].value:+.1f}", _signed(gains[m])) for m in ORDER if m in gains}
-            rows.append({"better than": figures["label"], **cells})
+            rows.append({"baseline": figures["label"], **cells})
     return rows
 
 
 def seed_rows(study: StudyFiles) -> list[Row]:
-    """Mean and standard deviation on test of settings that were trained with several seeds."""
+    """Return mean and standard deviation on test of settings that were trained with several seeds."""
     runs = study.about.get("seeds", [])
     rows: list[Row] = []
     for label in dict.fromkeys(run["label"] for run in runs):

@@ -1,4 +1,4 @@
-"""Trials as rows: what a search did, for tables, files and people."""
+"""Trials of a search as rows, for tables and files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ ENDED = ("finished", "pruned", "infeasible", "failed")
 
 @dataclass
 class TrialRow:
-    """One trial of a search.
+    """Trial of a search.
 
     Args:
-        number: from 0, in the order of starting.
-        values: the searched settings.
-        state: waiting (for a slot), running, finished (trained to its end), pruned (stopped early), infeasible (breaks a
-            constraint, so not trained) or failed.
-        history: the figures of each epoch, in order.
-        group: the tuner kind, when each kind has trials of its own.
-        baseline: the number of the baseline that it is.
-        began_at, ended_at: by the clock, in seconds since 1970.
+        number: from 0, in order of start.
+        values: values of the searched settings.
+        num_epochs: epochs of the whole training.
+        state: waiting (for a slot), running, finished (trained to the end), pruned (stopped early), infeasible (violates a
+            constraint, not trained) or failed.
+        history: metrics of each epoch, in order.
+        error: text of the error of a failed trial.
+        group: tuner kind, if each kind has its own number of trials.
+        baseline: number of the baseline that this trial runs, None for other trials.
+        began_at, ended_at: wall-clock time in seconds since 1970.
     """
 
     number: int
@@ -46,33 +48,36 @@ class TrialRow:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more will come of it."""
+        """True if the trial will not change any more."""
         return self.state in ENDED
 
     @property
     def last(self) -> dict[str, float]:
-        """The figures of the last epoch done."""
+        """Metrics of the last finished epoch; empty before the first."""
         return self.history[-1] if self.history else {}
 
     @property
     def is_done(self) -> bool:
-        """Trained to its end; a run that trains nothing is done with its one evaluation, epoch 0."""
+        """True if trained to the end; a run without training is done after its only evaluation, epoch 0."""
         return bool(self.history) and self.last["epoch"] >= self.num_epochs
 
     def seconds(self, name: str) -> float:
-        """Sum of one time/ figure over the epochs."""
+        """Return the sum of a time/ metric over the epochs."""
         return sum(figures.get(f"time/{name}", 0.0) for figures in self.history)
 
 
 def best_row(rows: Iterable[TrialRow], metric: str, mode: str) -> TrialRow | None:
-    """The finished trial with the best value, the first of several; None when none has finished."""
+    """Return the finished trial with the best value, the first of several; None if none has finished."""
     finished = [row for row in rows if row.state == "finished" and metric in row.last]
     sign = 1 if mode == "max" else -1
     return max(finished, key=lambda row: (sign * row.last[metric], -row.number), default=None)
 
 
 def pareto_front(rows: Iterable[TrialRow], objectives: Mapping[str, str]) -> list[TrialRow]:
-    """The finished trials that no other beats or equals in every objective and beats in one, best first objective first."""
+    """Return the finished trials that no other trial dominates, sorted by the first objective, best first.
+
+    A trial dominates another if it is at least as good in every objective and better in one.
+    """
     finished = [row for row in rows if row.state == "finished" and all(metric in row.last for metric in objectives)]
     signs = {metric: 1 if mode == "max" else -1 for metric, mode in objectives.items()}
     points = {row.number: [round(sign * row.last[metric], 12) for metric, sign in signs.items()] for row in finished}
@@ -88,7 +93,10 @@ def pareto_front(rows: Iterable[TrialRow], objectives: Mapping[str, str]) -> lis
 
 
 def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:
-    """trials.parquet and trials.csv: a row for each trial, settings and last figures as columns, renamed into place."""
+    """Write trials.parquet and trials.csv with a row for each trial, its settings and last metrics as columns.
+
+    The files are renamed into place.
+    """
     records = [
         {
             "number": row.number,
@@ -113,6 +121,6 @@ def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:
 
 
 def write_json(data: Mapping[str, Any], path: Path) -> None:
-    """JSON, renamed into place."""
+    """Write a JSON file, renamed into place."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n")

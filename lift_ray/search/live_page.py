@@ -9,13 +9,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from html import escape
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from mimetypes import guess_type
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from lift_ray.errors import BadInput
+from lift_ray.reporting.templates import template
 from lift_ray.reporting.trial_rows import TrialRow, best_row
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.layout import PAGE, REPORT
@@ -25,17 +26,6 @@ HOST = "127.0.0.1"
 REFRESH_S = 5
 MOST_ROWS = 200
 METADATA = "lift_ray_page"  # in the entry of Ray's dashboard for the job
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 80rem; margin: 1.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; margin: 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-top: 1rem; }
-caption { text-align: left; opacity: .75; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
-.text { text-align: left; }
-.running { font-weight: 600; }
-progress { width: 100%; }
-"""
 
 
 class Status:
@@ -114,63 +104,56 @@ def _report_file(folder: Path, path: str) -> Path | None:
     return file if place == REPORT and file.parent == folder / REPORT and file.is_file() and name != ".." else None
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One trial as the template shows it; a value that is not known yet is empty."""
+
+    number: int
+    state: str
+    epochs: str
+    value: str
+    images_per_s: str
+    data_wait: str
+    settings: str
+
+
 def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seconds: float, status: str = "") -> str:
-    """The state of a search as HTML that reloads itself."""
+    """Return the state of a search as HTML that reloads itself."""
     trials = sorted(rows.values(), key=lambda row: (row.has_ended, -row.number))
     metric, mode = space.objective
     states = Counter(row.state for row in trials)
-    ended, total = sum(row.has_ended for row in trials), space.num_trials
-    counts = ", ".join(f"{number} {state}" for state, number in states.items())
     best = best_row(trials, metric, mode)
-    parts = [
-        f"<p>{ended} of {total} trials after {seconds:.0f} s{': ' if counts else ''}{counts}</p>",
-        f'<progress aria-label="trials that ended" max="{total}" value="{ended}"></progress>',
-        f"<p>{escape(status)}</p>" if status else "",
-        f"<p>best {escape(metric)}: {best.last[metric]:.4f}, trial {best.number}: {escape(describe(best.values))}</p>"
-        if best
-        else "<p>no trial has finished yet</p>",
-        f'<p><a href="/{REPORT}/">report: figures of what ended so far</a></p>'
-        if (folder / REPORT / PAGE).exists()
-        else "<p>the report comes with the first trials</p>",
-    ]
-    head = "".join(
-        f'<th scope="col"{" class=text" if name in ("state", "settings") else ""}>{name}</th>'
-        for name in (
-            "trial",
-            "state",
-            "epoch",
-            metric.split("/")[-1].replace("_", " "),
-            "images/s",
-            "waiting for data",
-            "settings",
-        )
-    )
-    parts.append(
-        f"<table><caption>refreshed every {REFRESH_S} s; running trials first, then the newest</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(_row(row, metric) for row in trials[:MOST_ROWS])}</tbody></table>"
-    )
-    if len(trials) > MOST_ROWS:
-        parts.append(f"<p>and {len(trials) - MOST_ROWS} more: trials.csv has all</p>")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">'
-        f'<link rel="icon" href="data:,"><title>{escape(space.name)}: {ended} of {total}</title><style>{STYLE}</style></head>'
-        f"<body><h1>{escape(space.name)}</h1>{''.join(parts)}</body></html>"
+    measure = metric.split("/")[-1].replace("_", " ")
+    return template("lift_ray.search", "live_page.html").render(
+        name=space.name,
+        refresh_s=REFRESH_S,
+        ended=sum(row.has_ended for row in trials),
+        total=space.num_trials,
+        seconds=seconds,
+        counts=", ".join(f"{number} {state}" for state, number in states.items()),
+        status=status,
+        metric=metric,
+        best=_row(best, metric) if best else None,
+        has_report=(folder / REPORT / PAGE).exists(),
+        report_url=f"/{REPORT}/",
+        headings=("trial", "state", "epoch", measure, "images/s", "waiting for data", "settings"),
+        rows=[_row(row, metric) for row in trials[:MOST_ROWS]],
+        rows_left=max(0, len(trials) - MOST_ROWS),
     )
 
 
-def _row(row: TrialRow, metric: str) -> str:
+def _row(row: TrialRow, metric: str) -> _Row:
     last, train_s = row.last, row.last.get("time/train_s", 0.0)
     speed, wait = last.get("train/images_per_s"), last.get("time/data_wait_s", 0.0) / train_s if train_s else None
-    cells = [
-        f"<td>{row.number}</td>",
-        f'<td class="text">{row.state}</td>',
-        f"<td>{len(row.history)}/{row.num_epochs}</td>",
-        f"<td>{last[metric]:.4f}</td>" if metric in last else "<td></td>",
-        "<td></td>" if speed is None else f"<td>{speed:.0f}</td>",
-        "<td></td>" if wait is None else f"<td>{100 * wait:.0f} %</td>",
-        f'<td class="text">{escape(f"{describe(row.values)} {row.error}".rstrip())}</td>',
-    ]
-    return f'<tr class="{row.state}">{"".join(cells)}</tr>'
+    return _Row(
+        number=row.number,
+        state=row.state,
+        epochs=f"{len(row.history)}/{row.num_epochs}",
+        value=f"{last[metric]:.4f}" if metric in last else "",
+        images_per_s="" if speed is None else f"{speed:.0f}",
+        data_wait="" if wait is None else f"{100 * wait:.0f}%",
+        settings=f"{describe(row.values)} {row.error}".rstrip(),
+    )
 
 
 def job_metadata(space: SpaceFile, address: str | None) -> dict[str, str]:

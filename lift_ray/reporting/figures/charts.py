@@ -1,4 +1,8 @@
-"""The figures of a report: plotly's JSON as plain dicts, the numbers behind each, and what it shows in words."""
+"""Figures of a report: Plotly's JSON as plain dicts, the data behind each figure, and a note in words.
+
+The dicts are drawn by plotly.js as they are. `plotly.graph_objects` is left to the tests, which validate the dicts with it: its
+import takes longer than making the page, and it adds its default template to each figure.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from lift_ray.reporting.confidence import MEASURES, heavy_tuning, is_grid, sized
 from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
 from lift_ray.terminal.tables import describe
 
-# colours that differ for all kinds of colour vision and stand out on white and on black; symbols and dashes say the same again
+# colors that are distinct for all kinds of color vision, on white and on black; symbols and dashes repeat the distinction
 STYLES = {
     "many": ("#1b7fc4", "circle", "solid"),
     "medium": ("#00996b", "square", "dash"),
@@ -22,7 +26,7 @@ STYLES = {
     "mean_class_accuracy": ("#8a63d2", "x", "dashdot"),
     "accuracy": ("#808080", "triangle-up", "longdash"),
 }
-COLOURS = [colour for colour, _, _ in STYLES.values()]
+COLORS = [color for color, _, _ in STYLES.values()]
 SYMBOLS = [symbol for _, symbol, _ in STYLES.values()]
 WORDS = {"accuracy": "overall", "mean_class_accuracy": "mean class"} | {name: name for name in GROUPS}
 STATES = {
@@ -36,14 +40,14 @@ STATES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of the page.
+    """Figure of the page.
 
     Args:
-        name: of its CSV file.
-        title: heading.
-        note: what it shows, in words.
-        traces, layout: plotly's.
-        rows: the numbers behind it, all with the same keys.
+        name: name of its CSV file, without the suffix.
+        title: heading on the page.
+        note: description below the heading.
+        traces, layout: Plotly's data and layout.
+        rows: data behind the figure, all rows with the same keys.
     """
 
     name: str
@@ -55,39 +59,39 @@ class Figure:
 
 
 SETTINGS = {
-    "tuner.kind": "kind of tuner",
-    "tuner.bottleneck": "width of the bottleneck",
+    "tuner.kind": "tuner",
+    "tuner.bottleneck": "bottleneck width",
     "tuner.length": "prompt length",
-    "tuner.ratio": "share of weights tuned",
+    "tuner.ratio": "fraction of weights tuned",
     "tuner.blocks": "tuned blocks",
     "loss.tau": "tau in training",
     "loss.kind": "loss",
     "optim.lr": "learning rate",
     "optim.global_batch_size": "batch size",
-    "augment.patch_dropout": "patches left out",
+    "augment.patch_dropout": "patch dropout",
     "augment.kind": "cropping",
-    "head.kind": "kind of classifier",
-    "head.init": "start of the classifier",
+    "head.kind": "classifier",
+    "head.init": "classifier initialization",
 }
 
 
 def plain(name: str) -> str:
-    """A setting or metric in words."""
+    """Return a setting or metric in words."""
     return SETTINGS.get(name, name.rsplit("/", 1)[-1].rsplit(".", 1)[-1].replace("_", " "))
 
 
 def spelled(name: str, between: str = " ") -> str:
-    """The same, with the setting's own name in small."""
+    """Return a setting in words, followed by its key in small print."""
     return f"{plain(name)}{between}<span style='font-size:0.8em'>{name}</span>" if "." in name else plain(name)
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """An axis with a heading."""
+    """Return an axis with a title."""
     return {"title": {"text": title}, "automargin": True, **more}
 
 
 def log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
-    """A logarithmic one for positive values, numbered at powers of ten, and at 2 and 5 times these where there are few."""
+    """Return a logarithmic axis with ticks at powers of ten, and at 2 and 5 times these if the range is short."""
     low, high = min(values), max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [m * 10.0**k for k in powers for m in ((1, 2, 5) if high < 50 * low else (1,))]
@@ -95,51 +99,56 @@ def log_axis(title: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def short_count(value: float) -> str:
-    """20000 -> 20k."""
+    """Return a number with a unit prefix: 20000 -> 20k."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:g}"
 
 
-ACCURACY = "accuracy in %"
-HEAVY = "Does heavy fine-tuning hurt here?"
+PERCENT = " (%)"
+ACCURACY = f"accuracy{PERCENT}"
+HEAVY = "Does heavy fine-tuning hurt the few-shot classes?"
 
 
 def percents(values: Any) -> list[float | None]:
-    """0.4567 -> 45.67; None stays."""
+    """Return fractions in percent: 0.4567 -> 45.67. None and NaN become None."""
     return [None if v is None or v != v else round(100 * float(v), 3) for v in values]
 
 
 def cloud(trials: Sequence[Trial], x: Sequence[Any], measure: str, **more: Any) -> dict[str, Any]:
-    """A point for each trial, validation accuracy upwards."""
-    colour, symbol, _ = STYLES[measure]
+    """Return a scatter trace of validation accuracy with a point for each trial."""
+    color, symbol, _ = STYLES[measure]
     return {
         "type": "scatter",
         "mode": "markers",
         "name": WORDS[measure],
         "x": list(x),
         "y": percents(numbers(trials, f"validation/{measure}")),
-        "text": [tell(t) for t in trials],
-        "marker": {"color": colour, "symbol": symbol, "size": 8},
+        "text": [describe_trial(t) for t in trials],
+        "marker": {"color": color, "symbol": symbol, "size": 8},
         "hovertemplate": "%{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
         **more,
     }
 
 
-def tell(trial: Trial) -> str:
-    """A trial in a line."""
-    values = {n: v for n, v in trial.items() if v is not None and "." in n}
-    return f"trial {trial['number']}: {describe(values)}"
+def describe_trial(trial: Trial) -> str:
+    """Return number and settings of a trial in a line."""
+    return f"trial {trial['number']}: {describe_settings(trial)}"
+
+
+def describe_settings(trial: Trial) -> str:
+    """Return the settings of a trial in a line."""
+    return describe({n: v for n, v in trial.items() if v is not None and "." in n})
 
 
 def measures_of(trials: Sequence[Trial], wanted: Sequence[str] = (*GROUPS, "mean_class_accuracy")) -> list[str]:
-    """Those that some trial has on validation."""
+    """Return the wanted measures that at least one trial has on validation."""
     return [m for m in wanted if any(t.get(f"validation/{m}") is not None for t in trials)]
 
 
 def size_figure(study: StudyFiles) -> Figure | None:
-    """Accuracy against trained parameters, and the front of what no smaller trial beats."""
+    """Accuracy against trained parameters, with the Pareto front."""
     trials = [t for t in study.finished if t.get("trained_parameters")]
     if len({t["trained_parameters"] for t in trials}) < 2:
         return None
@@ -155,14 +164,14 @@ def size_figure(study: StudyFiles) -> Figure | None:
     least = min(front, key=lambda t: t["trained_parameters"])
     most = front[-1]
     note = (
-        "Each finished trial, on validation. The line is the Pareto front of mean class accuracy: no trial with fewer trained "
-        f"parameters is better. It runs from {value_of(least)} with {least['trained_parameters']:,.0f} parameters to "
-        f"{value_of(most)} with {most['trained_parameters']:,.0f}."
+        "Finished trials on validation. The line is the Pareto front of mean class accuracy: no smaller trial is better. It runs "
+        f"from {value_of(least)} with {least['trained_parameters']:,.0f} trained parameters to {value_of(most)} with "
+        f"{most['trained_parameters']:,.0f}."
     )
     if least is most:
         note = (
-            f"Each finished trial, on validation. None is better in mean class accuracy than one of the smallest: "
-            f"{value_of(least)} with {least['trained_parameters']:,.0f} trained parameters."
+            "Finished trials on validation. No larger trial beats the best of the smallest: "
+            f"mean class accuracy {value_of(least)} with {least['trained_parameters']:,.0f} trained parameters."
         )
     on_front = {t["number"] for t in front}
     rows = [
@@ -179,13 +188,13 @@ def size_figure(study: StudyFiles) -> Figure | None:
         "Accuracy against trained parameters",
         note,
         traces,
-        {"xaxis": log_axis("trained parameters", x), "yaxis": axis(ACCURACY)},
+        {"xaxis": log_axis("trained parameters", x), "yaxis": axis(f"validation {ACCURACY}")},
         rows,
     )
 
 
 def front_line(x: Sequence[float], y: Sequence[float | None]) -> dict[str, Any]:
-    """A Pareto front as a trace."""
+    """Return a Pareto front as a trace."""
     return {
         "type": "scatter",
         "mode": "lines",
@@ -198,12 +207,12 @@ def front_line(x: Sequence[float], y: Sequence[float | None]) -> dict[str, Any]:
 
 
 def value_of(trial: Trial) -> str:
-    """Its mean class accuracy in words."""
+    """Return the validation mean class accuracy of a trial as text."""
     return f"{100 * trial['validation/mean_class_accuracy']:.1f}%"
 
 
 def small_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that are better in mean class accuracy than every one with as few trained parameters, smallest first."""
+    """Return the trials that beat every smaller or equally small trial in mean class accuracy, smallest first."""
     front: list[Trial] = []
     for trial in sorted(trials, key=lambda t: (t["trained_parameters"], -t["validation/mean_class_accuracy"])):
         if not front or trial["validation/mean_class_accuracy"] > front[-1]["validation/mean_class_accuracy"]:
@@ -212,7 +221,7 @@ def small_front(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> Figure | None:
-    """Accuracy of the finished trials against one number that was searched, with the mean at each value when they are few."""
+    """Accuracy of the finished trials against one searched number, with the mean at each value of a discrete setting."""
     trials = [t for t in study.finished if t.get(setting) is not None]
     x = numbers(trials, setting)
     if len(np.unique(x)) < 2:
@@ -221,7 +230,7 @@ def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> 
     for measure in measures_of(trials):
         traces.append(cloud(trials, x.tolist(), measure))
         y, places = numbers(trials, f"validation/{measure}"), np.unique(x)
-        colour, _, dash = STYLES[measure]
+        color, _, dash = STYLES[measure]
         if param.get("choices") or param.get("step"):
             means = percents([y[x == place].mean() for place in places])
             traces.append(
@@ -231,7 +240,7 @@ def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> 
                     "x": places.tolist(),
                     "y": means,
                     "showlegend": False,
-                    "line": {"color": colour, "dash": dash},
+                    "line": {"color": color, "dash": dash},
                     "hoverinfo": "skip",
                 }
             )
@@ -240,32 +249,35 @@ def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> 
         {"trial": t["number"], setting: t[setting], **{m: t.get(f"validation/{m}") for m in MEASURES}} for t in trials
     ]
     named = spelled(setting)
-    layout = {"xaxis": log_axis(named, x.tolist()) if is_log else axis(named), "yaxis": axis(ACCURACY)}
+    layout = {"xaxis": log_axis(named, x.tolist()) if is_log else axis(named), "yaxis": axis(f"validation {ACCURACY}")}
     return Figure(name, title, note, traces, layout, rows)
 
 
 def width_figures(study: StudyFiles) -> list[Figure]:
-    """A curve for each number of the tuner that was searched: bottleneck, prompt length, share of weights."""
+    """A curve for each searched number of the tuner: bottleneck, prompt length, fraction of weights."""
     widths = [n for n in study.settings if n.startswith(("tuner.", "extra_tuner.")) and not n.endswith("kind")]
-    note = "Finished trials on validation; a line joins the means where the values are few. Other settings differ between the points."
-    found = [curve(study, n, f"width-{n.replace('.', '-')}", f"How wide: {plain(n)}", note) for n in widths]
+    note = "Finished trials on validation; other settings vary too. A line joins the means if the setting has discrete values."
+    found = [curve(study, n, f"width-{n.replace('.', '-')}", f"Accuracy by {plain(n)}", note) for n in widths]
     return [figure for figure in found if figure is not None]
 
 
 def tau_figure(study: StudyFiles) -> Figure | None:
-    """Strength of the logit adjustment in training."""
-    note = "A larger tau in training moves accuracy from the many to the few. Finished trials on validation; other settings differ too."
-    return curve(study, "loss.tau", "tau", "Tau in training: how strongly to adjust", note)
+    """Accuracy against the strength of the logit adjustment in training."""
+    note = (
+        "A larger tau in training shifts accuracy from the many-shot to the few-shot classes. Finished trials on validation; "
+        "other settings vary too."
+    )
+    return curve(study, "loss.tau", "tau", "Logit adjustment in training (tau)", note)
 
 
 def posthoc_figure(study: StudyFiles) -> Figure | None:
-    """What other taus after training do to the best trial."""
+    """Accuracy of the best trial against the strength of the logit adjustment after training."""
     points = study.posthoc
     if len(points) < 2:
         return None
     traces = []
     for measure in [m for m in (*GROUPS, "mean_class_accuracy") if f"validation/{m}" in points[0]]:
-        colour, symbol, dash = STYLES[measure]
+        color, symbol, dash = STYLES[measure]
         traces.append(
             {
                 "type": "scatter",
@@ -273,29 +285,42 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
                 "name": WORDS[measure],
                 "x": [p["tau"] for p in points],
                 "y": percents([p[f"validation/{measure}"] for p in points]),
-                "line": {"color": colour, "dash": dash},
-                "marker": {"color": colour, "symbol": symbol, "size": 8},
+                "line": {"color": color, "dash": dash},
+                "marker": {"color": color, "symbol": symbol, "size": 8},
                 "hovertemplate": "tau %{x}: %{y:.1f}%<extra>%{fullData.name}</extra>",
             }
         )
     top = max(points, key=lambda p: p["validation/mean_class_accuracy"])
-    gain = f"tau {top['tau']:g} gives the best mean class accuracy, {value_of(top)}; without it it is {value_of(points[0])}."
+    note = "The logits of the best trial are adjusted after training. "
     if top is points[0]:
-        gain = f"none gives a better mean class accuracy than without, {value_of(top)}."
-    note = f"The best trial, its logits adjusted again after training, which costs nothing. On validation {gain}"
+        note += f"On validation, no post-hoc tau improves the mean class accuracy of {value_of(top)}."
+    else:
+        note += (
+            f"Best post-hoc tau on validation: {top['tau']:g} (mean class accuracy {value_of(top)}{_bias(study, top['tau'])}; "
+            f"{value_of(points[0])} without adjustment)."
+        )
     rows = [{"tau": p["tau"], **{m: p.get(f"validation/{m}") for m in MEASURES}} for p in points]
     return Figure(
         "posthoc-tau",
-        "Tau after training: how strongly to adjust",
+        "Post-hoc logit adjustment (tau)",
         note,
         traces,
-        {"xaxis": axis("tau after training"), "yaxis": axis(ACCURACY)},
+        {"xaxis": axis("post-hoc tau"), "yaxis": axis(f"validation {ACCURACY}")},
         rows,
     )
 
 
+def _bias(study: StudyFiles, tau: float) -> str:
+    """Return the part of the best accuracy that comes from selecting tau on the same images, in words, if it is known."""
+    best = study.best_trial or {}
+    optimism = best.get("validation/posthoc_optimism")
+    if optimism is None or best.get("validation/posthoc_tau") != tau:
+        return ""
+    return f", about {100 * optimism:.1f} points of it selection bias"
+
+
 def kinds_figure(study: StudyFiles) -> Figure | None:
-    """Tuner kinds as distributions of the objective."""
+    """Distribution of the objective for each tuner kind."""
     metric, _ = study.objective
     trials = [t for t in study.finished if t.get("tuner.kind")]
     kinds = sorted({t["tuner.kind"] for t in trials})
@@ -313,18 +338,18 @@ def kinds_figure(study: StudyFiles) -> Figure | None:
             "boxpoints": "all",
             "jitter": 0.4,
             "pointpos": 0,
-            "text": [tell(t) for t in by_kind[kind]],
+            "text": [describe_trial(t) for t in by_kind[kind]],
             "fillcolor": "rgba(0,0,0,0)",
             "line": {"color": "#808080", "width": 1},
-            "marker": {"color": COLOURS[0], "size": 6},
+            "marker": {"color": COLORS[0], "size": 6},
             "hovertemplate": "%{x:.2f}<br>%{text}<extra></extra>",
             "showlegend": False,
         }
         for kind in reversed(kinds)
     ]
     note = (
-        f"Finished trials of each kind on validation (their number in brackets), best median first: {kinds[0]}. A kind that was "
-        "tried more often also had more chances."
+        "Finished trials of each kind on validation, with the number of trials in parentheses. The order is by median: "
+        f"{kinds[0]} is best. The more trials a kind has, the better its best trial tends to be."
     )
     rows = [
         {"tuner.kind": t["tuner.kind"], "trial": t["number"], metric: t[metric]}
@@ -336,15 +361,15 @@ def kinds_figure(study: StudyFiles) -> Figure | None:
 
 
 def scale_of(metric: str) -> tuple[float, str]:
-    """What to multiply a metric with, and what to call it: accuracies are shown in percent."""
+    """Return the factor and the axis title of a metric: accuracies are shown in percent."""
     name = metric.rsplit("/", 1)[-1]
     if "/" not in metric or name == "loss":
         return 1.0, name.replace("_", " ")
-    return 100.0, f"{WORDS[name]} accuracy in %" if name in WORDS else f"{name.replace('_', ' ')} in %"
+    return 100.0, f"{WORDS[name]} accuracy{PERCENT}" if name in WORDS else f"{name.replace('_', ' ')}{PERCENT}"
 
 
 def heavy_figure(study: StudyFiles) -> Figure | None:
-    """Few-shot accuracy against trained parameters, with the fitted line's interval."""
+    """Few-shot accuracy against trained parameters, with the 95% interval of the fitted line."""
     heavy = heavy_tuning(study)
     if heavy.curve is None:
         return None
@@ -367,7 +392,7 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
         others,
         [t["trained_parameters"] for t in others],
         "few",
-        name="others",
+        name="other trials",
         opacity=0.7,
         marker={"color": "#808080", "symbol": "diamond-open", "size": 7},
     )
@@ -382,14 +407,12 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
     ]
     note = heavy.answer
     if not is_grid(study):
-        note += (
-            " They differ in other settings too: a grid over the size answers most cleanly (search_spaces/heavy.yaml)."
-        )
+        note += " Other settings vary too; a grid over sizes gives the cleanest answer (search_spaces/heavy.yaml)."
     return Figure(
         "heavy",
         HEAVY,
         note,
         [band, *([faint] if others else []), points],
-        {"xaxis": log_axis("trained parameters", x.tolist()), "yaxis": axis("few-shot accuracy in %")},
+        {"xaxis": log_axis("trained parameters", x.tolist()), "yaxis": axis(f"few-shot validation {ACCURACY}")},
         rows,
     )

@@ -1,4 +1,4 @@
-"""Figures about the test split: models against each other with intervals, classes, calibration."""
+"""Figures on the test split: comparison of models with intervals, accuracy by class, calibration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lift_ray.evaluation.metrics import GROUPS, RULES
 from lift_ray.reporting.confidence import Interval, accuracy_intervals, reliability
 from lift_ray.reporting.figures.charts import (
     ACCURACY,
-    COLOURS,
+    COLORS,
     STYLES,
     SYMBOLS,
     WORDS,
@@ -24,41 +24,38 @@ from lift_ray.reporting.figures.charts import (
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
 
 SHOWN = ("mean_class_accuracy", *GROUPS)
-BETWEEN = (
-    0.19  # of the distance between two models: the measures of one stand below each other, so that none hides another
-)
-NAME_WIDTH = 18  # letters of a line, so that a phone has room for the points
+# vertical distance between the measures of a model, where models are 1 apart: no point hides another
+BETWEEN = 0.19
+NAME_WIDTH = 18  # letters in a line, which leaves room for the points on a phone
 
 
 def compared_figure(study: StudyFiles) -> Figure | None:
-    """Test accuracy of everything compared."""
+    """Test accuracy of each compared model."""
     rows = [
         row
-        for figures, answers in zip(study.compared, study.answers, strict=True)
-        for row in _rows(study, "model", figures["label"], figures, answers)
+        for figures, predictions in zip(study.compared, study.predictions, strict=True)
+        for row in _rows(study, "model", figures["label"], figures, predictions)
     ]
-    note = (
-        "Accuracy on the test split, which the search did not see. Bars: 95% intervals by bootstrap over test images."
-    )
-    return _dots("compared", "Best against the yardsticks", note, "model", rows)
+    note = "Test accuracy, held out from the search. Bars: 95% bootstrap intervals over test images."
+    return _dots("compared", "Best settings compared with the baselines", note, "model", rows)
 
 
 def studies_figure(studies: Sequence[StudyFiles]) -> Figure | None:
-    """The best of each study on its test split."""
+    """Test accuracy of the best settings of each study."""
     rows = [
         row
         for study in studies
         if (found := study.entry(BEST_FOUND))
         for row in _rows(study, "study", study.name, *found)
     ]
-    note = "The best of each study on its test split. Bars: 95% intervals by bootstrap over test images."
-    return _dots("studies", "The studies side by side", note, "study", rows)
+    note = "Test accuracy, held out from each search. Bars: 95% bootstrap intervals over test images."
+    return _dots("studies", "Best settings of each study", note, "study", rows)
 
 
 def _rows(
-    study: StudyFiles, by: str, name: str, figures: dict[str, Any], answers: Predictions | None
+    study: StudyFiles, by: str, name: str, figures: dict[str, Any], predictions: Predictions | None
 ) -> list[dict[str, Any]]:
-    spread = accuracy_intervals(answers, study.groups) if answers and study.class_counts else {}
+    spread = accuracy_intervals(predictions, study.groups) if predictions and study.class_counts else {}
     out = []
     for measure in (*SHOWN, "accuracy"):
         if (value := figures.get(f"test/{measure}")) is not None:
@@ -75,7 +72,7 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
     traces = []
     for k, measure in enumerate(measures):
         here = [row for row in rows if row["measure"] == WORDS[measure]]
-        colour, symbol, _ = STYLES[measure]
+        color, symbol, _ = STYLES[measure]
         shift = (k - (len(measures) - 1) / 2) * BETWEEN
         traces.append(
             {
@@ -85,11 +82,11 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
                 "x": percents([row["test"] for row in here]),
                 "y": [round(names.index(row[by]) + shift, 3) for row in here],
                 "text": [row[by] for row in here],
-                "marker": {"color": colour, "symbol": symbol, "size": 9},
+                "marker": {"color": color, "symbol": symbol, "size": 9},
                 "error_x": {
                     "type": "data",
                     "symmetric": False,
-                    "color": colour,
+                    "color": color,
                     "thickness": 1.5,
                     "width": 0,
                     "array": percents([row["high"] - row["test"] for row in here]),
@@ -100,7 +97,7 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
         )
     ticks = ["<br>".join(textwrap.wrap(text, NAME_WIDTH)) for text in names]
     layout = {
-        "xaxis": axis(ACCURACY),
+        "xaxis": axis(f"test {ACCURACY}"),
         "height": 120 + 62 * len(names),
         "yaxis": axis(
             "", tickvals=list(range(len(names))), ticktext=ticks, range=[len(names) - 0.5, -0.5], showgrid=False
@@ -122,18 +119,18 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
 
 
 def classes_figure(study: StudyFiles) -> Figure | None:
-    """Accuracy of each class against its training images."""
+    """Test accuracy of each class against its number of training images."""
     found = study.entry(BEST_FOUND)
     if found is None or found[1] is None or not study.class_counts:
         return None
-    answers, counts, groups = found[1], np.array(study.class_counts), study.groups
-    total = np.bincount(answers.label, minlength=len(counts))
-    correct = np.bincount(answers.label[answers.hits], minlength=len(counts))
+    predictions, counts, groups = found[1], np.array(study.class_counts), study.groups
+    total = np.bincount(predictions.label, minlength=len(counts))
+    correct = np.bincount(predictions.label[predictions.hits], minlength=len(counts))
     seen = np.flatnonzero(total)
     traces = []
     for group in [g for g in GROUPS if (groups[seen] == g).any()]:
         here = seen[groups[seen] == group]
-        colour, symbol, _ = STYLES[group]
+        color, symbol, _ = STYLES[group]
         traces.append(
             {
                 "type": "scatter",
@@ -142,13 +139,16 @@ def classes_figure(study: StudyFiles) -> Figure | None:
                 "x": counts[here].tolist(),
                 "y": percents(correct[here] / total[here]),
                 "text": [study.class_names[k] for k in here],
-                "marker": {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75},
+                "marker": {"color": color, "symbol": symbol, "size": 7, "opacity": 0.75},
                 "hovertemplate": "%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
             }
         )
     never = int((correct[seen] == 0).sum())
     rules = ", ".join(f"{group} {RULES[group]}" for group in GROUPS)
-    note = f"Each point is a class, best found, on test. {never} of {len(seen)} classes are never recognised. Training images: {rules}."
+    note = (
+        f"Each point is a class; test accuracy of the best settings. Classes with zero accuracy: {never} of {len(seen)}. "
+        f"Groups by number of training images: {rules}."
+    )
     rows = [
         {
             "class": study.class_names[k],
@@ -161,13 +161,13 @@ def classes_figure(study: StudyFiles) -> Figure | None:
     ]
     layout = {
         "xaxis": log_axis("training images of the class", counts[seen].tolist()),
-        "yaxis": axis(ACCURACY, range=[-4, 104]),
+        "yaxis": axis(f"test {ACCURACY}", range=[-4, 104]),
     }
-    return Figure("classes", "Classes: accuracy against frequency", note, traces, layout, rows)
+    return Figure("classes", "Accuracy by class frequency", note, traces, layout, rows)
 
 
 def calibration_figure(study: StudyFiles) -> Figure | None:
-    """Reliability diagram of the best and of zero-shot."""
+    """Reliability diagram of the best settings and of zero-shot."""
     traces: list[dict[str, Any]] = [
         {
             "type": "scatter",
@@ -193,9 +193,9 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
                 "x": percents([b[0] for b in bins]),
                 "y": percents([b[1] for b in bins]),
                 "text": [f"{b[2]:,} images" for b in bins],
-                "marker": {"color": COLOURS[place], "symbol": SYMBOLS[place], "size": 8},
-                "line": {"color": COLOURS[place]},
-                "hovertemplate": "says %{x:.0f}%, right %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",
+                "marker": {"color": COLORS[place], "symbol": SYMBOLS[place], "size": 8},
+                "line": {"color": COLORS[place]},
+                "hovertemplate": "confidence %{x:.0f}%, accuracy %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",
             }
         )
         rows += [{"model": label, "confidence": b[0], "accuracy": b[1], "images": b[2]} for b in bins]
@@ -203,8 +203,8 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
     if not rows:
         return None
     note = (
-        "How often a prediction is right when the model says how sure it is; below the dotted line it is too sure. "
-        f"Expected calibration error on test: {', '.join(errors)}."
+        "Test accuracy of predictions at each level of confidence; below the dotted line the model is overconfident. "
+        f"Expected calibration error: {', '.join(errors)}."
     )
-    layout = {"xaxis": axis("confidence in %", range=[0, 100]), "yaxis": axis(ACCURACY, range=[0, 100])}
-    return Figure("calibration", "Calibration: can its confidence be trusted?", note, traces, layout, rows)
+    layout = {"xaxis": axis("confidence (%)", range=[0, 100]), "yaxis": axis(f"test {ACCURACY}", range=[0, 100])}
+    return Figure("calibration", "Calibration: can the confidence be trusted?", note, traces, layout, rows)

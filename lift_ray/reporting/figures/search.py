@@ -1,4 +1,4 @@
-"""Figures about how a search went: history, all settings at once, what mattered, what it cost."""
+"""Figures on the search itself: history, parallel coordinates, setting importance, trade-off, cost, scaling law."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from typing import Any
 import numpy as np
 
 from lift_ray.reporting.figures import charts
-from lift_ray.reporting.figures.charts import COLOURS, STATES, Figure, axis, front_line, plain, scale_of, spelled, tell
+from lift_ray.reporting.figures.charts import (
+    COLORS,
+    STATES,
+    Figure,
+    axis,
+    describe_trial,
+    front_line,
+    plain,
+    scale_of,
+    spelled,
+)
 from lift_ray.reporting.scaling_law import Law
 from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
 from lift_ray.terminal.tables import short
 
-MOST_LABELS = 5  # that a phone has room for
-SHADES = ("#0072b2", "#4aa3a0", "#9aa33f", "#e08214", "#c2410c")  # dark to bright as well as blue to red: worst to best
+MOST_LABELS = 5  # that fit on a phone
+# worst to best: from blue to red and also from dark to bright
+SHADES = ("#0072b2", "#4aa3a0", "#9aa33f", "#e08214", "#c2410c")
 
 
 def history_figure(study: StudyFiles) -> Figure | None:
-    """The objective of each trial in the order of starting, and the best so far."""
+    """Objective of each trial in order of start, and the best so far."""
     metric, mode = study.objective
     trials = [t for t in study.trials if t.get(metric) is not None]
     if not trials:
@@ -34,11 +45,11 @@ def history_figure(study: StudyFiles) -> Figure | None:
                 "name": "stopped early" if state == "pruned" else state,
                 "x": [t["number"] for t in here],
                 "y": (scale * numbers(here, metric)).round(4).tolist(),
-                "text": [tell(t) for t in here],
+                "text": [describe_trial(t) for t in here],
                 "marker": {
                     "symbol": STATES[state],
                     "size": 8,
-                    "color": COLOURS[0] if state == "finished" else COLOURS[4],
+                    "color": COLORS[0] if state == "finished" else COLORS[4],
                 },
                 "hovertemplate": "%{y:.2f}<br>%{text}<extra>%{fullData.name}</extra>",
             }
@@ -54,21 +65,22 @@ def history_figure(study: StudyFiles) -> Figure | None:
             "name": "best so far",
             "x": [t["number"] for t in done],
             "y": so_far.round(4).tolist(),
-            "line": {"shape": "hv", "color": COLOURS[2]},
+            "line": {"shape": "hv", "color": COLORS[2]},
             "hoverinfo": "skip",
         }
     )
-    note = "Each trial's last value on validation, in the order of starting."
+    note = "Last validation value of each trial, in order of start."
     if best := study.best_trial:
         after = sum(t["number"] > best["number"] for t in study.trials)
-        note += f" Trial {best['number']} is the best; none of the {after} after it is better."
+        later = "; the trial after it is not better" if after == 1 else f"; none of the {after} later trials is better"
+        note += f" Trial {best['number']} is the best{later if after else ''}."
     rows = [{"trial": t["number"], "state": t["state"], "epochs": t.get("epochs"), metric: t[metric]} for t in trials]
     layout = {"xaxis": axis("trial", rangemode="tozero"), "yaxis": axis(title)}
-    return Figure("history", "How the search went", note, traces, layout, rows)
+    return Figure("history", "Search history", note, traces, layout, rows)
 
 
 def parallel_figure(study: StudyFiles) -> Figure | None:
-    """All settings of all trials: an axis for each setting, lying flat so that a phone can show it, a line for each trial."""
+    """Parallel coordinates with a line for each trial; the axes are horizontal, so that a phone can show them."""
     metric, mode = study.objective
     trials = [t for t in study.trials if t.get(metric) is not None]
     if len(trials) < 2 or not study.settings:
@@ -78,7 +90,7 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
     order = np.argsort(np.argsort(numbers(trials, metric) * (1 if mode == "max" else -1)))
     shade = order * len(SHADES) // len(trials)
     traces: list[dict[str, Any]] = []
-    for k, colour in enumerate(SHADES):
+    for k, color in enumerate(SHADES):
         x: list[Any] = []
         y: list[Any] = []
         for i in np.flatnonzero(shade == k):
@@ -95,7 +107,7 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
                     "name": words.get(k, ""),
                     "connectgaps": False,
                     "showlegend": k in words,
-                    "line": {"color": colour, "width": 1 + k / 2},
+                    "line": {"color": color, "width": 1 + k / 2},
                     "marker": {"size": 4},
                     "opacity": 0.35 + 0.13 * k,
                     "hoverinfo": "skip",
@@ -118,8 +130,8 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
         for at, text, anchor in axes[name][1]
     ]
     note = (
-        "Each line is a trial, each row a setting from its lowest to its highest value. Where the strong lines of the best fifth "
-        "run together, a value matters. A line is broken at settings that a trial does not have."
+        "Each line is a trial; each row is a setting, from its lowest to its highest value. A setting matters if the strong "
+        "lines of the best fifth meet at one value. Lines have a gap at settings that a trial does not have."
     )
     rows = [{"trial": t["number"], "state": t["state"], **{n: t.get(n) for n in names}} for t in trials]
     layout = {
@@ -128,13 +140,13 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
         "annotations": heads + ends,
         "height": 150 + 64 * len(names),
     }
-    return Figure("parallel", "All settings at once", note, traces, layout, rows)
+    return Figure("parallel", "All settings of all trials", note, traces, layout, rows)
 
 
 def positions(
     trials: Sequence[Trial], name: str, param: Mapping[str, Any]
 ) -> tuple[list[Any], list[tuple[float, str, str]]]:
-    """Where each trial's value lies in [0, 1], None where it has none, and (place, label, side) for a few values."""
+    """Return the position of each trial's value in [0, 1] (None if it has none), and (position, label, side) of a few values."""
     values = [t.get(name) for t in trials]
     if param.get("choices") or any(isinstance(v, str) for v in values):
         options = [str(v) for v in param.get("choices") or sorted({str(v) for v in values if v is not None})]
@@ -155,16 +167,21 @@ def positions(
 def importance_figure(
     study: StudyFiles, importances: Mapping[str, float], within: Mapping[str, float]
 ) -> Figure | None:
-    """How much each setting decides about the objective; `within`: of settings that only some trials have, among these."""
+    """Importance of each setting for the objective.
+
+    Args:
+        importances: of the settings that all trials have.
+        within: of the settings that only some trials have, among those trials.
+    """
     if not importances:
         return None
-    within = {name: share for name, share in within.items() if name not in importances}
+    within = {name: value for name, value in within.items() if name not in importances}
     names = sorted(importances, key=lambda n: importances[n])
     some = sorted(within, key=lambda n: within[n])
     traces = []
-    for label, shares, order, place in (
-        ("of all trials", importances, names, 0),
-        ("of the trials that have it", within, some, 2),
+    for label, values, order, place in (
+        ("all trials", importances, names, 0),
+        ("trials that have the setting", within, some, 2),
     ):
         if order:
             traces.append(
@@ -173,33 +190,33 @@ def importance_figure(
                     "orientation": "h",
                     "name": label,
                     "y": [spelled(n, "<br>") for n in order],
-                    "x": charts.percents([shares[n] for n in order]),
-                    "marker": {"color": COLOURS[place]},
+                    "x": charts.percents([values[n] for n in order]),
+                    "marker": {"color": COLORS[place]},
                     "hovertemplate": "%{x:.0f}%<extra></extra>",
                 }
             )
     note = (
-        f"PED-ANOVA (arXiv 2304.10255): how far the settings of the better trials differ from those of all. "
-        f"The {plain(names[-1])} matters most here. With few trials this is rough."
+        "Importance by PED-ANOVA (arXiv 2304.10255), which compares the settings of the better trials with those of all trials. "
+        f"Most important here: {plain(names[-1])}. The estimate is rough if there are few trials."
     )
     if some:
-        note += " A setting that only some kinds have is ranked among their trials, beside the settings they share with the others."
+        note += " A setting that only some trials have is ranked among those trials."
     order = [spelled(n, "<br>") for n in (*some, *names)]
     layout = {
-        "xaxis": axis("importance in %", rangemode="tozero"),
+        "xaxis": axis(f"importance{charts.PERCENT}", rangemode="tozero"),
         "height": 140 + 44 * len(order),
         "yaxis": axis("", categoryorder="array", categoryarray=order),
     }
     rows = [
-        {"setting": n, "importance": shares[n], "among": among}
-        for shares, among, order in ((importances, "all trials", names), (within, "trials that have it", some))
+        {"setting": n, "importance": values[n], "among": among}
+        for values, among, order in ((importances, "all trials", names), (within, "trials that have it", some))
         for n in reversed(order)
     ]
-    return Figure("importance", "Which settings matter", note, traces, layout, rows)
+    return Figure("importance", "Setting importance", note, traces, layout, rows)
 
 
 def pareto_figure(study: StudyFiles) -> Figure | None:
-    """Two objectives against each other, and the front that study.json has of all of them."""
+    """First two objectives against each other, with the Pareto front over all objectives from study.json."""
     (first, first_mode), *others = study.objectives.items()
     trials = [t for t in study.finished if all(t.get(metric) is not None for metric in study.objectives)]
     if not others or not trials:
@@ -209,7 +226,7 @@ def pareto_figure(study: StudyFiles) -> Figure | None:
     (y_scale, y_title), (x_scale, x_title) = scale_of(first), scale_of(second)
     x, y = x_scale * numbers(trials, second), y_scale * numbers(trials, first)
     traces = []
-    for is_on, label, place in ((False, "beaten", 4), (True, "not beaten", 2)):
+    for is_on, label, place in ((False, "dominated", 4), (True, "Pareto-optimal", 2)):
         here = [i for i, t in enumerate(trials) if (t["number"] in on_front) == is_on]
         if here:
             traces.append(
@@ -219,8 +236,8 @@ def pareto_figure(study: StudyFiles) -> Figure | None:
                     "name": label if on_front else "finished",
                     "x": x[here].tolist(),
                     "y": y[here].round(4).tolist(),
-                    "text": [tell(trials[i]) for i in here],
-                    "marker": {"color": COLOURS[place], "symbol": charts.SYMBOLS[place], "size": 9},
+                    "text": [describe_trial(trials[i]) for i in here],
+                    "marker": {"color": COLORS[place], "symbol": charts.SYMBOLS[place], "size": 9},
                     "hovertemplate": "%{y:.2f} at %{x:,.4g}<br>%{text}<extra>%{fullData.name}</extra>",
                 }
             )
@@ -229,40 +246,41 @@ def pareto_figure(study: StudyFiles) -> Figure | None:
         shape = {"shape": "hv" if second_mode == "min" else "vh"}
         trace = front_line(x[line].tolist(), y[line].tolist())
         traces.insert(0, trace | {"line": trace["line"] | shape})
-    better = {"max": "the more the better", "min": "the less the better"}
-    y_name, x_name = (title.removesuffix(" in %") for title in (y_title, x_title))
-    note = f"Each finished trial: {y_name} ({better[first_mode]}) against {x_name} ({better[second_mode]}). " + (
-        f"{len(on_front)} trials are not beaten in all objectives by another; which to take is a matter of taste."
+    better = {"max": "higher is better", "min": "lower is better"}
+    y_name, x_name = (title.removesuffix(charts.PERCENT) for title in (y_title, x_title))
+    optimal = "1 trial is" if len(on_front) == 1 else f"{len(on_front)} trials are"
+    note = f"Finished trials: {y_name} ({better[first_mode]}) against {x_name} ({better[second_mode]}). " + (
+        f"{optimal} Pareto-optimal: no other trial is as good in every objective and better in one."
         if on_front
-        else "The Pareto front comes at the end of the search."
+        else "The Pareto front is computed when the search ends."
     )
     if len(others) > 1:
-        note += f" The front is of {len(study.objectives)} objectives; the others are in the numbers."
+        note += f" The front is over {len(study.objectives)} objectives; the data below has all of them."
     rows = [
         {"trial": t["number"], "on_front": t["number"] in on_front, **{m: t[m] for m in study.objectives}}
         for t in trials
     ]
     is_log = x.min() > 0 and x.max() >= 50 * x.min()
     layout = {"xaxis": charts.log_axis(x_title, x.tolist()) if is_log else axis(x_title), "yaxis": axis(y_title)}
-    return Figure("pareto", "The trade-off", note, traces, layout, rows)
+    return Figure("pareto", "Trade-off between objectives", note, traces, layout, rows)
 
 
 def worker_hours(trials: Sequence[Trial]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Hours that each trial trained and evaluated, on each of its workers."""
+    """Return the hours that each trial trained and evaluated, on each of its workers."""
     seconds = np.nan_to_num(numbers(trials, "train_s")) + np.nan_to_num(numbers(trials, "evaluate_s"))
     hours: np.ndarray[Any, np.dtype[np.float64]] = seconds / 3600
     return hours
 
 
 def unit_of(study: StudyFiles) -> tuple[int, str]:
-    """How many devices a trial holds, and what to call an hour of one."""
+    """Return the number of devices that a trial holds, and the unit of device time: GPU-hours or CPU-hours."""
     if each := study.about.get("each_trial"):
         return (
             (each["workers"] * each["gpus"], "GPU-hours")
             if each["gpus"]
             else (each["workers"] * each["cpus"], "CPU-hours")
         )
-    scale = study.about.get("space", {}).get("scale", {})  # of a search before space.json said what a trial holds
+    scale = study.about.get("space", {}).get("scale", {})  # of an older search, whose space.json lacks each_trial
     nodes = study.about.get("machine", {}).get("nodes", [])
     gpu = scale.get("use_gpu", "auto")
     on_gpu = any(node.get("GPU", 0) > 0 for node in nodes) if gpu == "auto" else bool(gpu)
@@ -271,20 +289,20 @@ def unit_of(study: StudyFiles) -> tuple[int, str]:
 
 
 def spent_on(study: StudyFiles) -> tuple[np.ndarray[Any, np.dtype[np.float64]], str]:
-    """What the trials up to each took of the devices, in hours, or minutes where it was less than an hour, and the unit."""
+    """Return the cumulative device time up to each trial, in hours, or in minutes if the total is under an hour; and the unit."""
     devices, unit = unit_of(study)
     hours: np.ndarray[Any, np.dtype[np.float64]] = devices * np.cumsum(worker_hours(study.trials))
     return (60 * hours, unit.replace("hours", "minutes")) if not len(hours) or hours[-1] < 1 else (hours, unit)
 
 
 def by_the_clock(study: StudyFiles) -> dict[int, float]:
-    """Minutes from the start of the first trial to the end of each, by number; none of a search that did not keep them."""
+    """Return the minutes from the start of the first trial to the end of each, by number; empty if they were not recorded."""
     began = [t["began_at"] for t in study.trials if t.get("began_at")]
     return {t["number"]: (t["ended_at"] - min(began)) / 60 for t in study.trials if began and t.get("ended_at")}
 
 
 def cost_figure(study: StudyFiles) -> Figure | None:
-    """The best value so far against the hours spent on the trials up to there."""
+    """Best value so far against the device time spent on trials."""
     metric, mode = study.objective
     if not study.finished:
         return None
@@ -300,9 +318,9 @@ def cost_figure(study: StudyFiles) -> Figure | None:
             "x": x,
             "y": so_far.round(4).tolist(),
             "showlegend": False,
-            "line": {"shape": "hv", "color": COLOURS[0]},
+            "line": {"shape": "hv", "color": COLORS[0]},
             "marker": {"size": 6},
-            "text": [tell(t) for t in study.finished],
+            "text": [describe_trial(t) for t in study.finished],
             "hovertemplate": "after %{x:.2f} " + unit + ": %{y:.2f}<extra></extra>",
         }
     ]
@@ -317,35 +335,35 @@ def cost_figure(study: StudyFiles) -> Figure | None:
         for t, h, b in zip(study.finished, x, so_far, strict=True)
     ]
     layout = {"xaxis": axis(f"{unit} spent on trials", rangemode="tozero"), "yaxis": axis(title)}
-    return Figure("cost", "What it cost", cost_in_words(study), traces, layout, rows)
+    return Figure("cost", "Cost of the search", cost_in_words(study), traces, layout, rows)
 
 
 def cost_in_words(study: StudyFiles) -> str:
-    """Device hours in all and up to the best trial, and the speed of training."""
+    """Return the device time in total and up to the best trial, and the training speed, in words."""
     spent, unit = spent_on(study)
     best, total, clock = study.best_trial, float(spent[-1]) if len(spent) else 0.0, by_the_clock(study)
     words = f"All trials together took {total:.2g} {unit}."
     if best is not None:
         until = float(spent[[t["number"] for t in study.trials].index(best["number"])])
         minutes = clock.get(best["number"])
-        words += f" The best was found after {until:.2g}" + (
-            f", {minutes:.1f} minutes by the clock." if minutes else "."
-        )
+        words += f" The best trial was found after {until:.2g} {unit}"
+        words += f" ({minutes:.1f} minutes of wall-clock time)." if minutes else "."
     speed = numbers(study.trials, "train/images_per_s")
     if not np.isnan(speed).all():
-        words += f" A trial trained on {np.nanmedian(speed):,.0f} images/s (median)."
+        words += f" Median training speed of a trial: {np.nanmedian(speed):,.0f} images/s."
     times = study.about.get("time_s", {})
     if "total" in times:
         total, last = (times[name] / 60 for name in ("total", "final comparison"))
-        if (apart := max(clock.values(), default=0.0)) > total:  # it was resumed, and its times are of the last start
-            words += f" The last trial ended {apart:.1f} minutes after the first began; the final comparison took {last:.1f}."
+        apart = max(clock.values(), default=0.0)
+        if apart > total:  # the search was resumed: `times` covers its last start only
+            words += f" The last trial ended {apart:.1f} minutes after the first began; the final comparison took {last:.1f} minutes."
         else:
-            words += f" The whole search took {total:.1f} minutes, of which the final comparison {last:.1f}."
+            words += f" The whole search took {total:.1f} minutes, including {last:.1f} for the final comparison."
     return words
 
 
 def scaling_figure(law: Law) -> Figure | None:
-    """Predicted against found accuracy; held-out trials, larger than those that were fitted, apart."""
+    """Predicted against measured accuracy of the fitted trials and of the larger, held-out trials."""
     if not law.points:
         return None
     traces: list[dict[str, Any]] = []
@@ -355,7 +373,7 @@ def scaling_figure(law: Law) -> Figure | None:
             [100 * (p.predicted.high - p.predicted.value), 100 * (p.predicted.value - max(0.0, p.predicted.low))]
             for p in here
         ]
-        colour = COLOURS[k]
+        color = COLORS[k]
         traces.append(
             {
                 "type": "scatter",
@@ -363,17 +381,17 @@ def scaling_figure(law: Law) -> Figure | None:
                 "name": label,
                 "x": charts.percents([p.found for p in here]),
                 "y": charts.percents([p.predicted.value for p in here]),
-                "text": [tell(p.trial) for p in here],
-                "marker": {"color": colour, "symbol": charts.SYMBOLS[k], "size": 9},
+                "text": [describe_trial(p.trial) for p in here],
+                "marker": {"color": color, "symbol": charts.SYMBOLS[k], "size": 9},
                 "error_y": {
                     "type": "data",
                     "symmetric": False,
                     "array": [s[0] for s in spread],
                     "arrayminus": [s[1] for s in spread],
-                    "color": colour,
+                    "color": color,
                     "thickness": 1,
                 },
-                "hovertemplate": "found %{x:.1f}%, predicted %{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
+                "hovertemplate": "measured %{x:.1f}%, predicted %{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
             }
         )
     ends = [min(p.found for p in law.points), max(p.found for p in law.points)]
@@ -381,7 +399,7 @@ def scaling_figure(law: Law) -> Figure | None:
         {
             "type": "scatter",
             "mode": "lines",
-            "name": "exact",
+            "name": "perfect prediction",
             "x": charts.percents(ends),
             "y": charts.percents(ends),
             "line": {"color": "#808080", "dash": "dot"},
@@ -400,6 +418,6 @@ def scaling_figure(law: Law) -> Figure | None:
         }
         for p in law.points
     ]
-    note = "What a law fitted to the smaller trials predicts for each, with 95% intervals, against what was found on validation."
-    layout = {"xaxis": axis("found, accuracy in %"), "yaxis": axis("predicted, accuracy in %")}
-    return Figure("scaling", "What more training would buy: the check", note, traces, layout, rows)
+    note = "The figure shows the predictions of the law fitted to the smaller trials, with 95% intervals."
+    layout = {"xaxis": axis(f"measured {charts.ACCURACY}"), "yaxis": axis(f"predicted {charts.ACCURACY}")}
+    return Figure("scaling", "Scaling law: predicted and measured accuracy", note, traces, layout, rows)
