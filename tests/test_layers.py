@@ -76,7 +76,7 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
         {"lift_ray/tune", "lift_ray/convert"},
     ),
     "jinja2": ({"lift_ray/reporting/"}, set()),
-    "plotly": (set(), {"lift_ray/reporting/page"}),
+    "plotly": ({"lift_ray/reporting/page"}, set()),
     "typer": ({f"lift_ray/{verb}" for verb in VERBS}, {"lift_ray/errors"}),
 }
 
