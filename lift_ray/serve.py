@@ -52,7 +52,7 @@ def serve(
     cpus: Annotated[int, typer.Option(min=1, help="Cores per replica.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs per replica; 0.5 puts two replicas on one GPU.")] = 0,
 ) -> None:
-    """Serve a checkpoint: POST /predict returns class names and probabilities, / is a page for images, /health a health check.
+    """Serve a checkpoint: POST /predict returns class names and probabilities, / is a page to drop images on.
 
     \b
     Examples:

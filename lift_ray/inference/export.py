@@ -206,10 +206,8 @@ def _onnx(classifier: Classifier, folder: Path, program: GetProgram) -> tuple[st
 
 def _program(classifier: Classifier) -> torch.export.ExportedProgram:
     """Trace the classifier with torch.export, for any batch size."""
-    module, example = (
-        exported_model(classifier),
-        torch.zeros(2, 3, classifier.size_px, classifier.size_px, dtype=torch.uint8),
-    )
+    module = exported_model(classifier)
+    example = torch.zeros(2, 3, classifier.size_px, classifier.size_px, dtype=torch.uint8)
     with torch.no_grad():
         # The first call caches the resized position embeddings. Cached while tracing, they would be the tracer's fake tensors.
         module(example)

@@ -168,8 +168,8 @@ def _classes(class_names: Sequence[str], class_counts: Sequence[int]) -> Iterato
 
 CONTENTS = {
     "open_clip": "the CLIP model with the tuner merged into its image tower, for open_clip; no classifier head",
-    "torch": "the whole classifier, torch.export",
-    "onnx": "the whole classifier, ONNX",
+    "torch": "the whole classifier, for torch.export.load",
+    "onnx": "the whole classifier, in ONNX format",
 }
 IMAGE = (
     "import json, numpy as np",

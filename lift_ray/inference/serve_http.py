@@ -1,4 +1,4 @@
-"""HTTP front of a Ray Serve application: the page, the health check, and limits on uploads. It does not import torch, to stay small."""
+"""HTTP front of a Ray Serve application: page, health check, and limits on uploads. It does not import torch, to save memory."""
 
 from __future__ import annotations
 
