@@ -1,4 +1,4 @@
-"""python -m lift_ray.export: a checkpoint for open_clip, ONNX and torch.export."""
+"""python -m lift_ray.export: export a checkpoint to open_clip, ONNX and torch.export."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or the results of tune or train: folder or URL.")
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Folder or URL of a checkpoint, or of the results of tune or train."),
     ],
-    to: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the files.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create.")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="open_clip, onnx or torch; several if repeated.  [all that the tuner allows]"),
+        typer.Option("--format", help="open_clip, onnx or torch; repeat for several.  [all that the model supports]"),
     ] = None,
     posthoc_tau: Annotated[
         float | None,
-        typer.Option("--posthoc-tau", min=0, help="Post-hoc logit adjustment, inside the files.  [as trained]"),
+        typer.Option(
+            "--posthoc-tau", min=0, help="Strength of the post-hoc logit adjustment in the files.  [as in the run]"
+        ),
     ] = None,
 ) -> None:
-    """Write the model for other programs, with a model card, and compare each file's logits with the checkpoint's.
+    """Export the model for other programs with a model card, and compare each file's logits with the checkpoint's.
 
-    model.onnx and model.pt2 are the whole classifier: uint8 pictures in, logits out, any batch size. open_clip/ is the CLIP
+    model.onnx and model.pt2 are the whole classifier: uint8 images in, logits out, any batch size. open_clip/ is the CLIP model
     with the tuner merged into its weights (lora, ssf, bitfit, layernorm, batchnorm, partial, full, sparse).
 
     \b
@@ -43,7 +46,7 @@ def export(
     known = ("open_clip", "onnx", "torch")
     for name in formats or []:
         if name not in known:
-            raise BadInput(f"--format: unknown format '{name}'; {did_you_mean(name, known)}")
+            raise BadInput("--format", f"unknown format '{name}'", remedy=did_you_mean(name, known))
     from lift_ray.inference.export import export_checkpoint
     from lift_ray.training.checkpoint import opened
 
@@ -52,7 +55,7 @@ def export(
     for each in exported:
         print(f"{to / each.file}: largest difference from the checkpoint's logits {each.difference:.1e}")
     if left_out:
-        print(f"no open_clip/: {left_out}")
+        print(f"open_clip/ was left out: it {left_out}")
     print(f"model card: {to / 'README.md'}")
 
 

@@ -1,4 +1,4 @@
-"""python -m lift_ray.predict: class names and probabilities for pictures."""
+"""python -m lift_ray.predict: class names and probabilities for images."""
 
 from __future__ import annotations
 
@@ -17,28 +17,40 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def predict(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or the results of tune or train: folder or URL.")
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Folder or URL of a checkpoint, or of the results of tune or train."),
     ],
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGES|PARQUET...", help="Images, folders, patterns or shards; any fsspec URL."),
+        typer.Argument(
+            metavar="IMAGES|PARQUET...", help="Images, folders, patterns or Parquet shards; paths or fsspec URLs."
+        ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="A new .parquet or .csv file.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes in a row, the most probable first.")] = 5,
+    out: Annotated[Path, typer.Option(metavar="FILE", help=".parquet or .csv file to create.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of classes per image, the most probable first.")] = 5,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0.01, max=100, help="Divides the logits; 1: not calibrated.  [fitted on validation images]"),
+        typer.Option(
+            min=0.01,
+            max=100,
+            help="Divides the logits; 1 for uncalibrated probabilities.  [fitted on validation images]",
+        ),
     ] = None,
     posthoc_tau: Annotated[
-        float | None, typer.Option("--posthoc-tau", min=0, help="Post-hoc logit adjustment.  [as trained]")
+        float | None,
+        typer.Option("--posthoc-tau", min=0, help="Strength of the post-hoc logit adjustment.  [as in the run]"),
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column of the images in Parquet.  [image]")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Share the images out to so many Ray workers.")] = 1,
-    cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores for each; alone it takes all.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of Ray workers to split the images between; 1: no Ray.")
+    ] = 1,
+    cpus_per_worker: Annotated[
+        int, typer.Option(min=1, help="Cores per Ray worker; without Ray all cores are used.")
+    ] = 1,
 ) -> None:
-    """Write a row for each image: file, row in it, class_1, probability_1, ... and error where an image cannot be read.
+    """Write one row per image: file, row in the shard, class_1, probability_1, ..., and error for an unreadable image.
 
-    What was killed goes on when the same command is given again.
+    If interrupted, rerun the same command: finished parts are reused.
 
     \b
     Examples:
@@ -49,19 +61,19 @@ def predict(
     from lift_ray.inference.image_files import find_images
 
     if "://" in str(out) or out.suffix not in (".parquet", ".csv"):
-        raise BadInput(f"--out: must be a local .parquet or .csv file, but got {out}; name one")
+        raise BadInput("--out", "must be a local .parquet or .csv file", out, "choose such a name")
     if out.exists():
-        raise BadInput(f"--out: must be a new file, but {out} exists; delete it, or give another")
-    pictures = find_images(images, column)
+        raise BadInput("--out", "must be a new file", but=f"{out} exists", remedy="delete it, or choose another")
+    found = find_images(images, column)
     from lift_ray.inference.predict import Job
     from lift_ray.inference.predict import predict as run
     from lift_ray.terminal.image_progress import image_progress
 
     began = time.monotonic()
     with image_progress() as advance:
-        job = Job(absolute(checkpoint), pictures, top, temperature, posthoc_tau)
+        job = Job(absolute(checkpoint), found, top, temperature, posthoc_tau)
         done = run(job, out, advance, workers=workers, cpus_per_worker=cpus_per_worker)
-    bad = f", {done.num_bad:,} of them not readable (column error)" if done.num_bad else ""
+    bad = f", {done.num_bad:,} of them unreadable (see column error)" if done.num_bad else ""
     print(f"{out}: {done.num_images:,} images{bad}, in {time.monotonic() - began:.0f} s")
     print(done.calibration)
 

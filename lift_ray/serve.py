@@ -1,4 +1,4 @@
-"""python -m lift_ray.serve: a checkpoint behind HTTP; `app` is the same for Ray Serve's own tools."""
+"""python -m lift_ray.serve: serve a checkpoint over HTTP. `app` is the same application for the command line of Ray Serve."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ verb = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exception
 
 
 def app(args: dict[str, str]) -> Any:
-    """The Ray Serve application, for `serve run lift_ray.serve:app checkpoint=FOLDER` and `serve deploy`.
+    """Return the Ray Serve application, for `serve run lift_ray.serve:app checkpoint=FOLDER` and `serve deploy`.
 
     Args:
-        args: fields of `gate.Options`; what is missing is taken from LIFT_CHECKPOINT, LIFT_TEMPERATURE, and so on.
+        args: fields of `serve_http.Options`; missing ones are read from LIFT_CHECKPOINT, LIFT_TEMPERATURE, and so on.
     """
     from lift_ray.inference.serve_http import Options
     from lift_ray.inference.serve_model import application
@@ -27,26 +27,32 @@ def app(args: dict[str, str]) -> Any:
 @verb.command()
 def serve(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or the results of tune or train: folder or URL.")
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Folder or URL of a checkpoint, or of the results of tune or train."),
     ],
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     host: Annotated[
-        str, typer.Option(help="0.0.0.0 to be reached from other machines: there is no password.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines, without a password.")
     ] = "127.0.0.1",
     temperature: Annotated[
         float | None,
-        typer.Option(min=0.01, max=100, help="Divides the logits; 1: not calibrated.  [fitted on validation images]"),
+        typer.Option(
+            min=0.01,
+            max=100,
+            help="Divides the logits; 1 for uncalibrated probabilities.  [fitted on validation images]",
+        ),
     ] = None,
     posthoc_tau: Annotated[
-        float | None, typer.Option("--posthoc-tau", min=0, help="Post-hoc logit adjustment.  [as trained]")
+        float | None,
+        typer.Option("--posthoc-tau", min=0, help="Strength of the post-hoc logit adjustment.  [as in the run]"),
     ] = None,
     max_mb: Annotated[float, typer.Option(min=0.01, help="Largest upload, in MB.")] = 20,
-    max_megapixels: Annotated[float, typer.Option(min=0.01, help="Largest picture.")] = 50,
-    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
-    cpus: Annotated[int, typer.Option(min=1, help="Cores of each.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 for two on one.")] = 0,
+    max_megapixels: Annotated[float, typer.Option(min=0.01, help="Largest image, in megapixels.")] = 50,
+    replicas: Annotated[int, typer.Option(min=1, help="Number of replicas of the model.")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, help="Cores per replica.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs per replica; 0.5 puts two replicas on one GPU.")] = 0,
 ) -> None:
-    """Answer POST /predict with class names and probabilities; / is a page to drop a picture on, /health says ok.
+    """Serve a checkpoint: POST /predict returns class names and probabilities, / is a page to drop images on.
 
     \b
     Examples:

@@ -87,11 +87,11 @@ def assert_loads_without_lift_ray(folder: Path, out: Path, merged: bool) -> None
     import onnxruntime
     import open_clip
 
-    finished = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    classifier = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (finished.backbone.mean, finished.backbone.std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (classifier.backbone.mean, classifier.backbone.std))
     with torch.inference_mode():
-        expected = finished.model((images / 255 - mean) / std)
+        expected = classifier.model((images / 255 - mean) / std)
     program = torch.export.load(out / "model.pt2")
     assert "mkldnn" not in program.graph_module.code
     assert (program.module()(images) - expected).abs().max() < 1e-4
@@ -103,7 +103,7 @@ def assert_loads_without_lift_ray(folder: Path, out: Path, merged: bool) -> None
         clip.visual.proj = None
         with torch.inference_mode():
             feature = clip.visual.eval()((images / 255 - mean) / std)
-            assert (finished.model.head(feature) - expected).abs().max() < 1e-4
+            assert (classifier.model.head(feature) - expected).abs().max() < 1e-4
 
 
 def test_two_tuners_merge_in_their_order_and_post_hoc_adjustment_is_inside(
@@ -116,27 +116,27 @@ def test_two_tuners_merge_in_their_order_and_post_hoc_adjustment_is_inside(
     }
     folder = saved(small_data, small_clip, tmp_path / "checkpoint", config)
     exported, _ = export_checkpoint(folder, tmp_path / "out", ["open_clip"])
-    finished = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    classifier = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
     assert [each.name for each in exported] == ["open_clip"]
-    assert not list(exported_model(finished).tuners)
-    counts = torch.tensor(finished.record.class_counts)
-    torch.testing.assert_close(finished.offset, 0.5 * (counts / counts.sum()).log())
+    assert not list(exported_model(classifier).tuners)
+    counts = torch.tensor(classifier.record.class_counts)
+    torch.testing.assert_close(classifier.offset, 0.5 * (counts / counts.sum()).log())
 
 
 def test_another_posthoc_tau_is_in_the_file_and_in_the_card(small_data: str, small_clip: str, tmp_path: Path) -> None:
     folder = saved(small_data, small_clip, tmp_path / "checkpoint", {"evaluation": {"posthoc_tau": 0.5}})
     export.main([str(folder), "--to", str(tmp_path / "out"), "--format", "torch", "--posthoc-tau", "2"])
-    finished = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
+    classifier = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    own = finished.logits(images)
+    own = classifier.logits(images)
     exported = torch.export.load(tmp_path / "out" / "model.pt2").module()(images)
-    counts = torch.tensor(finished.record.class_counts)
+    counts = torch.tensor(classifier.record.class_counts)
     torch.testing.assert_close(own - exported, (1.5 * (counts / counts.sum()).log()).expand(2, -1))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "That is with post-hoc adjustment of tau 0.5; the files adjust with tau 2." in card
+    assert "measured with post-hoc tau 0.5; the exported files use tau 2." in card
 
 
-def test_the_card_says_how_good_it_is_on_test_where_a_search_has_measured_that(
+def test_the_card_has_the_test_metrics_if_a_search_has_measured_them(
     small_data: str, small_clip: str, tmp_path: Path
 ) -> None:
     folder = saved(small_data, small_clip, tmp_path / "best", {"tuner": {"kind": "linear_probe"}})
@@ -148,14 +148,14 @@ def test_the_card_says_how_good_it_is_on_test_where_a_search_has_measured_that(
     )
     export_checkpoint(folder, tmp_path / "after", ["open_clip"])
     before, after = ((tmp_path / name / "README.md").read_text() for name in ("before", "after"))
-    assert "on the test split was not measured before the export; `python -m lift_ray.evaluate CHECKPOINT`" in before
-    assert "was not measured" not in after
-    assert "on the validation and test split:" in after
+    assert "The test split was not evaluated before the export; `python -m lift_ray.evaluate CHECKPOINT`" in before
+    assert "was not evaluated" not in after
+    assert "on the validation and test splits:" in after
     assert "\n| test | 25.0 | 12.5 |  |  | 6.2 |" in after
     assert "\n| validation | 50.0 |" in after
 
 
-def test_a_tuner_beside_another_that_cannot_be_merged_is_exported(
+def test_a_tuner_next_to_another_that_cannot_be_merged_is_exported(
     small_data: str, small_clip: str, tmp_path: Path
 ) -> None:
     config = {"tuner": {"kind": "adaptformer", "bottleneck": 4}, "extra_tuner": {"kind": "lora", "bottleneck": 4}}
@@ -164,7 +164,7 @@ def test_a_tuner_beside_another_that_cannot_be_merged_is_exported(
     assert [each.name for each in exported] == ["torch"]
     assert not left_out
     with pytest.raises(
-        BadInput, match=r"^--format open_clip: must have a tuner that can be merged .* adaptformer and lora"
+        BadInput, match=r"^--format open_clip: requires a tuner that can be merged .* adaptformer and lora"
     ):
         export_checkpoint(folder, tmp_path / "other", ["open_clip"])
     assert not (tmp_path / "other").exists()
@@ -195,7 +195,7 @@ def test_a_tower_of_timm_is_exported_as_a_whole_classifier(small_data: str, tmp_
     exported, left_out = export_checkpoint(saved(small_data, "", tmp_path / "checkpoint", config), tmp_path / "out")
     assert [each.name for each in exported] == ["torch", "onnx"]
     assert max(each.difference for each in exported) <= 1e-4
-    assert left_out == "must have a CLIP as its backbone, but got timm:test_vit"
+    assert left_out == "requires a CLIP backbone, but got timm:test_vit"
 
 
 @pytest.mark.parametrize("kind", ["ssf", "batchnorm"])
@@ -233,13 +233,13 @@ def test_the_verb_prints_differences_and_writes_a_card(
     export.main([str(folder), "--to", str(out), "--format", "torch"])
     assert "model.pt2: largest difference from the checkpoint's logits" in capsys.readouterr().out
     card = (out / "README.md").read_text()
-    assert "96 training images of 8 classes, 24 to 4 each." in card
+    assert "96 training images in 8 classes, 24 to 4 per class." in card
     assert "| few | under 20 | 7 | 72 |" in card
-    assert "unknown; ask who published them" in card
+    assert "unknown; ask their publisher" in card
     assert "kind: adaptformer" in card
-    assert "That is with post-hoc" not in card
+    assert "measured with post-hoc" not in card
     assert len(json.loads((out / "classes.json").read_text())) == 8
-    with pytest.raises(BadInput, match=r"^--to: must be a new folder, but .* exists; delete it, or give another"):
+    with pytest.raises(BadInput, match=r"^--to: must be a new folder, but .* exists; delete it, or choose another"):
         export.main([str(folder), "--to", str(out)])
     with pytest.raises(BadInput, match=r"^--format: unknown format 'onx'; did you mean 'onnx'"):
         export.main([str(folder), "--to", str(tmp_path / "x"), "--format", "onx"])
@@ -252,8 +252,6 @@ def test_a_file_that_differs_is_refused_and_nothing_is_left(
 
     folder = saved(small_data, small_clip, tmp_path / "checkpoint", {})
     monkeypatch.setitem(export.WRITERS, "torch", lambda *given: ("model.pt2", lambda x: torch.zeros(len(x), 8)))
-    with pytest.raises(
-        RunFailed, match=r"^model.pt2: the logits must be those of the checkpoint to 0.0001, but differ"
-    ):
+    with pytest.raises(RunFailed, match=r"^model.pt2: the logits must match the checkpoint's to 0.0001, but differ"):
         export_checkpoint(folder, tmp_path / "out", ["torch"])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

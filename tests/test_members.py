@@ -222,6 +222,6 @@ def test_an_ensemble_is_no_member_of_another(trained: Path, tmp_path: Path) -> N
     with pytest.raises(BadInput) as caught:
         evaluate.main([str(trained / "members" / "plain"), str(tmp_path / "copy")])
     assert str(caught.value) == (
-        f"{tmp_path / 'copy'}: must be a single model, but it has 3 itself (plain, other, probe); evaluate it alone, or give its "
+        f"{tmp_path / 'copy'}: must be a single model, but got an ensemble of 3 (plain, other, probe); evaluate it alone, or pass its "
         "members"
     )

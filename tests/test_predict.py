@@ -1,4 +1,4 @@
-"""python -m lift_ray.predict: every picture once, also after being killed."""
+"""python -m lift_ray.predict: one row per image, also after being killed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lift_ray.training.workspace import Workspace
 
 @pytest.fixture(scope="module")
 def trained(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """A checkpoint after one epoch, and what its own evaluation says of each test image: class and probability."""
+    """A checkpoint after one epoch, and the class and probability of each test image in its own evaluation."""
     out = tmp_path_factory.mktemp("run")
     threads = torch.get_num_threads()
     config = {
@@ -56,7 +56,7 @@ def trained(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def photos(small_data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 24 test images as files in their order, one of which is broken, and a text beside them."""
+    """The 24 test images as files in their order, one of which is broken, next to a text file."""
     folder = tmp_path_factory.mktemp("photos")
     split = open_dataset(small_data).split("test")
     with RowReader(split) as reader:
@@ -67,7 +67,7 @@ def photos(small_data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def repeated(data: str, times: int, path: Path) -> Path:
-    """The 24 test images so many times in one shard."""
+    """The 24 test images, repeated `times` times in one shard."""
     shard = pq.read_table(next(Path(data).glob("test-*.parquet")))
     pq.write_table(pa.concat_tables([shard] * times), path, row_group_size=50)
     return path
@@ -84,7 +84,7 @@ def test_a_folder_gives_what_the_evaluation_says_and_a_broken_image_a_row(
     where, (classes, confidences) = trained
     names = open_dataset(small_data).class_names
     predict.main([str(where), str(photos), "--out", str(tmp_path / "o.csv"), "--temperature", "1", "--top", "3"])
-    assert "24 images, 1 of them not readable (column error)" in capsys.readouterr().out
+    assert "24 images, 1 of them unreadable (see column error)" in capsys.readouterr().out
     rows = rows_of(tmp_path / "o.csv")
     assert [Path(row["file"]).name for row in rows] == [f"{n:02d}.jpg" for n in range(24)]
     assert [n for n, row in enumerate(rows) if row["error"]] == [7]
@@ -103,9 +103,9 @@ def test_shards_in_parts_give_the_same_rows_with_the_fitted_temperature(
     where, (classes, _) = trained
     monkeypatch.setattr(classifier, "BATCH", 5)
     names, out = open_dataset(small_data).class_names, tmp_path / "o.parquet"
-    pictures = find_images([f"{small_data}/test-*.parquet"])
+    images = find_images([f"{small_data}/test-*.parquet"])
     calls: list[tuple[int, int]] = []
-    job = prediction.Job(str(where), pictures, top=2, part=7)
+    job = prediction.Job(str(where), images, top=2, part=7)
     done = prediction.predict(job, out, lambda *call: calls.append(call))
     assert calls == [(0, 24), (7, 24), (14, 24), (21, 24), (24, 24)]
     table = pq.read_table(out)
@@ -136,7 +136,7 @@ def test_another_posthoc_tau_gives_the_accuracy_that_evaluate_says_and_its_own_c
 
 
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
-def test_several_models_that_answer_together_are_refused_with_the_path_of_one(tmp_path: Path, photos: Path) -> None:
+def test_an_ensemble_is_refused_with_the_path_of_one_member(tmp_path: Path, photos: Path) -> None:
     config = {"method": {"kind": "backdoor", "members": {"plain": {}, "other": {}}}}
     about = {
         "config": config,
@@ -151,8 +151,8 @@ def test_several_models_that_answer_together_are_refused_with_the_path_of_one(tm
     (tmp_path / "out" / "members" / "plain").mkdir(parents=True)
     checkpoint.save(folder, SimpleNamespace(stored=dict), None, {}, checkpoint.Record(**about))  # type: ignore[arg-type]
     rule = (
-        f"^{folder}: must be a single model, but method backdoor made 2 that answer together .plain, other.; "
-        f"give one of them, {tmp_path}/out/members/plain$"
+        f"^{folder}: must be a single model, but got an ensemble of 2 .plain, other.; "
+        f"pass one of its members: {tmp_path}/out/members/plain$"
     )
     for verb, words in (
         (predict, [str(photos), "--out", str(tmp_path / "o.csv")]),
@@ -162,7 +162,7 @@ def test_several_models_that_answer_together_are_refused_with_the_path_of_one(tm
         with pytest.raises(BadInput, match=rule):
             verb.main([str(tmp_path / "out"), *words])
     (tmp_path / "out" / "members" / "plain").rename(tmp_path / "out" / "members" / "0123abcd")
-    with pytest.raises(BadInput, match=f"give one of them, a folder in {tmp_path}/out/members$"):
+    with pytest.raises(BadInput, match=f"pass one of its members: a folder in {tmp_path}/out/members$"):
         export.main([str(folder), "--to", str(tmp_path / "e")])
 
 
@@ -212,8 +212,8 @@ def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(
 def test_two_ray_workers_give_the_rows_of_one(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, ray_session: None
 ) -> None:
-    pictures = find_images([f"{small_data}/test-*.parquet", f"{small_data}/validation-*.parquet"])
-    job = prediction.Job(str(trained[0]), pictures, part=10)
+    images = find_images([f"{small_data}/test-*.parquet", f"{small_data}/validation-*.parquet"])
+    job = prediction.Job(str(trained[0]), images, part=10)
     prediction.predict(job, tmp_path / "one.parquet", lambda done, total: None)
     prediction.predict(job, tmp_path / "two.parquet", lambda done, total: None, workers=2)
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
@@ -277,12 +277,14 @@ def test_parts_of_another_job_are_refused(trained: tuple[Path, np.ndarray], phot
     job = prediction.Job(str(trained[0]), find_images([str(photos)]))
     (tmp_path / "o.csv.parts").mkdir()
     prediction._check_same_job(job, tmp_path / "o.csv.parts")
-    with pytest.raises(BadInput, match=r"o.csv.parts: must hold parts of the same pictures, checkpoint and options"):
+    with pytest.raises(
+        BadInput, match=r"o.csv.parts: must hold parts of the same images, checkpoint and options, but it holds"
+    ):
         predict.main([str(trained[0]), str(photos), "--out", str(out), "--top", "2"])
     assert not out.exists()
 
 
-def test_pictures_are_found_by_folder_pattern_and_column(photos: Path, tmp_path: Path) -> None:
+def test_images_are_found_by_folder_pattern_and_column(photos: Path, tmp_path: Path) -> None:
     assert len(find_images([str(photos)])) == 24
     assert len(find_images([f"{photos}/1*.jpg", f"file://{photos}/03.jpg"])) == 11
     data = [(photos / f"{n:02d}.jpg").read_bytes() for n in range(4)] + [None]
@@ -297,13 +299,22 @@ def test_pictures_are_found_by_folder_pattern_and_column(photos: Path, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{photos}", "--out", "o.txt"], "--out: must be a local .parquet or .csv file, but got o.txt; name one"),
+        (
+            ["{photos}", "--out", "o.txt"],
+            "--out: must be a local .parquet or .csv file, but got o.txt; choose such a name",
+        ),
         (["{photos}/none", "--out", "{tmp}/o.csv"], "nothing is there; check the path"),
         (["{photos}/*.png", "--out", "{tmp}/o.csv"], "but got none; check the path"),
-        (["{photos}", "--column", "x", "--out", "{tmp}/o.csv"], "--column: must come with Parquet shards"),
+        (["{photos}", "--column", "x", "--out", "{tmp}/o.csv"], "--column: requires Parquet shards, but got images ("),
         (["{data}", "--column", "x", "--out", "{tmp}/o.csv"], "must have the column x, but got image, label"),
-        (["{data}", "{photos}", "--out", "{tmp}/o.csv"], "give images and shards one by one"),
-        (["{photos}", "--top", "9", "--out", "{tmp}/o.csv"], "--top: must be at most the 8 classes, but got 9"),
+        (
+            ["{data}", "{photos}", "--out", "{tmp}/o.csv"],
+            "but got another file; run predict on images and shards separately",
+        ),
+        (
+            ["{photos}", "--top", "9", "--out", "{tmp}/o.csv"],
+            "--top: must be at most 8, the number of classes, but got 9; lower it",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

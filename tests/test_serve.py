@@ -44,7 +44,7 @@ MAX_BYTES, MAX_PIXELS = 200_000, 500_000
 class Server:
     port: int
     process: psutil.Process
-    pictures: list[bytes]
+    images: list[bytes]
     classes: list[str]
     names: list[str]
     statuses: list[int] = field(default_factory=list)
@@ -100,7 +100,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     torch.set_num_threads(threads)
     dataset = open_dataset(small_data)
     with RowReader(dataset.split("test")) as reader:
-        pictures = reader.read(np.arange(24))
+        images = reader.read(np.arange(24))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -126,7 +126,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
         assert process.stdout.readline() == f"http://127.0.0.1:{port}/\n"
         names = list(dataset.class_names)
         yield Server(
-            port, psutil.Process(process.pid), pictures, [names[k] for k in table["predicted"].to_pylist()], names
+            port, psutil.Process(process.pid), images, [names[k] for k in table["predicted"].to_pylist()], names
         )
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -137,14 +137,14 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
 
 
 def png(width: int, height: int) -> bytes:
-    """A picture of one colour: few bytes for any size."""
+    """An image of one color: few bytes for any size."""
     encoded = io.BytesIO()
     Image.new("L", (width, height)).save(encoded, "PNG")
     return encoded.getvalue()
 
 
 def photo() -> bytes:
-    """A real picture of the package."""
+    """A real image of the package."""
     split = open_dataset("embedded:caltech101").split("test")
     with RowReader(split) as reader:
         return reader.read(np.arange(1))[0]
@@ -180,17 +180,17 @@ def test_the_page_needs_no_network_and_health_is_ok(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "kind", "path", "status", "message"),
     [
-        (b"", "image/png", "/predict", 400, "body: must be a picture, but got 0 bytes"),
-        (b"no picture at all", "image/jpeg", "/predict", 400, "picture: must be JPEG, PNG"),
-        (b"\xff\xd8\xff\xe0" + bytes(300), "image/jpeg", "/predict", 400, "picture: must be"),
-        (photo()[:-900], "image/jpeg", "/predict", 400, "picture: must be whole, but got:"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "application/octet-stream", "/predict", 400, "picture: must be JPEG, PNG"),
+        (b"", "image/png", "/predict", 400, "body: must be an image, but got 0 bytes"),
+        (b"no image at all", "image/jpeg", "/predict", 400, "image: must be JPEG, PNG"),
+        (b"\xff\xd8\xff\xe0" + bytes(300), "image/jpeg", "/predict", 400, "image: must be"),
+        (photo()[:-900], "image/jpeg", "/predict", 400, "image: must be complete and readable, but got:"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "application/octet-stream", "/predict", 400, "image: must be JPEG, PNG"),
         (png(20, 20), "text/plain", "/predict", 415, "Content-Type: must be image/..., but got text/plain"),
         (png(20, 20), None, "/predict", 415, "Content-Type: must be image/..., but got none"),
         (bytes(MAX_BYTES + 1), "image/png", "/predict", 413, "body: must be at most 200,000 bytes, but got more"),
-        (png(1000, 501), "image/png", "/predict", 413, "picture: must have at most 500,000 pixels, but got 1000 x 501"),
-        (bomb(13_000, 13_000), "image/png", "/predict", 413, "picture: must have at most 500,000 pixels"),
-        (bomb(60_000, 60_000), "image/png", "/predict", 413, "picture: must have at most 500,000 pixels"),
+        (png(1000, 501), "image/png", "/predict", 413, "image: must have at most 500,000 pixels, but got 1000 x 501"),
+        (bomb(13_000, 13_000), "image/png", "/predict", 413, "image: must have at most 500,000 pixels"),
+        (bomb(60_000, 60_000), "image/png", "/predict", 413, "image: must have at most 500,000 pixels"),
         (png(20, 20), "image/png", "/predict?top=0", 400, "top: must be 1 to 8, but got 0"),
         (png(20, 20), "image/png", "/predict?top=x", 400, "top: must be a number, but got 'x'"),
         (png(20, 20), "image/png", "/nothing", 404, "path: must be /, /health, /predict, but got /nothing"),
@@ -228,7 +228,7 @@ def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_sta
         if number % 8 == 0:
             body, expected = bad[number // 8 % len(bad)]
             return server.ask(body)[0] == expected
-        status, _, text = server.ask(server.pictures[number % 24], "/predict?top=8")
+        status, _, text = server.ask(server.images[number % 24], "/predict?top=8")
         answer = json.loads(text)["classes"]
         assert status == 200
         assert sum(each["probability"] for each in answer) == pytest.approx(1, abs=1e-4)
@@ -249,7 +249,7 @@ def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_sta
 def test_a_killed_replica_costs_no_request(server: Server) -> None:
     victim = server.processes("ModelReplica")[0]
     with ThreadPoolExecutor(50) as pool:
-        asked = [pool.submit(server.ask, server.pictures[n % 24]) for n in range(400)]
+        asked = [pool.submit(server.ask, server.images[n % 24]) for n in range(400)]
         while sum(future.done() for future in asked) < 50:
             time.sleep(0.001)
         victim.suspend()  # with requests that it took on already
@@ -265,7 +265,7 @@ def test_a_killed_replica_costs_no_request(server: Server) -> None:
 def test_when_what_takes_requests_in_is_killed_the_next_requests_go_to_the_other(server: Server) -> None:
     victim, so_far = server.processes("HttpFront")[0], len(server.statuses)
     with ThreadPoolExecutor(20) as pool:
-        inside = [pool.submit(server.ask, server.pictures[n % 24]) for n in range(100)]
+        inside = [pool.submit(server.ask, server.images[n % 24]) for n in range(100)]
         while sum(future.done() for future in inside) < 30:
             time.sleep(0.001)
         victim.kill()
@@ -275,7 +275,7 @@ def test_when_what_takes_requests_in_is_killed_the_next_requests_go_to_the_other
         found = [future.result()[0] for future in inside]
         assert found.count(200) >= 100 - 20  # at most those that were under way
         del server.statuses[so_far:]
-        assert [status for status, *_ in pool.map(server.ask, server.pictures * 4)] == [200] * 96
+        assert [status for status, *_ in pool.map(server.ask, server.images * 4)] == [200] * 96
     assert server.until(lambda: len({*server.processes("HttpFront")} - {victim}) == 2)
 
 
@@ -285,7 +285,7 @@ def test_health_is_503_while_no_replica_lives_and_ok_again_when_one_does(server:
         process.kill()
     assert server.until(lambda: server.health() == 503)
     assert server.until(lambda: server.health() == 200)
-    assert server.ask(server.pictures[0])[0] == 200
+    assert server.ask(server.images[0])[0] == 200
 
 
 def test_bad_options_are_one_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,11 +294,11 @@ def test_bad_options_are_one_line(server: Server, tmp_path: Path, monkeypatch: p
     with pytest.raises(BadInput, match=r"must be a checkpoint folder, but there is no run.json"):
         serve.main([str(tmp_path), "--port", "65000"])
     monkeypatch.delenv("LIFT_CHECKPOINT", raising=False)
-    with pytest.raises(BadInput, match=r"^checkpoint: must be given, but got none"):
+    with pytest.raises(BadInput, match=r"^checkpoint: is required; add checkpoint=FOLDER"):
         serve.app({})
     with pytest.raises(BadInput, match=r"^replica: unknown argument of lift_ray.serve:app"):
         serve.app({"checkpoint": "x", "replica": "2"})
     monkeypatch.setenv("LIFT_CHECKPOINT", "runs/x")
     monkeypatch.setenv("LIFT_REPLICAS", "two")
-    with pytest.raises(BadInput, match=r"^replicas: must be a number, but got 'two'"):
+    with pytest.raises(BadInput, match=r"^replicas: must be a number, but got 'two'; fix it$"):
         serve.app({})

@@ -1,4 +1,4 @@
-"""What stands before the model of a server: what it asks again, sends away, and puts together. Without Ray."""
+"""The HTTP front of a server without Ray: retries, limits on uploads, and batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lift_ray.inference.serve_http import HttpFront, Options
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
 
 
-def test_what_a_replica_held_when_it_died_is_asked_again() -> None:
+def test_a_request_whose_replica_died_is_retried() -> None:
     class Model:
         calls = 0
 
@@ -32,11 +32,11 @@ def test_what_a_replica_held_when_it_died_is_asked_again() -> None:
             return 200, {"body": body.decode()}
 
     model = Model()
-    assert asyncio.run(HttpFront(model, Options("x"))._classified(b"picture", 5)) == (200, {"body": "picture"})
+    assert asyncio.run(HttpFront(model, Options("x"))._classified(b"image", 5)) == (200, {"body": "image"})
     assert model.calls == 3
 
 
-def test_uploads_that_are_too_many_bytes_at_once_are_sent_away_and_may_come_again(
+def test_uploads_beyond_the_limit_of_bytes_at_once_are_rejected_until_others_are_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(serve_http, "BYTES_AT_ONCE", 2500)
@@ -77,12 +77,12 @@ def test_uploads_that_are_too_many_bytes_at_once_are_sent_away_and_may_come_agai
     assert answers[0].headers["Retry-After"] == "1"
 
 
-def test_pictures_that_come_together_are_classified_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_arrive_at_the_same_time_are_classified_as_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def of_batch(self: Any, pictures: list[int]) -> list[int]:
-        sizes.append(len(pictures))
-        return [2 * picture for picture in pictures]
+    def of_batch(self: Any, images: list[int]) -> list[int]:
+        sizes.append(len(images))
+        return [2 * image for image in images]
 
     monkeypatch.setattr(serve_model.ModelReplica, "_of_batch", of_batch)
     settings = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=serve_model.AT_ONCE))

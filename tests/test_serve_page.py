@@ -1,4 +1,4 @@
-"""The page where one drops an image, in Chromium, against a server that fails as a gate that was killed does."""
+"""The page for images, in Chromium, with a server that fails like an HTTP front that was killed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lift_ray.inference.serve_http import PAGE_RULES
 DROP = "classify(new File(['%s'], 'x.jpg', {type: 'image/jpeg'}))"
 DIED = (500, "Internal Server Error")
 FOUND = (200, '{"classes": [{"name": "ant", "probability": 0.75}]}')
-REFUSED = (400, '{"error": "picture: must be whole"}')
-BUSY = (503, '{"error": "server: has too many uploads at once"}')
+REFUSED = (400, '{"error": "image: must be complete"}')
+BUSY = (503, '{"error": "server: too many uploads at once"}')
 
 
 @pytest.mark.parametrize(
     ("answers", "asked", "words"),
     [
         ([DIED, FOUND], 2, "ant<span>75.0%</span>"),
-        ([REFUSED], 1, "picture: must be whole"),
-        ([BUSY] * 3, 3, "server: has too many uploads at once"),
-        ([DIED] * 3, 3, "the server did not answer"),
+        ([REFUSED], 1, "image: must be complete"),
+        ([BUSY] * 3, 3, "server: too many uploads at once"),
+        ([DIED] * 3, 3, "The server did not respond"),
     ],
 )
-def test_the_page_asks_again_only_where_the_server_failed(
+def test_the_page_retries_only_if_the_server_failed(
     answers: list[tuple[int, str]], asked: int, words: str, tmp_path: Path
 ) -> None:
     posts, dom = asked_by_the_page({b"x": answers}, DROP % "x", tmp_path)
@@ -36,7 +36,7 @@ def test_the_page_asks_again_only_where_the_server_failed(
     assert posts == [b"x"] * asked
 
 
-def test_the_page_asks_no_more_for_a_picture_that_another_one_has_replaced(tmp_path: Path) -> None:
+def test_the_page_stops_retrying_an_image_that_another_one_has_replaced(tmp_path: Path) -> None:
     answers = {b"x": [DIED, REFUSED, REFUSED], b"y": [DIED, FOUND]}
     posts, dom = asked_by_the_page(answers, f"{DROP % 'x'}; setTimeout(() => {DROP % 'y'}, 200)", tmp_path)
     assert "ant<span>75.0%</span>" in dom
@@ -46,10 +46,10 @@ def test_the_page_asks_no_more_for_a_picture_that_another_one_has_replaced(tmp_p
 def asked_by_the_page(
     answers: dict[bytes, list[tuple[int, str]]], script: str, tmp_path: Path
 ) -> tuple[list[bytes], str]:
-    """Pictures in the order in which the page sent them, and its DOM after that.
+    """Images in the order in which the page sent them, and its DOM after that.
 
     Args:
-        answers: for each picture, what comes back each time.
+        answers: for each image, what comes back each time.
         script: run when the page is there.
     """
     page = (importlib.resources.files("lift_ray") / "inference" / "serving.html").read_text()
@@ -62,10 +62,10 @@ def asked_by_the_page(
             )
 
         def do_POST(self) -> None:
-            picture = self.rfile.read(int(self.headers["Content-Length"]))
+            image = self.rfile.read(int(self.headers["Content-Length"]))
             assert self.path == "/predict"
-            posts.append(picture)
-            self.answer(*answers[picture][posts.count(picture) - 1], "application/json")
+            posts.append(image)
+            self.answer(*answers[image][posts.count(image) - 1], "application/json")
 
         def answer(self, status: int, text: str, kind: str) -> None:
             self.send_response(status)

@@ -1,4 +1,4 @@
-"""A checkpoint as files that other programs load: open_clip weights, ONNX, torch.export, and a model card."""
+"""Export of a checkpoint to files for other programs: open_clip weights, ONNX, torch.export, and a model card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lift_ray.errors import BadInput, RunFailed
+from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.inference.classifier import Classifier
 from lift_ray.inference.model_card import Exported, model_card
 from lift_ray.methods.lift import Lift
@@ -35,11 +35,11 @@ Logits = Callable[[Tensor], Tensor]
 
 
 class ExportedModel(nn.Module):
-    """From pictures as they are to logits: normalisation, tower, tuners, head and post-hoc adjustment.
+    """The whole classifier, from uint8 images to logits: normalization, tower, tuners, head and post-hoc adjustment.
 
     Args:
-        mean, std: of each channel, for pictures in [0, 1].
-        offset: (K,), taken off the logits.
+        mean, std: mean and standard deviation of each channel, for images in [0, 1].
+        offset: (K,), subtracted from the logits.
     """
 
     mean: Tensor
@@ -64,7 +64,7 @@ class ExportedModel(nn.Module):
         self.register_buffer("offset", offset)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 RGB -> (B, K)."""
+        """Return logits (B, K) for RGB images (B, 3, H, W) in uint8."""
         x = (images.float() - self.mean) / self.std
         logits: Tensor = self.head(self.tower.finish(self.tower.embed(x), self.tuners))
         return logits - self.offset
@@ -73,30 +73,30 @@ class ExportedModel(nn.Module):
 def export_checkpoint(
     folder: Path, to: Path, formats: Sequence[str] = (), posthoc_tau: float | None = None
 ) -> tuple[list[Exported], str]:
-    """Write a checkpoint's model for other programs, whole or not at all.
+    """Write a checkpoint's model for other programs; if a format fails, nothing is left behind.
 
-    Each file is loaded again and compared with the checkpoint on the same pictures, for other batch sizes than it was
-    made with.
+    Each file is loaded again, and its logits are compared with those of the checkpoint on the same images, with batch sizes
+    that differ from the one used for tracing.
 
     Args:
-        folder: of the checkpoint.
-        to: a folder that is not there yet.
-        formats: open_clip, onnx, torch; none for all that the model allows.
-        posthoc_tau: as for `Classifier`.
+        folder: folder of the checkpoint.
+        to: folder to create.
+        formats: any of open_clip, onnx, torch; empty for all that the model supports.
+        posthoc_tau: strength of the post-hoc adjustment; None for the value of the run.
 
     Returns:
-        What was written, and why open_clip was left out ("" when it was not, or not asked for).
+        The exported formats, and the reason for leaving out open_clip ("" if it was written, or if `formats` was given).
 
     Raises:
-        BadInput: `to` is there, a format that the model or this installation does not allow, or as `Classifier`.
-        RunFailed: the logits of a file differ by more than 1e-4, or the disk is full.
+        BadInput: `to` exists, the model or this installation does not support a format, or the checkpoint cannot be read.
+        RunFailed: the logits of a file differ by more than 1e-4, or writing fails.
     """
     if to.exists():
-        raise BadInput(f"--to: must be a new folder, but {to} exists; delete it, or give another")
-    finished = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()), posthoc_tau)
-    reason = not_for_open_clip(finished)
+        raise BadInput("--to", "must be a new folder", but=f"{to} exists", remedy="delete it, or choose another")
+    classifier = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()), posthoc_tau)
+    reason = not_for_open_clip(classifier)
     if OPEN_CLIP in formats and reason:
-        raise BadInput(f"--format open_clip: {reason}; use onnx or torch")
+        raise BadInput("--format open_clip", reason, remedy="use onnx or torch")
     wanted = formats or [name for name in WRITERS if name != OPEN_CLIP or not reason]
     if ONNX in wanted:
         check_onnx_packages()
@@ -104,97 +104,99 @@ def export_checkpoint(
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{to.name}.", suffix=".tmp", dir=to.parent))
-        program = functools.cache(lambda: _program(finished))
-        exported = [_exported(finished, name, temporary, program) for name in WRITERS if name in wanted]
-        (temporary / CLASSES).write_text(json.dumps(finished.record.class_names, indent=1) + "\n")
-        (temporary / "README.md").write_text(_card(finished, exported, _metrics(folder, finished)))
+        program = functools.cache(lambda: _program(classifier))
+        exported = [_exported(classifier, name, temporary, program) for name in WRITERS if name in wanted]
+        (temporary / CLASSES).write_text(json.dumps(classifier.record.class_names, indent=1) + "\n")
+        (temporary / "README.md").write_text(_card(classifier, exported, _metrics(folder, classifier)))
         temporary.chmod(0o755)
         temporary.rename(to)
     except OSError as error:
-        raise RunFailed(f"{to}: must take the export, but {' '.join(str(error).split())}; check the disk") from None
+        raise RunFailed(f"{to}: could not write the export: {one_line(error)}; check the disk") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return exported, "" if formats else reason
 
 
-def not_for_open_clip(finished: Classifier) -> str:
-    """Why the tower cannot be weights of open_clip; "" when it can."""
-    kinds = " and ".join(tuner.kind for tuner in finished.config.tuners())
-    if finished.backbone.name.startswith(TIMM):
-        return f"must have a CLIP as its backbone, but got {finished.backbone.name}"
-    if not all(tuner.can_merge for tuner in finished.model.tuner.per_block):
-        return f"must have a tuner that can be merged into the weights, but got {kinds}"
+def not_for_open_clip(classifier: Classifier) -> str:
+    """Return why the model cannot be written as open_clip weights; "" if it can."""
+    kinds = " and ".join(tuner.kind for tuner in classifier.config.tuners())
+    if classifier.backbone.name.startswith(TIMM):
+        return f"requires a CLIP backbone, but got {classifier.backbone.name}"
+    if not all(tuner.can_merge for tuner in classifier.model.tuner.per_block):
+        return f"requires a tuner that can be merged into the weights, but got {kinds}"
     return ""
 
 
 def check_onnx_packages() -> None:
-    """Raises BadInput when what writes and checks ONNX is not installed."""
+    """Raise BadInput if the packages that write and check ONNX are not installed."""
     try:
         for name in ("onnxruntime", "onnxscript"):
             importlib.import_module(name)
     except ImportError as error:
         raise BadInput(
-            f"--format onnx: needs packages that are not installed, but got: {error}; pip install 'lift_ray[export]', or "
-            "give --format torch"
+            "--format onnx",
+            "requires onnxruntime and onnxscript",
+            but=f"the import failed ({one_line(error)})",
+            remedy="pip install 'lift_ray[export]', or use --format torch",
         ) from None
 
 
-def exported_model(finished: Classifier) -> ExportedModel:
-    """What is exported; the tuners are merged where they can be, which saves their time."""
-    model, backbone = finished.model, finished.backbone
+def exported_model(classifier: Classifier) -> ExportedModel:
+    """Return the module to export; tuners are merged into the weights if possible, so that they cost no time."""
+    model, backbone = classifier.model, classifier.backbone
     tower, tuners = model.tower, model.tuner.per_block
     if all(tuner.can_merge for tuner in tuners):
         tower, tuners = merged(tower, tuners), []
-    whole = ExportedModel(tower, tuners, model.head, mean=backbone.mean, std=backbone.std, offset=finished.offset)
-    return whole.eval()
+    exported = ExportedModel(tower, tuners, model.head, mean=backbone.mean, std=backbone.std, offset=classifier.offset)
+    return exported.eval()
 
 
-def _exported(finished: Classifier, name: str, folder: Path, program: GetProgram) -> Exported:
-    file, run = WRITERS[name](finished, folder, program)
+def _exported(classifier: Classifier, name: str, folder: Path, program: GetProgram) -> Exported:
+    file, run = WRITERS[name](classifier, folder, program)
     worst = 0.0
     for number in (1, 3):
         images = torch.randint(
             256,
-            (number, 3, finished.size_px, finished.size_px),
+            (number, 3, classifier.size_px, classifier.size_px),
             dtype=torch.uint8,
             generator=torch.Generator().manual_seed(number),
         )
-        std = torch.tensor(finished.backbone.std).view(3, 1, 1)
-        normalised = (images / 255 - torch.tensor(finished.backbone.mean).view(3, 1, 1)) / std
+        std = torch.tensor(classifier.backbone.std).view(3, 1, 1)
+        normalized = (images / 255 - torch.tensor(classifier.backbone.mean).view(3, 1, 1)) / std
         with torch.inference_mode():
-            expected = finished.model(normalised) - finished.offset
+            expected = classifier.model(normalized) - classifier.offset
             worst = max(worst, float((run(images) - expected).abs().max()))
     if not worst <= LARGEST_DIFFERENCE:
         raise RunFailed(
-            f"{file}: the logits must be those of the checkpoint to {LARGEST_DIFFERENCE:g}, but differ by {worst:.2g}; "
-            "leave this format out, and report it"
+            f"{file}: the logits must match the checkpoint's to {LARGEST_DIFFERENCE:g}, but differ by {worst:.2g}; "
+            "leave out this format, and report a bug"
         )
     return Exported(name, file, worst)
 
 
-def _open_clip(finished: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
-    wanted, model = finished.config.backbone, finished.model
+def _open_clip(classifier: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
+    wanted, model = classifier.config.backbone, classifier.model
     tower = merged(model.tower, model.tuner.per_block)
     (folder / OPEN_CLIP).mkdir()
     write_open_clip(wanted.model, wanted.pretrained, tower, folder / OPEN_CLIP)
     loaded = load_backbone(f"local-dir:{folder / OPEN_CLIP}", None)
     alone = Lift(loaded.tower, {"linear_probe": {}}, model.head)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (loaded.mean, loaded.std))
-    return f"{OPEN_CLIP}/", lambda images: alone((images / 255 - mean) / std) - finished.offset
+    return f"{OPEN_CLIP}/", lambda images: alone((images / 255 - mean) / std) - classifier.offset
 
 
-def _torch(finished: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
+def _torch(classifier: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
     torch.export.save(program(), folder / "model.pt2")
     loaded: Any = torch.export.load(folder / "model.pt2").module()
     return "model.pt2", loaded
 
 
-def _onnx(finished: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
+def _onnx(classifier: Classifier, folder: Path, program: GetProgram) -> tuple[str, Logits]:
     onnxruntime: Any = importlib.import_module("onnxruntime")
     path = folder / "model.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own packages
+        warnings.simplefilter("ignore")  # from the packages of the exporter
         made = torch.onnx.export(program(), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
     assert made is not None
     made.save(path)
@@ -202,40 +204,42 @@ def _onnx(finished: Classifier, folder: Path, program: GetProgram) -> tuple[str,
     return path.name, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _program(finished: Classifier) -> torch.export.ExportedProgram:
-    """The classifier as torch.export sees it, for any batch size."""
-    whole, example = exported_model(finished), torch.zeros(2, 3, finished.size_px, finished.size_px, dtype=torch.uint8)
+def _program(classifier: Classifier) -> torch.export.ExportedProgram:
+    """Trace the classifier with torch.export, for any batch size."""
+    module = exported_model(classifier)
+    example = torch.zeros(2, 3, classifier.size_px, classifier.size_px, dtype=torch.uint8)
     with torch.no_grad():
-        whole(example)  # resized positions are kept from the first use on, and must be no tensors of the exporter
-        return torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
+        # The first call caches the resized position embeddings. Cached while tracing, they would be the tracer's fake tensors.
+        module(example)
+        return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
 
 
-def _metrics(folder: Path, finished: Classifier) -> dict[str, float]:
-    """Of the checkpoint's last evaluation; and of the test split, where a search kept them beside it (best/)."""
+def _metrics(folder: Path, classifier: Classifier) -> dict[str, float]:
+    """Return the metrics of the checkpoint's last evaluation, and those of the test split if a search stored them in best/."""
     try:
         kept: dict[str, float] = json.loads((folder / BEST_METRICS).read_text())
     except FileNotFoundError:
         kept = {}
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / BEST_METRICS}: must be metrics, but got {error}; delete it") from None
-    return finished.record.metrics | kept
+        raise BadInput(str(folder / BEST_METRICS), "must hold metrics", one_line(error), "delete this file") from None
+    return classifier.record.metrics | kept
 
 
-def _card(finished: Classifier, exported: Sequence[Exported], metrics: Mapping[str, float]) -> str:
-    record, wanted = finished.record, finished.config.backbone
+def _card(classifier: Classifier, exported: Sequence[Exported], metrics: Mapping[str, float]) -> str:
+    record, wanted = classifier.record, classifier.config.backbone
     return model_card(
-        config=finished.config.to_dict(),
+        config=classifier.config.to_dict(),
         class_names=record.class_names,
         class_counts=record.class_counts,
         metrics=metrics,
         dataset=record.dataset,
         digest=record.digest,
         version=record.lift_ray_version,
-        size_px=finished.size_px,
-        licence=licence(wanted.model, wanted.pretrained),
+        size_px=classifier.size_px,
+        license_name=licence(wanted.model, wanted.pretrained),
         exported=exported,
-        five_crops=finished.five_crops,
-        trained_tau=finished.trained_tau,
+        five_crops=classifier.five_crops,
+        trained_tau=classifier.trained_tau,
     )
 
 
@@ -244,4 +248,4 @@ WRITERS: dict[str, Callable[[Classifier, Path, GetProgram], tuple[str, Logits]]]
     TORCH: _torch,
     ONNX: _onnx,
 }
-"""Format -> writes it into a folder; the file's name, and what makes logits of uint8 pictures with what was written."""
+"""Format -> a function that writes it into a folder, and returns its name and the loaded file as a function of images."""

@@ -1,4 +1,4 @@
-"""Pictures without labels that are somewhere: files, or rows of Parquet shards."""
+"""Unlabeled images: image files, or rows of Parquet shards."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lift_ray.errors import BadInput
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, locate, reached
 
 RULE = "must be images, a folder of images, or Parquet shards"
-READERS = 4  # row groups that are read at a time
-REMOTE_READERS = 16  # files
+READERS = 4  # row groups read at a time
+REMOTE_READERS = 16  # remote files read at a time
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Pictures in a fixed order. It is sent to other processes, so it holds names and numbers, no open files.
+    """Images in a fixed order. It is sent to other processes, so it holds names and numbers but no open files.
 
     Attributes:
         files: URLs of the images, or of the shards.
-        row_groups: of each shard, the rows of its row groups; () for images.
-        column: of the shards, the leaf column that holds encoded images; "" for images.
+        row_groups: for each shard, the number of rows in each of its row groups; () for image files.
+        column: leaf column of the shards that holds encoded images; "" for image files.
     """
 
     files: tuple[str, ...]
@@ -43,7 +43,7 @@ class ImageFiles:
         return sum(map(sum, self.row_groups)) if self.column else len(self.files)
 
     def places(self, start: int, stop: int) -> tuple[list[str], list[int | None]]:
-        """File and row in it of the pictures [start, stop); no row for one that is a file of its own."""
+        """Return the file and the row in that file of the images [start, stop); the row is None for image files."""
         if not self.column:
             return list(self.files[start:stop]), [None] * (stop - start)
         ends = np.cumsum([sum(rows) for rows in self.row_groups])
@@ -54,41 +54,45 @@ class ImageFiles:
 
 
 def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
-    """The pictures that files, folders and patterns name, in the order given, each folder by name.
+    """Find the images that paths, folders and patterns name, in the order given, with the files of a folder sorted by name.
 
-    A folder holds images (by their suffix, also in folders inside it), or *.parquet files. Hidden files are left out.
+    In a folder and its subfolders, *.parquet files are used if there are any, otherwise images (by suffix). Hidden files are
+    skipped.
 
     Args:
-        where: paths or fsspec URLs, all of images or all of Parquet.
-        column: of the encoded images in Parquet, bytes or a struct with them.  [image]
+        where: paths or fsspec URLs, either all images or all Parquet shards.
+        column: Parquet column of encoded images (bytes, or a struct with a field `bytes`).  [image]
 
-    Raises BadInput: nothing is there, both kinds, or no such column.
+    Raises BadInput if nothing is found, images and shards are mixed, or a shard has no such column.
     """
     files = [url for each in where for url in _files(absolute(each))]
     shards = [url for url in files if url.endswith(".parquet")]
     if not shards:
         if column is not None:
-            raise BadInput(f"--column: must come with Parquet shards, but got images ({files[0]}); leave it out")
+            raise BadInput("--column", "requires Parquet shards", f"images ({files[0]})", "leave it out")
         return ImageFiles(tuple(files))
     if len(shards) < len(files):
         other = next(url for url in files if url not in shards)
-        raise BadInput(f"{other}: must be Parquet as {shards[0]} is, but is not; give images and shards one by one")
+        rule = f"must be a Parquet shard, because {shards[0]} is one"
+        raise BadInput(other, rule, "another file", "run predict on images and shards separately")
     with ThreadPoolExecutor(REMOTE_READERS) as pool:
         footers = list(pool.map(lambda url: read_footer(url, PATIENCE_S), shards))
     columns = {_leaf(url, footer, column or "image") for url, footer in zip(shards, footers, strict=True)}
     if len(columns) > 1:
         raise BadInput(
-            f"{shards[0]}: every shard must hold its images alike, but got {' and '.join(sorted(columns))}; "
-            "give them one by one"
+            shards[0],
+            "all shards must store images in the same column",
+            " and ".join(sorted(columns)),
+            "run predict on each kind of shard separately",
         )
     rows = tuple(tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups)) for footer in footers)
     if not sum(map(sum, rows)):
-        raise BadInput(f"{shards[0]}: must hold images, but got 0 rows; check the path")
+        raise BadInput(shards[0], "must contain images", "0 rows", "check the path")
     return ImageFiles(tuple(shards), rows, columns.pop())
 
 
 def _files(url: str) -> list[str]:
-    """The files that a path, folder or pattern names."""
+    """Return the files that a path, folder or pattern names."""
     file_system, path = locate(url)
     with reached(url, RULE, "check the path"):
         if any(letter in path for letter in "*?["):
@@ -108,7 +112,7 @@ def _files(url: str) -> list[str]:
         else:
             raise FileNotFoundError(path)
     if not found:
-        raise BadInput(f"{url}: {RULE}, but got none; check the path")
+        raise BadInput(url, RULE, "none", "check the path")
     return [str(file_system.unstrip_protocol(name)) if "://" in url else name for name in found]
 
 
@@ -116,42 +120,47 @@ def _leaf(url: str, footer: Any, column: str) -> str:
     schema = footer.schema.to_arrow_schema()
     if column not in schema.names:
         raise BadInput(
-            f"{url}: must have the column {column}, but got {', '.join(schema.names)}; name it with --column"
+            url,
+            f"must have the column {column}",
+            ", ".join(schema.names),
+            "pass the name of the image column with --column",
         )
     kind = schema.field(column).type
     inner = {field.name: field.type for field in kind}.get("bytes", pa.null()) if pa.types.is_struct(kind) else kind
     if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
         raise BadInput(
-            f"{url}: the column {column} must be encoded images (binary, or struct<bytes: binary>), but got {kind}; "
-            "name another with --column"
+            url,
+            f"the column {column} must hold encoded images (binary, or struct<bytes: binary>)",
+            kind,
+            "choose another column with --column",
         )
     return f"{column}.bytes" if inner is not kind else column
 
 
 class ImageReader:
-    """Reads encoded pictures by number; threads may share it.
+    """Reader of encoded images by number. Threads may share one reader.
 
     Args:
-        pictures: all of them.
-        keep: row groups in memory.
+        images: images to read from.
+        keep: number of row groups to keep in memory.
     """
 
-    def __init__(self, pictures: ImageFiles, keep: int = 2 * READERS) -> None:
-        self._pictures, self._keep = pictures, keep
-        homes = [(s, g, rows) for s, groups in enumerate(pictures.row_groups) for g, rows in enumerate(groups)]
+    def __init__(self, images: ImageFiles, keep: int = 2 * READERS) -> None:
+        self._images, self._keep = images, keep
+        homes = [(s, g, rows) for s, groups in enumerate(images.row_groups) for g, rows in enumerate(groups)]
         self._homes = [(shard, group) for shard, group, _ in homes]
         self._ends = np.cumsum([rows for _, _, rows in homes])
         self._groups: OrderedDict[int, Future[Any]] = OrderedDict()
         self._lock = threading.Lock()
-        remote = not pictures.column and is_remote(locate(pictures.files[0])[0]) if pictures.files else False
+        remote = not images.column and is_remote(locate(images.files[0])[0]) if images.files else False
         self._pool = ThreadPoolExecutor(REMOTE_READERS if remote else READERS, "lift-read")
         self._in_pool = remote
-        self._footer = cache(lambda shard: read_footer(pictures.files[shard], PATIENCE_S))
+        self._footer = cache(lambda shard: read_footer(images.files[shard], PATIENCE_S))
 
     def read(self, start: int, stop: int) -> Iterator[bytes | None]:
-        """The pictures [start, stop); None for a row without one. Raises BadInput when a file cannot be read."""
-        if not self._pictures.column:
-            urls = self._pictures.files[start:stop]
+        """Yield the images [start, stop), None for a row without an image. Raises BadInput if a file cannot be read."""
+        if not self._images.column:
+            urls = self._images.files[start:stop]
             yield from self._pool.map(_bytes, urls) if self._in_pool else map(_bytes, urls)
             return
         for number in range(*self._span(start, stop)):
@@ -161,8 +170,8 @@ class ImageReader:
             yield from part.to_pylist()
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Start to read the row groups of the pictures [start, stop)."""
-        for number in range(*self._span(start, stop)) if self._pictures.column else ():
+        """Start reading the row groups of the images [start, stop)."""
+        for number in range(*self._span(start, stop)) if self._images.column else ():
             self._started(number)
 
     def close(self) -> None:
@@ -174,6 +183,8 @@ class ImageReader:
         return int(first), int(last) + 1
 
     def _started(self, number: int) -> Future[Any]:
+        # The cache holds futures, so that threads that want a row group while it is being read wait for the same read. Evicting
+        # a future does not take it from the threads that hold it.
         with self._lock:
             if number not in self._groups:
                 self._groups[number] = self._pool.submit(self._load, number)
@@ -184,7 +195,7 @@ class ImageReader:
 
     def _load(self, number: int) -> Any:
         shard, group = self._homes[number]
-        url, leaf = self._pictures.files[shard], self._pictures.column
+        url, leaf = self._images.files[shard], self._images.column
         name, _, inner = leaf.rpartition(".")
         column = read_columns(url, self._footer(shard), [group], leaf, PATIENCE_S).column(name or leaf)
         return pc.struct_field(column, inner) if name else column

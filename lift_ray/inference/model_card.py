@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained on what, how good it is, and how the files are used."""
+"""Model card of an export: training data, accuracy, and how to use the files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from lift_ray.evaluation.metrics import GROUPS, RULES, class_groups
 
-SHOWN_CLASSES = 1000  # of a card; all are in classes.json
+SHOWN_CLASSES = 1000  # rows in the card; classes.json has all classes
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One format that was written.
+    """One exported format.
 
     Attributes:
         name: open_clip, onnx or torch.
-        file: its name in the folder.
-        difference: the largest from the checkpoint's logits.
+        file: file name in the folder.
+        difference: largest difference from the checkpoint's logits.
     """
 
     name: str
@@ -38,29 +38,29 @@ def model_card(
     digest: str,
     version: str,
     size_px: int,
-    licence: str,
+    license_name: str,
     exported: Sequence[Exported],
     five_crops: bool,
     trained_tau: float,
 ) -> str:
-    """README.md, in the form that model hubs read.
+    """Return the text of README.md, in the format that model hubs read.
 
     Args:
-        config: the resolved settings.
-        class_counts: (K,), training images.
-        metrics: of validation, and of test where that is known, by `split/name`, in [0, 1].
-        size_px: side of the pictures.
-        licence: of the backbone's weights, or "unknown".
-        five_crops: whether the metrics are those of five crops of each picture.
-        trained_tau: the post-hoc adjustment that the metrics are of; that of `config` is in the files.
+        config: resolved settings.
+        class_counts: (K,), training images of each class.
+        metrics: validation metrics, and test metrics if they are known, as `split/name`, in [0, 1].
+        size_px: side of the input images.
+        license_name: license of the backbone's weights, or "unknown".
+        five_crops: True if the metrics were measured on five crops of each image.
+        trained_tau: post-hoc tau that the metrics were measured with; the files use the one in `config`.
     """
     backbone, tuner, tau = config["backbone"], config["tuner"]["kind"], config["evaluation"]["posthoc_tau"]
     adjusted = (
         []
         if tau == trained_tau
         else [
-            f"That is with post-hoc adjustment of tau {trained_tau:g}; the files adjust with tau {tau:g}. `python -m lift_ray.evaluate "
-            f"CHECKPOINT --posthoc-tau {tau:g}` prints the accuracy for it.",
+            f"These metrics were measured with post-hoc tau {trained_tau:g}; the exported files use tau {tau:g}. "
+            f"`python -m lift_ray.evaluate CHECKPOINT --posthoc-tau {tau:g}` prints the metrics for tau {tau:g}.",
             "",
         ]
     )
@@ -72,33 +72,33 @@ def model_card(
         "",
         f"# {backbone['model']}, {tuner}, {len(class_names):,} classes",
         "",
-        f"Fine-tuned with lift_ray {version} on `{dataset}`; settings {digest}.",
+        f"Fine-tuned with lift_ray {version} on `{dataset}` (settings digest {digest}).",
         "",
-        "| file | what it is | largest difference from the checkpoint's logits |",
+        "| file | contents | largest difference from the checkpoint's logits |",
         "|---|---|---|",
-        *(f"| `{each.file}` | {WHAT[each.name]} | {each.difference:.1e} |" for each in exported),
+        *(f"| `{each.file}` | {CONTENTS[each.name]} | {each.difference:.1e} |" for each in exported),
         "| `classes.json` | the class names, in the order of the logits | |",
         "",
-        "## How it is used",
+        "## Usage",
         "",
-        f"Pictures are RGB, uint8, ({size_px}, {size_px}), as (B, 3, {size_px}, {size_px}) for any B; normalisation is inside. "
-        f"Resize the short side to {round(size_px * 8 / 7)} (bicubic, antialiased), cut out the centre:",
+        f"The input is a batch of RGB images in uint8, (B, 3, {size_px}, {size_px}) for any B; the model normalizes them itself. "
+        f"Resize the short side to {round(size_px * 8 / 7)} px (bicubic, antialiased), then crop the center:",
         "",
         *(line for each in exported for line in _usage(each.name, size_px)),
-        "## Data",
+        "## Training data",
         "",
         *_counts(class_counts),
         "",
-        "## How good it is",
+        "## Metrics",
         "",
         *_metrics(metrics, five_crops),
         "",
         *adjusted,
-        "## Licence",
+        "## License",
         "",
         f"Weights of the backbone (`{backbone['model']}`{', ' + str(backbone['pretrained']) if backbone['pretrained'] else ''}): "
-        f"{licence}{'; ask who published them' if licence == 'unknown' else ''}. "
-        "What the training data allows is for its owner to say.",
+        f"{license_name}{'; ask their publisher' if license_name == 'unknown' else ''}. "
+        "The license of the training data may add restrictions.",
         "",
         "## Settings",
         "",
@@ -123,9 +123,9 @@ def _usage(name: str, size_px: int) -> list[str]:
 def _counts(class_counts: Sequence[int]) -> Iterator[str]:
     counts = np.array(class_counts)
     groups = class_groups(counts)
-    yield f"{counts.sum():,} training images of {len(counts):,} classes, {counts.max():,} to {counts.min():,} each."
+    yield f"{counts.sum():,} training images in {len(counts):,} classes, {counts.max():,} to {counts.min():,} per class."
     yield ""
-    yield "| group | training images of a class | classes | images |"
+    yield "| group | training images per class | classes | images |"
     yield "|---|---|---|---|"
     for group in GROUPS:
         yield f"| {group} | {RULES[group]} | {(groups == group).sum():,} | {counts[groups == group].sum():,} |"
@@ -134,11 +134,12 @@ def _counts(class_counts: Sequence[int]) -> Iterator[str]:
 def _metrics(metrics: Mapping[str, float], five_crops: bool) -> Iterator[str]:
     splits = sorted({name.partition("/")[0] for name in metrics} & {"validation", "test"}, reverse=True)
     if "test" not in splits:
-        yield "How it does on the test split was not measured before the export; `python -m lift_ray.evaluate CHECKPOINT` prints it."
+        yield "The test split was not evaluated before the export; `python -m lift_ray.evaluate CHECKPOINT` prints its metrics."
         yield ""
     if not splits:
         return
-    yield f"In %, on the {' and '.join(splits)} split{' (five crops of each picture)' if five_crops else ''}:"
+    plural = "s" if len(splits) > 1 else ""
+    yield f"In %, on the {' and '.join(splits)} split{plural}{' (five crops of each image)' if five_crops else ''}:"
     yield ""
     shown = ("accuracy", "mean_class_accuracy", *GROUPS, "worst_class", "calibration_error")
     yield f"| {' | '.join(['split', *(name.replace('_', ' ') for name in shown)])} |"
@@ -165,20 +166,20 @@ def _classes(class_names: Sequence[str], class_counts: Sequence[int]) -> Iterato
         yield f"| ... {len(class_names) - SHOWN_CLASSES:,} more in classes.json | | |"
 
 
-WHAT = {
-    "open_clip": "the CLIP with the tuner merged into its image tower, for open_clip; no classifier",
-    "torch": "the whole classifier, torch.export",
-    "onnx": "the whole classifier, ONNX",
+CONTENTS = {
+    "open_clip": "the CLIP model with the tuner merged into its image tower, for open_clip; no classifier head",
+    "torch": "the whole classifier, for torch.export.load",
+    "onnx": "the whole classifier, in ONNX format",
 }
-PICTURE = (
+IMAGE = (
     "import json, numpy as np",
     "from PIL import Image, ImageOps",
-    'picture = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
-    "scale = {short} / min(picture.size)",
-    "picture = picture.resize([max({short}, int(scale * side)) for side in picture.size], Image.Resampling.BICUBIC)",
-    "left, top = ((side - {size}) // 2 for side in picture.size)",
-    "picture = picture.crop((left, top, left + {size}, top + {size}))",
-    "images = np.asarray(picture).transpose(2, 0, 1)[None].copy()",
+    'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
+    "scale = {short} / min(image.size)",
+    "image = image.resize([max({short}, int(scale * side)) for side in image.size], Image.Resampling.BICUBIC)",
+    "left, top = ((side - {size}) // 2 for side in image.size)",
+    "image = image.crop((left, top, left + {size}, top + {size}))",
+    "images = np.asarray(image).transpose(2, 0, 1)[None].copy()",
 )
 BEST = 'print(json.load(open("classes.json"))[int(logits[0].argmax())])'
 USAGE = {
@@ -187,13 +188,13 @@ USAGE = {
         'clip = open_clip.create_model("local-dir:open_clip")  # in lift_ray: backbone: {{model: local-dir:open_clip}}',
     ),
     "torch": (
-        *PICTURE,
+        *IMAGE,
         "import torch",
         'logits = torch.export.load("model.pt2").module()(torch.from_numpy(images))',
         BEST,
     ),
     "onnx": (
-        *PICTURE,
+        *IMAGE,
         "import onnxruntime",
         'logits = onnxruntime.InferenceSession("model.onnx").run(None, {{"images": images}})[0]',
         BEST,

@@ -1,4 +1,4 @@
-"""Class names and probabilities for many pictures: in one process, or on Ray workers; parts that are done are never repeated."""
+"""Prediction for many images, in one process or on Ray workers. Finished parts are stored and never computed again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 
 from lift_ray.data.augment import evaluation_image, five_crops
 from lift_ray.data.batches import IMAGE_ERRORS, _ahead
-from lift_ray.errors import BadInput, RunFailed
+from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.calibration import Calibration, calibrated
 from lift_ray.inference.classifier import Classifier, single_record
@@ -31,30 +31,29 @@ from lift_ray.ray_runtime.capacity import num_slots
 from lift_ray.ray_runtime.session import connected
 from lift_ray.settings.search import ScaleConfig
 from lift_ray.storage.layout import CALIBRATION, WEIGHTS
-from lift_ray.storage.store import one_line
 from lift_ray.training import checkpoint
 
 PART = 2000
-READ_AHEAD = 800  # pictures
+READ_AHEAD = 800  # images
 TRIES = 3
 PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is predicted, and how.
+    """One prediction job: a checkpoint, images and options.
 
     Attributes:
-        where: the checkpoint, a folder or URL.
-        pictures: all of them.
-        top: classes in a row, at most K.
-        temperature: given by hand; None for the fitted one.
-        posthoc_tau: as for `Classifier`.
-        part: pictures of a part.
+        where: folder or URL of the checkpoint.
+        images: images to classify.
+        top: number of classes per image, at most K.
+        temperature: divides the logits; None for the fitted temperature.
+        posthoc_tau: strength of the post-hoc adjustment; None for the value of the run.
+        part: number of images in a part.
     """
 
     where: str
-    pictures: ImageFiles
+    images: ImageFiles
     top: int = 5
     temperature: float | None = None
     posthoc_tau: float | None = None
@@ -62,12 +61,12 @@ class Job:
 
     @property
     def num_parts(self) -> int:
-        """How many parts there are."""
-        return -(-len(self.pictures) // self.part)
+        """Number of parts."""
+        return -(-len(self.images) // self.part)
 
     def span(self, number: int) -> tuple[int, int]:
-        """The pictures [start, stop) of a part."""
-        return number * self.part, min((number + 1) * self.part, len(self.pictures))
+        """Return the images [start, stop) of a part."""
+        return number * self.part, min((number + 1) * self.part, len(self.images))
 
 
 Advance = Callable[[int, int], None]
@@ -77,28 +76,31 @@ class Predictor:
     """A loaded model that predicts parts of a job.
 
     Args:
-        ranks: device and threads; decoding runs beside the model.
+        job: job to predict.
+        ranks: device and number of threads; images are decoded in threads while the model runs.
     """
 
     def __init__(self, job: Job, ranks: Ranks) -> None:
         self._job, self._ranks = job, ranks
         with checkpoint.opened(job.where) as folder:
-            self._finished = Classifier(folder, ranks, job.posthoc_tau)
+            self._classifier = Classifier(folder, ranks, job.posthoc_tau)
             self.calibration = (
-                calibrated(folder, self._finished) if job.temperature is None else Calibration(job.temperature)
+                calibrated(folder, self._classifier) if job.temperature is None else Calibration(job.temperature)
             )
-        self._names = np.array(self._finished.record.class_names)
+        self._names = np.array(self._classifier.record.class_names)
 
     def parts(self, numbers: Sequence[int], temperature: float) -> Iterator[tuple[int, pa.Table]]:
-        """The rows of these parts, in order; pictures are decoded ahead across their ends."""
-        reader = ImageReader(self._job.pictures)
-        size = self._finished.batch_size
+        """Yield the number and the rows of each part, in order."""
+        reader = ImageReader(self._job.images)
+        size = self._classifier.batch_size
         steps = [
             (number, start, min(start + size, stop))
             for number in numbers
             for first, stop in [self._job.span(number)]
             for start in range(first, stop, size)
         ]
+        # One stream of batches over all parts, so that decoding and the model do not pause between two parts. A batch holds
+        # images of one part only.
         decoded = _ahead(
             lambda index: (steps[index], *self._decoded(reader, *steps[index][1:])),
             range(len(steps)),
@@ -117,14 +119,14 @@ class Predictor:
             reader.close()
 
     def _decoded(self, reader: ImageReader, start: int, stop: int) -> tuple[torch.Tensor, list[str | None]]:
-        """The good pictures of [start, stop), (b, 3, H, W) or (b, 5, 3, H, W) uint8, and for each of all what is wrong."""
-        size_px, picture = self._finished.size_px, five_crops if self._finished.five_crops else evaluation_image
-        shape = (5, 3, size_px, size_px) if self._finished.five_crops else (3, size_px, size_px)
+        """Return the readable images of [start, stop), (b, 3, H, W) or (b, 5, 3, H, W) uint8, and an error or None for each image."""
+        size_px, decode = self._classifier.size_px, five_crops if self._classifier.five_crops else evaluation_image
+        shape = (5, 3, size_px, size_px) if self._classifier.five_crops else (3, size_px, size_px)
         images, good = np.empty((stop - start, *shape), np.uint8), 0
         errors: list[str | None] = []
         for encoded in reader.read(start, stop):
             try:
-                images[good] = np.moveaxis(picture(encoded or b"", size_px), -1, -3)
+                images[good] = np.moveaxis(decode(encoded or b"", size_px), -1, -3)
                 good += 1
                 errors.append(None)
             except IMAGE_ERRORS as error:
@@ -134,14 +136,14 @@ class Predictor:
     def _table(
         self, temperature: float, decoded: tuple[tuple[int, int, int], torch.Tensor, list[str | None]]
     ) -> tuple[tuple[int, int], pa.Table]:
-        """The rows of what was decoded, with the number of its part and where it stops."""
+        """Return the rows of a decoded batch, with the number of its part and the end of the batch."""
         ((number, start, stop), images, errors), top = decoded, self._job.top
         good = np.array([error is None for error in errors])
         classes, probabilities = np.zeros((stop - start, top), np.int64), np.zeros((stop - start, top), np.float32)
         if len(images):
-            best = torch.softmax(self._finished.logits(images) / temperature, dim=1).topk(top)
+            best = torch.softmax(self._classifier.logits(images) / temperature, dim=1).topk(top)
             classes[good], probabilities[good] = best.indices.cpu().numpy(), best.values.cpu().numpy()
-        files, rows = self._job.pictures.places(start, stop)
+        files, rows = self._job.images.places(start, stop)
         columns: dict[str, Any] = {"file": pa.array(files, pa.string()), "row": pa.array(rows, pa.int64())}
         for place in range(top):
             columns[f"class_{place + 1}"] = pa.array(self._names[classes[:, place]], pa.string(), mask=~good)
@@ -156,17 +158,17 @@ class Worker:
         self._predictor = Predictor(job, Ranks.alone(use_gpu=use_gpu, num_cpus=num_cpus))
 
     def calibration(self) -> Calibration:
-        """Fitted here when it is not kept beside the checkpoint."""
+        """Return the calibration; it is fitted here if none is stored next to the checkpoint."""
         return self._predictor.calibration
 
     def part(self, number: int, temperature: float) -> pa.Table:
-        """The rows of a part."""
+        """Return the rows of a part."""
         return next(self._predictor.parts([number], temperature))[1]
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What was done: pictures in all, those that could not be read, and the calibration."""
+    """Result of a job: number of images, number of unreadable images, and the calibration."""
 
     num_images: int
     num_bad: int
@@ -174,26 +176,29 @@ class Predicted:
 
 
 def predict(job: Job, out: Path, advance: Advance, *, workers: int = 1, cpus_per_worker: int = 1) -> Predicted:
-    """Write a row for each picture to a Parquet or CSV file, whole or not at all.
+    """Write a row for each image to a Parquet or CSV file, which appears only when it is complete.
 
-    Parts that are done lie in OUT.parts until the file is whole; the same call goes on after them.
+    Finished parts are kept in OUT.parts until then; if interrupted, the same call reuses them.
 
     Args:
-        out: FILE.parquet or FILE.csv; what was fitted is in the schema's metadata, or in FILE.csv.json.
-        advance: called with (done, total) pictures.
-        workers: Ray workers; 1 for this process.
+        job: checkpoint, images and options.
+        out: FILE.parquet or FILE.csv. The calibration is stored in the metadata of the Parquet schema, or in FILE.csv.json.
+        advance: called with (done, total) numbers of images.
+        workers: number of Ray workers; 1 for this process.
+        cpus_per_worker: cores for each Ray worker.
 
     Raises:
-        BadInput: `out` is there, or its parts are of another job; as `Classifier`, `calibrated` and `num_slots`.
-        RunFailed: workers were lost too often, or the disk is full.
+        BadInput: `out` exists, its parts belong to another job, the checkpoint, its validation split or an image file cannot be
+            read, or the workers do not fit the cluster.
+        RunFailed: workers were lost too often, or writing failed.
     """
     parts = out.with_name(f"{out.name}.parts")
     if out.exists():
-        raise BadInput(f"--out: must be a new file, but {out} exists; delete it, or give another")
+        raise BadInput("--out", "must be a new file", but=f"{out} exists", remedy="delete it, or choose another")
     try:
         parts.mkdir(parents=True, exist_ok=True)
         _check_same_job(job, parts)
-        total = len(job.pictures)
+        total = len(job.images)
         missing = [number for number in range(job.num_parts) if not _part(parts, number).exists()]
         done = total - sum(stop - start for start, stop in map(job.span, missing))
         advance(done, total)
@@ -205,7 +210,8 @@ def predict(job: Job, out: Path, advance: Advance, *, workers: int = 1, cpus_per
         predicted = _joined(job, parts, out)
     except OSError as error:
         raise RunFailed(
-            f"{out}: must take the results, but {one_line(error)}; check the disk, then start it again: it goes on"
+            f"{out}: could not write the predictions: {one_line(error)}; check the disk, then rerun the same command "
+            "(finished parts are reused)"
         ) from None
     shutil.rmtree(parts, ignore_errors=True)
     return predicted
@@ -234,7 +240,8 @@ def _on_workers(
             try:
                 if actors:
                     temperature = _settled(parts, lambda: ray.get(actors[0].calibration.remote())).temperature
-                for actor in 2 * actors:  # the second part waits where it will be worked on
+                # Two parts for each actor: the second is queued there, so that the actor never waits for this process.
+                for actor in 2 * actors:
                     running |= {actor.part.remote(n, temperature): (n, actor) for n in islice(rest, 1)}
                 while running:
                     for ready in ray.wait(list(running))[0]:
@@ -245,7 +252,7 @@ def _on_workers(
                 raise (error.cause if isinstance(error.cause, BadInput) else error) from None
             except ray.exceptions.RayActorError as error:
                 raise RunFailed(
-                    f"{job.where}: the workers must finish, but one was lost ({one_line(error)}); start it again: it goes on"
+                    f"{job.where}: lost a worker too often ({one_line(error)}); rerun the same command (finished parts are reused)"
                 ) from None
             finally:
                 for actor in actors:
@@ -255,25 +262,31 @@ def _on_workers(
 
 
 def _check_same_job(job: Job, parts: Path) -> None:
-    """Parts are gone on with only where they are of the same pictures, checkpoint and settings."""
+    """Raise BadInput if the folder holds parts of other images, another checkpoint or other options."""
     with checkpoint.opened(job.where) as folder:
         record = single_record(folder)
         if job.top > len(record.class_names):
-            raise BadInput(f"--top: must be at most the {len(record.class_names)} classes, but got {job.top}; lower it")
+            raise BadInput(
+                "--top", f"must be at most {len(record.class_names)}, the number of classes", job.top, "lower it"
+            )
         weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    about = json.dumps([asdict(job) | {"where": ""}, record.digest, weights], sort_keys=True)
+    fields = asdict(job) | {"where": ""}
+    fields["pictures"] = fields.pop("images")  # its name in the plans of earlier versions, whose parts are still reused
+    about = json.dumps([fields, record.digest, weights], sort_keys=True)
     digest = hashlib.sha256(about.encode()).hexdigest()
     if not (parts / PLAN).exists():
         _replace(parts / PLAN, lambda path: path.write_text(digest))
     elif (parts / PLAN).read_text() != digest:
         raise BadInput(
-            f"{parts}: must hold parts of the same pictures, checkpoint and options, but holds others; "
-            "delete it, or give another --out"
+            str(parts),
+            "must hold parts of the same images, checkpoint and options",
+            but="it holds parts of another job",
+            remedy="delete it, or choose another --out",
         )
 
 
 def _settled(parts: Path, find: Callable[[], Calibration]) -> Calibration:
-    """The calibration of all parts, also of those that a later process writes."""
+    """Return the calibration that all parts use, also those that a later process writes."""
     path = parts / CALIBRATION
     if not path.exists():
         found = find()
@@ -301,7 +314,7 @@ def _joined(job: Job, parts: Path, out: Path) -> Predicted:
     if out.suffix == ".csv":
         _replace(out.with_name(f"{out.name}.json"), lambda path: path.write_text(about + "\n"))
     _replace(out, write)
-    return Predicted(len(job.pictures), num_bad, calibration)
+    return Predicted(len(job.images), num_bad, calibration)
 
 
 def _part(parts: Path, number: int) -> Path:

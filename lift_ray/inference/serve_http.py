@@ -1,4 +1,4 @@
-"""What stands at the port of a Ray Serve application: the page, the health check, and limits. Without torch, so it is small."""
+"""HTTP front of a Ray Serve application: page, health check, and limits on uploads. It does not import torch, to save memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from lift_ray.data.convert.index import absolute
 from lift_ray.errors import BadInput
 
-TRIES = 5  # of a picture whose replica died
-BYTES_AT_ONCE = 128_000_000  # of uploads in one process; what comes beyond is sent away
-FRESH_S, PATIENCE_S = 2.0, 3.0  # how long an answer of the model says that it lives; how long it may take to say so
+TRIES = 5  # for an image whose replica died
+BYTES_AT_ONCE = 128_000_000  # of uploads held by one process; further uploads are rejected with 503
+FRESH_S = 2.0  # a response of the model counts as a sign of health for this long
+PATIENCE_S = 3.0  # timeout of a health check
 MAY_BE_0 = ("gpus", "posthoc_tau")
 PAGE_RULES = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'"
@@ -29,17 +30,17 @@ PAGE_RULES = (
 
 @dataclass(frozen=True)
 class Options:
-    """What is served; every field can be an argument of `serve run`, or LIFT_CHECKPOINT, LIFT_TEMPERATURE, ... .
+    """Options of a server. Each field can be an argument of `serve run`, or a variable LIFT_CHECKPOINT, LIFT_TEMPERATURE, ... .
 
     Attributes:
-        checkpoint: folder or URL that every replica reaches.
-        temperature: divides the logits; None for the fitted one.
-        posthoc_tau: strength of the post-hoc adjustment; None for that of the run.
-        max_mb: largest upload.
-        max_megapixels: largest picture; a small file may hold a huge one.
-        replicas: of the model.
-        cpus: cores of each.
-        gpus: of each, may be a part.
+        checkpoint: folder or URL that every replica can read.
+        temperature: divides the logits; None for the fitted temperature.
+        posthoc_tau: strength of the post-hoc adjustment; None for the value of the run.
+        max_mb: largest upload, in MB.
+        max_megapixels: largest image; a small file can hold a huge image.
+        replicas: number of replicas of the model.
+        cpus: cores per replica.
+        gpus: GPUs per replica, may be a fraction.
     """
 
     checkpoint: str = ""
@@ -53,10 +54,10 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
-        """From `serve run`'s arguments, and the environment. Raises BadInput."""
+        """Read the options from the arguments of `serve run` and the environment. Raises BadInput."""
         known = cls.__dataclass_fields__
         if unknown := sorted(set(given) - set(known)):
-            raise BadInput(f"{unknown[0]}: unknown argument of lift_ray.serve:app; known: {', '.join(known)}")
+            raise BadInput(unknown[0], "unknown argument of lift_ray.serve:app", remedy=f"known: {', '.join(known)}")
         values: dict[str, Any] = {}
         for name, default in asdict(cls()).items():
             text = given.get(name, os.environ.get(f"LIFT_{name.upper()}"))
@@ -64,78 +65,82 @@ class Options:
             try:
                 values[name] = default if text is None else kind(text)
             except ValueError:
-                raise BadInput(f"{name}: must be a number, but got {text!r}; mend it") from None
+                raise BadInput(name, "must be a number", repr(text), "fix it") from None
         if not values["checkpoint"]:
-            raise BadInput("checkpoint: must be given, but got none; add checkpoint=FOLDER, or set LIFT_CHECKPOINT")
+            raise BadInput("checkpoint", "is required", remedy="add checkpoint=FOLDER, or set LIFT_CHECKPOINT")
         for name, value in values.items():
             if isinstance(value, int | float) and (value < 0 or (value == 0 and name not in MAY_BE_0)):
-                rule = "at least" if name in MAY_BE_0 else "more than"
-                raise BadInput(f"{name}: must be {rule} 0, but got {value:g}; mend it")
+                rule = "must be at least 0" if name in MAY_BE_0 else "must be more than 0"
+                raise BadInput(name, rule, f"{value:g}", "fix it")
         return cls(**values | {"checkpoint": absolute(values["checkpoint"])})
 
 
 class HttpFront:
-    """What stands at the port: the page, the health check, and limits on what is sent on to the model."""
+    """The page, the health check, and limits on the uploads that are passed on to the model.
+
+    Args:
+        model: handle of the deployment of `ModelReplica`.
+        options: options of the server.
+    """
 
     def __init__(self, model: Any, options: Options) -> None:
         self._model, self._max_bytes = model, int(options.max_mb * 1e6)
         self._bytes, self._bytes_at_once = 0, max(BYTES_AT_ONCE, self._max_bytes)
-        self._answered = -FRESH_S
+        self._last_response = -FRESH_S
         self._page = (importlib.resources.files("lift_ray") / "inference" / "serving.html").read_text()
 
     async def __call__(self, request: Request) -> Response:
-        """GET / and /health, POST /predict[?top=N] with an encoded picture as the body."""
+        """Handle GET / and /health, and POST /predict[?top=N] with an encoded image as the body."""
+        # Starlette's router would also answer HEAD, redirect /health/ to /health, and describe errors as plain text instead of JSON.
         routes = {"/": ("GET", self._show), "/health": ("GET", self._health), "/predict": ("POST", self._predict)}
         if request.url.path not in routes:
-            return _fault(404, f"path: must be {', '.join(routes)}, but got {request.url.path}")
-        method, answer = routes[request.url.path]
+            return _error(404, f"path: must be {', '.join(routes)}, but got {request.url.path}")
+        method, handler = routes[request.url.path]
         if request.method != method:
-            return _fault(
+            return _error(
                 405, f"method: must be {method} for {request.url.path}, but got {request.method}", Allow=method
             )
-        return await answer(request)
+        return await handler(request)
 
     async def _show(self, request: Request) -> Response:
         return HTMLResponse(self._page, headers={"Content-Security-Policy": PAGE_RULES})
 
     async def _health(self, request: Request) -> Response:
-        if time.monotonic() - self._answered > FRESH_S:
+        if time.monotonic() - self._last_response > FRESH_S:
             try:
                 await asyncio.wait_for(self._model.alive.remote(), PATIENCE_S)
             except (TimeoutError, RayActorError, DeploymentUnavailableError):
-                return _fault(
-                    503, f"model: must answer, but no replica did in {PATIENCE_S:g} s", **{"Retry-After": "5"}
-                )
-            self._answered = time.monotonic()
+                return _error(503, f"model: no replica responded within {PATIENCE_S:g} s", **{"Retry-After": "5"})
+            self._last_response = time.monotonic()
         return JSONResponse({"status": "ok"})
 
     async def _predict(self, request: Request) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not (kind.startswith("image/") or kind == "application/octet-stream"):
-            return _fault(
-                415, f"Content-Type: must be image/..., but got {kind or 'none'}; send the picture as the body"
-            )
+            return _error(415, f"Content-Type: must be image/..., but got {kind or 'none'}; send the image as the body")
         top = request.query_params.get("top", "5")
         if not (top.isascii() and top.isdigit() and len(top) < 7):
-            return _fault(400, f"top: must be a number, but got {top[:20]!r}")
-        told = request.headers.get("content-length", "0")
-        if told.isdigit() and int(told) > self._max_bytes:
+            return _error(400, f"top: must be a number, but got {top[:20]!r}")
+        length = request.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._max_bytes:
             return self._too_large()
         body = bytearray()
+        # `self._bytes` counts the uploads of all requests that this process holds, which bounds its memory. Requests share one
+        # event loop, and there is no await between the check and the addition, so no lock is needed.
         try:
             async for chunk in request.stream():
                 if len(body) + len(chunk) > self._max_bytes:
                     return self._too_large()
                 if self._bytes + len(chunk) > self._bytes_at_once:
-                    return _fault(503, "server: has too many uploads at once; send it again", **{"Retry-After": "1"})
+                    return _error(503, "server: too many uploads at once; try again", **{"Retry-After": "1"})
                 body += chunk
                 self._bytes += len(chunk)
             if not body:
-                return _fault(400, "body: must be a picture, but got 0 bytes")
-            status, answer = await self._classified(bytes(body), int(top))
-            return JSONResponse(answer, status)
+                return _error(400, "body: must be an image, but got 0 bytes")
+            status, content = await self._classified(bytes(body), int(top))
+            return JSONResponse(content, status)
         except ClientDisconnect:
-            return _fault(400, "body: must come whole, but the client left")
+            return _error(400, "body: must be complete, but the client disconnected")
         finally:
             self._bytes -= len(body)
 
@@ -143,16 +148,16 @@ class HttpFront:
         for _ in range(TRIES - 1):
             try:
                 found: tuple[int, dict[str, Any]] = await self._model.classify.remote(body, top)
-                self._answered = time.monotonic()
+                self._last_response = time.monotonic()
                 return found
-            except RayActorError:  # its replica died; Serve starts another
+            except RayActorError:  # the replica died; Serve starts another, and classifying an image twice does no harm
                 await asyncio.sleep(0.2)
         last: tuple[int, dict[str, Any]] = await self._model.classify.remote(body, top)
         return last
 
     def _too_large(self) -> Response:
-        return _fault(413, f"body: must be at most {self._max_bytes:,} bytes, but got more")
+        return _error(413, f"body: must be at most {self._max_bytes:,} bytes, but got more")
 
 
-def _fault(status: int, line: str, **headers: str) -> Response:
-    return JSONResponse({"error": line}, status, headers=headers)
+def _error(status: int, message: str, **headers: str) -> Response:
+    return JSONResponse({"error": message}, status, headers=headers)

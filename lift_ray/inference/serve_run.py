@@ -1,4 +1,4 @@
-"""Serving from the command line: checked before Ray starts, stopped by Ctrl-C or SIGTERM."""
+"""Server of the command line: options are checked before Ray starts, Ctrl-C or SIGTERM stops it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from lift_ray.errors import BadInput, RunFailed, last_line
+from lift_ray.errors import BadInput, RunFailed, last_line, one_line
 from lift_ray.ray_runtime.session import connected
 
 NAME = "lift_ray"
@@ -19,13 +19,15 @@ STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
-    """Serve a checkpoint on the cluster, or on Ray that is started here, until the process is told to stop.
+    """Serve a checkpoint on the cluster, or on a local Ray started here, until the process receives Ctrl-C or SIGTERM.
 
     Args:
-        given: fields of `gate.Options`.
+        given: fields of `serve_http.Options`.
+        host: address to listen on.
+        port: port to listen on.
 
     Raises:
-        BadInput: no checkpoint, a port in use, too few cores, or Ray Serve is not installed.
+        BadInput: the checkpoint cannot be read, the port is in use, there are too few cores, or Ray Serve is not installed.
         RunFailed: the application did not start.
     """
     try:
@@ -35,18 +37,21 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
         from lift_ray.inference.serve_http import Options
         from lift_ray.inference.serve_model import application
     except ImportError as error:
-        raise BadInput(f"serve: needs packages, but got: {error}; pip install 'lift_ray[serve]'") from None
+        failed = f"the import failed ({one_line(error)})"
+        raise BadInput("serve", "requires Ray Serve", but=failed, remedy="pip install 'lift_ray[serve]'") from None
     options = Options.of(given)
     _check(options, host, port)
     with connected(dashboard=False) as nodes:
         cores = int(sum(node.get("CPU", 0) for node in nodes))
         if options.replicas * options.cpus > cores:
             raise BadInput(
-                f"--replicas: must fit the cluster's {cores} cores, but got {options.replicas} with {options.cpus} "
-                "each; lower it, or --cpus"
+                "--replicas",
+                f"must fit the {cores} cores of the cluster",
+                f"{options.replicas} replicas with {options.cpus} each",
+                "lower it, or --cpus",
             )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        for number in STOP:  # only now: Ray sets handlers of its own when it starts
+        for number in STOP:  # after Ray has started, because it installs its own handlers then
             signal.signal(number, _stop)
         try:
             serve.start(
@@ -59,20 +64,21 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
         except KeyboardInterrupt:
             pass
         except (RuntimeError, RayError) as error:
-            raise RunFailed(f"{options.checkpoint}: must start to serve, but: {last_line(error)}") from None
+            raise RunFailed(f"{options.checkpoint}: could not start serving: {last_line(error)}") from None
         finally:
-            with suppress(RuntimeError, RayError):  # it may not have started
+            with suppress(RuntimeError, RayError):  # the application may not have started
                 serve.delete(NAME)
 
 
 def _stop(*_: Any) -> None:
+    # Ignore further signals, so that an impatient second Ctrl-C does not interrupt the shutdown.
     for number in STOP:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _check(options: Any, host: str, port: int) -> None:
-    """Raise BadInput for what can be known before anything starts; fit the temperature once, for all replicas."""
+    """Check the port and the checkpoint before anything starts, and fit the temperature once for all replicas. Raises BadInput."""
     from lift_ray.inference.calibration import calibrated
     from lift_ray.inference.classifier import Classifier
     from lift_ray.methods.world import Ranks
@@ -83,8 +89,9 @@ def _check(options: Any, host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise BadInput(f"--port: must be free, but {host}:{port} is not ({error.strerror}); give another") from None
+            taken = f"{host}:{port} is not ({error.strerror})"
+            raise BadInput("--port", "must be free", but=taken, remedy="choose another") from None
     with opened(options.checkpoint) as folder:
-        finished = Classifier(folder, Ranks.alone(num_cpus=os.cpu_count() or 1), options.posthoc_tau)
+        classifier = Classifier(folder, Ranks.alone(num_cpus=os.cpu_count() or 1), options.posthoc_tau)
         if options.temperature is None:
-            print(calibrated(folder, finished), flush=True)
+            print(calibrated(folder, classifier), flush=True)
