@@ -82,7 +82,9 @@ def tune(
 
     space = read_space(space_file, parse_overrides(settings or []))
     if resume and not (out or space.out):
-        raise BadInput("--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER")
+        raise BadInput(
+            "--resume", "needs the folder of the search to continue", but="--out is missing", remedy="add --out FOLDER"
+        )
     dataset, data = _open(space, dry_run)
     if dry_run:
         from lift_ray.search.preflight import check_before_start
@@ -221,7 +223,10 @@ def _check_objectives(space: SpaceFile, data: Dataset) -> None:
         what = f"classes with {RULES[group]} training images"
         what += ", and validation images of them" if group in groups else ""
         raise BadInput(
-            f"objectives: {metric} needs {what}, but {data.uri} has none; choose validation/mean_class_accuracy"
+            "objectives",
+            f"{metric} needs {what}",
+            but=f"{data.uri} has none",
+            remedy="choose validation/mean_class_accuracy",
         )
 
 
@@ -235,7 +240,7 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
     sizes = [*sizes, *(point[name] for point in space.baseline_values() if name in point)]
     kinds = space.space["tuner.kind"].choices if "tuner.kind" in space.space else [space.config({}).tuner.kind]
     if kinds != ["zero_shot"] and (largest := max(int(str(size)) for size in sizes)) > num_images:
-        raise BadInput(f"{name}: must be at most the {num_images:,} training images, but got {largest:,}; lower it")
+        raise BadInput(name, f"must be at most the {num_images:,} training images", f"{largest:,}", "lower it")
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
@@ -292,14 +297,14 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
         unit = "GPU-hours" if wanted.gpus else "worker-hours"
         table.add_row(
             "work",
-            f"{epochs * images:,.0f} training images, about {hours:.0f} {unit} at {speed:g} images/s a worker (plan)",
+            f"{epochs * images:,.0f} training images, about {hours:.0f} {unit} at {speed:g} images/s per worker (plan)",
         )
     here = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus_here())}
     table.add_row("each trial", str(wanted))
     fits = f"{int(here['CPU'])} CPU, {int(here['GPU'])} GPU: fits {num_fitting(wanted, [here])} trials at a time"
     table.add_row("this machine", lacking(wanted, here) or fits)
     out.print(table)
-    print("checked: the file is in order")
+    print("checked: no errors found")
 
 
 def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:

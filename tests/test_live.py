@@ -34,7 +34,7 @@ def test_the_page_gives_out_its_report_and_nothing_else_and_only_under_its_own_n
     (tmp_path / "secret.txt").write_text("secret")
     with served(space, {}, tmp_path, 0) as address:
         assert address is not None
-        assert "the report comes with the first trials" in get(address)[1]
+        assert "the report appears with the first trials" in get(address)[1]
         (tmp_path / "report").mkdir()
         (tmp_path / "report" / "index.html").write_text("the figures")
         assert 'href="/report/"' in get(address)[1]
@@ -50,9 +50,7 @@ def test_the_page_gives_out_its_report_and_nothing_else_and_only_under_its_own_n
         assert get(address, Host="localhost:9000")[0] == 200  # by way of a tunnel
         assert get(address, Host="example.org")[0] == 403
         with (
-            pytest.raises(
-                BadInput, match=r"^--live-port: must be a port that is free, but got \d+ \(Address already in use\)"
-            ),
+            pytest.raises(BadInput, match=r"^--live-port: must be a free port, but got \d+ \(Address already in use\)"),
             served(space, {}, tmp_path, int(address.rsplit(":", 1)[1])),
         ):
             pass

@@ -103,7 +103,7 @@ def test_a_sampler_without_its_package_is_one_line(sampler: str, monkeypatch: py
         check_sampler(space(PLAIN, search={"sampler": sampler}))
     package = PACKAGES[sampler]
     assert str(caught.value) == (
-        f"search.sampler: {sampler} needs the package {package}, but it is not installed; pip install {package}, or use tpe"
+        f"search.sampler: {sampler} requires the package {package}, but it is not installed; pip install {package}, or use tpe"
     )
 
 

@@ -120,7 +120,7 @@ def test_a_second_search_into_the_same_folder_is_refused(searched: Path, space_f
     with pytest.raises(BadInput) as caught:
         tune.main([str(space_file), "--out", str(searched)])
     assert str(caught.value) == (
-        f"{searched}: must be a new folder, but it holds a search already; add --resume to continue it, or give another --out"
+        f"{searched}: must be a new folder, but it already contains a search; add --resume to continue it, or give another --out"
     )
 
 

@@ -1,4 +1,4 @@
-"""The page of a search while it runs, served to this machine only: trials now, and the report as soon as there is one."""
+"""Live page of a running search, served to this machine only: its trials, and its report as soon as there is one."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ progress { width: 100%; }
 
 
 class Status:
-    """How far a search is, in a line that its monitor keeps up to date."""
+    """Line of progress that a search's monitor keeps up to date."""
 
     text = ""
 
     def show(self, text: str) -> None:
-        """The line from now on."""
+        """Replace the line."""
         self.text = text
 
 
@@ -52,15 +52,16 @@ class Status:
 def served(
     space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, port: int | None, status: Status | None = None
 ) -> Iterator[str | None]:
-    """Serve the page on 127.0.0.1 while a search runs; yields its address.
+    """Serve the page on 127.0.0.1 while a search runs, and yield its address.
 
     Args:
-        rows: by number; the search fills them.
-        folder: holds report/ when it is written.
+        rows: the trials by number, which the search fills.
+        folder: folder of the search; its report/ is served once it is written.
+        port: 0 for a free one, None for no page.
         status: shown below the counts.
-        port: 0 for a free one; None for no page.
 
-    Raises BadInput when the port cannot be had.
+    Raises:
+        BadInput: the port is in use.
     """
     if port is None:
         yield None
@@ -69,7 +70,7 @@ def served(
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # a page of another site that has its own name point here must not read this one
+            # DNS rebinding: a foreign page whose host name resolves to this machine must not read this one.
             local = urlsplit(f"//{self.headers.get('Host', '')}").hostname in (HOST, "localhost")
             path = urlsplit(self.path).path
             if local and path == "/":
@@ -94,8 +95,7 @@ def served(
         server = ThreadingHTTPServer((HOST, port), Handler)
     except OSError as error:
         raise BadInput(
-            f"--live-port: must be a port that is free, but got {port} ({error.strerror}); give another, or leave it "
-            "out"
+            "--live-port", "must be a free port", f"{port} ({error.strerror})", "give another, or leave it out"
         ) from None
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -108,14 +108,14 @@ def served(
 
 
 def _report_file(folder: Path, path: str) -> Path | None:
-    """The file of the report that a path of the page names; nothing but the report's own files is given out."""
+    """Return the report file that a request path names; None for anything but the report's own files."""
     place, _, name = path.removeprefix("/").partition("/")
     file = folder / REPORT / (name or PAGE)
     return file if place == REPORT and file.parent == folder / REPORT and file.is_file() and name != ".." else None
 
 
 def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seconds: float, status: str = "") -> str:
-    """The state of a search as HTML that reloads itself."""
+    """Return the state of a search as HTML that reloads itself."""
     trials = sorted(rows.values(), key=lambda row: (row.has_ended, -row.number))
     metric, mode = space.objective
     states = Counter(row.state for row in trials)
@@ -129,9 +129,9 @@ def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seco
         f"<p>best {escape(metric)}: {best.last[metric]:.4f}, trial {best.number}: {escape(describe(best.values))}</p>"
         if best
         else "<p>no trial has finished yet</p>",
-        f'<p><a href="/{REPORT}/">report: figures of what ended so far</a></p>'
+        f'<p><a href="/{REPORT}/">report on the trials that have ended</a></p>'
         if (folder / REPORT / PAGE).exists()
-        else "<p>the report comes with the first trials</p>",
+        else "<p>the report appears with the first trials</p>",
     ]
     head = "".join(
         f'<th scope="col"{" class=text" if name in ("state", "settings") else ""}>{name}</th>'
@@ -146,11 +146,11 @@ def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seco
         )
     )
     parts.append(
-        f"<table><caption>refreshed every {REFRESH_S} s; running trials first, then the newest</caption>"
+        f"<table><caption>refreshed every {REFRESH_S} s; running trials first, then the latest</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(_row(row, metric) for row in trials[:MOST_ROWS])}</tbody></table>"
     )
     if len(trials) > MOST_ROWS:
-        parts.append(f"<p>and {len(trials) - MOST_ROWS} more: trials.csv has all</p>")
+        parts.append(f"<p>and {len(trials) - MOST_ROWS} more in trials.csv</p>")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">'
         f'<link rel="icon" href="data:,"><title>{escape(space.name)}: {ended} of {total}</title><style>{STYLE}</style></head>'
@@ -174,17 +174,17 @@ def _row(row: TrialRow, metric: str) -> str:
 
 
 def job_metadata(space: SpaceFile, address: str | None) -> dict[str, str]:
-    """What the dashboard's list of jobs is to show of a driver that was not submitted."""
+    """Return the metadata that Ray's dashboard shows for a driver that was not submitted as a job."""
     return (
         {"job_name": f"{space.name}, live page {address}", METADATA: address} if address else {"job_name": space.name}
     )
 
 
 def tell_job(address: str) -> None:
-    """Put the page's address into the dashboard's entry of the job that this driver was submitted as, if it was.
+    """Add the page's address to the dashboard's entry of this driver, if it was submitted as a job.
 
-    Ray 2.60 lets nobody change a submitted job's metadata, so this writes the record that the dashboard reads. A driver that
-    was not submitted gives its metadata to `ray.init` instead (`cluster.connected`).
+    Ray 2.60 has no call that changes a submitted job's metadata, so this writes the record that the dashboard reads. A driver
+    that was not submitted gives its metadata to `ray.init` instead (`session.connected`).
     """
     from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 

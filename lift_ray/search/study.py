@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
 from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points
@@ -73,14 +73,18 @@ class Study:
                 check_alone(storage, taken)
                 if reports_in(storage, taken):
                     raise BadInput(
-                        f"--storage: must not hold a study named {taken} yet, but it does; "
-                        "add --resume to continue it, or change `name`"
+                        "--storage",
+                        f"already contains a study named {taken}",
+                        remedy="add --resume to continue it, or change `name`",
                     )
                 optuna.delete_study(study_name=taken, storage=storage)  # its driver failed before the first epoch
                 self.replaced = True
         if resume and not known & set(names.values()):
             raise BadInput(
-                f"--resume: must name a search that has started, but there is no study {space.name}; leave out --resume"
+                "--resume",
+                "requires a search to resume",
+                but=f"there is no study named {space.name}",
+                remedy="leave out --resume",
             )
         directions = [DIRECTIONS[mode] for mode in space.objectives.values()]
         self._studies = {
@@ -90,7 +94,7 @@ class Study:
         self._first = next(iter(self._studies.values()))
         about = described(space, dataset)
         if resume and (difference := differences(self._first.user_attrs.get("settings", about), about)):
-            raise BadInput(difference)
+            raise difference
         if shared:
             check_alone(storage, self._first.study_name)
         self.beat()
@@ -111,7 +115,12 @@ class Study:
             return False
         driver = self._first.user_attrs.get("driver")
         if driver and driver["id"] != _me() and self._beaten_at > -math.inf:
-            raise BadInput(f"--storage: must have one driver, but {driver['id']} took over {self.space.name}; stop one")
+            raise BadInput(
+                "--storage",
+                "must have one driver",
+                but=f"{driver['id']} took over {self.space.name}",
+                remedy="stop one of them",
+            )
         self._first.set_user_attr("driver", {"id": _me(), "at": time.time()})
         self._beaten_at = time.monotonic()
         return True
@@ -246,18 +255,20 @@ def described(space: SpaceFile, dataset: str) -> dict[str, Any]:
     return {**space.model_dump(mode="json", by_alias=True), "dataset": dataset}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The error of a search that is resumed with other settings than it started with; "" when there is none."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> BadInput | None:
+    """Return the error of a search that is resumed with other settings than it started with; None if they agree."""
     before = {RENAMED.get(name, name): value for name, value in before.items()}
     was, given = ({path: value for path, value in dotted(tree) if _is_fixed(path)} for tree in (before, now))
     changed = [path for path in dict.fromkeys((*was, *given)) if was.get(path) != given.get(path)]
     if not changed:
-        return ""
+        return None
     shown = [f"{path} {_shown(was, path)} -> {_shown(given, path)}" for path in changed[:MOST_DIFFERENCES]]
     more = f" and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
-    return (
-        f"--resume: the settings must stay as the search started, but got {', '.join(shown)}{more}; "
-        "use the settings it started with, or another --out"
+    return BadInput(
+        "--resume",
+        "the settings must be those the search started with",
+        f"{', '.join(shown)}{more}",
+        "restore them, or give another --out",
     )
 
 
@@ -283,8 +294,10 @@ def check_alone(storage: BaseStorage, name: str) -> None:
         return
     if (silent_s := time.time() - driver["at"]) < LOST_S:
         raise BadInput(
-            f"--storage: must have one driver, but {driver['id']} works on {name} (heard {silent_s:.0f} s ago); "
-            f"stop it, or try again in {LOST_S - silent_s:.0f} s if it is gone"
+            "--storage",
+            "must have one driver",
+            but=f"{driver['id']} is working on {name} (last heard {max(0.0, silent_s):.0f} s ago)",
+            remedy=f"stop it, or if it is gone, try again in {LOST_S - silent_s:.0f} s",
         )
 
 
@@ -305,8 +318,10 @@ def check_sampler(space: SpaceFile) -> None:
     sampler = space.search.sampler
     if (package := PACKAGES.get(sampler)) and importlib.util.find_spec(package) is None:
         raise BadInput(
-            f"search.sampler: {sampler} needs the package {package}, but it is not installed; "
-            f"pip install {package}, or use tpe"
+            "search.sampler",
+            f"{sampler} requires the package {package}",
+            but="it is not installed",
+            remedy=f"pip install {package}, or use tpe",
         )
 
 
@@ -319,13 +334,18 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         return RDBStorage(url)
     except ImportError as error:
         raise BadInput(
-            f"--storage: {shown} needs a database driver, but got: {' '.join(str(error).split())}; install it"
+            "--storage",
+            f"{shown} requires a database driver",
+            one_line(error),
+            "install it",
         ) from None
     except Exception as error:  # of SQLAlchemy, or of any of its drivers
-        text = " ".join(str(error).split()).replace(url, shown)[:200]
+        text = one_line(error, 10_000).replace(url, shown)[:200]  # cut last: half a URL would still show its password
         raise BadInput(
-            f"--storage: must be the URL of a database that answers, but got {shown} ({text}); "
-            "for example postgresql://user@host/name or sqlite:///file.db"
+            "--storage",
+            "must be the URL of a reachable database",
+            f"{shown} ({text})",
+            "for example postgresql://user@host/name or sqlite:///file.db",
         ) from None
 
 
