@@ -194,7 +194,10 @@ def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--resume"], "--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER"),
+        (
+            ["--resume"],
+            "--resume: requires the folder of the search to continue, but --out is missing; add --out FOLDER",
+        ),
         (
             ["--resume", "--out", "{tmp}/none"],
             "{tmp}/none: must contain a search to resume, but there is no optuna.journal; check --out, or leave out --resume",

@@ -135,7 +135,7 @@ def test_bad_input_that_a_slot_finds_ends_the_search_with_its_line(tmp_path: Pat
 
 def test_slots_that_never_start_end_the_search(tmp_path: Path, ray_session: None) -> None:
     with pytest.raises(
-        RunFailed, match=r"^slots must start, but 3 in a row did not; the last error: ValueError: no such option$"
+        RunFailed, match=r"^3 slots in a row failed to start; the last error: ValueError: no such option$"
     ):
         run_on_ray(tmp_path, {"trials": 4, "slots": 1, "broken": True})
 

@@ -379,7 +379,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     assert tune.main([str(FOLDER / "inat.yaml"), "search.trials=24", "--dry-run"]) is None
     out = capsys.readouterr().out
     lines = [line.strip() for line in out.splitlines()]
-    assert lines[:2] == ["looking up ViT-B-16 ...", "inat2018-vit-b16: the plan"]
+    assert lines[:2] == ["looking up ViT-B-16 ...", "inat2018-vit-b16: plan"]
     assert lines[-1] == "checked: no errors found"
     for piece in (
         "s3://my-bucket/inat2018 (remote: not opened in a dry run)",

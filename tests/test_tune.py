@@ -216,5 +216,7 @@ def test_bad_input_is_found_without_ray(words: list[str], message: str, space_fi
 def test_an_objective_over_an_empty_group_is_refused(space_file: Path, tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(space_file.read_text() + "objectives: {validation/many: max}\n")
-    with pytest.raises(BadInput, match=r"objectives: validation/many needs classes with over 100 training images, but"):
+    with pytest.raises(
+        BadInput, match=r"objectives: validation/many requires classes with over 100 training images, but"
+    ):
         tune.main([str(space), "--out", str(tmp_path / "out")])
