@@ -1,4 +1,4 @@
-"""`cluster check` passes the files in clusters/, and says of a broken one what is wrong, where, and what to do."""
+"""`cluster check` accepts the files in clusters/, and reports each fault of a broken one with its line and remedy."""
 
 from __future__ import annotations
 
@@ -491,7 +491,7 @@ def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("provider", sorted(PROVIDERS))
 def test_every_key_of_provider_that_ray_reads_is_known(provider: str) -> None:
-    """But for those that Ray itself puts there."""
+    """Keys that Ray itself adds are left out."""
     import ray.autoscaler
 
     own = {"_config_cache_path", "_has_tpus", "list_of_node_ips", "coordinator_address", "msi", "nsg", "subnet"}

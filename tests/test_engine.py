@@ -1,4 +1,4 @@
-"""The engine of a search on real Ray processes: who works, who is started, what ends it. Slots train nothing (played.py)."""
+"""Engine of a search on real Ray processes, with slots that train nothing (played.py)."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ PLAYED = Path(__file__).with_name("played.py")
 
 
 def epochs_of(folder: Path) -> Counter[str]:
-    """How often each epoch of each trial was trained."""
+    """Return how often each epoch of each trial was trained."""
     return Counter(line.split(" ", 1)[1] for line in log_of(folder) if " epoch " in line)
 
 
 def working(folder: Path) -> dict[int, int]:
-    """Process -> epochs that it trained."""
+    """Return the epochs that each process trained."""
     return dict(Counter(int(line.split()[0]) for line in log_of(folder) if " epoch " in line))
 
 
 @contextmanager
 def driver(folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A search in a process of its own, with its own Ray; it and all it started are ended afterwards."""
+    """Run a search in its own process with its own Ray; kill it and all its processes afterwards."""
     folder.mkdir(exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (folder / "said").open("a") as said:
@@ -71,7 +71,7 @@ def driver(folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def until(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
-    """Wait until so many epochs are trained, or the driver has ended."""
+    """Wait until a number of epochs are trained, or the driver has ended."""
     ends = time.monotonic() + 120
     while sum(epochs_of(folder).values()) < lines and process.poll() is None:
         assert time.monotonic() < ends, (folder / "said").read_text()
@@ -158,7 +158,7 @@ def test_callbacks_of_tune_are_passed_on_and_hear_of_every_trial(tmp_path: Path,
 def test_a_fit_that_ends_with_an_error_of_rays_is_begun_again(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after Ray's memory monitor killed a slot, which Tune's loop does not expect."""
+    """Ray's memory monitor kills a slot like this, which Tune's loop does not expect."""
     broken, step = [], Engine.stop_all
 
     def breaks(self: Engine) -> bool:
@@ -175,7 +175,7 @@ def test_a_fit_that_ends_with_an_error_of_rays_is_begun_again(
 
 
 def test_a_slot_that_dies_between_two_jobs_costs_its_next_job_nothing(tmp_path: Path) -> None:
-    """Tune tells of it twice: for the actor, and for the reset that it did not do; then it gives the trial up."""
+    """Tune reports it twice, for the actor and for the reset that failed, and then gives up the trial."""
     study = Study(space(scheduler={"kind": "none"}), "d", InMemoryStorage())
     search = Search(study, Output(str(tmp_path)))
     made = Engine(

@@ -1,4 +1,4 @@
-"""What ends a search before its time: a killed slot, a killed driver, Ctrl-C and SIGTERM. Real Ray processes, real training."""
+"""Searches with a killed slot, a killed driver, Ctrl-C and SIGTERM, on real Ray processes with real training."""
 
 from __future__ import annotations
 
@@ -183,6 +183,6 @@ def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
 
 
 def stored_epochs(out: Path) -> dict[tuple[int, str], Any]:
-    """Every stored epoch with its times, so that one that was done again is seen."""
+    """Return every stored epoch with its times, which would show a repeated one."""
     trials = stored(out)
     return {(t.number, key): value for t in trials for key, value in t.user_attrs.items() if key.startswith("epoch ")}

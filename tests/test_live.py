@@ -1,4 +1,4 @@
-"""The page of a running search: what it shows, and what it gives out to whom."""
+"""Live page of a running search: its contents, and the files that it serves to whom."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tune --dry-run` finds what would end a search only after it has started; nothing is written, and Ray is not started."""
+"""`tune --dry-run` finds faults that would end a search after its start, without writing files or starting Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A search that is killed at every write to its storage and resumed, with slots that are played; test_tune has real ones."""
+"""Searches killed at any write to their storage and resumed, with slots that train nothing; test_tune has real ones."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from lift_ray.storage.output import Output
 
 
 class KilledError(BaseException):
-    """As if by SIGKILL."""
+    """Stands for SIGKILL."""
 
 
 class Mortal(InMemoryStorage):
-    """A storage whose driver is killed after so many more writes; what was written stays."""
+    """Storage whose driver is killed after a number of further writes; earlier writes are kept."""
 
     left = 10**9
 
@@ -60,7 +60,7 @@ for _name in (
 
 
 class Clock:
-    """A clock that stands still until the test sets it."""
+    """Clock that stands still until the test sets it."""
 
     now = 1e9
 
@@ -146,7 +146,7 @@ def test_no_more_trials_are_resumed_than_are_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_model_is_evaluated_once_for_all_that_it_is_compared_as(tmp_path: Path) -> None:
-    """The best is the baseline here."""
+    """The best trial is the baseline here."""
     wanted = space(scheduler={"kind": "none"}, trials=3, tte_best=1)
     wanted.baselines[0].update({"optim.lr": 0.3, "loss.tau": 1.0})
     for slots in (1, 2, 5):

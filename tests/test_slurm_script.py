@@ -1,4 +1,4 @@
-"""clusters/slurm.sh on a pretended Slurm: what it starts where, and with which words."""
+"""clusters/slurm.sh on a fake Slurm: the commands that it starts, and where."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _program(folder: Path, name: str, body: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Callable[..., list[str]]:
-    """Runs slurm.sh on a pretended cluster; returns what was started there, in any order."""
+    """Return a function that runs slurm.sh on a fake cluster and returns the commands started there, in any order."""
     for folder in ("bin", "env/bin"):
         (tmp_path / folder).mkdir(parents=True)
     calls = tmp_path / "calls"

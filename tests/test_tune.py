@@ -1,4 +1,4 @@
-"""python -m lift_ray.tune on real Ray processes: warm slots, what is written, a killed slot, bad input."""
+"""python -m lift_ray.tune on real Ray processes: reused slots, output files, resumed searches, bad input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRIALS = 8
 
 @pytest.fixture(scope="module")
 def printed() -> list[str]:
-    """What the search of `searched` printed."""
+    """Output that the search of `searched` printed."""
     return []
 
 
@@ -40,7 +40,7 @@ def searched(space_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_ses
 
 
 def stored(out: Path) -> list[optuna.trial.FrozenTrial]:
-    """Optuna's trials, in the order of their numbers, as its own loader finds them."""
+    """Return Optuna's trials in the order of their numbers, read with Optuna's own loader."""
     storage = JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
     trials = optuna.load_study(study_name="e2e", storage=storage).trials
     return sorted((t for t in trials if "trial" in t.user_attrs), key=lambda t: t.user_attrs["trial"]["number"])
