@@ -1,4 +1,4 @@
-"""python -m lift_ray.cluster: look at a cluster file before it costs money."""
+"""python -m lift_ray.cluster: check a cluster file before it costs money."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLACEHOLDER = re.compile(r"ami-0{17}|YOUR-ORG|\bmy-(?:bucket|project|container)\
 
 @app.callback()
 def cluster() -> None:
-    """Look at a cluster file before it costs money.
+    """Check a cluster file before it costs money.
 
     \b
     Examples:
@@ -34,17 +34,20 @@ def check(
     file: Annotated[str, typer.Argument(metavar="FILE", help="For `ray up`, KubeRay, Slurm, Prometheus or Grafana.")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Change the search space, e.g. plan.images_per_s=900."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings of the search space to change, e.g. plan.images_per_s=900."
+        ),
     ] = None,
     space_file: Annotated[
-        str | None, typer.Option("--for", metavar="SPACE", help="A search space: which trials fit, hours and price.")
+        str | None,
+        typer.Option("--for", metavar="SPACE", help="Search space to estimate: trials at a time, hours and price."),
     ] = None,
     price: Annotated[
         list[str] | None,
-        typer.Option(metavar="NODE_TYPE=PRICE", help="What a machine costs an hour, in any currency; several times."),
+        typer.Option(metavar="NODE_TYPE=PRICE", help="Price of a machine per hour, in any currency; may be repeated."),
     ] = None,
 ) -> None:
-    """Report every fault of a cluster file with its line, then what it makes. No network, no cloud account.
+    """Report every fault of a cluster file with its line, then describe its cluster. Needs no network and no cloud account.
 
     \b
     Examples:
@@ -57,22 +60,25 @@ def check(
 
     if settings and space_file is None:
         raise BadInput(
-            f"command line: settings need a search space, but got '{settings[0]}' without --for; add --for SPACE"
+            "command line", "settings require a search space", f"'{settings[0]}' without --for", "add --for SPACE"
         )
     if not file.endswith(".sh") and is_monitoring((read := SettingsFile.read(file)).data):
         if space_file is not None or price:
             raise BadInput(
-                f"{file}: must be a cluster's file for --for and --price, but it makes no machines; leave them out"
+                file,
+                "--for and --price require the file of a cluster",
+                but="this file describes none",
+                remedy="leave them out",
             )
         print(check_monitoring(read))
-        print("checked: the file is in order")
+        print("checked: no errors found")
         return
     found = read_cluster(file)
     prices = _prices(price or [], found)
     _print_cluster(found, prices)
     if space_file is not None:
         _print_search(found, space_file, settings or [], prices)
-    print("checked: the file is in order")
+    print("checked: no errors found")
 
 
 def _prices(words: list[str], found: Cluster) -> dict[str, float]:
@@ -81,14 +87,14 @@ def _prices(words: list[str], found: Cluster) -> dict[str, float]:
     for word in words:
         name, _, amount = word.partition("=")
         if name not in known:
-            raise BadInput(f"--price: unknown node type '{name}'; {did_you_mean(name, known)}")
+            raise BadInput("--price", f"unknown node type '{name}'", remedy=did_you_mean(name, known))
         try:
             prices[name] = float(amount)
         except ValueError:
             prices[name] = -1.0
         if not 0 <= prices[name] < float("inf"):
             raise BadInput(
-                f"--price: must be NODE_TYPE=PRICE, a number of at least 0, but got '{word}'; write {name}=1.9"
+                "--price", "must be NODE_TYPE=PRICE with a price of at least 0", f"'{word}'", f"write {name}=1.9"
             )
     return prices
 
@@ -105,7 +111,7 @@ def _print_cluster(found: Cluster, prices: dict[str, float]) -> None:
     lines = Path(found.source).read_text(encoding="utf-8").splitlines()
     open_lines = [str(i) for i, line in enumerate(lines, 1) if PLACEHOLDER.search(line.split(" #")[0])]
     if open_lines:
-        print(f"still to change before it can run: line {', '.join(open_lines)}")
+        print(f"placeholders to fill in before it can run: line {', '.join(open_lines)}")
 
 
 def _print_search(found: Cluster, space_file: str, settings: list[str], prices: dict[str, float]) -> None:
@@ -124,15 +130,15 @@ def _print_search(found: Cluster, space_file: str, settings: list[str], prices: 
     )
     if todo.images is not None and todo.images_per_s is not None:
         print(
-            f"work: {todo.epochs * todo.images:,.0f} training images at {todo.images_per_s:g} images/s a worker (plan)"
+            f"work: {todo.epochs * todo.images:,.0f} training images at {todo.images_per_s:g} images/s per worker (plan)"
         )
     else:
         missing = "plan.training_images" if todo.images is None else "plan.images_per_s"
-        print(f"hours: not known without {missing}; add {missing}=...")
+        print(f"hours: unknown without {missing}; add {missing}=...")
     console().print(fleet_table(fits))
     unpriced = [kind.name for kind in (found.head, *found.workers) if kind.name not in prices]
     if unpriced and prices:
-        print(f"price: not known without --price {unpriced[0]}=...")
+        print(f"price: unknown without --price {unpriced[0]}=...")
 
 
 def main(argv: list[str]) -> int | None:

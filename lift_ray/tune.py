@@ -1,4 +1,4 @@
-"""python -m lift_ray.tune: search for the settings that serve the rare classes best."""
+"""python -m lift_ray.tune: search for the settings that work best for rare classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 def _write_schema(path: str | None) -> None:
-    """--schema FILE: what editors complete and check search-space files with."""
+    """Write the JSON schema of search-space files, which editors use for completion and checks (--schema FILE)."""
     if path is None:
         return
     from lift_ray.settings.schema import write_schema
@@ -34,26 +34,28 @@ def _write_schema(path: str | None) -> None:
 @app.command()
 def tune(
     space_file: Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The search space.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Change the file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change in the file.")
+    ] = None,
     out: Annotated[
-        str | None, typer.Option(help="New folder for the results, or s3:// or gs:// URL.  [runs/NAME-DATE-TIME]")
+        str | None, typer.Option(help="New folder for the results, or an s3:// or gs:// URL.  [runs/NAME-DATE-TIME]")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the search in --out; what is done is kept.")
+        bool, typer.Option("--resume", help="Continue the search in --out; finished work is kept.")
     ] = False,
     storage: Annotated[
         str | None,
-        typer.Option(help="Optuna's database (postgresql://, mysql://, sqlite://).  [a journal file in --out]"),
+        typer.Option(help="Database for Optuna (postgresql://, mysql://, sqlite://).  [a journal file in --out]"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; train nothing.")
     ] = False,
-    dashboard: Annotated[bool, typer.Option(help="Serve Ray's dashboard when Ray is started here.")] = True,
-    live: Annotated[bool, typer.Option(help="Serve a page about the search on 127.0.0.1 while it runs.")] = True,
-    live_port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 is a free one.")] = 0,
+    dashboard: Annotated[bool, typer.Option(help="Serve Ray's dashboard if Ray is started on this machine.")] = True,
+    live: Annotated[bool, typer.Option(help="Serve a live page of the search on 127.0.0.1.")] = True,
+    live_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the live page; 0 for a free one.")] = 0,
     log_to: Annotated[
         list[str] | None,
-        typer.Option(metavar="SERVICE", help="Keep trials in mlflow, wandb or tensorboard too; may be repeated."),
+        typer.Option(metavar="SERVICE", help="Also log trials to mlflow, wandb or tensorboard; may be repeated."),
     ] = None,
     schema: Annotated[
         str | None,
@@ -61,14 +63,14 @@ def tune(
             metavar="FILE",
             is_eager=True,
             callback=_write_schema,
-            help="Write the JSON schema of search-space files, and stop.",
+            help="Write the JSON schema of search-space files and exit.",
         ),
     ] = None,
 ) -> None:
     """Search a space of LIFT settings with Optuna on Ray Tune, and compare the best with the published recipe.
 
     Starts Ray on this machine, or uses the cluster at $RAY_ADDRESS (`ray job submit` sets it). Ctrl-C stops at the next step and
-    writes the best so far; --resume continues.
+    writes the best trial so far; --resume continues.
 
     \b
     Examples:
@@ -82,7 +84,12 @@ def tune(
 
     space = read_space(space_file, parse_overrides(settings or []))
     if resume and not (out or space.out):
-        raise BadInput("--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER")
+        raise BadInput(
+            "--resume",
+            "requires the folder of the search to continue",
+            but="--out is missing",
+            remedy="add --out FOLDER",
+        )
     dataset, data = _open(space, dry_run)
     if dry_run:
         from lift_ray.search.preflight import check_before_start
@@ -116,7 +123,7 @@ def _search(
     live_port: int | None,
     log_to: list[str],
 ) -> None:
-    """Start or join Ray, search, write the results and print them."""
+    """Start or join Ray, run the search, then write and print the results."""
     from lift_ray.ray_runtime.session import connected, dashboard_url, machine
     from lift_ray.reporting.report import kept_up_to_date, try_report
     from lift_ray.reporting.trial_rows import write_json
@@ -154,7 +161,7 @@ def _search(
             f"results in {target}"
         )
         if url := dashboard_url():
-            print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)")
+            print(f"dashboard: {url} (print its token with: ray get-auth-token)")
         if page:
             print(f"live page: {page}", flush=True)
             tell_job(page)
@@ -193,7 +200,7 @@ def _search(
 
 
 def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
-    """The data set's absolute URI, and its index; a dry run does not reach for remote data."""
+    """Return the dataset's absolute URI, and its index; None in a dry run on remote data, which is not opened."""
     from lift_ray.data.open import open_dataset
     from lift_ray.settings.methods import check_splits
 
@@ -209,7 +216,7 @@ def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
 
 
 def _check_objectives(space: SpaceFile, data: Dataset) -> None:
-    """A group without classes, or without validation images of them, has no accuracy to search for."""
+    """Raise BadInput if a metric is of a group without classes, or whose classes have no validation images."""
     from lift_ray.evaluation.metrics import RULES, class_groups
 
     groups = class_groups(data.split("train").class_counts(data.num_classes))
@@ -221,12 +228,15 @@ def _check_objectives(space: SpaceFile, data: Dataset) -> None:
         what = f"classes with {RULES[group]} training images"
         what += ", and validation images of them" if group in groups else ""
         raise BadInput(
-            f"objectives: {metric} needs {what}, but {data.uri} has none; choose validation/mean_class_accuracy"
+            "objectives",
+            f"{metric} requires {what}",
+            but=f"{data.uri} has none",
+            remedy="choose validation/mean_class_accuracy",
         )
 
 
 def _check_batch(space: SpaceFile, num_images: int) -> None:
-    """A trial with a batch that is larger than what it learns from would have no step."""
+    """Raise BadInput if a batch can be larger than the training split, because such a trial would have no step."""
     name = "optim.global_batch_size"
     searched = space.space.get(name)
     sizes = (
@@ -235,7 +245,7 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
     sizes = [*sizes, *(point[name] for point in space.baseline_values() if name in point)]
     kinds = space.space["tuner.kind"].choices if "tuner.kind" in space.space else [space.config({}).tuner.kind]
     if kinds != ["zero_shot"] and (largest := max(int(str(size)) for size in sizes)) > num_images:
-        raise BadInput(f"{name}: must be at most the {num_images:,} training images, but got {largest:,}; lower it")
+        raise BadInput(name, f"must be at most the {num_images:,} training images", f"{largest:,}", "lower it")
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
@@ -246,7 +256,7 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     from lift_ray.terminal.tables import console
 
     out = console()
-    table = Table(title=f"{space.name}: the plan", title_justify="left", box=None, show_header=False)
+    table = Table(title=f"{space.name}: plan", title_justify="left", box=None, show_header=False)
     if data is None:
         table.add_row("data", f"{dataset} (remote: not opened in a dry run)")
     else:
@@ -254,7 +264,7 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
         table.add_row(
             "data",
             f"{dataset}: {data.num_classes} classes, {counts.sum():,} training images, {counts.max()} ... "
-            f"{counts.min()} a class",
+            f"{counts.min()} per class",
         )
     config = space.config({})
     table.add_row(
@@ -279,7 +289,7 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     if search.seeds_best > 1:
         table.add_row(
             "seeds",
-            f"at the end {search.seeds_best - 1} more for the best settings"
+            f"{search.seeds_best - 1} more at the end for the best settings"
             + (", and for the first baseline" if space.baselines else ""),
         )
     drawn = max(0, number - len(space.baselines))
@@ -292,14 +302,14 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
         unit = "GPU-hours" if wanted.gpus else "worker-hours"
         table.add_row(
             "work",
-            f"{epochs * images:,.0f} training images, about {hours:.0f} {unit} at {speed:g} images/s a worker (plan)",
+            f"{epochs * images:,.0f} training images, about {hours:.0f} {unit} at {speed:g} images/s per worker (plan)",
         )
     here = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus_here())}
     table.add_row("each trial", str(wanted))
     fits = f"{int(here['CPU'])} CPU, {int(here['GPU'])} GPU: fits {num_fitting(wanted, [here])} trials at a time"
     table.add_row("this machine", lacking(wanted, here) or fits)
     out.print(table)
-    print("checked: the file is in order")
+    print("checked: no errors found")
 
 
 def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:

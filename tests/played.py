@@ -32,7 +32,7 @@ EPOCHS = 9
 
 
 def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
-    """Ten trials by default, the first of which is a baseline."""
+    """Return a space with ten trials by default, the first of which is a baseline."""
     return SpaceFile.model_validate(
         {
             "name": "played",
@@ -46,7 +46,7 @@ def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
 
 
 def figures_of(config: dict[str, Any], epoch: int) -> dict[str, float]:
-    """What a trial reports after an epoch."""
+    """Return the metrics of a trial after an epoch."""
     distance = abs(config["loss"]["tau"] - 1) + abs(config["optim"]["lr"] - 0.3)
     accuracy = 1 / (1 + distance) * (1 - 0.5**epoch)
     epochs = config["optim"]["epochs"]
@@ -63,12 +63,13 @@ def figures_of(config: dict[str, Any], epoch: int) -> dict[str, float]:
 
 @dataclass
 class Played:
-    """A worker of a slot, as worker.Worker is one.
+    """Worker of a slot with the interface of worker.Worker, which trains nothing.
 
     Args:
-        disk: the history of each trial that was saved.
-        epoch_s, load_s: how long an epoch takes, and the first job of a process.
-        faults: trial number -> what its first epoch does: raise, die, diverge or bad; or so once a process (`die once`).
+        disk: the history of each saved trial.
+        epoch_s: seconds of an epoch.
+        load_s: seconds that the first job of a process takes longer.
+        faults: trial number -> what its first epoch does: raise, die, diverge or bad; `die once` limits it to one process.
     """
 
     disk: dict[int, list[dict[str, float]]] = field(default_factory=dict)
@@ -169,13 +170,13 @@ class Played:
 
 
 def log_of(folder: Path | None) -> list[str]:
-    """`pid loaded`, `pid epoch TRIAL NUMBER`, `pid done KEY`, in their order."""
+    """Return the log's lines: `pid loaded`, `pid epoch TRIAL NUMBER` and `pid done KEY`, in order."""
     path = folder and folder / "log"
     return path.read_text().splitlines() if path and path.exists() else []
 
 
 def play(search: Search, worker: Played | None = None, slots: int = 2) -> Played:
-    """Do all jobs of a search in this process, as an engine would have slots do them."""
+    """Run all jobs of a search in this process, in place of an engine and its slots."""
     worker = worker or Played()
     busy: list[tuple[Job, Iterator[Reply]]] = []
     while not search.is_over:
@@ -186,7 +187,7 @@ def play(search: Search, worker: Played | None = None, slots: int = 2) -> Played
         for job, replies in list(busy):
             try:
                 continues = search.take(job, next(replies))
-            except ValueError as error:  # of a slot; an engine would try again first
+            except ValueError as error:  # raised by the slot; an engine would first try again
                 search.failed(job, str(error))
                 continues = False
             if not continues:
@@ -197,13 +198,17 @@ def play(search: Search, worker: Played | None = None, slots: int = 2) -> Played
 def searched(
     wanted: SpaceFile, storage: BaseStorage, out: Path, worker: Played | None = None, resume: bool = False
 ) -> tuple[Study, Played]:
-    """A whole search in this process."""
+    """Run a whole search in this process."""
     study = Study(wanted, "d", storage, resume=resume)
     return study, play(Search(study, Output(str(out))), worker)
 
 
 def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[str, Any]:
-    """A search on the connected Ray, through the real engine; what it did. Options: trials, slots, search, and Played's."""
+    """Run a search on the connected Ray with the real engine, and return what happened.
+
+    Args:
+        options: trials, slots, search, and those of Played.
+    """
     from lift_ray.search.driver import run_search
 
     out.mkdir(parents=True, exist_ok=True)
@@ -246,14 +251,14 @@ def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[
 
 
 def slot_class() -> Any:
-    """The slot as Tune has it, with a worker that is played. Imported late: it needs Ray."""
+    """Return a slot for Tune whose worker is Played. Imported late, because it requires Ray."""
     from played_slot import PlayedSlot
 
     return PlayedSlot
 
 
 def worker_of(slot: SlotSettings) -> Played:
-    """The worker of a slot: its options travel as the dataset."""
+    """Return the worker of a slot. Its options are passed as the dataset."""
     if "broken" in slot.dataset:
         raise ValueError("no such option")
     return Played(folder=Path(slot.out), **json.loads(slot.dataset))

@@ -10,8 +10,8 @@ from lift_ray.search.slot import Slot
 
 
 class PlayedSlot(Slot):
-    """As a real one, with another worker."""
+    """Real slot with a worker that trains nothing."""
 
     def start_workers(self) -> Any:
-        """What plays it."""
+        """Return the worker that trains nothing."""
         return worker_of(self.slot)

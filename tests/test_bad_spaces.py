@@ -194,10 +194,13 @@ def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--resume"], "--resume: needs the folder of the search to continue, but --out is missing; add --out FOLDER"),
+        (
+            ["--resume"],
+            "--resume: requires the folder of the search to continue, but --out is missing; add --out FOLDER",
+        ),
         (
             ["--resume", "--out", "{tmp}/none"],
-            "{tmp}/none: must hold a search to resume, but there is no optuna.journal; check --out, or leave out --resume",
+            "{tmp}/none: must contain a search to resume, but there is no optuna.journal; check --out, or leave out --resume",
         ),
         (
             ["--schema", "{tmp}/no/schema.json"],
@@ -223,7 +226,7 @@ def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, mo
         ),
         (
             ["--storage", "nonsense", "--out", "{tmp}/out"],
-            "--storage: must be the URL of a database that answers, but got nonsense (Could not parse SQLAlchemy URL from given URL "
+            "--storage: must be the URL of a reachable database, but got nonsense (Could not parse SQLAlchemy URL from given URL "
             "string); for example postgresql://user@host/name or sqlite:///file.db",
         ),
     ],

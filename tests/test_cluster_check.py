@@ -1,4 +1,4 @@
-"""`cluster check` passes the files in clusters/, and says of a broken one what is wrong, where, and what to do."""
+"""`cluster check` accepts the files in clusters/, and reports each fault of a broken one with its line and remedy."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_file_in_clusters_passes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["check", str(CLUSTERS / name), *(["--for", SPACE] if name in FILES else [])])
     out = capsys.readouterr().out
-    assert out.endswith("checked: the file is in order\n")
+    assert out.endswith("checked: no errors found\n")
     assert "not checked" not in out
-    assert ("still to change before it can run: line " in out) == (name in FILES)
+    assert ("placeholders to fill in before it can run: line " in out) == (name in FILES)
 
 
 def test_there_is_a_file_for_each_kind_of_cluster() -> None:
@@ -55,7 +55,10 @@ def test_what_slurm_gives_is_what_the_search_is_planned_for(tmp_path: Path) -> N
     assert (node.least, node.most, node.resources) == (3, 3, {"CPU": 48, "GPU": 8})
 
 
-OTHER_RAY = "must install the Ray that is here, HERE (lift_ray's pin is ==2.60.*), but got '{}'; write 'ray[default,train,tune]==HERE'"
+OTHER_RAY = (
+    "must install the Ray of this machine, HERE (lift_ray requires ==2.60.*), but got '{}'; "
+    "write 'ray[default,train,tune]==HERE'"
+)
 # file, what stands there, what stands there in its place, what the check says: of that line, or of so many lines from it
 BROKEN = [
     (
@@ -105,22 +108,24 @@ BROKEN = [
         "aws.yaml",
         "            IamInstanceProfile: {Name: lift-ray-head}\n",
         "",
-        "-9 available_node_types.head.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as clusters/ "
+        "-9 available_node_types.head.node_config: requires a role for access to storage, but IamInstanceProfile is missing; "
+        "add it as clusters/ "
         "does (keys do not belong in this file)",
     ),
     (
         "aws.yaml",
         "            IamInstanceProfile: *worker_profile\n",
         "",
-        "-3 available_node_types.gpu-ondemand.node_config: must reach storage by role, but IamInstanceProfile is missing; add it as "
+        "-3 available_node_types.gpu-ondemand.node_config: requires a role for access to storage, but IamInstanceProfile is "
+        "missing; add it as "
         "clusters/ does (keys do not belong in this file)",
     ),
     (
         "aws.yaml",
         "--dashboard-host=127.0.0.1",
         "--dashboard-host=0.0.0.0",
-        "-2 head_start_ray_commands.1: --dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got "
-        "0.0.0.0; write 127.0.0.1 and come through SSH, `ray dashboard` for one",
+        "-2 head_start_ray_commands.1: --dashboard-host must be 127.0.0.1 (anyone who reaches the dashboard can run code), but got "
+        "0.0.0.0; write 127.0.0.1 and connect through SSH, for example with `ray dashboard`",
     ),
     (
         "aws.yaml",
@@ -133,7 +138,7 @@ BROKEN = [
         "aws.yaml",
         "    ~/.ray/auth_token: ~/.ray/auth_token ",
         "    ~/notes: ~/notes ",
-        "-1 file_mounts: must hand the token to every node, but ~/.ray/auth_token is missing; add "
+        "-1 file_mounts: must copy the token to every node, but ~/.ray/auth_token is missing; add "
         "`~/.ray/auth_token: ~/.ray/auth_token`",
     ),
     (
@@ -176,13 +181,13 @@ BROKEN = [
         "aws.yaml",
         "upscaling_speed: 2.0",
         "docker: {image: 'rayproject/ray:2.59.0-py312-gpu', container_name: ray}",
-        "docker.image: must hold Ray HERE as all nodes do, but got 'rayproject/ray:2.59.0-py312-gpu'; change the tag",
+        "docker.image: must contain Ray HERE, like all nodes, but got 'rayproject/ray:2.59.0-py312-gpu'; change the tag",
     ),
     (
         "aws.yaml",
         "        priority: 1 ",
         "        docker: {worker_image: 'rayproject/ray-ml:2.58.0'}\n        priority: 1 ",
-        "available_node_types.gpu-ondemand.docker.worker_image: must hold Ray HERE as all nodes do, but got "
+        "available_node_types.gpu-ondemand.docker.worker_image: must contain Ray HERE, like all nodes, but got "
         "'rayproject/ray-ml:2.58.0'; change the tag",
     ),
     (
@@ -236,27 +241,28 @@ BROKEN = [
         "onprem.yaml",
         "RAY_enable_autoscaler_v2=0 ray start",
         "ray start",
-        "-1 head_start_ray_commands.1: ray start must get RAY_enable_autoscaler_v2=0 (the second autoscaler never starts the machines "
-        "of worker_ips), but does not; add it before `ray start`",
+        "-1 head_start_ray_commands.1: ray start requires RAY_enable_autoscaler_v2=0 (autoscaler v2 never starts the machines "
+        "of worker_ips), "
+        "but it is missing; add it before `ray start`",
     ),
     (
         "azure.yaml",
         "    subscription_id: 00000000-0000-0000-0000-000000000000 ",
         "    tags: {} ",
-        "-2 provider: must have 'subscription_id', but it is missing; add it",
+        "-2 provider: missing key 'subscription_id'; add it",
     ),
     (
         "aws.yaml",
         "region: us-west-2 ",
         "region: ${AWS_REGION:-us-west-2} ",
-        "provider.region: must be a plain value, but got '${AWS_REGION:-us-west-2}', which neither Ray nor kubectl fills in; write "
+        "provider.region: must be a plain value, but got '${AWS_REGION:-us-west-2}', which neither Ray nor kubectl expands; write "
         "the value",
     ),
     (
         "aws.yaml",
         "export LIFT_DATA=",
         "export AWS_SECRET_ACCESS_KEY=abc LIFT_DATA=",
-        "setup_commands.1: must hold no secret, but got what looks like one; remove it, revoke it, and let machines in by role",
+        "setup_commands.1: must not contain a secret, but got what looks like one; remove it, revoke it and use a role instead",
     ),
     ("aws.yaml", "type: aws", "type: aws2", "provider.type: unknown value 'aws2'; did you mean 'aws'?"),
     (
@@ -293,47 +299,49 @@ BROKEN = [
         "onprem.yaml",
         "worker_ips: [10.0.0.2, 10.0.0.3]",
         "worker_ips: [10.0.0.2, 10.0.0.3, 10.0.0.4]",
-        "-7 max_workers: must be the 3 of provider.worker_ips (Ray cannot know what a machine holds before it runs), but got 2; "
+        "-7 max_workers: must be 3, the number of provider.worker_ips (Ray cannot know a machine's resources before it runs), "
+        "but got 2; "
         "write 3",
     ),
     (
         "onprem.yaml",
         "head_ip: 10.0.0.1 ",
         "head_ip: 10.0.0.2 ",
-        "+1 provider.worker_ips: must not hold head_ip, but got 10.0.0.2 in both; remove it here",
+        "+1 provider.worker_ips: must not contain head_ip, but got 10.0.0.2 in both; remove it here",
     ),
     (
         "kuberay/raycluster.yaml",
         "authOptions: {mode: token}",
         "authOptions: {mode: disabled}",
-        "spec.authOptions: Ray's token authentication must be on, but is not; write `authOptions: {mode: token}`",
+        "spec.authOptions: Ray's token authentication must be on, but it is not; write `authOptions: {mode: token}`",
     ),
     (
         "kuberay/raycluster.yaml",
         "serviceType: ClusterIP",
         "serviceType: LoadBalancer",
-        "spec.headGroupSpec.serviceType: must be ClusterIP (whoever reaches the dashboard can run code), but got LoadBalancer; "
+        "spec.headGroupSpec.serviceType: must be ClusterIP (anyone who reaches the dashboard can run code), but got LoadBalancer; "
         "write ClusterIP and use `kubectl port-forward`",
     ),
     (
         "kuberay/raycluster.yaml",
         "ray:2.60.0-py311-gpu",
         "ray:2.58.0-py311-gpu",
-        "spec.headGroupSpec.template.spec.containers.0.image: must hold Ray HERE as all nodes do, but got "
+        "spec.headGroupSpec.template.spec.containers.0.image: must contain Ray HERE, like all nodes, but got "
         "'rayproject/ray:2.58.0-py311-gpu'; change the tag",
     ),
     (
         "kuberay/raycluster.yaml",
         "    serviceType: ClusterIP ",
         "    headService: {spec: {type: LoadBalancer}} ",
-        "spec.headGroupSpec.headService.spec.type: must be ClusterIP (whoever reaches the dashboard can run code), but got "
+        "spec.headGroupSpec.headService.spec.type: must be ClusterIP (anyone who reaches the dashboard can run code), but got "
         "LoadBalancer; write ClusterIP and use `kubectl port-forward`",
     ),
     (
         "kuberay/raycluster.yaml",
         "        serviceAccountName: lift-ray\n",
         "",
-        "-1 spec.headGroupSpec.template.spec: must reach storage by role, but serviceAccountName is missing; add it (keys do not "
+        "-1 spec.headGroupSpec.template.spec: requires a role for access to storage, but serviceAccountName is missing; add it "
+        "(keys do not "
         "belong in this file)",
     ),
     (
@@ -359,14 +367,15 @@ BROKEN = [
         "kuberay/rayjob.yaml",
         "shutdownAfterJobFinishes: true",
         "shutdownAfterJobFinishes: false",
-        "+1 spec.ttlSecondsAfterFinished: needs shutdownAfterJobFinishes: true, but it is not; add it, or the cluster outlives the job",
+        "+1 spec.ttlSecondsAfterFinished: requires shutdownAfterJobFinishes: true, but it is not set; add it, or the cluster "
+        "outlives the job",
     ),
     (
         "kuberay/rayjob.yaml",
         '{name: LIFT_DATA, value: "s3://my-bucket/inat2018"}',
         "{name: HF_API_KEY, value: abc}",
-        "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.env.1: HF_API_KEY must not stand in a file; take it from a "
-        "secret (valueFrom: {secretKeyRef: ...}), or let pods in by role",
+        "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.env.1: HF_API_KEY does not belong in a file; take it from a "
+        "secret (valueFrom: {secretKeyRef: ...}), or give the pods a role",
     ),
     ("kuberay/rayjob.yaml", "kind: RayJob", "kind: Rayjob", "kind: unknown value 'Rayjob'; did you mean 'RayJob'?"),
     (
@@ -385,14 +394,14 @@ BROKEN = [
         "slurm.sh",
         "#SBATCH --ntasks-per-node=1",
         "#SBATCH --ntasks-per-node=4",
-        "must start Ray once on a node, --ntasks-per-node=1, but got 4; write 1 and raise --cpus-per-task",
+        "must run one task per node, --ntasks-per-node=1, but got 4; write 1 and increase --cpus-per-task",
     ),
     (
         "slurm.sh",
         "--dashboard-host=127.0.0.1",
         "--dashboard-host=0.0.0.0",
-        "--dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got 0.0.0.0; write 127.0.0.1 and come "
-        "through SSH, `ray dashboard` for one",
+        "--dashboard-host must be 127.0.0.1 (anyone who reaches the dashboard can run code), but got 0.0.0.0; write 127.0.0.1 and "
+        "connect through SSH, for example with `ray dashboard`",
     ),
     (
         "slurm.sh",
@@ -404,7 +413,7 @@ BROKEN = [
         "slurm.sh",
         "for _ in {1..120}; do",
         "for _ in {1..120};",
-        '+1 must be what bash reads, but it says: syntax error near unexpected token `RAY_ADDRESS="$address"\'; mend the script',
+        '+1 invalid bash: syntax error near unexpected token `RAY_ADDRESS="$address"\'; fix the script',
     ),
     (
         "monitoring/prometheus.yml",
@@ -416,7 +425,8 @@ BROKEN = [
         "monitoring/prometheus.yml",
         "[/tmp/ray/prom_metrics",
         "[/tmp/ray/metrics",
-        "scrape_configs.0.file_sd_configs.0.files: must hold Ray's list of nodes, but got ['/tmp/ray/metrics_service_discovery.json']; "
+        "scrape_configs.0.file_sd_configs.0.files: must contain Ray's list of nodes, but got "
+        "['/tmp/ray/metrics_service_discovery.json']; "
         "write /tmp/ray/prom_metrics_service_discovery.json",
     ),
     (
@@ -461,7 +471,7 @@ def test_a_broken_file_ends_the_command_with_2_and_no_traceback(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "x.yaml:2 provider: must have 'region', but it is missing; add it" in done.stderr.splitlines()
+    assert "x.yaml:2 provider: missing key 'region'; add it" in done.stderr.splitlines()
     assert "Traceback" not in done.stderr
 
 
@@ -481,7 +491,7 @@ def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("provider", sorted(PROVIDERS))
 def test_every_key_of_provider_that_ray_reads_is_known(provider: str) -> None:
-    """But for those that Ray itself puts there."""
+    """Keys that Ray itself adds are left out."""
     import ray.autoscaler
 
     own = {"_config_cache_path", "_has_tpus", "list_of_node_ips", "coordinator_address", "msi", "nsg", "subnet"}
@@ -514,7 +524,7 @@ def test_hours_and_price_follow_from_the_search_and_the_given_figures(capsys: py
     # 8 trials of 10 epochs of 100 s x 3.6 at once on 2 machines of 4 GPUs: 1 h, for the head and the two machines
     assert re.search(r"^gpu-spot +2 +8 +1\.0 +5\.0 *$", out, re.MULTILINE)
     assert re.search(r"^gpu-ondemand +2 +8 +1\.0 +- *$", out, re.MULTILINE)
-    assert "price: not known without --price gpu-ondemand=..." in out
+    assert "price: unknown without --price gpu-ondemand=..." in out
 
 
 def test_a_trial_of_four_workers_takes_a_machine_of_four_gpus(capsys: pytest.CaptureFixture[str]) -> None:
@@ -537,11 +547,11 @@ def test_trials_that_fit_no_node_are_refused() -> None:
         (["--price", "gpu-spt=2"], "--price: unknown node type 'gpu-spt'; did you mean 'gpu-spot'?"),
         (
             ["--price", "head=cheap"],
-            "--price: must be NODE_TYPE=PRICE, a number of at least 0, but got 'head=cheap'; write head=1.9",
+            "--price: must be NODE_TYPE=PRICE with a price of at least 0, but got 'head=cheap'; write head=1.9",
         ),
         (
             ["plan.images_per_s=2"],
-            "command line: settings need a search space, but got 'plan.images_per_s=2' without --for; add --for SPACE",
+            "command line: settings require a search space, but got 'plan.images_per_s=2' without --for; add --for SPACE",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The cluster files are what Ray and AWS accept, agree with pyproject.toml, and open nothing to the world."""
+"""Ray and AWS accept the cluster files, which agree with pyproject.toml and open no port to the world."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def as_ray_sees(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with Ray's defaults filled in. Raises what `ray up` raises for an unknown key or type."""
+    """Return the configuration with Ray's defaults. Raises what `ray up` raises for an unknown key or type."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared: dict[str, Any] = prepare_config(copy.deepcopy(config))
@@ -42,7 +42,7 @@ def as_ray_sees(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def aws_complaints(node_config: dict[str, Any]) -> str:
-    """What botocore says against launching such a machine; empty when it would send the request."""
+    """Return botocore's objections to launching such a machine; empty if it would send the request."""
     from botocore.session import Session  # type: ignore[import-untyped]
     from botocore.validate import ParamValidator  # type: ignore[import-untyped]
 
@@ -52,12 +52,12 @@ def aws_complaints(node_config: dict[str, Any]) -> str:
 
 
 def commands(config: dict[str, Any]) -> list[str]:
-    """Every shell command of the configuration, in the order of its keys."""
+    """Return every shell command of the configuration, in the order of its keys."""
     return [command for key, value in config.items() if key.endswith("_commands") for command in value]
 
 
 def options_of_ray_start(commands: list[str]) -> list[str]:
-    """The words of the one `ray start` among these commands."""
+    """Return the words of the one `ray start` among these commands."""
     (start,) = (command for command in commands if "ray start" in command)
     return shlex.split(start[start.index("ray start") :])
 
@@ -122,7 +122,7 @@ def test_every_aws_machine_names_its_image_and_reaches_s3_by_role(node_config: d
 
 @every_file
 def test_every_node_gets_one_exact_ray_inside_the_projects_pin(path: Path) -> None:
-    """Exact, because a node with another patch release cannot join a running cluster."""
+    """The version is exact, because a node with another patch release cannot join a running cluster."""
     pin = the_pin()
     prepared = as_ray_sees(read(path))
     assert prepared["head_setup_commands"] == prepared["worker_setup_commands"]
@@ -200,7 +200,7 @@ def test_bash_reads_every_command(path: Path) -> None:
 
 @every_file
 def test_later_commands_see_what_the_setup_exports(path: Path, tmp_path: Path) -> None:
-    """Runs the lines that write the environment, and nothing else, in an empty home."""
+    """Run only the lines that write the environment, in an empty home."""
     writing = [command for command in read(path)["setup_commands"] if "lift_env" in command]
     for command in writing * 2:  # `ray up` again runs them again
         subprocess.run(["bash", "-c", command], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, check=False)
@@ -228,7 +228,7 @@ subprocess.run(["/bin/bash", "-c", entrypoint], env=os.environ | {{"LIFT_RESULTS
 
 @pytest.fixture
 def head(tmp_path: Path) -> dict[str, str]:
-    """The environment of a laptop whose `ray job submit` runs the job on a head that alone knows $LIFT_RESULTS."""
+    """Return the environment of a laptop whose `ray job submit` runs the job on a head; only the head knows $LIFT_RESULTS."""
     for name, script in {"ray": RAY_JOB_SUBMIT, "python": '#!/bin/sh\necho "python $@"\n'}.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""What ends a search before its time: a killed slot, a killed driver, Ctrl-C and SIGTERM. Real Ray processes, real training."""
+"""Searches with a killed slot, a killed driver, Ctrl-C and SIGTERM, on real Ray processes with real training."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def test_a_slot_that_loses_a_process_is_replaced_and_its_trial_continues(
 
     def kill_one_slot() -> None:
         ends = time.monotonic() + 120
-        while not list(out.glob("checkpoints/*/epoch-0005")):
+        # Each checkpoint replaces the one before, so a busy machine may never see that of epoch 5 itself.
+        while not any(path.name >= "epoch-0005" for path in out.glob("checkpoints/*/epoch-[0-9][0-9][0-9][0-9]")):
             if time.monotonic() > ends:
                 return
             time.sleep(0.05)
@@ -126,7 +127,7 @@ def test_a_slot_that_loses_a_process_is_replaced_and_its_trial_continues(
     ]
     assert not tune.main([str(space_file), *words, "--out", str(out)])
     killer.join()
-    assert killed
+    assert killed, "no trial reached epoch 5 in time"
     table = pq.read_table(out / "trials.parquet").to_pylist()
     assert [(row["state"], row["epochs"]) for row in table] == [("finished", 40)] * 2
     for trial in stored(out):
@@ -156,11 +157,9 @@ def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
         command = [sys.executable, "-m", "lift_ray.tune", *words, "--out", str(out), *resume]
         drivers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True))
         size = (out / JOURNAL).stat().st_size if attempt else 0
-        ends = time.monotonic() + 90
-        while (
-            time.monotonic() < ends
-            and ((out / JOURNAL).stat().st_size if (out / JOURNAL).exists() else 0) < size + 4000
-        ):
+        ends = time.monotonic() + 120
+        while ((out / JOURNAL).stat().st_size if (out / JOURNAL).exists() else 0) < size + 4000:
+            assert time.monotonic() < ends, "the search stored nothing"
             time.sleep(0.02)
         time.sleep(chance.uniform(0.0, 0.6))
         assert drivers[-1].poll() is None, "the search ended before it was killed"
@@ -184,6 +183,6 @@ def test_sigkill_at_three_moments_loses_no_trial_and_repeats_none(
 
 
 def stored_epochs(out: Path) -> dict[tuple[int, str], Any]:
-    """Every stored epoch with its times, so that one that was done again is seen."""
+    """Return every stored epoch with its times, which would show a repeated one."""
     trials = stored(out)
     return {(t.number, key): value for t in trials for key, value in t.user_attrs.items() if key.startswith("epoch ")}

@@ -1,4 +1,4 @@
-"""The page of a running search: what it shows, and what it gives out to whom."""
+"""Live page of a running search: its contents, and the files that it serves to whom."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def test_the_page_gives_out_its_report_and_nothing_else_and_only_under_its_own_n
         assert get(address, Host="localhost:9000")[0] == 200  # by way of a tunnel
         assert get(address, Host="example.org")[0] == 403
         with (
-            pytest.raises(
-                BadInput, match=r"^--live-port: must be a port that is free, but got \d+ \(Address already in use\)"
-            ),
+            pytest.raises(BadInput, match=r"^--live-port: must be a free port, but got \d+ \(Address already in use\)"),
             served(space, {}, tmp_path, int(address.rsplit(":", 1)[1])),
         ):
             pass

@@ -1,4 +1,4 @@
-"""A search as others see it: Ray's metrics, the live page, the dashboard's entry, and which ports and secrets are open."""
+"""A search seen from outside: Ray's metrics, the live page, the dashboard's entry, open ports, and secrets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 @dataclass
 class Watched:
-    """What was seen of a search that ran in a process of its own."""
+    """Observations of a search that ran in its own process."""
 
     text: str
     returncode: int
@@ -69,7 +69,7 @@ class Watched:
 
 
 def get(address: str, body: Any = None, **headers: str) -> tuple[int, str]:
-    """Status and text of an answer."""
+    """Return status and text of a response."""
     request = urllib.request.Request(address, None if body is None else json.dumps(body).encode(), headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -79,18 +79,18 @@ def get(address: str, body: Any = None, **headers: str) -> tuple[int, str]:
 
 
 def until(found: Callable[[], Any], what: str, seconds: float = 100) -> Any:
-    """What `found` returns once it is true; a server that is not there yet is waited for."""
+    """Wait until `found` returns a true value, and return it. A server may still be starting."""
     ends = time.monotonic() + seconds
     while True:
         with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             if value := found():
                 return value
-        assert time.monotonic() < ends, f"{what} did not come in {seconds:.0f} s"
+        assert time.monotonic() < ends, f"{what} did not appear within {seconds:.0f} s"
         time.sleep(0.3)
 
 
 def scraped(targets: list[str]) -> Samples:
-    """Every sample that the nodes give out, as Prometheus would read them."""
+    """Return every sample that the nodes export, as Prometheus would read them."""
     samples: Samples = {}
     for target in targets:
         for family in text_string_to_metric_families(get(f"http://{target}/metrics")[1]):
@@ -100,7 +100,7 @@ def scraped(targets: list[str]) -> Samples:
 
 
 def value(samples: Samples, name: str, **labels: str) -> float | None:
-    """Of the one sample with these labels."""
+    """Return the value of the one sample with these labels."""
     fits = [number for found, number in samples.get(name, []) if labels.items() <= found.items()]
     return fits[-1] if fits else None
 
@@ -115,7 +115,7 @@ def watched(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathF
 
 @contextmanager
 def driving(folder: Path, verb: str, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A verb in a process of its own, which writes to `log` and `out`; the driver, and where Ray's files are."""
+    """Run a verb in its own process, which writes to `log` and `out`; yield the process and the folder of Ray's files."""
     (folder / "token").write_text(TOKEN)
     hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -146,7 +146,7 @@ def driving(folder: Path, verb: str, *words: str) -> Iterator[tuple[subprocess.P
 
 
 def listeners(driver: subprocess.Popen[bytes]) -> list[tuple[str, str]]:
-    """Name and address of whatever listens, of a driver and all that it started."""
+    """Return name and address of every listening socket of a driver and its processes."""
     main = psutil.Process(driver.pid)
     return [
         (process.name(), found.laddr.ip.removeprefix("::ffff:"))

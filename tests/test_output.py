@@ -60,7 +60,7 @@ def test_a_search_can_write_to_object_storage(
     } <= there
     study = json.loads(filesystem.open_input_stream(f"{path}/study.json").read())
     assert "best found" in [row["label"] for row in study["compared"]]
-    with pytest.raises(BadInput, match="must be a new folder, but it holds a search already"):
+    with pytest.raises(BadInput, match="must be a new folder, but it already contains a search"):
         tune.main([str(space), "--out", url])
 
 

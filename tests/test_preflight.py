@@ -1,4 +1,4 @@
-"""`tune --dry-run` finds what would end a search only after it has started; nothing is written, and Ray is not started."""
+"""`tune --dry-run` finds faults that would end a search after its start, without writing files or starting Ray."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, space_file: Path, small_da
         ),
         (
             ["base.backbone.precision=fp16", "scale.use_gpu=false"],
-            "backbone.precision: fp16 needs a GPU, but scale.use_gpu is false; ",
+            "backbone.precision: fp16 requires a GPU, but scale.use_gpu is false; ",
         ),
         (
             ["base.optim.global_batch_size=4096"],
@@ -51,12 +51,12 @@ def started(tmp_path_factory: pytest.TempPathFactory, space_file: Path, small_da
         (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
         (
             ["--out", "{started}"],
-            "{started}: must be a new folder, but it holds a search already; add --resume to continue it, or",
+            "{started}: must be a new folder, but it already contains a search; add --resume to continue it, or",
         ),
         (
             ["--out", "{started}", "--resume", "base.optim.epochs=5", "search.trials=80"],
-            "--resume: the settings must stay as the search started, but got base.optim.epochs 3 -> 5; "
-            "use the settings it started with",
+            "--resume: the settings must be those the search started with, but got base.optim.epochs 3 -> 5; "
+            "restore them, or give another --out",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What chooses the next trial, and what stops or changes one: each sampler on the spaces it takes, each scheduler by its rule."""
+"""Samplers on every kind of space that they support, and early stopping by the rule of each scheduler."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def told(study: Study, number: int) -> optuna.trial.FrozenTrial:
 
 
 def play(wanted: SpaceFile) -> Study:
-    """A study whose trials have one epoch, worth 1 - |lr - 0.3| (- 0.1 for linear_probe)."""
+    """Run a study whose trials have one epoch with the value 1 - |lr - 0.3| (- 0.1 for linear_probe)."""
     study = Study(wanted, "d", InMemoryStorage())
     while (row := study.next()) is not None:
         value = 1 - abs(row.values.get("optim.lr", 0.3) - 0.3) - 0.1 * (row.values.get("tuner.kind") == "linear_probe")
@@ -105,7 +105,7 @@ def test_a_sampler_without_its_package_is_one_line(sampler: str, monkeypatch: py
         check_sampler(sampler)
     package = SAMPLERS[sampler].package
     assert str(caught.value) == (
-        f"search.sampler: {sampler} needs the package {package}, but it is not installed; pip install {package}, or use tpe"
+        f"search.sampler: {sampler} requires the package {package}, but it is not installed; pip install {package}, or use tpe"
     )
 
 

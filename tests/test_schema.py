@@ -47,4 +47,4 @@ def test_a_shipped_space_passes_the_schema_and_a_dry_run(path: Path, capsys: pyt
     with pytest.raises(jsonschema.ValidationError, match=r"'optim\.lrr' is not one of"):
         jsonschema.validate(SettingsFile.read(path).data | {"baselines": [{"optim.lrr": 1}]}, schema)
     assert tune.main([str(path), "--dry-run"]) is None
-    assert "checked: the file is in order" in capsys.readouterr().out
+    assert "checked: no errors found" in capsys.readouterr().out

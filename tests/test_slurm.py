@@ -47,7 +47,7 @@ pytestmark = pytest.mark.cluster
 
 
 def on(lab: Lab, number: int, command: str, seconds: float = 240) -> str:
-    """What a command on a machine says; it must succeed."""
+    """Return the output of a command on a machine, which must succeed."""
     known = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
     done = lab.run("ssh", "-i", str(lab.key), *known, f"ray@10.0.0.{number}", command, seconds=seconds)
     assert done.returncode == 0, done.stdout
@@ -56,7 +56,7 @@ def on(lab: Lab, number: int, command: str, seconds: float = 240) -> str:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[Lab]:
-    """A laptop and two machines, node1 and node2 of a Slurm cluster."""
+    """Yield a laptop and two machines, node1 and node2 of a Slurm cluster."""
     missing = what_is_missing()
     if shutil.which("slurmctld") is None or shutil.which("slurmd") is None or shutil.which("sbatch") is None:
         missing = missing or "needs Slurm: apt-get install slurmctld slurmd slurm-client"

@@ -1,4 +1,4 @@
-"""clusters/slurm.sh on a pretended Slurm: what it starts where, and with which words."""
+"""clusters/slurm.sh on a fake Slurm: the commands that it starts, and where."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _program(folder: Path, name: str, body: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Callable[..., list[str]]:
-    """Runs slurm.sh on a pretended cluster; returns what was started there, in any order."""
+    """Return a function that runs slurm.sh on a fake cluster and returns the commands started there, in any order."""
     for folder in ("bin", "env/bin"):
         (tmp_path / folder).mkdir(parents=True)
     calls = tmp_path / "calls"
@@ -39,7 +39,7 @@ def slurm(tmp_path: Path) -> Callable[..., list[str]]:
         "python",
         f"""if [ "$1" = -c ]; then echo 10.1.2.7; exit; fi
         {note}; echo "$RAY_ADDRESS $RAY_AUTH_MODE $LIFT_DATA $SRUN_CPUS_PER_TASK" >> {calls}
-        for _ in {{1..100}}; do [ $(grep -c "^ray start" {calls}) = $EXPECTED_STARTS ] && break || sleep 0.1; done; exit 3""",
+        for _ in {{1..600}}; do [ $(grep -c "^ray start" {calls}) = $EXPECTED_STARTS ] && break || sleep 0.1; done; exit 3""",
     )
     _program(tmp_path / "env/bin", "pip", note)
 
@@ -60,7 +60,7 @@ def slurm(tmp_path: Path) -> Callable[..., list[str]]:
             env=job | env,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
         assert done.returncode == 3, done.stderr  # of the search

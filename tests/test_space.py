@@ -379,8 +379,8 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     assert tune.main([str(FOLDER / "inat.yaml"), "search.trials=24", "--dry-run"]) is None
     out = capsys.readouterr().out
     lines = [line.strip() for line in out.splitlines()]
-    assert lines[:2] == ["looking up ViT-B-16 ...", "inat2018-vit-b16: the plan"]
-    assert lines[-1] == "checked: the file is in order"
+    assert lines[:2] == ["looking up ViT-B-16 ...", "inat2018-vit-b16: plan"]
+    assert lines[-1] == "checked: no errors found"
     for piece in (
         "s3://my-bucket/inat2018 (remote: not opened in a dry run)",
         "ViT-B-16 openai in bf16",
@@ -389,7 +389,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
         "24 trials, 1 baselines first, then tpe; stops early: asha",
         "at most 24 x 15 = 360",
         "about 115 with early stopping",
-        "about 14 GPU-hours at 1000 images/s a worker (plan)",
+        "about 14 GPU-hours at 1000 images/s per worker (plan)",
         "1 x (8 CPU + 1 GPU)",
         "0 GPU: lacks",
         "1 GPU for a trial; run on a cluster (clusters/)",

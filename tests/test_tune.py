@@ -1,4 +1,4 @@
-"""python -m lift_ray.tune on real Ray processes: warm slots, what is written, a killed slot, bad input."""
+"""python -m lift_ray.tune on real Ray processes: reused slots, output files, resumed searches, bad input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRIALS = 8
 
 @pytest.fixture(scope="module")
 def printed() -> list[str]:
-    """What the search of `searched` printed."""
+    """Output that the search of `searched` printed."""
     return []
 
 
@@ -40,7 +40,7 @@ def searched(space_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_ses
 
 
 def stored(out: Path) -> list[optuna.trial.FrozenTrial]:
-    """Optuna's trials, in the order of their numbers, as its own loader finds them."""
+    """Return Optuna's trials in the order of their numbers, read with Optuna's own loader."""
     storage = JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
     trials = optuna.load_study(study_name="e2e", storage=storage).trials
     return sorted((t for t in trials if "trial" in t.user_attrs), key=lambda t: t.user_attrs["trial"]["number"])
@@ -120,7 +120,7 @@ def test_a_second_search_into_the_same_folder_is_refused(searched: Path, space_f
     with pytest.raises(BadInput) as caught:
         tune.main([str(space_file), "--out", str(searched)])
     assert str(caught.value) == (
-        f"{searched}: must be a new folder, but it holds a search already; add --resume to continue it, or give another --out"
+        f"{searched}: must be a new folder, but it already contains a search; add --resume to continue it, or give another --out"
     )
 
 
@@ -216,5 +216,7 @@ def test_bad_input_is_found_without_ray(words: list[str], message: str, space_fi
 def test_an_objective_over_an_empty_group_is_refused(space_file: Path, tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(space_file.read_text() + "objectives: {validation/many: max}\n")
-    with pytest.raises(BadInput, match=r"objectives: validation/many needs classes with over 100 training images, but"):
+    with pytest.raises(
+        BadInput, match=r"objectives: validation/many requires classes with over 100 training images, but"
+    ):
         tune.main([str(space), "--out", str(tmp_path / "out")])

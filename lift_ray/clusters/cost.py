@@ -1,4 +1,4 @@
-"""What a search needs of a cluster file's cluster: trials at a time, hours, price."""
+"""Estimates for a search on the cluster of a cluster file: trials at a time, hours and price."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lift_ray.settings.space import SpaceFile
 
 @dataclass(frozen=True)
 class Work:
-    """What a search has to do, as `tune --dry-run` reckons it.
+    """Amount of work of a search, estimated as in `tune --dry-run`.
 
     Attributes:
-        epochs: of all trials together, with early stopping.
+        epochs: expected epochs of all trials together, with early stopping.
         longest: epochs of a trial that is not stopped.
-        images: training images of one epoch; None when not known.
-        images_per_s: of one worker; None when not known.
+        images: training images per epoch; None if unknown.
+        images_per_s: images per second and worker; None if unknown.
     """
 
     epochs: float
@@ -32,7 +32,10 @@ class Work:
     images_per_s: float | None
 
     def hours(self, slots: int, workers: int) -> float | None:
-        """Wall time with so many trials at a time of so many workers each: no less than the longest trial takes."""
+        """Return the wall time for a number of concurrent trials with a number of workers each; None if it is unknown.
+
+        It is at least the time of the longest trial.
+        """
         if self.images is None or self.images_per_s is None:
             return None
         return max(self.epochs / slots, self.longest) * self.images / (self.images_per_s * workers) / 3600
@@ -40,12 +43,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Fleet:
-    """A cluster whose workers are all of one type, as many as may come.
+    """Cluster whose workers are all of one type, at its largest size.
 
     Attributes:
-        slots: trials at a time.
-        machines: workers that so many trials need.
-        price: of the whole search, machines that wait for the last trials included; None when not known.
+        slots: number of trials at a time.
+        machines: number of workers that these trials need.
+        hours: wall time of the search; None if unknown.
+        price: price of the whole search, machines that wait for the last trials included; None if unknown.
     """
 
     kind: NodeType
@@ -56,7 +60,7 @@ class Fleet:
 
 
 def work(space: SpaceFile) -> Work:
-    """What a search has to do. Data at a URL is not opened: its size is `plan.training_images`."""
+    """Return the work of a search. Data at a URL is not opened: its size is `plan.training_images`."""
     number, longest = space.num_trials, space.most_epochs()
     drawn = max(0, number - len(space.baselines))
     epochs = (number - drawn) * longest + drawn * expected_epochs(space.search.scheduler, longest)
@@ -69,13 +73,13 @@ def work(space: SpaceFile) -> Work:
 
 
 def fleets(cluster: Cluster, space: SpaceFile, prices: Mapping[str, float]) -> tuple[Need, Work, list[Fleet]]:
-    """What one trial needs, the work, and what each worker type makes of it.
+    """Return the resources of one trial, the work of the search, and the estimate for each worker type.
 
     Args:
-        prices: of a machine for an hour, by node type; `head` is the head's.
+        prices: price per hour of a machine, by node type; `head` is the head's.
 
     Raises:
-        BadInput: no node type holds one worker of a trial, or all of them together hold no trial.
+        BadInput: a trial does not fit the cluster, whichever type its workers are of.
     """
     wanted = need(space.scale, any(kind.resources.get("GPU") for kind in cluster.workers))
     todo = work(space)
@@ -83,8 +87,10 @@ def fleets(cluster: Cluster, space: SpaceFile, prices: Mapping[str, float]) -> t
     if not any(fleet.slots for fleet in found):
         most = ", ".join(f"{min(kind.most, cluster.most_workers)} x {shown(kind)}" for kind in cluster.workers)
         raise BadInput(
-            f"scale: a trial must fit {cluster.source}, but got {wanted} for at most {most}; lower scale.workers_per_trial or "
-            "scale.cpus_per_worker, or take larger machines"
+            "scale",
+            f"a trial must fit {cluster.source}",
+            f"{wanted} for at most {most}",
+            "lower scale.workers_per_trial or scale.cpus_per_worker, or take larger machines",
         )
     return wanted, todo, found
 
@@ -107,13 +113,13 @@ def _fleet(
 
 
 def shown(kind: NodeType) -> str:
-    """`48 CPU + 4 GPU`."""
+    """Return a node's resources as text: `48 CPU + 4 GPU`."""
     cpus, gpus = kind.resources.get("CPU", 0), kind.resources.get("GPU", 0)
     return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
 
 
 def most_gpus(cluster: Cluster) -> tuple[int, int]:
-    """GPUs of the whole cluster when nothing runs, and at most."""
+    """Return the number of GPUs of the whole cluster when nothing runs, and the largest number."""
     left, most = cluster.most_workers, cluster.head.resources.get("GPU", 0.0)
     for kind in sorted(cluster.workers, key=lambda kind: -kind.resources.get("GPU", 0.0)):
         number = min(kind.most, left)
@@ -123,9 +129,9 @@ def most_gpus(cluster: Cluster) -> tuple[int, int]:
 
 
 def cluster_table(cluster: Cluster, prices: Mapping[str, float]) -> Table:
-    """The node types."""
+    """Return a table of the node types."""
     table = Table(title=f"{cluster.source} ({cluster.provider})", title_justify="left", box=None, pad_edge=False)
-    for heading in ("node type", "machine", "market", "holds", "min ... max", "asked", "price an hour"):
+    for heading in ("node type", "machine", "market", "resources", "min ... max", "requested", "price per hour"):
         table.add_column(heading, no_wrap=True)
     order = {priority: i + 1 for i, priority in enumerate(sorted({k.priority for k in cluster.workers}, reverse=True))}
     for kind in (cluster.head, *cluster.workers):
@@ -143,7 +149,7 @@ def cluster_table(cluster: Cluster, prices: Mapping[str, float]) -> Table:
 
 
 def fleet_table(found: list[Fleet]) -> Table:
-    """Trials at a time, hours and price, if all workers are of one type."""
+    """Return a table of trials at a time, hours and price, if all workers are of one type."""
     table = Table(title="if all workers are of one type", title_justify="left", box=None, pad_edge=False)
     for heading in ("node type", "machines", "trials at a time", "hours, about", "price, about"):
         table.add_column(heading, no_wrap=True)

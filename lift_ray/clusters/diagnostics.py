@@ -1,4 +1,4 @@
-"""The faults of a cluster file, gathered by line, and the rules that every kind of file keeps to."""
+"""Faults of a cluster file, collected by line, and the rules that hold for every kind of cluster file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import requires, version
 from typing import Any
 
 from lift_ray.clusters.schemas import Schema
-from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.settings.yaml_file import SettingsFile
 
 Place = tuple[str | int, ...]
@@ -24,22 +24,23 @@ KINDS = {
 
 
 class Diagnostics:
-    """What is wrong with one file.
+    """Collected faults of one file.
 
     Attributes:
-        file: the file, for lines.
+        file: the file, which knows the line of each place.
     """
 
     def __init__(self, file: SettingsFile) -> None:
         self.file = file
-        self._found: dict[tuple[int, str], None] = {}
+        self._found: dict[tuple[int, str], BadInput] = {}
 
-    def add(self, place: Place, text: str) -> None:
-        """Note that `text` (rule, but got value; what to do) is the matter at this place."""
-        self._found[(self.file.line(place), f"{self.file.where(place)}: {text}")] = None
+    def add(self, place: Place, rule: str, got: object = None, remedy: str = "", *, but: str = "") -> None:
+        """Add a fault at a place of the file; the other arguments are those of BadInput. The same fault is kept once."""
+        fault = BadInput(self.file.where(place), rule, got, remedy, but=but)
+        self._found[(self.file.line(place), str(fault))] = fault
 
     def by_schema(self, schema: Schema, at: Place = ()) -> None:
-        """Note every way in which the data at this place differs from a JSON schema."""
+        """Add a fault for every violation of a JSON schema by the data at this place."""
         from jsonschema import Draft7Validator  # type: ignore[import-untyped]
 
         data: Any = self.file.data
@@ -50,36 +51,37 @@ class Diagnostics:
             if error.validator == "additionalProperties" and error.validator_value is False:
                 known = error.schema.get("properties", {})
                 for key in error.instance.keys() - known.keys():
-                    self.add((*place, key), f"unknown key '{key}'; {did_you_mean(key, known)}")
+                    self.add((*place, key), f"unknown key '{key}'", remedy=did_you_mean(key, known))
             elif error.validator == "required":
                 for key in set(error.validator_value) - error.instance.keys():
-                    self.add(place, f"must have '{key}', but it is missing; add it")
+                    self.add(place, f"missing key '{key}'", remedy="add it")
             else:
-                self.add(place, _broken(error.validator, error.validator_value, error.instance, error.message))
+                self._add_violation(place, error.validator, error.validator_value, error.instance, error.message)
+
+    def _add_violation(self, place: Place, keyword: str, expected: Any, value: Any, message: str) -> None:
+        """Add the fault of a value that violates one keyword of a JSON schema."""
+        got = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        if SECRET.search(repr(value)):
+            got = "what looks like a secret"
+        if keyword == "type":
+            self.add(place, f"must be {' or '.join(KINDS[kind] for kind in _listed(expected))}", got, "change it")
+        elif keyword == "enum":
+            self.add(place, f"unknown value {got}", remedy=did_you_mean(value, expected))
+        elif keyword in BOUNDS:
+            self.add(place, f"must {BOUNDS[keyword].format(expected)}", got, "change it")
+        else:
+            self.add(place, f"does not match Ray's schema: {one_line(message)}", remedy="change it")
 
     def end(self) -> None:
-        """Raise BadInput with one line for each fault, by line of the file; nothing where there is none."""
+        """Raise BadInput with one line for each fault, in the order of the file's lines, if there are any."""
         if self._found:
-            raise BadInput("\n".join(text for _, text in sorted(self._found)))
-
-
-def _broken(rule: str, wanted: Any, value: Any, message: str) -> str:
-    got = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    if SECRET.search(repr(value)):
-        got = "what looks like a secret"
-    if rule == "type":
-        return f"must be {' or '.join(KINDS[kind] for kind in _listed(wanted))}, but got {got}; change it"
-    if rule == "enum":
-        return f"unknown value {got}; {did_you_mean(value, wanted)}"
-    if rule in BOUNDS:
-        return f"must {BOUNDS[rule].format(wanted)}, but got {got}; change it"
-    return f"must be as Ray's schema says, but got: {' '.join(message.split())}; change it"
+            raise BadInput.of(self._found[key] for key in sorted(self._found))
 
 
 BOUNDS = {
     "minimum": "be at least {}",
     "minItems": "have at least {} entry",
-    "uniqueItems": "name each entry once",
+    "uniqueItems": "list each entry once",
     "pattern": "match {}",
 }
 
@@ -94,13 +96,13 @@ RAY_IMAGE = re.compile(r"(?:^|/)ray(?:-\w+)?:([^-@]+)")
 
 
 def _asked_of_pip(command: str) -> list[str]:
-    """Every way in which a command asks for Ray, `pip install ray` among them."""
+    """Return every requirement of Ray in a command, those without a version (`pip install ray`) included."""
     installs = [part for part in re.split(r"[;&|]", command) if re.search(r"\bpip3? .*install\b", part)]
     return RAY_REQUIREMENT.findall(command) + [found for part in installs for found in ANY_RAY.findall(part)]
 
 
 def one_exact_ray(faults: Diagnostics, commands: Mapping[Place, str], otherwise: Place) -> None:
-    """Every node must get the Ray that is installed here, from where jobs come and which is inside the pin of this project."""
+    """Require one exact version of Ray on every node: the one installed here, where jobs are submitted from."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     pin = next(found for found in map(Requirement, requires("lift_ray") or []) if found.name == "ray").specifier
@@ -108,7 +110,10 @@ def one_exact_ray(faults: Diagnostics, commands: Mapping[Place, str], otherwise:
     found = [(place, text) for place, command in commands.items() for text in _asked_of_pip(command)]
     if not found:
         faults.add(
-            otherwise, f"must install one exact Ray, but no line names one; add 'ray[default,train,tune]=={here}'"
+            otherwise,
+            "must install one exact version of Ray",
+            but="no line does",
+            remedy=f"add 'ray[default,train,tune]=={here}'",
         )
     for place, text in found:
         try:
@@ -118,26 +123,28 @@ def one_exact_ray(faults: Diagnostics, commands: Mapping[Place, str], otherwise:
         if not exact or exact[0].version != here:
             faults.add(
                 place,
-                f"must install the Ray that is here, {here} (lift_ray's pin is {pin}), but got '{text}'; write "
-                f"'ray[default,train,tune]=={here}'",
+                f"must install the Ray of this machine, {here} (lift_ray requires {pin})",
+                f"'{text}'",
+                f"write 'ray[default,train,tune]=={here}'",
             )
 
 
 def one_ray_image(faults: Diagnostics, place: Place, image: str, wanted: str) -> None:
-    """An image of the Ray project must hold this Ray; what is in another image cannot be seen from here."""
+    """Require this version of Ray in an image of the Ray project. The contents of other images cannot be checked."""
     if (found := RAY_IMAGE.search(image)) and found[1] != wanted:
-        faults.add(place, f"must hold Ray {wanted} as all nodes do, but got '{image}'; change the tag")
+        faults.add(place, f"must contain Ray {wanted}, like all nodes", f"'{image}'", "change the tag")
 
 
 def loopback_only(faults: Diagnostics, commands: Mapping[Place, str]) -> None:
-    """The dashboard that these commands start must listen on the head's loopback."""
+    """Require the dashboard that these commands start to listen on the head's loopback address."""
     for place, command in commands.items():
         for host in re.findall(r"--dashboard-host[= ]\s*([^\s'\"]+)", command):
             if host not in ("127.0.0.1", "localhost"):
                 faults.add(
                     place,
-                    f"--dashboard-host must be 127.0.0.1 (whoever reaches the dashboard can run code), but got "
-                    f"{host}; write 127.0.0.1 and come through SSH, `ray dashboard` for one",
+                    "--dashboard-host must be 127.0.0.1 (anyone who reaches the dashboard can run code)",
+                    host,
+                    "write 127.0.0.1 and connect through SSH, for example with `ray dashboard`",
                 )
 
 
@@ -145,14 +152,14 @@ AUTH_MODE = re.compile(r"\bRAY_AUTH_MODE=['\"]?(\w*)|\bunset\b[^;&|]*\bRAY_AUTH_
 
 
 def token_stays_on(faults: Diagnostics, commands: Mapping[Place, str]) -> None:
-    """No command may turn Ray's token authentication off, for itself or for those after it."""
+    """Forbid commands that turn Ray's token authentication off, for themselves or for later ones."""
     for place, command in commands.items():
         if wrong := next((found for found in AUTH_MODE.finditer(command) if found[1] != "token"), None):
-            faults.add(place, f"must keep Ray's token authentication on, but got '{wrong[0]}'; remove it")
+            faults.add(place, "must keep Ray's token authentication on", f"'{wrong[0]}'", "remove it")
 
 
 def walk(data: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Every text of a file with its place."""
+    """Yield every string of a file with its place."""
     if isinstance(data, dict | list):
         for name, value in data.items() if isinstance(data, dict) else enumerate(data):
             yield from walk(value, (*place, name))
@@ -161,13 +168,12 @@ def walk(data: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
 
 
 def plain_values(faults: Diagnostics) -> None:
-    """Neither Ray nor kubectl fills in variables; only a shell does."""
+    """Forbid variables outside shell commands, because neither Ray nor kubectl expands them."""
     for place, text in walk(faults.file.data):
         in_shell = any(str(name).endswith(("_commands", "command", "args", "entrypoint")) for name in place)
         if "${" in text and not in_shell:
             faults.add(
-                place,
-                f"must be a plain value, but got '{text}', which neither Ray nor kubectl fills in; write the value",
+                place, "must be a plain value", f"'{text}', which neither Ray nor kubectl expands", "write the value"
             )
 
 
@@ -180,11 +186,10 @@ SECRET_NAME = re.compile(r"secret|password|access_key|api_key|auth_token$|creden
 
 
 def no_secrets(faults: Diagnostics) -> None:
-    """Keys and tokens do not belong in a file; what stands there is not repeated."""
+    """Forbid keys and tokens in a file. Messages do not repeat them."""
     for place, text in walk(faults.file.data):
         name = str(place[-1])
         if SECRET.search(text) or (SECRET_NAME.search(name) and not text.startswith("~") and name != "secretName"):
             faults.add(
-                place,
-                "must hold no secret, but got what looks like one; remove it, revoke it, and let machines in by role",
+                place, "must not contain a secret", "what looks like one", "remove it, revoke it and use a role instead"
             )

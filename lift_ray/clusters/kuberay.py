@@ -1,4 +1,4 @@
-"""A RayCluster or RayJob of KubeRay (API version ray.io/v1) as the cluster it makes."""
+"""Reader of RayCluster and RayJob files for KubeRay (API version ray.io/v1)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lift_ray.clusters.diagnostics import (
 )
 from lift_ray.clusters.model import Cluster, NodeType
 from lift_ray.clusters.schemas import KUBERAY
-from lift_ray.errors import did_you_mean
+from lift_ray.errors import did_you_mean, one_line
 from lift_ray.settings.yaml_file import SettingsFile
 
 
 def read_kuberay(file: SettingsFile) -> Cluster:
-    """Check and read it. Raises BadInput with a line for each fault."""
+    """Check a file and return its cluster. Raises BadInput with a line for each fault."""
     faults = Diagnostics(file)
     kind = str(file.data.get("kind"))
     if kind not in KUBERAY:
-        faults.add(("kind",), f"unknown value '{kind}'; {did_you_mean(kind, KUBERAY)}")
+        faults.add(("kind",), f"unknown value '{kind}'", remedy=did_you_mean(kind, KUBERAY))
         faults.end()
     faults.by_schema(KUBERAY[kind])
-    faults.end()  # what follows needs the right types
+    faults.end()  # the checks below rely on the types
     spec: Place = ("spec",) if kind == "RayCluster" else ("spec", "rayClusterSpec")
     data = file.data["spec"] if kind == "RayCluster" else file.data["spec"]["rayClusterSpec"]
     _safety(faults, data, spec)
@@ -43,7 +43,9 @@ def read_kuberay(file: SettingsFile) -> Cluster:
     ):
         faults.add(
             ("spec", "ttlSecondsAfterFinished"),
-            "needs shutdownAfterJobFinishes: true, but it is not; add it, or the cluster outlives the job",
+            "requires shutdownAfterJobFinishes: true",
+            but="it is not set",
+            remedy="add it, or the cluster outlives the job",
         )
     plain_values(faults)
     no_secrets(faults)
@@ -55,7 +57,9 @@ def _safety(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
     if data.get("authOptions", {}).get("mode") != "token":
         faults.add(
             (*spec, "authOptions"),
-            "Ray's token authentication must be on, but is not; write `authOptions: {mode: token}`",
+            "Ray's token authentication must be on",
+            but="it is not",
+            remedy="write `authOptions: {mode: token}`",
         )
     head = data["headGroupSpec"]
     of_service = (head.get("headService") or {}).get("spec") or {}
@@ -66,20 +70,23 @@ def _safety(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
         if service not in (None, "ClusterIP"):
             faults.add(
                 (*spec, "headGroupSpec", *place),
-                f"must be ClusterIP (whoever reaches the dashboard can run "
-                f"code), but got {service}; write ClusterIP and use `kubectl port-forward`",
+                "must be ClusterIP (anyone who reaches the dashboard can run code)",
+                service,
+                "write ClusterIP and use `kubectl port-forward`",
             )
     if head.get("enableIngress"):
         faults.add(
             (*spec, "headGroupSpec", "enableIngress"),
-            "must be false (whoever reaches the dashboard can run code), but got true; use `kubectl port-forward`",
+            "must be false (anyone who reaches the dashboard can run code)",
+            "true",
+            "use `kubectl port-forward`",
         )
 
 
 def _groups(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
     here, ray = version("ray"), data["rayVersion"]
     if ray != here:
-        faults.add((*spec, "rayVersion"), f"must be lift_ray's Ray {here}, but got '{ray}'; write \"{here}\"")
+        faults.add((*spec, "rayVersion"), f"must be the Ray of this machine, {here}", f"'{ray}'", f'write "{here}"')
     groups: list[tuple[Place, dict[str, Any]]] = [((*spec, "headGroupSpec"), data["headGroupSpec"])]
     groups += [((*spec, "workerGroupSpecs", i), group) for i, group in enumerate(data["workerGroupSpecs"])]
     names = [group["groupName"] for _, group in groups[1:]]
@@ -90,7 +97,10 @@ def _groups(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
         one_ray_image(faults, (*first, "image"), container["image"], here)
         if not container.get("resources", {}).get("limits", {}).get("cpu"):
             faults.add(
-                (*first, "resources"), "must have limits with cpu, from which Ray counts, but has none; add them"
+                (*first, "resources"),
+                "must have limits with cpu, which tell Ray the size of a node",
+                but="there are none",
+                remedy="add them",
             )
         commands: dict[Place, str] = {(*first, name): " ".join(container.get(name, [])) for name in ("command", "args")}
         token_stays_on(faults, commands)
@@ -101,44 +111,53 @@ def _groups(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
             and group["template"]["spec"].get("restartPolicy") != "Never"
         ):
             faults.add(
-                (*pod, "restartPolicy"), "must be Never with autoscaler v2, but is not; write `restartPolicy: Never`"
+                (*pod, "restartPolicy"),
+                "must be Never with autoscaler v2",
+                but="it is not",
+                remedy="write `restartPolicy: Never`",
             )
         if "serviceAccountName" not in group["template"]["spec"]:
             faults.add(
                 pod,
-                "must reach storage by role, but serviceAccountName is missing; add it (keys do not belong in this file)",
+                "requires a role for access to storage",
+                but="serviceAccountName is missing",
+                remedy="add it (keys do not belong in this file)",
             )
         for i, variable in enumerate(container.get("env", [])):
             token_stays_on(faults, {(*first, "env", i): f"{variable['name']}={variable.get('value', '')}"})
             if "value" in variable and SECRET_NAME.search(variable["name"]):
                 faults.add(
                     (*first, "env", i),
-                    f"{variable['name']} must not stand in a file; take it from a secret (valueFrom: "
-                    "{secretKeyRef: ...}), or let pods in by role",
+                    f"{variable['name']} does not belong in a file",
+                    remedy="take it from a secret (valueFrom: {secretKeyRef: ...}), or give the pods a role",
                 )
         if place == groups[0][0]:
             continue
         if names.count(group["groupName"]) > 1:
-            faults.add((*place, "groupName"), f"must be unique, but got '{group['groupName']}' twice; rename one")
+            faults.add((*place, "groupName"), "must be unique", f"'{group['groupName']}' twice", "rename one")
         least, start, most = group["minReplicas"], group.get("replicas", group["minReplicas"]), group["maxReplicas"]
         if not least <= start <= most:
             faults.add(
                 (*place, "maxReplicas"),
-                f"minReplicas <= replicas <= maxReplicas must hold, but got {least}, {start} and {most}; change one",
+                "minReplicas <= replicas <= maxReplicas must hold",
+                f"{least}, {start} and {most}",
+                "change one",
             )
 
 
 def _cluster(faults: Diagnostics, data: dict[str, Any]) -> Cluster:
-    """By the code with which Ray's autoscaler reads the cluster."""
+    """Return the cluster as Ray's autoscaler reads it, with the autoscaler's own code."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     metadata = {"name": faults.file.data["metadata"]["name"], "namespace": "default"}
     derived: dict[str, Any] = {}
     try:
         derived = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": copy.deepcopy(data)})
-    except Exception as error:  # whatever its several modules raise
+    except Exception as error:  # its modules raise errors of many types
         faults.add(
-            ("spec",), f"must be what Ray accepts, but it says: {' '.join(str(error).split())[:200]}; mend the file"
+            ("spec",),
+            f"rejected by Ray: {one_line(error, 200)}",
+            remedy="fix the file",
         )
     faults.end()
     types = derived["available_node_types"]
@@ -166,5 +185,5 @@ def _cluster(faults: Diagnostics, data: dict[str, Any]) -> Cluster:
 
 
 def _is_spot(selector: dict[str, Any]) -> bool:
-    """By the labels that Karpenter, GKE and AKS give spot nodes."""
+    """Return True for a selector with one of the labels that Karpenter, GKE and AKS give spot nodes."""
     return any("spot" in f"{name}={value}" and value != "false" for name, value in selector.items())

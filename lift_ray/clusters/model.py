@@ -1,4 +1,4 @@
-"""What a cluster file makes: node types, and how many of them."""
+"""Cluster that a cluster file describes: its node types, and how many nodes of each."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ class NodeType:
     """One kind of machine or pod.
 
     Attributes:
-        machine: the cloud's name of it; "" where there is none.
+        machine: the cloud's name for it; "" if it has none.
         market: spot, on-demand or "".
-        resources: what Ray counts on one ({"CPU": 48, "GPU": 4}).
-        least, most: how many are up when nothing runs, and at most.
+        resources: what Ray counts on one node ({"CPU": 48, "GPU": 4}).
+        least: number of nodes when nothing runs.
+        most: largest number of nodes.
     """
 
     name: str
@@ -27,12 +28,12 @@ class NodeType:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a cluster file makes.
+    """Cluster that a file describes.
 
     Attributes:
         source: the file.
-        most_workers: of all worker types together.
-        unchecked: what could not be looked at here, a line each.
+        most_workers: largest number of workers of all types together.
+        unchecked: parts of the file that could not be checked here, a line each.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""The files for Prometheus and Grafana that stand beside the cluster files."""
+"""Checks of the Prometheus and Grafana files that come with the cluster files."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PROMETHEUS = mapping(
 
 
 def is_monitoring(data: dict[str, Any]) -> bool:
-    """Is it a file for Prometheus or Grafana, and not one of a cluster?"""
+    """Return True for a file for Prometheus or Grafana, False for one of a cluster."""
     return bool({"scrape_configs", "panels"} & data.keys())
 
 
 def check_monitoring(file: SettingsFile) -> str:
-    """Check it; returns what it holds. Raises BadInput with a line for each fault."""
+    """Check a file and return a summary of it. Raises BadInput with a line for each fault."""
     faults = Diagnostics(file)
     said = _prometheus(faults) if "scrape_configs" in file.data else _grafana(faults)
     faults.end()
@@ -42,11 +42,11 @@ def check_monitoring(file: SettingsFile) -> str:
 
 
 def _prometheus(faults: Diagnostics) -> str:
-    """Does it read the list of nodes that Ray keeps?"""
+    """Check that every job scrapes the list of nodes that Ray maintains."""
     from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
     faults.by_schema(PROMETHEUS)
-    faults.end()  # what follows needs the right types
+    faults.end()  # the checks below rely on the types
     jobs = faults.file.data["scrape_configs"]
     for i, job in enumerate(jobs):
         for j, source in enumerate(job["file_sd_configs"]):
@@ -54,28 +54,29 @@ def _prometheus(faults: Diagnostics) -> str:
                 place: Place = ("scrape_configs", i, "file_sd_configs", j, "files")
                 faults.add(
                     place,
-                    f"must hold Ray's list of nodes, but got {source['files']}; write "
-                    f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}",
+                    "must contain Ray's list of nodes",
+                    source["files"],
+                    f"write /tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}",
                 )
     return f"Prometheus, jobs {', '.join(job['job_name'] for job in jobs)}"
 
 
 def _grafana(faults: Diagnostics) -> str:
-    """Does it ask only for metrics that there are?"""
+    """Check that every panel queries metrics that exist."""
     known = published()
     for place, text in walk(faults.file.data):
         if place[-1] in ("expr", "query"):
             for name in sorted(set(re.findall(r"\bray_\w+", text)) - known):
-                faults.add(place, f"unknown metric '{name}'; {did_you_mean(name, known)}")
+                faults.add(place, f"unknown metric '{name}'", remedy=did_you_mean(name, known))
     panels = faults.file.data["panels"]
     for i, panel in enumerate(panels if isinstance(panels, list) else []):
         if not isinstance(panel, dict) or not panel.get("title") or not panel.get("targets"):
-            faults.add(("panels", i), "must have a title and targets, but has not; add them")
+            faults.add(("panels", i), "must have a title and targets", but="it does not", remedy="add them")
     return f"Grafana, {len(panels)} panels"
 
 
 def published() -> set[str]:
-    """The names under which Prometheus sees what a search, a run and Ray's nodes give out."""
+    """Return the Prometheus names of all metrics that a search, a run and Ray's nodes export."""
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
     from lift_ray.tracking.prometheus import SLOT_GAUGES, STUDY_GAUGES

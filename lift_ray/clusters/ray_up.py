@@ -1,4 +1,4 @@
-"""A file for `ray up` (AWS, Google Cloud, Azure, machines of one's own) as the cluster it makes."""
+"""Reader of files for `ray up` (AWS, Google Cloud, Azure, and machines of your own)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lift_ray.clusters.diagnostics import (
 )
 from lift_ray.clusters.model import Cluster, NodeType
 from lift_ray.clusters.schemas import GCP_MACHINE, PROVIDERS, Schema, aws_machine, azure_machine, ray_schema
-from lift_ray.errors import did_you_mean
+from lift_ray.errors import did_you_mean, one_line
 from lift_ray.settings.yaml_file import SettingsFile
 
 Data = dict[str, Any]
 
 
 def read_ray_up(file: SettingsFile) -> Cluster:
-    """Check and read it. Raises BadInput with a line for each fault."""
+    """Check a file and return its cluster. Raises BadInput with a line for each fault."""
     faults = Diagnostics(file)
     unchecked: tuple[str, ...] = ()
     _provider(faults)
     faults.by_schema(_schema(file.data))
-    faults.end()  # what follows needs the right types
+    faults.end()  # the checks below rely on the types
     if file.data["provider"]["type"] == "local":
         _local_machines(faults)
     else:
@@ -53,16 +53,16 @@ def _provider(faults: Diagnostics) -> None:
         if kind in PROVIDERS:
             faults.by_schema(PROVIDERS[kind], ("provider",))
         else:
-            faults.add(("provider", "type"), f"unknown value '{kind}'; {did_you_mean(kind, PROVIDERS)}")
+            faults.add(("provider", "type"), f"unknown value '{kind}'", remedy=did_you_mean(kind, PROVIDERS))
 
 
 def _schema(data: Data) -> Schema:
-    """Ray's, but for what it takes away or adds before it looks."""
+    """Return Ray's schema, changed by what Ray adds to or removes from a file before it validates it."""
     schema = ray_schema()
     provider = data.get("provider")
     if isinstance(provider, dict) and provider.get("type") == "local":
         schema["properties"]["min_workers"] = schema["properties"]["max_workers"]
-        for name in ("available_node_types", "head_node_type"):  # Ray refuses them for machines of one's own
+        for name in ("available_node_types", "head_node_type"):  # Ray rejects them for machines of your own
             del schema["properties"][name]
     else:
         schema["required"] = [*schema["required"], "available_node_types", "head_node_type", "max_workers"]
@@ -76,13 +76,16 @@ def _local_machines(faults: Diagnostics) -> None:
         if data.get(name, number) != number:
             faults.add(
                 (name,),
-                f"must be the {number} of provider.worker_ips (Ray cannot know what a machine holds before it "
-                f"runs), but got {data[name]}; write {number}",
+                f"must be {number}, the number of provider.worker_ips (Ray cannot know a machine's resources before it runs)",
+                data[name],
+                f"write {number}",
             )
     if data["provider"]["head_ip"] in data["provider"]["worker_ips"]:
         faults.add(
             ("provider", "worker_ips"),
-            f"must not hold head_ip, but got {data['provider']['head_ip']} in both; remove it here",
+            "must not contain head_ip",
+            f"{data['provider']['head_ip']} in both",
+            "remove it here",
         )
 
 
@@ -90,19 +93,17 @@ def _node_types(faults: Diagnostics) -> tuple[str, ...]:
     data, unchecked = faults.file.data, []
     types, head, ceiling = data["available_node_types"], data["head_node_type"], data["max_workers"]
     if head not in types:
-        faults.add(
-            ("head_node_type",), f"must be one of available_node_types, but got '{head}'; {did_you_mean(head, types)}"
-        )
+        faults.add(("head_node_type",), "must be one of available_node_types", f"'{head}'", did_you_mean(head, types))
     provider = data["provider"]["type"]
     machine = MACHINES[provider]()
     if machine is None:
-        unchecked.append("node_config (needs boto3: pip install boto3)")
+        unchecked.append("node_config (requires boto3: pip install boto3)")
     for name, kind in types.items():
         place: Place = ("available_node_types", name)
         least, most = kind.get("min_workers", 0), kind.get("max_workers", ceiling)
         if name != head and least > most:
             faults.add(
-                (*place, "min_workers"), f"min_workers <= max_workers must hold, but got {least} and {most}; lower it"
+                (*place, "min_workers"), "min_workers <= max_workers must hold", f"{least} and {most}", "lower it"
             )
         if machine is not None:
             faults.by_schema(machine, (*place, "node_config"))
@@ -110,23 +111,23 @@ def _node_types(faults: Diagnostics) -> tuple[str, ...]:
         if role is not None and role not in kind["node_config"]:
             faults.add(
                 (*place, "node_config"),
-                f"must reach storage by role, but {role} is missing; add it as "
-                "clusters/ does (keys do not belong in this file)",
+                "requires a role for access to storage",
+                but=f"{role} is missing",
+                remedy="add it as clusters/ does (keys do not belong in this file)",
             )
         priced = kind["node_config"].get("azure_arm_parameters", kind["node_config"])
         if not kind["resources"].get("CPU"):
             faults.add(
                 (*place, "resources"),
-                f"must count the CPUs of the machine, but got {kind['resources']}; "
+                "must contain the number of CPUs",
+                kind["resources"],
                 f"write what a {priced.get(SIZES[provider], 'machine')} has",
             )
     least = sum(kind.get("min_workers", 0) for name, kind in types.items() if name != head)
     if least > ceiling:
-        faults.add(
-            ("max_workers",), f"must be at least the sum of min_workers, but got {ceiling} and {least}; raise it"
-        )
+        faults.add(("max_workers",), "must be at least the sum of min_workers", f"{ceiling} and {least}", "raise it")
     if not any(kind.get("max_workers", ceiling) for name, kind in types.items() if name != head):
-        faults.add(("available_node_types",), "must let a worker come, but every max_workers is 0; raise one")
+        faults.add(("available_node_types",), "must allow a worker", but="every max_workers is 0", remedy="raise one")
     return tuple(unchecked)
 
 
@@ -135,13 +136,13 @@ MACHINES: dict[str, Callable[[], Schema | None]] = {
     "gcp": lambda: GCP_MACHINE,
     "azure": azure_machine,
 }
-# by provider, and whether it is the head: Ray gives Google's head and every machine on Azure an identity itself
+# (provider, is head) -> key of the role. Ray itself gives Google's head and every machine on Azure an identity.
 ROLES = {("aws", True): "IamInstanceProfile", ("aws", False): "IamInstanceProfile", ("gcp", False): "serviceAccounts"}
 SIZES = {"aws": "InstanceType", "gcp": "machineType", "azure": "vmSize"}
 
 
 def _open_to_the_world(faults: Diagnostics) -> None:
-    """AWS: whoever writes a security group may open SSH with it, and nothing else, to all addresses."""
+    """Forbid security groups (AWS) that open any port but that of SSH to all addresses."""
     place: Place = ("provider", "security_group", "IpPermissions")
     for i, rule in enumerate((faults.file.data["provider"].get("security_group") or {}).get("IpPermissions") or []):
         ranges = [r.get("CidrIp") for r in rule.get("IpRanges", [])] + [
@@ -152,13 +153,14 @@ def _open_to_the_world(faults: Diagnostics) -> None:
             if (first, last) != (22, 22):
                 faults.add(
                     (*place, i),
-                    f"only port 22 may be open to everyone, but got {first} to {last} for {wide}; remove it and "
-                    "use `ray dashboard`",
+                    "only port 22 may be open to everyone",
+                    f"{first} to {last} for {wide}",
+                    "remove it and use `ray dashboard`",
                 )
 
 
 def _lists_of_commands(data: Data) -> dict[Place, str]:
-    """Every command of the file by its place."""
+    """Return every command of the file by its place."""
     sections: list[tuple[Place, Data]] = [((), data)]
     sections += [(("available_node_types", name), kind) for name, kind in data.get("available_node_types", {}).items()]
     return {
@@ -192,34 +194,41 @@ def _commands(faults: Diagnostics) -> None:
     written = " ".join(data.get("setup_commands", []))
     if "lift_ray" not in written:
         faults.add(
-            ("setup_commands",), "must install lift_ray on every node, but no command does; add it as clusters/ does"
+            ("setup_commands",),
+            "must install lift_ray on every node",
+            but="no command does",
+            remedy="add it as clusters/ does",
         )
     if "RAY_AUTH_MODE=token" not in written:
         faults.add(
             ("setup_commands",),
-            "must keep Ray's token authentication on, but no command exports "
-            "RAY_AUTH_MODE=token; add it as clusters/ does",
+            "must keep Ray's token authentication on",
+            but="no command exports RAY_AUTH_MODE=token",
+            remedy="add it as clusters/ does",
         )
     if not any(str(name).endswith(".ray/auth_token") for name in data.get("file_mounts", {})):
         faults.add(
             ("file_mounts",),
-            "must hand the token to every node, but ~/.ray/auth_token is missing; add "
-            "`~/.ray/auth_token: ~/.ray/auth_token`",
+            "must copy the token to every node",
+            but="~/.ray/auth_token is missing",
+            remedy="add `~/.ray/auth_token: ~/.ray/auth_token`",
         )
     workers = data.get("worker_start_ray_commands", ["ray start --address"])  # or Ray's own
     if not any("ray start" in command and "--address" in command for command in workers):
         faults.add(
             ("worker_start_ray_commands",),
-            "must start Ray and join the head, but no command does; add `ray start "
-            "--address=$RAY_HEAD_IP:6379` as clusters/ does",
+            "must start Ray and join the head",
+            but="no command does",
+            remedy="add `ray start --address=$RAY_HEAD_IP:6379` as clusters/ does",
         )
     starts = enumerate(data.get("head_start_ray_commands", []))
     heads = [(i, command) for i, command in starts if "ray start" in command]
     if not heads:
         faults.add(
             ("head_start_ray_commands",),
-            "must start Ray with the dashboard on loopback, but no command does (Ray's "
-            "default opens it to the network); add it as clusters/ does",
+            "must start Ray with the dashboard on loopback",
+            but="no command does (Ray's default opens it to the network)",
+            remedy="add it as clusters/ does",
         )
     loopback_only(faults, {("head_start_ray_commands", i): command for i, command in heads})
     for i, command in heads:
@@ -227,27 +236,29 @@ def _commands(faults: Diagnostics) -> None:
         if data["provider"]["type"] == "local" and "RAY_enable_autoscaler_v2=0" not in command:
             faults.add(
                 place,
-                "ray start must get RAY_enable_autoscaler_v2=0 (the second autoscaler never starts the machines of "
-                "worker_ips), but does not; add it before `ray start`",
+                "ray start requires RAY_enable_autoscaler_v2=0 (autoscaler v2 never starts the machines of worker_ips)",
+                but="it is missing",
+                remedy="add it before `ray start`",
             )
         if "--autoscaling-config" not in command:
             faults.add(
                 place,
-                "ray start must get --autoscaling-config=~/ray_bootstrap_config.yaml, but does not; add it, or "
-                "no worker is ever started",
+                "ray start requires --autoscaling-config=~/ray_bootstrap_config.yaml",
+                but="it is missing",
+                remedy="add it, or no worker is ever started",
             )
 
 
 def _as_ray_sees(faults: Diagnostics) -> Data:
-    """The file with Ray's defaults, judged by Ray's own code."""
+    """Return the file with Ray's defaults, after Ray's own validation."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     logging.getLogger("ray.autoscaler._private.util").setLevel(logging.ERROR)
     try:
         prepared: Data = prepare_config(copy.deepcopy(faults.file.data))
         validate_config(prepared)
-    except Exception as error:  # whatever its several modules raise
-        faults.add((), f"must be what Ray accepts, but it says: {' '.join(str(error).split())[:200]}; mend the file")
+    except Exception as error:  # its modules raise errors of many types
+        faults.add((), f"rejected by Ray: {one_line(error, 200)}", remedy="fix the file")
     faults.end()
     return prepared
 
@@ -260,7 +271,7 @@ def _cluster(file: SettingsFile, prepared: Data, unchecked: tuple[str, ...]) -> 
         number = len(data["provider"]["worker_ips"])
         worker = NodeType("worker", "", "", known["worker"], number, number)
         if not known["worker"]:
-            unchecked = (*unchecked, "what the machines hold (write metadata: {worker: {CPU: ..., GPU: ...}})")
+            unchecked = (*unchecked, "resources of the machines (write metadata: {worker: {CPU: ..., GPU: ...}})")
         return Cluster(
             file.source, provider, NodeType("head", "", "", known["head"], 1, 1), (worker,), number, unchecked
         )

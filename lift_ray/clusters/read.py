@@ -1,4 +1,4 @@
-"""Read a cluster file of any kind."""
+"""Reader of cluster files of any kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lift_ray.settings.yaml_file import SettingsFile
 
 
 def read_cluster(path: str | Path) -> Cluster:
-    """Read and check a file for `ray up`, a RayCluster or RayJob of KubeRay, or a script (.sh) for Slurm. No network.
+    """Read and check a file for `ray up`, a RayCluster or RayJob of KubeRay, or a script (.sh) for Slurm, without the network.
 
     Raises BadInput with a line for each fault.
     """

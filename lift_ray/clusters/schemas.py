@@ -1,4 +1,8 @@
-"""What the parts of a cluster file may hold that Ray's own schema leaves open, as JSON schemas."""
+"""JSON schemas for cluster files: Ray's own for `ray up`, and those of the parts that Ray's leaves open.
+
+`ray-schema.json` accepts any mapping as `provider` keys and `node_config`, and Ray has no schema for KubeRay's files. A typo there
+is found only by the cloud, so those parts are listed here, from botocore and Ray's Azure template where they have the list.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +19,32 @@ ANY: Schema = {}
 
 
 def mapping(required: str, /, **properties: Schema) -> Schema:
-    """A mapping with these keys and no others; `required` names some of them."""
+    """Return the schema of a mapping with these keys and no others; `required` names the required ones."""
     return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
 
 
 def listed(items: Schema) -> Schema:
-    """A list of these."""
+    """Return the schema of a list."""
     return {"type": "array", "items": items}
 
 
 def anything(names: str) -> dict[str, Schema]:
-    """Keys whose values are not looked at."""
+    """Return schemas for keys whose values are not checked."""
     return dict.fromkeys(names.split(), ANY)
 
 
 def ray_schema() -> Schema:
-    """Ray's schema of the files for `ray up`."""
+    """Return Ray's schema of files for `ray up`."""
     import ray.autoscaler
 
     schema: Schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    schema["properties"]["file_mounts"]["additionalProperties"] = TEXT  # Ray takes any mapping, and fails on it later
+    schema["properties"]["file_mounts"]["additionalProperties"] = TEXT  # Ray accepts any mapping, and fails later
     return schema
 
 
 RANGES = listed({"type": "object"})
 
-# What Ray 2.60 reads of `provider`, by provider; a test compares with its code.
+# Keys of `provider` that Ray 2.60 reads, by provider; a test compares them with its code.
 PROVIDERS: dict[str, Schema] = {
     "aws": mapping(
         "type region",
@@ -84,7 +88,7 @@ PROVIDERS: dict[str, Schema] = {
     ),
 }
 
-# https://cloud.google.com/compute/docs/reference/rest/v1/instances; a field that Google sets is not among them
+# https://cloud.google.com/compute/docs/reference/rest/v1/instances, without the output-only fields
 GCP_MACHINE = mapping(
     "machineType disks",
     **anything("advancedMachineFeatures canIpForward confidentialInstanceConfig deletionProtection description"),
@@ -114,14 +118,14 @@ GCP_MACHINE = mapping(
 
 
 def aws_machine() -> Schema | None:
-    """What botocore sends to EC2's RunInstances; None where botocore is not installed."""
+    """Return the schema of EC2's RunInstances by botocore's model of it; None if botocore is not installed."""
     try:
         from botocore.session import Session  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
         return None
     schema = _of_shape(Session().get_service_model("ec2").operation_model("RunInstances").input_shape)
     schema["required"] = ["InstanceType", "ImageId"]
-    schema["properties"]["SubnetIds"] = listed(TEXT)  # Ray's own: it takes one of them for each machine
+    schema["properties"]["SubnetIds"] = listed(TEXT)  # Ray's own key: it picks one of them for each machine
     return schema
 
 
@@ -145,7 +149,7 @@ def _of_shape(shape: Any) -> Schema:
         schema["additionalProperties"] = False
     elif shape.type_name == "list":
         schema["items"] = _of_shape(shape.member)
-    elif shape.type_name == "string" and shape.enum and shape.name != "InstanceType":  # types are added every month
+    elif shape.type_name == "string" and shape.enum and shape.name != "InstanceType":  # new ones appear every month
         schema["enum"] = list(shape.enum)
     return schema
 
@@ -166,7 +170,7 @@ AZURE_TYPES = {"string": "string", "int": "integer", "bool": "boolean", "object"
 
 
 def azure_machine() -> Schema:
-    """The parameters of the template from which Ray starts machines."""
+    """Return the schema of the parameters of Ray's template for machines on Azure."""
     import ray.autoscaler
 
     template = Path(ray.autoscaler.__file__).parent / "_private" / "_azure" / "azure-vm-template.json"
@@ -243,10 +247,10 @@ POD = mapping(
     ),
 )
 
-WORDS = {"type": "object", "additionalProperties": TEXT}  # Kubernetes refuses numbers here: quote them
+WORDS = {"type": "object", "additionalProperties": TEXT}  # Kubernetes rejects numbers here: quote them
 GROUP = {"labels": WORDS, "resources": WORDS, "rayStartParams": WORDS, "template": POD}
 
-# KubeRay's CRDs of version ray.io/v1, as https://ray-project.github.io/kuberay/reference/api/ lists them
+# KubeRay's CRDs of version ray.io/v1, from https://ray-project.github.io/kuberay/reference/api/
 CLUSTER_SPEC = mapping(
     "rayVersion headGroupSpec workerGroupSpecs",
     **anything("gcsFaultToleranceOptions headServiceAnnotations historyServerOptions managedBy networkPolicy suspend"),

@@ -1,4 +1,4 @@
-"""A batch script for Slurm as the cluster it makes."""
+"""Reader of batch scripts for Slurm."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ OPTION = re.compile(r"#SBATCH\s+--([\w-]+)(?:[=\s]\s*(\S+))?")
 
 
 class _Script(SettingsFile):
-    """The lines of a script; a place is a line."""
+    """Lines of a script; a place is the number of a line."""
 
     def where(self, path: Place) -> str:
         return f"{self.source}:{self.line(path)}"
 
 
 def read_slurm(path: str | Path) -> Cluster:
-    """Check and read it: the options of `#SBATCH`, and what its commands must and must not do.
+    """Check a script's `#SBATCH` options and its commands, and return its cluster.
 
     Raises BadInput with a line for each fault.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: must be a readable script, but got {error}; check the path") from None
+        raise BadInput(str(path), "must be a readable script", error, "check the path") from None
     lines = {str(i): line for i, line in enumerate(text.splitlines(), 1)}
     faults = Diagnostics(_Script(str(path), dict(lines), {(name,): int(name) for name in lines}))
     commands: dict[Place, str] = {(name,): line for name, line in lines.items() if not line.lstrip().startswith("#")}
@@ -40,7 +40,9 @@ def read_slurm(path: str | Path) -> Cluster:
     if not any(re.search(r"\bexport\b.*\bRAY_AUTH_MODE=token\b", command) for command in commands.values()):
         faults.add(
             (),
-            "must keep Ray's token authentication on, but no line exports RAY_AUTH_MODE=token; add it as clusters/ does",
+            "must keep Ray's token authentication on",
+            but="no line exports RAY_AUTH_MODE=token",
+            remedy="add it as clusters/ does",
         )
     loopback_only(faults, commands)
     no_secrets(faults)
@@ -54,12 +56,12 @@ def _bash_reads(faults: Diagnostics, text: str) -> tuple[str, ...]:
         return ("the commands (needs bash)",)
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     for number, said in re.findall(r"^bash: line (\d+): (.*)", done.stderr, re.MULTILINE)[:1]:
-        faults.add((number,), f"must be what bash reads, but it says: {said}; mend the script")
+        faults.add((number,), f"invalid bash: {said}", remedy="fix the script")
     return ()
 
 
 def _node(faults: Diagnostics, lines: dict[str, str]) -> NodeType:
-    """What `#SBATCH` asks for: so many nodes of so many CPUs and GPUs, with one task of Ray on each."""
+    """Return the nodes that the `#SBATCH` options request: their number, CPUs and GPUs, with one task for Ray on each."""
     given: dict[str, tuple[Place, str]] = {}
     for name, line in lines.items():
         if line.strip() and not line.startswith("#"):
@@ -74,16 +76,19 @@ def _node(faults: Diagnostics, lines: dict[str, str]) -> NodeType:
         ("gpus-per-node", "0"),
     ):
         place, value = given.get(option, ((), otherwise))
-        number = re.fullmatch(r"(?:[a-zA-Z]\w*:)*(\d+)", value or "")  # GPUs may have a type before them: a100:4
+        number = re.fullmatch(r"(?:[a-zA-Z]\w*:)*(\d+)", value or "")  # a type may precede the number of GPUs: a100:4
         if number is None:
             got = f"got '{value}'" if value is not None else "there is none"
-            faults.add(place, f"must have #SBATCH --{option}=NUMBER, but {got}; write it as clusters/slurm.sh does")
+            faults.add(
+                place, f"must have #SBATCH --{option}=NUMBER", but=got, remedy="write it as clusters/slurm.sh does"
+            )
         counts[option] = int(number[1]) if number else 1
     if counts["ntasks-per-node"] != 1:
         faults.add(
             given["ntasks-per-node"][0],
-            "must start Ray once on a node, --ntasks-per-node=1, but got "
-            f"{counts['ntasks-per-node']}; write 1 and raise --cpus-per-task",
+            "must run one task per node, --ntasks-per-node=1",
+            counts["ntasks-per-node"],
+            "write 1 and increase --cpus-per-task",
         )
     held = {"CPU": float(counts["cpus-per-task"]), "GPU": float(counts["gpus-per-node"])}
     return NodeType("node", "", "", held, counts["nodes"], counts["nodes"])

@@ -1,4 +1,4 @@
-"""A trial of `method: backdoor`: in each of its epochs one more model joins, trained now or by an earlier trial."""
+"""Trial of `method: backdoor`: each of its epochs adds one model, trained now or by an earlier trial."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lift_ray.training.workspace import Workspace
 
 
 def trial_of(config: RunConfig, warm: Workspace, output: Output) -> Trial | BackdoorTrial:
-    """The trial of any method.
+    """Return the trial for a run's method.
 
     Args:
-        output: of the search.
+        output: the search's.
     """
     if not isinstance(config.method, BackdoorConfig):
         return Trial(config, warm)
@@ -31,13 +31,13 @@ def trial_of(config: RunConfig, warm: Workspace, output: Output) -> Trial | Back
 
 
 class BackdoorTrial(Ensemble):
-    """Several models inside a search; made by `of`.
+    """Ensemble of several models in a search; created with `of`.
 
-    A trained model is kept as OUT/members/DIGEST and belongs to all trials whose settings ask for it. Two slots that need the
-    same one at the same moment both train it, with the same result.
+    A trained model is kept as OUT/members/DIGEST and shared by all trials with the same settings for it. If two slots need the
+    same model at the same time, both train it, with the same result.
 
     Attributes:
-        output: of the search.
+        output: the search's.
     """
 
     output: Output
@@ -48,9 +48,10 @@ class BackdoorTrial(Ensemble):
         return len(self.runs)
 
     def epochs(self) -> Iterator[Figures]:
-        """Let the models join that are not there yet; yields validation of those that are, together, after each.
+        """Add the missing models one by one, and yield the validation figures of the ensemble after each.
 
-        Raises RunFailed when the loss of one was not finite.
+        Raises:
+            RunFailed: the loss of a model is not finite.
         """
         for run in list(self.runs.values())[self.epoch :]:
             began = time.monotonic()
@@ -71,8 +72,9 @@ class BackdoorTrial(Ensemble):
             yield self.history[-1]
 
     def _join(self, run: Run) -> Figures:
-        """Fetch a model that is trained already, or train it; returns where the time went."""
+        """Load a model that is already trained, or train it. Returns the seconds that training spent on each of its parts."""
         place = f"members/{run.config.digest()}"
+        # The first rank decides for all: another slot may finish the model while the ranks look.
         if run.ranks.from_first("there" if self.output.holds(f"{place}/{RECORD}") else ""):
             with self.output.fetched(place) as folder:
                 run.load(folder)
@@ -85,7 +87,7 @@ class BackdoorTrial(Ensemble):
         return {name: sum(figures[name] for figures in epochs) for name in run.seconds if epochs}
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint of the same settings. Raises BadInput, naming the first setting that differs."""
+        """Continue from a checkpoint of the same settings. Raises BadInput that names the first setting that differs."""
         record = checkpoint.read_record(folder)
         checkpoint.check_same(folder, record, self.config.to_dict(), self.warm.dataset.class_names)
         checkpoint.load_weights(folder, self.model)

@@ -1,4 +1,4 @@
-"""The driver of a search: its study, its slots, and whoever watches."""
+"""Driver of a search: connects the study, the slots and the watchers."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ def run_search(
     callbacks: Sequence[Callback] = (),
     slot_class: type[Slot] = Slot,
 ) -> SearchResult:
-    """Search, then compare the best with zero-shot and the baselines on the test split.
+    """Run all trials, then compare the best one with zero-shot and the baselines on the test split.
 
     Args:
-        dataset: URI, absolute.
+        dataset: absolute URI.
         need: resources of a slot.
-        size: number of slots that the cluster can hold now, and as its autoscaler may make it.
-        out: for checkpoints and the trials table.
-        num_images: of each split, for the time that is left.
-        show: takes a line about how far the search is, once a second.
-        watchers: told what happens to trials, as the table on the terminal is.
-        callbacks: of Ray Tune, for users of Python. They hear of every job of a slot: `trial.config["job"]` is a
-            `jobs.TrainJob` for a trial, and results between epochs have no figures.
-        slot_class: what does the jobs; tests have one that trains nothing.
+        size: returns the number of slots that fit the cluster, nodes that its autoscaler may add included.
+        out: receives checkpoints and the table of trials.
+        num_images: number of images of each split, to estimate the time left.
+        show: called once a second with a line of progress.
+        watchers: notified about trials, like the table on the terminal.
+        callbacks: callbacks of Ray Tune, for users of the Python API. They are notified about every job of a slot:
+            `trial.config["job"]` is a `jobs.TrainJob` for a trial, and results between epochs have no figures.
+        slot_class: Trainable that runs the jobs; tests pass one that trains nothing.
 
     Raises:
-        BadInput: settings that only a worker could find wrong (a backbone that cannot be loaded, for example).
+        BadInput: settings that only a worker can find invalid, for example a backbone that cannot be loaded.
         RunFailed: no trial finished, slots do not start, or results cannot be written.
-        Stopped: a signal came. The best trial so far, if one has finished, is in OUT/best and OUT/best.yaml.
+        Stopped: a signal arrived. The best trial so far, if one has finished, is in OUT/best and OUT/best.yaml.
     """
     began = time.monotonic()
     search = Search(study, out)
@@ -70,7 +70,7 @@ def run_search(
 
     def should_stop() -> bool:
         if interrupts.came:
-            best_so_far()  # before the slots stop: whoever sent the signal may not wait long
+            best_so_far()  # before the slots stop, because SIGKILL may follow soon
         return interrupts.came
 
     def on_step() -> None:
@@ -84,10 +84,10 @@ def run_search(
     engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)
     metrics = StudyMetrics(study.space, study.rows, engine)
     search.watchers += [monitor, *watchers]
-    interrupts.ask(lambda: print("stopping at the next step; once more ends it at once", flush=True))
+    interrupts.ask(lambda: print("stopping at the next step; interrupt again to stop at once", flush=True))
     with monitor:
         run_jobs(engine, callbacks, slot_class)
-    if not search.is_over:  # a signal came, or Tune was ended by other means
+    if not search.is_over:  # a signal arrived, or something else ended Tune
         raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
     rows = search.rows()
     if best_of(rows, study.space) is None:
@@ -97,15 +97,15 @@ def run_search(
 
 
 def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
-    """Write OUT/best and OUT/best.yaml; returns the line that says how far the search is."""
+    """Write OUT/best and OUT/best.yaml, and return the line that summarizes the stopped search."""
     best = best_of(search.rows(), search.space)
-    found = "none has finished yet"
+    found = "no trial has finished yet"
     if best is not None:
         found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
         figures = {name: value for name, value in best.last.items() if name.startswith("validation/")}
         try:
             write_best(search.space, dataset, best, out, figures)
-        except (RunFailed, OSError) as error:  # a full disk must not keep the search from stopping
+        except (RunFailed, OSError) as error:  # a full disk must not prevent the search from stopping
             found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
     return (
         f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; "

@@ -1,8 +1,7 @@
-"""One driver at a time on a search's folder, and what the next one finds there."""
+"""Open a search's folder for one driver at a time, and check whether a search there can start or resume."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lift_ray.errors import BadInput
 from lift_ray.search.samplers import check_sampler
@@ -21,12 +22,13 @@ from lift_ray.storage.output import Output
 
 @contextmanager
 def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, resume: bool) -> Iterator[Study]:
-    """The study of a folder, new or resumed, for as long as this driver works on it.
+    """Yield the study of a folder, new or resumed, and hold the folder's lock meanwhile.
 
     Args:
-        url: of a database; a journal file in the folder when None.
+        url: the database; None for a journal file in the folder.
 
-    Raises BadInput: the folder holds a search already, or none to resume; another driver is at work.
+    Raises:
+        BadInput: the folder already contains a search, or none to resume, or another driver is working on it.
     """
     check_sampler(space.search.sampler)
     if resume:
@@ -42,7 +44,7 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
                 shutil.copyfile(journal, out.folder / JOURNAL)
         storage = database or open_storage(None, out.folder)
         study = Study(space, dataset, storage, resume=resume, shared=not is_local or database is not None)
-        if study.replaced:  # what its slots saved is of other settings
+        if study.replaced:  # its checkpoints may be of other settings
             out.remove(CHECKPOINTS)
         try:
             yield study
@@ -52,33 +54,41 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
 
 
 def check_is_new(out: Output) -> None:
-    """Raises BadInput when a folder holds a search that has reported an epoch, or a driver works on it. Changes nothing."""
+    """Raise BadInput if a folder contains a search that has reported an epoch, or a driver works on it. Changes nothing."""
     if _is_held(out):
         raise _held(out)
     if (out.holds(JOURNAL) and _stored(out)[0]) or out.holds(STUDY):
         raise BadInput(
-            f"{out.shown}: must be a new folder, but it holds a search already; "
-            "add --resume to continue it, or give another --out"
+            out.shown,
+            "must be a new folder",
+            but="it already contains a search",
+            remedy="add --resume to continue it, or give another --out",
         )
 
 
 def check_can_resume(out: Output, space: SpaceFile, dataset: str, *, url: str | None) -> None:
-    """Raises BadInput when a folder holds no search, or one with other settings. A database is not looked at."""
+    """Raise BadInput if a folder contains no search, or one with other settings. A database is not opened."""
     _check_holds_search(out, url)
     now = described(space, dataset)
-    if url is None and (text := differences(_stored(out)[1] or now, now)):
-        raise BadInput(text)
+    if url is None and (fault := differences(_stored(out)[1] or now, now)):
+        raise fault
 
 
 def _check_holds_search(out: Output, url: str | None) -> None:
     if url is None and not out.holds(JOURNAL):
         raise BadInput(
-            f"{out.url}: must hold a search to resume, but there is no {JOURNAL}; check --out, or leave out --resume"
+            out.url,
+            "must contain a search to resume",
+            but=f"there is no {JOURNAL}",
+            remedy="check --out, or leave out --resume",
         )
 
 
 def _stored(out: Output) -> tuple[bool, dict[str, Any]]:
-    """Whether a trial in a folder's journal has reported, and the settings the search started with. The journal is copied."""
+    """Return whether a trial in a folder's journal has reported, and the settings the search started with.
+
+    Reads a copy, because opening a journal repairs it.
+    """
     with out.fetched(JOURNAL) as journal, tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(journal, Path(folder) / JOURNAL)
         return stored_search(open_storage(None, Path(folder)))
@@ -86,35 +96,33 @@ def _stored(out: Output) -> tuple[bool, dict[str, Any]]:
 
 def _held(out: Output) -> BadInput:
     holder = (out.folder / LOCK).read_text(errors="replace")[:200].strip() or "another process"
-    return BadInput(f"{out.url}: must have one driver, but {holder} works on it; wait for it, or stop it")
+    return BadInput(out.url, "must have one driver", but=f"{holder} is working on it", remedy="wait for it or stop it")
+
+
+def _lock(out: Output) -> FileLock:
+    # flock only: the kernel releases it when its process dies. A soft lock is a file that a killed driver would leave behind.
+    return FileLock(out.folder / LOCK, timeout=0, fallback_to_soft=False)
 
 
 def _is_held(out: Output) -> bool:
-    """Whether a living driver works on a folder."""
-    try:
-        descriptor = os.open(out.folder / LOCK, os.O_RDWR)
-    except FileNotFoundError:
+    """Return True if a living driver works on a folder."""
+    if not (out.folder / LOCK).exists():  # acquiring the lock would create the file
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        with _lock(out):
+            return False
+    except Timeout:
         return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 @contextmanager
 def _alone(out: Output) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel takes back from a driver that dies. Raises BadInput when another holds it."""
-    descriptor = os.open(out.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    """Hold the folder's lock. Raises BadInput if another driver holds it."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _held(out) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        lock = _lock(out).acquire()
+    except Timeout:
+        raise _held(out) from None
+    with lock:
+        # The file stays after the driver; its text only says who holds the lock, or held it last.
+        (out.folder / LOCK).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
         yield
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The engine of a search: Ray Tune's scheduler, stopper and source of jobs in one. tuner.py starts it."""
+"""Engine of a search: Ray Tune's scheduler, stopper and source of jobs in one class. tune_run.py starts it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ from lift_ray.search.slot import REPLY, SLOT
 from lift_ray.search.state import Search
 from lift_ray.training.events import RunAborted, StepsDone
 
-MAX_FAILURES = 2  # of a job, or of slots in a row that do not start; one more ends it
-LOOK_S = 5.0  # between two looks at the cluster's size
+MAX_FAILURES = (
+    2  # tolerated failures of a job, and failed starts of slots in a row; one more ends the job or the search
+)
+LOOK_S = 5.0  # seconds between two queries of the cluster's size
 
 
 class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
-    """Keeps track of which slot has which job, and passes the rest of what Tune asks and tells on to the search.
+    """Tracks which slot works on which job, and forwards everything else between Tune and the search.
+
+    A job of ours is a trial of Tune. A slot is a Trainable of Tune that is reused for one job after another.
 
     Args:
-        size: number of slots that the cluster can hold now.
-        should_stop: whether the search is to stop as soon as it can.
+        size: returns the number of slots that fit the cluster now.
+        should_stop: returns True once the search is to stop as soon as possible.
         on_step: called many times a second.
-        keeps_slots: give slots without a job an IdleJob while the search runs. Tune would end all but one of them, and they
-            would load everything again for the final comparison. Not on a cluster that shrinks: their nodes are to go.
+        keeps_slots: give slots without a job an IdleJob while the search runs. Otherwise Tune ends all but one of them, and
+            new ones would load everything again for the final comparison. False on a cluster that scales down, because idle
+            slots would keep their nodes.
 
     Attributes:
-        error: what ended the search.
-        lost: number of slots that ended and should not have.
-        jobs: by Tune's id of the trial.
-        open_slots: numbers of the slots that have loaded what they need.
+        error: the error that ended the search.
+        lost: number of slots that ended unexpectedly.
+        jobs: the jobs by the id of their Tune trial.
+        open_slots: numbers of the slots that have loaded the backbone and the data.
     """
 
     def __init__(
@@ -58,9 +63,9 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self.lost = 0
         self.jobs: dict[str, Job] = {}
         self.open_slots: set[int] = set()
-        self._opening: set[str] = set()  # Tune's ids of the jobs that are to open a slot, and have not yet
-        self._numbers: dict[str, int] = {}  # of the slots that work on jobs, or will be started for them
-        self._waiting: list[Any] = []  # Tune's trials that no slot has taken up yet, oldest first
+        self._opening: set[str] = set()  # ids of Tune's trials that wait for a new slot
+        self._numbers: dict[str, int] = {}  # slot of each of Tune's trials, running or to be started
+        self._waiting: list[Any] = []  # Tune's trials that no slot runs yet, oldest first
         self._errors: dict[str, str] = {}
         self._failures: Counter[str] = Counter()  # by the job's key
         self._failed_starts = 0  # in a row
@@ -68,16 +73,16 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
     @property
     def num_slots(self) -> int:
-        """Open slots."""
+        """Number of open slots."""
         return len(self.open_slots)
 
-    # As the source of jobs
+    # Source of jobs
 
     def next_config(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The config of a new Tune trial; None when there is nothing to do now, or FINISHED.
+        """Return the config of a new Tune trial; None if there is nothing to do now, FINISHED at the end.
 
-        A job is handed out when an open slot is free. It is then the newest that waits, so that slot takes it. Otherwise an
-        IdleJob opens another slot, if there is room and work for it.
+        A job is only handed out when an open slot is free. The job is then the newest waiting one, so that slot takes it (see
+        `choose_trial_to_run`). Otherwise an IdleJob opens another slot, if there is room and work for it.
         """
         if self.error is not None or self.should_stop() or self.search.is_over:
             return str(Searcher.FINISHED)
@@ -89,7 +94,7 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         else:
             job = self.search.next_job() or (IdleJob() if self.keeps_slots and not self._pending() else None)
         if job is None:
-            if not opens:  # Tune keeps one slot without a job, and ends the others
+            if not opens:  # Tune keeps one slot without a job and ends the others
                 self.open_slots = set(sorted(self.open_slots)[: len(self.jobs) - len(self._opening) + 1])
             return None
         if opens:
@@ -105,27 +110,30 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         return self._room
 
     def _pending(self) -> list[Any]:
-        """Jobs, as Tune's trials, that wait for a slot and are not to open one."""
+        """Return Tune's trials that wait for an open slot; those that wait for a new one are left out."""
         self._waiting = [trial for trial in self._waiting if trial.status == "PENDING" and trial.trial_id in self.jobs]
         return [trial for trial in self._waiting if trial.trial_id not in self._opening]
 
     def gave_up(self, trial_id: str) -> None:
-        """Tune starts no other slot for a job. Raises RunFailed when slots do not start, or for a job that cannot be done without."""
+        """Handle a job for which Tune starts no further slot.
+
+        Raises:
+            RunFailed: slots do not start, or the search requires this job.
+        """
         job = self.jobs[trial_id]
         self._forget(trial_id)
         if isinstance(job, IdleJob):
             if self._failed_starts > MAX_FAILURES:
                 raise RunFailed(
-                    f"slots must start, but {self._failed_starts} in a row did not; "
-                    f"the last error: {self._errors[trial_id]}"
+                    f"{self._failed_starts} slots in a row failed to start; the last error: {self._errors[trial_id]}"
                 )
         elif self._failures[job.key] > MAX_FAILURES:
             self.search.failed(job, self._errors[trial_id])
-        else:  # Tune counted a slot twice that died between two jobs
+        else:  # a slot died between two jobs, which Tune counts as two failures
             self.search.put_back(job)
 
     def put_all_back(self) -> None:
-        """Start again with no slots: a new Tuner follows."""
+        """Return all jobs to the search and forget the slots, because a new Tuner follows."""
         for job in self.jobs.values():
             if not isinstance(job, IdleJob):
                 self.search.put_back(job)
@@ -135,22 +143,22 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
     # TrialScheduler
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Tune's own metric is not used."""
+        """Accept any settings: Tune's own metric is not used."""
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A job waits for a slot: for the first time, or again after it lost one."""
+        """Queue a job that waits for a slot, for the first time or after it lost one."""
         self._waiting.append(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Store what a slot replied, then decide."""
+        """Store a slot's reply, then decide whether it continues with its job."""
         with self.kept():
             if self._take(trial.trial_id, result):
                 return str(self.CONTINUE)
         return str(self.STOP)
 
     def _take(self, trial_id: str, result: dict[str, Any]) -> bool:
-        if (job := self.jobs.get(trial_id)) is None:  # it was put back
+        if (job := self.jobs.get(trial_id)) is None:  # the job was returned to the search
             return False
         reply = result[REPLY]
         self._numbers[trial_id] = int(result[SLOT])
@@ -166,17 +174,17 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         return self.search.take(job, reply)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """The slot is free."""
+        """Free the slot."""
         self._forget(trial.trial_id)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """A job that no slot had taken up was dropped."""
+        """Forget a job that was dropped before a slot ran it."""
         self._forget(trial.trial_id)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """A slot was lost. Tune starts another one for the job, which keeps the number, or tells the searcher that it gives up."""
+        """Handle a lost slot. Tune starts another one with the same number for its job, or tells the searcher that it gives up."""
         job = self.jobs.get(trial.trial_id)
-        if job is None or trial.status == "PENDING":  # told a second time, of a slot that died between two jobs
+        if job is None or trial.status == "PENDING":  # the second report of a slot that died between two jobs
             return
         self.lost += 1
         self._errors[trial.trial_id] = _error_line(trial)
@@ -186,19 +194,22 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         else:
             self._failures[job.key] += 1
         self.open_slots.discard(number)
-        self._opening.add(trial.trial_id)  # the job waits for a slot of its own now
+        self._opening.add(trial.trial_id)  # now the job waits for a slot of its own
         trial.set_config({**trial.config, "slot": replace(self.slot, number=number)})
         with self.kept():
             self.search.interrupted(job)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The newest that waits. A slot that became free then takes the job that was just handed out, and not one whose own
-        slot is starting, which Tune would end."""
+        """Return the newest waiting trial.
+
+        A slot that became free then takes the job that was just handed out. With an older one, whose own slot is still
+        starting, Tune would end that slot.
+        """
         self._pending()
         return self._waiting[-1] if self._waiting else None
 
     def debug_string(self) -> str:
-        """Nothing for Tune's own table, which is not shown."""
+        """Return nothing, because Tune's own table is not shown."""
         return ""
 
     def _forget(self, trial_id: str) -> None:
@@ -209,23 +220,26 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
     # Stopper
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Single jobs are stopped by `on_trial_result`."""
+        """Return False: `on_trial_result` stops single jobs."""
         return False
 
     def stop_all(self) -> bool:
-        """Tune asks this after each of its steps. Slots that are still opening when the search is over are ended with it."""
+        """Return True once the search is over. Tune calls this after each of its steps.
+
+        Slots that are still opening when the search is over end with it.
+        """
         with self.kept():
             self.on_step()
             return self.error is not None or self.should_stop() or self.search.is_over
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its Stopper into a snapshot, which is never read."""
+        """Return nothing: Tune pickles its Stopper into snapshots that are never read."""
         return {}
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep an error for after the fit: Tune would make it a TuneError with a traceback."""
+        """Keep an error until the fit has ended. Tune would turn it into a TuneError with a traceback."""
         try:
             yield
         except Exception as error:
@@ -233,10 +247,10 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
 
 def _error_line(trial: Any) -> str:
-    """Why a slot ended: the last line of its error, or that its processes were lost."""
+    """Return why a slot ended: the last line of its error, or that its processes were lost."""
     with suppress(OSError):
         text = Path(trial.error_file).read_text()
-        text = text[text.rindex("Failure # ") :]  # one for each time that the job failed
+        text = text[text.rindex("Failure # ") :]  # the file has one section for each failure of the job
         if "ray::" in text and "The actor is dead" not in text:
             return last_line(RuntimeError(text))
     return "its processes were lost"

@@ -1,4 +1,4 @@
-"""The final comparison: what is evaluated after the trials, or beside the last of them, and the files that say what was found."""
+"""Final comparison: the evaluations after the trials, or next to the last of them, and the files with the search's result."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ from lift_ray.storage.layout import BEST, BEST_METRICS, BEST_SETTINGS, STUDY
 from lift_ray.storage.output import Output
 from lift_ray.training.checkpoint import Record, read_record
 
-CROPS, TTE = 5, "-tte"  # of test-time ensembling: images for one, and the end of a model's name
+CROPS, TTE = 5, "-tte"  # test-time ensembling: crops per image, and the suffix of the model's name
 POSTHOC = "validation/posthoc_tau"
 Results = Mapping[str, dict[str, Any]]
 
 
 @dataclass
 class SearchResult:
-    """The outcome of a search.
+    """Result of a search.
 
     Args:
+        rows: all trials, in the order of their numbers.
         best: the finished trial with the best first objective.
-        compared: (label, metrics of validation and test) of zero-shot, the baselines, the best, and what costs no training:
-            another tau after training, test-time ensembling.
-        front: the Pareto front, where there are several objectives; otherwise empty.
-        posthoc: validation metrics of the best for each tau after training.
-        seeds: for `search.seeds_best` above 1, label, seed and metrics of each run of the best settings and the baseline.
-        together: of each finished trial of `method: backdoor`, as `ensemble_results` gives it.
+        compared: (label, metrics of validation and test) of zero-shot, the baselines, the best trial, and its variants without
+            further training: another post-hoc tau, test-time ensembling.
+        front: the Pareto front of a search with several objectives; otherwise empty.
+        time_s: seconds of wall time by activity, from `time_breakdown`.
+        posthoc: validation metrics of the best trial for each post-hoc tau.
+        seeds: label, seed and metrics of each run of the best settings and the baseline, if `search.seeds_best` is above 1.
+        together: results of each finished trial of `method: backdoor`, from `ensemble_results`.
     """
 
     rows: list[TrialRow]
@@ -57,7 +59,13 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the comparison: what results call it, the settings of its run, and where its weights are in OUT."""
+    """Model of the comparison.
+
+    Args:
+        name: its name in results.
+        config: the settings of its run.
+        checkpoint: the folder of its weights in OUT; None for a model that trains nothing.
+    """
 
     name: str
     config: dict[str, Any]
@@ -65,13 +73,17 @@ class Model:
 
     @property
     def tau(self) -> float:
-        """Its own post-hoc adjustment."""
+        """Strength of the post-hoc adjustment in its settings."""
         return float(self.config.get("evaluation", {}).get("posthoc_tau", 0.0))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the comparison: a model with a post-hoc tau; `row` is the trial whose validation figures it has already."""
+    """Line of the comparison: a model with a post-hoc tau.
+
+    Args:
+        row: the trial that has the model's validation metrics already; None if they must be evaluated.
+    """
 
     label: str
     model: Model
@@ -80,13 +92,13 @@ class Entry:
 
 
 def zero_shot(space: SpaceFile) -> Model:
-    """The foundation model as it is."""
+    """Return the foundation model without fine-tuning."""
     changes = {"method.kind": "lift", "tuner.kind": "zero_shot", "extra_tuner": None}
     return Model("zero-shot", apply_overrides(space.base, changes, RunConfig), None)
 
 
 def trained(space: SpaceFile, row: TrialRow, *, tte: bool = False) -> Model:
-    """A finished trial's model, on request with test-time ensembling."""
+    """Return a finished trial's model, optionally with test-time ensembling."""
     config = space.config(row.values).to_dict()
     config = apply_overrides(config, {"evaluation.tte": True}, RunConfig) if tte else config
     path = trial_checkpoint_path(row.number, int(row.last["epoch"]))
@@ -94,12 +106,12 @@ def trained(space: SpaceFile, row: TrialRow, *, tte: bool = False) -> Model:
 
 
 def final_jobs(space: SpaceFile, rows: Sequence[TrialRow], results: Results, *, is_over: bool) -> list[Job]:
-    """The jobs that are known and not done, most important first.
+    """Return the known jobs that are not done, most important first.
 
     Args:
-        results: of those that are done.
-        is_over: whether all trials have ended. Until then only what does not depend on which trial is best: zero-shot, and
-            the baselines that are finished. Slots that no trial is left for are not idle then.
+        results: results of the jobs that are done.
+        is_over: True once all trials have ended. Before, only jobs that do not depend on the best trial are returned:
+            zero-shot and the finished baselines. They keep slots busy that no trial is left for.
     """
     wanted: dict[tuple[str, str], tuple[Model, list[float]]] = {}
     jobs: list[Job] = []
@@ -131,13 +143,13 @@ def final_jobs(space: SpaceFile, rows: Sequence[TrialRow], results: Results, *, 
 def comparison_seconds(
     space: SpaceFile, jobs: Sequence[Job] | None, num_images: Mapping[str, int], image_s: float, run_s: float
 ) -> float:
-    """Estimated slot time of the rest of the final comparison.
+    """Estimate the slot time that the rest of the final comparison takes, in seconds.
 
     Args:
-        jobs: those that are left; None while trials run, when what the space asks for counts.
-        num_images: of each split.
-        image_s: to evaluate an image.
-        run_s: to train a run to its end.
+        jobs: the jobs that are left; None while trials run, when the estimate is for all that the space asks for.
+        num_images: number of images of each split.
+        image_s: seconds to evaluate an image.
+        run_s: seconds to train a run to its end.
     """
     if jobs is None:
         both = num_images["validation"] + num_images["test"]
@@ -149,12 +161,12 @@ def comparison_seconds(
 
 
 def own_last(model: Model, taus: Sequence[float]) -> tuple[float, ...]:
-    """The taus, the model's own at the end: an ensemble reports on the last."""
+    """Return the taus in order, but with the model's own last, because an ensemble reports on the last one."""
     return tuple(sorted(taus, key=lambda tau: (tau == model.tau, tau)))
 
 
 def results_of(job: EvaluationJob, value: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A slot's results by the keys under which they are stored: one for each tau."""
+    """Return a slot's results by the keys under which they are stored, one for each tau."""
     further = {name: found for name, found in value.items() if name != "figures"}
     return {
         result_key(job.model, job.split, tau): {**figures, **(further if tau == job.taus[-1] else {})}
@@ -163,12 +175,12 @@ def results_of(job: EvaluationJob, value: Mapping[str, Any]) -> dict[str, dict[s
 
 
 def result_key(model: str, split: str, tau: float) -> str:
-    """Under which the figures of a model on a split are stored."""
+    """Return the key under which the metrics of a model on a split are stored."""
     return f"{model} {split} tau {tau:g}"
 
 
 def early_comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
-    """Zero-shot, where the foundation model has a text tower, and the baselines that are finished."""
+    """Return the entries for zero-shot, if the foundation model has a text tower, and for the finished baselines."""
     labels, plain = space.baseline_labels(), zero_shot(space)
     out = [Entry("zero-shot", plain, plain.tau)] if space.config({}).backbone.has_text else []
     for row in rows:
@@ -179,7 +191,7 @@ def early_comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
 
 
 def comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
-    """All that is compared, once the trials have ended. Empty when none has finished."""
+    """Return all entries of the comparison, once the trials have ended. Empty if none has finished."""
     best = best_of(rows, space)
     if best is None:
         return []
@@ -195,7 +207,7 @@ def comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
 
 
 def compared(space: SpaceFile, rows: Sequence[TrialRow], results: Results) -> list[tuple[str, dict[str, Any]]]:
-    """Label and figures of all that was compared, from the stored results; `predictions` names those for the test images."""
+    """Return label and metrics of each entry, from the stored results; `predictions` is the folder of its test predictions."""
     out = []
     for entry in comparison(space, rows):
         figures: dict[str, Any] = {}
@@ -211,21 +223,19 @@ def compared(space: SpaceFile, rows: Sequence[TrialRow], results: Results) -> li
 
 
 def best_of(rows: Sequence[TrialRow], space: SpaceFile) -> TrialRow | None:
-    """The finished trial with the best first objective, of several the best by the others; None when none has finished."""
+    """Return the finished trial with the best first objective, with ties broken by the others; None if none has finished."""
     front = pareto_front(rows, space.objectives)
     return front[0] if front else None
 
 
 def none_finished(rows: Sequence[TrialRow], out: Output) -> RunFailed:
-    """The error of a search without a finished trial."""
+    """Return the error of a search without a finished trial."""
     errors = [f"; the last error: {row.error}" for row in rows if row.error]
-    return RunFailed(
-        f"{out}: at least one trial must finish, but none of {len(rows)} did{''.join(errors[-1:])}; see trials.csv"
-    )
+    return RunFailed(f"{out}: none of {len(rows)} trials finished{''.join(errors[-1:])}; see trials.csv")
 
 
 def _ranked(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """The finished trials, best first objective first."""
+    """Return the finished trials, sorted by the first objective, best first."""
     metric, mode = space.objective
     sign = -1 if mode == "max" else 1
     return sorted(
@@ -234,23 +244,23 @@ def _ranked(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def posthoc_curve(space: SpaceFile, best: TrialRow, results: Results) -> list[dict[str, float]]:
-    """Validation metrics of the best for each tau after training."""
+    """Return the validation metrics of the best trial for each post-hoc tau."""
     found = [(tau, results[result_key(trained(space, best).name, "validation", tau)]) for tau in TAUS]
     return [{"tau": tau, **{n: v for n, v in figures.items() if n.startswith("validation/")}} for tau, figures in found]
 
 
 def ensembles(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """The finished trials of `method: backdoor`."""
-    # Most searches have none. This answers without validating the settings of all trials whenever one has ended.
+    """Return the finished trials of `method: backdoor`."""
+    # Most searches have none, and this is called whenever a trial has ended: validate no settings for them.
     if not any("method" in name for name in (*space.base, *space.space)):
         return []
     return [row for row in rows if row.state == "finished" and space.config(row.values).members()]
 
 
 def ensemble_results(space: SpaceFile, rows: Sequence[TrialRow], results: Results) -> list[dict[str, Any]]:
-    """Test metrics of each finished trial of `method: backdoor`, and the gain of its models over each alone.
+    """Return test metrics of each finished trial of `method: backdoor`, and the gain of the ensemble over each of its models.
 
-    Returns trial, values, metrics as `test/name`, and the report of GroupGainTable.result with the cost.
+    Each entry has the trial, its values, metrics as `test/name`, and the report of GroupGainTable.result with the cost.
     """
     out = []
     for row in ensembles(space, rows):
@@ -269,7 +279,7 @@ def ensemble_results(space: SpaceFile, rows: Sequence[TrialRow], results: Result
 
 
 def conclude(space: SpaceFile, rows: list[TrialRow], results: Results, time_s: dict[str, float]) -> SearchResult:
-    """Put together what the trials and the jobs after them found. At least one trial must have finished."""
+    """Build the result from the trials and the final comparison. At least one trial must have finished."""
     best = best_of(rows, space)
     assert best is not None
     table = compared(space, rows, results)
@@ -280,7 +290,7 @@ def conclude(space: SpaceFile, rows: list[TrialRow], results: Results, time_s: d
 
 
 def write_result(space: SpaceFile, dataset: str, found: SearchResult, out: Output) -> None:
-    """best/, best.yaml and study.json; the trials table is there already. study.json comes last: its presence means done."""
+    """Write best/, best.yaml and study.json. study.json is written last: if it exists, the search is done."""
     record = write_best(space, dataset, found.best, out, dict(found.compared)[BEST_FOUND])
     about: dict[str, Any] = {
         "name": space.name,
@@ -315,7 +325,7 @@ def write_result(space: SpaceFile, dataset: str, found: SearchResult, out: Outpu
 
 
 def write_best(space: SpaceFile, dataset: str, best: TrialRow, out: Output, figures: Mapping[str, Any]) -> Record:
-    """best/ and best.yaml: the checkpoint and the settings of the best trial, each whole or not at all."""
+    """Write best/ and best.yaml, the checkpoint and the settings of the best trial, each atomically."""
     record = _keep_best(best, out, {name: value for name, value in figures.items() if name != "predictions"})
     header = f"# Best of the search {space.name} (trial {best.number}); python -m lift_ray.train best.yaml trains it again.\n"
     dump_yaml({"name": f"{space.name}-best", "dataset": dataset, **record.config}, out.folder / BEST_SETTINGS, header)
@@ -324,7 +334,7 @@ def write_best(space: SpaceFile, dataset: str, best: TrialRow, out: Output, figu
 
 
 def _keep_best(best: TrialRow, out: Output, figures: Mapping[str, Any]) -> Record:
-    """Copy the best checkpoint to best/, whole or not at all."""
+    """Copy the best checkpoint to best/, atomically."""
     target, temporary = out.folder / BEST, out.folder / f"{BEST}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     with out.fetched(trial_checkpoint_path(best.number, int(best.last["epoch"]))) as folder:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the work to stop, the second ends the process."""
+"""Handlers of Ctrl-C and SIGTERM: the first signal asks the search to stop, the second ends the process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """While it is entered, the two signals are heard here.
+    """Context manager that handles both signals while it is entered.
 
-    Until `ask` the first one raises Interrupted, as there is nothing to stop in order. After it, the first one sets `signum`.
-    A second one ends the process at once, with the exit code that shells expect: 130 or 143.
+    Before `ask` is called, the first signal raises Interrupted, because there is nothing to stop in order yet. Afterwards it sets
+    `signum`. A second signal ends the process at once, with the exit code that shells expect: 130 or 143.
 
     Attributes:
-        signum: of the signal that came; 0 before.
+        signum: number of the signal that arrived; 0 before.
     """
 
     def __init__(self) -> None:
@@ -40,17 +40,17 @@ class Interrupts:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Take the signals; again after `ray.init`, which takes SIGTERM for itself."""
+        """Install the handlers. Call it again after `ray.init`, which installs its own for SIGTERM."""
         for number in self._before:
             signal.signal(number, self._heard)
 
     def ask(self, say: Callable[[], None]) -> None:
-        """From now on the first signal only asks: `say` tells the user that it was heard."""
+        """Let the first signal only ask for a stop from now on; `say` then tells the user."""
         self._say = say
 
     @property
     def came(self) -> bool:
-        """Whether the work is to stop."""
+        """True once a signal has arrived."""
         return bool(self.signum)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:

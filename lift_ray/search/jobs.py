@@ -1,4 +1,4 @@
-"""The jobs of a slot. Plain data: the driver imports neither torch nor Ray for it."""
+"""Jobs of a slot, as plain data: the driver imports neither torch nor Ray for them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lift_ray.storage.layout import CHECKPOINTS
 
 @dataclass(frozen=True)
 class SlotSettings:
-    """The settings that all jobs of a search share.
+    """Settings that all jobs of a search share.
 
     Args:
-        dataset: URI, absolute.
-        need: processes of a slot, and what each takes of a node.
-        out: the search's Output, as a URL.
-        study: name of the search, the tag of its metrics.
-        number: of the slot, from 0; a slot keeps the number that it was started with.
+        dataset: absolute URI.
+        need: number of processes of a slot, and the resources of each.
+        out: URL of the search's Output.
+        study: name of the search, which tags its metrics.
+        number: number of the slot, from 0. A slot keeps the number that it was started with.
     """
 
     dataset: str
@@ -30,10 +30,10 @@ class SlotSettings:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Train a run to its end, one epoch after another, from its last checkpoint if there is one.
+    """Train a run to its end, from its last checkpoint if there is one.
 
     Args:
-        number: of the trial; its checkpoints are OUT/checkpoints/NUMBER/epoch-N.
+        number: number of the trial; its checkpoints are OUT/checkpoints/NUMBER/epoch-N.
         config: the settings of its run.
         then_test: evaluate it on the test split at the end.
     """
@@ -44,7 +44,7 @@ class TrainJob:
 
     @property
     def key(self) -> str:
-        """Names the job, and its result where that is stored."""
+        """Name of the job, and of its stored result."""
         return f"train {self.number}"
 
 
@@ -57,7 +57,7 @@ class EvaluationJob:
         config: the settings of its run.
         checkpoint: the folder of its weights in OUT; None for a model that trains nothing.
         split: validation or test.
-        taus: what each result is adjusted by; an ensemble reports on the last one.
+        taus: post-hoc adjustment of each result; an ensemble reports on the last one.
     """
 
     model: str
@@ -68,16 +68,16 @@ class EvaluationJob:
 
     @property
     def key(self) -> str:
-        """Names the job."""
+        """Name of the job."""
         return f"evaluate {self.model} {self.split} {self.taus}"
 
 
 @dataclass(frozen=True)
 class IdleJob:
-    """Open a slot, and keep it open while there is nothing to do. Replies Done, again and again.
+    """Open a slot, and keep it open while there is nothing to do. Replies JobDone repeatedly.
 
-    Each slot begins with one, so that a trial is drawn, and its time counts, when a slot is there for it. Later it keeps a slot
-    that will be needed again: Tune ends all but one of those without a job.
+    Each slot begins with an IdleJob, so that a trial is only drawn, and its clock only starts, when a slot is ready for it. Later
+    an IdleJob keeps a slot that will be needed again, because Tune ends all but one of the slots without a job.
     """
 
     key: str = "idle"
@@ -87,5 +87,5 @@ Job = TrainJob | EvaluationJob | IdleJob
 
 
 def trial_checkpoint_path(number: int, epoch: int) -> str:
-    """Where, inside OUT, the checkpoint of a trial is."""
+    """Return the folder of a trial's checkpoint in OUT."""
     return f"{CHECKPOINTS}/{number:04d}/epoch-{epoch:04d}"

@@ -1,4 +1,4 @@
-"""The page of a search while it runs, served to this machine only: trials now, and the report as soon as there is one."""
+"""Live page of a running search, served to this machine only: its trials, and its report as soon as there is one."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ METADATA = "lift_ray_page"  # in the entry of Ray's dashboard for the job
 
 
 class Status:
-    """How far a search is, in a line that its monitor keeps up to date."""
+    """Line of progress that a search's monitor keeps up to date."""
 
     text = ""
 
     def show(self, text: str) -> None:
-        """The line from now on."""
+        """Replace the line."""
         self.text = text
 
 
@@ -42,15 +42,16 @@ class Status:
 def served(
     space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, port: int | None, status: Status | None = None
 ) -> Iterator[str | None]:
-    """Serve the page on 127.0.0.1 while a search runs; yields its address.
+    """Serve the page on 127.0.0.1 while a search runs, and yield its address.
 
     Args:
-        rows: by number; the search fills them.
-        folder: holds report/ when it is written.
+        rows: the trials by number, which the search fills.
+        folder: folder of the search; its report/ is served once it is written.
+        port: 0 for a free one, None for no page.
         status: shown below the counts.
-        port: 0 for a free one; None for no page.
 
-    Raises BadInput when the port cannot be had.
+    Raises:
+        BadInput: the port is in use.
     """
     if port is None:
         yield None
@@ -59,7 +60,7 @@ def served(
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # a page of another site that has its own name point here must not read this one
+            # DNS rebinding: a foreign page whose host name resolves to this machine must not read this one.
             local = urlsplit(f"//{self.headers.get('Host', '')}").hostname in (HOST, "localhost")
             path = urlsplit(self.path).path
             if local and path == "/":
@@ -84,8 +85,7 @@ def served(
         server = ThreadingHTTPServer((HOST, port), Handler)
     except OSError as error:
         raise BadInput(
-            f"--live-port: must be a port that is free, but got {port} ({error.strerror}); give another, or leave it "
-            "out"
+            "--live-port", "must be a free port", f"{port} ({error.strerror})", "give another, or leave it out"
         ) from None
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -98,7 +98,7 @@ def served(
 
 
 def _report_file(folder: Path, path: str) -> Path | None:
-    """The file of the report that a path of the page names; nothing but the report's own files is given out."""
+    """Return the report file that a request path names; None for anything but the report's own files."""
     place, _, name = path.removeprefix("/").partition("/")
     file = folder / REPORT / (name or PAGE)
     return file if place == REPORT and file.parent == folder / REPORT and file.is_file() and name != ".." else None
@@ -157,17 +157,17 @@ def _row(row: TrialRow, metric: str) -> _Row:
 
 
 def job_metadata(space: SpaceFile, address: str | None) -> dict[str, str]:
-    """What the dashboard's list of jobs is to show of a driver that was not submitted."""
+    """Return the metadata that Ray's dashboard shows for a driver that was not submitted as a job."""
     return (
         {"job_name": f"{space.name}, live page {address}", METADATA: address} if address else {"job_name": space.name}
     )
 
 
 def tell_job(address: str) -> None:
-    """Put the page's address into the dashboard's entry of the job that this driver was submitted as, if it was.
+    """Add the page's address to the dashboard's entry of this driver, if it was submitted as a job.
 
-    Ray 2.60 lets nobody change a submitted job's metadata, so this writes the record that the dashboard reads. A driver that
-    was not submitted gives its metadata to `ray.init` instead (`cluster.connected`).
+    Ray 2.60 has no call that changes a submitted job's metadata, so this writes the record that the dashboard reads. A driver
+    that was not submitted gives its metadata to `ray.init` instead (`session.connected`).
     """
     from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 

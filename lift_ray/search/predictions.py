@@ -1,4 +1,4 @@
-"""What a model made of each image of a split: for intervals by bootstrap, calibration, and pictures of what went wrong."""
+"""Predictions of a model for each image of a split: for bootstrap intervals, calibration and the display of errors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lift_ray.training.run import Run
 def evaluate_each(
     run: Run, split_name: str, taus: Sequence[float] | None = None
 ) -> list[tuple[dict[str, float], pa.Table]]:
-    """For each tau the metrics of a split as `split/name`, and a row for each image: label, predicted class, its probability.
+    """Return for each tau the metrics of a split as `split/name`, and a table of label, predicted class and its probability.
 
     Args:
-        taus: strengths of the post-hoc adjustment; the run's own when not given. The images are read once for all of them.
+        taus: strengths of the post-hoc adjustment; by default the run's own. The images are read once for all of them.
     """
     taus = [run.config.evaluation.posthoc_tau] if taus is None else taus
     split, ranks = run.warm.dataset.split(split_name), run.ranks
@@ -40,7 +40,7 @@ def _table(label: NDArray[Any], predicted: NDArray[Any], confidence: NDArray[Any
 
 
 def write_predictions(table: pa.Table, output: Output, folder: str) -> None:
-    """folder/test.parquet in OUT, renamed into place. Raises RunFailed when the storage refuses."""
+    """Write folder/test.parquet in OUT, atomically. Raises RunFailed if the storage refuses."""
     with output.staged(folder, PREDICTIONS_FILE) as target:
         target.mkdir(parents=True, exist_ok=True)
         with replacing(target / PREDICTIONS_FILE) as temporary:

@@ -1,4 +1,4 @@
-"""The checks of `--dry-run` beyond the space file: they find what would otherwise end a search after it has started."""
+"""Checks of `--dry-run` beyond the space file: faults that would otherwise end a search after it has started."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lift_ray.tracking.services import check_service
 def check_before_start(
     space: SpaceFile, dataset: str, *, out: str | None, storage: str | None, resume: bool, log_to: Sequence[str]
 ) -> None:
-    """Raises BadInput with every problem found, a line each. Nothing is downloaded, written or started.
+    """Raise BadInput with a line for each problem. Nothing is downloaded, written or started.
 
     Args:
-        dataset: URI, absolute.
-        out: for the results; a URL is not reached for.
-        storage: of Optuna; not reached for either.
+        dataset: absolute URI.
+        out: folder or URL for the results; a URL is not contacted.
+        storage: URL of Optuna's database, which is not contacted either.
     """
-    problems: list[str] = []
+    problems: list[BadInput] = []
 
     def look(check: object, *args: object, **options: object) -> None:
         try:
             check(*args, **options)  # type: ignore[operator]
         except BadInput as error:
-            problems.extend(str(error).splitlines())
+            problems.extend(error.faults)
 
     look(check_sampler, space.search.sampler)
     for service in dict.fromkeys(log_to):
@@ -46,11 +46,11 @@ def check_before_start(
         look(_check_precision, space, backbone)
         look(_check_name, backbone)
     if problems:
-        raise BadInput("\n".join(dict.fromkeys(problems)))
+        raise BadInput.of({str(problem): problem for problem in problems}.values())
 
 
 def _backbones(space: SpaceFile) -> list[BackboneConfig]:
-    """Every backbone that trials may ask for."""
+    """Return every backbone that a trial may use, as far as the check's draws of the space show."""
     points = [*space.baseline_values(), *seeded_draws(space.space, NUM_CHECK_DRAWS)]
     found: list[BackboneConfig] = []
     for config in (space.config(point) for point in points):
@@ -61,14 +61,19 @@ def _backbones(space: SpaceFile) -> list[BackboneConfig]:
 
 
 def _check_precision(space: SpaceFile, backbone: BackboneConfig) -> None:
-    """A worker without a GPU computes in fp32. Where Ray runs elsewhere, `use_gpu: auto` is decided there."""
+    """Raise BadInput if a worker without a GPU would compute in another precision than fp32.
+
+    On a cluster elsewhere, `use_gpu: auto` is decided there, so nothing is checked.
+    """
     elsewhere = space.scale.use_gpu == "auto" and "RAY_ADDRESS" in os.environ
     if backbone.precision == "fp32" or elsewhere or need(space.scale, has_gpu=gpus_here() > 0).gpus:
         return
     why = "this machine has none" if space.scale.use_gpu == "auto" else "scale.use_gpu is false"
     raise BadInput(
-        f"backbone.precision: {backbone.precision} needs a GPU, but {why}; "
-        "set base.backbone.precision=fp32, or scale.use_gpu=true and run on a cluster"
+        "backbone.precision",
+        f"{backbone.precision} requires a GPU",
+        but=why,
+        remedy="set base.backbone.precision=fp32, or scale.use_gpu=true and run on a cluster",
     )
 
 

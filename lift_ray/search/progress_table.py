@@ -1,4 +1,4 @@
-"""A search as it runs: a live table on a terminal, plain lines elsewhere."""
+"""Display of a running search: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lift_ray.search.tables import trial_table
 from lift_ray.terminal.tables import console, describe
 from lift_ray.training.events import StepsDone
 
-LINE_EVERY_S = 30.0  # without a terminal: at least one line in this time
+LINE_EVERY_S = 30.0  # longest time without a line, if there is no terminal
 SHOW_EVERY_S = 1.0
-WRITE_SHARE = 0.05  # of the time that writing the table of trials may take
+WRITE_FRACTION = 0.05  # largest fraction of the time for writing the table of trials
 
 
 class Monitor:
-    """Shows a search, and rewrites the trials table whenever a trial ends.
+    """Watcher that shows a search, and rewrites the table of trials when trials have ended.
 
     Args:
-        num_images: of each split; it says how long evaluations will take.
-        show: takes a line about how far the search is, once a second.
+        num_images: number of images of each split, to estimate the time of evaluations.
+        show: called once a second with a line of progress.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Monitor:
         self.trials_over_s: float | None = None
         self.num_slots = 1
         self._changed, self._write_at = False, self.began
-        self._num_told = 0  # of the final comparison
+        self._num_told = 0  # number of jobs of the final comparison that were shown
         self._said_at = self._shown_at = self.began
         self.console = console()
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
@@ -64,11 +64,11 @@ class Monitor:
             self._write()
 
     def started(self, row: TrialRow) -> None:
-        """A trial was taken up by a slot."""
+        """Show that a slot has started a trial."""
         self._show()
 
     def reported(self, row: TrialRow) -> None:
-        """An epoch is done."""
+        """Show the metrics of an epoch."""
         now = self._seconds()
         if self.first_step_s is None:
             self.first_step_s = now - row.last.get("time/train_s", 0) - row.last.get("time/evaluate_s", 0)
@@ -77,7 +77,7 @@ class Monitor:
         self._show()
 
     def ended(self, row: TrialRow) -> None:
-        """A trial ran to its end, was stopped early, or failed."""
+        """Show that a trial has finished, was stopped early, or failed."""
         self._changed = True
         self._write_when_due()
         if self.search.trials_are_over and self.trials_over_s is None:
@@ -90,7 +90,7 @@ class Monitor:
         self._show()
 
     def tick(self, num_slots: int) -> None:
-        """Called often: shows what changed since, and without a terminal a line when there was none for a while."""
+        """Show the changes since the last call; called often. Without a terminal, print a line if there was none for a while."""
         self.num_slots = max(1, num_slots)
         for job in self.search.done[self._num_told :]:
             self._num_told += 1
@@ -116,7 +116,7 @@ class Monitor:
         return time.monotonic() - self.began
 
     def _write_when_due(self) -> None:
-        """Write the table of trials, for at most a twentieth of the time: it is as long as the search has trials."""
+        """Write the table of trials if it changed, but limit the time for it: the table grows with the search."""
         if self._changed and time.monotonic() >= self._write_at:
             self._write()
 
@@ -124,7 +124,7 @@ class Monitor:
         began = time.monotonic()
         write_rows(self.rows.values(), self.out.folder)
         self.out.publish()
-        self._changed, self._write_at = False, time.monotonic() + (time.monotonic() - began) / WRITE_SHARE
+        self._changed, self._write_at = False, time.monotonic() + (time.monotonic() - began) / WRITE_FRACTION
 
     def _show(self) -> None:
         if self.live:
@@ -144,7 +144,7 @@ class Monitor:
         return "  |  ".join(parts)
 
     def _counts(self) -> list[str]:
-        """How far the search is, and how long it will take."""
+        """Return the progress of the search and the estimated time left."""
         parts = [f"{self.search.num_ended} of {self.space.num_trials} trials"]
         if self.search.trials_are_over or self.search.done:
             parts.append(self._compared())
@@ -157,7 +157,7 @@ class Monitor:
         return f"final comparison: {len(self.search.done)} of {known} done"
 
     def _job(self, job: Job) -> str:
-        """How far a slot is with a job: `trial 3 epoch 2 40% 210 images/s`."""
+        """Return a slot's progress with a job: `trial 3 epoch 2/5 40% 210 images/s`."""
         at = self.search.progress.get(job.key, StepsDone(0, 0))
         if isinstance(job, EvaluationJob):
             return f"evaluating {job.model} on {job.split} {100 * at.evaluated:.0f}%"
@@ -171,7 +171,7 @@ class Monitor:
         return f"{name} epoch {at.epoch + 1}/{began.epochs} {100 * at.step / max(1, began.steps_per_epoch):.0f}%{speed}"
 
     def seconds_left(self) -> float | None:
-        """An estimate from the trials so far, the final comparison included; None before the first has ended."""
+        """Estimate the time left from the trials so far, the final comparison included; None before the first has ended."""
         ended = [row for row in self.rows.values() if row.has_ended and row.history]
         if not ended:
             return None
@@ -182,7 +182,7 @@ class Monitor:
         return max(0.0, left_s + self._comparison_s(ended)) / self.num_slots
 
     def _comparison_s(self, ended: list[TrialRow]) -> float:
-        """Of one slot for what is left of the final comparison."""
+        """Estimate the seconds of slot time that are left of the final comparison."""
         epochs = [
             figures["time/evaluate_s"] for row in ended for figures in row.history if "time/evaluate_s" in figures
         ]
@@ -198,7 +198,7 @@ def _slot_seconds(row: TrialRow) -> float:
 
 
 def time_breakdown(rows: list[TrialRow], monitor: Monitor, slots: int, total_s: float) -> dict[str, float]:
-    """Seconds of wall time; the slots' own time is divided by their number."""
+    """Return the seconds of wall time by activity; time inside slots is divided by their number."""
     search_s = max(0.0, monitor.last_result_s - (monitor.first_step_s or 0.0))
     names = ("train_s", "data_wait_s", "evaluate_s", "save_s")
     per_slot = {name: sum(row.seconds(name) for row in rows) / slots for name in names}

@@ -1,4 +1,4 @@
-"""The best settings and the first baseline once more, with other seeds: how much of a difference is chance."""
+"""Repeats of the best settings and the first baseline with other seeds, which show how much of a difference is chance."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
 
-FIRST = 1_000_000  # of the numbers of these runs, whose checkpoints lie among the trials'
+FIRST = 1_000_000  # lowest number of these runs, whose checkpoints are next to those of trials
 
 
 def repeated(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[tuple[str, TrialRow]]:
-    """Label and trial of what `search.seeds_best` repeats: the best, and the first baseline if it is another."""
+    """Return label and trial of the runs that `search.seeds_best` repeats: the best, and the first baseline if it is another."""
     start = next((row for row in rows if row.baseline == 0 and row.state == "finished" and row is not best), None)
     return [(BEST_FOUND, best)] + ([] if start is None else [(space.baseline_labels()[0], start)])
 
 
 def repeat_jobs(space: SpaceFile, row: TrialRow) -> list[TrainJob]:
-    """A trial's settings with each further seed. Their numbers name their checkpoints, so that no run is done twice."""
+    """Return jobs for a trial's settings with each further seed.
+
+    Their numbers depend only on the trial and the seed, and name their checkpoints. A resumed search repeats none of them.
+    """
     config = space.config(row.values).to_dict()
     return [
         TrainJob(
@@ -40,9 +43,9 @@ def seed_results(
     results: Mapping[str, dict[str, Any]],
     compared: Sequence[tuple[str, Mapping[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """Label, seed, and metrics of validation and test of each run: the trials as they were compared, then the repeats.
+    """Return label, seed, and metrics of validation and test of each run: first the compared trials, then the repeats.
 
-    A repeat that diverged is left out. Empty when nothing is repeated.
+    Repeats that diverged are left out. Empty if nothing is repeated.
     """
     if space.search.seeds_best == 1:
         return []

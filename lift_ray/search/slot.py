@@ -1,4 +1,4 @@
-"""A slot as Ray Tune sees it: a Trainable whose process stays for the whole search and does one job after another."""
+"""Slot: a Trainable of Ray Tune whose process stays for the whole search and runs one job after another."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ if TYPE_CHECKING:
     from lift_ray.search.worker import Worker
 
 REPLY, SLOT = "reply", "slot"
-TICK_S = 2.0  # between two results of a long epoch: how soon a stop is heard, and how often progress is shown
+TICK_S = 2.0  # longest time between two results of an epoch, which bounds the delay of a stop and of the progress shown
 
 
 class Slot(tune.Trainable):  # type: ignore[misc]
-    """Its config: `slot` (SlotSettings) and `job`. Each of its results has a Reply under `reply`, and the figures of an epoch.
+    """Trainable with the config keys `slot` (SlotSettings) and `job`.
 
-    Nothing is loaded before the first step: while a new slot starts, Tune may give its job to one that became free, and end it.
+    Each result has a Reply under `reply`, and at the end of an epoch also the epoch's metrics. Nothing is loaded before the first
+    step, because while a new slot starts, Tune may give its job to one that became free and end the new one.
     """
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """The placement group of a slot; with several workers, the Trainable itself takes nothing."""
+        """Return the placement group of a slot. With several workers, the Trainable itself takes no resources."""
         need: Need = config["slot"].need
         bundles = [need.bundle()] * need.workers
         return tune.PlacementGroupFactory(bundles if need.workers == 1 else [{}, *bundles])
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Nothing but the number: a slot keeps the one it was started with."""
+        """Store the settings, whose number the slot keeps, and the first job."""
         self.slot: SlotSettings = config["slot"]
         self.workers: Worker | Ranks | None = None
         self.job: Job | None = config["job"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next job."""
+        """Take the next job. Returns True, which tells Tune to reuse the process."""
         self.job = new_config["job"]
         return True
 
     def start_workers(self) -> Worker | Ranks:
-        """The slot's process, or processes; torch is loaded with them."""
+        """Start the slot's worker, or the workers of several ranks, which load torch."""
         if self.slot.need.workers > 1:
             return Ranks(self.slot)
         from lift_ray.search.worker import Worker
@@ -52,7 +53,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         return Worker(self.slot)
 
     def step(self) -> dict[str, Any]:
-        """The job's next reply, or its progress."""
+        """Return the job's next reply, or its progress if there is none yet."""
         self.workers = self.workers or self.start_workers()
         if self.job is not None:
             self.workers.begin(self.job)
@@ -62,17 +63,17 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         return {REPLY: reply, SLOT: self.slot.number, **figures}
 
     def cleanup(self) -> None:
-        """Stop the job, and end the processes."""
+        """Stop the job and end the processes."""
         if self.workers is not None:
             self.workers.stop()
 
     def __repr__(self) -> str:
-        """The name that Ray's dashboard shows."""
+        """Return the name that Ray's dashboard shows."""
         return f"{self.slot.study}: slot {self.slot.number}"
 
 
 class Ranks:
-    """The processes of a slot that has several: actors in its placement group, one in each bundle."""
+    """Workers of a slot with several processes: actors in its placement group, one per bundle."""
 
     def __init__(self, slot: SlotSettings) -> None:
         from lift_ray.search.worker import RankWorker
@@ -90,15 +91,15 @@ class Ranks:
             worker.meet.remote(address)
 
     def begin(self, job: Job) -> None:
-        """Take up a job in all processes."""
+        """Start a job in all processes."""
         self.busy, self.reply = list(self.workers), None
         for worker in self.workers:
             worker.begin.remote(job)
 
     def next(self, timeout_s: float) -> Reply:
-        """The first rank's reply once all ranks have theirs, the problem of any rank, or how far the first one is.
+        """Return the first rank's reply once all ranks have replied, RunAborted of any rank, or the first rank's progress.
 
-        Raises Ray's error for a process that was lost.
+        Raises Ray's error for a lost process.
         """
         replies: list[Reply] = ray.get([worker.next.remote(timeout_s) for worker in self.busy])
         for worker, reply in zip(list(self.busy), replies, strict=True):
@@ -112,10 +113,10 @@ class Ranks:
         if not self.busy:
             self.busy = list(self.workers)
         elif self.workers[0] not in self.busy:
-            return StepsDone(0, 0)  # the first rank waits for the others, for a moment
+            return StepsDone(0, 0)  # the first rank has replied and waits for the others
         return self.reply
 
     def stop(self) -> None:
-        """End the processes. A rank that stops at a step would leave the others waiting for it."""
+        """Kill the processes. If a rank stopped at a step, the others would wait for it in a collective."""
         for worker in self.workers:
             ray.kill(worker)

@@ -1,6 +1,6 @@
-"""The course of a search, whoever runs its jobs: trials from the study, early stopping, and the final comparison.
+"""State of a search, independent of Ray: trials from the study, early stopping, and the final comparison.
 
-Each step writes to the study first. A driver that is killed between any two steps loses no trial, and repeats none.
+Each step writes to the study first, so a driver that is killed between any two steps loses no trial and repeats none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lift_ray.training.events import EpochEnded, JobDone, Reply, RunDiverged, Ru
 
 
 class Watcher(Protocol):
-    """Anything that is told what happens to the trials."""
+    """Observer of the trials."""
 
     def started(self, row: TrialRow) -> None: ...
 
@@ -29,18 +29,19 @@ class Watcher(Protocol):
 
 
 class Search:
-    """The state of a search. It hands out jobs and takes what slots reply; it knows nothing of Ray.
+    """State of a search: hands out jobs and takes the replies of slots. It knows nothing about Ray.
 
     Args:
-        out: holds the trials' checkpoints.
+        out: contains the trials' checkpoints.
 
     Attributes:
-        watchers: told of every trial that starts, reports or ends.
+        watchers: notified about every trial that starts, reports or ends.
         running: the jobs that slots work on, by key.
-        progress: what each of them replied last.
-        began: what each of those that train began with.
-        done: the jobs of the final comparison that are done, in order.
-        num_ended: trials that have ended. Counted as they end: Tune asks at each of its steps whether the search is over.
+        progress: the last progress of each running job.
+        began: the first reply of each running job that trains.
+        done: the finished jobs of the final comparison, in order.
+        num_ended: number of trials that have ended. Counted as they end, because Tune asks at each of its steps whether the
+            search is over.
     """
 
     def __init__(self, study: Study, out: Output) -> None:
@@ -50,25 +51,26 @@ class Search:
         self.progress: dict[str, StepsDone] = {}
         self.began: dict[str, RunStarted] = {}
         self.done: list[Job] = []
-        self._told: set[int] = set()  # trials whose start was told by this driver
-        self._final: list[Job] | None = None  # None: to be looked up again
+        self._told: set[int] = set()  # trials whose start the watchers know about
+        self._final: list[Job] | None = None  # cache of final_jobs; None when outdated
         self.num_ended = sum(row.has_ended for row in study.rows.values())
-        for row in self.study.rows.values():  # what was reported, but not decided, when the last driver was killed
+        # The last driver may have been killed between storing an epoch and deciding about its trial: decide now.
+        for row in self.study.rows.values():
             if not row.has_ended and row.history:
                 self._after_epoch(row)
 
     @property
     def trials_are_over(self) -> bool:
-        """Whether as many trials have ended as were asked for."""
+        """True once the requested number of trials have ended."""
         return self.num_ended >= self.space.num_trials
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to do, the final comparison included."""
+        """True once nothing is left to do, the final comparison included."""
         return self.trials_are_over and not self.running and not self.final_jobs()
 
     def next_job(self) -> Job | None:
-        """A trial that was interrupted, else a new one, else a part of the final comparison; None when there is nothing now."""
+        """Return the next job: an interrupted trial, else a new one, else a job of the final comparison; None if there is none."""
         if (row := self._next_row()) is not None:
             row.state = "running"
             job: Job = TrainJob(row.number, self.space.config(row.values).to_dict())
@@ -81,11 +83,11 @@ class Search:
 
     @property
     def num_waiting(self) -> int:
-        """How many jobs `next_job` could hand out now."""
+        """Number of jobs that `next_job` could hand out now."""
         return max(0, self._num_to_start()) + len(self._waiting())
 
     def take(self, job: Job, reply: Reply) -> bool:
-        """Store and act on what a slot replied; returns whether the slot continues with this job. Raises RunFailed."""
+        """Store a slot's reply and act on it. Returns whether the slot continues with this job."""
         if isinstance(reply, StepsDone):
             self.progress[job.key] = reply
             return True
@@ -99,20 +101,20 @@ class Search:
         return continues
 
     def interrupted(self, job: Job) -> None:
-        """A job lost its slot, and waits for another one."""
+        """Note that a job has lost its slot and waits for another one."""
         self.progress.pop(job.key, None)
         if (row := self._row(job)) is not None:
             row.state = "waiting"
 
     def put_back(self, job: Job) -> None:
-        """A job is to be handed out again."""
+        """Take a job back, to hand it out again."""
         self.interrupted(job)
         self._ended(job)
 
     def failed(self, job: Job, error: str) -> None:
-        """A job failed as often as it may. Raises RunFailed for one that the search cannot do without."""
+        """Give up a job that failed too often. Raises RunFailed if the job is part of the final comparison."""
         if (row := self._row(job)) is None:
-            raise RunFailed(f"the final comparison must finish, but {error}; add --resume to try again")
+            raise RunFailed(f"the final comparison failed: {error}; add --resume to try again")
         self._tell_started(row)
         self._end(row, "failed", error)
         self._ended(job)
@@ -131,7 +133,7 @@ class Search:
         return self.space.num_trials - self.num_ended - running
 
     def _next_row(self) -> TrialRow | None:
-        """A trial to start or resume, no more than were asked for."""
+        """Return a trial to resume or start; None if as many run or have ended as were requested."""
         if self._num_to_start() <= 0:
             return None
         rows = self.study.rows.values()
@@ -139,14 +141,17 @@ class Search:
         return next(free, None) or self.study.next()
 
     def final_jobs(self) -> list[Job]:
-        """The known jobs of the final comparison that are not done; looked up again whenever a job has ended."""
+        """Return the known jobs of the final comparison that are not done. They are determined again when a job has ended."""
         if self._final is None:
             is_over = self.trials_are_over
             self._final = final_comparison.final_jobs(self.space, self.rows(), self.study.results, is_over=is_over)
         return self._final
 
     def _waiting(self) -> list[Job]:
-        """Jobs of the final comparison that no slot works on, nor on the same model and split with other taus."""
+        """Return the jobs of the final comparison that can start now.
+
+        Jobs whose model and split another slot evaluates, with other taus, are left out.
+        """
         busy = {(job.model, job.split) for job in self.running.values() if isinstance(job, EvaluationJob)}
         free = (job for job in self.final_jobs() if job.key not in self.running)
         return [job for job in free if not isinstance(job, EvaluationJob) or (job.model, job.split) not in busy]
@@ -170,7 +175,7 @@ class Search:
             error = ", ".join(f"{name} is {value:,.0f}" for name, value in broken.items())
             self._end(row, "infeasible", error, known=known)
             return False
-        for figures in reply.history[len(row.history) :]:  # saved, but the driver was gone before it heard
+        for figures in reply.history[len(row.history) :]:  # saved by a slot whose driver died before it got the reply
             self._reported(row, figures)
         return self._after_epoch(row)
 
@@ -186,7 +191,7 @@ class Search:
             watcher.reported(row)
 
     def _after_epoch(self, row: TrialRow) -> bool:
-        """End a trial that is done, or that early stopping ends; returns whether it continues."""
+        """End a trial that is done or that early stopping ends. Returns whether it continues."""
         if row.is_done:
             self._end(row, "finished")
         elif decide(self.space, row, list(self.study.rows.values())) == "stop":
@@ -210,18 +215,18 @@ class Search:
             watcher.ended(row)
 
     def _later(self, job: Job, reply: Reply) -> bool:
-        """The reply of a job of the final comparison."""
+        """Store the reply of a job of the final comparison. Returns whether the slot continues with it."""
         if isinstance(reply, RunStarted | EpochEnded):
             return True
         if isinstance(job, EvaluationJob):
             assert isinstance(reply, JobDone)
             for key, value in final_comparison.results_of(job, reply.value).items():
                 self.study.store_result(key, value)
-        else:  # a repeat with another seed; nothing is known of one that diverged
+        else:  # a repeat with another seed; the result of one that diverged is empty
             self.study.store_result(job.key, reply.value if isinstance(reply, JobDone) else {})
         self.done.append(job)
         return False
 
     def rows(self) -> list[TrialRow]:
-        """The trials in the order of their numbers."""
+        """Return the trials in the order of their numbers."""
         return [self.study.rows[number] for number in sorted(self.study.rows)]

@@ -1,6 +1,6 @@
-"""Early stopping: pure functions of the figures reported so far.
+"""Early stopping, as pure functions of the metrics reported so far.
 
-Nothing is remembered here, so a search that is resumed after its driver was killed decides as it would have.
+They keep no state, so a search that is resumed after its driver was killed decides as it would have without the interruption.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Decision = Literal["continue", "stop"]
 
 
 def decide(space: SpaceFile, row: TrialRow, rows: Sequence[TrialRow]) -> Decision:
-    """Whether a trial continues after its last reported epoch. Baselines are never stopped early.
+    """Decide whether a trial continues after its last reported epoch. Baselines are never stopped early.
 
     Args:
-        rows: all trials, in any order; those of other groups are left out.
+        rows: all trials, in any order; a trial is only compared with those of its group.
     """
     if not row.history or row.is_done or row.baseline is not None:
         return "continue"
@@ -35,7 +35,7 @@ def _never(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decis
 
 
 def _asha(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
-    """Stop at a rung when worse than the best 1 / reduction_factor of those that were there before."""
+    """Stop a trial at a rung if it is worse than the best 1 / reduction_factor of the trials that have reached the rung."""
     scheduler = space.search.scheduler
     assert isinstance(scheduler, AshaConfig | HyperbandConfig)
     most, epoch = space.most_epochs(), len(row.history)
@@ -52,6 +52,7 @@ def _asha(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decisi
 
 
 def _median(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
+    """Stop a trial whose best score so far is worse than the median of the other trials' mean scores up to the same epoch."""
     scheduler = space.search.scheduler
     assert isinstance(scheduler, MedianConfig)
     epoch = len(row.history)
@@ -65,7 +66,7 @@ def _median(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Deci
 
 
 def _score(space: SpaceFile, row: TrialRow, epoch: int) -> float:
-    """The first objective after an epoch; larger is better."""
+    """Return the first objective after an epoch, with its sign set so that larger is better."""
     metric, mode = space.objective
     return row.history[epoch - 1][metric] * (1 if mode == "max" else -1)
 

@@ -1,6 +1,6 @@
-"""The durable memory of a search: Optuna chooses the settings of the next trial, and stores every report as soon as it is made.
+"""Durable state of a search: Optuna chooses the settings of the next trial, and stores every report as soon as it is made.
 
-What is not in Optuna's storage has not happened: a search that is resumed reads all its trials from there.
+Optuna's storage is the only source of truth: a resumed search reads all its trials from there.
 """
 
 from __future__ import annotations
@@ -21,36 +21,38 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
 from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points
 from lift_ray.storage.layout import JOURNAL
 
-BEAT_S, LOST_S = 15.0, 90.0
+BEAT_S, LOST_S = 15.0, 90.0  # interval of heartbeats, and the silence after which a driver counts as dead
 WORST = 1e9
-FREE = ("scale", "out", "plan")  # may change when a search is resumed
-MORE = ("trials", "per_kind", "tte_best", "seeds_best")  # so may these of `search`
-RESULT = "result "  # before the key of a result of the final comparison
-MOST_DIFFERENCES = 4  # shown of a resume with other settings
+FREE = ("scale", "out", "plan")  # sections that may change when a search is resumed
+MORE = ("trials", "per_kind", "tte_best", "seeds_best")  # keys of `search` that may change too
+RESULT = "result "  # prefix of the keys of the final comparison's results
+MOST_DIFFERENCES = 4  # differences shown for a resume with other settings
 
 
 class Study:
-    """The trials of a search, by number, and the storage behind them.
+    """Trials of a search and their storage.
 
     Args:
-        dataset: its URI.
-        storage: of Optuna.
-        resume: continue the search that the storage holds.
-        shared: other machines reach the storage, so that a heartbeat must keep second drivers out.
+        dataset: URI of the dataset.
+        storage: Optuna's storage.
+        resume: continue the search in the storage.
+        shared: True if other machines can reach the storage; then a heartbeat keeps a second driver out.
 
     Attributes:
         rows: the trials, by number.
-        results: figures of the final comparison, by their keys.
-        replaced: whether it took the place of a study whose driver failed before the first epoch.
+        results: metrics of the final comparison, by their keys.
+        replaced: True if this study replaces one whose driver failed before the first epoch.
 
-    Raises BadInput: the storage holds such a search already, or, to resume, none or another one; another driver is at work.
+    Raises:
+        BadInput: the storage already contains such a search, or, to resume, none or one with other settings; or another driver
+            is working on it.
     """
 
     def __init__(
@@ -72,14 +74,18 @@ class Study:
                 check_alone(storage, taken)
                 if reports_in(storage, taken):
                     raise BadInput(
-                        f"--storage: must not hold a study named {taken} yet, but it does; "
-                        "add --resume to continue it, or change `name`"
+                        "--storage",
+                        f"already contains a study named {taken}",
+                        remedy="add --resume to continue it, or change `name`",
                     )
                 optuna.delete_study(study_name=taken, storage=storage)  # its driver failed before the first epoch
                 self.replaced = True
         if resume and not known & set(names.values()):
             raise BadInput(
-                f"--resume: must name a search that has started, but there is no study {space.name}; leave out --resume"
+                "--resume",
+                "requires a search to resume",
+                but=f"there is no study named {space.name}",
+                remedy="leave out --resume",
             )
         directions = [DIRECTIONS[mode] for mode in space.objectives.values()]
         self._studies = {
@@ -89,7 +95,7 @@ class Study:
         self._first = next(iter(self._studies.values()))
         about = described(space, dataset)
         if resume and (difference := differences(self._first.user_attrs.get("settings", about), about)):
-            raise BadInput(difference)
+            raise difference
         if shared:
             check_alone(storage, self._first.study_name)
         self.beat()
@@ -102,26 +108,32 @@ class Study:
         self.results = {key.removeprefix(RESULT): value for key, value in found if key.startswith(RESULT)}
 
     def beat(self) -> bool:
-        """Tell other drivers that this one lives; called often, written now and then.
+        """Write a heartbeat if the last one is old enough. Returns whether it was written.
 
-        Returns whether it was written. Raises BadInput when another driver took over.
+        Raises:
+            BadInput: another driver took over.
         """
         if not self.shared or time.monotonic() - self._beaten_at < BEAT_S:
             return False
         driver = self._first.user_attrs.get("driver")
         if driver and driver["id"] != _me() and self._beaten_at > -math.inf:
-            raise BadInput(f"--storage: must have one driver, but {driver['id']} took over {self.space.name}; stop one")
+            raise BadInput(
+                "--storage",
+                "must have one driver",
+                but=f"{driver['id']} took over {self.space.name}",
+                remedy="stop one of them",
+            )
         self._first.set_user_attr("driver", {"id": _me(), "at": time.time()})
         self._beaten_at = time.monotonic()
         return True
 
     def leave(self) -> None:
-        """The next driver need not wait."""
+        """Clear the heartbeat, so that the next driver need not wait."""
         if self.shared and (self._first.user_attrs.get("driver") or {}).get("id") == _me():
             self._first.set_user_attr("driver", {"id": _me(), "at": 0.0})
 
     def _take_up(self, kind: str, study: optuna.Study, frozen: FrozenTrial) -> None:
-        """A stored trial as a row; one that was killed while it was drawn does not count."""
+        """Read a stored trial into a row. A trial whose driver was killed while it was drawn does not count."""
         about = frozen.user_attrs.get("trial")
         if about is None:
             if frozen.state == TrialState.RUNNING:
@@ -146,7 +158,9 @@ class Study:
         began, ended = frozen.datetime_start, frozen.datetime_complete
         row.began_at = began.timestamp() if began else None
         row.ended_at = ended.timestamp() if ended else None
-        if end := frozen.user_attrs.get("end"):
+        if end := frozen.user_attrs.get(
+            "end"
+        ):  # if its driver was killed before it could tell the sampler, tell it now
             row.state, row.error = end["state"], end["error"]
             if frozen.state == TrialState.RUNNING:
                 self._tell(row, end)
@@ -155,9 +169,9 @@ class Study:
         return self.space.config(dict(values)).optim.epochs
 
     def next(self) -> TrialRow | None:
-        """A new trial; None when there are as many as there should be.
+        """Return a new trial; None if there are as many as requested.
 
-        Its random numbers are seeded by (seed, number) alone: what was drawn before a driver was killed is not drawn again after.
+        Its random numbers are seeded by (seed, number) alone, so that a resumed search does not repeat the draws made before.
         """
         number = len(self.rows)
         if number >= self.space.num_trials:
@@ -188,7 +202,7 @@ class Study:
         return row
 
     def report(self, row: TrialRow, figures: dict[str, float]) -> None:
-        """Store the figures of an epoch, which is the trial's next one."""
+        """Store the metrics of the trial's next epoch."""
         row.num_epochs = int(figures.get("num_epochs", row.num_epochs))
         trial, epoch = self._trials[row.number], len(row.history) + 1
         trial.set_user_attr(f"epoch {epoch}", figures)
@@ -208,8 +222,8 @@ class Study:
         """Store how a trial ended, and tell the sampler.
 
         Args:
-            diverged: the settings are to blame: the sampler learns the worst value, so that it keeps away.
-            known: figures of a trial that has no epoch, for the constraints.
+            diverged: the loss was not finite; the sampler is told the worst value, so that it avoids such settings.
+            known: metrics for the constraints of a trial that has no epoch.
         """
         figures = {**(known or {}), **row.last}
         excess = {
@@ -241,22 +255,24 @@ class Study:
 
 
 def described(space: SpaceFile, dataset: str) -> dict[str, Any]:
-    """The settings of a search, as its storage keeps them."""
+    """Return the settings of a search in the form in which its storage keeps them."""
     return {**space.model_dump(mode="json", by_alias=True), "dataset": dataset}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The error of a search that is resumed with other settings than it started with; "" when there is none."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> BadInput | None:
+    """Return the error of a search that is resumed with other settings than it started with; None if they agree."""
     before = {RENAMED.get(name, name): value for name, value in before.items()}
     was, given = ({path: value for path, value in dotted(tree) if _is_fixed(path)} for tree in (before, now))
     changed = [path for path in dict.fromkeys((*was, *given)) if was.get(path) != given.get(path)]
     if not changed:
-        return ""
+        return None
     shown = [f"{path} {_shown(was, path)} -> {_shown(given, path)}" for path in changed[:MOST_DIFFERENCES]]
     more = f" and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
-    return (
-        f"--resume: the settings must stay as the search started, but got {', '.join(shown)}{more}; "
-        "use the settings it started with, or another --out"
+    return BadInput(
+        "--resume",
+        "the settings must be those the search started with",
+        f"{', '.join(shown)}{more}",
+        "restore them, or give another --out",
     )
 
 
@@ -270,25 +286,27 @@ def _shown(values: Mapping[str, Any], path: str) -> str:
 
 
 def reports_in(storage: BaseStorage, name: str) -> bool:
-    """Whether a trial of a study has reported an epoch, or ended."""
+    """Return True if a trial of a study has reported an epoch, or ended."""
     trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
     return any("end" in trial.user_attrs or "epoch 1" in trial.user_attrs for trial in trials)
 
 
 def check_alone(storage: BaseStorage, name: str) -> None:
-    """Raises BadInput when another driver was heard of lately. Those of a local folder are told apart by its lock instead."""
+    """Raise BadInput if another driver has written a heartbeat lately. On a local folder, driver_lock.py does this."""
     driver = storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get("driver")
     if driver is None or driver["id"] == _me():
         return
     if (silent_s := time.time() - driver["at"]) < LOST_S:
         raise BadInput(
-            f"--storage: must have one driver, but {driver['id']} works on {name} (heard {silent_s:.0f} s ago); "
-            f"stop it, or try again in {LOST_S - silent_s:.0f} s if it is gone"
+            "--storage",
+            "must have one driver",
+            but=f"{driver['id']} is working on {name} (last heard {max(0.0, silent_s):.0f} s ago)",
+            remedy=f"stop it, or if it is gone, try again in {LOST_S - silent_s:.0f} s",
         )
 
 
 def stored_search(storage: BaseStorage) -> tuple[bool, dict[str, Any]]:
-    """Whether a trial of any study has reported, and the settings that the search started with."""
+    """Return whether a trial of any study has reported, and the settings that the search started with."""
     studies = storage.get_all_studies()
     found = [study.user_attrs["settings"] for study in studies if "settings" in study.user_attrs]
     settings: dict[str, Any] = found[0] if found else {}
@@ -300,26 +318,31 @@ def _me() -> str:
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """Optuna's storage: a database by its URL, or a journal file in `folder`. Raises BadInput."""
+    """Open Optuna's storage: the database at a URL, or a journal file in `folder`. Raises BadInput if it cannot be opened."""
     if url is None:
         return JournalStorage(JournalFileBackend(str(repaired(folder / JOURNAL))))
-    shown = re.sub(r"//[^@/]*@", "//", url)  # no password in messages
+    shown = re.sub(r"//[^@/]*@", "//", url)  # messages must not show the password
     try:
         return RDBStorage(url)
     except ImportError as error:
         raise BadInput(
-            f"--storage: {shown} needs a database driver, but got: {' '.join(str(error).split())}; install it"
+            "--storage",
+            f"{shown} requires a database driver",
+            one_line(error),
+            "install it",
         ) from None
-    except Exception as error:  # of SQLAlchemy, or of any of its drivers
-        text = " ".join(str(error).split()).replace(url, shown)[:200]
+    except Exception as error:  # SQLAlchemy's drivers raise errors of many types
+        text = one_line(error, 10_000).replace(url, shown)[:200]  # cut last: half a URL would still show its password
         raise BadInput(
-            f"--storage: must be the URL of a database that answers, but got {shown} ({text}); "
-            "for example postgresql://user@host/name or sqlite:///file.db"
+            "--storage",
+            "must be the URL of a reachable database",
+            f"{shown} ({text})",
+            "for example postgresql://user@host/name or sqlite:///file.db",
         ) from None
 
 
 def repaired(journal: Path) -> Path:
-    """Take away what a killed driver may have left: a lock, and half a line at the end. Call it where no other driver can be."""
+    """Remove what a killed driver may have left: a lock, and half a line at the end. Requires that no other driver is running."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
     if journal.exists() and (data := journal.read_bytes()) and not data.endswith(b"\n"):
         with journal.open("rb+") as file:

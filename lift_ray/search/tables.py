@@ -21,7 +21,7 @@ STYLES = {
 
 
 def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> rich.table.Table:
-    """The front of a search with several objectives: settings, and each objective's value."""
+    """Return the Pareto front of a search with several objectives: settings, and each objective's value."""
     table = rich.table.Table(title="Pareto front", title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("trial", justify="right")
     for metric, mode in objectives.items():
@@ -35,8 +35,8 @@ def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> ric
 
 
 def curve_table(rows: Sequence[TrialRow], names: Sequence[str]) -> rich.table.Table:
-    """A grid's finished trials in the order of their settings: what was set, how much is trained, and validation accuracy."""
-    table = rich.table.Table(title="the grid, validation accuracy in %", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    """Return a grid's finished trials in the order of their settings, with their trained parameters and validation accuracy."""
+    table = rich.table.Table(title="Grid: validation accuracy (%)", title_justify="left", box=rich.box.SIMPLE_HEAD)
     for name in (*names, "trained parameters", *HEADINGS):
         table.add_column(name, justify="right")
     finished = [row for row in rows if row.state == "finished"]
@@ -55,7 +55,7 @@ def _in_order(value: Any) -> tuple[bool, float, str]:
 def trial_table(
     rows: Sequence[TrialRow], names: Sequence[str], metric: str, title: str, limit: int = 20
 ) -> rich.table.Table:
-    """The running trials and the latest others; settings that a trial does not have stay empty."""
+    """Return the latest trials; cells of settings that a trial does not have stay empty."""
     table = rich.table.Table(
         title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
     )

@@ -1,4 +1,4 @@
-"""A run inside a search: its last validation also says what other post-hoc taus would give."""
+"""Run of a search, whose last validation also measures other post-hoc taus."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lift_ray.training.run import Figures, Run
 
 
 class Trial(Run):
-    """A run whose last epoch's figures hold validation/posthoc_...: the logits of its validation are looked at once more."""
+    """Run whose last epoch also reports validation/posthoc_... metrics, from the same logits as its validation metrics."""
 
     grid: TauGrid | None = None
 
     def end_epoch(self) -> Figures:
-        """As of a run; after the last epoch with the post-hoc figures."""
+        """End an epoch as in `Run`; after the last one, add the post-hoc metrics."""
         self._open_grid(self.epoch + 1 == self.num_epochs)
         return self._with_posthoc(super().end_epoch())
 
     def validate_untrained(self) -> Figures:
-        """As of a run, with the post-hoc figures."""
+        """Validate a model that is not trained, and add the post-hoc metrics."""
         self._open_grid(True)
         return self._with_posthoc(super().validate_untrained())
 

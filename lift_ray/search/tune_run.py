@@ -1,13 +1,13 @@
-"""Ray Tune runs the jobs of a search: one `Tuner.fit()` for all of them, from the first trial to the last evaluation.
+"""Run the jobs of a search on Ray Tune: one `Tuner.fit()` for all of them, from the first trial to the last evaluation.
 
-It uses three of Tune's extension points, and nothing private:
+Three of Tune's public extension points are used:
 
-* a `Searcher` hands out jobs as they come, and has nothing to give while all slots are busy;
-* a `TrialScheduler` stores each reply and answers whether the slot continues; it is also the `Stopper` (engine.py);
-* a `Trainable` that is reused is the slot (slot.py).
+* a `Searcher` hands out jobs one by one, and none while all slots are busy;
+* a `TrialScheduler`, which is also the `Stopper`, stores each reply and decides whether the slot continues (engine.py);
+* a reused `Trainable` is the slot (slot.py).
 
-Tune's trial is a job of ours. Its own memory is not used: results and snapshots go to a temporary folder that is never read. A
-driver that is killed loses nothing, because Optuna's storage has every report, and the next driver builds a new Tuner over it.
+A trial of Tune is a job of ours. Tune's own persistence is not used: results and snapshots go to a temporary folder that is never
+read. A driver that is killed loses nothing, because Optuna's storage has every report, and the next driver starts a new Tuner.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lift_ray.search.slot import Slot
 
 MAX_TUNERS = 3
 ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they cost 0.03 to 0.06 s a trial; nobody reads what they write
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they cost 0.03 to 0.06 s per trial, and their files are never read
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # snapshots are never read, and cost 0.14 to 0.34 s each
-    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the limit is in JobSearcher.suggest
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # JobSearcher.suggest limits them
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupts.py has ours
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupts.py installs ours
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -41,60 +41,60 @@ ENVIRONMENT = {
 
 
 class JobSearcher(Searcher):  # type: ignore[misc]
-    """Hands out the jobs of an engine."""
+    """Searcher that hands out the jobs of an engine."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine = engine
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        """Tune's own metric and space are not used."""
+        """Accept any settings: Tune's own metric and space are not used."""
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next job; None when there is nothing to do now."""
+        """Return the next job; None if there is nothing to do now."""
         with self.engine.kept():
             return self.engine.next_config(trial_id)
         return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tune gives a job up."""
+        """Tell the engine if Tune has given up a job."""
         if error:
             with self.engine.kept():
                 self.engine.gave_up(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: Optuna's storage has it all."""
+        """Do nothing: Optuna's storage has everything."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as no Tuner is ever restored."""
+        """Do nothing: no Tuner is ever restored."""
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing."""
+        """Do nothing: snapshots are never read."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """As of the engine."""
+        """Return nothing: Tune pickles the searcher into snapshots that are never read."""
         return {}
 
 
 def run_jobs(engine: Engine, callbacks: Sequence[tune.Callback] = (), slot_class: type[Slot] = Slot) -> None:
-    """Run a search's jobs until it is over, or is to stop.
+    """Run a search's jobs until it is over or is asked to stop.
 
     Args:
-        slot_class: what does them.
-        callbacks: of the user. They hear of every job: `trial.config["job"]` is a TrainJob for a trial.
+        callbacks: the user's callbacks of Ray Tune, notified about every job: `trial.config["job"]` is a TrainJob for a trial.
+        slot_class: Trainable that runs the jobs.
 
-    Raises what ended the search early: BadInput, RunFailed, or ray.tune.TuneError for what a callback raised.
+    Raises:
+        BadInput, RunFailed: the error that ended the search.
+        ray.tune.TuneError: a callback raised an error.
     """
     for tuners in range(1, MAX_TUNERS + 1):
         try:
             _fit(engine, callbacks, slot_class)
         except RuntimeError as error:
-            # Tune knows lost actors, but not one that Ray's memory monitor killed: its loop ends with this error.
+            # Tune handles lost actors, but if Ray's memory monitor kills one, Tune's loop ends with this error.
             if engine.error is None and tuners == MAX_TUNERS:
-                raise RunFailed(
-                    f"Ray Tune must run the search, but: {last_line(error)}; add --resume to continue"
-                ) from None
+                raise RunFailed(f"Ray Tune failed: {last_line(error)}; add --resume to continue") from None
             engine.put_all_back()
         else:
             break
@@ -122,7 +122,7 @@ def _fit(engine: Engine, callbacks: Sequence[tune.Callback], slot_class: type[Sl
                 verbose=0,
                 stop=engine,
                 callbacks=list(callbacks),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # else a pickle for every job
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # otherwise Tune pickles every job
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             ),
         )
@@ -131,8 +131,8 @@ def _fit(engine: Engine, callbacks: Sequence[tune.Callback], slot_class: type[Sl
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Tune's settings for the time of a fit, without AWS keys in what the dashboard shows."""
-    logger = logging.getLogger("ray.tune")  # it would report, with tracebacks, what the search has a line for
+    """Set Tune's environment variables during a fit, and keep AWS keys out of what the dashboard shows."""
+    logger = logging.getLogger("ray.tune")  # it would print tracebacks of errors that the search reports in one line
     before, level = {name: os.environ.get(name) for name in ENVIRONMENT}, logger.level
     logger.setLevel(logging.CRITICAL)
     os.environ.update(ENVIRONMENT)

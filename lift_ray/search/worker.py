@@ -1,4 +1,4 @@
-"""One process of a slot: it loads the backbone and opens the data once, then does one job after another."""
+"""Process of a slot, which loads the backbone and opens the data once, then runs one job after another."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ SHORTEST_IDLE_S, LONGEST_IDLE_S = 0.05, 1.0
 
 
 class Worker:
-    """One rank of a slot.
+    """Rank of a slot.
 
-    Jobs run in a thread of their own, so that a long epoch can be asked how far it is, and told to stop. It is the same
-    thread for all jobs, because the number of torch's threads and of OpenMP's belongs to the thread that sets it.
+    Jobs run in a thread of their own, so that the progress of a long epoch can be queried, and the epoch stopped. It is the same
+    thread for all jobs, because the number of threads of torch and OpenMP is a setting of the thread that sets it.
 
     Args:
-        slot: what all jobs share.
-        rank: of this process in the slot.
+        slot: settings that all jobs share.
+        rank: rank of this process in the slot.
 
     Attributes:
-        address: where the slot's process group meets; None for a slot of one process.
+        address: rendezvous address of the slot's process group; None for a slot of one process.
     """
 
     def __init__(self, slot: SlotSettings, rank: int = 0) -> None:
@@ -55,14 +55,14 @@ class Worker:
         self._warm: Workspace | None = None
 
     def begin(self, job: Job) -> None:
-        """Take up a job; `next` starts it. The one before must have given a reply, and is dropped."""
+        """Set the next job, which `next` starts. The previous job must have replied, and is dropped."""
         self._progress = StepsDone(0, 0)
         self._replies = self._run(job)
 
     def next(self, timeout_s: float) -> Reply:
-        """The job's next reply, or a Stepped that says how far it is when there is none in this time.
+        """Return the job's next reply, or StepsDone with its progress if there is none within the timeout.
 
-        Raises what the job raised, but for BadInput and RunFailed, which are the reply Problem.
+        Raises the job's own errors, except for BadInput and RunFailed, which become the reply RunAborted.
         """
         if self._pending is None:
             self._pending = self._thread.submit(next, self._replies)
@@ -72,7 +72,7 @@ class Worker:
         return pending.result()
 
     def stop(self, patience_s: float = 5.0) -> None:
-        """End the job at its next step, or evaluation batch."""
+        """Stop the job at its next step or evaluation batch."""
         self._stop.set()
         if self._pending is not None:
             wait([self._pending], patience_s)
@@ -90,7 +90,7 @@ class Worker:
             yield RunAborted(str(error), isinstance(error, BadInput))
 
     def _open(self) -> Workspace:
-        """Form the slot's process group, and open what its jobs share. Raises BadInput."""
+        """Join the slot's process group and open the dataset. Raises BadInput if that fails."""
         began, need = time.monotonic(), self.slot.need
         ranks = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
         if self.address is not None:
@@ -108,7 +108,7 @@ class Worker:
             pause_s = min(LONGEST_IDLE_S, 1.2 * pause_s)
 
     def _train(self, job: TrainJob, warm: Workspace) -> Iterator[Reply]:
-        """Began, an EpochDone for each epoch, and a Done where the test split is asked for; or Diverged."""
+        """Yield RunStarted, then EpochEnded for each epoch, and JobDone if the test split is requested; or RunDiverged."""
         began = time.monotonic() - self._opened_s
         trial = trial_of(RunConfig.model_validate(job.config), warm, self._output)
         self._restore(trial, job.number)
@@ -142,16 +142,18 @@ class Worker:
             yield JobDone({"trained_parameters": trial.num_trained, **known, **figures})
 
     def _restore(self, trial: Trial | BackdoorTrial, number: int) -> None:
-        """Continue from the trial's last whole checkpoint, if there is one."""
+        """Continue from the trial's last complete checkpoint, if there is one."""
         folder = f"checkpoints/{number:04d}"
-        names = [name for name in self._output.names(folder) if name[-4:].isdigit()]  # others: of a killed process
+        names = [
+            name for name in self._output.names(folder) if name[-4:].isdigit()
+        ]  # others are leftovers of killed processes
         whole = [name for name in names if self._output.holds(f"{folder}/{name}/{RECORD}")]
         if whole:
             with self._output.fetched(f"{folder}/{max(whole)}") as path:
                 trial.load(path)
 
     def _save(self, trial: Trial | BackdoorTrial, number: int, figures: dict[str, float]) -> str:
-        """Write the checkpoint of an epoch, and delete the one before. Raises RunFailed."""
+        """Write the checkpoint of an epoch, then delete the previous one. Raises RunFailed if the storage refuses."""
         began, epoch = time.monotonic(), int(figures["epoch"])
         path = trial_checkpoint_path(number, epoch)
         with self._output.staged(path, RECORD) as folder:
@@ -164,7 +166,7 @@ class Worker:
         return path
 
     def _evaluate(self, job: EvaluationJob, warm: Workspace) -> Iterator[Reply]:
-        """One Done: the figures for each tau, and what an ensemble reports."""
+        """Yield one JobDone with the metrics for each tau, and the report of an ensemble."""
         run = run_of(RunConfig.model_validate(job.config), [warm])
         if job.checkpoint is not None:
             with self._output.fetched(job.checkpoint) as folder:
@@ -180,7 +182,7 @@ class Worker:
         yield JobDone({"figures": [figures | seconds for figures, _ in found], **report})
 
     def _watch(self, run: Run) -> None:
-        """Have a run, and the members of an ensemble, tell how far they are and hear that they are to stop."""
+        """Let a run and the members of an ensemble report their progress and listen for a request to stop."""
         for each in (run, *(run.runs.values() if isinstance(run, Ensemble) else ())):
             each.pulse = StepCallback(each, self._heard, lambda: "stopped" if self._stop.is_set() else "")
 
@@ -192,16 +194,16 @@ class Worker:
 
 
 class RankWorker(Worker):
-    """One of several processes of a slot, an actor in the slot's placement group."""
+    """Rank of a slot with several processes, as an actor in the slot's placement group."""
 
     def meeting_point(self) -> tuple[str, int]:
-        """An address of this node where the slot's process group can meet."""
+        """Return an address of this node where the slot's process group can meet."""
         return meeting_point()
 
     def meet(self, address: tuple[str, int]) -> None:
-        """The address where it meets, once there is a job."""
+        """Set the address where the process group meets when the first job starts."""
         self.address = address
 
     def __repr__(self) -> str:
-        """The name that Ray's dashboard shows."""
+        """Return the name that Ray's dashboard shows."""
         return f"{self.slot.study}: slot {self.slot.number}, rank {self.rank}"
