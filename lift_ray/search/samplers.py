@@ -47,7 +47,7 @@ def check_sampler(sampler: str) -> None:
     if package and importlib.util.find_spec(package) is None:
         raise BadInput(
             "search.sampler",
-            f"{sampler} needs the package {package}",
+            f"{sampler} requires the package {package}",
             but="it is not installed",
             remedy=f"pip install {package}, or use tpe",
         )
