@@ -118,7 +118,7 @@ def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone
                 os.kill(os.getpid(), signal.SIGTERM)
             super().__call__()
 
-    monkeypatch.setattr(loop, "Pulse", Notice)
+    monkeypatch.setattr(loop, "StepCallback", Notice)
     with pytest.raises(RunFailed, match=r"members/other: stopped by SIGTERM; .*; go on with --resume"):
         train.main([str(run_file), "--no-ray", "--out", str(out)])
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_run import run_config
 
 from lift_ray.data.augment import any_crop, five_crops, growing_px, training_image
 from lift_ray.data.reader import RowReader
@@ -31,9 +32,7 @@ def settings(clip: str, **overrides: Any) -> RunConfig:
         "augment": {"kind": "none"},
         "optim": {"epochs": 2, "global_batch_size": 16, "lr": 0.01},
     }
-    return RunConfig.model_validate(
-        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
-    )
+    return run_config(tree, overrides)
 
 
 @pytest.fixture
