@@ -1,4 +1,4 @@
-"""A small data set of real images and a small CLIP, for every test that trains."""
+"""Fixtures that several test files share: a small dataset of real images, a small CLIP, Ray, and storage that fails."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from made_run import free_port
 
 if TYPE_CHECKING:
     from flaky_store import Store
 
     from lift_ray.training.workspace import Workspace
+
+settings.register_profile("tests", deadline=None)  # the machine may be busy
+settings.load_profile("tests")
 
 TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
 EVALUATION_COUNT = 3

@@ -1,4 +1,4 @@
-"""benchmarks/data.py: that all load the same pictures, and that it says what it measured."""
+"""The contenders of benchmarks/data.py load the same images, and its ratios are formed within a round."""
 
 from __future__ import annotations
 

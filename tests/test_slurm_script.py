@@ -39,7 +39,7 @@ def slurm(tmp_path: Path) -> Callable[..., list[str]]:
         "python",
         f"""if [ "$1" = -c ]; then echo 10.1.2.7; exit; fi
         {note}; echo "$RAY_ADDRESS $RAY_AUTH_MODE $LIFT_DATA $SRUN_CPUS_PER_TASK" >> {calls}
-        for _ in {{1..100}}; do [ $(grep -c "^ray start" {calls}) = $EXPECTED_STARTS ] && break || sleep 0.1; done; exit 3""",
+        for _ in {{1..900}}; do [ $(grep -c "^ray start" {calls}) = $EXPECTED_STARTS ] && break || sleep 0.1; done; exit 3""",
     )
     _program(tmp_path / "env/bin", "pip", note)
 
@@ -60,7 +60,7 @@ def slurm(tmp_path: Path) -> Callable[..., list[str]]:
             env=job | env,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
         assert done.returncode == 3, done.stderr  # of the search
