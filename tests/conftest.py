@@ -1,17 +1,25 @@
-"""A small data set of real images and a small CLIP, for every test that trains."""
+"""Fixtures that several test files share: a small dataset of real images, a small CLIP, Ray, and storage that fails."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+from made_run import free_port
 
 if TYPE_CHECKING:
     from flaky_store import Store
+
+    from lift_ray.training.workspace import Workspace
+
+settings.register_profile("tests", deadline=None)  # the machine may be busy
+settings.load_profile("tests")
 
 TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
 EVALUATION_COUNT = 3
@@ -106,6 +114,15 @@ def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_
     return path
 
 
+@pytest.fixture(scope="module")
+def warm(small_data: str) -> Workspace:
+    """The small data, open in this process, and the towers that the runs of a module have loaded."""
+    from lift_ray.methods.world import Ranks
+    from lift_ray.training.workspace import Workspace
+
+    return Workspace(small_data, Ranks.alone())
+
+
 @pytest.fixture
 def same_threads() -> Iterator[None]:
     """A verb that a test runs in this process does not change torch's threads for the tests after it."""
@@ -125,6 +142,58 @@ def ray_session() -> Iterator[None]:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         with connected(dashboard=False):
             yield
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URL of an empty bucket of moto's server, to be formatted with a key; it holds credentials and endpoint, as pyarrow allows."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    # pragma: allowlist nextline secret
+    url = f"s3://key:secret@results/{{}}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
+    filesystem, _ = fs.FileSystem.from_uri(url.format(""))
+    filesystem.create_dir("results")
+    yield url
+    server.stop()
+
+
+@pytest.fixture
+def silent_storage(monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of object storage at a port where nobody listens; pyarrow tries once instead of for 6 s."""
+    from pyarrow import fs
+
+    storage = fs.S3FileSystem(
+        anonymous=True,
+        region="us-east-1",
+        scheme="http",
+        endpoint_override="127.0.0.1:9",
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+    )
+    monkeypatch.setattr("lift_ray.storage.output._file_system", lambda _: (storage, "bucket/x"))
+    return "s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
+
+
+@pytest.fixture(scope="session")
+def as_two_ranks() -> Iterator[Callable[..., None]]:
+    """Call `function(rank, port, *args)` as rank 0 in this process and as rank 1 in another, which is started once."""
+    import torch
+
+    def call(function: Callable[..., None], *args: object) -> None:
+        port = free_port()
+        other = pool.submit(function, 1, port, *args)
+        threads = torch.get_num_threads()
+        try:
+            function(0, port, *args)
+        finally:
+            torch.set_num_threads(threads)
+        other.result(120)
+
+    with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+        yield call
 
 
 @pytest.fixture(scope="module")

@@ -54,11 +54,6 @@ def settings(small_clip: str, **overrides: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def warm(small_data: str) -> Workspace:
-    return Workspace(small_data, Ranks.alone())
-
-
-@pytest.fixture(scope="module")
 def folders(warm: Workspace, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two checkpoints: one at 32 px, one at 48 px that looks at five crops."""
     out = tmp_path_factory.mktemp("models")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +179,13 @@ def test_the_pictures_of_one_batch_are_shared_by_threads(small: Split, monkeypat
     makers: list[str] = []
     plain = data_batches.training_image
 
+    together = threading.Barrier(3)  # breaks when three are never at work at once
+
     def noted(*args: Any, **options: Any) -> Any:
-        makers.append(threading.current_thread().name)
-        time.sleep(0.002)
+        name = threading.current_thread().name
+        if name.startswith("lift-decode") and name not in makers:
+            together.wait(100)
+        makers.append(name)
         return plain(*args, **options)
 
     monkeypatch.setattr(data_batches, "training_image", noted)

@@ -37,7 +37,7 @@ def test_results_come_in_order_each_made_on_one_torch_thread_with_several_at_a_t
             yield number
 
     def compute(number: int) -> tuple[int, int]:
-        together.wait(30)
+        together.wait(100)
         time.sleep(0.02 * (3 - number % 3))
         return number, torch.get_num_threads()
 

@@ -1,8 +1,7 @@
-"""benchmarks/data.py: that all load the same pictures, and that it says what it measured."""
+"""The contenders of benchmarks/data.py load the same images, and its ratios are formed within a round."""
 
 from __future__ import annotations
 
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import data
-import record
 from data_contenders import CONTENDERS, MEAN, STD, TRANSFORMS, Contender, Sample, Setup, growth
 
 PX, BATCH, BATCHES = 24, 8, 5
@@ -135,41 +133,3 @@ def test_memory_that_stays_is_seen() -> None:
 
     first, last = growth(Keeps(Setup("")), [10, 40])["peak_bytes"]
     assert 150 * data.MIB < last - first < 250 * data.MIB
-
-
-def test_the_recorded_row_is_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of real processes; a contender that is not installed is named and left out."""
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(CONTENDERS["mosaicml"], "imports", ("no_such_library",))
-    options = f"--images {BATCH * BATCHES} --batch {BATCH} --px {PX} --rounds 1 --memory 16 32 --record"
-    monkeypatch.setattr(sys, "argv", ["data.py", *options.split(), "--only", "imagefolder", "mosaicml", "lift_ray"])
-    threads = torch.get_num_threads()
-    data.main()
-    torch.set_num_threads(threads)
-    said = capsys.readouterr().out
-    assert "mosaicml: left out, mosaicml-streaming is not installed" in said
-    row = json.loads((tmp_path / "data.jsonl").read_text())
-    assert row["command"].startswith("python benchmarks/data.py --images 40")
-    figures = row["figures"]
-    assert figures["left_out"] == ["mosaicml"]
-    assert list(figures["contenders"]) == ["imagefolder", "lift_ray"]
-    for name, found in figures["contenders"].items():
-        assert name in said
-        assert found["images"] == BATCH * BATCHES
-        assert found["peak_bytes"] >= found["imported_bytes"] > 100 * data.MIB
-        assert found["version"]
-        wanted = (
-            "wall_ms",
-            "processor_ms",
-            "first_batch_s",
-            "resumed_s",
-            "images_per_wall_s",
-            "wall_times_imagefolder",
-        )
-        assert all(found[key] > 0 for key in wanted)
-    assert set(figures["pictures"]) == {"pillow", "tensors"}
-    assert figures["transforms"] in figures["transforms_ms"]
-    assert figures["memory"]["images"] == [16, 32]
-    assert len(figures["memory"]["growth_bytes"]) == 1

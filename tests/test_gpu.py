@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_run import run_config
 from PIL import Image
 
 from lift_ray.data.augment import square_crop, training_image, training_images_on
@@ -16,7 +17,6 @@ from lift_ray.data.decode import decode, decode_on
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.methods.world import Ranks
-from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.plan import memory
 from lift_ray.training.run import Run
@@ -30,9 +30,7 @@ LIFT_TINY = "embedded:lift-tiny"
 
 def settings(clip: str, **overrides: Any) -> RunConfig:
     tree = {"backbone": {"model": clip}, "optim": {"epochs": 2, "global_batch_size": 16, "lr": 0.05}}
-    return RunConfig.model_validate(
-        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
-    )
+    return run_config(tree, overrides)
 
 
 @pytest.fixture(scope="module")

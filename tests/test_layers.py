@@ -19,6 +19,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in P
 VALUES_OF_THE_PACKAGE = {"lift_ray.__version__"}
 BASE = ("errors", "registry")  # used everywhere
 VERBS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", *BASE))
+SLOW_TO_LOAD = ("ray", "torch", "torchvision", "open_clip", "optuna", "pyarrow", "pydantic")
 
 BELOW_TRAINING = {"settings", "storage", "data", "model", "methods", "evaluation", "terminal"}
 # room -> the rooms it may import from
@@ -222,18 +223,16 @@ def test_importing_the_verbs_loads_neither_ray_nor_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
     assert "typer" in loaded
-    assert not {"ray", "torch", "torchvision", "open_clip", "optuna", "pyarrow", "pydantic"} & loaded
+    assert not {*SLOW_TO_LOAD} & loaded
 
 
-def test_help_answers_in_under_a_second_without_ray_and_torch() -> None:
+def test_help_answers_without_what_is_slow_to_load() -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from lift_ray.tune import main\n"
         "main(['--help'])\n"
-        "print('CPU', time.process_time(), [name for name in ('ray', 'torch') if name in sys.modules])"
+        f"print([name for name in {SLOW_TO_LOAD} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "python -m lift_ray.tune search_spaces/quickstart.yaml" in done.stdout
-    _, seconds, loaded = done.stdout.splitlines()[-1].split(maxsplit=2)
-    assert float(seconds) < 1.0
-    assert loaded == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"

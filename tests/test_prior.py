@@ -80,9 +80,9 @@ def test_two_ranks_find_what_one_does() -> None:
     def work(rank: int) -> torch.Tensor:
         def reduce(tensor: torch.Tensor) -> torch.Tensor:
             given[rank] = tensor
-            barrier.wait(20)
+            barrier.wait(100)
             total = torch.stack(given).sum(0)
-            barrier.wait(20)
+            barrier.wait(100)
             return total
 
         return fit(logits[rank::2], labels[rank::2], reduce=reduce).log_q

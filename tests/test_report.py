@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -343,10 +344,19 @@ def test_a_running_search_has_a_page_soon_though_the_first_try_fails(
 ) -> None:
     (tmp_path / "trials.parquet").write_bytes(b"PAR1....")
     monkeypatch.setattr(reporting, "EVERY_S", 0.05)
+    failed_twice, write, tries = threading.Event(), reporting.write_report, []
+
+    def counted(*args: Any) -> Any:
+        tries.append(args)
+        if len(tries) == 3:
+            failed_twice.set()
+        return write(*args)
+
+    monkeypatch.setattr(reporting, "write_report", counted)
     with reporting.kept_up_to_date(reporting.Output(str(tmp_path))):
-        reporting.time.sleep(1.0)
+        assert failed_twice.wait(100)
         shutil.copy(study / "trials.parquet", tmp_path)
-        ends = reporting.time.monotonic() + 30
+        ends = reporting.time.monotonic() + 100
         while not (tmp_path / "report" / "index.html").exists() and reporting.time.monotonic() < ends:
             reporting.time.sleep(0.05)
     assert "This search has not ended" in (tmp_path / "report" / "index.html").read_text()

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
+from made_run import run_config, untimed
 
 from lift_ray import evaluate
 from lift_ray.data.open import open_dataset
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.inference.evaluate import evaluate_checkpoint
 from lift_ray.methods.world import Ranks, join_group
-from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import RunFile
 from lift_ray.training import checkpoint
@@ -31,18 +31,7 @@ Figures = list[dict[str, float]]
 
 def settings(clip: str, **overrides: Any) -> RunConfig:
     tree = {"backbone": {"model": clip}, "optim": {"epochs": EPOCHS, "global_batch_size": 16, "lr": 0.01}}
-    return RunConfig.model_validate(
-        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
-    )
-
-
-def untimed(figures: Figures) -> Figures:
-    return [{k: v for k, v in f.items() if not k.startswith("time/") and k != "train/images_per_s"} for f in figures]
-
-
-@pytest.fixture(scope="module")
-def warm(small_data: str) -> Workspace:
-    return Workspace(small_data, Ranks.alone())
+    return run_config(tree, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +130,6 @@ def test_a_checkpoint_holds_its_run_and_replaces_the_one_before(
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 def train_as_rank(rank: int, port: int, data: str, config: dict[str, Any], out: str) -> None:
     torch.set_num_threads(1)
     join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
@@ -158,15 +140,13 @@ def train_as_rank(rank: int, port: int, data: str, config: dict[str, Any], out: 
 
 
 def test_two_ranks_train_what_one_does(
-    small_data: str, small_clip: str, trained: tuple[Figures, list[Path], Run], tmp_path: Path
+    small_data: str,
+    small_clip: str,
+    trained: tuple[Figures, list[Path], Run],
+    tmp_path: Path,
+    as_two_ranks: Callable[..., None],
 ) -> None:
-    config = settings(small_clip).to_dict()
-    arguments = (free_port(), small_data, config, str(tmp_path))
-    other = torch.multiprocessing.get_context("spawn").Process(target=train_as_rank, args=(1, *arguments))
-    other.start()
-    train_as_rank(0, *arguments)
-    other.join()
-    assert other.exitcode == 0
+    as_two_ranks(train_as_rank, small_data, settings(small_clip).to_dict(), str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     for alone, together in zip(trained[0], first, strict=True):

@@ -269,7 +269,7 @@ def test_when_what_takes_requests_in_is_killed_the_next_requests_go_to_the_other
         while sum(future.done() for future in inside) < 30:
             time.sleep(0.001)
         victim.kill()
-        victim.wait(10)
+        victim.wait(60)
         while sum(future.done() for future in inside) < 100:
             time.sleep(0.001)
         found = [future.result()[0] for future in inside]

@@ -39,7 +39,7 @@ def slurm(tmp_path: Path) -> Callable[..., list[str]]:
         "python",
         f"""if [ "$1" = -c ]; then echo 10.1.2.7; exit; fi
         {note}; echo "$RAY_ADDRESS $RAY_AUTH_MODE $LIFT_DATA $SRUN_CPUS_PER_TASK" >> {calls}
-        for _ in {{1..600}}; do [ $(grep -c "^ray start" {calls}) = $EXPECTED_STARTS ] && break || sleep 0.1; done; exit 3""",
+        for _ in {{1..900}}; do [ $(grep -c "^ray start" {calls}) = $EXPECTED_STARTS ] && break || sleep 0.1; done; exit 3""",
     )
     _program(tmp_path / "env/bin", "pip", note)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from made_run import untimed
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from safetensors.torch import load_file
@@ -51,22 +52,19 @@ def alone(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def untimed(path: Path) -> list[dict[str, float]]:
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("time/") and k != "train/images_per_s"}
-        for line in path.read_text().splitlines()
-    ]
+def figures(path: Path) -> list[dict[str, float]]:
+    return untimed([json.loads(line) for line in path.read_text().splitlines()])
 
 
 def assert_same_model(out: Path, expected: Path) -> None:
-    assert untimed(out / "metrics.jsonl") == untimed(expected / "metrics.jsonl")
+    assert figures(out / "metrics.jsonl") == figures(expected / "metrics.jsonl")
     one, other = (load_file(folder / "checkpoint" / "weights.safetensors") for folder in (out, expected))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_keeps_its_last_two_checkpoints_the_best_its_figures_and_tensorboard(alone: Path) -> None:
-    lines = untimed(alone / "metrics.jsonl")
+    lines = figures(alone / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 3]
     assert "test/accuracy" in lines[-1]
     best = 1 + max(range(EPOCHS), key=lambda i: lines[i]["validation/mean_class_accuracy"])
@@ -199,16 +197,16 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
     train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url, "--resume"])
     assert "continuing from epoch 2, step 0 of 12" in capsys.readouterr().out
     with output.fetched("metrics.jsonl") as path:
-        lines = untimed(path)
+        lines = figures(path)
     assert lines[0]["epoch"] == 1
     assert not evaluate.main([url, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["test/accuracy"] == pytest.approx(lines[-1]["test/accuracy"])
 
 
-def test_storage_that_stays_away_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_storage_that_stays_away_is_one_line(monkeypatch: pytest.MonkeyPatch, silent_storage: str) -> None:
     monkeypatch.setattr("lift_ray.storage.output.PATIENCE_S", 0.5)
-    output = Output("s3://runs/x?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1")
+    output = Output(silent_storage)
     (output.folder / "run.yaml").write_text("name: x")
     with pytest.raises(RunFailed) as caught:
         output.publish()
@@ -307,7 +305,7 @@ def test_what_only_a_worker_finds_is_bad_input_too(run_file: Path, tmp_path: Pat
     assert str(caught.value) == "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"
 
 
-@pytest.mark.parametrize("where", ["--no-ray", "--workers=1"])
+@pytest.mark.parametrize("where", ["--no-ray", pytest.param("--workers=1", marks=pytest.mark.slow)])
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     run_file: Path, tmp_path: Path, where: str, ray_session: None
 ) -> None:

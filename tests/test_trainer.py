@@ -19,9 +19,9 @@ import psutil
 import pytest
 import torch
 import torch.multiprocessing
+from made_run import free_port
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
-from test_run import free_port
 
 from lift_ray import train
 from lift_ray.methods.world import Ranks, join_group

@@ -15,6 +15,7 @@ import pytest
 from browser import seen_in_browser
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from pyarrow import fs
 
 from lift_ray import evaluate, train, tune
 from lift_ray.errors import BadInput
@@ -128,7 +129,7 @@ def test_two_workers_a_trial_find_what_one_finds(
     searched: Path, space_file: Path, tmp_path: Path, ray_session: None
 ) -> None:
     out = tmp_path / "out"
-    words = ["search.trials=1", "scale.workers_per_trial=2", "search.scheduler.kind=none"]
+    words = ["search.trials=1", "scale.workers_per_trial=2", "search.scheduler.kind=none", "search.tte_best=0"]
     assert not tune.main([str(space_file), *words, "--out", str(out)])
     alone, together = (pq.read_table(folder / "trials.parquet").to_pylist()[0] for folder in (searched, out))
     assert together["optim.lr"] == alone["optim.lr"] == 0.02
@@ -136,29 +137,44 @@ def test_two_workers_a_trial_find_what_one_finds(
     assert together["validation/loss"] == pytest.approx(alone["validation/loss"], abs=1e-4)
 
 
-def test_a_search_in_object_storage_goes_on_where_it_stood(space_file: Path, tmp_path: Path, ray_session: None) -> None:
-    out = tmp_path / "bucket" / "out"
+def test_a_search_in_object_storage_is_whole_there_and_goes_on_where_it_stood(
+    space_file: Path, bucket: str, tmp_path: Path, ray_session: None
+) -> None:
+    url = bucket.format("study")
     words = ["search.scheduler.kind=none", "search.tte_best=0", "search.seeds_best=2", "scale.max_concurrent=1"]
-    out.mkdir(parents=True)
-    url = out.as_uri()  # storage that is no folder to the search, with nothing but a local disk
+    storage, folder = fs.FileSystem.from_uri(url)
+
+    def downloaded(name: str) -> Path:
+        fs.copy_files(folder, str(tmp_path / name), source_filesystem=storage)
+        return tmp_path / name
+
+    def trained_at() -> int:
+        """Trial 0 with another seed."""
+        info = storage.get_file_info(f"{folder}/checkpoints/1000001/epoch-0003/run.json")
+        return int(info.mtime_ns)
+
     assert not tune.main([str(space_file), *words, "search.trials=2", "--out", url])
-    before = stored(out)
-    again = out / "checkpoints" / "1000001" / "epoch-0003" / "run.json"  # trial 0 with another seed
-    trained_at = again.stat().st_mtime_ns
+    before, first = stored(downloaded("before")), trained_at()
+    with pytest.raises(BadInput, match="must be a new folder, but it holds a search already"):
+        tune.main([str(space_file), *words, "search.trials=2", "--out", url])
     assert not tune.main([str(space_file), *words, "search.trials=3", "--out", url, "--resume"])
-    assert again.stat().st_mtime_ns == trained_at, "a run with another seed was done twice"
+    assert trained_at() == first, "a run with another seed was done twice"
+    out = downloaded("after")
     study = json.loads((out / "study.json").read_text())
     runs = {(run["label"], run["seed"]): run["test/mean_class_accuracy"] for run in study["seeds"]}
     labels = {"best found", "the recipe"} if study["best"]["trial"] else {"best found"}
     assert set(runs) == {(label, seed) for label in labels for seed in (0, 1)}
     compared = {found["label"]: found["test/mean_class_accuracy"] for found in study["compared"]}
+    assert "best found" in compared
     assert all(runs[label, 0] == compared[label] for label in labels)
     after = stored(out)
     assert [epochs(trial) for trial in after[:2]] == [epochs(trial) for trial in before]
     assert [row["state"] for row in pq.read_table(out / "trials.parquet").to_pylist()] == ["finished"] * 3
+    assert {path.name for path in out.iterdir()} >= {"trials.csv", "best.yaml"}
     assert {path.name for path in (out / "best").iterdir()} >= {"run.json", "weights.safetensors", "metrics.json"}
 
 
+@pytest.mark.slow  # test_engine.py has the claim for slots that train nothing
 def test_input_that_only_a_slot_finds_bad_ends_the_search(space_file: Path, tmp_path: Path, ray_session: None) -> None:
     with pytest.raises(BadInput) as caught:
         tune.main([str(space_file), "base.backbone.model=ViT-B-61", "--out", str(tmp_path / "out")])

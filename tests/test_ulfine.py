@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+from made_run import run_config
 from safetensors.torch import load_file, save_file
 
 from lift_ray import evaluate
@@ -40,9 +41,7 @@ def settings(clip: str, kind: str = "ulfine", **overrides: Any) -> RunConfig:
         "optim": {"epochs": 2, "global_batch_size": 96, "lr": 0.05},
         "method": {"kind": kind, "unlabelled_ratio": 1, "threshold": 0.1},
     }
-    return RunConfig.model_validate(
-        apply_overrides(tree, {k.replace("__", "."): v for k, v in overrides.items()}, RunConfig)
-    )
+    return run_config(tree, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +200,6 @@ def test_a_run_killed_mid_way_goes_on_with_the_same_prototypes_exactly(
         }
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 def train_as_rank(rank: int, port: int, config: dict[str, Any], out: str) -> None:
     torch.set_num_threads(1)
     join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
@@ -219,14 +211,12 @@ def train_as_rank(rank: int, port: int, config: dict[str, Any], out: str) -> Non
 
 
 def test_two_workers_have_the_prototypes_and_pseudo_labels_of_one(
-    small_clip: str, trained: tuple[list[dict[str, float]], Run], tmp_path: Path
+    small_clip: str,
+    trained: tuple[list[dict[str, float]], Run],
+    tmp_path: Path,
+    as_two_ranks: Callable[..., None],
 ) -> None:
-    arguments = (free_port(), settings(small_clip).to_dict(), str(tmp_path))
-    other = torch.multiprocessing.get_context("spawn").Process(target=train_as_rank, args=(1, *arguments))
-    other.start()
-    train_as_rank(0, *arguments)
-    other.join(120)
-    assert other.exitcode == 0
+    as_two_ranks(train_as_rank, settings(small_clip).to_dict(), str(tmp_path))
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     for name, value in stored(trained[1]).items():
         assert torch.equal(first[name], second[name]), name
