@@ -156,7 +156,7 @@ def test_a_study_is_submitted_from_outside_stopped_and_submitted_again(
 def mended_ray(tmp_path: Path) -> str:
     """A folder with the installed Ray as `setup_commands` of the files for clouds leave it: links, but for what they change."""
     (command,) = re.findall(
-        r"- ~/lift/bin/(python -m lift_ray.distributed.\w+)", (ROOT / "clusters" / "aws.yaml").read_text()
+        r"- ~/lift/bin/(python -m lift_ray.ray_runtime.\w+)", (ROOT / "clusters" / "aws.yaml").read_text()
     )
     subprocess.run(["cp", "-rs", str(Path(ray.__file__).parent), str(tmp_path / "ray")], check=True)
     env = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
