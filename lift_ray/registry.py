@@ -53,15 +53,15 @@ class TunerConfig(Config):
     kind: str
 
     def derived(self, num_classes: int, num_tuned: int, width: int) -> dict[str, Any]:
-        """Values of settings that were not given, for K classes, so many tuned blocks and a tower of width D."""
+        """Return values for settings that were not given, for K classes, a number of tuned blocks and a tower of width D."""
         return {}
 
     def problem(self, num_blocks: int) -> str:
-        """What of it a tower of so many blocks does not allow, as `setting: rule, but got value; remedy`; "" if nothing."""
+        """Return `setting: rule, but got value; remedy` if a tower of so many blocks does not allow these settings, else ""."""
         return ""
 
     def options(self, num_blocks: int) -> dict[str, Any]:
-        """The arguments for what builds the tuner, from resolved settings; `blocks` are those that it tunes."""
+        """Return the arguments of `build` from resolved settings; `blocks` are the tuned ones."""
         return self.model_dump(exclude={"kind"})
 
 
@@ -71,7 +71,7 @@ class Kind:
 
     Attributes:
         config: the class of its settings, with `kind: Literal[NAME] = NAME`.
-        build: what makes it, or an import path `module:name` of that.
+        build: the function that builds it, or its import path `module:name`.
     """
 
     config: type[Config]
@@ -79,11 +79,11 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """The word that settings use."""
+        """The kind's name in settings."""
         return str(get_args(self.config.model_fields["kind"].annotation)[0])
 
     def builder(self) -> Callable[..., Any]:
-        """What makes it, imported now if it was given as a path."""
+        """Return the function that builds it, imported now if it was given as a path."""
         return imported(self.build)
 
 
@@ -93,10 +93,9 @@ class TunerKind(Kind):
 
     Attributes:
         build: (tower, block number, **options) -> a model.tuners.base.BlockTuner for one block. It imports torch itself.
-        in_blocks: whether `build` puts a module into each tuned block.
         trains: (name, whether it belongs to a norm) -> whether a parameter of the tower in a tuned block is trained itself.
         prepare: (tower with modules of its own, **options) changes that tower; or an import path.
-        owns: what only one of two tuners may do, as the words behind "both" in an error.
+        owns: a claim that only one of two tuners may make; the words after "both" in the error message.
     """
 
     build: Callable[..., Any] | str = ""
@@ -106,7 +105,7 @@ class TunerKind(Kind):
 
     @property
     def changes_tower(self) -> bool:
-        """Whether anything in the tower is tuned."""
+        """True if the kind tunes anything in the tower."""
         return bool(self.build or self.trains or self.prepare)
 
 
@@ -116,8 +115,8 @@ class LossKind(Kind):
 
     Attributes:
         build: (counts (K,), **options) -> a function of logits (B, K) and labels (B,) to a scalar.
-        prior_left: how much of the log prior of training is left in the logits of a model that was trained with it: 1 for plain
-            cross-entropy, 0 for a loss that takes it out; a function of the config where settings decide.
+        prior_left: fraction of the log prior of training that a model trained with this loss leaves in its logits: 1 for
+            cross-entropy, 0 for a loss that removes it; or a function of the config.
     """
 
     prior_left: float | Callable[[Any], float] = 1.0
@@ -140,7 +139,7 @@ class SamplerKind:
     package: str = ""
 
     def builder(self) -> Callable[..., Any]:
-        """What makes it, imported now if it was given as a path."""
+        """Return the function that builds it, imported now if it was given as a path."""
         return imported(self.build)
 
 
@@ -152,7 +151,7 @@ class Kinds(Mapping[str, AnyKind], Generic[AnyKind]):
     """The registered kinds of one sort, by name, in the order of registration.
 
     Attributes:
-        sort: what they are, for errors.
+        sort: name of the sort, for error messages.
         load: registers those of the package; called on first use.
         followers: called after each registration: settings that were built from the kinds before.
     """
@@ -179,7 +178,7 @@ class Kinds(Mapping[str, AnyKind], Generic[AnyKind]):
         return self._kinds
 
     def build(self, name: str, *args: Any, **options: Any) -> Any:
-        """What the kind of this name builds."""
+        """Build the kind of this name."""
         return self[name].builder()(*args, **options)
 
     def add(self, kind: AnyKind) -> None:
@@ -192,18 +191,18 @@ class Kinds(Mapping[str, AnyKind], Generic[AnyKind]):
             follow()
 
     def default(self, name: str) -> Any:
-        """The settings of this kind as they are when nothing is set."""
+        """Return the default settings of this kind."""
         kind = self[name]
         assert isinstance(kind, Kind)
         return kind.config()
 
     def union(self) -> Any:
-        """The type of a field that holds the settings of any of them; `kind` tells which."""
+        """Return the type of a field for the settings of any of them, with `kind` as the discriminator."""
         configs = tuple(kind.config for kind in self.values() if isinstance(kind, Kind))
         return Annotated[Union[configs], Field(discriminator="kind")]  # noqa: UP007
 
     def names(self) -> Any:
-        """The type of a field that holds one of their names."""
+        """Return the type of a field for one of their names."""
         return Literal[tuple(self)]
 
 
@@ -243,7 +242,7 @@ def register_sampler(
 
 
 def imported(what: Callable[..., Any] | str) -> Callable[..., Any]:
-    """A function, from its import path `module:name` if that was given."""
+    """Return a function, imported if it is given as `module:name`."""
     if not isinstance(what, str):
         return what
     module, _, name = what.partition(":")
@@ -252,7 +251,7 @@ def imported(what: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 def load_plugins() -> None:
-    """Import what registers kinds from outside: entry points of the group `lift_ray.plugins`, and modules that $LIFT_RAY_PLUGINS names.
+    """Import the modules that register kinds from outside: entry points of the group `lift_ray.plugins`, and modules that $LIFT_RAY_PLUGINS names.
 
     Raises BadInput, naming the plugin, when one cannot be imported.
     """
