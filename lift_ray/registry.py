@@ -251,7 +251,9 @@ def imported(what: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 def load_plugins() -> None:
-    """Import the modules that register kinds from outside: entry points of the group `lift_ray.plugins`, and modules that $LIFT_RAY_PLUGINS names.
+    """Import the modules that register kinds from outside.
+
+    These are the entry points of the group `lift_ray.plugins`, and the modules that $LIFT_RAY_PLUGINS names.
 
     Raises BadInput, naming the plugin, when one cannot be imported.
     """

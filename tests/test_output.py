@@ -21,7 +21,7 @@ def test_a_url_of_no_known_kind_is_bad_input() -> None:
 def test_storage_that_does_not_answer_is_bad_input(silent_storage: str) -> None:
     with pytest.raises(BadInput) as caught:
         Output(silent_storage).holds("study.json")
-    assert str(caught.value).startswith("--out: must be storage that answers, but s3://bucket/x")
+    assert str(caught.value).startswith("--out: must be reachable storage, but s3://bucket/x")
     assert "\n" not in str(caught.value)
 
 

@@ -155,7 +155,7 @@ def test_a_search_in_object_storage_is_whole_there_and_goes_on_where_it_stood(
 
     assert not tune.main([str(space_file), *words, "search.trials=2", "--out", url])
     before, first = stored(downloaded("before")), trained_at()
-    with pytest.raises(BadInput, match="must be a new folder, but it holds a search already"):
+    with pytest.raises(BadInput, match="must be a new folder, but it already contains a search"):
         tune.main([str(space_file), *words, "search.trials=2", "--out", url])
     assert not tune.main([str(space_file), *words, "search.trials=3", "--out", url, "--resume"])
     assert trained_at() == first, "a run with another seed was done twice"
