@@ -93,9 +93,9 @@ def fake_aws(folder: Path, cluster_file: Path) -> Iterator[Account]:
         "HOME": str(folder),
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",  # pragma: allowlist secret
         "AWS_DEFAULT_REGION": REGION,
-        "AUTOSCALER_NODE_START_WAIT_S": "3",  # pragma: allowlist secret
+        "AUTOSCALER_NODE_START_WAIT_S": "3",
     }
     account = Account(env, folder, folder / "aws.yaml")
     server = subprocess.Popen(

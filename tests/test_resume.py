@@ -295,8 +295,8 @@ def test_a_driver_that_fails_lets_the_next_one_in_at_once(tmp_path: Path, monkey
     ("url", "message"),
     [
         ("nonsense", "--storage: must be the URL of a reachable database, but got nonsense ("),
-        # pragma: allowlist nextline secret
         (
+            # pragma: allowlist nextline secret
             "postgresql+nodriver://me:secret@127.0.0.1/x",
             "--storage: must be the URL of a reachable database, but got postgresql",
         ),
