@@ -47,10 +47,10 @@ print([node["NodeManagerAddress"] for node in ray.nodes()])
 HOW_MANY = """\
 from lift_ray.ray_runtime.capacity import num_slots
 from lift_ray.ray_runtime.session import connected
-from lift_ray.settings.search import Scale
+from lift_ray.settings.search import ScaleConfig
 with connected() as nodes:
-    print(*num_slots(Scale(), nodes), sep=", ")
-    num_slots(Scale(cpus_per_worker=5), nodes)
+    print(*num_slots(ScaleConfig(), nodes), sep=", ")
+    num_slots(ScaleConfig(cpus_per_worker=5), nodes)
 """
 START_HERE = "from lift_ray.ray_runtime.session import connected\nwith connected(dashboard=False): pass"
 pytestmark = pytest.mark.cluster
