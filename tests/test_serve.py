@@ -238,12 +238,14 @@ def test_200_requests_at_once_are_answered_as_the_evaluation_does_and_memory_sta
         assert all(pool.map(one, range(200)))
         assert all(pool.map(one, range(200)))
         processes = server.processes("ModelReplica", "HttpFront", "ProxyActor")
-        before = [p.memory_info().rss for p in processes]
-        for _ in range(3):
-            assert all(pool.map(one, range(200)))
-        after = [p.memory_info().rss for p in processes]
-    assert len(before) == 5
-    assert sum(after) - sum(before) < 40 * 2**20
+        held = [sum(process.memory_info().rss for process in processes)]
+        for _ in range(2):
+            for _ in range(3):
+                assert all(pool.map(one, range(200)))
+            held.append(sum(process.memory_info().rss for process in processes))
+    assert len(processes) == 5
+    # one of the two may see an allocator or Ray take a step; a leak would show in both
+    assert min(held[1] - held[0], held[2] - held[1]) < 40 * 2**20, held
 
 
 def test_a_killed_replica_costs_no_request(server: Server) -> None:
