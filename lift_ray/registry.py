@@ -57,7 +57,7 @@ class TunerConfig(Config):
         return {}
 
     def problem(self, num_blocks: int) -> str:
-        """Return `setting: rule, but got value; remedy` if a tower of so many blocks does not allow these settings, else ""."""
+        """Return `setting: rule, but got value; remedy` if a tower with that many blocks does not allow these settings, else ""."""
         return ""
 
     def options(self, num_blocks: int) -> dict[str, Any]:
@@ -81,10 +81,6 @@ class Kind:
     def name(self) -> str:
         """The kind's name in settings."""
         return str(get_args(self.config.model_fields["kind"].annotation)[0])
-
-    def builder(self) -> Callable[..., Any]:
-        """Return the function that builds it, imported now if it was given as a path."""
-        return imported(self.build)
 
 
 @dataclass(frozen=True)
@@ -138,10 +134,6 @@ class SamplerKind:
     problem: Callable[[Any, str], BadInput | None] | str = ""
     package: str = ""
 
-    def builder(self) -> Callable[..., Any]:
-        """Return the function that builds it, imported now if it was given as a path."""
-        return imported(self.build)
-
 
 AnyKind = TypeVar("AnyKind", bound="Kind | SamplerKind")
 
@@ -179,7 +171,7 @@ class Kinds(Mapping[str, AnyKind], Generic[AnyKind]):
 
     def build(self, name: str, *args: Any, **options: Any) -> Any:
         """Build the kind of this name."""
-        return self[name].builder()(*args, **options)
+        return imported(self[name].build)(*args, **options)
 
     def add(self, kind: AnyKind) -> None:
         """Register a kind. Raises BadInput when another one has its name."""

@@ -171,10 +171,10 @@ def test_opening_survives_failures_too(store: Store, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "got"),
     [
-        ("500", r"'.*We encountered an internal error' \(\d+ tr(?:y|ies) in \d+ s\); check the store and the network"),
+        ("500", r"'.*We encountered an internal error' \(\d+ tries in \d+ s\); check the store and the network"),
         ("drop", r"'.*' \(\d+ tr(y|ies) in \d+ s\); check the store and the network"),
         ("hang", r"'no answer in time' \(1 try in \d+ s\); check the store and the network"),
-        ("short", r"'\d+ of \d+ bytes' \(\d+ tr(?:y|ies) in \d+ s\); check the store and the network"),
+        ("short", r"'\d+ of \d+ bytes' \(\d+ tries in \d+ s\); check the store and the network"),
     ],
 )
 def test_a_store_that_never_answers_well_is_bad_input_in_bounded_time(store: Store, kind: str, got: str) -> None:
@@ -196,7 +196,7 @@ def test_a_shard_that_stays_broken_is_told_after_trying_again(store: Store) -> N
     reader.read(np.array([0]))
     store.always = "flip"
     with pytest.raises(
-        BadInput, match=r"CRC checksum verification failed .* \(\d+ tr(?:y|ies) in \d+ s\); copy it again, or"
+        BadInput, match=r"CRC checksum verification failed .* \(\d+ tries in \d+ s\); copy it again, or"
     ):
         reader.read(np.array([10]))
 
@@ -234,9 +234,9 @@ def test_no_permission_is_told_at_once(store: Store) -> None:
 def test_a_listing_that_fails_for_ever_is_bad_input(store: Store) -> None:
     store.listing = "503"
     with pytest.raises(
-        BadInput, match=r"^s3://pets/set: must be a folder .* \(\d+ tr(?:y|ies) in \d+ s\); check the path and"
+        BadInput, match=r"^s3://pets/set: must be a folder .* \(\d+ tries in \d+ s\); check the path and"
     ):
-        opened(patience_s=1.0)
+        opened(patience_s=4.0)  # the first answer of a busy machine may take a second
 
 
 class Hub(AbstractFileSystem):  # type: ignore[misc]

@@ -27,7 +27,7 @@ from lift_ray.model.heads import over_crops
 from lift_ray.registry import METHODS
 from lift_ray.settings.methods import check_splits
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
-from lift_ray.settings.run_file import check_global_batch
+from lift_ray.settings.run_file import batch_fault
 from lift_ray.training import checkpoint
 from lift_ray.training.batches import Batches, Inputs, cached_batches, image_batches, micro_batches
 from lift_ray.training.label_prior import loss_of
@@ -80,10 +80,8 @@ class Run:
 
     def _prepare_training(self) -> None:
         batch = self.config.optim.global_batch_size
-        try:
-            check_global_batch(batch, self.ranks.world_size)
-        except ValueError as error:
-            raise BadInput(str(error)) from None
+        if fault := batch_fault(batch, self.ranks.world_size, "optim.global_batch_size"):
+            raise fault
         self.steps_per_epoch = steps_per_epoch(self.train, batch)
         if not self.steps_per_epoch:
             raise BadInput(

@@ -25,7 +25,7 @@ from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass
 
 FEW_IMAGES = 2000  # below this, starting processes takes longer than it saves
 POLL_S = 0.2
-SUSPICIOUS = 100  # so many bad images without a good one mean that the source is gone
+SUSPICIOUS = 100  # this many bad images without a good one mean that the source is gone
 
 
 @dataclass(frozen=True)
