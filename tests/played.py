@@ -18,6 +18,7 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.search.interrupts import Interrupts
 from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob
@@ -122,7 +123,7 @@ class Played:
     def _train(self, job: TrainJob) -> Iterator[Reply]:
         history = self.disk.setdefault(job.number, self._saved(job.number))
         epochs = job.config["optim"]["epochs"]
-        yield RunStarted(1, epochs, 1, len(history), 0, list(history), 8)
+        yield RunStarted(1, epochs, 1, len(history), 0, [EpochMetrics.of(figures) for figures in history], 8)
         while len(history) < epochs:
             yield from self._fault(job)
             time.sleep(self.epoch_s)
@@ -130,7 +131,7 @@ class Played:
             history.append(figures)
             self._save(job.number, history)
             self._log(f"epoch {job.number} {len(history)}")
-            yield EpochEnded(dict(figures), "")
+            yield EpochEnded(EpochMetrics.of(figures), "")
         if job.then_test:
             yield JobDone({**history[-1], "test/mean_class_accuracy": 0.5})
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lift_ray"
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 VALUES_OF_THE_PACKAGE = {"lift_ray.__version__"}
-BASE = ("errors", "registry")  # used everywhere
+BASE = ("epoch_metrics", "errors", "registry")  # used everywhere
 VERBS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", *BASE))
 SLOW_TO_LOAD = ("ray", "torch", "torchvision", "open_clip", "optuna", "pyarrow", "pydantic")
 

@@ -180,8 +180,10 @@ def _watch(driver: subprocess.Popen[bytes], folder: Path, ray_folder: Path) -> W
 
     def all_seen() -> Samples | None:
         samples = scraped(targets)
-        seen = value(samples, f"{study}slot_restarts"), value(samples, f"{study}trials", state="finished")
-        return samples if seen == (1, 1) and f"{study}slot_images_per_s" in samples else None
+        # The new slot is counted before it runs its trial again.
+        counts = [value(samples, f"{study}trials", state=state) for state in ("finished", "running")]
+        restarted = value(samples, f"{study}slot_restarts") == 1
+        return samples if restarted and counts == [1, 1] and f"{study}slot_images_per_s" in samples else None
 
     samples = until(all_seen, "the metrics", 180)  # a new slot starts first, which a busy machine takes its time for
 

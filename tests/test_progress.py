@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.storage.output import Output
 from lift_ray.training import run_channel
 from lift_ray.training.events import EpochEnded, RunAborted, RunStarted, StepsDone, WorkersLost
@@ -27,12 +28,12 @@ def test_progress_rebuilds_the_figures_from_the_history_and_counts_what_was_trie
     with Progress(Output(str(tmp_path))) as progress:
         progress.take(RunStarted(2, 3, 10, 0, 0, []))
         progress.take(StepsDone(0, 4, dict.fromkeys(STEP_FIGURES, 0.5)))
-        progress.take(EpochEnded(first, "epoch-0001"))
-        progress.take(EpochEnded(second, "epoch-0002"))
+        progress.take(EpochEnded(EpochMetrics.of(first), "epoch-0001"))
+        progress.take(EpochEnded(EpochMetrics.of(second), "epoch-0002"))
         progress.take(WorkersLost("worker 1: [/lost] its node"))
-        progress.take(RunStarted(1, 3, 10, 1, 4, [first]))
+        progress.take(RunStarted(1, 3, 10, 1, 4, [EpochMetrics.of(first)]))
         assert lines(tmp_path) == [first]
-        progress.take(EpochEnded(second, "epoch-0002"))
+        progress.take(EpochEnded(EpochMetrics.of(second), "epoch-0002"))
         progress.take(RunAborted("one", True))
         progress.take(RunAborted("two", False))
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]

@@ -13,6 +13,7 @@ import pytest
 from test_live import SPACE
 
 from lift_ray import train, tune
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.tracking.services import SERVICES, Tracked, followed, trackers
@@ -94,13 +95,13 @@ def test_a_run_is_told_once_of_each_epoch_though_it_is_taken_up_again() -> None:
     config = {"tuner": {"kind": "lora", "bottleneck": None}, "seed": 0}
     with followed([Tracked("mlflow", service)], "mine", config) as tell:
         for message in (
-            RunStarted(2, 2, 5, 0, 0, [first]),
+            RunStarted(2, 2, 5, 0, 0, [EpochMetrics.of(first)]),
             WorkersLost("lost"),
-            RunStarted(2, 2, 5, 1, 0, [first]),
-            EpochEnded(second, ""),
+            RunStarted(2, 2, 5, 1, 0, [EpochMetrics.of(first)]),
+            EpochEnded(EpochMetrics.of(second), ""),
         ):
             tell(message)
-        tell(events.TestEnded({"epoch": 2, "test/accuracy": 0.3}))
+        tell(events.TestEnded(EpochMetrics.of({"epoch": 2, "test/accuracy": 0.3})))
     told = [(1, {"validation/accuracy": 0.1}), (2, {"validation/accuracy": 0.2}), (2, {"test/accuracy": 0.3})]
     assert service.told == [("mine", {"tuner.kind": "lora", "seed": 0}), *told, "finished"]
     for error, state in ((KeyboardInterrupt(), "stopped"), (RunFailed("diverged"), "failed")):

@@ -59,7 +59,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
             self.workers.begin(self.job)
             self.job = None
         reply = self.workers.next(TICK_S)
-        figures = reply.figures if isinstance(reply, EpochEnded) else {}
+        figures = reply.metrics.flat() if isinstance(reply, EpochEnded) else {}
         return {REPLY: reply, SLOT: self.slot.number, **figures}
 
     def cleanup(self) -> None:

@@ -163,7 +163,7 @@ class Search:
             self._end(row, "failed", reply.reason, diverged=True)
             return False
         assert isinstance(reply, EpochEnded)
-        self._reported(row, reply.figures)
+        self._reported(row, reply.metrics.flat())
         return self._after_epoch(row)
 
     def _began(self, row: TrialRow, reply: RunStarted) -> bool:
@@ -176,7 +176,7 @@ class Search:
             self._end(row, "infeasible", error, known=known)
             return False
         for figures in reply.history[len(row.history) :]:  # saved by a slot whose driver died before it got the reply
-            self._reported(row, figures)
+            self._reported(row, figures.flat())
         return self._after_epoch(row)
 
     def _tell_started(self, row: TrialRow) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from lift_ray.ensembles.ensemble import Ensemble, run_of
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.ray_runtime.session import meeting_point
@@ -122,7 +123,7 @@ class Worker:
             steps_per_epoch=trial.steps_per_epoch,
             epoch=trial.epoch,
             step=trial.step,
-            history=list(trial.history),
+            history=[EpochMetrics.of(figures) for figures in trial.history],
             trained_parameters=trial.num_trained,
         )
         while True:
@@ -135,7 +136,8 @@ class Worker:
                 break
             figures |= {**times, "num_epochs": trial.num_epochs}
             times = dict.fromkeys(times, 0.0)
-            yield EpochEnded(figures, self._save(trial, job.number, figures) if self.rank == 0 else "")
+            saved = self._save(trial, job.number, figures) if self.rank == 0 else ""
+            yield EpochEnded(EpochMetrics.of(figures), saved)
         if job.then_test:
             ((figures, _),) = evaluate_each(trial, "test")
             known = {name: value for name, value in trial.history[-1].items() if name.startswith("validation/")}

@@ -232,13 +232,13 @@ def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterat
     def tell(message: Event) -> None:
         nonlocal told
         history = (
-            message.history if isinstance(message, RunStarted) else []
+            [metrics.flat() for metrics in message.history] if isinstance(message, RunStarted) else []
         )  # all earlier epochs of a run that was resumed
         if isinstance(message, EpochEnded):
-            history = [message.figures]
+            history = [message.metrics.flat()]
         new = [figures for figures in history if figures["epoch"] > told]
         told = max([told, *(int(figures["epoch"]) for figures in new)])
-        for figures in [*new, *([message.figures] if isinstance(message, TestEnded) else [])]:
+        for figures in [*new, *([message.metrics.flat()] if isinstance(message, TestEnded) else [])]:
             for service in services:
                 service.log(name, figures)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lift_ray.epoch_metrics import EpochMetrics
+
 Figures = dict[str, float]
 
 
@@ -18,7 +20,7 @@ class RunStarted:
         steps_per_epoch: number of steps of an epoch.
         epoch: number of finished epochs.
         step: number of finished steps of the current epoch.
-        history: figures of the finished epochs.
+        history: metrics of the finished epochs.
         trained_parameters: number of trained parameters.
     """
 
@@ -27,7 +29,7 @@ class RunStarted:
     steps_per_epoch: int
     epoch: int
     step: int
-    history: list[Figures]
+    history: list[EpochMetrics]
     trained_parameters: int = 0
 
 
@@ -53,11 +55,11 @@ class EpochEnded:
     """An epoch is finished, validated and saved.
 
     Args:
-        figures: metrics and times of the epoch.
+        metrics: metrics and times of the epoch.
         checkpoint: name of its checkpoint.
     """
 
-    figures: Figures
+    metrics: EpochMetrics
     checkpoint: str
 
 
@@ -65,7 +67,7 @@ class EpochEnded:
 class TestEnded:
     """The metrics of the test split, after the last epoch."""
 
-    figures: Figures
+    metrics: EpochMetrics
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.training.checkpoint_manager import CheckpointManager
 from lift_ray.training.events import EpochEnded, Event, RunStarted, StepsDone, TestEnded
 from lift_ray.training.run import Run
@@ -42,13 +43,23 @@ def train(
         BadInput, RunFailed: errors that no retry can fix.
     """
     checkpoints.restore(run)
-    tell(RunStarted(run.ranks.world_size, run.num_epochs, run.steps_per_epoch, run.epoch, run.step, run.history))
+    history = [EpochMetrics.of(figures) for figures in run.history]
+    tell(
+        RunStarted(
+            run.ranks.world_size,
+            run.num_epochs,
+            run.steps_per_epoch,
+            run.epoch,
+            run.step,
+            history,
+        )
+    )
     run.pulse = StepCallback(run, tell, stop_asked)
     try:
         if not run.trained:
             figures = run.validate_untrained()
             if run.ranks.is_first:
-                tell(EpochEnded(figures, checkpoints.save(run)))
+                tell(EpochEnded(EpochMetrics.of(figures), checkpoints.save(run)))
         while run.epoch < run.num_epochs:
             for batch in run.batches():
                 run.train_step(batch)
@@ -56,9 +67,9 @@ def train(
                     checkpoints.save(run)
             figures = run.end_epoch()
             if run.ranks.is_first:
-                tell(EpochEnded(figures, checkpoints.save(run)))
+                tell(EpochEnded(EpochMetrics.of(figures), checkpoints.save(run)))
         if "test" in run.warm.dataset.splits:
-            tell(TestEnded({"epoch": run.epoch, **run.evaluate("test")}))
+            tell(TestEnded(EpochMetrics.of({"epoch": run.epoch, **run.evaluate("test")})))
     except StopAsked as asked:
         asked.checkpoint = checkpoints.save(run)
         raise

@@ -102,7 +102,7 @@ class Progress:
 
     def _began(self, message: RunStarted) -> None:
         self.began = message
-        self._write(message.history)
+        self._write([metrics.flat() for metrics in message.history])
         if message.epoch or message.step:
             self._say(
                 f"continuing from epoch {message.epoch + 1}, step {message.step} of {message.steps_per_epoch}, "
@@ -118,7 +118,7 @@ class Progress:
             self._writer.add_scalar(f"step/{name}", value, self._steps(message))
 
     def _epoch_done(self, message: EpochEnded) -> None:
-        figures, self.checkpoint = message.figures, message.checkpoint
+        figures, self.checkpoint = message.metrics.flat(), message.checkpoint
         self._keep(figures)
         if "train/loss" in figures:
             epochs = self.began.epochs if self.began else 0
@@ -129,7 +129,7 @@ class Progress:
             )
 
     def _tested(self, message: TestEnded) -> None:
-        self._keep(message.figures)
+        self._keep(message.metrics.flat())
 
     def _failed(self, message: WorkersLost) -> None:
         self.retries.append(message.reason)
