@@ -127,7 +127,10 @@ def keep_logits(folder: Path, job: Job, run: Any) -> None:
     """Store the logits of both splits, renamed into place."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        logits = {s: torch.cat([z for z, _ in run._logits(run.warm.dataset.split(s))]).cpu() for s in SPLITS}
+        logits = {
+            s: torch.cat([batch.logits for batch in run.predictor.logits(run.workspace.dataset.split(s))]).cpu()
+            for s in SPLITS
+        }
     temporary = folder / f"{job.key}.tmp"
     save_file({name: tensor.clone() for name, tensor in logits.items()}, temporary)
     temporary.replace(folder / f"{job.key}.safetensors")

@@ -62,7 +62,7 @@ def main() -> None:
         }
         run = Run(RunConfig.model_validate(config), Workspace(DATASET, Ranks.alone(num_cpus=os.cpu_count() or 1)))
         with torch.no_grad():
-            for tensor in run.trained.values():
+            for tensor in run.model.trained().values():
                 tensor += 0.1 * tensor.std(correction=0).clamp(min=0.1) * torch.randn_like(tensor)
         run.save(folder / "checkpoint")
         began = time.perf_counter()

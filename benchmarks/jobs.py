@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lift_ray.epoch_metrics import named
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 
@@ -102,13 +103,13 @@ def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None
         while run.epoch < run.num_epochs:
             with watch.running():
                 figures = run.train_epoch()
-            pseudo_labels.append({k: v for k, v in figures.items() if k.startswith("unlabelled/")})
+            pseudo_labels.append(named("unlabelled", figures.unlabelled))
             if cold or run.epoch == run.num_epochs:
-                curve.append(run.evaluate("validation")[CHOSEN_BY])
+                curve.append(named("validation", run.evaluate("validation").metrics)[CHOSEN_BY])
     except RunFailed as error:
         return row | {"failed": str(error)}
-    metrics = run.evaluate("validation") if not curve else {CHOSEN_BY: curve[-1]}
-    metrics |= {name: value for name, value in run.evaluate("test").items() if not name.startswith("time/")}
+    metrics = named("validation", run.evaluate("validation").metrics) if not curve else {CHOSEN_BY: curve[-1]}
+    metrics |= named("test", run.evaluate("test").metrics)
     if keep is not None:
         keep(job, run)
     return row | {

@@ -13,6 +13,7 @@ import time
 
 from record import record
 
+from lift_ray.epoch_metrics import named
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
@@ -37,7 +38,9 @@ def measure(cache_gib: float, epochs: int, threads: int) -> tuple[float, float, 
     warm.kept(run.config, run.model, run.train)
     before = time.monotonic() - began
     trained = sum(run.train_epoch()["time/train_s"] for _ in range(epochs))
-    return before, trained, run.evaluate("validation") | run.evaluate("test"), run.config.digest()
+    found = {name: run.evaluate(name).metrics for name in ("validation", "test")}
+    figures = named("validation", found["validation"]) | named("test", found["test"])
+    return before, trained, figures, run.config.digest()
 
 
 def main() -> None:

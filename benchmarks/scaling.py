@@ -67,7 +67,7 @@ def work(rank: int, workers: int, port: int, batch: int, steps: int, answers: An
     for _ in range(WARM_UP):
         run.train_step(next(batches))
     sent.clear()
-    waited, began, worked = run.seconds["time/data_wait_s"], time.perf_counter(), time.process_time()
+    waited, began, worked = run.seconds["data_wait_s"], time.perf_counter(), time.process_time()
     for _ in range(steps):
         run.train_step(next(batches))
     seconds, processor_s = time.perf_counter() - began, time.process_time() - worked
@@ -79,7 +79,7 @@ def work(rank: int, workers: int, port: int, batch: int, steps: int, answers: An
                 "bytes": sum(sent) / steps,
                 "trained": run.num_trained,
                 "digest": run.config.digest(),
-                "data_wait_frac": (run.seconds["time/data_wait_s"] - waited) / seconds,
+                "data_wait_frac": (run.seconds["data_wait_s"] - waited) / seconds,
             }
         )
     if workers > 1:

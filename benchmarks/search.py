@@ -163,7 +163,7 @@ def train_alone(config: dict[str, Any]) -> None:
         RunConfig.model_validate(config), Workspace("embedded:caltech101-lt", Ranks.alone(use_gpu=False, num_cpus=1))
     )
     for figures in run.epochs():
-        ray.train.report(figures)
+        ray.train.report(figures.flat())
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from lift_ray.model.tuners.config import derived_width
 from lift_ray.registry import LOSSES
 from lift_ray.settings.run import OptimConfig
 from lift_ray.terminal.tables import console
-from lift_ray.training.run import make_optimizer
+from lift_ray.training.step import make_optimizer
 
 NUM_CLASSES, TOLERANCE, SEED = 100, 1e-4, 0
 SQUARES = (1024, 2048)

@@ -33,6 +33,11 @@ COUNTS = (TRAINED_PARAMETERS, "num_epochs")
 Metrics = Mapping[str, float]
 
 
+def named(group: str, metrics: Metrics) -> dict[str, float]:
+    """Return metrics by their flat names, which start with the name of a split or another group."""
+    return {f"{group}/{name}": value for name, value in metrics.items()}
+
+
 @dataclass(frozen=True)
 class EpochMetrics:
     """Metrics of one epoch of a run.

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyarrow as pa
+
+from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.evaluation.evaluator import AtTau, evaluate
+from lift_ray.search.predictions import prediction_table
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
+from lift_ray.training.run import Run
 
 
 def run_config(tree: dict[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
@@ -16,12 +22,20 @@ def run_config(tree: dict[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
     return RunConfig.model_validate(apply_overrides(tree, named, RunConfig))
 
 
-def untimed(figures: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Return the figures of each epoch without those that depend on the machine's speed."""
+def untimed(epochs: Iterable[EpochMetrics | dict[str, float]]) -> list[dict[str, float]]:
+    """Return the flat metrics of each epoch without those that depend on the machine's speed."""
+    flat = [epoch.flat() if isinstance(epoch, EpochMetrics) else epoch for epoch in epochs]
     return [
         {name: value for name, value in epoch.items() if not name.startswith("time/") and name != "train/images_per_s"}
-        for epoch in figures
+        for epoch in flat
     ]
+
+
+def predictions(run: Run) -> tuple[AtTau, pa.Table]:
+    """Return the evaluation of a run on the test split, and the table of its predictions."""
+    split = run.workspace.dataset.split("test")
+    found = evaluate(run.predictor, split, [run.config.evaluation.posthoc_tau], predictions=True).at_tau[0]
+    return found, prediction_table(split.labels, found)
 
 
 def free_port() -> int:

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from lift_ray import evaluate
 from lift_ray.data import decode, resolutions
 from lift_ray.ensembles.combine import COMBINE, mean_logits, mean_probabilities
-from lift_ray.ensembles.ensemble import Ensemble, prior_left, run_of
+from lift_ray.ensembles.ensemble import Ensemble, model_of, prior_left
 from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.errors import BadInput
+from lift_ray.evaluation.evaluator import LogitBatch
 from lift_ray.evaluation.metrics import PerClass
 from lift_ray.inference import evaluate as evaluation
 from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here
@@ -32,6 +33,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import label_prior as priors
 from lift_ray.training.label_prior import label_prior, loss_of
+from lift_ray.training.predictor import Predictor
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -69,10 +71,10 @@ def alone(folder: str, warm: Workspace, split: str = "test") -> torch.Tensor:
     from lift_ray.training import checkpoint
 
     record = checkpoint.read_record(Path(folder))
-    run = Run(RunConfig.model_validate(record.config), warm, record.class_counts)
-    checkpoint.load_weights(Path(folder), run.model)
+    model = Predictor(RunConfig.model_validate(record.config), warm, record.class_counts)
+    checkpoint.load_weights(Path(folder), model)
     with torch.inference_mode():
-        return torch.cat([logits for logits, _ in run._logits(warm.dataset.split(split))])
+        return torch.cat([batch.logits for batch in model.logits(warm.dataset.split(split))])
 
 
 def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
@@ -179,10 +181,11 @@ def test_what_a_loss_leaves_of_the_training_prior_is_known_for_every_loss() -> N
 
 
 def test_the_groups_are_means_of_class_accuracies_and_gains_their_differences() -> None:
-    crossed = GroupGainTable(["a", "b"], 4, torch.device("cpu"))
+    crossed = GroupGainTable(["a", "b"], torch.zeros(4))
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     found = [[0, 0, 1, 0, 2, 0, 0, 0], [0, 0, 0, 0, 0, 2, 3, 0]]
-    crossed.add([F.one_hot(torch.tensor(row), 4).float() for row in found], labels)
+    members = [F.one_hot(torch.tensor(row), 4).float() for row in found]
+    crossed.add(LogitBatch(members[0], labels, members=members))
     together = PerClass(np.array([2, 1, 2, 1]), np.array([2, 2, 2, 2]), np.array([2, 2, 2, 2]))
     p_groups = np.array(["few", "many", "many", "few"])
     report = crossed.result("test", together, np.array([200, 150, 30, 5]), p_groups)
@@ -334,7 +337,9 @@ def test_each_device_holds_models_in_turn_and_together_they_give_the_same_figure
     trained = evaluation._trained
     monkeypatch.setattr(evaluation, "devices", lambda ranks: [ranks.device, torch.device("cpu", 0)])
     monkeypatch.setattr(evaluation, "Workspace", lambda *args: (made.append(Workspace(*args)), made[-1])[1])
-    monkeypatch.setattr(evaluation, "_trained", lambda *args: (run := trained(*args), places.append(run.warm), run)[-1])
+    monkeypatch.setattr(
+        evaluation, "_trained", lambda *args: (found := trained(*args), places.append(found[0].workspace))[0]
+    )
     found = evaluate_here(question)
     assert [warm.ranks.device for warm in made] == [torch.device("cpu"), torch.device("cpu", 0)]
     assert [made.index(warm) for warm in places] == [0, 1, 0]
@@ -353,9 +358,9 @@ def test_the_members_of_one_checkpoint_are_shared_out_to_the_devices_too(small_d
     warms = [Workspace(small_data, Ranks.alone()) for _ in range(2)]
     method = {"kind": "backdoor", "members": {"a": {}, "b": {"seed": 1}, "c": {"seed": 2}}}
     config = RunConfig.model_validate(settings(small_clip) | {"method": method})
-    run = run_of(config, warms)
-    assert isinstance(run, Ensemble)
-    assert [warms.index(one.warm) for one in run.runs.values()] == [0, 1, 0]
+    model = model_of(config, warms)
+    assert isinstance(model, Ensemble)
+    assert [warms.index(one.workspace) for one in model.models.values()] == [0, 1, 0]
 
 
 def test_a_class_has_its_parameter_group_in_the_table_of_classes(

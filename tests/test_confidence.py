@@ -23,7 +23,7 @@ from lift_ray.reporting.confidence import (
 )
 from lift_ray.reporting.scaling_law import Law, fit_law
 from lift_ray.reporting.study_files import Predictions, StudyFiles, read_study
-from lift_ray.search.predictions import evaluate_each, write_predictions
+from lift_ray.search.predictions import write_predictions
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.output import Output
 from lift_ray.training.run import Run
@@ -275,12 +275,11 @@ def test_two_ranks_collect_what_one_finds() -> None:
 def test_what_is_kept_of_each_image_gives_the_same_accuracy(small_data: str, small_clip: str, tmp_path: Path) -> None:
     config = RunConfig.model_validate({"backbone": {"model": small_clip}, "tuner": {"kind": "zero_shot"}})
     warm = Workspace(small_data, Ranks.alone(use_gpu=False, num_cpus=1))
-    ((figures, table),) = evaluate_each(Run(config, warm), "test")
+    found, table = predictions(Run(config, warm))
     write_predictions(table, Output(str(tmp_path)), "predictions/00")
     (tmp_path / "study.json").write_text('{"compared": [{"label": "zero-shot"}], "space": {"space": {}}}')
     kept = read_study(tmp_path, "out").predictions[0]
     assert kept
     assert kept.label.tolist() == warm.dataset.split("test").labels.tolist()
-    assert kept.hits.mean() == pytest.approx(figures["test/accuracy"])
-    alone = Run(config, warm).evaluate("test")
-    assert figures == pytest.approx({name: value for name, value in alone.items() if "time/" not in name})
+    assert kept.hits.mean() == pytest.approx(found.metrics["accuracy"])
+    assert found.metrics == pytest.approx(Run(config, warm).evaluate("test").metrics)

@@ -56,7 +56,7 @@ def saved(data: str, clip: str, folder: Path, config: dict[str, Any]) -> Path:
     torch.set_num_threads(threads)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
-        for p in run.trained.values():
+        for p in run.model.trained().values():
             p += 0.1 * torch.randn_like(p)
     run.save(folder)
     return folder

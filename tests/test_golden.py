@@ -19,7 +19,7 @@ from lift_ray.model.heads import CosineHead
 from lift_ray.model.tuners.config import derived_width
 from lift_ray.registry import LOSSES
 from lift_ray.settings.run import OptimConfig
-from lift_ray.training.run import make_optimizer
+from lift_ray.training.step import make_optimizer
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = np.load(FOLDER / "lift_golden_dev.npz")

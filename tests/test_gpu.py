@@ -16,6 +16,7 @@ from lift_ray.data.augment import square_crop, training_image, training_images_o
 from lift_ray.data.decode import decode, decode_on
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.plan import memory
@@ -43,20 +44,20 @@ def there(small_data: str) -> Workspace:
     return Workspace(small_data, Ranks.alone(use_gpu=True, num_cpus=2))
 
 
-def trained(run: Run) -> list[dict[str, float]]:
+def trained(run: Run) -> list[EpochMetrics]:
     return list(run.epochs())
 
 
 @pytest.fixture(scope="module")
-def on_cpu(here: Workspace) -> list[dict[str, float]]:
+def on_cpu(here: Workspace) -> list[EpochMetrics]:
     return trained(Run(settings(LIFT_TINY), here))
 
 
-def losses(figures: list[dict[str, float]]) -> list[float]:
+def losses(figures: list[EpochMetrics]) -> list[float]:
     return [f["train/loss"] for f in figures]
 
 
-def test_fp32_on_a_gpu_is_the_run_of_a_cpu(there: Workspace, on_cpu: list[dict[str, float]]) -> None:
+def test_fp32_on_a_gpu_is_the_run_of_a_cpu(there: Workspace, on_cpu: list[EpochMetrics]) -> None:
     assert losses(trained(Run(settings(LIFT_TINY), there))) == pytest.approx(losses(on_cpu), rel=1e-3)
 
 
@@ -67,24 +68,22 @@ def test_half_precision_learns_what_fp32_learns(here: Workspace, there: Workspac
     half = Run(settings(LIFT_TINY, backbone__precision=precision, tuner__kind=kind, optim__lr=lr), there)
     single = Run(settings(LIFT_TINY, tuner__kind=kind, optim__lr=lr), here)
     assert losses(trained(half)) == pytest.approx(losses(trained(single)), rel=0.03)
-    assert all(p.dtype == torch.float32 for p in half.trained.values())
+    assert all(p.dtype == torch.float32 for p in half.model.trained().values())
 
 
 def test_fp16_scales_the_loss_and_survives_an_overflow(there: Workspace) -> None:
     run = Run(settings(LIFT_TINY, backbone__precision="fp16"), there)
-    before = {name: p.detach().clone() for name, p in run.trained.items()}
-    run.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**80)  # every gradient overflows
+    before = {name: p.detach().clone() for name, p in run.model.trained().items()}
+    run.sgd.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**80)  # every gradient overflows
     run.train_step(next(iter(run.batches())))
-    assert all(torch.equal(p, before[name]) for name, p in run.trained.items())
-    assert run.scaler.get_scale() < 2.0**80
+    assert all(torch.equal(p, before[name]) for name, p in run.model.trained().items())
+    assert run.sgd.scaler.get_scale() < 2.0**80
 
 
 def test_a_run_on_a_gpu_resumes_with_the_same_state(there: Workspace, tmp_path: Path) -> None:
     whole, parts = Run(settings(LIFT_TINY), there), Run(settings(LIFT_TINY), there)
     expected = trained(whole)[-1]
-    for batch in parts.batches():
-        parts.train_step(batch)
-    parts.end_epoch()
+    next(parts.epochs())
     parts.save(tmp_path / "checkpoint")
     again = Run(settings(LIFT_TINY), there)
     again.load(tmp_path / "checkpoint")
@@ -136,11 +135,11 @@ def test_crops_made_on_the_gpu_are_those_of_the_cpu() -> None:
         assert np.abs(image.astype(int) - expected).mean() < 4
 
 
-def test_a_run_may_decode_on_the_gpu(there: Workspace, on_cpu: list[dict[str, float]]) -> None:
+def test_a_run_may_decode_on_the_gpu(there: Workspace, on_cpu: list[EpochMetrics]) -> None:
     found = trained(Run(settings(LIFT_TINY, augment__decode="gpu"), there))
     assert losses(found) == pytest.approx(losses(on_cpu), rel=0.1)
 
 
-def test_the_compiled_step_is_the_plain_one(there: Workspace, on_cpu: list[dict[str, float]]) -> None:
+def test_the_compiled_step_is_the_plain_one(there: Workspace, on_cpu: list[EpochMetrics]) -> None:
     found = trained(Run(settings(LIFT_TINY, backbone__compile=True), there))
     assert losses(found) == pytest.approx(losses(on_cpu), rel=1e-3)

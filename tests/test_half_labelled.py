@@ -101,14 +101,14 @@ def test_pseudo_label_figures_are_by_group_of_classes_and_leave_out_what_is_not_
     counts = np.array([[10, 10, 20, 0], [8, 4, 0, 0], [6, 2, 0, 0]])
     figures = pseudo_label_figures(counts, np.array([150, 120, 5, 6]))
     assert figures == {
-        "unlabelled/recall": 8 / 40,
-        "unlabelled/pseudo_labels": 12,
-        "unlabelled/precision": 8 / 12,
-        "unlabelled/recall_many": 8 / 20,
-        "unlabelled/pseudo_labels_many": 12,
-        "unlabelled/precision_many": 8 / 12,
-        "unlabelled/recall_few": 0,
-        "unlabelled/pseudo_labels_few": 0,
+        "recall": 8 / 40,
+        "pseudo_labels": 12,
+        "precision": 8 / 12,
+        "recall_many": 8 / 20,
+        "pseudo_labels_many": 12,
+        "precision_many": 8 / 12,
+        "recall_few": 0,
+        "pseudo_labels_few": 0,
     }
 
 

@@ -15,16 +15,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lift_ray import evaluate, train
-from lift_ray.ensembles.ensemble import run_of
+from lift_ray.ensembles.ensemble import model_of
 from lift_ray.errors import BadInput, RunFailed
+from lift_ray.evaluation.evaluator import evaluate as evaluate_split
 from lift_ray.methods.world import Ranks
 from lift_ray.search.backdoor_trial import BackdoorTrial, trial_of
-from lift_ray.search.trial import Trial
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import read_run
 from lift_ray.storage.output import Output
 from lift_ray.training import loop
-from lift_ray.training.run import Run
+from lift_ray.training.run import Position, Run
 from lift_ray.training.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("same_threads")
@@ -112,11 +112,11 @@ def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone
     class Notice(loop.StepCallback):
         """SIGTERM comes inside the second member."""
 
-        def __call__(self) -> None:
-            steps.append(self.run.step)
-            if self.run.config.seed == 1 and (self.run.epoch, self.run.step) == (1, 3):
+        def __call__(self, at: Position, evaluated: float = 0.0) -> None:
+            steps.append(at.step)
+            if isinstance(at, Run) and at.config.seed == 1 and (at.epoch, at.step) == (1, 3):
                 os.kill(os.getpid(), signal.SIGTERM)
-            super().__call__()
+            super().__call__(at, evaluated)
 
     monkeypatch.setattr(loop, "StepCallback", Notice)
     with pytest.raises(RunFailed, match=r"members/other: stopped by SIGTERM; .*; continue with --resume"):
@@ -146,15 +146,17 @@ def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
     assert epochs == [0, 0, 1, 1]
     alone = Run(RunConfig.model_validate(tree(small_clip) | {"method": "lift"}), warm)
     list(alone.epochs())
-    assert figures[0]["validation/loss"] == pytest.approx(alone.metrics["validation/loss"], abs=1e-6)
+    assert figures[0]["validation/loss"] == pytest.approx(alone.history[-1]["validation/loss"], abs=1e-6)
     first.save(tmp_path / "saved")
     again = trial_of(first.config, warm, output)
     again.load(tmp_path / "saved")
     assert again.history == first.history
     assert list(again.epochs()) == []
-    examined = run_of(first.config, [warm])
-    examined.model.load_stored(load_file(tmp_path / "saved" / "weights.safetensors"))
-    assert examined.evaluate("validation")["validation/loss"] == pytest.approx(figures[1]["validation/loss"], abs=1e-6)
+    examined = model_of(first.config, [warm])
+    examined.load_stored(load_file(tmp_path / "saved" / "weights.safetensors"))
+    assert evaluate_split(examined, warm.dataset.split("validation")).metrics["loss"] == pytest.approx(
+        figures[1]["validation/loss"], abs=1e-6
+    )
     epochs.clear()
     second = trial_of(RunConfig.model_validate(tree(small_clip)), warm, output)
     assert [one["validation/loss"] for one in second.epochs()][:2] == [one["validation/loss"] for one in figures]
@@ -162,7 +164,7 @@ def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
     shared, own = second.history[0], first.history[0]
     assert "time/train_s" not in shared
     assert shared["cost/train_s"] == own["cost/train_s"] == own["time/train_s"] > 0
-    assert isinstance(trial_of(alone.config, warm, output), Trial)
+    assert isinstance(trial_of(alone.config, warm, output), Run)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from made_run import predictions
 
 from lift_ray import evaluate, export, predict, serve
 from lift_ray.data.open import open_dataset
@@ -47,9 +47,7 @@ def trained(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathF
     run = Run(RunConfig.model_validate(config), Workspace(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(out / "checkpoint")
-    from lift_ray.search.predictions import evaluate_each
-
-    ((_, table),) = evaluate_each(run, "test")
+    _, table = predictions(run)
     torch.set_num_threads(threads)
     return out, np.stack([table["predicted"].to_numpy(), table["confidence"].to_numpy()])
 
@@ -149,7 +147,7 @@ def test_an_ensemble_is_refused_with_the_path_of_one_member(tmp_path: Path, phot
     }
     folder = tmp_path / "out" / "checkpoint"
     (tmp_path / "out" / "members" / "plain").mkdir(parents=True)
-    checkpoint.save(folder, SimpleNamespace(stored=dict), None, {}, checkpoint.Record(**about))  # type: ignore[arg-type]
+    checkpoint.save(folder, {}, checkpoint.Record(**about))
     rule = (
         f"^{folder}: must be a single model, but got an ensemble of 2 .plain, other.; "
         f"pass one of its members: {tmp_path}/out/members/plain$"

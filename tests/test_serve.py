@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from made_run import predictions
 from PIL import Image
 
 from lift_ray import serve
@@ -94,9 +95,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     run = Run(RunConfig.model_validate(config), Workspace(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(folder)
-    from lift_ray.search.predictions import evaluate_each
-
-    ((_, table),) = evaluate_each(run, "test")
+    _, table = predictions(run)
     torch.set_num_threads(threads)
     dataset = open_dataset(small_data)
     with RowReader(dataset.split("test")) as reader:

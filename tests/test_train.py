@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -28,6 +29,7 @@ from lift_ray.errors import BadInput, RunFailed
 from lift_ray.settings.run_file import read_run
 from lift_ray.storage.output import Output
 from lift_ray.training import checkpoint, loop
+from lift_ray.training.run import Position
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 EPOCHS = 3
@@ -92,11 +94,11 @@ def test_sigterm_writes_a_checkpoint_inside_the_epoch_and_resume_gives_exactly_t
     class Notice(loop.StepCallback):
         """SIGTERM comes after the 17th step: five into the second epoch of twelve."""
 
-        def __call__(self) -> None:
-            steps.append(self.run.step)
+        def __call__(self, at: Position, evaluated: float = 0.0) -> None:
+            steps.append(at.step)
             if len([step for step in steps if step]) == 21:
                 os.kill(os.getpid(), signal.SIGTERM)
-            super().__call__()
+            super().__call__(at, evaluated)
 
     monkeypatch.setattr(loop, "StepCallback", Notice)
     with pytest.raises(RunFailed) as caught:
@@ -175,12 +177,12 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
 
     save = checkpoint.save
 
-    def with_an_outage(folder: Path, *rest: object) -> None:
+    def with_an_outage(*args: Any, **options: Any) -> None:
         if not down:
             down.append(time.monotonic())
             servers[-1].stop()
             threading.Thread(target=up_again).start()
-        save(folder, *rest)  # type: ignore[arg-type]
+        save(*args, **options)
 
     monkeypatch.setattr(checkpoint, "save", with_an_outage)
     train.main([str(run_file), "optim.epochs=2", "--no-ray", "--out", url])

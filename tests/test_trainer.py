@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from lift_ray import train
+from lift_ray.epoch_metrics import named
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import read_run
@@ -61,7 +62,9 @@ def train_as_rank(rank: int, port: int, data: str, config: dict[str, Any], out: 
     torch.set_num_threads(1)
     join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
     run = Run(RunConfig.model_validate(config), Workspace(data, Ranks(rank, 2, torch.device("cpu"))))
-    figures = [*run.epochs(), {"epoch": run.epoch, **run.evaluate("test")}]
+    figures = [*(metrics.flat() for metrics in run.epochs())]
+    test = run.evaluate("test")
+    figures.append({"epoch": run.epoch, "time/evaluate_s": test.seconds, **named("test", test.metrics)})
     if rank == 0:
         run.save(Path(out, "checkpoint"))
         Path(out, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in figures))

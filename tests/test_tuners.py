@@ -15,7 +15,7 @@ from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.tower import Tower
 from lift_ray.registry import TUNERS
 from lift_ray.settings.run import OptimConfig
-from lift_ray.training.run import make_optimizer
+from lift_ray.training.step import make_optimizer
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 WIDTH, BLOCKS, CLASSES, PATCH_PX = 32, 3, 5, 8

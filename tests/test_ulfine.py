@@ -16,6 +16,7 @@ from made_run import run_config
 from safetensors.torch import load_file, save_file
 
 from lift_ray import evaluate
+from lift_ray.epoch_metrics import named
 from lift_ray.errors import BadInput
 from lift_ray.inference.evaluate import evaluate_checkpoint
 from lift_ray.methods.half_labelled import UlfineObjective
@@ -24,9 +25,9 @@ from lift_ray.methods.ulfine import FusedHead, orthogonality
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.model.heads import CosineHead
 from lift_ray.registry import TUNERS
-from lift_ray.search.trial import Trial
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.search import TAUS
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -252,10 +253,10 @@ def test_predictions_are_the_fused_logits_and_both_others_stand_beside(
     for eta, name in ((0.0, "linear"), (1.0, "similarity")):
         one = Run(settings(small_clip, method__eta=eta), warm)
         one.model.load_stored(stored(run))
-        found[name] = one.evaluate("test")
+        found[name] = named("test", one.evaluate("test").metrics)
         for metric in ("accuracy", "mean_class_accuracy", "medium", "few"):
             assert found[name][f"test/{metric}"] == found[name][f"test/{metric}_{name}"]
-    fused = run.evaluate("test")
+    fused = named("test", run.evaluate("test").metrics)
     for metric in ("accuracy", "few"):
         assert fused[f"test/{metric}_linear"] == found["linear"][f"test/{metric}"]
         assert fused[f"test/{metric}_similarity"] == found["similarity"][f"test/{metric}"]
@@ -270,8 +271,8 @@ def test_predictions_are_the_fused_logits_and_both_others_stand_beside(
 
 
 def test_a_trial_has_its_posthoc_figures_and_those_of_all_logits(warm: Workspace, small_clip: str) -> None:
-    (figures,) = Trial(settings(small_clip, optim__epochs=1), warm).epochs()
-    assert {"validation/posthoc_tau", "validation/few_linear", "unlabelled/recall_few"} <= set(figures)
+    (figures,) = Run(settings(small_clip, optim__epochs=1), warm, TAUS).epochs()
+    assert {"validation/posthoc_tau", "validation/few_linear", "unlabelled/recall_few"} <= set(figures.flat())
 
 
 def test_text_prototypes_stay_where_they_are_with_mu_0(warm: Workspace, small_clip: str) -> None:

@@ -15,6 +15,7 @@ from made_run import run_config
 from lift_ray.data.augment import any_crop, five_crops, growing_px, training_image
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
+from lift_ray.evaluation.evaluator import evaluate
 from lift_ray.inference.evaluate import evaluate_checkpoint
 from lift_ray.methods.world import Ranks
 from lift_ray.model.tower import Block
@@ -111,7 +112,7 @@ def test_a_linear_probe_from_kept_features_runs_no_block_of_the_tower(
 def test_a_classifier_can_start_from_the_features(warm: Workspace, init: str) -> None:
     run = Run(settings("embedded:lift-tiny", head__init=init), warm)
     chance = Run(settings("embedded:lift-tiny", head__init="random"), warm).evaluate("validation")
-    assert run.evaluate("validation")["validation/mean_class_accuracy"] > 0.3 + chance["validation/mean_class_accuracy"]
+    assert run.evaluate("validation").metrics["mean_class_accuracy"] > 0.3 + chance.metrics["mean_class_accuracy"]
     assert torch.allclose(run.model.head.weight.norm(dim=1), torch.ones(8))
 
 
@@ -180,7 +181,7 @@ def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
     assert len({crop.tobytes() for crop in crops}) == 5
     run = Run(settings(small_clip, evaluation__tte=True), warm)
     with torch.inference_mode():
-        logits = torch.cat([logits for logits, _ in run._logits(split)])
+        logits = torch.cat([batch.logits for batch in run.predictor.logits(split)])
         pixels = torch.from_numpy(
             np.stack([five_crops(data, 32) for data in warm.reader(split).read(np.arange(24))])
         ).movedim(-1, -3)
@@ -196,7 +197,7 @@ def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
         evaluate_checkpoint(tmp_path / name, warm.dataset.uri, "test", tte=name == "plain")[0][0]["test/loss"]
         for name in ("plain", "run")
     )
-    assert asked == pytest.approx(own, abs=1e-5) != plain.evaluate("test")["test/loss"]
+    assert asked == pytest.approx(own, abs=1e-5) != plain.evaluate("test").metrics["loss"]
 
 
 def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logits(
@@ -204,13 +205,13 @@ def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logit
 ) -> None:
     run = Run(settings(small_clip, optim__lr=0.02), warm)
     run.train_epoch()
-    none, one, many = run.evaluate_taus("test", [0.0, 1.0, 100.0])
-    assert many["test/accuracy"] == pytest.approx(1 / 8)  # all in the rarest class
-    assert none["test/loss"] != one["test/loss"]
+    found = evaluate(run.predictor, warm.dataset.split("test"), [0.0, 1.0, 100.0])
+    none, one, many = (at_tau.metrics for at_tau in found.at_tau)
+    assert many["accuracy"] == pytest.approx(1 / 8)  # all in the rarest class
+    assert none["loss"] != one["loss"]
     own = Run(settings(small_clip, optim__lr=0.02, evaluation__posthoc_tau=1.0), warm)
     own.train_epoch()
-    figures = own.evaluate("test")
-    assert {name: figures[name] for name in one} == pytest.approx(one, abs=1e-6)
+    assert own.evaluate("test").metrics == pytest.approx(one, abs=1e-6)
 
 
 def test_a_random_crop_with_flip_is_decided_by_its_draw(warm: Workspace) -> None:

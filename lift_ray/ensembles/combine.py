@@ -7,12 +7,10 @@ with probability 1 / M: P(y | do(x)) = (1 / M) sum_m P_m(y | x).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-from lift_ray.methods.lift import Lift
 
 
 def mean_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -24,31 +22,6 @@ def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float]) -> Te
     """Return log sum_m w_m softmax(z_m) / sum w, (B, K): the paper's equation, as logits whose softmax is the mean."""
     log_weights = [math.log(w / sum(weights)) for w in weights]
     return torch.stack([z.log_softmax(1) + log_w for z, log_w in zip(logits, log_weights, strict=True)]).logsumexp(0)
-
-
-class Members:
-    """Several models as one for a checkpoint, which contains the tensors of each under its name.
-
-    Args:
-        models: the models by name; names in a checkpoint must not contain slashes.
-    """
-
-    head = None
-
-    def __init__(self, models: Mapping[str, Lift]) -> None:
-        self.models = dict(models)
-
-    def stored(self) -> dict[str, Tensor]:
-        """Return the stored tensors of all models, each under NAME/."""
-        return {f"{name}/{key}": value for name, model in self.models.items() for key, value in model.stored().items()}
-
-    def load_stored(self, state: dict[str, Tensor]) -> None:
-        """Load the result of `stored` strictly. Raises ValueError with the names of missing or unexpected tensors."""
-        for name, model in self.models.items():
-            mine = {key.removeprefix(f"{name}/"): t for key, t in state.items() if key.startswith(f"{name}/")}
-            model.load_stored(mine)
-        if strange := sorted({key.split("/")[0] for key in state} - set(self.models)):
-            raise ValueError(f"the checkpoint does not fit the model: it also contains {', '.join(strange[:4])}")
 
 
 COMBINE: dict[str, Callable[[Sequence[Tensor], Sequence[float]], Tensor]] = {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lift_ray.evaluation.accumulator import MetricAccumulator
+from lift_ray.evaluation.evaluator import LogitBatch
 from lift_ray.evaluation.metrics import ANY, GROUPS, PerClass, class_groups
 
 
@@ -20,19 +21,19 @@ class GroupGainTable:
 
     Args:
         names: names of the M members.
-        num_classes: K.
-        device: device of the logits.
+        shift: (K,), subtracted from the logits of each member.
     """
 
-    def __init__(self, names: Sequence[str], num_classes: int, device: torch.device) -> None:
-        self.names = list(names)
-        self._alone = [MetricAccumulator(num_classes, device) for _ in names]
-        self._differ = torch.zeros(len(names), len(names), dtype=torch.int64, device=device)
+    def __init__(self, names: Sequence[str], shift: Tensor) -> None:
+        self.names, self.shift = list(names), shift
+        self._alone = [MetricAccumulator(len(shift), shift.device) for _ in names]
+        self._differ = torch.zeros(len(names), len(names), dtype=torch.int64, device=shift.device)
 
-    def add(self, logits: Sequence[Tensor], labels: Tensor) -> None:
-        """Count a batch: logits (B, K) of each model, labels (B,)."""
+    def add(self, batch: LogitBatch) -> None:
+        """Count a batch with the logits of each member."""
+        logits = [mine - self.shift for mine in batch.members]
         for tally, mine in zip(self._alone, logits, strict=True):
-            tally.add(mine, labels)
+            tally.add(mine, batch.labels)
         found = torch.stack([mine.argmax(1) for mine in logits])
         self._differ += (found[:, None] != found[None]).sum(-1)
 

@@ -6,17 +6,13 @@ import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.layout import FINAL_CHECKPOINT, RECORD, WEIGHTS
 from lift_ray.storage.output import Output
 from lift_ray.training import checkpoint
 from lift_ray.training.progress import Progress
-
-if TYPE_CHECKING:
-    from lift_ray.methods.lift import Lift
 
 
 class MemberProgress(Progress):
@@ -116,4 +112,4 @@ def bind(config: RunConfig, names: Mapping[str, Output], output: Output) -> None
         scaler={},
     )
     with output.staged(FINAL_CHECKPOINT, RECORD) as folder:
-        checkpoint.save(folder, cast("Lift", SimpleNamespace(stored=lambda: tensors)), None, {}, record)
+        checkpoint.save(folder, tensors, record)

@@ -85,17 +85,18 @@ def pseudo_label_figures(counts: NDArray[np.int64], train_counts: NDArray[np.int
         train_counts: (K,), labeled images of each class; they define its group.
 
     Returns:
-        unlabelled/precision, unlabelled/recall and unlabelled/pseudo_labels, and the same with _many, _medium and _few. Precision
-        is left out if there is no pseudo-label, and all three are left out for a group without images.
+        precision, recall and pseudo_labels, and the same with _many, _medium and _few. Precision is left out if there is no
+        pseudo-label, and all three are left out for a group without images.
     """
-    groups, out = class_groups(train_counts), {}
+    groups = class_groups(train_counts)
+    out: dict[str, float] = {}
     members = {"": np.full(len(groups), True), **{f"_{group}": groups == group for group in GROUPS}}
     for suffix, here in members.items():
         there, given, right = (float(n) for n in counts[:, here].sum(1))
         if there:
-            out[f"unlabelled/recall{suffix}"], out[f"unlabelled/pseudo_labels{suffix}"] = right / there, given
+            out |= {f"recall{suffix}": right / there, f"pseudo_labels{suffix}": given}
         if given:
-            out[f"unlabelled/precision{suffix}"] = right / given
+            out[f"precision{suffix}"] = right / given
     return out
 
 

@@ -66,7 +66,7 @@ class Classifier:
         self.model = self._workspace.build(self.config, trained_already=True)
         checkpoint.load_weights(folder, self.model)
         self.model.eval().requires_grad_(False)
-        self._predict = self._workspace.predictor(self.config, self.model)
+        self._predict = self._workspace.forward(self.config, self.model)
         counts = np.array(self.record.class_counts)
         log_prior = torch.from_numpy(np.log(counts / counts.sum())).float().to(ranks.device)
         self.offset = self.config.evaluation.posthoc_tau * log_prior

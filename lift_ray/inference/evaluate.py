@@ -6,13 +6,16 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lift_ray.ensembles.ensemble import Ensemble, run_of
+from lift_ray.ensembles.ensemble import Ensemble, model_of
+from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, RunFailed, one_line
+from lift_ray.evaluation.evaluator import evaluate
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.ray_runtime.capacity import Need, num_slots
 from lift_ray.ray_runtime.session import connected, meeting_point
@@ -20,7 +23,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import ScaleConfig
 from lift_ray.training import checkpoint
-from lift_ray.training.run import Run
+from lift_ray.training.predictor import Predictor
 from lift_ray.training.workspace import Workspace
 
 
@@ -33,7 +36,7 @@ class EvaluationRequest:
         dataset, split: images to evaluate on.
         taus: strengths of the post-hoc adjustment, one result for each.
         tte: use test-time ensembling even if the run did not.
-        combine, weights, with_gla: arguments of `Ensemble.answer`.
+        combine, weights, with_gla: arguments of `Ensemble.set_combination`.
     """
 
     checkpoints: tuple[str, ...]
@@ -85,58 +88,65 @@ def devices(ranks: Ranks) -> list[torch.device]:
 
 def _evaluate(request: EvaluationRequest, ranks: Ranks) -> Evaluated:
     workspaces = [Workspace(request.dataset, replace(ranks, device=device)) for device in devices(ranks)]
-    runs = [
+    trained = [
         _trained(where, workspaces[number % len(workspaces) :] + workspaces[: number % len(workspaces)], request.tte)
         for number, where in enumerate(request.checkpoints)
     ]
-    run, began = _together(runs, request), time.monotonic()
-    figures = [
-        found | {"trained_parameters": run.num_trained} for found in run.evaluate_taus(request.split, request.taus)
-    ]
-    if not isinstance(run, Ensemble) or len(run.runs) == 1:
-        learnt = {
-            name: value for name, value in (runs[0].history or [{}])[-1].items() if name.startswith("unlabelled/")
+    models, histories = [model for model, _ in trained], [history for _, history in trained]
+    model, began = _together(models, request), time.monotonic()
+    members = list(model.models.values()) if isinstance(model, Ensemble) else [model]
+    table = model.gain_table(request.taus[-1]) if isinstance(model, Ensemble) else None
+    split = workspaces[0].dataset.split(request.split)
+    found = evaluate(model, split, request.taus, counters=[table] if table else [])
+    per_class = found.at_tau[-1].per_class
+    shared: dict[str, float] = {"trained_parameters": model.num_trained}
+    if len(members) == 1:
+        if histories[0]:
+            shared |= named("unlabelled", histories[0][-1].unlabelled)
+        rows, report = members[0].per_class_rows(per_class), {}
+    else:
+        assert isinstance(model, Ensemble)
+        assert table is not None
+        epochs = list(chain.from_iterable(histories))
+        cost = {
+            "trained_parameters": model.num_trained,
+            "evaluate_s": time.monotonic() - began,
+            "train_s": sum(epoch.cost.get("train_s", epoch.seconds.get("train_s", 0.0)) for epoch in epochs),
         }
-        return Evaluated([found | learnt for found in figures], run.per_class_rows(), {})
-    epochs = [epoch for run in runs for epoch in run.history]
-    cost = {
-        "trained_parameters": run.num_trained,
-        "evaluate_s": time.monotonic() - began,
-        "train_s": sum(epoch.get("cost/train_s", epoch.get("time/train_s", 0.0)) for epoch in epochs),
-    }
-    report = run.report(request.split) | {"cost": cost}
-    return Evaluated(figures, run.per_class_rows(), report)
+        rows, report = model.per_class_rows(per_class), model.report(request.split, per_class, table) | {"cost": cost}
+    return Evaluated([named(request.split, one.metrics) | shared for one in found.at_tau], rows, report)
 
 
-def _trained(where: str, workspaces: list[Workspace], tte: bool) -> Run:
+def _trained(where: str, workspaces: list[Workspace], tte: bool) -> tuple[Predictor | Ensemble, list[EpochMetrics]]:
+    """Return the model of a checkpoint, and the metrics of its epochs."""
     with checkpoint.opened(where) as folder:
         record = checkpoint.read_record(folder)
         config = RunConfig.model_validate(
             apply_overrides(record.config, {"evaluation.tte": True} if tte else {}, RunConfig)
         )
-        run = run_of(config, workspaces, record.class_counts)
-        checkpoint.load_weights(folder, run.model)
-    run.history = record.history
-    return run
+        model = model_of(config, workspaces, record.class_counts)
+        checkpoint.load_weights(folder, model)
+    return model, [EpochMetrics.of(flat) for flat in record.history]
 
 
-def _together(runs: list[Run], request: EvaluationRequest) -> Run:
-    """Return the run itself if there is one, or an ensemble of all runs."""
-    if len(runs) > 1:
-        for where, run in zip(request.checkpoints, runs, strict=True):
-            if isinstance(run, Ensemble):
-                raise BadInput(
-                    where,
-                    "must be a single model",
-                    f"an ensemble of {len(run.runs)} ({', '.join(run.runs)})",
-                    "evaluate it alone, or pass its members",
-                )
-    run = runs[0]
-    if len(runs) > 1 or (request.with_gla and not isinstance(run, Ensemble)):
-        run = Ensemble(RunConfig(), dict(zip(request.checkpoints, runs, strict=True)))
-    if isinstance(run, Ensemble):
-        run.answer(request.combine, request.weights, with_gla=request.with_gla)
-    return run
+def _together(models: list[Predictor | Ensemble], request: EvaluationRequest) -> Predictor | Ensemble:
+    """Return the model itself if there is one, or an ensemble of all models."""
+    singles = {}
+    for where, model in zip(request.checkpoints, models, strict=True):
+        if isinstance(model, Predictor):
+            singles[where] = model
+        elif len(models) > 1:
+            raise BadInput(
+                where,
+                "must be a single model",
+                f"an ensemble of {len(model.models)} ({', '.join(model.models)})",
+                "evaluate it alone, or pass its members",
+            )
+    if len(singles) > 1 or (singles and request.with_gla):
+        model = Ensemble(singles)
+    if isinstance(model, Ensemble):
+        model.set_combination(request.combine, request.weights, with_gla=request.with_gla)
+    return model
 
 
 class Evaluator:

@@ -6,72 +6,96 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lift_ray.ensembles.ensemble import Ensemble
-from lift_ray.search.trial import Trial
+from lift_ray.ensembles.ensemble import ensemble_of
+from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.evaluation.evaluator import evaluate
 from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.search import TAUS
 from lift_ray.storage.layout import RECORD
 from lift_ray.storage.output import Output
 from lift_ray.training import checkpoint
-from lift_ray.training.run import Figures, Run
+from lift_ray.training.run import Callback, Run
 from lift_ray.training.workspace import Workspace
 
 
-def trial_of(config: RunConfig, warm: Workspace, output: Output) -> Trial | BackdoorTrial:
+def trial_of(config: RunConfig, workspace: Workspace, output: Output) -> Run | BackdoorTrial:
     """Return the trial for a run's method.
 
     Args:
         output: the search's.
     """
-    if not isinstance(config.method, BackdoorConfig):
-        return Trial(config, warm)
-    trial = BackdoorTrial.of(config, [warm])
-    trial.output = output
-    return trial
+    if isinstance(config.method, BackdoorConfig):
+        return BackdoorTrial(config, config.method, workspace, output)
+    return Run(config, workspace, TAUS)
 
 
-class BackdoorTrial(Ensemble):
-    """Ensemble of several models in a search; created with `of`.
+class BackdoorTrial:
+    """Training of an ensemble, model by model.
 
     A trained model is kept as OUT/members/DIGEST and shared by all trials with the same settings for it. If two slots need the
     same model at the same time, both train it, with the same result.
 
-    Attributes:
+    Args:
+        config: settings of the trial.
+        method: its method.
+        workspace: the loaded backbones and data.
         output: the search's.
+
+    Attributes:
+        epoch: number of models that are there.
+        history: metrics of the ensemble after each model.
     """
 
-    output: Output
+    step = steps_per_epoch = 0
+
+    def __init__(self, config: RunConfig, method: BackdoorConfig, workspace: Workspace, output: Output) -> None:
+        self.config, self.workspace, self.output, self.ranks = config, workspace, output, workspace.ranks
+        self.runs = [Run(member, workspace) for member in config.members().values()]
+        names = config.members()
+        self.predictor = ensemble_of(method, {name: run.predictor for name, run in zip(names, self.runs, strict=True)})
+        self.epoch = 0
+        self.history: list[EpochMetrics] = []
+        self.callback: Callback = lambda at, evaluated=0.0: None
 
     @property
     def num_epochs(self) -> int:
         """The number of models."""
         return len(self.runs)
 
-    def epochs(self) -> Iterator[Figures]:
-        """Add the missing models one by one, and yield the validation figures of the ensemble after each.
+    @property
+    def num_trained(self) -> int:
+        """Number of trained parameters of all models."""
+        return self.predictor.num_trained
 
-        Raises:
-            RunFailed: the loss of a model is not finite.
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Add the missing models one by one, and yield the metrics of the ensemble after each.
+
+        Raises Diverged if the loss of a model is not finite.
         """
-        for run in list(self.runs.values())[self.epoch :]:
+        for run in self.runs[self.epoch :]:
             began = time.monotonic()
             seconds = self._join(run)
             self.epoch += 1
-            self.in_use = self.epoch
-            self.metrics = self.evaluate("validation")
+            self.predictor.in_use = self.epoch
+            validation = evaluate(
+                self.predictor,
+                self.workspace.dataset.split("validation"),
+                [self.config.evaluation.posthoc_tau],
+                callback=lambda fraction: self.callback(self, fraction),
+            )
             self.history.append(
-                {
-                    "epoch": self.epoch,
-                    "trained_parameters": self.num_trained,
-                    "time/member_s": time.monotonic() - began,
-                    "cost/train_s": sum(figures["time/train_s"] for figures in run.history),
-                    **seconds,
-                    **self.metrics,
-                }
+                EpochMetrics(
+                    self.epoch,
+                    seconds={"member_s": time.monotonic() - began, **seconds, "evaluate_s": validation.seconds},
+                    validation=validation.metrics,
+                    cost={"train_s": sum(metrics.seconds["train_s"] for metrics in run.history)},
+                    trained_parameters=self.num_trained,
+                )
             )
             yield self.history[-1]
 
-    def _join(self, run: Run) -> Figures:
+    def _join(self, run: Run) -> dict[str, float]:
         """Load a model that is already trained, or train it. Returns the seconds that training spent on each of its parts."""
         place = f"members/{run.config.digest()}"
         # The first rank decides for all: another slot may finish the model while the ranks look.
@@ -79,16 +103,22 @@ class BackdoorTrial(Ensemble):
             with self.output.fetched(place) as folder:
                 run.load(folder)
             return {}
-        epochs = [run.train_epoch() for _ in range(run.num_epochs)]
-        run.history = [{"epoch": number, **figures} for number, figures in enumerate(epochs, 1)]
+        run.callback = self.callback
+        run.history = [run.train_epoch() for _ in range(run.num_epochs)]
         if run.ranks.is_first:
             with self.output.staged(place, RECORD) as folder:
                 run.save(folder)
-        return {name: sum(figures[name] for figures in epochs) for name in run.seconds if epochs}
+        return {name: sum(metrics.seconds[name] for metrics in run.history) for name in run.seconds if run.history}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of the models that are there, which are the same on every rank. Raises OSError."""
+        counts = self.predictor.class_counts
+        record = checkpoint.record_of(self.config, self.workspace.dataset, counts, self.history, self.epoch)
+        checkpoint.save(folder, self.predictor.stored(), record)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of the same settings. Raises BadInput that names the first setting that differs."""
         record = checkpoint.read_record(folder)
-        checkpoint.check_same(folder, record, self.config.to_dict(), self.warm.dataset.class_names)
-        checkpoint.load_weights(folder, self.model)
-        self.epoch, self.metrics, self.history = record.epoch, record.metrics, record.history
+        checkpoint.check_same(folder, record, self.config.to_dict(), self.workspace.dataset.class_names)
+        checkpoint.load_weights(folder, self.predictor)
+        self.epoch, self.history = record.epoch, [EpochMetrics.of(flat) for flat in record.history]

@@ -86,6 +86,11 @@ class IdleJob:
 Job = TrainJob | EvaluationJob | IdleJob
 
 
+def trial_checkpoints(number: int) -> str:
+    """Return the folder of a trial's checkpoints in OUT."""
+    return f"{CHECKPOINTS}/{number:04d}"
+
+
 def trial_checkpoint_path(number: int, epoch: int) -> str:
     """Return the folder of a trial's checkpoint in OUT."""
-    return f"{CHECKPOINTS}/{number:04d}/epoch-{epoch:04d}"
+    return f"{trial_checkpoints(number)}/epoch-{epoch:04d}"

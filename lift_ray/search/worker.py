@@ -6,28 +6,32 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import partial
 
-from lift_ray.ensembles.ensemble import Ensemble, run_of
-from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.ensembles.ensemble import Ensemble, model_of
+from lift_ray.epoch_metrics import named
 from lift_ray.errors import BadInput, RunFailed
+from lift_ray.evaluation.evaluator import evaluate
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.ray_runtime.session import meeting_point
 from lift_ray.reporting.study_files import predictions_of
-from lift_ray.search.backdoor_trial import BackdoorTrial, trial_of
-from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoint_path
-from lift_ray.search.predictions import evaluate_each, write_predictions
-from lift_ray.search.trial import Trial
+from lift_ray.search.backdoor_trial import trial_of
+from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
+from lift_ray.search.predictions import prediction_table, write_predictions
 from lift_ray.settings.run import RunConfig
-from lift_ray.storage.layout import RECORD
 from lift_ray.storage.output import Output
 from lift_ray.tracking.prometheus import SlotGauges
 from lift_ray.training import checkpoint
+from lift_ray.training.checkpoint_manager import CheckpointManager, CheckpointPolicy
 from lift_ray.training.events import EpochEnded, Event, JobDone, Reply, RunAborted, RunDiverged, RunStarted, StepsDone
-from lift_ray.training.loop import StepCallback, StopAsked
-from lift_ray.training.run import Run
+from lift_ray.training.loop import StepCallback, StopAsked, trained_epochs
+from lift_ray.training.run import Diverged
 from lift_ray.training.workspace import Workspace
 
 SHORTEST_IDLE_S, LONGEST_IDLE_S = 0.05, 1.0
+POLICY = CheckpointPolicy(keep=1, keep_best=False)  # a trial resumes from its last epoch
+NOWHERE = StepsDone(0, 0)  # position of a model that is only evaluated
 
 
 class Worker:
@@ -51,13 +55,13 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "lift-job")
         self._pending: Future[Reply] | None = None
         self._replies: Iterator[Reply] = iter(())
-        self._progress = StepsDone(0, 0)
+        self._progress = NOWHERE
         self._stop = threading.Event()
-        self._warm: Workspace | None = None
+        self._workspace: Workspace | None = None
 
     def begin(self, job: Job) -> None:
         """Set the next job, which `next` starts. The previous job must have replied, and is dropped."""
-        self._progress = StepsDone(0, 0)
+        self._progress = NOWHERE
         self._replies = self._run(job)
 
     def next(self, timeout_s: float) -> Reply:
@@ -80,11 +84,11 @@ class Worker:
 
     def _run(self, job: Job) -> Iterator[Reply]:
         try:
-            warm = self._warm = self._warm or self._open()
+            workspace = self._workspace = self._workspace or self._open()
             if isinstance(job, IdleJob):
                 yield from self._idle()
             else:
-                yield from self._train(job, warm) if isinstance(job, TrainJob) else self._evaluate(job, warm)
+                yield from self._train(job, workspace) if isinstance(job, TrainJob) else self._evaluate(job, workspace)
         except StopAsked:
             yield self._progress
         except (BadInput, RunFailed) as error:
@@ -97,9 +101,9 @@ class Worker:
         if self.address is not None:
             join_group(self.rank, need.workers, *self.address, ranks.device)
             ranks = Ranks(self.rank, need.workers, ranks.device, ranks.num_threads)
-        self._output, warm = Output(self.slot.out), Workspace(self.slot.dataset, ranks)
+        self._output, workspace = Output(self.slot.out), Workspace(self.slot.dataset, ranks)
         self._opened_s, self._loaded_s = time.monotonic() - began, 0.0
-        return warm
+        return workspace
 
     def _idle(self) -> Iterator[Reply]:
         pause_s = SHORTEST_IDLE_S
@@ -108,85 +112,65 @@ class Worker:
             yield JobDone({})
             pause_s = min(LONGEST_IDLE_S, 1.2 * pause_s)
 
-    def _train(self, job: TrainJob, warm: Workspace) -> Iterator[Reply]:
+    def _train(self, job: TrainJob, workspace: Workspace) -> Iterator[Reply]:
         """Yield RunStarted, then EpochEnded for each epoch, and JobDone if the test split is requested; or RunDiverged."""
         began = time.monotonic() - self._opened_s
-        trial = trial_of(RunConfig.model_validate(job.config), warm, self._output)
-        self._restore(trial, job.number)
-        self._watch(trial)
-        epochs = trial.epochs()
-        times = {"time/begin_s": time.monotonic() - began, "time/load_s": warm.load_s - self._loaded_s}
-        self._opened_s, self._loaded_s = 0.0, warm.load_s
-        yield RunStarted(
-            num_workers=self.slot.need.workers,
-            epochs=trial.num_epochs,
-            steps_per_epoch=trial.steps_per_epoch,
-            epoch=trial.epoch,
-            step=trial.step,
-            history=[EpochMetrics.of(figures) for figures in trial.history],
-            trained_parameters=trial.num_trained,
-        )
-        while True:
-            try:
-                figures = next(epochs, None)
-            except RunFailed as error:
-                yield RunDiverged(str(error))
-                return
-            if figures is None:
-                break
-            figures |= {**times, "num_epochs": trial.num_epochs}
-            times = dict.fromkeys(times, 0.0)
-            saved = self._save(trial, job.number, figures) if self.rank == 0 else ""
-            yield EpochEnded(EpochMetrics.of(figures), saved)
+        trial = trial_of(RunConfig.model_validate(job.config), workspace, self._output)
+        trial.callback = self._callback(workspace)
+        checkpoints = CheckpointManager(self._output, POLICY, trial_checkpoints(job.number))
+        times: dict[str, float] = {}
+        try:
+            for event in trained_epochs(trial, checkpoints):
+                if isinstance(event, RunStarted):
+                    times = {"begin_s": time.monotonic() - began, "load_s": workspace.load_s - self._loaded_s}
+                    self._opened_s, self._loaded_s = 0.0, workspace.load_s
+                    yield event
+                    continue
+                seconds = {**event.metrics.seconds, **times, "save_s": checkpoints.save_s}
+                times = dict.fromkeys(times, 0.0)
+                metrics = replace(event.metrics, seconds=seconds, num_epochs=trial.num_epochs)
+                if self._gauges is not None:
+                    self._gauges.epoch_done(metrics.flat())
+                yield EpochEnded(metrics, event.checkpoint)
+        except Diverged as error:
+            yield RunDiverged(str(error))
+            return
         if job.then_test:
-            ((figures, _),) = evaluate_each(trial, "test")
-            known = {name: value for name, value in trial.history[-1].items() if name.startswith("validation/")}
-            yield JobDone({"trained_parameters": trial.num_trained, **known, **figures})
+            split = workspace.dataset.split("test")
+            tau = trial.config.evaluation.posthoc_tau
+            found = evaluate(trial.predictor, split, [tau], callback=partial(trial.callback, trial))
+            validation = named("validation", trial.history[-1].validation)
+            yield JobDone({"trained_parameters": trial.num_trained, **validation, **named("test", found.metrics)})
 
-    def _restore(self, trial: Trial | BackdoorTrial, number: int) -> None:
-        """Continue from the trial's last complete checkpoint, if there is one."""
-        folder = f"checkpoints/{number:04d}"
-        names = [
-            name for name in self._output.names(folder) if name[-4:].isdigit()
-        ]  # others are leftovers of killed processes
-        whole = [name for name in names if self._output.holds(f"{folder}/{name}/{RECORD}")]
-        if whole:
-            with self._output.fetched(f"{folder}/{max(whole)}") as path:
-                trial.load(path)
-
-    def _save(self, trial: Trial | BackdoorTrial, number: int, figures: dict[str, float]) -> str:
-        """Write the checkpoint of an epoch, then delete the previous one. Raises RunFailed if the storage refuses."""
-        began, epoch = time.monotonic(), int(figures["epoch"])
-        path = trial_checkpoint_path(number, epoch)
-        with self._output.staged(path, RECORD) as folder:
-            trial.save(folder)
-        if epoch > 1:
-            self._output.remove(trial_checkpoint_path(number, epoch - 1))
-        figures["time/save_s"] = time.monotonic() - began
-        if self._gauges is not None:
-            self._gauges.epoch_done(figures)
-        return path
-
-    def _evaluate(self, job: EvaluationJob, warm: Workspace) -> Iterator[Reply]:
+    def _evaluate(self, job: EvaluationJob, workspace: Workspace) -> Iterator[Reply]:
         """Yield one JobDone with the metrics for each tau, and the report of an ensemble."""
-        run = run_of(RunConfig.model_validate(job.config), [warm])
+        model = model_of(RunConfig.model_validate(job.config), [workspace])
         if job.checkpoint is not None:
             with self._output.fetched(job.checkpoint) as folder:
-                checkpoint.load_weights(folder, run.model)
-        self._watch(run)
-        began = time.monotonic()
-        found = evaluate_each(run, job.split, job.taus)
-        seconds = {"trained_parameters": run.num_trained, "time/evaluate_s": time.monotonic() - began}
-        if job.split == "test" and self.rank == 0:
-            for tau, (_, table) in zip(job.taus, found, strict=True):
-                write_predictions(table, self._output, predictions_of(job.model, tau))
-        report = {"report": run.report(job.split)} if isinstance(run, Ensemble) and job.split == "test" else {}
-        yield JobDone({"figures": [figures | seconds for figures, _ in found], **report})
+                checkpoint.load_weights(folder, model)
+        split, is_test = workspace.dataset.split(job.split), job.split == "test"
+        table = model.gain_table(job.taus[-1]) if isinstance(model, Ensemble) and is_test else None
+        found = evaluate(
+            model,
+            split,
+            job.taus,
+            predictions=is_test,
+            counters=[table] if table else [],
+            callback=partial(self._callback(workspace), NOWHERE),
+        )
+        if is_test and self.rank == 0:
+            for tau, one in zip(job.taus, found.at_tau, strict=True):
+                write_predictions(prediction_table(split.labels, one), self._output, predictions_of(job.model, tau))
+        shared = {"trained_parameters": model.num_trained, "time/evaluate_s": found.seconds}
+        figures = [named(job.split, one.metrics) | shared for one in found.at_tau]
+        report = {}
+        if isinstance(model, Ensemble) and table:
+            report = {"report": model.report(job.split, found.at_tau[-1].per_class, table)}
+        yield JobDone({"figures": figures, **report})
 
-    def _watch(self, run: Run) -> None:
-        """Let a run and the members of an ensemble report their progress and listen for a request to stop."""
-        for each in (run, *(run.runs.values() if isinstance(run, Ensemble) else ())):
-            each.pulse = StepCallback(each, self._heard, lambda: "stopped" if self._stop.is_set() else "")
+    def _callback(self, workspace: Workspace) -> StepCallback:
+        """Return a callback that reports progress and listens for a request to stop."""
+        return StepCallback(workspace.ranks, self._heard, lambda: "stopped" if self._stop.is_set() else "")
 
     def _heard(self, message: Event) -> None:
         if isinstance(message, StepsDone):

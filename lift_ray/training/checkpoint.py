@@ -14,21 +14,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError
 
 import lift_ray
+from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import write_per_class
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
 from lift_ray.storage.output import Output
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from lift_ray.methods.lift import Lift
+    from lift_ray.data.dataset import Dataset
+    from lift_ray.settings.run import RunConfig
 
 FORMAT_VERSION = 1
 
@@ -66,18 +69,44 @@ class Record:
     lift_ray_version: str = lift_ray.__version__
 
 
+def record_of(
+    config: RunConfig,
+    dataset: Dataset,
+    class_counts: NDArray[np.int64],
+    history: Sequence[EpochMetrics],
+    epoch: int,
+    step: int = 0,
+) -> Record:
+    """Return the description of a run. Arguments as in `Record`; config is resolved."""
+    last = history[-1].validation if history else {}
+    return Record(
+        config=config.to_dict(),
+        digest=config.digest(),
+        dataset=dataset.uri,
+        class_names=list(dataset.class_names),
+        class_counts=class_counts.tolist(),
+        epoch=epoch,
+        step=step,
+        metrics=named("validation", last),
+        history=[metrics.flat() for metrics in history],
+    )
+
+
 def save(
     folder: Path,
-    model: Lift,
-    optimizer: torch.optim.Optimizer | None,
-    state: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     record: Record,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    momenta: Mapping[str, Tensor] | None = None,
     per_class: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write a checkpoint atomically: to a temporary folder, which is then renamed over the previous checkpoint.
 
     Args:
+        weights: trained tensors and the head, by name.
         state: other tensors by name (states of random generators, the losses of an unfinished epoch).
+        momenta: SGD's momentum by the name of its parameter; None if nothing is trained.
         per_class: rows of the last evaluation (evaluation.metrics.per_class_rows).
 
     Raises OSError; the previous checkpoint is then unchanged.
@@ -85,12 +114,10 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        _write_tensors(temporary / WEIGHTS, model.stored())
-        if optimizer is not None:
-            trained = model.trained().items()
-            momenta = {n: optimizer.state[p]["momentum_buffer"] for n, p in trained if optimizer.state.get(p)}
+        _write_tensors(temporary / WEIGHTS, weights)
+        if momenta is not None:
             _write_tensors(temporary / OPTIMIZER, momenta)
-        _write_tensors(temporary / STATE, state)
+        _write_tensors(temporary / STATE, state or {})
         if per_class:
             write_per_class(per_class, temporary / PER_CLASS)
         (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
@@ -183,7 +210,14 @@ def check_same(folder: Path, record: Record, config: Mapping[str, Any], class_na
         )
 
 
-def load_weights(folder: Path, model: Lift) -> None:
+class Stored(Protocol):
+    """A model, or several as one, whose tensors a checkpoint contains."""
+
+    def load_stored(self, state: dict[str, Tensor]) -> None:
+        """Load the tensors strictly. Raises ValueError."""
+
+
+def load_weights(folder: Path, model: Stored) -> None:
     """Load tuner and head strictly. Raises BadInput if they do not match the model."""
     from safetensors.torch import load_file
 
@@ -197,12 +231,9 @@ def load_weights(folder: Path, model: Lift) -> None:
         ) from None
 
 
-def load_optimizer(folder: Path, model: Lift, optimizer: torch.optim.Optimizer) -> None:
-    """Load SGD's momentum. Raises BadInput if it is unreadable."""
-    momenta = _read_tensors(folder / OPTIMIZER)
-    for name, parameter in model.trained().items():
-        if name in momenta:
-            optimizer.state[parameter]["momentum_buffer"] = momenta[name].to(parameter.device)
+def load_momenta(folder: Path) -> dict[str, Tensor]:
+    """Read SGD's momentum by the name of its parameter. Raises BadInput if it is unreadable."""
+    return _read_tensors(folder / OPTIMIZER)
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:

@@ -1,18 +1,19 @@
-"""The training loop, the same on Ray Train's workers and in one process without Ray."""
+"""The training loop, the same on Ray Train's workers, in a slot of a search and in one process without Ray."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.methods.world import Ranks
 from lift_ray.training.checkpoint_manager import CheckpointManager
 from lift_ray.training.events import EpochEnded, Event, RunStarted, StepsDone, TestEnded
-from lift_ray.training.run import Run
+from lift_ray.training.run import Position, Run, Trainable
 
 TELL_EVERY_S = 1.0
 GIB = 2**30
@@ -29,6 +30,28 @@ class StopAsked(Exception):
     checkpoint = ""
 
 
+def trained_epochs(run: Trainable, checkpoints: CheckpointManager) -> Iterator[RunStarted | EpochEnded]:
+    """Train from the last checkpoint to the last epoch, and yield the events; each epoch is saved before its event.
+
+    Raises:
+        BadInput: the checkpoint does not fit.
+        Diverged: a loss is not finite.
+        RunFailed: a checkpoint cannot be written.
+    """
+    checkpoints.restore(run)
+    yield RunStarted(
+        run.ranks.world_size,
+        run.num_epochs,
+        run.steps_per_epoch,
+        run.epoch,
+        run.step,
+        list(run.history),
+        run.num_trained,
+    )
+    for metrics in run.epochs():
+        yield EpochEnded(metrics, checkpoints.save(run) if run.ranks.is_first else "")
+
+
 def train(
     run: Run, checkpoints: CheckpointManager, tell: Callable[[Event], None], stop_asked: Callable[[], str]
 ) -> None:
@@ -42,34 +65,20 @@ def train(
         StopAsked: after a checkpoint was written.
         BadInput, RunFailed: errors that no retry can fix.
     """
-    checkpoints.restore(run)
-    history = [EpochMetrics.of(figures) for figures in run.history]
-    tell(
-        RunStarted(
-            run.ranks.world_size,
-            run.num_epochs,
-            run.steps_per_epoch,
-            run.epoch,
-            run.step,
-            history,
-        )
-    )
-    run.pulse = StepCallback(run, tell, stop_asked)
+    progress = StepCallback(run.ranks, tell, stop_asked)
+
+    def callback(at: Position, evaluated: float = 0.0) -> None:
+        progress(at, evaluated)
+        if not evaluated and checkpoints.due(run):
+            checkpoints.save(run)
+
+    run.callback = callback
     try:
-        if not run.trained:
-            figures = run.validate_untrained()
-            if run.ranks.is_first:
-                tell(EpochEnded(EpochMetrics.of(figures), checkpoints.save(run)))
-        while run.epoch < run.num_epochs:
-            for batch in run.batches():
-                run.train_step(batch)
-                if checkpoints.due(run):
-                    checkpoints.save(run)
-            figures = run.end_epoch()
-            if run.ranks.is_first:
-                tell(EpochEnded(EpochMetrics.of(figures), checkpoints.save(run)))
-        if "test" in run.warm.dataset.splits:
-            tell(TestEnded(EpochMetrics.of({"epoch": run.epoch, **run.evaluate("test")})))
+        for event in trained_epochs(run, checkpoints):
+            tell(event)
+        if "test" in run.workspace.dataset.splits:
+            found = run.evaluate("test")
+            tell(TestEnded(EpochMetrics(run.epoch, test=found.metrics, seconds={"evaluate_s": found.seconds})))
     except StopAsked as asked:
         asked.checkpoint = checkpoints.save(run)
         raise
@@ -78,43 +87,42 @@ def train(
 
 
 class StepCallback:
-    """Callback after every training step and evaluation batch: it reports progress and raises stop requests.
+    """Callback of a run: it reports progress and raises stop requests.
 
     Losses are read from the device at most once in TELL_EVERY_S, so that a GPU does not wait for the host.
     """
 
-    def __init__(self, run: Run, tell: Callable[[Event], None], stop_asked: Callable[[], str]) -> None:
-        self.run, self.tell, self.stop_asked = run, tell, stop_asked
+    def __init__(self, ranks: Ranks, tell: Callable[[Event], None], stop_asked: Callable[[], str]) -> None:
+        self.ranks, self.tell, self.stop_asked = ranks, tell, stop_asked
         self._told_at = time.monotonic()
-        self._remember()
+        self._told: tuple[Position, int, int, dict[str, float]] | None = None  # run, epoch, step, seconds
 
-    def __call__(self) -> None:
+    def __call__(self, at: Position, evaluated: float = 0.0) -> None:
         """Report progress if it is time to. Raises StopAsked."""
         if reason := self.stop_asked():
             raise StopAsked(reason)
-        if self.run.ranks.is_first and time.monotonic() - self._told_at >= TELL_EVERY_S:
-            self.tell(StepsDone(self.run.epoch, self.run.step, self._figures(), self.run.evaluated))
+        if self.ranks.is_first and time.monotonic() - self._told_at >= TELL_EVERY_S:
+            figures = self._figures(at) if isinstance(at, Run) else {}
+            self.tell(StepsDone(at.epoch, at.step, figures, evaluated))
             self._told_at = time.monotonic()
-            self._remember()
 
-    def _remember(self) -> None:
-        self._epoch, self._step, self._seconds = self.run.epoch, self.run.step, dict(self.run.seconds)
-
-    def _figures(self) -> dict[str, float]:
-        """Return the figures of this epoch's steps since the last event; none during evaluation."""
-        run, same = self.run, self.run.epoch == self._epoch
-        first = self._step if same else 0
+    def _figures(self, run: Run) -> dict[str, float]:
+        """Return the figures of this epoch's steps since the last event; none if there were none."""
+        first, before = 0, dict.fromkeys(run.seconds, 0.0)
+        if self._told is not None and self._told[0] is run and self._told[1] == run.epoch:
+            _, _, first, before = self._told
+        self._told = (run, run.epoch, run.step, dict(run.seconds))
         if run.step <= first:
             return {}
-        seconds = {name: value - (self._seconds[name] if same else 0.0) for name, value in run.seconds.items()}
+        seconds = {name: value - before[name] for name, value in run.seconds.items()}
         loss, right = run.losses[first : run.step].mean(0).tolist()
         images = (run.step - first) * run.config.optim.global_batch_size
         figures = {
             "loss": loss,
             "accuracy": right,
             "lr": run.lr(run.epoch, run.step - 1),
-            "images_per_s": images / seconds["time/train_s"],
-            "data_wait_frac": seconds["time/data_wait_s"] / seconds["time/train_s"],
+            "images_per_s": images / seconds["train_s"],
+            "data_wait_frac": seconds["data_wait_s"] / seconds["train_s"],
         }
         if run.ranks.device.type == "cuda":
             figures["gpu_memory_gib"] = torch.cuda.max_memory_allocated(run.ranks.device) / GIB

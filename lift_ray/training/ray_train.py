@@ -85,7 +85,7 @@ def train_alone(job: Job, progress: Progress) -> None:
 
 def _train(job: Job, ranks: Any, tell: Callable[[Event], None], stop_asked: Callable[[], str]) -> None:
     from lift_ray.settings.run import RunConfig
-    from lift_ray.training.checkpoint_manager import CheckpointManager
+    from lift_ray.training.checkpoint_manager import CheckpointManager, CheckpointPolicy
     from lift_ray.training.loop import train
     from lift_ray.training.run import Run
     from lift_ray.training.workspace import Workspace
@@ -99,7 +99,8 @@ def _train(job: Job, ranks: Any, tell: Callable[[Event], None], stop_asked: Call
             remedy="use a shared folder or a URL as --out",
         )
     run = Run(RunConfig.model_validate(job.config), Workspace(job.dataset, ranks))
-    train(run, CheckpointManager(output, job.checkpoint_s, job.checkpoint_steps), tell, stop_asked)
+    policy = CheckpointPolicy(job.checkpoint_s, job.checkpoint_steps)
+    train(run, CheckpointManager(output, policy), tell, stop_asked)
 
 
 def train_worker(settings: dict[str, Any]) -> None:

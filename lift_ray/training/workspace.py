@@ -234,7 +234,7 @@ class Workspace:
         gain, offset = 1 / (255 * std), -torch.tensor(backbone.mean, device=device).view(3, 1, 1) / std
         return lambda images: self.to_device(images).float().mul_(gain).add_(offset)
 
-    def predictor(
+    def forward(
         self, config: RunConfig, model: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return a function from uint8 images (b, 3, H, W) or (b, 5, 3, H, W) to the model's output, (b, ...) or (b, 5, ...)."""

@@ -1,0 +1,99 @@
+"""The model of a run on the data of a workspace, as an evaluation needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lift_ray.data.batches import Batch, evaluation_batches
+from lift_ray.data.dataset import Split
+from lift_ray.data.order import rank_slice
+from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
+from lift_ray.evaluation.evaluator import LogitBatch
+from lift_ray.evaluation.metrics import PerClass, per_class_rows
+from lift_ray.methods.ulfine import FusedHead
+from lift_ray.model.heads import over_crops
+from lift_ray.settings.run import RunConfig
+from lift_ray.training.workspace import Workspace, autocast
+
+
+class Predictor:
+    """A single model that gives logits for whole splits.
+
+    Args:
+        config: settings; derived values are filled in here.
+        workspace: the loaded backbone and data.
+        class_counts: (K,), training images of each class, for a model whose weights will be loaded; the dataset then needs no
+            training split.
+
+    Attributes:
+        lift: the model of images.
+    """
+
+    def __init__(self, config: RunConfig, workspace: Workspace, class_counts: Sequence[int] | None = None) -> None:
+        self.config, self.workspace, self.ranks = workspace.resolve(config), workspace, workspace.ranks
+        if class_counts is None:
+            self.class_counts = workspace.training(self.config).class_counts(workspace.dataset.num_classes)
+        else:
+            self.class_counts = np.array(class_counts)
+        self.lift = workspace.build(self.config, trained_already=class_counts is not None)
+        self.branches: Sequence[str] = ("linear", "similarity") if isinstance(self.lift.head, FusedHead) else ()
+
+    @property
+    def num_trained(self) -> int:
+        """Number of trained parameters, classifier included."""
+        return sum(parameter.numel() for parameter in self.lift.trained().values())
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint contains."""
+        return self.lift.stored()
+
+    def load_stored(self, state: dict[str, Tensor]) -> None:
+        """Load the result of `stored` strictly. Raises ValueError with the names of missing or unexpected tensors."""
+        self.lift.load_stored(state)
+
+    def logits(self, split: Split) -> Iterator[LogitBatch]:
+        """Yield the logits of this rank's part of a split, in storage order; those of test-time crops are averaged."""
+        head = self.lift.head
+        for features, labels in self._features(split):
+            if isinstance(head, FusedHead):
+                both = [over_crops(logits) for logits in head.both(features.float())]
+                yield LogitBatch(head.fused(*both), labels, dict(zip(self.branches, both, strict=True)))
+            else:
+                yield LogitBatch(over_crops(self.lift.classify(features)), labels)
+
+    def _features(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (features, labels) of this rank's part of a split: (b, D), with test-time ensembling (b, 5, D)."""
+        ranks, tte, workspace = self.ranks, self.config.evaluation.tte, self.workspace
+        if not tte and (cached := workspace.kept(self.config, self.lift, split)) is not None:
+            mine = rank_slice(split.num_samples, ranks.rank, ranks.world_size)
+            labels = torch.from_numpy(split.labels[mine]).to(cached.device)
+            for frozen, part in zip(cached[mine].split(1000), labels.split(1000), strict=True):
+                with torch.inference_mode(), autocast(self.config, ranks.device):
+                    features = self.lift.feature_from_frozen(frozen)
+                yield features, part
+            return
+        batches = evaluation_batches(
+            workspace.reader(split),
+            split,
+            size_px=self.lift.tower.resolution_px,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            num_threads=ranks.num_threads,
+            crops=tte,
+            batch_size=batch_size(ranks.device, self.lift.tower, tte),
+        )
+        feature = workspace.forward(self.config, self.lift.feature)
+
+        def compute(batch: Batch) -> tuple[Tensor, Tensor]:
+            return feature(batch.images), workspace.to_device(batch.labels)
+
+        yield from on_cores(ranks.device, compute, batches)
+
+    def per_class_rows(self, per_class: PerClass) -> list[dict[str, Any]]:
+        """Return a row for each class from the counts of an evaluation."""
+        return per_class_rows(self.workspace.dataset.class_names, self.class_counts, *per_class)
