@@ -31,7 +31,7 @@ def untimed(epochs: Iterable[EpochMetrics | dict[str, float]]) -> list[dict[str,
     ]
 
 
-def predictions(run: Run) -> tuple[AtTau, pa.Table]:
+def predicted_by(run: Run) -> tuple[AtTau, pa.Table]:
     """Return the evaluation of a run on the test split, and the table of its predictions."""
     split = run.workspace.dataset.split("test")
     found = evaluate(run.predictor, split, [run.config.evaluation.posthoc_tau], predictions=True).at_tau[0]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_run import predicted_by
 
 from lift_ray.evaluation.accumulator import PredictionCollector
 from lift_ray.methods.world import Ranks
@@ -275,7 +276,7 @@ def test_two_ranks_collect_what_one_finds() -> None:
 def test_what_is_kept_of_each_image_gives_the_same_accuracy(small_data: str, small_clip: str, tmp_path: Path) -> None:
     config = RunConfig.model_validate({"backbone": {"model": small_clip}, "tuner": {"kind": "zero_shot"}})
     warm = Workspace(small_data, Ranks.alone(use_gpu=False, num_cpus=1))
-    found, table = predictions(Run(config, warm))
+    found, table = predicted_by(Run(config, warm))
     write_predictions(table, Output(str(tmp_path)), "predictions/00")
     (tmp_path / "study.json").write_text('{"compared": [{"label": "zero-shot"}], "space": {"space": {}}}')
     kept = read_study(tmp_path, "out").predictions[0]

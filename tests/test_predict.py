@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from made_run import predictions
+from made_run import predicted_by
 
 from lift_ray import evaluate, export, predict, serve
 from lift_ray.data.open import open_dataset
@@ -47,7 +47,7 @@ def trained(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathF
     run = Run(RunConfig.model_validate(config), Workspace(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(out / "checkpoint")
-    _, table = predictions(run)
+    _, table = predicted_by(run)
     torch.set_num_threads(threads)
     return out, np.stack([table["predicted"].to_numpy(), table["confidence"].to_numpy()])
 

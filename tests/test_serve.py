@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from made_run import predictions
+from made_run import predicted_by
 from PIL import Image
 
 from lift_ray import serve
@@ -95,7 +95,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     run = Run(RunConfig.model_validate(config), Workspace(small_data, Ranks.alone()))
     run.train_epoch()
     run.save(folder)
-    _, table = predictions(run)
+    _, table = predicted_by(run)
     torch.set_num_threads(threads)
     dataset = open_dataset(small_data)
     with RowReader(dataset.split("test")) as reader:
