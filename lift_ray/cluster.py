@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lift_ray.errors import BadInput, did_you_mean, exit_codes, run_verb
+from lift_ray import cli
+from lift_ray.errors import BadInput, did_you_mean, run_and_exit
 
 if TYPE_CHECKING:
     from lift_ray.clusters.model import Cluster
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+commands = typer.Typer()
+cli.app.add_typer(commands, name="cluster")
 PLACEHOLDER = re.compile(r"ami-0{17}|YOUR-ORG|\bmy-(?:bucket|project|container)\b|\bmystorageaccount\b|\b0{8}-0{4}-")
 
 
-@app.callback()
+@commands.callback()
 def cluster() -> None:
     """Check a cluster file before it costs money.
 
@@ -29,7 +31,7 @@ def cluster() -> None:
     """
 
 
-@app.command()
+@commands.command()
 def check(
     file: Annotated[str, typer.Argument(metavar="FILE", help="For `ray up`, KubeRay, Slurm, Prometheus or Grafana.")],
     settings: Annotated[
@@ -141,10 +143,7 @@ def _print_search(found: Cluster, space_file: str, settings: list[str], prices: 
         print(f"price: unknown without --price {unpriced[0]}=...")
 
 
-def main(argv: list[str]) -> int | None:
-    """Run the verb on the words after its name."""
-    return run_verb(app, "cluster", argv)
-
+main = partial(cli.run, "lift_ray.cluster")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

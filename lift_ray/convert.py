@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lift_ray.errors import BadInput, exit_codes, run_verb
+from lift_ray import cli
+from lift_ray.errors import BadInput, run_and_exit
 
 if TYPE_CHECKING:
     from lift_ray.data.convert.conversion import Converted
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from lift_ray.data.convert.splitting import Division
     from lift_ray.data.convert.tasks import RunTasks
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+kinds = typer.Typer()
+cli.app.add_typer(kinds, name="convert", short_help="Convert an image dataset to Parquet shards.")
 
 
-@app.callback()
+@kinds.callback()
 def convert() -> None:
     """Convert an image dataset to Parquet shards that lift_ray, Hugging Face datasets and DuckDB can read.
 
@@ -131,7 +133,7 @@ def kind(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         shown = [each for name, own in parameters.items() for each in groups.get(name, {name: own}).values()]
         keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
         command.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
-        return app.command(name)(command)
+        return kinds.command(name)(command)
 
     return register
 
@@ -362,10 +364,7 @@ def _report(destination: str, converted: Converted, num_ignored: int) -> None:
     print(f"dataset: {destination}")
 
 
-def main(argv: list[str]) -> int | None:
-    """Parse the words after `python -m lift_ray.convert` and run them. Raises BadInput for wrong usage."""
-    return run_verb(app, "convert", argv)
-
+main = partial(cli.run, "lift_ray.convert")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

@@ -6,8 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 class BadInput(Exception):
@@ -91,38 +90,19 @@ def did_you_mean(value: object, options: Iterable[object]) -> str:
     return "known: " + ", ".join(sorted(names))
 
 
-def exit_codes(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], NoReturn]:
-    """Wrap a command with exit codes: 0 success, 1 failed run, 2 bad input, 130 Ctrl-C, 143 SIGTERM. Only bugs show a traceback."""
-
-    @wraps(main)
-    def run(argv: list[str]) -> NoReturn:
-        try:
-            sys.exit(main(argv) or 0)
-        except BadInput as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
-        except RunFailed as error:
-            print(error, file=sys.stderr, flush=True)
-            if isinstance(error, Stopped):
-                sys.stdout.flush()
-                os._exit(error.exit_code)
-            sys.exit(1)
-        except KeyboardInterrupt as error:
-            print("interrupted", file=sys.stderr)
-            sys.exit(128 + error.signum if isinstance(error, Interrupted) else 130)
-
-    return run
-
-
-def run_verb(app: Any, verb: str, argv: list[str]) -> int | None:
-    """Parse the arguments of `python -m lift_ray.VERB` with a typer app and run it. Raises BadInput for wrong usage."""
-    import typer
-
-    prog = f"python -m lift_ray.{verb}"
+def run_and_exit(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a command and exit: 0 success, 1 failed run, 2 bad input, 130 Ctrl-C, 143 SIGTERM. Only bugs show a traceback."""
     try:
-        result = typer.main.get_command(app).main(args=argv, prog_name=prog, standalone_mode=False)
-    except Exception as error:  # the class of usage errors differs between versions of typer; the method does not
-        if not hasattr(error, "format_message"):
-            raise
-        raise BadInput(f"{verb}: {error.format_message()} See {prog} --help") from None
-    return result if isinstance(result, int) else None
+        sys.exit(main(sys.argv[1:]) or 0)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(error, file=sys.stderr, flush=True)
+        if isinstance(error, Stopped):
+            sys.stdout.flush()
+            os._exit(error.exit_code)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + error.signum if isinstance(error, Interrupted) else 130)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lift_ray.errors import BadInput, did_you_mean, exit_codes, run_verb
+from lift_ray import cli
+from lift_ray.errors import BadInput, did_you_mean, run_and_exit
 
 if TYPE_CHECKING:
     from lift_ray.training.checkpoint import Record
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 COMBINE = ("logits", "probabilities")
 
 
-@app.command()
+@cli.app.command()
 def evaluate(
     checkpoints: Annotated[
         list[str],
@@ -168,10 +168,7 @@ def _numbers(weights: str | None) -> tuple[float, ...]:
     return numbers
 
 
-def main(argv: list[str]) -> int | None:
-    """Run the command with the arguments after its name."""
-    return run_verb(app, "evaluate", argv)
-
+main = partial(cli.run, "lift_ray.evaluate")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

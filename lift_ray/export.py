@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lift_ray.errors import exit_codes, run_verb
+from lift_ray import cli
+from lift_ray.errors import BadInput, did_you_mean, run_and_exit
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-
-@app.command()
+@cli.app.command(short_help="Export a checkpoint to open_clip, ONNX and torch.export.")
 def export(
     checkpoint: Annotated[
         str,
@@ -41,8 +40,6 @@ def export(
       python -m lift_ray.export runs/quickstart --to exported
       python -m lift_ray.export runs/mine --to exported --format torch --format open_clip
     """
-    from lift_ray.errors import BadInput, did_you_mean
-
     known = ("open_clip", "onnx", "torch")
     for name in formats or []:
         if name not in known:
@@ -59,10 +56,7 @@ def export(
     print(f"model card: {to / 'README.md'}")
 
 
-def main(argv: list[str]) -> int | None:
-    """Run the verb on the words after its name."""
-    return run_verb(app, "export", argv)
-
+main = partial(cli.run, "lift_ray.export")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lift_ray.errors import BadInput, exit_codes, run_verb
+from lift_ray import cli
+from lift_ray.errors import BadInput, run_and_exit
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-
-@app.command()
+@cli.app.command(short_help="Write class names and probabilities for images.")
 def predict(
     checkpoint: Annotated[
         str,
@@ -78,10 +77,7 @@ def predict(
     print(done.calibration)
 
 
-def main(argv: list[str]) -> int | None:
-    """Run the verb on the words after its name."""
-    return run_verb(app, "predict", argv)
-
+main = partial(cli.run, "lift_ray.predict")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

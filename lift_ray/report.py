@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from lift_ray.errors import exit_codes, run_verb
+from lift_ray import cli
+from lift_ray.errors import run_and_exit
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-
-@app.command()
+@cli.app.command(short_help="Write an HTML report on the results of searches.")
 def report(
     outs: Annotated[
         list[str], typer.Argument(metavar="OUT", help="Result folders or URLs of python -m lift_ray.tune.")
@@ -46,10 +45,7 @@ def report(
         webbrowser.open(Path(where).absolute().as_uri())
 
 
-def main(argv: list[str]) -> int | None:
-    """Run the verb with its command-line arguments."""
-    return run_verb(app, "report", argv)
-
+main = partial(cli.run, "lift_ray.report")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

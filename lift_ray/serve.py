@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from lift_ray.errors import exit_codes, run_verb
-
-verb = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+from lift_ray import cli
+from lift_ray.errors import run_and_exit
 
 
 def app(args: dict[str, str]) -> Any:
@@ -24,7 +23,7 @@ def app(args: dict[str, str]) -> Any:
     return application(Options.of(args))
 
 
-@verb.command()
+@cli.app.command(short_help="Serve a checkpoint over HTTP.")
 def serve(
     checkpoint: Annotated[
         str,
@@ -75,10 +74,7 @@ def serve(
     serve_until_stopped({name: value for name, value in given.items() if value is not None}, host, port)
 
 
-def main(argv: list[str]) -> int | None:
-    """Run the verb on the words after its name."""
-    return run_verb(verb, "serve", argv)
-
+main = partial(cli.run, "lift_ray.serve")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

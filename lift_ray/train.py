@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lift_ray.errors import BadInput, exit_codes, run_verb
+from lift_ray import cli
+from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.storage.layout import SETTINGS, TOGETHER
 
 if TYPE_CHECKING:
@@ -23,10 +25,8 @@ if TYPE_CHECKING:
     from lift_ray.tracking.services import Tracked
     from lift_ray.training.progress import Progress
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-
-@app.command()
+@cli.app.command()
 def train(
     run_file: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Settings of the run.")],
     settings: Annotated[
@@ -291,10 +291,7 @@ def _check_out(output: Output, run: RunFile, resume: bool) -> None:
             )
 
 
-def main(argv: list[str]) -> int | None:
-    """Run the command with the arguments after its name."""
-    return run_verb(app, "train", argv)
-
+main = partial(cli.run, "lift_ray.train")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lift_ray.errors import BadInput, Stopped, exit_codes, run_verb
+from lift_ray import cli
+from lift_ray.errors import BadInput, Stopped, run_and_exit
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
     from lift_ray.search.final_comparison import SearchResult
     from lift_ray.settings.space import SpaceFile
     from lift_ray.storage.output import Output
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _write_schema(path: str | None) -> None:
@@ -31,7 +30,7 @@ def _write_schema(path: str | None) -> None:
     raise typer.Exit
 
 
-@app.command()
+@cli.app.command(short_help="Search for the settings that work best for rare classes.")
 def tune(
     space_file: Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The search space.")],
     settings: Annotated[
@@ -348,10 +347,7 @@ def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
     print(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
 
 
-def main(argv: list[str]) -> int | None:
-    """Run the verb on the words after its name."""
-    return run_verb(app, "tune", argv)
-
+main = partial(cli.run, "lift_ray.tune")
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)

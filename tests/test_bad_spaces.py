@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lift_ray import tune
-from lift_ray.errors import BadInput, exit_codes
+from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.settings.checks import read_space
 from lift_ray.settings.overrides import parse_overrides
 
@@ -338,7 +338,7 @@ def test_any_file_is_a_plan_or_lines_and_exit_code_2(tmp_path: Path, changes: li
         contextlib.redirect_stdout(io.StringIO()),
         pytest.raises(SystemExit) as end,
     ):
-        exit_codes(tune.main)([str(path), "--dry-run"])
+        run_and_exit(lambda _: tune.main([str(path), "--dry-run"]))
     assert end.value.code in (0, 2)
     assert bool(said.getvalue()) == (end.value.code == 2)
     assert end.value.code == 0 or changes

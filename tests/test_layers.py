@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from lift_ray import cli
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lift_ray"
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 VALUES_OF_THE_PACKAGE = {"lift_ray.__version__"}
 BASE = ("epoch_metrics", "errors", "registry")  # used everywhere
-VERBS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", *BASE))
+VERBS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__", "cli", *BASE))
 SLOW_TO_LOAD = ("ray", "torch", "torchvision", "open_clip", "optuna", "pyarrow", "pydantic")
 
 BELOW_TRAINING = {"settings", "storage", "data", "model", "methods", "evaluation", "terminal"}
@@ -40,7 +42,8 @@ ROOMS = {
     "search": {*BELOW_TRAINING, "training", "ensembles", "reporting", "tracking", "ray_runtime"},
     "clusters": {"settings", "ray_runtime", "data", "tracking", "training"},
 }
-ROOMS["verbs"] = set(ROOMS)
+ROOMS["verbs"] = {*ROOMS, "cli"}
+ROOMS |= {"cli": set(), "__main__": {"cli"}}
 # library -> the places that may import it anywhere, and those that may only inside a function
 LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     "ray": (
@@ -78,7 +81,7 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "jinja2": ({"lift_ray/reporting/"}, set()),
     "plotly": ({"lift_ray/reporting/page"}, set()),
-    "typer": ({f"lift_ray/{verb}" for verb in VERBS}, {"lift_ray/errors"}),
+    "typer": ({"lift_ray/cli", *(f"lift_ray/{verb}" for verb in VERBS)}, set()),
 }
 
 
@@ -226,13 +229,20 @@ def test_importing_the_verbs_loads_neither_ray_nor_torch() -> None:
     assert not {*SLOW_TO_LOAD} & loaded
 
 
-def test_help_answers_without_what_is_slow_to_load() -> None:
+def test_the_command_line_has_every_verb() -> None:
+    assert sorted(cli.VERBS) == VERBS
+
+
+@pytest.mark.parametrize(
+    ("module", "line"), [("tune", "python -m lift_ray.tune search_spaces/quickstart.yaml"), ("cli", "tune      Search")]
+)
+def test_help_answers_without_what_is_slow_to_load(module: str, line: str) -> None:
     code = (
         "import sys\n"
-        "from lift_ray.tune import main\n"
+        f"from lift_ray.{module} import main\n"
         "main(['--help'])\n"
         f"print([name for name in {SLOW_TO_LOAD} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "python -m lift_ray.tune search_spaces/quickstart.yaml" in done.stdout
+    assert line in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"

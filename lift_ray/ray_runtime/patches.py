@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partialmethod
 from pathlib import Path
 
-from lift_ray.errors import BadInput, exit_codes
+from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.storage.atomic import replacing
 
 KNOWN_RAY = "2.60."
@@ -137,4 +136,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_codes(main)(sys.argv[1:])
+    run_and_exit(main)
