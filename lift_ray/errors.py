@@ -66,8 +66,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """Return the text of an error on one line, truncated to `most` characters; the class name if it has no text."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    """Return an error's text on one line without its final period, at most `most` characters; the class name if it has no text."""
+    nothing = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    return " ".join(str(error).split())[:most].rstrip(".") or nothing
 
 
 def last_line(error: BaseException) -> str:

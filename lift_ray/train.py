@@ -247,15 +247,13 @@ def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
 
 
 def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:
-    from lift_ray.settings.run_file import check_global_batch
+    from lift_ray.settings.run_file import batch_fault
 
     if no_ray and most > 1:
         raise BadInput("--workers", "must be 1 with --no-ray", most, "leave one of them out")
     for workers in {most, *range(least, most)}:
-        try:
-            check_global_batch(run.optim.global_batch_size, workers)
-        except ValueError as error:
-            raise BadInput(str(error)) from None
+        if fault := batch_fault(run.optim.global_batch_size, workers, "optim.global_batch_size"):
+            raise fault
 
 
 def _check_out(output: Output, run: RunFile, resume: bool) -> None:

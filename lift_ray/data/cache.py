@@ -6,7 +6,6 @@ size.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
@@ -16,12 +15,12 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 
 from lift_ray.data.layout import RECONVERT
 from lift_ray.errors import BadInput
@@ -151,12 +150,10 @@ class ShardCopies:
                 file.truncate(num_bytes)  # counts towards the limit from now on
             return partial
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Lock the folder: no other thread or process counts or renames its files."""
-        with (self._folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _alone(self) -> FileLock:
+        """Return the lock of the folder: while it is held, no other thread or process counts or renames its files."""
+        # flock only: the kernel releases it when its process dies. A soft lock is a file that a killed process would leave behind.
+        return FileLock(self._folder / ".lock", fallback_to_soft=False)
 
     def _download(self, shard: Shard, partial: Path) -> None:
         for _ in range(2):

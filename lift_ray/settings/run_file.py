@@ -25,14 +25,8 @@ class RunFile(RunConfig):
         return RunConfig.model_validate(self.model_dump(include=set(RunConfig.model_fields)))
 
 
-def check_global_batch(size: int, workers: int) -> None:
-    """Raise ValueError, with values that would fit, if a global batch cannot be divided evenly among the workers."""
-    if fault := batch_fault(size, workers, "optim.global_batch_size"):
-        raise ValueError(str(fault))
-
-
 def batch_fault(size: int, workers: int, place: str) -> BadInput | None:
-    """Return the error for a global batch that cannot be divided evenly among the workers, or None."""
+    """Return the error, with values that would fit, for a global batch that workers cannot share evenly; None if they can."""
     if size % workers == 0:
         return None
     fits = max(1, round(size / workers)) * workers

@@ -12,7 +12,7 @@ import fsspec
 from fsspec.asyn import sync
 from fsspec.spec import AbstractFileSystem
 
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 from lift_ray.storage.retry import retry
 
 PATIENCE_S = 60.0
@@ -42,14 +42,6 @@ class Entry:
     is_folder: bool
     num_bytes: int | None
     identity: str
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message without its final period, at most 160 characters."""
-    lines = str(error).strip().splitlines()
-    if not lines and isinstance(error, TimeoutError):
-        return "no answer in time"
-    return (lines[0].strip().rstrip(".") if lines else type(error).__name__)[:160]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from filelock import lock_descriptor
 from fsspec.implementations.local import LocalFileSystem
 
 from lift_ray.data.convert.images import Encoding
@@ -137,20 +138,16 @@ def _claimed(destination: str) -> Iterator[None]:
     if not isinstance(file_system, LocalFileSystem):
         yield
         return
-    import fcntl
-
     folder = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems do not support locks
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_descriptor(folder, blocking=False):
                 raise BadInput(
                     destination,
                     "must not be in use",
                     but="another conversion is writing there",
                     remedy="wait, or choose another folder",
-                ) from None
+                )
         yield
     finally:
         if is_new:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lift_ray.storage.store import one_line
+from lift_ray.errors import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not all that Pillow reads: EPS would run Ghostscript
 MAX_PIXELS = 178_956_970  # above this, Pillow and therefore training refuse an image

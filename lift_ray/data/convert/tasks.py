@@ -20,8 +20,8 @@ from lift_ray.data.convert.images import Encoding
 from lift_ray.data.convert.index import ReadImage
 from lift_ray.data.convert.shards import PARTIAL, Sample, ShardRecord, write_file, write_shard
 from lift_ray.data.convert.splitting import Row
-from lift_ray.errors import BadInput, RunFailed
-from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass, one_line, reached, retried
+from lift_ray.errors import BadInput, RunFailed, one_line
+from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass, reached, retried
 
 FEW_IMAGES = 2000  # below this, starting processes takes longer than it saves
 POLL_S = 0.2

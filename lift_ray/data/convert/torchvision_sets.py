@@ -20,8 +20,8 @@ from lift_ray.data.convert.index import (
     encode_png,
     inside,
 )
-from lift_ray.errors import BadInput, did_you_mean
-from lift_ray.storage.store import join, one_line, reached
+from lift_ray.errors import BadInput, did_you_mean, one_line
+from lift_ray.storage.store import join, reached
 
 LABELS = ("targets", "labels", "_labels", "y")
 PAIRS = ("samples", "_samples", "imgs")  # of path and label
