@@ -164,7 +164,7 @@ class Worker:
             self._output.remove(trial_checkpoint_path(number, epoch - 1))
         figures["time/save_s"] = time.monotonic() - began
         if self._gauges is not None:
-            self._gauges.epoch_done(figures)
+            self._gauges.epoch_done(EpochMetrics.of(figures))
         return path
 
     def _evaluate(self, job: EvaluationJob, warm: Workspace) -> Iterator[Reply]:
