@@ -22,7 +22,7 @@ from lift_ray.training.events import EpochEnded, Event, RunStarted, TestEnded
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}  # all other states: stopped early
 LONGEST_NAME = 120  # characters of a folder name
 Settings = Mapping[str, Any]
-Figures = dict[str, float]  # by the names that services show
+Figures = dict[str, float]  # by flat name, as services show them
 
 
 class Tracker(Protocol):
