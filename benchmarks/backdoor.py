@@ -30,7 +30,6 @@ import numpy as np
 import rich.box
 import torch
 from jobs import (
-    CHOSEN_BY,
     DATASET,
     PROCESSES,
     Job,
@@ -51,8 +50,8 @@ from safetensors.torch import load_file, save_file
 from lift_ray.data.open import open_dataset
 from lift_ray.ensembles.combine import COMBINE
 from lift_ray.ensembles.group_table import GroupGainTable
+from lift_ray.epoch_metrics import ACCURACIES, MAIN, MAIN_METRIC
 from lift_ray.evaluation.accumulator import MetricAccumulator
-from lift_ray.evaluation.metrics import GROUPS
 from lift_ray.methods.prior import thirds
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
@@ -64,7 +63,6 @@ RATES = [0.1, 0.3, 1.0]
 LOSSES = {"LA": "logit_adjusted", "CE": "cross_entropy"}
 PER_GROUP = 3  # seeds of one backbone in a control
 SPLITS = ("validation", "test")
-ACCURACIES = ("accuracy", "mean_class_accuracy", *GROUPS)
 BACKBONES: dict[str, dict[str, Any]] = {
     "tiny": {"augment.patch_dropout": 0.5},
     "vits": {
@@ -222,14 +220,14 @@ def table(rows: Sequence[dict[str, Any]], epochs: int) -> Table:
         found = row["logits"]
         gain = [f"{100 * found[f'{name}_all']['mean']:+.1f}" if row["number"] > 1 else "" for name in GAINS]
         differ = f"{100 * found['disagreement']['mean']:.0f}" if row["number"] > 1 else ""
-        other = plus_minus(row["probabilities"]["mean_class_accuracy"]) if row["number"] > 1 else ""
+        other = plus_minus(row["probabilities"][MAIN]) if row["number"] > 1 else ""
         out.add_row(row["models"], *(plus_minus(found.get(name)) for name in ACCURACIES), *gain, differ, other)
     return out
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """Whether several backbones beat the seeds of one and the best single model, by more than the root of their summed variances."""
-    value = {row["models"]: row["logits"]["mean_class_accuracy"] for row in rows if row["models"].endswith(", LA")}
+    value = {row["models"]: row["logits"][MAIN] for row in rows if row["models"].endswith(", LA")}
     mixes, seeds, single = ([name for name in value if mark in name] for mark in (" + ", " x ", ""))
     single = [name for name in single if name not in mixes + seeds]
     if not (mixes and seeds):
@@ -308,7 +306,7 @@ def main() -> None:
             "sentence": sentence,
             "epochs": args.epochs,
             "rates": rates,
-            "chosen_by": CHOSEN_BY,
+            "chosen_by": MAIN_METRIC,
             "cpu_s": cost,
             "by_rate": {
                 name: {row["rate"]: final(row) for row in rows if row["name"] == name and row["seed"] == 0}

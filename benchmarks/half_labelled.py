@@ -25,7 +25,8 @@ from methods import Summary, choose, summarise
 from record import record
 from rich.table import Table
 
-from lift_ray.terminal.tables import ACCURACIES, console
+from lift_ray.epoch_metrics import ACCURACIES, MAIN
+from lift_ray.terminal.tables import console
 
 RATES = [0.03, 0.1, 0.3]
 METHODS = {
@@ -98,16 +99,16 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
 
 
 def _accuracies(test: dict[str, Any]) -> list[str]:
-    return [plus_minus(test.get(name)) for name in ("mean_class_accuracy", "medium", "few")]
+    return [plus_minus(test.get(name)) for name in (MAIN, "medium", "few")]
 
 
 def gains(summaries: Sequence[Summary]) -> list[str]:
     """A sentence for each method: whether it is above LIFT by more than the root of their summed variances over the seeds."""
-    base = next(s["test"]["mean_class_accuracy"] for s in summaries if s["method"] == LABELLED)
+    base = next(s["test"][MAIN] for s in summaries if s["method"] == LABELLED)
     out = []
     for s in summaries:
         if s["method"] != LABELLED:
-            own = s["test"]["mean_class_accuracy"]
+            own = s["test"][MAIN]
             gain, noise = own["mean"] - base["mean"], (own["std"] ** 2 + base["std"] ** 2) ** 0.5
             if len(s["seeds"]) < 2:
                 out.append(

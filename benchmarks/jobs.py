@@ -22,13 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lift_ray.epoch_metrics import named
+from lift_ray.epoch_metrics import MAIN, MAIN_METRIC, named
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 
 DATASET = "embedded:caltech101-lt"
 PROCESSES = 2
-CHOSEN_BY = "validation/mean_class_accuracy"
 
 Row = dict[str, Any]
 
@@ -105,10 +104,10 @@ def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None
                 figures = run.train_epoch()
             pseudo_labels.append(named("unlabelled", figures.unlabelled))
             if cold or run.epoch == run.num_epochs:
-                curve.append(named("validation", run.evaluate("validation").metrics)[CHOSEN_BY])
+                curve.append(run.evaluate("validation").metrics[MAIN])
     except RunFailed as error:
         return row | {"failed": str(error)}
-    metrics = named("validation", run.evaluate("validation").metrics) if not curve else {CHOSEN_BY: curve[-1]}
+    metrics = named("validation", run.evaluate("validation").metrics) if not curve else {MAIN_METRIC: curve[-1]}
     metrics |= named("test", run.evaluate("test").metrics)
     if keep is not None:
         keep(job, run)
@@ -193,7 +192,7 @@ def told(row: Row) -> str:
 
 def final(row: Row) -> float:
     """Validation mean class accuracy at the end; -1 for a run that failed."""
-    return -1.0 if "failed" in row else float(row["metrics"][CHOSEN_BY])
+    return -1.0 if "failed" in row else float(row["metrics"][MAIN_METRIC])
 
 
 def mean_std(values: Iterable[float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import time
 
 from record import record
 
-from lift_ray.epoch_metrics import named
+from lift_ray.epoch_metrics import MAIN_METRIC, named
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
@@ -61,7 +61,7 @@ def main() -> None:
         "ratio": round(tower_s / kept_s, 1),
         "ratio_with_features": round(tower_s / (kept_s + pass_s), 2),
         "largest_difference": difference,
-        "validation_mean_class_accuracy": kept["validation/mean_class_accuracy"],
+        "validation_mean_class_accuracy": kept[MAIN_METRIC],
     }
     print(
         f"{args.epochs} epochs through the tower {tower_s:.1f} s, from kept features {kept_s:.2f} s: {tower_s / kept_s:.0f} times"

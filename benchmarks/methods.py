@@ -20,7 +20,8 @@ from jobs import Job, Row, command, file_of, final, mean_std, parser, plus_minus
 from record import record
 from rich.table import Table
 
-from lift_ray.terminal.tables import ACCURACIES, HEADINGS, console
+from lift_ray.epoch_metrics import ACCURACIES
+from lift_ray.terminal.tables import HEADINGS, console
 
 # Bottlenecks and a new classifier take large rates, the tower's own weights small ones; a best rate at an end is marked.
 RATES: dict[str, list[float | None]] = {

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from record import record
 
+from lift_ray.epoch_metrics import MAIN_METRIC
 from lift_ray.reporting.figures.search import unit_of
 from lift_ray.reporting.scaling_law import Law, PowerLaw, fit_law
 from lift_ray.reporting.study_files import read_study
@@ -52,7 +53,7 @@ def beyond(law: Law, folder: Path) -> dict[str, Any]:
     fitted = PowerLaw(np.array([list(p.scales.values()) for p in law.points]), np.array([p.found for p in law.points]))
     at = {name: known[name] for name in law.exponents}
     predicted = fitted.predict(np.array([list(at.values())], float))[0]
-    percent = [round(100 * x, 1) for x in (run.metrics["validation/mean_class_accuracy"], *vars(predicted).values())]
+    percent = [round(100 * x, 1) for x in (run.metrics[MAIN_METRIC], *vars(predicted).values())]
     return at | dict(zip(("found", "predicted", "low", "high"), percent, strict=True))
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from record import record
 
+from lift_ray.epoch_metrics import MAIN, MAIN_METRIC, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.methods.world import Ranks
 from lift_ray.reporting.trial_rows import TrialRow
@@ -34,12 +35,11 @@ from lift_ray.settings.space import SpaceFile, seeded_draws
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
-METRIC = "validation/mean_class_accuracy"
 FEWEST_FINISHED = 4  # before the law says anything
 SPACE = {
     "name": "stopping",
     "dataset": "embedded:caltech101-lt",
-    "objectives": {METRIC: "max"},
+    "objectives": {MAIN_METRIC: "max"},
     "base": {"augment": {"kind": "none"}, "tuner": {"kind": "adaptformer"}},
     "space": {
         "tuner.kind": {"choices": ["adaptformer", "lora", "ssf", "linear_probe"]},
@@ -72,7 +72,7 @@ def train_arms(out: Path, arms: int, epochs: int, data_frac: float) -> list[list
             if tree["tuner"]["kind"] in ("adaptformer", "lora", "ssf"):
                 tree["tuner"]["blocks"] = [4, 5]
             try:
-                figures = [f[METRIC] for f in Run(RunConfig.model_validate(tree), warm).epochs()]
+                figures = [f[MAIN_METRIC] for f in Run(RunConfig.model_validate(tree), warm).epochs()]
             except RunFailed:
                 figures = []
             path.with_suffix(".part").write_text(json.dumps({"values": draw, "curve": figures}))
@@ -94,11 +94,13 @@ def by_law(z: float, grace: int, epochs: int) -> Rule:
 
     def stop(row: TrialRow, rows: Sequence[TrialRow]) -> bool:
         epoch = len(row.history)
-        finished = [np.log(1 - np.array([f[METRIC] for f in r.history])) for r in rows if len(r.history) == epochs]
+        finished = [
+            np.log(1 - np.array([m.validation[MAIN] for m in r.history])) for r in rows if len(r.history) == epochs
+        ]
         if epoch < grace or epoch >= epochs or len(finished) < FEWEST_FINISHED:
             return False
         x, y = np.array([[1.0, f[epoch - 1]] for f in finished]), np.array([f[-1] for f in finished])
-        at = np.array([1.0, np.log(1 - row.history[-1][METRIC])])
+        at = np.array([1.0, np.log(1 - row.last.validation[MAIN])])
         inverse = np.linalg.pinv(x.T @ x)
         coefficients = inverse @ x.T @ y
         spread = np.sqrt(((y - x @ coefficients) ** 2).sum() / (len(y) - 2) * (1 + at @ inverse @ at))
@@ -117,10 +119,11 @@ def replay(curves: Sequence[Sequence[float]], order: Sequence[int], rule: Rule, 
             rows.append(TrialRow(len(rows), {}, len(curves[arm])))
             running.append((arm, rows[-1]))
         for arm, row in list(running):
-            row.history.append({METRIC: curves[arm][len(row.history)], "epoch": len(row.history) + 1})
+            epoch = len(row.history) + 1
+            row.history.append(EpochMetrics(epoch, validation={MAIN: curves[arm][epoch - 1]}))
             if row.is_done or rule(row, rows):
                 running.remove((arm, row))
-    found = max((row.last[METRIC] for row in rows if row.is_done), default=0.0)
+    found = max((row.last.validation[MAIN] for row in rows if row.is_done), default=0.0)
     return sum(len(row.history) for row in rows), max(curve[-1] for curve in curves) - found
 
 

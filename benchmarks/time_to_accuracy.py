@@ -27,6 +27,7 @@ from jobs import Job, Row, command, file_of, final, mean_std, parser, plus_minus
 from record import record
 from rich.table import Table
 
+from lift_ray.epoch_metrics import MAIN
 from lift_ray.terminal.tables import console
 
 RECIPE = "recipe"
@@ -176,7 +177,7 @@ def _ratio(found: Sequence[tuple[Row, Row]], name: str) -> float:
 
 
 def _test(runs: Any) -> float:
-    return statistics.fmean(run["metrics"]["test/mean_class_accuracy"] for run in runs)
+    return statistics.fmean(run["metrics"][f"test/{MAIN}"] for run in runs)
 
 
 def table(summaries: Sequence[Summary], epochs: int) -> Table:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, overload
 
 GROUPS = ("many", "medium", "few")  # of classes, by their number of training images
-ACCURACIES = ("accuracy", "mean_class_accuracy", *GROUPS)
-METRICS = (  # of a split
-    "mean_class_accuracy",
-    "accuracy",
-    *GROUPS,
-    "worst_class",
-    "harmonic_mean",
-    "geometric_mean",
-    "macro_f1",
-    "calibration_error",
-    "loss",
-)
+MAIN = "mean_class_accuracy"  # chooses models by default
+ACCURACIES = ("accuracy", MAIN, *GROUPS)
+FURTHER = ("worst_class", "harmonic_mean", "geometric_mean", "macro_f1", "calibration_error")
+METRICS = (MAIN, "accuracy", *GROUPS, *FURTHER, "loss")  # of a split
+MAIN_METRIC = f"validation/{MAIN}"
+POSTHOC = ("posthoc_tau", f"posthoc_{MAIN}", "posthoc_optimism")  # best tau after training, on validation
+POSTHOC_TAU, POSTHOC_ACCURACY, POSTHOC_OPTIMISM = POSTHOC
+SECONDS = ("begin_s", "load_s", "train_s", "data_wait_s", "evaluate_s", "save_s", "member_s")
 TRAINED_PARAMETERS = "trained_parameters"
-PREFIXES = {  # field of EpochMetrics -> prefix of its names where metrics are stored flat
-    "train": "train/",
-    "seconds": "time/",
-    "unlabelled": "unlabelled/",
-    "validation": "validation/",
-    "test": "test/",
-    "cost": "cost/",
-}
-FIELDS = {prefix: name for name, prefix in PREFIXES.items()}
 COUNTS = (TRAINED_PARAMETERS, "num_epochs")
+FIELDS = {  # prefix of flat names -> field of EpochMetrics, in the order of the columns of files
+    "train": "train",
+    "time": "seconds",
+    "cost": "cost",
+    "unlabelled": "unlabelled",
+    "validation": "validation",
+    "test": "test",
+}
 Metrics = Mapping[str, float]
 
 
@@ -48,7 +43,7 @@ class EpochMetrics:
     Args:
         epoch: number of finished epochs; 0 for a run that trains nothing.
         train: loss, accuracy and images_per_s, means over the steps.
-        seconds: time by what it was spent on: train_s, data_wait_s, evaluate_s, save_s and others.
+        seconds: time by what it was spent on (SECONDS); load_s is part of begin_s, data_wait_s of train_s.
         unlabelled: precision, recall and number of pseudo-labels.
         validation, test: metrics of a split (METRICS).
         cost: train_s, what the training would have cost if no other trial had shared its work.
@@ -66,18 +61,24 @@ class EpochMetrics:
     trained_parameters: int | None = None
     num_epochs: int | None = None
 
-    def flat(self) -> dict[str, float]:
-        """Return all metrics by their flat names; those that are not known are left out."""
-        return dict(self._items())
+    def flat(self, *prefixes: str) -> dict[str, float]:
+        """Return all known metrics by their flat names, or only those with the given prefixes."""
+        out = {
+            f"{prefix}/{name}": value
+            for prefix in prefixes or FIELDS
+            for name, value in getattr(self, FIELDS[prefix]).items()
+        }
+        counts = {name: count for name in COUNTS if (count := getattr(self, name)) is not None}
+        return out if prefixes else {"epoch": self.epoch, **out, **counts}
 
     @classmethod
     def of(cls, flat: Metrics) -> EpochMetrics:
         """Return the metrics that `flat` turned into names; unknown names are dropped."""
-        fields: dict[str, Any] = {name: {} for name in PREFIXES}
+        fields: dict[str, Any] = {name: {} for name in FIELDS.values()}
         for name, value in flat.items():
             prefix, slash, rest = name.partition("/")
-            if prefix + slash in FIELDS:
-                fields[FIELDS[prefix + slash]][rest] = value
+            if slash and prefix in FIELDS:
+                fields[FIELDS[prefix]][rest] = value
         fields |= {name: int(flat[name]) for name in COUNTS if name in flat}
         return cls(int(flat.get("epoch", 0)), **fields)
 
@@ -96,17 +97,9 @@ class EpochMetrics:
     def get(self, name: str, default: float | None = None) -> float | None:
         """Return the metric of a flat name, or the default if it is not known."""
         prefix, slash, rest = name.partition("/")
-        if not slash:
-            value: float | None = getattr(self, name) if name in ("epoch", *COUNTS) else None
-        else:
-            value = getattr(self, FIELDS[prefix + slash]).get(rest) if prefix + slash in FIELDS else None
+        value: float | None = None
+        if slash and prefix in FIELDS:
+            value = getattr(self, FIELDS[prefix]).get(rest)
+        elif name in ("epoch", *COUNTS):
+            value = getattr(self, name)
         return default if value is None else value
-
-    def _items(self) -> Iterator[tuple[str, float]]:
-        yield "epoch", self.epoch
-        for name, prefix in PREFIXES.items():
-            for metric, value in getattr(self, name).items():
-                yield prefix + metric, value
-        for name in COUNTS:
-            if (count := getattr(self, name)) is not None:
-                yield name, count

@@ -239,7 +239,7 @@ def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
     from lift_ray.terminal.tables import accuracy_table, console
 
     last = progress.last
-    split = "test" if "test/accuracy" in last else "validation"
+    split = "test" if last.test else "validation"
     console().print(accuracy_table(f"{split} accuracy (%)", split, [(run.name, last)]))
     for reason, number in Counter(progress.retries).items():
         print(f"retried {number} time{'s' if number > 1 else ''}: {reason}")

@@ -216,6 +216,7 @@ def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
 
 def _check_objectives(space: SpaceFile, data: Dataset) -> None:
     """Raise BadInput if a metric is of a group without classes, or whose classes have no validation images."""
+    from lift_ray.epoch_metrics import MAIN_METRIC
     from lift_ray.evaluation.metrics import RULES, class_groups
 
     groups = class_groups(data.split("train").class_counts(data.num_classes))
@@ -230,7 +231,7 @@ def _check_objectives(space: SpaceFile, data: Dataset) -> None:
             "objectives",
             f"{metric} requires {what}",
             but=f"{data.uri} has none",
-            remedy="choose validation/mean_class_accuracy",
+            remedy=f"choose {MAIN_METRIC}",
         )
 
 
@@ -312,6 +313,7 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
 
 
 def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
+    from lift_ray.epoch_metrics import POSTHOC, POSTHOC_OPTIMISM
     from lift_ray.search.tables import curve_table, pareto_table
     from lift_ray.terminal.evaluation_tables import crossed_table, together_table
     from lift_ray.terminal.tables import accuracy_table, console, describe, seeds_table
@@ -335,8 +337,8 @@ def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
         screen.print(crossed_table(next(one["report"] for one in found.together if one["trial"] == found.best.number)))
     if found.seeds:
         screen.print(seeds_table(found.seeds))
-    if (optimism := found.best.last.get("validation/posthoc_optimism")) is not None:
-        tau, value = (found.best.last[f"validation/posthoc_{name}"] for name in ("tau", "mean_class_accuracy"))
+    if POSTHOC_OPTIMISM in (best := found.best.last.validation):
+        tau, value, optimism = (best[name] for name in POSTHOC)
         print(
             f"Best post-hoc tau on validation: {tau:g} (mean class accuracy {100 * value:.1f}, "
             f"about {100 * optimism:.1f} points of it selection bias)"

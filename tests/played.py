@@ -46,20 +46,17 @@ def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
     )
 
 
-def figures_of(config: dict[str, Any], epoch: int) -> dict[str, float]:
+def metrics_of(config: dict[str, Any], epoch: int) -> EpochMetrics:
     """Return the metrics of a trial after an epoch."""
     distance = abs(config["loss"]["tau"] - 1) + abs(config["optim"]["lr"] - 0.3)
     accuracy = 1 / (1 + distance) * (1 - 0.5**epoch)
-    epochs = config["optim"]["epochs"]
-    return {
-        "epoch": epoch,
-        METRIC: accuracy,
-        "num_epochs": epochs,
-        "trained_parameters": 8,
-        "validation/posthoc_tau": 0.5,
-        "time/train_s": 0.0,
-        "time/evaluate_s": 0.0,
-    }
+    return EpochMetrics(
+        epoch,
+        seconds={"train_s": 0.0, "evaluate_s": 0.0},
+        validation={"mean_class_accuracy": accuracy, "posthoc_tau": 0.5},
+        trained_parameters=8,
+        num_epochs=config["optim"]["epochs"],
+    )
 
 
 @dataclass
@@ -73,7 +70,7 @@ class Played:
         faults: trial number -> what its first epoch does: raise, die, diverge or bad; `die once` limits it to one process.
     """
 
-    disk: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+    disk: dict[int, list[EpochMetrics]] = field(default_factory=dict)
     folder: Path | None = None
     epoch_s: float = 0.0
     load_s: float = 0.0
@@ -123,17 +120,16 @@ class Played:
     def _train(self, job: TrainJob) -> Iterator[Reply]:
         history = self.disk.setdefault(job.number, self._saved(job.number))
         epochs = job.config["optim"]["epochs"]
-        yield RunStarted(1, epochs, 1, len(history), 0, [EpochMetrics.of(figures) for figures in history], 8)
+        yield RunStarted(1, epochs, 1, len(history), 0, list(history), 8)
         while len(history) < epochs:
             yield from self._fault(job)
             time.sleep(self.epoch_s)
-            figures = figures_of(job.config, len(history) + 1)
-            history.append(figures)
+            history.append(metrics_of(job.config, len(history) + 1))
             self._save(job.number, history)
             self._log(f"epoch {job.number} {len(history)}")
-            yield EpochEnded(EpochMetrics.of(figures), "")
+            yield EpochEnded(history[-1], "")
         if job.then_test:
-            yield JobDone({**history[-1], "test/mean_class_accuracy": 0.5})
+            yield JobDone({**history[-1].flat(), "test/mean_class_accuracy": 0.5})
 
     def _fault(self, job: TrainJob) -> Iterator[Reply]:
         fault = self.faults.get(str(job.number), "")
@@ -150,15 +146,15 @@ class Played:
         if fault == "bad":
             yield RunAborted("backbone.model: unknown model 'x'", True)
 
-    def _saved(self, number: int) -> list[dict[str, float]]:
+    def _saved(self, number: int) -> list[EpochMetrics]:
         path = self.folder and self.folder / "checkpoints" / f"{number:04d}.json"
-        return json.loads(path.read_text()) if path and path.exists() else []
+        return [EpochMetrics.of(flat) for flat in json.loads(path.read_text())] if path and path.exists() else []
 
-    def _save(self, number: int, history: list[dict[str, float]]) -> None:
+    def _save(self, number: int, history: list[EpochMetrics]) -> None:
         if self.folder:
             path = self.folder / "checkpoints" / f"{number:04d}.json"
             path.parent.mkdir(exist_ok=True)
-            path.with_suffix(".tmp").write_text(json.dumps(history))
+            path.with_suffix(".tmp").write_text(json.dumps([metrics.flat() for metrics in history]))
             path.with_suffix(".tmp").replace(path)
 
     def _log(self, text: str) -> None:

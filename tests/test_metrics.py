@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lift_ray.epoch_metrics import METRICS
 from lift_ray.evaluation.metrics import PerClass, class_groups, per_class_rows, summarise, write_per_class
 
 NAMES = {
@@ -45,6 +46,10 @@ def figures(
     bins: np.ndarray = NO_BINS,
 ) -> dict[str, float]:
     return summarise(PerClass(correct, total, total if predicted is None else predicted), bins, loss_sum, train_counts)
+
+
+def test_the_metrics_of_a_split_are_those_that_a_search_may_name() -> None:
+    assert set(figures(array(1, 2, 3), array(2, 2, 4), array(500, 50, 5))) == set(METRICS) == NAMES
 
 
 def test_groups_change_at_20_and_above_100() -> None:

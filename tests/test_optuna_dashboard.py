@@ -9,8 +9,9 @@ from typing import Any
 
 import optuna_dashboard
 import pytest
-from test_resume import METRIC, space
+from test_resume import space
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.search.study import Study, open_storage
 
 
@@ -21,7 +22,7 @@ def test_the_dashboard_shows_the_trials_of_a_study(url: str | None, tmp_path: Pa
     for value in (0.25, 0.5):
         row = study.next()
         assert row is not None
-        study.report(row, {METRIC: value})
+        study.report(row, EpochMetrics(1, validation={"mean_class_accuracy": value}))
         study.end(row, "finished")
     app = optuna_dashboard.wsgi(storage)
     [shown] = asked(app, "/api/studies")["study_summaries"]

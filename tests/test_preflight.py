@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lift_ray import tune
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput
 from lift_ray.search.driver_lock import study_in
 from lift_ray.settings.checks import read_space
@@ -20,7 +21,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, space_file: Path, small_da
     with study_in(Output(str(out)), read_space(space_file), small_data, url=None, resume=False) as study:
         row = study.next()
         assert row is not None
-        study.report(row, {"epoch": 1, "validation/mean_class_accuracy": 0.5, "num_epochs": 3})
+        study.report(row, EpochMetrics(1, validation={"mean_class_accuracy": 0.5}, num_epochs=3))
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,18 @@ def lines(folder: Path) -> list[dict[str, float]]:
 def test_progress_rebuilds_the_figures_from_the_history_and_counts_what_was_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = {"epoch": 1, "train/loss": 2.0, "validation/mean_class_accuracy": 0.5, "train/images_per_s": 9.0}
-    second = first | {"epoch": 2}
+    first = EpochMetrics(1, train={"loss": 2.0, "images_per_s": 9.0}, validation={"mean_class_accuracy": 0.5})
+    second = replace(first, epoch=2)
     with Progress(Output(str(tmp_path))) as progress:
         progress.take(RunStarted(2, 3, 10, 0, 0, []))
         progress.take(StepsDone(0, 4, dict.fromkeys(STEP_FIGURES, 0.5)))
-        progress.take(EpochEnded(EpochMetrics.of(first), "epoch-0001"))
-        progress.take(EpochEnded(EpochMetrics.of(second), "epoch-0002"))
+        progress.take(EpochEnded(first, "epoch-0001"))
+        progress.take(EpochEnded(second, "epoch-0002"))
         progress.take(WorkersLost("worker 1: [/lost] its node"))
-        progress.take(RunStarted(1, 3, 10, 1, 4, [EpochMetrics.of(first)]))
-        assert lines(tmp_path) == [first]
-        progress.take(EpochEnded(EpochMetrics.of(second), "epoch-0002"))
+        progress.take(RunStarted(1, 3, 10, 1, 4, [first]))
+        stored = {"epoch": 1, "train/loss": 2.0, "train/images_per_s": 9.0, "validation/mean_class_accuracy": 0.5}
+        assert lines(tmp_path) == [stored]
+        progress.take(EpochEnded(second, "epoch-0002"))
         progress.take(RunAborted("one", True))
         progress.take(RunAborted("two", False))
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages import InMemoryStorage
-from played import METRIC, Played, figures_of, play, searched, space
+from played import METRIC, Played, metrics_of, play, searched, space
 
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.trial_rows import best_row
@@ -72,7 +72,9 @@ class Clock:
 
 
 def outcome(study: Study) -> list[tuple[int, dict[str, Any], str, list[float]]]:
-    return [(row.number, row.values, row.state, [f["epoch"] for f in row.history]) for row in study.rows.values()]
+    return [
+        (row.number, row.values, row.state, [metrics.epoch for metrics in row.history]) for row in study.rows.values()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_a_search_that_failed_before_its_first_epoch_does_not_block_its_folder(t
         assert study.rows == {}
         row = study.next()
         assert row is not None
-        study.report(row, figures_of({"loss": {"tau": 1}, "optim": {"lr": 1, "epochs": 9}}, 1))
+        study.report(row, metrics_of({"loss": {"tau": 1}, "optim": {"lr": 1, "epochs": 9}}, 1))
     with pytest.raises(BadInput) as caught, study_in(out, space(), "d", url=None, resume=False):
         pass
     assert str(caught.value) == (

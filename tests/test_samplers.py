@@ -16,6 +16,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from lift_ray import tune
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput
 from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
@@ -55,14 +56,16 @@ def told(study: Study, number: int) -> optuna.trial.FrozenTrial:
     return next(t for t in trials if t.user_attrs["trial"]["number"] == number)
 
 
+def metrics(epoch: int, value: float, count: int | None = None) -> EpochMetrics:
+    return EpochMetrics(epoch, validation={"mean_class_accuracy": value}, trained_parameters=count, num_epochs=9)
+
+
 def play(wanted: SpaceFile) -> Study:
     """Run a study whose trials have one epoch with the value 1 - |lr - 0.3| (- 0.1 for linear_probe)."""
     study = Study(wanted, "d", InMemoryStorage())
     while (row := study.next()) is not None:
         value = 1 - abs(row.values.get("optim.lr", 0.3) - 0.3) - 0.1 * (row.values.get("tuner.kind") == "linear_probe")
-        study.report(
-            row, {"epoch": 9, METRIC: value, COUNT: 10 * row.values.get("tuner.bottleneck", 1), "num_epochs": 9}
-        )
+        study.report(row, metrics(9, value, 10 * row.values.get("tuner.bottleneck", 1)))
         study.end(row, "finished")
     return study
 
@@ -136,9 +139,9 @@ def test_a_trial_that_breaks_a_constraint_is_told_and_is_not_the_best() -> None:
     while (row := study.next()) is not None:
         count = 10 * row.values.get("tuner.bottleneck", 1)
         if count > 30:
-            study.end(row, "infeasible", "too large", known={COUNT: count})
+            study.end(row, "infeasible", "too large", known=EpochMetrics(0, trained_parameters=count))
             continue
-        study.report(row, {"epoch": 9, METRIC: 1 - row.values["optim.lr"], COUNT: count, "num_epochs": 9})
+        study.report(row, metrics(9, 1 - row.values["optim.lr"], count))
         study.end(row, "finished")
     states = {row.number: row.state for row in study.rows.values()}
     for row in study.rows.values():
@@ -154,10 +157,10 @@ def test_a_trial_that_breaks_a_constraint_is_told_and_is_not_the_best() -> None:
 
 def test_the_front_holds_what_nothing_beats() -> None:
     values = [(0.5, 10), (0.6, 20), (0.4, 5), (0.5, 20), (0.6, 20), (0.3, 7)]
-    rows = [TrialRow(i, {}, 1, "finished", [{"epoch": 1, METRIC: a, COUNT: c}]) for i, (a, c) in enumerate(values)]
-    rows.append(TrialRow(6, {}, 1, "pruned", [{"epoch": 1, METRIC: 0.9, COUNT: 1}]))
+    rows = [TrialRow(i, {}, 1, "finished", [metrics(1, a, c)]) for i, (a, c) in enumerate(values)]
+    rows.append(TrialRow(6, {}, 1, "pruned", [metrics(1, 0.9, 1)]))
     assert [row.number for row in pareto_front(rows, {METRIC: "max", COUNT: "min"})] == [1, 4, 0, 2]
-    rows[3].history[0][METRIC] += 1e-16  # the same but for rounding
+    rows[3].history[0] = metrics(1, 0.5 + 1e-16, 20)  # the same but for rounding
     assert 3 not in [row.number for row in pareto_front(rows, {METRIC: "max", COUNT: "min"})]
     assert [row.number for row in pareto_front(rows, {METRIC: "max"})] == [1, 4]
 
@@ -168,7 +171,7 @@ def rows_of(*histories: list[float], epochs: int = 9, **fields: Any) -> list[Tri
             i,
             {"optim.lr": 0.1 * (i + 1)},
             epochs,
-            history=[{"epoch": e, METRIC: v} for e, v in enumerate(h, 1)],
+            history=[metrics(e, v) for e, v in enumerate(h, 1)],
             **fields,
         )
         for i, h in enumerate(histories)
@@ -188,7 +191,8 @@ def test_asha_stops_at_its_rungs_what_is_not_among_the_best_third() -> None:
     rows[2].baseline, rows[2].group = None, "lora"
     assert decide(wanted, rows[2], rows) == "continue", "it is compared with its own kind"
     least = space(PLAIN, objectives={"validation/loss": "min"})
-    losses = [TrialRow(i, {}, 9, history=[{"epoch": 1, "validation/loss": v}]) for i, v in enumerate((1.0, 0.5, 2.0))]
+    found = [EpochMetrics(1, validation={"loss": loss}) for loss in (1.0, 0.5, 2.0)]
+    losses = [TrialRow(i, {}, 9, history=[one]) for i, one in enumerate(found)]
     assert [decide(least, row, losses) for row in losses] == ["stop", "continue", "stop"]
 
 

@@ -13,7 +13,7 @@ import pytest
 from test_live import SPACE
 
 from lift_ray import train, tune
-from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.epoch_metrics import FIELDS, EpochMetrics
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.tracking.services import SERVICES, Tracked, followed, trackers
@@ -28,7 +28,7 @@ def trial(state: str = "running") -> TrialRow:
         {"tuner.kind": "lora", "optim.lr": 0.1},
         1,
         state,
-        [{"epoch": 1, "validation/accuracy": 0.5, "x": float("nan")}],
+        [EpochMetrics(1, train={"loss": float("nan")}, validation={"accuracy": 0.5})],
     )
 
 
@@ -91,17 +91,17 @@ def test_a_search_that_is_cut_short_ends_its_trials(monkeypatch: pytest.MonkeyPa
 
 def test_a_run_is_told_once_of_each_epoch_though_it_is_taken_up_again() -> None:
     service = Recorder()
-    first, second = ({"epoch": epoch, "validation/accuracy": 0.1 * epoch} for epoch in (1, 2))
+    first, second = (EpochMetrics(epoch, validation={"accuracy": 0.1 * epoch}) for epoch in (1, 2))
     config = {"tuner": {"kind": "lora", "bottleneck": None}, "seed": 0}
     with followed([Tracked("mlflow", service)], "mine", config) as tell:
         for message in (
-            RunStarted(2, 2, 5, 0, 0, [EpochMetrics.of(first)]),
+            RunStarted(2, 2, 5, 0, 0, [first]),
             WorkersLost("lost"),
-            RunStarted(2, 2, 5, 1, 0, [EpochMetrics.of(first)]),
-            EpochEnded(EpochMetrics.of(second), ""),
+            RunStarted(2, 2, 5, 1, 0, [first]),
+            EpochEnded(second, ""),
         ):
             tell(message)
-        tell(events.TestEnded(EpochMetrics.of({"epoch": 2, "test/accuracy": 0.3})))
+        tell(events.TestEnded(EpochMetrics(2, test={"accuracy": 0.3})))
     told = [(1, {"validation/accuracy": 0.1}), (2, {"validation/accuracy": 0.2}), (2, {"test/accuracy": 0.3})]
     assert service.told == [("mine", {"tuner.kind": "lora", "seed": 0}), *told, "finished"]
     for error, state in ((KeyboardInterrupt(), "stopped"), (RunFailed("diverged"), "failed")):
@@ -163,8 +163,8 @@ def test_mlflow_has_settings_and_figures_of_trials_and_runs(
     assert run.data.params["optim.global_batch_size"] == "16"
     for name in ("validation/mean_class_accuracy", "train/loss"):
         kept = [(found.step, found.value) for found in client.get_metric_history(run.info.run_id, name)]
-        assert kept == [(line["epoch"], line[name]) for line in lines if name in line and "test/accuracy" not in line]
-    assert run.data.metrics["test/accuracy"] == lines[-1]["test/accuracy"]
+        assert kept == [(line.epoch, line[name]) for line in lines if name in line and not line.test]
+    assert run.data.metrics["test/accuracy"] == lines[-1].test["accuracy"]
 
 
 def test_weights_and_biases_has_settings_and_figures_of_trials_and_runs(
@@ -185,10 +185,10 @@ def test_weights_and_biases_has_settings_and_figures_of_trials_and_runs(
     assert (run["name"], run["code"], run["state"]) == ("mine", 0, "finished")
     assert run["settings"]["optim.global_batch_size"] == 16
     for epoch in (1, 2):
-        same = [line for line in lines if line["epoch"] == epoch]  # the test's come with the last epoch's
-        told = {name: value for line in same for name, value in line.items() if "/" in name}
+        same = [line for line in lines if line.epoch == epoch]  # the test's come with the last epoch's
+        told = {name: value for line in same for name, value in line.flat(*FIELDS).items()}
         assert run["epochs"][epoch].items() >= told.items()
-    assert "test/accuracy" in lines[-1]
+    assert "accuracy" in lines[-1].test
 
 
 def offline_run(path: Path) -> dict[str, Any]:

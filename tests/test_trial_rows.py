@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.reporting.trial_rows import TrialRow, best_row, write_json, write_rows
 from lift_ray.search.tables import trial_table
 from lift_ray.terminal.tables import accuracy_table, describe, percent
@@ -19,15 +20,13 @@ METRIC = "validation/mean_class_accuracy"
 
 def row(number: int, state: str, *values: float, **settings: object) -> TrialRow:
     history = [
-        {
-            "epoch": i,
-            METRIC: v,
-            "validation/many": v,
-            "time/train_s": 1.5,
-            "time/evaluate_s": 0.5,
-            "trained_parameters": 800,
-            "train/images_per_s": 101.4,
-        }
+        EpochMetrics(
+            i,
+            train={"images_per_s": 101.4},
+            seconds={"train_s": 1.5, "evaluate_s": 0.5},
+            validation={"mean_class_accuracy": v, "many": v},
+            trained_parameters=800,
+        )
         for i, v in enumerate(values, 1)
     ]
     return TrialRow(number, {name.replace("__", "."): v for name, v in settings.items()}, 3, state, history)
@@ -53,7 +52,7 @@ def test_the_best_is_a_finished_trial_by_its_last_epoch() -> None:
 def test_a_row_sums_its_seconds_and_knows_its_last_figures() -> None:
     assert (ROWS[0].seconds("train_s"), ROWS[0].seconds("evaluate_s"), ROWS[0].seconds("other_s")) == (4.5, 1.5, 0.0)
     assert ROWS[0].last[METRIC] == 0.5
-    assert ROWS[3].last == {}
+    assert ROWS[3].last == EpochMetrics(0)
 
 
 def test_a_trial_is_described_in_a_line() -> None:

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lift_ray.epoch_metrics import GROUPS, MAIN
 from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.evaluator import LogitBatch
-from lift_ray.evaluation.metrics import ANY, GROUPS, PerClass, class_groups
+from lift_ray.evaluation.metrics import ANY, PerClass, class_groups
 
 
 class GroupGainTable:
@@ -61,7 +62,7 @@ class GroupGainTable:
             disagreement: [name, name, fraction of images].
         """
         members = [tally.result(train_counts) for tally in self._alone]
-        best = max(range(len(members)), key=lambda m: members[m][0]["mean_class_accuracy"])
+        best = max(range(len(members)), key=lambda m: members[m][0][MAIN])
         images = int(together.total.sum())
         differ = self._differ.cpu().numpy()
         return {

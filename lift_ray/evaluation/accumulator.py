@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lift_ray.epoch_metrics import POSTHOC_ACCURACY, POSTHOC_OPTIMISM, POSTHOC_TAU
 from lift_ray.evaluation.metrics import PerClass, summarise
 
 NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
@@ -129,11 +130,7 @@ class TauGrid:
         first, second = (_mean_class_accuracy(by_half[:, half], counts[half]) for half in (0, 1))
         best = int(both.argmax())
         optimism = (first.max() - first[second.argmax()] + second.max() - second[first.argmax()]) / 2
-        return {
-            "posthoc_tau": self.taus[best],
-            "posthoc_mean_class_accuracy": float(both[best]),
-            "posthoc_optimism": float(optimism),
-        }
+        return {POSTHOC_TAU: self.taus[best], POSTHOC_ACCURACY: float(both[best]), POSTHOC_OPTIMISM: float(optimism)}
 
 
 def _mean_class_accuracy(correct: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lift_ray.epoch_metrics import GROUPS
 from lift_ray.storage.atomic import replacing
 
 MANY_ABOVE = 100
 FEW_BELOW = 20
-GROUPS = ("many", "medium", "few")
 ANY = "all"  # name of all groups together, in tables by group
 RULES = {"many": f"over {MANY_ABOVE}", "medium": f"{FEW_BELOW} to {MANY_ABOVE}", "few": f"under {FEW_BELOW}"}
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lift_ray.evaluation.metrics import GROUPS, RULES, class_groups
+from lift_ray.epoch_metrics import ACCURACIES, GROUPS
+from lift_ray.evaluation.metrics import RULES, class_groups
 
 SHOWN_CLASSES = 1000  # rows in the card; classes.json has all classes
 
@@ -141,7 +142,7 @@ def _metrics(metrics: Mapping[str, float], five_crops: bool) -> Iterator[str]:
     plural = "s" if len(splits) > 1 else ""
     yield f"In %, on the {' and '.join(splits)} split{plural}{' (five crops of each image)' if five_crops else ''}:"
     yield ""
-    shown = ("accuracy", "mean_class_accuracy", *GROUPS, "worst_class", "calibration_error")
+    shown = (*ACCURACIES, "worst_class", "calibration_error")
     yield f"| {' | '.join(['split', *(name.replace('_', ' ') for name in shown)])} |"
     yield f"|{'---|' * (1 + len(shown))}"
     for split in splits:

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lift_ray.epoch_metrics import GROUPS
+
 MOST_ROUNDS = 500
 TOLERANCE = 1e-4
 LONGEST_STEP = 20.0  # of log q in a round, where a class gets no mass at all
@@ -107,7 +109,7 @@ def thirds(log_q: Tensor) -> NDArray[np.str_]:
     """
     order = log_q.cpu().numpy().argsort(kind="stable")[::-1]
     groups = np.empty(len(order), dtype="<U6")
-    for name, classes in zip(("many", "medium", "few"), np.array_split(order, 3), strict=True):
+    for name, classes in zip(GROUPS, np.array_split(order, 3), strict=True):
         groups[classes] = name
     return groups
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lift_ray.evaluation.metrics import GROUPS
+from lift_ray.epoch_metrics import ACCURACIES, GROUPS, MAIN, TRAINED_PARAMETERS
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles, Trial, numbers
 
 DRAWS = 2000
 CHUNK = 100  # draws at a time, so that thousands of classes fit in memory
-MEASURES = ("accuracy", "mean_class_accuracy", *GROUPS)
 FEWEST_POINTS = 5  # (size, accuracy) pairs required for a line with an interval
 FEWEST_SIZES = 3  # different sizes among them
 
@@ -83,7 +82,7 @@ def _intervals(found: Ints, draw: Callable[[], Ints], total: Ints, groups: NDArr
         total: test images of each class, (K,).
     """
     seen, weights = total > 0, {}
-    for measure in MEASURES:
+    for measure in ACCURACIES:
         members = seen & (groups == measure) if measure in GROUPS else seen
         if members.any():
             per_image = 1 / total.sum() if measure == "accuracy" else 1 / (members.sum() * np.maximum(total, 1))
@@ -116,7 +115,7 @@ class Heavy:
 
 def sized(study: StudyFiles) -> list[Trial]:
     """Return the finished trials that have a few-shot accuracy and trained parameters."""
-    return [t for t in study.finished if t.get("validation/few") is not None and (t.get("trained_parameters") or 0) > 0]
+    return [t for t in study.finished if t.get("validation/few") is not None and (t.get(TRAINED_PARAMETERS) or 0) > 0]
 
 
 def is_grid(study: StudyFiles) -> bool:
@@ -133,9 +132,9 @@ def best_of_each_size(study: StudyFiles) -> list[Trial]:
     by_number = is_grid(study)
     best: dict[tuple[Any, ...], Trial] = {}
     for trial in sorted(sized(study), key=lambda t: t[metric], reverse=mode == "max"):
-        size = trial["trained_parameters"]
+        size = trial[TRAINED_PARAMETERS]
         best.setdefault((size,) if by_number else (trial.get("tuner.kind"), round(np.log2(size))), trial)
-    return sorted(best.values(), key=lambda t: (t["trained_parameters"], t["number"]))
+    return sorted(best.values(), key=lambda t: (t[TRAINED_PARAMETERS], t["number"]))
 
 
 def heavy_tuning(*studies: StudyFiles) -> Heavy:
@@ -150,7 +149,7 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     owner, trials = np.array([i for i, _ in points], int), [trial for _, trial in points]
     number = sum(len(sized(study)) for study in studies)
     levels = np.eye(len(studies))[:, [i for i in range(len(studies)) if i in owner]]
-    size, few = np.log10(numbers(trials, "trained_parameters")), numbers(trials, "validation/few")
+    size, few = np.log10(numbers(trials, TRAINED_PARAMETERS)), numbers(trials, "validation/few")
     design, fewest = np.column_stack([levels[owner], size]), FEWEST_POINTS + levels.shape[1] - 1
     if len(trials) < fewest or len(np.unique(size)) < FEWEST_SIZES or np.linalg.matrix_rank(design) < design.shape[1]:
         return Heavy(
@@ -215,8 +214,8 @@ def seed_spread(study: StudyFiles) -> str:
     """Compare the seeds of the best settings with those of the first baseline (search.seeds_best), in words."""
     runs: dict[str, list[float]] = {}
     for run in study.about.get("seeds", []):
-        if "test/mean_class_accuracy" in run:
-            runs.setdefault(run["label"], []).append(100 * run["test/mean_class_accuracy"])
+        if (value := run.get(f"test/{MAIN}")) is not None:
+            runs.setdefault(run["label"], []).append(100 * value)
     best, *others = (runs.pop(BEST_FOUND, []), *runs.values())
     if len(best) < 2:
         return "All settings were trained with a single seed, so the spread over seeds is unknown (search.seeds_best)."

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from lift_ray.epoch_metrics import MAIN_METRIC, TRAINED_PARAMETERS
 from lift_ray.reporting.confidence import Interval, regression_intervals
 from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
 
-SCALES = {"optim.data_frac": "training images", "optim.epochs": "epochs", "trained_parameters": "trained parameters"}
+SCALES = {"optim.data_frac": "training images", "optim.epochs": "epochs", TRAINED_PARAMETERS: "trained parameters"}
 FEWEST_VALUES = 3  # of a scale, spanning at least a factor of two
 HELD_OUT_FRAC = 0.25
 FARTHEST = 4.0  # times the largest scale seen; no prediction goes beyond
@@ -80,7 +81,7 @@ def fit_law(study: StudyFiles, devices: int, unit: str) -> Law:
         devices: number of devices that a trial holds.
         unit: unit of device time, GPU-hours or CPU-hours.
     """
-    metric = study.objective[0] if _is_accuracy(study) else "validation/mean_class_accuracy"
+    metric = study.objective[0] if _is_accuracy(study) else MAIN_METRIC
     trials = [t for t in study.finished if t.get(metric) is not None]
     used = [name for name in SCALES if _is_scale(numbers(trials, name))]
     if not used:
@@ -184,7 +185,7 @@ def _next_hour(law: PowerLaw, study: StudyFiles, used: Sequence[str], scales: Fl
         return ""
     limit = FARTHEST * scales.max(0)
     if "optim.epochs" not in used:
-        wider = np.where(np.array(used) == "trained_parameters", np.minimum(2 * at, limit), at)
+        wider = np.where(np.array(used) == TRAINED_PARAMETERS, np.minimum(2 * at, limit), at)
         return (
             ""
             if (wider == at).all()

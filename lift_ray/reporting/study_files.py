@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from lift_ray.epoch_metrics import MAIN_METRIC, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import class_groups
 from lift_ray.storage.layout import BEST, PER_CLASS, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
@@ -21,7 +22,7 @@ from lift_ray.storage.layout import BEST, PER_CLASS, PREDICTIONS, PREDICTIONS_FI
 FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}", f"{BEST}/{PER_CLASS}")
 BEST_FOUND = "best found"
 COPY_AGAIN = "copy the folder again"
-DEFAULT_OBJECTIVES = {"validation/mean_class_accuracy": "max"}
+DEFAULT_OBJECTIVES = {MAIN_METRIC: "max"}
 
 Trial = dict[str, Any]
 
@@ -157,7 +158,7 @@ def read_study(folder: Path, shown: str) -> StudyFiles:
 
 def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], folder: Path, shown: str) -> StudyFiles:
     space, compared = about.get("space", {}), about.get("compared", [])
-    seen = {"number", "state", "epochs", "error", "trained_parameters", "train_s", "evaluate_s", "began_at", "ended_at"}
+    seen = {"number", "state", "epochs", "error", TRAINED_PARAMETERS, "train_s", "evaluate_s", "began_at", "ended_at"}
     named = {n: {} for t in trials[:1] for n in t if n not in seen and "/" not in n} if not space else space["space"]
     if trials and (missing := {"number", "state"} - trials[0].keys()):
         raise KeyError(", ".join(sorted(missing)))

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lift_ray.evaluation.metrics import GROUPS
+from lift_ray.epoch_metrics import GROUPS, MAIN, TRAINED_PARAMETERS
 from lift_ray.reporting.confidence import Interval, accuracy_gains, accuracy_intervals, heavy_tuning, seed_spread
 from lift_ray.reporting.figures.charts import HEAVY, PERCENT, WORDS, describe_settings, scale_of, short_count
 from lift_ray.reporting.scaling_law import Law
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
 from lift_ray.terminal.tables import mean_and_deviation
 
-MEASURE = "mean_class_accuracy"
-ORDER = (MEASURE, *GROUPS, "accuracy")
+ORDER = (MAIN, *GROUPS, "accuracy")
 Compared = tuple[dict[str, Any], Predictions | None]
 
 
@@ -46,15 +45,17 @@ def _on_test(study: StudyFiles) -> list[str]:
     if not study.is_done:
         text = "This search has not ended; test accuracy is measured at its end."
         return [text if study.best_trial is None else f"{text} The results so far are on validation."]
-    if found is None or f"test/{MEASURE}" not in found[0]:
+    if found is None or f"test/{MAIN}" not in found[0]:
         return [
             "This study has no test results. The validation results below are those that the search optimized: expect slightly "
             "lower accuracy on new images."
         ]
-    others = [pair for pair in baselines(study) if f"test/{MEASURE}" in pair[0]]
-    gains = [f"{_points(_gain(found[0], theirs, MEASURE))} {theirs['label']}" for theirs, _ in others]
+    others = [pair for pair in baselines(study) if f"test/{MAIN}" in pair[0]]
+    gains = [f"{_points(_gain(found[0], theirs, MAIN))} {theirs['label']}" for theirs, _ in others]
     gains = gains[:1] + [text.replace(" points", "") for text in gains[1:]]
-    head = f"Test accuracy of the best settings: {_percent(found[0], MEASURE)} (mean over classes, held out from the search)"
+    head = (
+        f"Test accuracy of the best settings: {_percent(found[0], MAIN)} (mean over classes, held out from the search)"
+    )
     return [head + (f", {listed(gains)}." if gains else "."), _significance(found, others, study), _few(found, others)]
 
 
@@ -62,7 +63,7 @@ def baselines(study: StudyFiles) -> list[Compared]:
     """Return zero-shot, then the baselines by their test accuracy, the best last."""
     known = zip(study.compared, study.predictions, strict=True)
     others = [(f, a) for f, a in known if not f["label"].startswith(BEST_FOUND) and not f["label"].endswith(", TTE")]
-    return others[:1] + sorted(others[1:], key=lambda pair: pair[0].get(f"test/{MEASURE}", 0.0))
+    return others[:1] + sorted(others[1:], key=lambda pair: pair[0].get(f"test/{MAIN}", 0.0))
 
 
 def _significance(found: Compared, others: Sequence[Compared], study: StudyFiles) -> str:
@@ -71,7 +72,7 @@ def _significance(found: Compared, others: Sequence[Compared], study: StudyFiles
     pairs = [(figures["label"], theirs) for figures, theirs in others if theirs and study.class_counts]
     if not pairs or ours is None:
         return ""
-    unsure = [label for label, theirs in pairs if not accuracy_gains(ours, theirs, study.groups)[MEASURE].excludes_zero]
+    unsure = [label for label, theirs in pairs if not accuracy_gains(ours, theirs, study.groups)[MAIN].excludes_zero]
     if unsure:
         differences = "The differences" if len(unsure) > 1 else "The difference"
         return f"{differences} from {listed(unsure)} may be due to chance (bootstrap over test images)."
@@ -172,9 +173,7 @@ def accuracy_rows(study: StudyFiles) -> list[Row]:
             for m in ORDER
             if f"{split}/{m}" in figures
         }
-        rows.append(
-            {"model": figures["label"], **cells, "parameters": short_count(figures.get("trained_parameters", 0))}
-        )
+        rows.append({"model": figures["label"], **cells, "parameters": short_count(figures.get(TRAINED_PARAMETERS, 0))})
     return rows
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.storage.atomic import replacing
 from lift_ray.storage.layout import TRIALS, TRIALS_CSV
 
@@ -39,7 +40,7 @@ class TrialRow:
     values: dict[str, Any]
     num_epochs: int
     state: str = "running"
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[EpochMetrics] = field(default_factory=list)
     error: str = ""
     group: str = ""
     baseline: int | None = None
@@ -52,18 +53,18 @@ class TrialRow:
         return self.state in ENDED
 
     @property
-    def last(self) -> dict[str, float]:
-        """Metrics of the last finished epoch; empty before the first."""
-        return self.history[-1] if self.history else {}
+    def last(self) -> EpochMetrics:
+        """Metrics of the last finished epoch; before the first, none are known."""
+        return self.history[-1] if self.history else EpochMetrics(0)
 
     @property
     def is_done(self) -> bool:
         """True if trained to the end; a run without training is done after its only evaluation, epoch 0."""
-        return bool(self.history) and self.last["epoch"] >= self.num_epochs
+        return bool(self.history) and self.last.epoch >= self.num_epochs
 
     def seconds(self, name: str) -> float:
-        """Return the sum of a time/ metric over the epochs."""
-        return sum(figures.get(f"time/{name}", 0.0) for figures in self.history)
+        """Return the sum of a time over the epochs."""
+        return sum(metrics.seconds.get(name, 0.0) for metrics in self.history)
 
 
 def best_row(rows: Iterable[TrialRow], metric: str, mode: str) -> TrialRow | None:
@@ -103,8 +104,8 @@ def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:
             "state": row.state,
             "epochs": len(row.history),
             **row.values,
-            **{k: v for k, v in row.last.items() if "/" in k and not k.startswith("time/")},
-            "trained_parameters": row.last.get("trained_parameters"),
+            **row.last.flat("train", "cost", "unlabelled", "validation", "test"),
+            TRAINED_PARAMETERS: row.last.trained_parameters,
             "train_s": row.seconds("train_s"),
             "evaluate_s": row.seconds("evaluate_s"),
             "began_at": row.began_at,

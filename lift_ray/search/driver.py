@@ -102,9 +102,8 @@ def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
     found = "no trial has finished yet"
     if best is not None:
         found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
-        figures = {name: value for name, value in best.last.items() if name.startswith("validation/")}
         try:
-            write_best(search.space, dataset, best, out, figures)
+            write_best(search.space, dataset, best, out, best.last.flat("validation"))
         except (RunFailed, OSError) as error:  # a full disk must not prevent the search from stopping
             found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
     return (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lift_ray
+from lift_ray.epoch_metrics import POSTHOC, POSTHOC_TAU, TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.ray_runtime.session import machine
 from lift_ray.reporting.study_files import BEST_FOUND, predictions_of
@@ -27,7 +28,6 @@ from lift_ray.storage.output import Output
 from lift_ray.training.checkpoint import Record, read_record
 
 CROPS, TTE = 5, "-tte"  # test-time ensembling: crops per image, and the suffix of the model's name
-POSTHOC = "validation/posthoc_tau"
 Results = Mapping[str, dict[str, Any]]
 
 
@@ -101,7 +101,7 @@ def trained(space: SpaceFile, row: TrialRow, *, tte: bool = False) -> Model:
     """Return a finished trial's model, optionally with test-time ensembling."""
     config = space.config(row.values).to_dict()
     config = apply_overrides(config, {"evaluation.tte": True}, RunConfig) if tte else config
-    path = trial_checkpoint_path(row.number, int(row.last["epoch"]))
+    path = trial_checkpoint_path(row.number, row.last.epoch)
     return Model(f"trial-{row.number:04d}{TTE if tte else ''}", config, path)
 
 
@@ -197,7 +197,7 @@ def comparison(space: SpaceFile, rows: Sequence[TrialRow]) -> list[Entry]:
         return []
     model = trained(space, best)
     out = [*early_comparison(space, rows), Entry(BEST_FOUND, model, model.tau, best)]
-    if tau := best.last.get(POSTHOC):
+    if tau := best.last.validation.get(POSTHOC_TAU):
         out.append(Entry(f"{BEST_FOUND}, tau {tau:g} after training", model, tau))
     for row in _ranked(space, rows)[: space.search.tte_best]:
         label = f"{BEST_FOUND}, TTE" if row is best else f"trial {row.number}, TTE"
@@ -213,7 +213,7 @@ def compared(space: SpaceFile, rows: Sequence[TrialRow], results: Results) -> li
         figures: dict[str, Any] = {}
         for split in ("validation", "test"):
             if split == "validation" and entry.row is not None:
-                figures |= {name: value for name, value in entry.row.last.items() if name.startswith("validation/")}
+                figures |= entry.row.last.flat("validation")
             else:
                 figures |= results[result_key(entry.model.name, split, entry.tau)]
         figures = {name: value for name, value in figures.items() if name not in ("time/evaluate_s", "report")}
@@ -246,7 +246,7 @@ def _ranked(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
 def posthoc_curve(space: SpaceFile, best: TrialRow, results: Results) -> list[dict[str, float]]:
     """Return the validation metrics of the best trial for each post-hoc tau."""
     found = [(tau, results[result_key(trained(space, best).name, "validation", tau)]) for tau in TAUS]
-    return [{"tau": tau, **{n: v for n, v in figures.items() if n.startswith("validation/")}} for tau, figures in found]
+    return [{"tau": tau, **EpochMetrics.of(figures).flat("validation")} for tau, figures in found]
 
 
 def ensembles(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
@@ -267,11 +267,11 @@ def ensemble_results(space: SpaceFile, rows: Sequence[TrialRow], results: Result
         model = trained(space, row)
         figures = results[result_key(model.name, "test", model.tau)]
         cost = {
-            "trained_parameters": int(row.last["trained_parameters"]),
-            "train_s": sum(epoch.get("cost/train_s", 0.0) for epoch in row.history),
+            TRAINED_PARAMETERS: row.last.trained_parameters,
+            "train_s": sum(metrics.cost.get("train_s", 0.0) for metrics in row.history),
             "evaluate_s": figures["time/evaluate_s"],
         }
-        metrics = {name: value for name, value in figures.items() if name.startswith("test/")}
+        metrics = EpochMetrics.of(figures).flat("test")
         out.append(
             {"trial": row.number, "values": row.values, **metrics, "report": {**figures["report"], "cost": cost}}
         )
@@ -302,7 +302,7 @@ def write_result(space: SpaceFile, dataset: str, found: SearchResult, out: Outpu
             "digest": record.digest,
             "config": record.config,
         },
-        "posthoc": {name.split("/")[1]: value for name, value in found.best.last.items() if "/posthoc_" in name},
+        "posthoc": {name: value for name, value in found.best.last.validation.items() if name in POSTHOC},
         "posthoc_curve": found.posthoc,
         "compared": [{"label": label, **figures} for label, figures in found.compared],
         "seeds": found.seeds,
@@ -337,7 +337,7 @@ def _keep_best(best: TrialRow, out: Output, figures: Mapping[str, Any]) -> Recor
     """Copy the best checkpoint to best/, atomically."""
     target, temporary = out.folder / BEST, out.folder / f"{BEST}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    with out.fetched(trial_checkpoint_path(best.number, int(best.last["epoch"]))) as folder:
+    with out.fetched(trial_checkpoint_path(best.number, best.last.epoch)) as folder:
         shutil.copytree(folder, temporary)
     write_json(figures, temporary / BEST_METRICS)
     shutil.rmtree(target, ignore_errors=True)

@@ -143,8 +143,8 @@ def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seco
 
 
 def _row(row: TrialRow, metric: str) -> _Row:
-    last, train_s = row.last, row.last.get("time/train_s", 0.0)
-    speed, wait = last.get("train/images_per_s"), last.get("time/data_wait_s", 0.0) / train_s if train_s else None
+    last, train_s = row.last, row.last.seconds.get("train_s")
+    speed, wait = last.train.get("images_per_s"), last.seconds.get("data_wait_s", 0.0) / train_s if train_s else None
     return _Row(
         number=row.number,
         state=row.state,

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from lift_ray.epoch_metrics import SECONDS
 from lift_ray.reporting.trial_rows import TrialRow, best_row, write_rows
 from lift_ray.search.final_comparison import comparison_seconds
 from lift_ray.search.jobs import EvaluationJob, Job, TrainJob
@@ -71,7 +72,8 @@ class Monitor:
         """Show the metrics of an epoch."""
         now = self._seconds()
         if self.first_step_s is None:
-            self.first_step_s = now - row.last.get("time/train_s", 0) - row.last.get("time/evaluate_s", 0)
+            spent = row.last.seconds
+            self.first_step_s = now - spent.get("train_s", 0) - spent.get("evaluate_s", 0)
         self.last_result_s = now
         self.out.publish()
         self._show()
@@ -183,9 +185,8 @@ class Monitor:
 
     def _comparison_s(self, ended: list[TrialRow]) -> float:
         """Estimate the seconds of slot time that are left of the final comparison."""
-        epochs = [
-            figures["time/evaluate_s"] for row in ended for figures in row.history if "time/evaluate_s" in figures
-        ]
+        history = [metrics.seconds for row in ended for metrics in row.history]
+        epochs = [seconds["evaluate_s"] for seconds in history if "evaluate_s" in seconds]
         if not epochs or "validation" not in self.num_images:
             return 0.0
         image_s, run_s = statistics.fmean(epochs) / self.num_images["validation"], max(map(_slot_seconds, ended))
@@ -200,11 +201,10 @@ def _slot_seconds(row: TrialRow) -> float:
 def time_breakdown(rows: list[TrialRow], monitor: Monitor, slots: int, total_s: float) -> dict[str, float]:
     """Return the seconds of wall time by activity; time inside slots is divided by their number."""
     search_s = max(0.0, monitor.last_result_s - (monitor.first_step_s or 0.0))
-    names = ("train_s", "data_wait_s", "evaluate_s", "save_s")
-    per_slot = {name: sum(row.seconds(name) for row in rows) / slots for name in names}
+    per_slot = {name: sum(row.seconds(name) for row in rows) / slots for name in SECONDS}
     return {
         "start": monitor.first_step_s or 0.0,
-        "of which loading": sum(row.seconds("load_s") for row in rows) / slots,
+        "of which loading": per_slot["load_s"],
         "training steps": per_slot["train_s"] - per_slot["data_wait_s"],
         "waiting for data": per_slot["data_wait_s"],
         "evaluation": per_slot["evaluate_s"],

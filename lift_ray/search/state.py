@@ -5,9 +5,9 @@ Each step writes to the study first, so a driver that is killed between any two 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
+from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.search import final_comparison
@@ -163,20 +163,19 @@ class Search:
             self._end(row, "failed", reply.reason, diverged=True)
             return False
         assert isinstance(reply, EpochEnded)
-        self._reported(row, reply.metrics.flat())
+        self._reported(row, reply.metrics)
         return self._after_epoch(row)
 
     def _began(self, row: TrialRow, reply: RunStarted) -> bool:
         row.state, row.num_epochs = "running", reply.epochs
         self._tell_started(row)
-        known = {"trained_parameters": reply.trained_parameters}
-        broken = {n: v for n, v in known.items() if (limit := self.space.constraints.get(n)) and limit.excess(v) > 0}
-        if broken:
-            error = ", ".join(f"{name} is {value:,.0f}" for name, value in broken.items())
-            self._end(row, "infeasible", error, known=known)
+        number, limit = reply.trained_parameters, self.space.constraints.get(TRAINED_PARAMETERS)
+        if limit and limit.excess(number) > 0:
+            known = EpochMetrics(0, trained_parameters=number)
+            self._end(row, "infeasible", f"{TRAINED_PARAMETERS} is {number:,.0f}", known=known)
             return False
-        for figures in reply.history[len(row.history) :]:  # saved by a slot whose driver died before it got the reply
-            self._reported(row, figures.flat())
+        for metrics in reply.history[len(row.history) :]:  # saved by a slot whose driver died before it got the reply
+            self._reported(row, metrics)
         return self._after_epoch(row)
 
     def _tell_started(self, row: TrialRow) -> None:
@@ -185,8 +184,8 @@ class Search:
             for watcher in self.watchers:
                 watcher.started(row)
 
-    def _reported(self, row: TrialRow, figures: Mapping[str, Any]) -> None:
-        self.study.report(row, {name: value for name, value in figures.items() if isinstance(value, int | float)})
+    def _reported(self, row: TrialRow, metrics: EpochMetrics) -> None:
+        self.study.report(row, metrics)
         for watcher in self.watchers:
             watcher.reported(row)
 
@@ -205,7 +204,7 @@ class Search:
         error: str = "",
         *,
         diverged: bool = False,
-        known: Mapping[str, float] | None = None,
+        known: EpochMetrics | None = None,
     ) -> None:
         self.study.end(row, state, error, diverged=diverged, known=known)
         self.num_ended += 1

@@ -21,6 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput, one_line
 from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow
@@ -139,20 +140,17 @@ class Study:
             if frozen.state == TrialState.RUNNING:
                 study.tell(frozen.number, state=TrialState.FAIL)
             return
-        figures = sorted(
-            (int(key.split()[1]), value) for key, value in frozen.user_attrs.items() if key.startswith("epoch ")
-        )
+        epochs = {int(key.split()[1]): flat for key, flat in frozen.user_attrs.items() if key.startswith("epoch ")}
         row = TrialRow(
             about["number"],
             about["values"],
             self._num_epochs(about["values"]),
             "waiting",
-            [value for _, value in figures],
+            [EpochMetrics.of(epochs[number]) for number in sorted(epochs)],
             group=kind,
             baseline=about["baseline"] if "baseline" in about else about["start"],  # its name in version 0.1
         )
-        if row.history:
-            row.num_epochs = int(row.last.get("num_epochs", row.num_epochs))
+        row.num_epochs = int(row.last.get("num_epochs", row.num_epochs))
         self.rows[row.number] = row
         self._trials[row.number] = optuna.Trial(study, frozen._trial_id)
         began, ended = frozen.datetime_start, frozen.datetime_complete
@@ -201,14 +199,14 @@ class Study:
         self.rows[number], self._trials[number] = row, trial
         return row
 
-    def report(self, row: TrialRow, figures: dict[str, float]) -> None:
+    def report(self, row: TrialRow, metrics: EpochMetrics) -> None:
         """Store the metrics of the trial's next epoch."""
-        row.num_epochs = int(figures.get("num_epochs", row.num_epochs))
+        row.num_epochs = int(metrics.get("num_epochs", row.num_epochs))
         trial, epoch = self._trials[row.number], len(row.history) + 1
-        trial.set_user_attr(f"epoch {epoch}", figures)
+        trial.set_user_attr(f"epoch {epoch}", metrics.flat())
         if len(self.space.objectives) == 1:
-            trial.report(figures[self.space.objective[0]], epoch)
-        row.history.append(figures)
+            trial.report(metrics[self.space.objective[0]], epoch)
+        row.history.append(metrics)
 
     def end(
         self,
@@ -217,7 +215,7 @@ class Study:
         error: str = "",
         *,
         diverged: bool = False,
-        known: Mapping[str, float] | None = None,
+        known: EpochMetrics | None = None,
     ) -> None:
         """Store how a trial ended, and tell the sampler.
 
@@ -225,15 +223,14 @@ class Study:
             diverged: the loss was not finite; the sampler is told the worst value, so that it avoids such settings.
             known: metrics for the constraints of a trial that has no epoch.
         """
-        figures = {**(known or {}), **row.last}
-        excess = {
-            name: limit.excess(figures[name]) for name, limit in self.space.constraints.items() if name in figures
-        }
+        metrics = known or row.last
+        limits = self.space.constraints.items()
+        excess = {name: limit.excess(metrics[name]) for name, limit in limits if name in metrics}
         for name, value in excess.items():
             self._trials[row.number].set_constraint(name, value)
         tell = TELL[state].name
         if state == "finished" and (broken := [name for name, value in excess.items() if value > 0]):
-            state, error = "infeasible", ", ".join(f"{name} is {figures[name]:g}" for name in broken)
+            state, error = "infeasible", ", ".join(f"{name} is {metrics[name]:g}" for name in broken)
         row.state, row.error, row.ended_at = state, error, time.time()
         worst = [-WORST if mode == "max" else WORST for mode in self.space.objectives.values()]
         values = [row.last.get(metric, math.nan) for metric in self.space.objectives]

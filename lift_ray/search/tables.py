@@ -7,8 +7,9 @@ from typing import Any
 
 import rich.table
 
+from lift_ray.epoch_metrics import ACCURACIES, GROUPS
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.terminal.tables import ACCURACIES, HEADINGS, describe, percent, short
+from lift_ray.terminal.tables import HEADINGS, describe, percent, short
 
 STYLES = {
     "running": "cyan",
@@ -28,8 +29,8 @@ def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> ric
         table.add_column(f"{metric.rsplit('/', 1)[-1].replace('_', ' ')}, {mode}", justify="right")
     table.add_column("settings", overflow="fold")
     for row in rows:
-        figures = (row.last[metric] for metric in objectives)
-        values = [f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}" for value in figures]
+        found = (row.last[metric] for metric in objectives)
+        values = [f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}" for value in found]
         table.add_row(str(row.number), *values, describe(row.values))
     return table
 
@@ -41,9 +42,9 @@ def curve_table(rows: Sequence[TrialRow], names: Sequence[str]) -> rich.table.Ta
         table.add_column(name, justify="right")
     finished = [row for row in rows if row.state == "finished"]
     for row in sorted(finished, key=lambda row: [_in_order(row.values.get(name)) for name in names]):
-        accuracies = (percent(row.last.get(f"validation/{name}")) for name in ACCURACIES)
+        accuracies = (percent(row.last.validation.get(name)) for name in ACCURACIES)
         values = (short(row.values.get(name, "")) for name in names)
-        table.add_row(*values, f"{row.last.get('trained_parameters', 0):,.0f}", *accuracies)
+        table.add_row(*values, f"{row.last.trained_parameters or 0:,.0f}", *accuracies)
     return table
 
 
@@ -69,25 +70,20 @@ def trial_table(
     for heading in (
         "epoch",
         metric.rsplit("/", 1)[-1].removesuffix("_accuracy").replace("_", " "),
-        "many",
-        "medium",
-        "few",
+        *GROUPS,
         "images/s",
     ):
         table.add_column(heading, justify="right")
     table.add_column("state")
     for row in rows[-limit:]:
-        figures: Mapping[str, Any] = row.last
-        split = metric.split("/")[0]
-        value = figures.get(metric)
-        shown = [percent(figures.get(f"{split}/{group}")) for group in ("many", "medium", "few")]
+        value, speed = row.last.get(metric), row.last.train.get("images_per_s")
         table.add_row(
             str(row.number),
             *(short(row.values.get(name, "")) for name in names),
             f"{len(row.history)}/{row.num_epochs}",
             ("-" if value is None else f"{value:.3f}") if metric.endswith("loss") else percent(value),
-            *shown,
-            short(round(figures["train/images_per_s"])) if "train/images_per_s" in figures else "-",
+            *(percent(row.last.validation.get(group)) for group in GROUPS),
+            "-" if speed is None else short(round(speed)),
             row.state,
             style=STYLES[row.state],
         )

@@ -130,7 +130,7 @@ class Worker:
                 times = dict.fromkeys(times, 0.0)
                 metrics = replace(event.metrics, seconds=seconds, num_epochs=trial.num_epochs)
                 if self._gauges is not None:
-                    self._gauges.epoch_done(metrics.flat())
+                    self._gauges.epoch_done(metrics)
                 yield EpochEnded(metrics, event.checkpoint)
         except Diverged as error:
             yield RunDiverged(str(error))

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from lift_ray.epoch_metrics import MAIN_METRIC, METRICS, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.registry import SAMPLERS, imported
 from lift_ray.settings.messages import Path_, explain, fault, models_of
@@ -27,20 +28,7 @@ from lift_ray.settings.space import (
 )
 from lift_ray.settings.yaml_file import SettingsFile
 
-METRICS = (
-    "mean_class_accuracy",
-    "accuracy",
-    "many",
-    "medium",
-    "few",
-    "worst_class",
-    "harmonic_mean",
-    "geometric_mean",
-    "macro_f1",
-    "calibration_error",
-    "loss",
-)
-COUNT = "trained_parameters"
+OBJECTIVES = (*(f"validation/{name}" for name in METRICS), TRAINED_PARAMETERS)
 NUM_CHECK_DRAWS = 64
 
 
@@ -65,19 +53,16 @@ def known_paths(model: Any = RunConfig, prefix: str = "") -> set[str]:
 
 
 def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
-    options = [f"validation/{name}" for name in METRICS]
     out = [
-        fault(
-            file.where((section, metric)), f"unknown metric '{metric}'", remedy=did_you_mean(metric, [*options, COUNT])
-        )
+        fault(file.where((section, metric)), f"unknown metric '{metric}'", remedy=did_you_mean(metric, OBJECTIVES))
         for section, metrics in (("objectives", space.objectives), ("constraints", space.constraints))
         for metric in metrics
-        if metric not in (*options, COUNT)
+        if metric not in OBJECTIVES
     ]
-    if not out and space.objective[0] == COUNT:
-        place = file.where(("objectives", COUNT))
-        rule, remedy = "the first objective must be a validation metric", "put validation/mean_class_accuracy before it"
-        out.append(fault(place, rule, COUNT, remedy))
+    if not out and space.objective[0] == TRAINED_PARAMETERS:
+        place = file.where(("objectives", TRAINED_PARAMETERS))
+        rule, remedy = "the first objective must be a validation metric", f"put {MAIN_METRIC} before it"
+        out.append(fault(place, rule, TRAINED_PARAMETERS, remedy))
     return out
 
 

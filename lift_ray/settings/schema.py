@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lift_ray.errors import BadInput
-from lift_ray.settings.checks import COUNT, METRICS, known_paths
+from lift_ray.settings.checks import OBJECTIVES, known_paths
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.atomic import replacing
@@ -22,8 +22,7 @@ def space_schema() -> dict[str, Any]:
     parts["base"] = run | {"title": "Base", "description": "Settings shared by all trials.", "default": {}}
     parts["space"]["propertyNames"] = {"enum": names}
     parts["baselines"]["items"]["propertyNames"] = {"enum": ["name", *names]}
-    metrics = [*(f"validation/{name}" for name in METRICS), COUNT]
-    parts["objectives"]["propertyNames"] = parts["constraints"]["propertyNames"] = {"enum": metrics}
+    parts["objectives"]["propertyNames"] = parts["constraints"]["propertyNames"] = {"enum": list(OBJECTIVES)}
     schema["$schema"], schema["title"] = "https://json-schema.org/draft/2020-12/schema", "lift_ray search space"
     return schema
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from lift_ray.epoch_metrics import MAIN_METRIC
 from lift_ray.registry import SAMPLERS, Config
 from lift_ray.settings.base import Holds, OneOf
 from lift_ray.settings.overrides import apply_overrides
@@ -115,9 +116,7 @@ class SpaceFile(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dataset: str
     out: str | None = None
-    objectives: Annotated[dict[str, Literal["max", "min"]], Field(min_length=1)] = {
-        "validation/mean_class_accuracy": "max"
-    }
+    objectives: Annotated[dict[str, Literal["max", "min"]], Field(min_length=1)] = {MAIN_METRIC: "max"}
     """Metrics to optimize; several make a Pareto search. Early stopping and `best` use the first."""
     constraints: dict[str, Constraint] = {}
     """Bounds on metrics. A trial that violates one before training (trained_parameters) is reported to the sampler, not trained."""

@@ -8,10 +8,9 @@ from typing import Any
 import rich.box
 import rich.table
 
-from lift_ray.evaluation.metrics import ANY, GROUPS
-from lift_ray.terminal.tables import ACCURACIES, HEADINGS, accuracy_table, console, describe, percent
-
-FURTHER = ("worst_class", "harmonic_mean", "geometric_mean", "macro_f1", "calibration_error")
+from lift_ray.epoch_metrics import ACCURACIES, FURTHER, GROUPS
+from lift_ray.evaluation.metrics import ANY
+from lift_ray.terminal.tables import HEADINGS, accuracy_table, console, describe, percent
 
 
 def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:

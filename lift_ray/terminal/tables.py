@@ -9,8 +9,10 @@ from typing import Any
 import rich.table
 from rich.console import Console
 
-ACCURACIES = ("accuracy", "mean_class_accuracy", "many", "medium", "few")
-HEADINGS = ("overall", "mean class", "many", "medium", "few")
+from lift_ray.epoch_metrics import ACCURACIES, GROUPS, EpochMetrics
+
+Named = EpochMetrics | Mapping[str, float]  # metrics by their flat names
+HEADINGS = ("overall", "mean class", *GROUPS)  # of ACCURACIES
 
 
 def console() -> Console:
@@ -24,7 +26,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> rich.table.Table:
+def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Named]]) -> rich.table.Table:
     """Return a table of the accuracy (%) of each named model, overall and by group; the best of each column is bold.
 
     For models with several logits (ULFine), rows for the linear head and the prototypes follow.
@@ -64,7 +66,7 @@ def seeds_table(runs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     return table
 
 
-def _further(split: str, figures: Mapping[str, float]) -> list[tuple[str, dict[str, float]]]:
+def _further(split: str, figures: Named) -> list[tuple[str, dict[str, float]]]:
     found = {
         logits: {
             f"{split}/{name}": figures[key] for name in ACCURACIES if (key := f"{split}/{name}_{logits}") in figures

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ray.util.metrics import Gauge
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.reporting.trial_rows import TrialRow, best_row
 from lift_ray.settings.space import SpaceFile
 from lift_ray.training.events import Event, StepsDone
@@ -91,15 +92,11 @@ class SlotGauges:
         if isinstance(message, StepsDone):
             self._set(message.figures)
 
-    def epoch_done(self, figures: Mapping[str, float]) -> None:
+    def epoch_done(self, metrics: EpochMetrics) -> None:
         """Set the figures of a whole epoch, if it had training steps."""
-        if "train/images_per_s" in figures:
-            self._set(
-                {
-                    "images_per_s": figures["train/images_per_s"],
-                    "data_wait_frac": figures["time/data_wait_s"] / figures["time/train_s"],
-                }
-            )
+        if metrics.train:
+            wait = metrics.seconds["data_wait_s"] / metrics.seconds["train_s"]
+            self._set({"images_per_s": metrics.train["images_per_s"], "data_wait_frac": wait})
 
     def _set(self, figures: Mapping[str, float]) -> None:
         for name, gauge in self._gauges.items():

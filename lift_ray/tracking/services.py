@@ -12,15 +12,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput, Stopped, did_you_mean, one_line
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
 from lift_ray.terminal.tables import describe
-from lift_ray.training.events import EpochEnded, Event, Figures, RunStarted, TestEnded
+from lift_ray.training.events import EpochEnded, Event, RunStarted, TestEnded
 
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}  # all other states: stopped early
 LONGEST_NAME = 120  # characters of a folder name
 Settings = Mapping[str, Any]
+Figures = dict[str, float]  # by flat name, as services show them
 
 
 class Tracker(Protocol):
@@ -136,11 +138,11 @@ class Tracked:
         self.begun.add(title)
         self._try(lambda: self.tracker.begin(title, settings))
 
-    def log(self, title: str, figures: Figures) -> None:
+    def log(self, title: str, metrics: EpochMetrics) -> None:
         """Log the finite metrics of an epoch."""
-        numbers = {name: value for name, value in figures.items() if name != "epoch" and math.isfinite(value)}
+        figures = {name: value for name, value in metrics.flat().items() if name != "epoch" and math.isfinite(value)}
         if title in self.begun:
-            self._try(lambda: self.tracker.log(title, numbers, int(figures["epoch"])))
+            self._try(lambda: self.tracker.log(title, figures, metrics.epoch))
 
     def end(self, title: str, state: str) -> None:
         """Close a run that finished, was stopped, or failed."""
@@ -151,8 +153,8 @@ class Tracked:
     def started(self, row: TrialRow) -> None:
         """Log that a slot started a trial, with the earlier epochs of a trial that continues."""
         self.begin(_title(row), row.values)
-        for figures in row.history:
-            self.log(_title(row), figures)
+        for metrics in row.history:
+            self.log(_title(row), metrics)
 
     def reported(self, row: TrialRow) -> None:
         """Log the last epoch of a trial."""
@@ -231,16 +233,14 @@ def followed(services: Sequence[Tracked], name: str, config: Settings) -> Iterat
 
     def tell(message: Event) -> None:
         nonlocal told
-        history = (
-            [metrics.flat() for metrics in message.history] if isinstance(message, RunStarted) else []
-        )  # all earlier epochs of a run that was resumed
-        if isinstance(message, EpochEnded):
-            history = [message.metrics.flat()]
-        new = [figures for figures in history if figures["epoch"] > told]
-        told = max([told, *(int(figures["epoch"]) for figures in new)])
-        for figures in [*new, *([message.metrics.flat()] if isinstance(message, TestEnded) else [])]:
-            for service in services:
-                service.log(name, figures)
+        history = message.history if isinstance(message, RunStarted) else []  # of a resumed run, all earlier epochs
+        if isinstance(message, EpochEnded | TestEnded):
+            history = [message.metrics]
+        for metrics in history:
+            if metrics.epoch > told or metrics.test:
+                for service in services:
+                    service.log(name, metrics)
+        told = max([told, *(metrics.epoch for metrics in history)])
 
     state = "failed"
     try:

@@ -7,13 +7,12 @@ import re
 import time
 from dataclasses import dataclass
 
-from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.epoch_metrics import MAIN, EpochMetrics
 from lift_ray.storage.layout import CHECKPOINTS, FINAL_CHECKPOINT, RECORD
 from lift_ray.storage.output import Output
 from lift_ray.training.run import Trainable
 
 NAME = re.compile(r"epoch-\d{4,}(-step-\d{6,})?")
-METRIC = "validation/mean_class_accuracy"
 
 
 @dataclass(frozen=True)
@@ -100,4 +99,4 @@ class CheckpointManager:
 
 def best(history: list[EpochMetrics]) -> str:
     """Return the name of the checkpoint with the best validation/mean_class_accuracy; "" before the first epoch ends."""
-    return f"epoch-{max(history, key=lambda metrics: metrics[METRIC]).epoch:04d}" if history else ""
+    return f"epoch-{max(history, key=lambda metrics: metrics.validation[MAIN]).epoch:04d}" if history else ""

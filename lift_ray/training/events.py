@@ -7,8 +7,6 @@ from typing import Any
 
 from lift_ray.epoch_metrics import EpochMetrics
 
-Figures = dict[str, float]
-
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -46,7 +44,7 @@ class StepsDone:
 
     epoch: int
     step: int
-    figures: Figures = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     evaluated: float = 0.0
 
 

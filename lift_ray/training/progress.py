@@ -11,13 +11,13 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from lift_ray.epoch_metrics import FIELDS, MAIN, EpochMetrics
 from lift_ray.storage.atomic import replacing
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import console
 from lift_ray.training.events import (
     EpochEnded,
     Event,
-    Figures,
     RunAborted,
     RunStarted,
     RunStopped,
@@ -44,7 +44,7 @@ class Progress:
         output: destination of metrics.jsonl and tensorboard/.
 
     Attributes:
-        last: the latest figures.
+        last: metrics of the latest epoch, or of the test split.
         retries: reasons of the retries so far, in order.
         problem: the error that ended the run.
         halted: set if the run stopped on request.
@@ -56,7 +56,7 @@ class Progress:
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
         self.output, self.path = output, output.folder / METRICS
-        self.last: Figures = {}
+        self.last = EpochMetrics(0)
         self.retries: list[str] = []
         self.problem: RunAborted | None = None
         self.halted: RunStopped | None = None
@@ -102,7 +102,7 @@ class Progress:
 
     def _began(self, message: RunStarted) -> None:
         self.began = message
-        self._write([metrics.flat() for metrics in message.history])
+        self._write(message.history)
         if message.epoch or message.step:
             self._say(
                 f"continuing from epoch {message.epoch + 1}, step {message.step} of {message.steps_per_epoch}, "
@@ -118,18 +118,17 @@ class Progress:
             self._writer.add_scalar(f"step/{name}", value, self._steps(message))
 
     def _epoch_done(self, message: EpochEnded) -> None:
-        figures, self.checkpoint = message.metrics.flat(), message.checkpoint
-        self._keep(figures)
-        if "train/loss" in figures:
-            epochs = self.began.epochs if self.began else 0
+        metrics, self.checkpoint = message.metrics, message.checkpoint
+        self._keep(metrics)
+        if metrics.train:
             self._say(
-                f"epoch {figures['epoch']}/{epochs}  loss {figures['train/loss']:.4f}"
-                f"  validation mean class accuracy {figures['validation/mean_class_accuracy']:.4f}"
-                f"  {figures['train/images_per_s']:.0f} images/s"
+                f"epoch {metrics.epoch}/{self.began.epochs if self.began else 0}  loss {metrics.train['loss']:.4f}"
+                f"  validation mean class accuracy {metrics.validation[MAIN]:.4f}"
+                f"  {metrics.train['images_per_s']:.0f} images/s"
             )
 
     def _tested(self, message: TestEnded) -> None:
-        self._keep(message.metrics.flat())
+        self._keep(message.metrics)
 
     def _failed(self, message: WorkersLost) -> None:
         self.retries.append(message.reason)
@@ -141,18 +140,17 @@ class Progress:
     def _problem(self, message: RunAborted) -> None:
         self.problem = self.problem or message
 
-    def _keep(self, figures: Figures) -> None:
-        self.last = figures
-        self._write([*read_metrics(self.path), figures])
-        for name, value in figures.items():
-            if "/" in name:
-                self._writer.add_scalar(name, value, int(figures["epoch"]))
+    def _keep(self, metrics: EpochMetrics) -> None:
+        self.last = metrics
+        self._write([*read_metrics(self.path), metrics])
+        for name, value in metrics.flat(*FIELDS).items():
+            self._writer.add_scalar(name, value, metrics.epoch)
         self._writer.flush()
         self.output.publish()
 
-    def _write(self, lines: list[Figures]) -> None:
+    def _write(self, history: list[EpochMetrics]) -> None:
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.write_text("".join(json.dumps(metrics.flat()) + "\n" for metrics in history))
 
     def _steps(self, at: RunStarted | StepsDone) -> int:
         return at.epoch * (self.began.steps_per_epoch if self.began else 0) + at.step
@@ -163,6 +161,6 @@ class Progress:
         )
 
 
-def read_metrics(path: Path) -> list[Figures]:
+def read_metrics(path: Path) -> list[EpochMetrics]:
     """Read the lines of a metrics.jsonl; a missing file has none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [EpochMetrics.of(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []

@@ -13,22 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from lift_ray.evaluation.metrics import GROUPS
-from lift_ray.reporting.confidence import MEASURES, heavy_tuning, is_grid, sized
+from lift_ray.epoch_metrics import (
+    ACCURACIES,
+    GROUPS,
+    MAIN,
+    MAIN_METRIC,
+    POSTHOC_OPTIMISM,
+    POSTHOC_TAU,
+    TRAINED_PARAMETERS,
+)
+from lift_ray.reporting.confidence import heavy_tuning, is_grid, sized
 from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
-from lift_ray.terminal.tables import describe
+from lift_ray.terminal.tables import HEADINGS, describe
 
 # colors that are distinct for all kinds of color vision, on white and on black; symbols and dashes repeat the distinction
 STYLES = {
     "many": ("#1b7fc4", "circle", "solid"),
     "medium": ("#00996b", "square", "dash"),
     "few": ("#d55e00", "diamond", "dot"),
-    "mean_class_accuracy": ("#8a63d2", "x", "dashdot"),
+    MAIN: ("#8a63d2", "x", "dashdot"),
     "accuracy": ("#808080", "triangle-up", "longdash"),
 }
 COLORS = [color for color, _, _ in STYLES.values()]
 SYMBOLS = [symbol for _, symbol, _ in STYLES.values()]
-WORDS = {"accuracy": "overall", "mean_class_accuracy": "mean class"} | {name: name for name in GROUPS}
+WORDS = dict(zip(ACCURACIES, HEADINGS, strict=True))
 STATES = {
     "finished": "circle",
     "pruned": "circle-open",
@@ -142,43 +150,41 @@ def describe_settings(trial: Trial) -> str:
     return describe({n: v for n, v in trial.items() if v is not None and "." in n})
 
 
-def measures_of(trials: Sequence[Trial], wanted: Sequence[str] = (*GROUPS, "mean_class_accuracy")) -> list[str]:
+def measures_of(trials: Sequence[Trial], wanted: Sequence[str] = (*GROUPS, MAIN)) -> list[str]:
     """Return the wanted measures that at least one trial has on validation."""
     return [m for m in wanted if any(t.get(f"validation/{m}") is not None for t in trials)]
 
 
 def size_figure(study: StudyFiles) -> Figure | None:
     """Accuracy against trained parameters, with the Pareto front."""
-    trials = [t for t in study.finished if t.get("trained_parameters")]
-    if len({t["trained_parameters"] for t in trials}) < 2:
+    trials = [t for t in study.finished if t.get(TRAINED_PARAMETERS)]
+    if len({t[TRAINED_PARAMETERS] for t in trials}) < 2:
         return None
-    x = [t["trained_parameters"] for t in trials]
+    x = [t[TRAINED_PARAMETERS] for t in trials]
     traces = [cloud(trials, x, measure) for measure in measures_of(trials)]
     front = small_front(trials)
     traces.insert(
         0,
-        front_line(
-            [t["trained_parameters"] for t in front], percents(numbers(front, "validation/mean_class_accuracy"))
-        ),
+        front_line([t[TRAINED_PARAMETERS] for t in front], percents(numbers(front, MAIN_METRIC))),
     )
-    least = min(front, key=lambda t: t["trained_parameters"])
+    least = min(front, key=lambda t: t[TRAINED_PARAMETERS])
     most = front[-1]
     note = (
         "Finished trials on validation. The line is the Pareto front of mean class accuracy: no smaller trial is better. It runs "
-        f"from {value_of(least)} with {least['trained_parameters']:,.0f} trained parameters to {value_of(most)} with "
-        f"{most['trained_parameters']:,.0f}."
+        f"from {value_of(least)} with {least[TRAINED_PARAMETERS]:,.0f} trained parameters to {value_of(most)} with "
+        f"{most[TRAINED_PARAMETERS]:,.0f}."
     )
     if least is most:
         note = (
             "Finished trials on validation. No larger trial beats the best of the smallest: "
-            f"mean class accuracy {value_of(least)} with {least['trained_parameters']:,.0f} trained parameters."
+            f"mean class accuracy {value_of(least)} with {least[TRAINED_PARAMETERS]:,.0f} trained parameters."
         )
     on_front = {t["number"] for t in front}
     rows = [
         {
             "trial": t["number"],
-            "trained_parameters": t["trained_parameters"],
-            **{m: t.get(f"validation/{m}") for m in MEASURES},
+            TRAINED_PARAMETERS: t[TRAINED_PARAMETERS],
+            **{m: t.get(f"validation/{m}") for m in ACCURACIES},
             "on_front": t["number"] in on_front,
         }
         for t in trials
@@ -208,14 +214,14 @@ def front_line(x: Sequence[float], y: Sequence[float | None]) -> dict[str, Any]:
 
 def value_of(trial: Trial) -> str:
     """Return the validation mean class accuracy of a trial as text."""
-    return f"{100 * trial['validation/mean_class_accuracy']:.1f}%"
+    return f"{100 * trial[MAIN_METRIC]:.1f}%"
 
 
 def small_front(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials that beat every smaller or equally small trial in mean class accuracy, smallest first."""
     front: list[Trial] = []
-    for trial in sorted(trials, key=lambda t: (t["trained_parameters"], -t["validation/mean_class_accuracy"])):
-        if not front or trial["validation/mean_class_accuracy"] > front[-1]["validation/mean_class_accuracy"]:
+    for trial in sorted(trials, key=lambda t: (t[TRAINED_PARAMETERS], -t[MAIN_METRIC])):
+        if not front or trial[MAIN_METRIC] > front[-1][MAIN_METRIC]:
             front.append(trial)
     return front
 
@@ -246,7 +252,7 @@ def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> 
             )
     is_log = x.min() > 0 and (param.get("log") or (param.get("choices") and x.max() >= 50 * x.min()))
     rows = [
-        {"trial": t["number"], setting: t[setting], **{m: t.get(f"validation/{m}") for m in MEASURES}} for t in trials
+        {"trial": t["number"], setting: t[setting], **{m: t.get(f"validation/{m}") for m in ACCURACIES}} for t in trials
     ]
     named = spelled(setting)
     layout = {"xaxis": log_axis(named, x.tolist()) if is_log else axis(named), "yaxis": axis(f"validation {ACCURACY}")}
@@ -276,7 +282,7 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
     if len(points) < 2:
         return None
     traces = []
-    for measure in [m for m in (*GROUPS, "mean_class_accuracy") if f"validation/{m}" in points[0]]:
+    for measure in [m for m in (*GROUPS, MAIN) if f"validation/{m}" in points[0]]:
         color, symbol, dash = STYLES[measure]
         traces.append(
             {
@@ -290,7 +296,7 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
                 "hovertemplate": "tau %{x}: %{y:.1f}%<extra>%{fullData.name}</extra>",
             }
         )
-    top = max(points, key=lambda p: p["validation/mean_class_accuracy"])
+    top = max(points, key=lambda p: p[MAIN_METRIC])
     note = "The logits of the best trial are adjusted after training. "
     if top is points[0]:
         note += f"On validation, no post-hoc tau improves the mean class accuracy of {value_of(top)}."
@@ -299,7 +305,7 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
             f"Best post-hoc tau on validation: {top['tau']:g} (mean class accuracy {value_of(top)}{_bias(study, top['tau'])}; "
             f"{value_of(points[0])} without adjustment)."
         )
-    rows = [{"tau": p["tau"], **{m: p.get(f"validation/{m}") for m in MEASURES}} for p in points]
+    rows = [{"tau": p["tau"], **{m: p.get(f"validation/{m}") for m in ACCURACIES}} for p in points]
     return Figure(
         "posthoc-tau",
         "Post-hoc logit adjustment (tau)",
@@ -313,8 +319,8 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
 def _bias(study: StudyFiles, tau: float) -> str:
     """Return the part of the best accuracy that comes from selecting tau on the same images, in words, if it is known."""
     best = study.best_trial or {}
-    optimism = best.get("validation/posthoc_optimism")
-    if optimism is None or best.get("validation/posthoc_tau") != tau:
+    optimism = best.get(f"validation/{POSTHOC_OPTIMISM}")
+    if optimism is None or best.get(f"validation/{POSTHOC_TAU}") != tau:
         return ""
     return f", about {100 * optimism:.1f} points of it selection bias"
 
@@ -387,10 +393,10 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
     }
     counted = {t["number"] for t in heavy.trials}
     others = [t for t in sized(study) if t["number"] not in counted]
-    points = cloud(heavy.trials, [t["trained_parameters"] for t in heavy.trials], "few", name="best of its size")
+    points = cloud(heavy.trials, [t[TRAINED_PARAMETERS] for t in heavy.trials], "few", name="best of its size")
     faint = cloud(
         others,
-        [t["trained_parameters"] for t in others],
+        [t[TRAINED_PARAMETERS] for t in others],
         "few",
         name="other trials",
         opacity=0.7,
@@ -399,7 +405,7 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
     rows = [
         {
             "trial": t["number"],
-            "trained_parameters": t["trained_parameters"],
+            TRAINED_PARAMETERS: t[TRAINED_PARAMETERS],
             "few": t["validation/few"],
             "best_of_its_size": t["number"] in counted,
         }

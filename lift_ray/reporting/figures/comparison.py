@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lift_ray.evaluation.metrics import GROUPS, RULES
+from lift_ray.epoch_metrics import GROUPS, MAIN
+from lift_ray.evaluation.metrics import RULES
 from lift_ray.reporting.confidence import Interval, accuracy_intervals, reliability
 from lift_ray.reporting.figures.charts import (
     ACCURACY,
@@ -23,7 +24,7 @@ from lift_ray.reporting.figures.charts import (
 )
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
 
-SHOWN = ("mean_class_accuracy", *GROUPS)
+SHOWN = (MAIN, *GROUPS)
 # vertical distance between the measures of a model, where models are 1 apart: no point hides another
 BETWEEN = 0.19
 NAME_WIDTH = 18  # letters in a line, which leaves room for the points on a phone
