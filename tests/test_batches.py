@@ -50,17 +50,10 @@ def train(
     crop = partial(square_crop, smallest=smallest_area("convex", epoch, 4))
     augmentation = Augmentation(size_px, crop, num_patches=9, patch_dropout=patch_dropout)
     with RowReader(split) as reader:
-        return list(
-            training_batches(
-                reader,
-                split,
-                sampling,
-                augmentation,
-                epoch=epoch,
-                start_step=start_step,
-                num_threads=num_threads,
-            )
+        batches = training_batches(
+            reader, split, sampling, augmentation, epoch=epoch, start_step=start_step, num_threads=num_threads
         )
+        return list(batches)
 
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:

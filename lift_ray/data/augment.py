@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -46,13 +45,7 @@ class Crop:
 
 
 FindCrop = Callable[[int, int], Crop]
-
-
-class DrawCrop(Protocol):
-    """Draws a random crop of an image."""
-
-    def __call__(self, width: int, height: int, *, draw: Draws) -> Crop:
-        """Return the crop that CROP_DRAWS numbers in [0, 1) decide."""
+DrawCrop = Callable[..., Crop]  # (width, height, draw=(CROP_DRAWS,) numbers in [0, 1))
 
 
 @dataclass(frozen=True)
@@ -82,14 +75,11 @@ class Augmentation:
         return training_image(encoded, self.size_px, partial(self.crop, draw=draw), reduced=self.reduced)
 
     def patches(self, random: np.random.Generator, positions: Int64s, *shape: int) -> torch.Tensor | None:
-        """Draw the patches to keep for each image of a global batch independently.
+        """Draw the patches to keep for each image of a batch independently: (b, P) or (b, 2, P), ascending; None for all.
 
         Args:
-            positions: this rank's positions in the batch, (b,).
-            shape: (B,), or (B, 2) for a batch of pairs.
-
-        Returns:
-            (b, P) or (b, 2, P), ascending, for this rank's images; None for all patches.
+            positions: this rank's positions in the global batch, (b,).
+            shape: shape of the global batch: (B,), or (B, 2) for pairs of views.
         """
         if not self.patch_dropout:
             return None

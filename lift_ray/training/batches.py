@@ -31,20 +31,15 @@ def image_batches(config: RunConfig, warm: Workspace, tower: AnyTower, epoch: in
     """
     ranks, optim, train = warm.ranks, config.optim, warm.training(config)
     sampling, augmentation = _sampling(config, ranks), _augmentation(config, ranks, tower, epoch)
+    reader, num_threads = warm.reader(train, optim.shuffle_bytes), ranks.num_threads
     batches = training_batches(
-        warm.reader(train, optim.shuffle_bytes),
-        train,
-        sampling,
-        augmentation,
-        epoch=epoch,
-        start_step=step,
-        num_threads=ranks.num_threads,
+        reader, train, sampling, augmentation, epoch=epoch, start_step=step, num_threads=num_threads
     )
     labelled = warm.device_batches(config, batches)
     if not isinstance(config.method, HalfLabelledConfig):
         return (((images, patches), labels) for images, labels, patches in labelled)
     pool, num_steps = warm.dataset.split("unlabelled"), steps_per_epoch(train, optim.global_batch_size)
-    pairs_of_views = unlabelled_batches(
+    batches = unlabelled_batches(
         warm.reader(pool, optim.shuffle_bytes),
         pool,
         replace(sampling, global_batch_size=optim.global_batch_size * config.method.unlabelled_ratio),
@@ -52,9 +47,9 @@ def image_batches(config: RunConfig, warm: Workspace, tower: AnyTower, epoch: in
         cutout_frac=config.method.cutout_frac,
         start_step=epoch * num_steps + step,
         num_steps=num_steps - step,
-        num_threads=ranks.num_threads,
+        num_threads=num_threads,
     )
-    views = warm.device_batches(config, pairs_of_views)
+    views = warm.device_batches(config, batches)
     return (
         (
             (_joined(images, pairs), None if patches is None else _joined(patches, pair_patches)),
