@@ -236,21 +236,13 @@ class LiftRay(Contender):
         self.reader = RowReader(self.split, memory_bytes(self.split))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
+        from lift_ray.data.augment import SMALLEST_AREA, Augmentation, square_crop
         from lift_ray.data.batches import training_batches
+        from lift_ray.data.order import Sampling
 
-        for batch in training_batches(
-            self.reader,
-            self.split,
-            size_px=self.setup.px,
-            global_batch_size=self.setup.batch,
-            seed=SEED,
-            epoch=epoch,
-            epochs=epoch + 1,
-            schedule="min",
-            kind="mda",
-            start_step=start,
-            num_threads=1,
-        ):
+        sampling = Sampling(SEED, self.setup.batch)
+        augmentation = Augmentation(self.setup.px, partial(square_crop, smallest=SMALLEST_AREA))
+        for batch in training_batches(self.reader, self.split, sampling, augmentation, epoch=epoch, start_step=start):
             yield normalised(batch.images), batch.labels
 
 

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from safetensors.torch import save_file
 from step import NUM_CLASSES, SEED, Plain, Step, difference, new_lift, step_flops
 from torch import Tensor, nn
 
+from lift_ray.data.augment import SMALLEST_AREA, Augmentation, square_crop
 from lift_ray.data.batches import training_batches
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.open import open_dataset
+from lift_ray.data.order import Sampling
 from lift_ray.data.reader import RowReader
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import rebuild
@@ -202,17 +205,8 @@ def stream(data: str, threads: int) -> dict[str, float]:
     with RowReader(split) as reader:
         for _ in range(2):  # the first fills the reader's cache
             began = time.perf_counter()
-            batches = training_batches(
-                reader,
-                split,
-                size_px=224,
-                global_batch_size=128,
-                seed=0,
-                epoch=0,
-                epochs=2,
-                schedule="convex",
-                num_threads=threads,
-            )
+            augmentation = Augmentation(224, partial(square_crop, smallest=SMALLEST_AREA))
+            batches = training_batches(reader, split, Sampling(0, 128), augmentation, epoch=0, num_threads=threads)
             next(batches)
             first = time.perf_counter() - began
             number = 1 + sum(1 for _ in batches)

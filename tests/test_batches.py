@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lift_ray.data import augment, order
 from lift_ray.data import batches as data_batches
-from lift_ray.data import order
-from lift_ray.data.augment import evaluation_image
+from lift_ray.data.augment import SMALLEST_AREA, Augmentation, evaluation_image, smallest_area, square_crop
 from lift_ray.data.batches import Batch, evaluation_batches, training_batches
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Shard, Split
 from lift_ray.data.open import open_dataset
-from lift_ray.data.order import epoch_order, rank_slice, share_of_batch, steps_per_epoch
+from lift_ray.data.order import Sampling, epoch_order, rank_positions, rank_slice, steps_per_epoch
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
@@ -45,25 +46,14 @@ def train(
     num_threads: int = 1,
     patch_dropout: float = 0.0,
 ) -> list[Batch]:
+    sampling = Sampling(seed, batch, rank=rank, world_size=world_size)
+    crop = partial(square_crop, smallest=smallest_area("convex", epoch, 4))
+    augmentation = Augmentation(size_px, crop, num_patches=9, patch_dropout=patch_dropout)
     with RowReader(split) as reader:
-        return list(
-            training_batches(
-                reader,
-                split,
-                size_px=size_px,
-                global_batch_size=batch,
-                seed=seed,
-                epoch=epoch,
-                epochs=4,
-                schedule="convex",
-                num_patches=9,
-                patch_dropout=patch_dropout,
-                start_step=start_step,
-                rank=rank,
-                world_size=world_size,
-                num_threads=num_threads,
-            )
+        batches = training_batches(
+            reader, split, sampling, augmentation, epoch=epoch, start_step=start_step, num_threads=num_threads
         )
+        return list(batches)
 
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
@@ -135,7 +125,7 @@ def test_global_batches_are_the_same_for_any_number_of_ranks(small: Split, world
     assert {len(batches) for batches in ranks} == {len(alone)} == {6}
     for step, whole in enumerate(alone):
         batch = epoch_order(small, 0, 0)[16 * step : 16 * (step + 1)]
-        places = [share_of_batch(batch, rank, world_size) for rank in range(world_size)]
+        places = [rank_positions(batch, rank, world_size) for rank in range(world_size)]
         assert sorted(np.concatenate(places)) == list(range(16))
         for rank, mine in enumerate(places):
             assert torch.equal(ranks[rank][step].images, whole.images[mine])
@@ -149,7 +139,7 @@ def test_a_rank_reads_its_share_of_the_row_groups_and_not_all(world_size: int) -
     order = epoch_order(split, 0, 0)
     for rank in range(world_size):
         batches = [order[at : at + 256] for at in range(0, 1024, 256)]
-        touched = {group for batch in batches for group in batch[share_of_batch(batch, rank, world_size)] // 64}
+        touched = {group for batch in batches for group in batch[rank_positions(batch, rank, world_size)] // 64}
         assert 16 / world_size <= len(touched) <= 16 / world_size + 4
 
 
@@ -177,7 +167,7 @@ def test_threads_change_nothing(small: Split, num_threads: int) -> None:
 
 def test_the_pictures_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     makers: list[str] = []
-    plain = data_batches.training_image
+    plain = augment.training_image
 
     together = threading.Barrier(3)  # breaks when three are never at work at once
 
@@ -188,11 +178,10 @@ def test_the_pictures_of_one_batch_are_shared_by_threads(small: Split, monkeypat
         makers.append(name)
         return plain(*args, **options)
 
-    monkeypatch.setattr(data_batches, "training_image", noted)
+    monkeypatch.setattr(augment, "training_image", noted)
     with RowReader(small) as reader:
-        batches = training_batches(
-            reader, small, size_px=24, global_batch_size=96, seed=0, epoch=0, epochs=2, schedule="convex", num_threads=3
-        )
+        augmentation = Augmentation(24, partial(square_crop, smallest=SMALLEST_AREA))
+        batches = training_batches(reader, small, Sampling(0, 96), augmentation, epoch=0, num_threads=3)
         assert len(next(batches).labels) == 96
     assert len({name for name in makers if name.startswith("lift-decode")}) == 3
 
@@ -214,7 +203,7 @@ def test_every_picture_keeps_its_own_patches_whatever_the_number_of_ranks(small:
     for rank in range(2):
         parts = train(small, patch_dropout=0.5, rank=rank, world_size=2)
         for step, (whole, part) in enumerate(zip(alone, parts, strict=True)):
-            mine = share_of_batch(epoch_order(small, 0, 0)[16 * step : 16 * (step + 1)], rank, 2)
+            mine = rank_positions(epoch_order(small, 0, 0)[16 * step : 16 * (step + 1)], rank, 2)
             assert torch.equal(patches(part), patches(whole)[mine])
     assert patches(train(small, patch_dropout=0.99)[0]).shape == (16, 1)
 
@@ -234,21 +223,16 @@ class NoFiles:
 def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int, share: int, world_size: int) -> None:
     split, batch = made_up([[samples]], [True]), share * world_size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_batches, "training_image", lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
+        patch.setattr(augment, "training_image", lambda *_, **__: np.zeros((1, 1, 3), np.uint8))
         sizes = {
             tuple(
                 len(part.labels)
                 for part in training_batches(
-                    NoFiles(),
+                    NoFiles(),  # type: ignore[arg-type]
                     split,
-                    size_px=1,
-                    global_batch_size=batch,
-                    seed=0,
+                    Sampling(0, batch, rank=rank, world_size=world_size),
+                    Augmentation(1, partial(square_crop, smallest=SMALLEST_AREA)),
                     epoch=0,
-                    epochs=1,
-                    schedule="min",  # type: ignore[arg-type]
-                    rank=rank,
-                    world_size=world_size,
                 )
             )
             for rank in range(world_size)
@@ -295,11 +279,11 @@ def test_batches_are_made_only_a_few_ahead() -> None:
         asked.append(step)
         return Batch(torch.zeros(1), torch.tensor([step]))
 
-    batches = data_batches._ahead(make, range(100), 2)
+    batches = data_batches.made_ahead(make, range(100), 2)
     assert [int(next(batches).labels) for _ in range(3)] == [0, 1, 2]
     batches.close()  # type: ignore[attr-defined]
     assert len(asked) <= 3 + data_batches.AHEAD + 2
-    assert [int(batch.labels) for batch in data_batches._ahead(make, range(20), 4)] == list(range(20))
+    assert [int(batch.labels) for batch in data_batches.made_ahead(make, range(20), 4)] == list(range(20))
 
 
 def test_a_broken_image_is_one_line_that_names_row_and_split(tmp_path: Path, small: Split) -> None:

@@ -82,6 +82,10 @@ BROKEN = {
         D + "loss: {kind: cross_entropy, tau: 1.0}",
         "run.yaml:2 loss.tau: unknown key 'tau'; known: kind",
     ),
+    "a setting of random crops without them": (
+        D + "augment: {kind: none, decode: exact}",
+        "run.yaml:2 augment.decode: unknown key 'decode'; known: kind",
+    ),
     "a number as text": (
         D + "optim: {lr: '0.1'}",
         "run.yaml:2 optim.lr: must be a valid number, but got '0.1'; change it",

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from lift_ray.data.augment import evaluation_image
+from lift_ray.data.augment import Augmentation, evaluation_image
 from lift_ray.data.batches import Batch, unlabelled_batches
 from lift_ray.data.decode import Pixels
 from lift_ray.data.open import open_dataset
-from lift_ray.data.order import epoch_order
+from lift_ray.data.order import Sampling, epoch_order
 from lift_ray.data.reader import RowReader
 from lift_ray.data.views import GRAY, LEVEL, NUM_DRAWS, OPERATIONS, STRONG_DRAWS, strong_view, two_views, weak_view
 
@@ -90,14 +90,22 @@ def test_views_depend_on_their_draws_alone() -> None:
     assert first[0].shape == (2, 48, 48, 3)
 
 
-def batches(**options: int | float) -> list[Batch]:
-    settings = {"start_step": 0, "num_steps": 4, "global_batch_size": 480, "num_threads": 1} | options
+def batches(
+    *, start_step: int = 0, num_steps: int = 4, num_threads: int = 1, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
     with RowReader(POOL) as reader:
         return list(
             unlabelled_batches(
-                reader, POOL, size_px=16, seed=5, cutout_frac=0.5, num_patches=4, patch_dropout=0.5, **settings
+                reader,
+                POOL,
+                Sampling(5, 480, rank=rank, world_size=world_size),
+                Augmentation(16, None, num_patches=4, patch_dropout=0.5),
+                cutout_frac=0.5,
+                start_step=start_step,
+                num_steps=num_steps,
+                num_threads=num_threads,
             )
-        )  # type: ignore[arg-type]
+        )
 
 
 def test_every_pass_over_the_pool_sees_each_picture_once_and_steps_go_on_across_passes() -> None:

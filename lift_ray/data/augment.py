@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,8 +17,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lift_ray.data.decode import Pixels, decode, decode_on
+from lift_ray.data.longtail import Int64s
+
+Draws = NDArray[np.float64]  # random numbers in [0, 1)
 
 SMALLEST_AREA = 0.08
+CROP_DRAWS = 3
 GROWTH: dict[str, Callable[[float], float]] = {
     "convex": lambda t: 1 - math.sqrt(1 - t * t),
     "linear": lambda t: t,
@@ -40,6 +45,47 @@ class Crop:
 
 
 FindCrop = Callable[[int, int], Crop]
+DrawCrop = Callable[..., Crop]  # (width, height, draw=(CROP_DRAWS,) numbers in [0, 1))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Changes of the training images of an epoch.
+
+    Args:
+        size_px: side of the square images.
+        crop: draws the crop of an image; None for the evaluation crop.
+        reduced: decode large JPEGs at 1/2, 1/4 or 1/8 if the crop does not need more.
+        device: decodes and resizes random crops; None for threads on the CPU.
+        num_patches: patches per image; required by patch_dropout only.
+        patch_dropout: fraction of the patches to drop, in [0, 1); at least one stays.
+    """
+
+    size_px: int
+    crop: DrawCrop | None
+    reduced: bool = False
+    device: torch.device | None = None
+    num_patches: int = 0
+    patch_dropout: float = 0.0
+
+    def image(self, encoded: bytes, draw: Draws) -> Pixels:
+        """Return the augmented image, (size, size, 3) uint8."""
+        if self.crop is None:
+            return evaluation_image(encoded, self.size_px)
+        return training_image(encoded, self.size_px, partial(self.crop, draw=draw), reduced=self.reduced)
+
+    def patches(self, random: np.random.Generator, positions: Int64s, *shape: int) -> torch.Tensor | None:
+        """Draw the patches to keep for each image of a batch independently: (b, P) or (b, 2, P), ascending; None for all.
+
+        Args:
+            positions: this rank's positions in the global batch, (b,).
+            shape: shape of the global batch: (B,), or (B, 2) for pairs of views.
+        """
+        if not self.patch_dropout:
+            return None
+        number = max(1, int(self.num_patches * (1 - self.patch_dropout)))
+        order = np.argsort(random.random((*shape, self.num_patches), dtype=np.float32)[positions], axis=-1)
+        return torch.from_numpy(np.sort(order[..., :number], axis=-1))
 
 
 def smallest_area(schedule: str, epoch: int, epochs: int) -> float:
@@ -52,7 +98,7 @@ def smallest_area(schedule: str, epoch: int, epochs: int) -> float:
     return SMALLEST_AREA + (1 - SMALLEST_AREA) * GROWTH[schedule](t)
 
 
-def square_crop(width: int, height: int, smallest: float, draw: NDArray[np.float64]) -> Crop:
+def square_crop(width: int, height: int, smallest: float, draw: Draws) -> Crop:
     """Draw a square whose fraction of the area is uniform in [smallest, 1], without flip or change of aspect (arXiv 2504.13282).
 
     Both bounds are capped at the fraction of the largest square.
@@ -67,7 +113,7 @@ def square_crop(width: int, height: int, smallest: float, draw: NDArray[np.float
     return Crop(int((width - side + 1) * draw[1]), int((height - side + 1) * draw[2]), side, side)
 
 
-def any_crop(width: int, height: int, draw: NDArray[np.float64]) -> Crop:
+def any_crop(width: int, height: int, draw: Draws) -> Crop:
     """Draw a crop of 8% to 100% of the area and aspect 3/4 to 4/3, bilinear, flipped with probability 1/2 (arXiv 2309.10019).
 
     Args:

@@ -11,36 +11,26 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lift_ray.data.augment import (
+    CROP_DRAWS,
+    Augmentation,
     FindCrop,
-    any_crop,
     evaluation_image,
     five_crops,
-    smallest_area,
-    square_crop,
-    training_image,
     training_images_on,
 )
 from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels
 from lift_ray.data.longtail import Int64s
-from lift_ray.data.order import (
-    READ_AHEAD_SAMPLES,
-    SHUFFLE_BYTES,
-    epoch_order,
-    kept_patches,
-    rank_slice,
-    share_of_batch,
-    steps_per_epoch,
-)
+from lift_ray.data.order import READ_AHEAD_SAMPLES, Sampling, rank_slice, steps_per_epoch
 from lift_ray.data.reader import RowReader
 from lift_ray.data.views import NUM_DRAWS, two_views
 from lift_ray.errors import BadInput, one_line
@@ -49,7 +39,6 @@ AHEAD = 3
 PIECE = 8  # images that a thread decodes at a time
 MOST_DECODERS = 4  # more threads wait for each other in one interpreter, and delay the training thread
 
-Decode = Literal["exact", "reduced", "gpu"]
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
@@ -72,139 +61,79 @@ class Batch:
 def training_batches(
     reader: RowReader,
     split: Split,
+    sampling: Sampling,
+    augmentation: Augmentation,
     *,
-    size_px: int,
-    global_batch_size: int,
-    seed: int,
     epoch: int,
-    epochs: int,
-    schedule: str,
-    kind: str = "mda",
-    num_patches: int = 0,
-    patch_dropout: float = 0.0,
     start_step: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
     num_threads: int = 1,
-    decode: Decode = "exact",
-    device: torch.device | None = None,
-    shuffle_bytes: int = SHUFFLE_BYTES,
 ) -> Iterator[Batch]:
     """Yield this rank's part of every global batch of an epoch; an incomplete last batch is dropped.
 
     Args:
-        size_px: side of the square images.
-        epoch: current epoch, from 0, of `epochs` in the run; sets the schedule of the augmentation.
-        schedule: a key of augment.GROWTH, for `mda`.
-        kind: augmentation: mda, crop_flip, or none for the evaluation crop.
-        num_patches: patches per image; required by patch_dropout only.
-        patch_dropout: fraction of the patches to drop, in [0, 1); at least one stays.
         start_step: number of steps of this epoch already done.
-        decode: exact; reduced: decode large JPEGs at 1/2, 1/4 or 1/8 if the crop does not need more; gpu: decode on `device`.
-        shuffle_bytes: size of the encoded images that are shuffled together; the order depends on it.
     """
-    order = epoch_order(split, seed, epoch, shuffle_bytes)
-    smallest, decoders = smallest_area(schedule, epoch, epochs), _decoders(num_threads)
-
-    def places(step: int) -> tuple[Int64s, Int64s]:
-        batch = order[step * global_batch_size : (step + 1) * global_batch_size]
-        mine = share_of_batch(batch, rank, world_size)
-        return mine, batch[mine]
+    batch_size, decoders = sampling.global_batch_size, _decoders(num_threads)
+    rank_samples = sampling.of_epoch(split, epoch)
 
     def make(step: int) -> Batch:
-        mine, samples = places(step)
-        random = np.random.default_rng([seed, epoch, step])
-        draws = random.random((global_batch_size, 3))[mine]
-        finds: dict[str, Callable[[int], FindCrop]] = {
-            "mda": lambda i: partial(square_crop, smallest=smallest, draw=draws[i]),
-            "crop_flip": lambda i: partial(any_crop, draw=draws[i]),
-        }
-        if kind == "none":
-            batch = _batch(reader, split, samples, lambda data, i: evaluation_image(data, size_px), decoders)
-        elif decode == "gpu" and device is not None:
-            crops = [finds[kind](i) for i in range(len(samples))]
-            batch = _batch_on(device, reader, split, samples, size_px, crops)
+        positions, samples = rank_samples(step)
+        random = np.random.default_rng([sampling.seed, epoch, step])
+        draws = random.random((batch_size, CROP_DRAWS))[positions]
+        if augmentation.device is not None and augmentation.crop is not None:
+            finds: list[FindCrop] = [partial(augmentation.crop, draw=draw) for draw in draws]
+            batch = _batch_on(augmentation.device, reader, split, samples, augmentation.size_px, finds)
         else:
-            batch = _batch(
-                reader,
-                split,
-                samples,
-                lambda data, i: training_image(data, size_px, finds[kind](i), reduced=decode == "reduced"),
-                decoders,
-            )
-        if not patch_dropout:
-            return batch
-        kept = kept_patches(random, global_batch_size, num_patches, patch_dropout)[mine]
-        return replace(batch, patches=torch.from_numpy(kept))
+            batch = _batch(reader, split, samples, lambda data, i: augmentation.image(data, draws[i]), decoders)
+        return replace(batch, patches=augmentation.patches(random, positions, batch_size))
 
-    steps = range(start_step, steps_per_epoch(split, global_batch_size))
-    return _ahead(
-        make,
-        steps,
-        num_threads,
-        lambda step: reader.prefetch(places(step)[1]),
-        READ_AHEAD_SAMPLES // global_batch_size,
-        decoders,
+    steps = range(start_step, steps_per_epoch(split, batch_size))
+    read_ahead = -(-READ_AHEAD_SAMPLES // batch_size)
+    return made_ahead(
+        make, steps, num_threads, lambda step: reader.prefetch(rank_samples(step)[1]), read_ahead, decoders
     )
 
 
 def unlabelled_batches(
     reader: RowReader,
     split: Split,
+    sampling: Sampling,
+    augmentation: Augmentation,
     *,
-    size_px: int,
-    global_batch_size: int,
-    seed: int,
+    cutout_frac: float,
     start_step: int,
     num_steps: int,
-    cutout_frac: float,
-    num_patches: int = 0,
-    patch_dropout: float = 0.0,
-    rank: int = 0,
-    world_size: int = 1,
     num_threads: int = 1,
-    shuffle_bytes: int = SHUFFLE_BYTES,
 ) -> Iterator[Batch]:
     """Yield this rank's part of the batches of a split whose labels are not used for training; passes follow each other.
 
     Each image has a weak and a strong view: images (b, 2, 3, H, W), patches (b, 2, P). The labels are for evaluation only.
 
     Args:
-        size_px: side of the square images.
-        start_step: number of steps since the run began, over all epochs; the batches of the next `num_steps` follow.
+        augmentation: size and patch dropout; the views replace its crop, and are decoded exactly on the CPU.
         cutout_frac: side of the gray square of the strong view, as a fraction of the image's side.
-        num_patches: patches per image; required by patch_dropout only.
-        patch_dropout: fraction of the patches to drop, in [0, 1); at least one stays.
-        shuffle_bytes: size of the encoded images that are shuffled together; the order depends on it.
+        start_step: number of steps since the run began, over all epochs; the batches of the next `num_steps` follow.
     """
-    order = lru_cache(4)(partial(epoch_order, split, seed, shuffle_bytes=shuffle_bytes))
-    decoders = _decoders(num_threads)
-
-    def places(step: int) -> tuple[Int64s, Int64s]:
-        rounds, at = np.divmod(np.arange(step * global_batch_size, (step + 1) * global_batch_size), split.num_samples)
-        batch = np.concatenate([order(number)[at[rounds == number]] for number in np.unique(rounds).tolist()])
-        mine = share_of_batch(batch, rank, world_size)
-        return mine, batch[mine]
+    batch_size, decoders = sampling.global_batch_size, _decoders(num_threads)
+    rank_samples = sampling.of_passes(split)
 
     def make(step: int) -> Batch:
-        mine, samples = places(step)
-        random = np.random.default_rng([seed, step, 0, 1])
-        draws = random.random((global_batch_size, NUM_DRAWS))[mine]
+        positions, samples = rank_samples(step)
+        random = np.random.default_rng([sampling.seed, step, 0, 1])
+        draws = random.random((batch_size, NUM_DRAWS))[positions]
         batch = _batch(
-            reader, split, samples, lambda data, i: two_views(data, size_px, draws[i], cutout_frac), decoders
+            reader,
+            split,
+            samples,
+            lambda data, i: two_views(data, augmentation.size_px, draws[i], cutout_frac),
+            decoders,
         )
-        if not patch_dropout:
-            return batch
-        kept = kept_patches(random, 2 * global_batch_size, num_patches, patch_dropout)
-        return replace(batch, patches=torch.from_numpy(kept.reshape(global_batch_size, 2, -1)[mine]))
+        return replace(batch, patches=augmentation.patches(random, positions, batch_size, 2))
 
-    return _ahead(
-        make,
-        range(start_step, start_step + num_steps),
-        num_threads,
-        lambda step: reader.prefetch(places(step)[1]),
-        -(-READ_AHEAD_SAMPLES // global_batch_size),
-        decoders,
+    steps = range(start_step, start_step + num_steps)
+    read_ahead = -(-READ_AHEAD_SAMPLES // batch_size)
+    return made_ahead(
+        make, steps, num_threads, lambda step: reader.prefetch(rank_samples(step)[1]), read_ahead, decoders
     )
 
 
@@ -230,16 +159,14 @@ def evaluation_batches(
     mine = wanted[rank_slice(len(wanted), rank, world_size)]
     image, decoders = five_crops if crops else evaluation_image, _decoders(num_threads)
 
+    def samples_of(step: int) -> Int64s:
+        return mine[step * batch_size : (step + 1) * batch_size]
+
     def make(step: int) -> Batch:
-        places = mine[step * batch_size : (step + 1) * batch_size]
-        return _batch(reader, split, places, lambda data, i: image(data, size_px), decoders)
+        return _batch(reader, split, samples_of(step), lambda data, i: image(data, size_px), decoders)
 
-    def prefetch(step: int) -> None:
-        reader.prefetch(mine[step * batch_size : (step + 1) * batch_size])
-
-    return _ahead(
-        make, range(-(-len(mine) // batch_size)), num_threads, prefetch, -(-READ_AHEAD_SAMPLES // batch_size), decoders
-    )
+    steps, read_ahead = range(-(-len(mine) // batch_size)), -(-READ_AHEAD_SAMPLES // batch_size)
+    return made_ahead(make, steps, num_threads, lambda step: reader.prefetch(samples_of(step)), read_ahead, decoders)
 
 
 def _decoders(num_threads: int) -> ThreadPoolExecutor | None:
@@ -260,7 +187,7 @@ def _batch(
         try:
             return np.moveaxis(image(encoded[place], place), -1, -3)
         except IMAGE_ERRORS as error:
-            raise _broken(split, samples[place], error) from None
+            raise broken_image(split, samples[place], error) from None
 
     def fill(places: range) -> None:
         for place in places:
@@ -285,12 +212,13 @@ def _batch_on(
             try:
                 evaluation_image(data, size_px)
             except IMAGE_ERRORS as error:
-                raise _broken(split, sample, error) from None
+                raise broken_image(split, sample, error) from None
         raise
     return Batch(images, torch.from_numpy(split.labels[samples]))
 
 
-def _broken(split: Split, sample: int, error: Exception) -> BadInput:
+def broken_image(split: Split, sample: int, error: Exception) -> BadInput:
+    """Return the error for a sample that cannot be decoded."""
     return BadInput(
         split.shards[0].url.rsplit("/", 1)[0],
         f"row {split.rows[sample]} of {split.name} must be a readable image",
@@ -299,7 +227,7 @@ def _broken(split: Split, sample: int, error: Exception) -> BadInput:
     )
 
 
-def _ahead(
+def made_ahead(
     make: Callable[[int], Made],
     steps: Iterable[int],
     num_threads: int,

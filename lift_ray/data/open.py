@@ -161,14 +161,14 @@ def _from_arrays(uri: str, arrays: dict[str, Any]) -> Dataset:
     for name, about_split in about["splits"].items():
         shards = tuple(
             Shard(
-                kept["url"],
-                tuple(kept["row_groups"]),
-                tuple(kept["row_group_bytes"]),
-                kept["num_bytes"],
-                kept["identity"],
-                kept["sha256"],
+                shard["url"],
+                tuple(shard["row_groups"]),
+                tuple(shard["row_group_bytes"]),
+                shard["num_bytes"],
+                shard["identity"],
+                shard["sha256"],
             )
-            for kept in about_split["shards"]
+            for shard in about_split["shards"]
         )
         labels = arrays[f"labels_{name}"].astype(np.int64)
         rows = np.arange(len(labels), dtype=np.int64)

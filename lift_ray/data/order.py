@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
 import numpy as np
 
 from lift_ray.data.dataset import Split
@@ -10,6 +14,50 @@ from lift_ray.data.longtail import Int64s
 SHUFFLE_SAMPLES = 8192
 SHUFFLE_BYTES = 192 * 2**20
 READ_AHEAD_SAMPLES = 2048
+
+# step -> this rank's positions in the global batch, and their sample numbers
+RankSamples = Callable[[int], tuple[Int64s, Int64s]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The samples of each global batch, and this rank's part of them.
+
+    Args:
+        seed: seed of the order and of the augmentation.
+        global_batch_size: images of a step, over all ranks.
+        shuffle_bytes: size of the encoded images that are shuffled together; the order depends on it.
+    """
+
+    seed: int
+    global_batch_size: int
+    shuffle_bytes: int = SHUFFLE_BYTES
+    rank: int = 0
+    world_size: int = 1
+
+    def of_epoch(self, split: Split, epoch: int) -> RankSamples:
+        """Return this rank's samples by step of an epoch."""
+        order = epoch_order(split, self.seed, epoch, self.shuffle_bytes)
+        return lambda step: self._of_rank(order[self._span(step)])
+
+    def of_passes(self, split: Split) -> RankSamples:
+        """Return this rank's samples by step since the run began; passes over the split follow each other."""
+        order = lru_cache(4)(partial(epoch_order, split, self.seed, shuffle_bytes=self.shuffle_bytes))
+
+        def samples(step: int) -> tuple[Int64s, Int64s]:
+            span = self._span(step)
+            passes, at = np.divmod(np.arange(span.start, span.stop), split.num_samples)
+            parts = [order(number)[at[passes == number]] for number in np.unique(passes).tolist()]
+            return self._of_rank(np.concatenate(parts))
+
+        return samples
+
+    def _span(self, step: int) -> slice:
+        return slice(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+
+    def _of_rank(self, batch: Int64s) -> tuple[Int64s, Int64s]:
+        positions = rank_positions(batch, self.rank, self.world_size)
+        return positions, batch[positions]
 
 
 def epoch_order(split: Split, seed: int, epoch: int, shuffle_bytes: int = SHUFFLE_BYTES) -> Int64s:
@@ -44,7 +92,7 @@ def memory_bytes(split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> int:
     return int(1.25 * samples * sum(sizes) / rows) + 8 * max(sizes, default=2**20)
 
 
-def share_of_batch(batch: Int64s, rank: int, world_size: int) -> Int64s:
+def rank_positions(batch: Int64s, rank: int, world_size: int) -> Int64s:
     """Return this rank's positions in a global batch, ascending.
 
     Each rank takes a contiguous part of the batch in storage order, so a row group is read by one or two ranks and not by all.
@@ -61,10 +109,3 @@ def rank_slice(number: int, rank: int, world_size: int) -> slice:
 def steps_per_epoch(split: Split, global_batch_size: int) -> int:
     """Return the number of complete global batches in an epoch."""
     return split.num_samples // global_batch_size
-
-
-def kept_patches(random: np.random.Generator, batch_size: int, num_patches: int, dropout: float) -> Int64s:
-    """Draw the patches to keep for each image independently, (B, P), ascending."""
-    kept = max(1, int(num_patches * (1 - dropout)))
-    order = np.argsort(random.random((batch_size, num_patches), dtype=np.float32), axis=1)
-    return np.sort(order[:, :kept], axis=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lift_ray.data.augment import centre_crop, corners_and_centre
-from lift_ray.data.batches import IMAGE_ERRORS, _ahead, _broken
+from lift_ray.data.batches import IMAGE_ERRORS, broken_image, made_ahead
 from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels, decode
 from lift_ray.data.longtail import Int64s
@@ -59,11 +59,11 @@ def view_batches(
                 for view, made in rows.items():
                     made.append(np.moveaxis(view.of(image), -1, -3))
             except IMAGE_ERRORS as error:
-                raise _broken(split, sample, error) from None
+                raise broken_image(split, sample, error) from None
         images = {view: torch.from_numpy(np.stack(made)) for view, made in rows.items()}
         return images, torch.from_numpy(split.labels[samples(step)])
 
     steps = range(-(-len(mine) // batch_size))
-    return _ahead(
+    return made_ahead(
         make, steps, num_threads, lambda step: reader.prefetch(samples(step)), -(-READ_AHEAD_SAMPLES // batch_size)
     )

@@ -11,11 +11,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from lift_ray.data.augment import evaluation_image
+from lift_ray.data.augment import Draws, evaluation_image
 from lift_ray.data.decode import Pixels
 
 NUM_OPERATIONS = 2
@@ -27,7 +26,7 @@ STRONG_DRAWS = WEAK_DRAWS + 2 * NUM_OPERATIONS + 2
 NUM_DRAWS = WEAK_DRAWS + STRONG_DRAWS
 
 
-def two_views(encoded: bytes, size_px: int, draw: NDArray[np.float64], cutout_frac: float) -> Pixels:
+def two_views(encoded: bytes, size_px: int, draw: Draws, cutout_frac: float) -> Pixels:
     """Return `weak_view` and `strong_view` of the evaluation crop, (2, size, size, 3) uint8.
 
     Args:
@@ -38,7 +37,7 @@ def two_views(encoded: bytes, size_px: int, draw: NDArray[np.float64], cutout_fr
     return np.stack([weak_view(image, draw[:WEAK_DRAWS]), strong_view(image, draw[WEAK_DRAWS:], cutout_frac)])
 
 
-def weak_view(image: Pixels, draw: NDArray[np.float64]) -> Pixels:
+def weak_view(image: Pixels, draw: Draws) -> Pixels:
     """Return the weak view, (size, size, 3): shifted by up to 1/8 of the side, mirrored border, half flipped (arXiv 2001.07685).
 
     Args:
@@ -51,7 +50,7 @@ def weak_view(image: Pixels, draw: NDArray[np.float64]) -> Pixels:
     return moved[:, ::-1] if draw[0] < 0.5 else moved
 
 
-def strong_view(image: Pixels, draw: NDArray[np.float64], cutout_frac: float) -> Pixels:
+def strong_view(image: Pixels, draw: Draws, cutout_frac: float) -> Pixels:
     """Return the strong view, (size, size, 3): a weak view, two RandAugment operations, and cutout (arXiv 1909.13719, 1708.04552).
 
     The operations have magnitude 10 of 30; they and their strengths are torchvision's. The center of the gray square is uniform in

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from lift_ray.data.augment import evaluation_image, five_crops
-from lift_ray.data.batches import IMAGE_ERRORS, _ahead
+from lift_ray.data.batches import IMAGE_ERRORS, made_ahead
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.calibration import Calibration, calibrated
@@ -101,7 +101,7 @@ class Predictor:
         ]
         # One stream of batches over all parts, so that decoding and the model do not pause between two parts. A batch holds
         # images of one part only.
-        decoded = _ahead(
+        decoded = made_ahead(
             lambda index: (steps[index], *self._decoded(reader, *steps[index][1:])),
             range(len(steps)),
             self._ranks.num_threads,

@@ -121,7 +121,7 @@ def check_suits(method: MethodConfig, run: Mapping[str, Any]) -> None:
         ("tuner", "kind", "zero_shot", "a model that is trained", "use linear_probe"),
     ]
     for section, setting, refused, wanted, todo in rules:
-        if getattr(run.get(section), setting, None) == refused:
+        if section in run and getattr(run[section], setting) == refused:
             raise ValueError(f"{method.kind} needs {wanted}, but got {section}.{setting} {refused}; {todo}")
     if "optim" in run and (parts := run["optim"].accumulate) > 1:
         raise ValueError(

@@ -100,10 +100,10 @@ def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any], model: type
 
 def _default_kind(model: type[BaseModel], section: list[str]) -> str | None:
     """Return the default kind of a section."""
-    default: Any = None
     for name in section:
         field = model.model_fields.get(name)
         default = field.default if field else None
         held = [mark.model for mark in field.metadata if isinstance(mark, Holds)] if field else []
         model = type(default) if isinstance(default, BaseModel) else next(iter(held), BaseModel)
-    return getattr(default, "kind", None)
+    kind = model.model_fields.get("kind")
+    return kind.default if kind else None

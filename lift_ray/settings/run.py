@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
@@ -84,6 +84,10 @@ class NoAugmentConfig(Config):
     """The evaluation crop, also in training. The activations of the frozen blocks are then computed once and cached."""
 
     kind: Literal["none"] = "none"
+    # constants, not settings: training reads them for every kind
+    patch_dropout: ClassVar[float] = 0.0
+    start_px: ClassVar[int | None] = None
+    decode: ClassVar[Literal["exact", "reduced", "gpu"]] = "exact"
 
 
 class OptimConfig(Config):

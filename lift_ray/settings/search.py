@@ -149,11 +149,12 @@ def num_brackets(scheduler: AnyScheduler, most_epochs: int) -> int:
 
 def expected_epochs(scheduler: AnyScheduler, most_epochs: int) -> float:
     """Return the expected epochs of a sampled trial if each rung lets one in `reduction_factor` continue."""
+    factor = scheduler.reduction_factor if isinstance(scheduler, AshaConfig | HyperbandConfig) else 1
     means = []
     for bracket in range(num_brackets(scheduler, most_epochs)):
         fraction, done, mean = 1.0, 0, 0.0
         for epoch in [*rungs(scheduler, most_epochs, bracket), most_epochs]:
             mean += fraction * (epoch - done)
-            fraction, done = fraction / getattr(scheduler, "reduction_factor", 1), epoch
+            fraction, done = fraction / factor, epoch
         means.append(mean)
     return sum(means) / len(means)

@@ -10,6 +10,7 @@ from lift_ray.data.order import memory_bytes, steps_per_epoch
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import BackboneUnavailable
+from lift_ray.settings.methods import HalfLabelledConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import RunFile
 from lift_ray.training.workspace import DTYPES, Workspace
@@ -38,7 +39,8 @@ def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tupl
     }
     if model is None:
         return config, lines | {"trained parameters and memory": f"unknown; {unknown}"}
-    parts = memory(model, config, batch // workers * (1 + 2 * getattr(config.method, "unlabelled_ratio", 0))) | {
+    views = 2 * config.method.unlabelled_ratio if isinstance(config.method, HalfLabelledConfig) else 0
+    parts = memory(model, config, batch // workers * (1 + views)) | {
         "encoded images": _encoded_bytes(split, config.optim.shuffle_bytes)
     }
     each = ", ".join(f"{name} {size / MIB:,.1f}" for name, size in parts.items())

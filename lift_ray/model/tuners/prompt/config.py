@@ -9,9 +9,11 @@ from lift_ray.registry import TunerConfig, register_tuner
 
 
 class _PromptConfig(TunerConfig):
+    length: Width | None = None
+
     def derived(self, num_classes: int, num_tuned: int, width: int) -> dict[str, Any]:
         """The number of tokens."""
-        return {"length": getattr(self, "length", None) or derived_width(num_classes, num_tuned)}
+        return {"length": self.length or derived_width(num_classes, num_tuned)}
 
 
 class VptShallowConfig(_PromptConfig):
