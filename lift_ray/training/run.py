@@ -121,7 +121,7 @@ class Run:
                 batch,
                 "lower it",
             )
-        if getattr(self.config.augment, "decode", "exact") == "gpu" and self.ranks.device.type != "cuda":
+        if self.config.augment.decode == "gpu" and self.ranks.device.type != "cuda":
             raise BadInput("augment.decode", "must be exact or reduced without a GPU", "gpu", "leave it out")
         self.losses = torch.zeros(self.steps_per_epoch, 2, device=self.ranks.device)
         return TrainStep(self.config, self.workspace, self.model, self.class_counts)
