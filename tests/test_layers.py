@@ -76,7 +76,7 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"lift_ray/tune", "lift_ray/convert"},
     ),
-    "jinja2": ({"lift_ray/reporting/"}, set()),
+    "jinja2": ({"lift_ray/reporting/", "lift_ray/inference/model_card"}, set()),
     "plotly": ({"lift_ray/reporting/page"}, set()),
     "typer": ({f"lift_ray/{verb}" for verb in VERBS}, {"lift_ray/errors"}),
 }
