@@ -56,8 +56,8 @@ class Search:
         self.num_ended = sum(row.has_ended for row in study.rows.values())
         # The last driver may have been killed between storing an epoch and deciding about its trial: decide now.
         for row in self.study.rows.values():
-            if not row.has_ended and row.history:
-                self._after_epoch(row)
+            if not row.has_ended and row.history and not self._after_epoch(row):
+                self._trial_ended(row)
 
     @property
     def trials_are_over(self) -> bool:
@@ -97,6 +97,8 @@ class Search:
         row = self._row(job)
         continues = self._later(job, reply) if row is None else self._trial(row, reply)
         if not continues:
+            if row is not None:
+                self._trial_ended(row)
             self._ended(job)
         return continues
 
@@ -116,7 +118,8 @@ class Search:
         if (row := self._row(job)) is None:
             raise RunFailed(f"the final comparison failed: {error}; add --resume to try again")
         self._tell_started(row)
-        self._end(row, "failed", error)
+        self.study.end(row, "failed", error)
+        self._trial_ended(row)
         self._ended(job)
 
     def _row(self, job: Job) -> TrialRow | None:
@@ -160,7 +163,7 @@ class Search:
         if isinstance(reply, RunStarted):
             return self._began(row, reply)
         if isinstance(reply, RunDiverged):
-            self._end(row, "failed", reply.reason, diverged=True)
+            self.study.end(row, "failed", reply.reason, diverged=True)
             return False
         assert isinstance(reply, EpochEnded)
         self._reported(row, reply.metrics.flat())
@@ -173,7 +176,7 @@ class Search:
         broken = {n: v for n, v in known.items() if (limit := self.space.constraints.get(n)) and limit.excess(v) > 0}
         if broken:
             error = ", ".join(f"{name} is {value:,.0f}" for name, value in broken.items())
-            self._end(row, "infeasible", error, known=known)
+            self.study.end(row, "infeasible", error, known=known)
             return False
         for figures in reply.history[len(row.history) :]:  # saved by a slot whose driver died before it got the reply
             self._reported(row, figures.flat())
@@ -193,21 +196,12 @@ class Search:
     def _after_epoch(self, row: TrialRow) -> bool:
         """End a trial that is done or that early stopping ends. Returns whether it continues."""
         if row.is_done:
-            self._end(row, "finished")
+            self.study.end(row, "finished")
         elif decide(self.space, row, list(self.study.rows.values())) == "stop":
-            self._end(row, "pruned")
+            self.study.end(row, "pruned")
         return not row.has_ended
 
-    def _end(
-        self,
-        row: TrialRow,
-        state: str,
-        error: str = "",
-        *,
-        diverged: bool = False,
-        known: Mapping[str, float] | None = None,
-    ) -> None:
-        self.study.end(row, state, error, diverged=diverged, known=known)
+    def _trial_ended(self, row: TrialRow) -> None:
         self.num_ended += 1
         if row.state != "finished" and row.history:
             self.out.remove(f"checkpoints/{row.number:04d}")
