@@ -159,13 +159,17 @@ def _open_to_the_world(faults: Diagnostics) -> None:
                 )
 
 
+def _sections(data: Data) -> list[tuple[Place, Data]]:
+    """Return the file itself and its node types, by place."""
+    kinds = data.get("available_node_types", {})
+    return [((), data), *((("available_node_types", name), kind) for name, kind in kinds.items())]
+
+
 def _lists_of_commands(data: Data) -> dict[Place, str]:
     """Return every command of the file by its place."""
-    sections: list[tuple[Place, Data]] = [((), data)]
-    sections += [(("available_node_types", name), kind) for name, kind in data.get("available_node_types", {}).items()]
     return {
         (*place, name, i): command
-        for place, section in sections
+        for place, section in _sections(data)
         for name, commands in section.items()
         if name.endswith("_commands")
         for i, command in enumerate(commands)
@@ -173,16 +177,11 @@ def _lists_of_commands(data: Data) -> dict[Place, str]:
 
 
 def _images(faults: Diagnostics) -> None:
-    data = faults.file.data
-    sections: list[tuple[Place, Data]] = [(("docker",), data.get("docker") or {})]
-    sections += [
-        (("available_node_types", name, "docker"), kind.get("docker") or {})
-        for name, kind in data.get("available_node_types", {}).items()
-    ]
-    for place, section in sections:
+    for place, section in _sections(faults.file.data):
+        docker = section.get("docker") or {}
         for name in ("image", "head_image", "worker_image"):
-            if section.get(name):
-                one_ray_image(faults, (*place, name), section[name], version("ray"))
+            if docker.get(name):
+                one_ray_image(faults, (*place, "docker", name), docker[name], version("ray"))
 
 
 # Section, test that one of its entries must pass, and the fault if none does.

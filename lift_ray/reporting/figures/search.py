@@ -57,14 +57,12 @@ def history_figure(study: StudyFiles) -> Figure | None:
                 hovertemplate="%{y:.2f}<br>%{text}<extra>%{fullData.name}</extra>",
             )
         )
-    done = study.finished
-    so_far = scale * best_so_far(study)
     traces.append(
         scatter(
             "lines",
             name="best so far",
-            x=[t["number"] for t in done],
-            y=so_far.round(4).tolist(),
+            x=[t["number"] for t in study.finished],
+            y=(scale * best_so_far(study)).round(4).tolist(),
             line={"shape": "hv", "color": COLORS[2]},
             hoverinfo="skip",
         )
