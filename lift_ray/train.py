@@ -110,19 +110,19 @@ def train(
     output = Output(out or run.out or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_out(output, run, resume)
 
-    def job(one: RunFile, target: Output) -> Job:
-        return Job(
-            one.name, one.config.to_dict(), data.uri, target.url, cpus_per_worker, checkpoint_s, checkpoint_steps
-        )
+    def train_one(one: RunFile, target: Output, need: Need | None = None, others: bool = False) -> Progress:
+        where = str(need or f"this process, {cpus_per_worker} CPU")
+        config = one.config.to_dict()
+        job = Job(one.name, config, data.uri, target.url, cpus_per_worker, checkpoint_s, checkpoint_steps)
+        with _begun(one, data.uri, target, where, services, others=others) as progress:
+            if need is None:
+                train_alone(job, progress)
+            else:
+                train_on_workers(job, need, least, Patience(max_failures, heartbeat_s), progress)
+        return progress
 
     with trackers(log_to or [], run.name, output.folder) as services:
         if no_ray:
-
-            def train_one(one: RunFile, target: Output) -> Progress:
-                with _begun(one, data.uri, target, f"this process, {cpus_per_worker} CPU", services) as progress:
-                    train_alone(job(one, target), progress)
-                return progress
-
             _train_all(run, members, data, output, train_one, 1, None)
             return
         with connected(dashboard=dashboard, metadata={"job_name": run.name}) as nodes:
@@ -131,13 +131,8 @@ def train(
             fits, _ = num_slots(ScaleConfig(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
             need = replace(fits, workers=workers)
             at_once = max(1, min(len(members), num_fitting(need, nodes)))
-
-            def train_one(one: RunFile, target: Output) -> Progress:
-                with _begun(one, data.uri, target, str(need), services, others=at_once > 1) as progress:
-                    train_on_workers(job(one, target), need, least, Patience(max_failures, heartbeat_s), progress)
-                return progress
-
-            _train_all(run, members, data, output, train_one, at_once, fits)
+            on_workers = partial(train_one, need=need, others=at_once > 1)
+            _train_all(run, members, data, output, on_workers, at_once, fits)
 
 
 def _members(run: RunFile) -> dict[str, RunFile]:

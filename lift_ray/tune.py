@@ -15,7 +15,9 @@ from lift_ray.errors import BadInput, Stopped, run_and_exit
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
+    from lift_ray.ray_runtime.capacity import Need
     from lift_ray.search.final_comparison import SearchResult
+    from lift_ray.search.study import Study
     from lift_ray.settings.space import SpaceFile
     from lift_ray.storage.output import Output
 
@@ -123,7 +125,7 @@ def _search(
     log_to: list[str],
 ) -> None:
     """Start or join Ray, run the search, then write and print the results."""
-    from lift_ray.ray_runtime.session import connected, dashboard_url, machine
+    from lift_ray.ray_runtime.session import connected, machine
     from lift_ray.reporting.report import kept_up_to_date, try_report
     from lift_ray.reporting.trial_rows import write_json
     from lift_ray.search.driver import run_search
@@ -154,26 +156,18 @@ def _search(
         interrupts.listen()
         need, slots = num_slots(space.scale, nodes)
         started_s = time.monotonic() - began
-        before = f" ({sum(row.has_ended for row in study.rows.values())} ended before)" if resume else ""
-        print(
-            f"{space.name}: {space.num_trials} trials{before}, {min(slots, space.num_trials)} at a time, each {need}; "
-            f"results in {target}"
-        )
-        if url := dashboard_url():
-            print(f"dashboard: {url} (print its token with: ray get-auth-token)")
+        _print_started(study, resume, min(slots, space.num_trials), need, target)
         if page:
             print(f"live page: {page}", flush=True)
             tell_job(page)
-        write_json(
-            {
-                "name": space.name,
-                "dataset": dataset,
-                "space": space.model_dump(mode="json", by_alias=True),
-                "each_trial": asdict(need),
-                "machine": machine(),
-            },
-            target.folder / SPACE,
-        )
+        about = {
+            "name": space.name,
+            "dataset": dataset,
+            "space": space.model_dump(mode="json", by_alias=True),
+            "each_trial": asdict(need),
+            "machine": machine(),
+        }
+        write_json(about, target.folder / SPACE)
         try:
             with kept_up_to_date(target):
                 found = run_search(
@@ -196,6 +190,16 @@ def _search(
     _print_found(space, found, target)
     if page := try_report(target):
         print(f"report: {page}")
+
+
+def _print_started(study: Study, resume: bool, at_once: int, need: Need, out: Output) -> None:
+    from lift_ray.ray_runtime.session import dashboard_url
+
+    space = study.space
+    before = f" ({sum(row.has_ended for row in study.rows.values())} ended before)" if resume else ""
+    print(f"{space.name}: {space.num_trials} trials{before}, {at_once} at a time, each {need}; results in {out}")
+    if url := dashboard_url():
+        print(f"dashboard: {url} (print its token with: ray get-auth-token)")
 
 
 def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
@@ -251,64 +255,13 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     from rich.table import Table
 
-    from lift_ray.ray_runtime.capacity import gpus_here, lacking, need, num_fitting
-    from lift_ray.settings.search import expected_epochs
+    from lift_ray.search.plan import plan
     from lift_ray.terminal.tables import console
 
-    out = console()
     table = Table(title=f"{space.name}: plan", title_justify="left", box=None, show_header=False)
-    if data is None:
-        table.add_row("data", f"{dataset} (remote: not opened in a dry run)")
-    else:
-        counts = data.split("train").class_counts(data.num_classes)
-        table.add_row(
-            "data",
-            f"{dataset}: {data.num_classes} classes, {counts.sum():,} training images, {counts.max()} ... "
-            f"{counts.min()} per class",
-        )
-    config = space.config({})
-    table.add_row(
-        "backbone", f"{config.backbone.model} {config.backbone.pretrained or ''} in {config.backbone.precision}"
-    )
-    for metric, mode in space.objectives.items():
-        table.add_row("objective", f"{metric}, {mode}")
-    for metric, limit in space.constraints.items():
-        bounds = [
-            f"{word} {value:g}"
-            for word, value in (("at least", limit.min), ("at most", limit.max))
-            if value is not None
-        ]
-        table.add_row("constraint", f"{metric} {' and '.join(bounds)}")
-    for name, param in space.space.items():
-        when = f"   when {', '.join(f'{k} is {v}' for k, v in param.when.items())}" if param.when else ""
-        table.add_row(name, f"{param}{when}")
-    search, number, most = space.search, space.num_trials, space.most_epochs()
-    given = f"{len(space.baselines)} baselines first, then " if space.baselines else ""
-    each = f" ({search.per_kind} for each tuner.kind)" if search.per_kind else ""
-    table.add_row("search", f"{number} trials{each}, {given}{search.sampler}; stops early: {search.scheduler.kind}")
-    if search.seeds_best > 1:
-        table.add_row(
-            "seeds",
-            f"{search.seeds_best - 1} more at the end for the best settings"
-            + (", and for the first baseline" if space.baselines else ""),
-        )
-    drawn = max(0, number - len(space.baselines))
-    epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
-    table.add_row("epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping")
-    wanted = need(space.scale, has_gpu=gpus_here() > 0)
-    images = space.plan.training_images if data is None else data.split("train").num_samples
-    if images and (speed := space.plan.images_per_s):
-        hours = epochs * images / speed / 3600
-        unit = "GPU-hours" if wanted.gpus else "worker-hours"
-        table.add_row(
-            "work",
-            f"{epochs * images:,.0f} training images, about {hours:.0f} {unit} at {speed:g} images/s per worker (plan)",
-        )
-    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus_here())}
-    table.add_row("each trial", str(wanted))
-    fits = f"{int(here['CPU'])} CPU, {int(here['GPU'])} GPU: fits {num_fitting(wanted, [here])} trials at a time"
-    table.add_row("this machine", lacking(wanted, here) or fits)
-    out.print(table)
+    for name, text in plan(space, dataset, data):
+        table.add_row(name, text)
+    console().print(table)
     print("checked: no errors found")
 
 

@@ -79,7 +79,7 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
         },
         {"lift_ray/tune", "lift_ray/convert"},
     ),
-    "jinja2": ({"lift_ray/reporting/"}, set()),
+    "jinja2": ({"lift_ray/reporting/", "lift_ray/inference/model_card"}, set()),
     "plotly": ({"lift_ray/reporting/page"}, set()),
     "typer": ({"lift_ray/cli", *(f"lift_ray/{verb}" for verb in VERBS)}, set()),
 }

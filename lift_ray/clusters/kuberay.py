@@ -87,54 +87,14 @@ def _groups(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
     here, ray = version("ray"), data["rayVersion"]
     if ray != here:
         faults.add((*spec, "rayVersion"), f"must be the Ray of this machine, {here}", f"'{ray}'", f'write "{here}"')
-    groups: list[tuple[Place, dict[str, Any]]] = [((*spec, "headGroupSpec"), data["headGroupSpec"])]
-    groups += [((*spec, "workerGroupSpecs", i), group) for i, group in enumerate(data["workerGroupSpecs"])]
-    names = [group["groupName"] for _, group in groups[1:]]
-    for place, group in groups:
-        pod: Place = (*place, "template", "spec")
-        container = group["template"]["spec"]["containers"][0]
-        first: Place = (*pod, "containers", 0)
-        one_ray_image(faults, (*first, "image"), container["image"], here)
-        if not container.get("resources", {}).get("limits", {}).get("cpu"):
-            faults.add(
-                (*first, "resources"),
-                "must have limits with cpu, which tell Ray the size of a node",
-                but="there are none",
-                remedy="add them",
-            )
-        commands: dict[Place, str] = {(*first, name): " ".join(container.get(name, [])) for name in ("command", "args")}
-        token_stays_on(faults, commands)
-        if "/ray:" in container["image"]:
-            one_exact_ray(faults, commands, first)
-        if (
-            data.get("autoscalerOptions", {}).get("version") == "v2"
-            and group["template"]["spec"].get("restartPolicy") != "Never"
-        ):
-            faults.add(
-                (*pod, "restartPolicy"),
-                "must be Never with autoscaler v2",
-                but="it is not",
-                remedy="write `restartPolicy: Never`",
-            )
-        if "serviceAccountName" not in group["template"]["spec"]:
-            faults.add(
-                pod,
-                "requires a role for access to storage",
-                but="serviceAccountName is missing",
-                remedy="add it (keys do not belong in this file)",
-            )
-        for i, variable in enumerate(container.get("env", [])):
-            token_stays_on(faults, {(*first, "env", i): f"{variable['name']}={variable.get('value', '')}"})
-            if "value" in variable and SECRET_NAME.search(variable["name"]):
-                faults.add(
-                    (*first, "env", i),
-                    f"{variable['name']} does not belong in a file",
-                    remedy="take it from a secret (valueFrom: {secretKeyRef: ...}), or give the pods a role",
-                )
-        if place == groups[0][0]:
-            continue
-        if names.count(group["groupName"]) > 1:
-            faults.add((*place, "groupName"), "must be unique", f"'{group['groupName']}' twice", "rename one")
+    never_restarts = data.get("autoscalerOptions", {}).get("version") == "v2"
+    _pod(faults, (*spec, "headGroupSpec"), data["headGroupSpec"], never_restarts)
+    names = [group["groupName"] for group in data["workerGroupSpecs"]]
+    for i, group in enumerate(data["workerGroupSpecs"]):
+        place: Place = (*spec, "workerGroupSpecs", i)
+        _pod(faults, place, group, never_restarts)
+        if names.count(names[i]) > 1:
+            faults.add((*place, "groupName"), "must be unique", f"'{names[i]}' twice", "rename one")
         least, start, most = group["minReplicas"], group.get("replicas", group["minReplicas"]), group["maxReplicas"]
         if not least <= start <= most:
             faults.add(
@@ -142,6 +102,47 @@ def _groups(faults: Diagnostics, data: dict[str, Any], spec: Place) -> None:
                 "minReplicas <= replicas <= maxReplicas must hold",
                 f"{least}, {start} and {most}",
                 "change one",
+            )
+
+
+def _pod(faults: Diagnostics, group: Place, data: dict[str, Any], never_restarts: bool) -> None:
+    """Check the pod template of a group, and its first container, which runs Ray."""
+    place: Place = (*group, "template", "spec")
+    pod = data["template"]["spec"]
+    if never_restarts and pod.get("restartPolicy") != "Never":
+        faults.add(
+            (*place, "restartPolicy"),
+            "must be Never with autoscaler v2",
+            but="it is not",
+            remedy="write `restartPolicy: Never`",
+        )
+    if "serviceAccountName" not in pod:
+        faults.add(
+            place,
+            "requires a role for access to storage",
+            but="serviceAccountName is missing",
+            remedy="add it (keys do not belong in this file)",
+        )
+    container, first = pod["containers"][0], (*place, "containers", 0)
+    one_ray_image(faults, (*first, "image"), container["image"], version("ray"))
+    if not container.get("resources", {}).get("limits", {}).get("cpu"):
+        faults.add(
+            (*first, "resources"),
+            "must have limits with cpu, which tell Ray the size of a node",
+            but="there are none",
+            remedy="add them",
+        )
+    commands: dict[Place, str] = {(*first, name): " ".join(container.get(name, [])) for name in ("command", "args")}
+    token_stays_on(faults, commands)
+    if "/ray:" in container["image"]:
+        one_exact_ray(faults, commands, first)
+    for i, variable in enumerate(container.get("env", [])):
+        token_stays_on(faults, {(*first, "env", i): f"{variable['name']}={variable.get('value', '')}"})
+        if "value" in variable and SECRET_NAME.search(variable["name"]):
+            faults.add(
+                (*first, "env", i),
+                f"{variable['name']} does not belong in a file",
+                remedy="take it from a secret (valueFrom: {secretKeyRef: ...}), or give the pods a role",
             )
 
 

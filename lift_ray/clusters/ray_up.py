@@ -159,13 +159,17 @@ def _open_to_the_world(faults: Diagnostics) -> None:
                 )
 
 
+def _sections(data: Data) -> list[tuple[Place, Data]]:
+    """Return the file itself and its node types, by place."""
+    kinds = data.get("available_node_types", {})
+    return [((), data), *((("available_node_types", name), kind) for name, kind in kinds.items())]
+
+
 def _lists_of_commands(data: Data) -> dict[Place, str]:
     """Return every command of the file by its place."""
-    sections: list[tuple[Place, Data]] = [((), data)]
-    sections += [(("available_node_types", name), kind) for name, kind in data.get("available_node_types", {}).items()]
     return {
         (*place, name, i): command
-        for place, section in sections
+        for place, section in _sections(data)
         for name, commands in section.items()
         if name.endswith("_commands")
         for i, command in enumerate(commands)
@@ -173,66 +177,65 @@ def _lists_of_commands(data: Data) -> dict[Place, str]:
 
 
 def _images(faults: Diagnostics) -> None:
-    data = faults.file.data
-    sections: list[tuple[Place, Data]] = [(("docker",), data.get("docker") or {})]
-    sections += [
-        (("available_node_types", name, "docker"), kind.get("docker") or {})
-        for name, kind in data.get("available_node_types", {}).items()
-    ]
-    for place, section in sections:
+    for place, section in _sections(faults.file.data):
+        docker = section.get("docker") or {}
         for name in ("image", "head_image", "worker_image"):
-            if section.get(name):
-                one_ray_image(faults, (*place, name), section[name], version("ray"))
+            if docker.get(name):
+                one_ray_image(faults, (*place, "docker", name), docker[name], version("ray"))
+
+
+# Section, test that one of its entries must pass, and the fault if none does.
+REQUIRED: tuple[tuple[str, Callable[[str], bool], str, str, str], ...] = (
+    (
+        "setup_commands",
+        lambda command: "lift_ray" in command,
+        "must install lift_ray on every node",
+        "no command does",
+        "add it as clusters/ does",
+    ),
+    (
+        "setup_commands",
+        lambda command: "RAY_AUTH_MODE=token" in command,
+        "must keep Ray's token authentication on",
+        "no command exports RAY_AUTH_MODE=token",
+        "add it as clusters/ does",
+    ),
+    (
+        "file_mounts",
+        lambda path: path.endswith(".ray/auth_token"),
+        "must copy the token to every node",
+        "~/.ray/auth_token is missing",
+        "add `~/.ray/auth_token: ~/.ray/auth_token`",
+    ),
+    (
+        "worker_start_ray_commands",
+        lambda command: "ray start" in command and "--address" in command,
+        "must start Ray and join the head",
+        "no command does",
+        "add `ray start --address=$RAY_HEAD_IP:6379` as clusters/ does",
+    ),
+    (
+        "head_start_ray_commands",
+        lambda command: "ray start" in command,
+        "must start Ray with the dashboard on loopback",
+        "no command does (Ray's default opens it to the network)",
+        "add it as clusters/ does",
+    ),
+)
 
 
 def _commands(faults: Diagnostics) -> None:
-    data = faults.file.data
-    commands = _lists_of_commands(data)
+    commands = _lists_of_commands(faults.file.data)
     one_exact_ray(faults, commands, ("setup_commands",))
     token_stays_on(faults, commands)
     _images(faults)
-    written = " ".join(data.get("setup_commands", []))
-    if "lift_ray" not in written:
-        faults.add(
-            ("setup_commands",),
-            "must install lift_ray on every node",
-            but="no command does",
-            remedy="add it as clusters/ does",
-        )
-    if "RAY_AUTH_MODE=token" not in written:
-        faults.add(
-            ("setup_commands",),
-            "must keep Ray's token authentication on",
-            but="no command exports RAY_AUTH_MODE=token",
-            remedy="add it as clusters/ does",
-        )
-    if not any(str(name).endswith(".ray/auth_token") for name in data.get("file_mounts", {})):
-        faults.add(
-            ("file_mounts",),
-            "must copy the token to every node",
-            but="~/.ray/auth_token is missing",
-            remedy="add `~/.ray/auth_token: ~/.ray/auth_token`",
-        )
-    workers = data.get("worker_start_ray_commands", ["ray start --address"])  # or Ray's own
-    if not any("ray start" in command and "--address" in command for command in workers):
-        faults.add(
-            ("worker_start_ray_commands",),
-            "must start Ray and join the head",
-            but="no command does",
-            remedy="add `ray start --address=$RAY_HEAD_IP:6379` as clusters/ does",
-        )
-    starts = enumerate(data.get("head_start_ray_commands", []))
-    heads = [(i, command) for i, command in starts if "ray start" in command]
-    if not heads:
-        faults.add(
-            ("head_start_ray_commands",),
-            "must start Ray with the dashboard on loopback",
-            but="no command does (Ray's default opens it to the network)",
-            remedy="add it as clusters/ does",
-        )
-    loopback_only(faults, {("head_start_ray_commands", i): command for i, command in heads})
-    for i, command in heads:
-        place = ("head_start_ray_commands", i)
+    data = {"worker_start_ray_commands": ["ray start --address"], **faults.file.data}  # the default is Ray's own
+    for section, suits, rule, but, remedy in REQUIRED:
+        if not any(suits(str(entry)) for entry in data.get(section, ())):
+            faults.add((section,), rule, but=but, remedy=remedy)
+    heads = {p: text for p, text in commands.items() if p[0] == "head_start_ray_commands" and "ray start" in text}
+    loopback_only(faults, heads)
+    for place, command in heads.items():
         if data["provider"]["type"] == "local" and "RAY_enable_autoscaler_v2=0" not in command:
             faults.add(
                 place,

@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lift_ray.inference.model_card import Exported, model_card
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import TIMM, load_backbone
-from lift_ray.model.merging import licence, merged, write_open_clip
+from lift_ray.model.merging import merged, write_open_clip
 from lift_ray.model.resnet import AnyTower
 from lift_ray.model.tuners.base import BlockTuner
 from lift_ray.storage.layout import BEST_METRICS
@@ -107,7 +107,7 @@ def export_checkpoint(
         program = functools.cache(lambda: _program(classifier))
         exported = [_exported(classifier, name, temporary, program) for name in WRITERS if name in wanted]
         (temporary / CLASSES).write_text(json.dumps(classifier.record.class_names, indent=1) + "\n")
-        (temporary / "README.md").write_text(_card(classifier, exported, _metrics(folder, classifier)))
+        (temporary / "README.md").write_text(model_card(classifier, exported, _metrics(folder, classifier)))
         temporary.chmod(0o755)
         temporary.rename(to)
     except OSError as error:
@@ -223,24 +223,6 @@ def _metrics(folder: Path, classifier: Classifier) -> dict[str, float]:
     except (OSError, ValueError) as error:
         raise BadInput(str(folder / BEST_METRICS), "must hold metrics", one_line(error), "delete this file") from None
     return classifier.record.metrics | kept
-
-
-def _card(classifier: Classifier, exported: Sequence[Exported], metrics: Mapping[str, float]) -> str:
-    record, wanted = classifier.record, classifier.config.backbone
-    return model_card(
-        config=classifier.config.to_dict(),
-        class_names=record.class_names,
-        class_counts=record.class_counts,
-        metrics=metrics,
-        dataset=record.dataset,
-        digest=record.digest,
-        version=record.lift_ray_version,
-        size_px=classifier.size_px,
-        license_name=licence(wanted.model, wanted.pretrained),
-        exported=exported,
-        five_crops=classifier.five_crops,
-        trained_tau=classifier.trained_tau,
-    )
 
 
 WRITERS: dict[str, Callable[[Classifier, Path, GetProgram], tuple[str, Logits]]] = {

@@ -35,23 +35,23 @@ class Prior(NamedTuple):
 
 
 def fit(logits: Tensor, labels: Tensor, *, calibrate: bool = True, reduce: Sum = lambda tensor: tensor) -> Prior:
-    """The q that minimises CE(z / T - log q + log r, y), r the class frequencies of this set (arXiv 2310.08106).
+    """Return the q that minimizes CE(z / T - log q + log r, y), r the class frequencies of this set (arXiv 2310.08106).
 
-    GLA wants a balanced set, where log r is the same for all classes and drops out; of any other set its own prior is taken
-    out here. With b = log r - log q it is convex: b <- b + log(r / mean_x softmax(z / T + b)) until the mean predicted mass is
-    r, and by turns a step of Newton's method on 1 / T.
+    GLA assumes a balanced set, where log r is the same for all classes and drops out; for any other set, its own prior is
+    removed here. With b = log r - log q the problem is convex: b <- b + log(r / mean_x softmax(z / T + b)) until the mean
+    predicted mass is r, and in turn a Newton step on 1 / T.
 
-    How many images it takes, by priors planted in synthetic logits (tests/test_prior.py): L1 <= 0.1 needs about 40 of each class for
+    Images required, from priors planted in synthetic logits (tests/test_prior.py): L1 <= 0.1 needs about 40 of each class for
     K = 50, and 5 of each for K = 365 and 1000; with 5 of each for K = 50, and 1 for the others, L1 is 0.12 to 0.2.
 
     Args:
-        logits: z (n, K) of a model that was not trained on the data, on held-out images; of this rank alone, where several share.
+        logits: z (n, K) of a model that was not trained on the data, on held-out images; with several ranks, those of this rank.
         labels: y (n,).
-        calibrate: fit T too; the paper wants calibrated models and does not say how: jointly, by cross-entropy, is assumed here.
+        calibrate: fit T too. The paper requires calibrated models and does not say how; here T is fitted jointly, by cross-entropy.
         reduce: sums a tensor over the ranks.
 
-    Raises ValueError when classes have no image, naming them; when the logits are not finite, or without use: T would be infinite;
-    when the fit does not settle.
+    Raises ValueError if classes have no image, naming them; if the logits are not finite or not informative (T would be
+    infinite); if the fit does not converge.
     """
     num_classes = logits.shape[1]
     counts = reduce(torch.bincount(labels, minlength=num_classes).double())
@@ -60,31 +60,23 @@ def fit(logits: Tensor, labels: Tensor, *, calibrate: bool = True, reduce: Sum =
     num_images = float(counts.sum())
     log_r = (counts / num_images).log()
     mean = reduce(logits.double().sum(0)) / num_images  # without it, b and T would pull at the same thing
-    centred = [part.float() - mean.float() for part in logits.split(ROWS)]
-    own = sum(
-        (part.gather(1, y.unsqueeze(1)).double().sum() for part, y in zip(centred, labels.split(ROWS), strict=True)),
-        torch.zeros((), dtype=torch.float64, device=logits.device),
-    )
-    square = sum((part.double().square().sum() for part in centred), torch.zeros_like(own))
-    spread = math.sqrt(float(reduce(square)) / (num_images * num_classes))
+    centered = [part.float() - mean.float() for part in logits.split(ROWS)]
+    own = mean.new_zeros(2)  # sums of the logits of the images' own classes, and of all squares
+    for part, y in zip(centered, labels.split(ROWS), strict=True):
+        own[0] += part.gather(1, y.unsqueeze(1)).double().sum()
+        own[1] += part.double().square().sum()
+    found, square = reduce(own).tolist()
+    spread = math.sqrt(square / (num_images * num_classes))
     if not math.isfinite(spread) or spread == 0:
         raise ValueError(f"the model's logits must be finite and differ, but their deviation is {spread:g}")
     b, inverse = log_r.clone(), 1 / spread if calibrate else 1.0
     for _ in range(MOST_ROUNDS):
-        sums = torch.zeros(num_classes + 3, dtype=torch.float64, device=logits.device)
-        sums[-1] = own
-        for part in centred:
-            p = (part * inverse + b.float()).softmax(1)
-            first = (p * part).sum(1).double()
-            sums[:-3] += p.double().sum(0)
-            sums[-3] += first.sum()
-            sums[-2] += ((p * part * part).sum(1).double() - first**2).sum()
-        sums = reduce(sums)
-        expected, variance, found = sums[num_classes:].tolist()
-        step = (log_r - (sums[:-3] / num_images).log()).clamp(-LONGEST_STEP, LONGEST_STEP)
+        sums = reduce(_moments(centered, b, inverse))
+        step = (log_r - (sums[:-2] / num_images).log()).clamp(-LONGEST_STEP, LONGEST_STEP)
         b = b + step
         change = float(step.abs().max())
         if calibrate:
+            expected, variance = sums[-2:].tolist()
             wanted = inverse - (expected - found) / max(variance, 1e-12)
             wanted = min(max(wanted, inverse / 2), inverse * 2)
             change, inverse = max(change, abs(math.log(wanted / inverse))), wanted
@@ -93,13 +85,21 @@ def fit(logits: Tensor, labels: Tensor, *, calibrate: bool = True, reduce: Sum =
                     "the model's logits must say something of the labels, but no temperature makes them do"
                 )
         if change < TOLERANCE:
-            break
-    else:
-        raise ValueError(
-            f"the label prior must settle, but it still changed by {change:.2g} after {MOST_ROUNDS} rounds"
-        )
-    log_q = log_r - b + inverse * mean
-    return Prior((log_q - log_q.logsumexp(0)).float(), 1 / inverse)
+            log_q = log_r - b + inverse * mean
+            return Prior((log_q - log_q.logsumexp(0)).float(), 1 / inverse)
+    raise ValueError(f"the label prior must settle, but it still changed by {change:.2g} after {MOST_ROUNDS} rounds")
+
+
+def _moments(centered: Sequence[Tensor], b: Tensor, inverse: float) -> Tensor:
+    """Return sums over the images, (K + 2,): predicted mass of each class; mean and variance of z under softmax(z / T + b)."""
+    sums = b.new_zeros(len(b) + 2)
+    for part in centered:
+        p = (part * inverse + b.float()).softmax(1)
+        first = (p * part).sum(1).double()
+        sums[:-2] += p.double().sum(0)
+        sums[-2] += first.sum()
+        sums[-1] += ((p * part * part).sum(1).double() - first**2).sum()
+    return sums
 
 
 def thirds(log_q: Tensor) -> NDArray[np.str_]:

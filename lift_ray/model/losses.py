@@ -89,12 +89,7 @@ def logit_adjusted(counts: Tensor, *, tau: float) -> Loss:
     Args:
         tau: strength; 0 is plain cross-entropy.
     """
-    shift = tau * _log_prior(counts)
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits + shift, labels)
-
-    return loss
+    return _shifted(tau * _log_prior(counts))
 
 
 def gla(counts: Tensor, *, log_q: Tensor) -> Loss:
@@ -103,12 +98,11 @@ def gla(counts: Tensor, *, log_q: Tensor) -> Loss:
     Args:
         log_q: (K,), log of the label prior inside the foundation model (methods.prior).
     """
-    shift = _log_prior(counts) + log_q.to(counts.device)
+    return _shifted(_log_prior(counts) + log_q.to(counts.device))
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits + shift, labels)
 
-    return loss
+def _shifted(shift: Tensor) -> Loss:
+    return lambda logits, labels: F.cross_entropy(logits + shift, labels)
 
 
 def lade(counts: Tensor, *, remine: float, weight: float) -> Loss:

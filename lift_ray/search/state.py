@@ -56,8 +56,8 @@ class Search:
         self.num_ended = sum(row.has_ended for row in study.rows.values())
         # The last driver may have been killed between storing an epoch and deciding about its trial: decide now.
         for row in self.study.rows.values():
-            if not row.has_ended and row.history:
-                self._after_epoch(row)
+            if not row.has_ended and row.history and not self._after_epoch(row):
+                self._trial_ended(row)
 
     @property
     def trials_are_over(self) -> bool:
@@ -97,6 +97,8 @@ class Search:
         row = self._row(job)
         continues = self._later(job, reply) if row is None else self._trial(row, reply)
         if not continues:
+            if row is not None:
+                self._trial_ended(row)
             self._ended(job)
         return continues
 
@@ -116,7 +118,8 @@ class Search:
         if (row := self._row(job)) is None:
             raise RunFailed(f"the final comparison failed: {error}; add --resume to try again")
         self._tell_started(row)
-        self._end(row, "failed", error)
+        self.study.end(row, "failed", error)
+        self._trial_ended(row)
         self._ended(job)
 
     def _row(self, job: Job) -> TrialRow | None:
@@ -160,7 +163,7 @@ class Search:
         if isinstance(reply, RunStarted):
             return self._began(row, reply)
         if isinstance(reply, RunDiverged):
-            self._end(row, "failed", reply.reason, diverged=True)
+            self.study.end(row, "failed", reply.reason, diverged=True)
             return False
         assert isinstance(reply, EpochEnded)
         self._reported(row, reply.metrics)
@@ -172,7 +175,7 @@ class Search:
         number, limit = reply.trained_parameters, self.space.constraints.get(TRAINED_PARAMETERS)
         if limit and limit.excess(number) > 0:
             known = EpochMetrics(0, trained_parameters=number)
-            self._end(row, "infeasible", f"{TRAINED_PARAMETERS} is {number:,.0f}", known=known)
+            self.study.end(row, "infeasible", f"{TRAINED_PARAMETERS} is {number:,.0f}", known=known)
             return False
         for metrics in reply.history[len(row.history) :]:  # saved by a slot whose driver died before it got the reply
             self._reported(row, metrics)
@@ -192,21 +195,12 @@ class Search:
     def _after_epoch(self, row: TrialRow) -> bool:
         """End a trial that is done or that early stopping ends. Returns whether it continues."""
         if row.is_done:
-            self._end(row, "finished")
+            self.study.end(row, "finished")
         elif decide(self.space, row, list(self.study.rows.values())) == "stop":
-            self._end(row, "pruned")
+            self.study.end(row, "pruned")
         return not row.has_ended
 
-    def _end(
-        self,
-        row: TrialRow,
-        state: str,
-        error: str = "",
-        *,
-        diverged: bool = False,
-        known: EpochMetrics | None = None,
-    ) -> None:
-        self.study.end(row, state, error, diverged=diverged, known=known)
+    def _trial_ended(self, row: TrialRow) -> None:
         self.num_ended += 1
         if row.state != "finished" and row.history:
             self.out.remove(f"checkpoints/{row.number:04d}")

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich.box
 import rich.table
 
 from lift_ray.epoch_metrics import ACCURACIES, FURTHER, GROUPS
 from lift_ray.evaluation.metrics import ANY
-from lift_ray.terminal.tables import HEADINGS, accuracy_table, console, describe, percent
+from lift_ray.terminal.tables import HEADINGS, accuracy_table, console, describe, percent, titled
 
 
 def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
     """Return a table of class accuracy (%) by data group (rows) and parameter group (columns): mean of the members -> ensemble."""
     groups = report["groups"]
-    table = rich.table.Table(
-        title="Class accuracy (%): mean of the members -> ensemble (gain), by data group D and parameter group P",
-        title_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-    )
+    table = titled("Class accuracy (%): mean of the members -> ensemble (gain), by data group D and parameter group P")
     table.add_column("")
     columns = [p for p in (*GROUPS, ANY) if any(p in row for row in groups.values())]
     for p in columns:
@@ -32,13 +27,8 @@ def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
 
 def together_table(found: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     """Return a table of the test accuracy (%) of several ensembles (search.final_comparison.ensemble_results)."""
-    table = rich.table.Table(
-        title="Ensembles, test accuracy (%); gain over the mean and over the best of their members",
-        title_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
+    title = "Ensembles, test accuracy (%); gain over the mean and over the best of their members"
+    table = titled(title, collapse_padding=True, pad_edge=False)
     table.add_column("")
     for heading in (*HEADINGS[1:], "gain", "over best", "differ", "train s"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -21,6 +21,11 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, width=110)
 
 
+def titled(title: str, **more: Any) -> rich.table.Table:
+    """Return an empty table with its title on the left."""
+    return rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, **more)
+
+
 def percent(value: float | None) -> str:
     """Format a fraction as percent: 0.4567 -> 45.7."""
     return "-" if value is None else f"{100 * value:.1f}"
@@ -32,7 +37,7 @@ def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Named]]) ->
     For models with several logits (ULFine), rows for the linear head and the prototypes follow.
     """
     rows = [row for label, figures in rows for row in ((label, figures), *_further(split, figures))]
-    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table = titled(title)
     table.add_column("", overflow="fold")
     best = {
         name: max((figures.get(f"{split}/{name}", -1.0) for _, figures in rows), default=-1.0) for name in ACCURACIES
@@ -52,11 +57,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 def seeds_table(runs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     """Return a table of the test accuracy of settings that were trained with several seeds (`SearchResult.seeds`)."""
-    table = rich.table.Table(
-        title="Test accuracy (%), several seeds, mean ± standard deviation",
-        title_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-    )
+    table = titled("Test accuracy (%), several seeds, mean ± standard deviation")
     for heading in ("", "seeds", *HEADINGS):
         table.add_column(heading, justify="right" if heading else "left")
     for label in dict.fromkeys(run["label"] for run in runs):

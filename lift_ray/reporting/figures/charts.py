@@ -124,20 +124,29 @@ def percents(values: Any) -> list[float | None]:
     return [None if v is None or v != v else round(100 * float(v), 3) for v in values]
 
 
+def scatter(mode: str, **more: Any) -> dict[str, Any]:
+    """Return a scatter trace; the mode is markers, lines or both."""
+    return {"type": "scatter", "mode": mode, **more}
+
+
+def diagonal(name: str, ends: Sequence[float | None]) -> dict[str, Any]:
+    """Return the dotted line on which x and y are equal."""
+    return scatter("lines", name=name, x=ends, y=ends, line={"color": "#808080", "dash": "dot"}, hoverinfo="skip")
+
+
 def cloud(trials: Sequence[Trial], x: Sequence[Any], measure: str, **more: Any) -> dict[str, Any]:
     """Return a scatter trace of validation accuracy with a point for each trial."""
     color, symbol, _ = STYLES[measure]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": WORDS[measure],
-        "x": list(x),
-        "y": percents(numbers(trials, f"validation/{measure}")),
-        "text": [describe_trial(t) for t in trials],
-        "marker": {"color": color, "symbol": symbol, "size": 8},
-        "hovertemplate": "%{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
-        **more,
-    }
+    trace = scatter(
+        "markers",
+        name=WORDS[measure],
+        x=list(x),
+        y=percents(numbers(trials, f"validation/{measure}")),
+        text=[describe_trial(t) for t in trials],
+        marker={"color": color, "symbol": symbol, "size": 8},
+        hovertemplate="%{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
+    )
+    return trace | more
 
 
 def describe_trial(trial: Trial) -> str:
@@ -201,15 +210,14 @@ def size_figure(study: StudyFiles) -> Figure | None:
 
 def front_line(x: Sequence[float], y: Sequence[float | None]) -> dict[str, Any]:
     """Return a Pareto front as a trace."""
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": "Pareto front",
-        "x": list(x),
-        "y": list(y),
-        "hoverinfo": "skip",
-        "line": {"color": "#808080", "width": 1.5, "shape": "hv"},
-    }
+    return scatter(
+        "lines",
+        name="Pareto front",
+        x=list(x),
+        y=list(y),
+        hoverinfo="skip",
+        line={"color": "#808080", "width": 1.5, "shape": "hv"},
+    )
 
 
 def value_of(trial: Trial) -> str:
@@ -240,15 +248,14 @@ def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> 
         if param.get("choices") or param.get("step"):
             means = percents([y[x == place].mean() for place in places])
             traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "x": places.tolist(),
-                    "y": means,
-                    "showlegend": False,
-                    "line": {"color": color, "dash": dash},
-                    "hoverinfo": "skip",
-                }
+                scatter(
+                    "lines",
+                    x=places.tolist(),
+                    y=means,
+                    showlegend=False,
+                    line={"color": color, "dash": dash},
+                    hoverinfo="skip",
+                )
             )
     is_log = x.min() > 0 and (param.get("log") or (param.get("choices") and x.max() >= 50 * x.min()))
     rows = [
@@ -285,16 +292,15 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
     for measure in [m for m in (*GROUPS, MAIN) if f"validation/{m}" in points[0]]:
         color, symbol, dash = STYLES[measure]
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": WORDS[measure],
-                "x": [p["tau"] for p in points],
-                "y": percents([p[f"validation/{measure}"] for p in points]),
-                "line": {"color": color, "dash": dash},
-                "marker": {"color": color, "symbol": symbol, "size": 8},
-                "hovertemplate": "tau %{x}: %{y:.1f}%<extra>%{fullData.name}</extra>",
-            }
+            scatter(
+                "lines+markers",
+                name=WORDS[measure],
+                x=[p["tau"] for p in points],
+                y=percents([p[f"validation/{measure}"] for p in points]),
+                line={"color": color, "dash": dash},
+                marker={"color": color, "symbol": symbol, "size": 8},
+                hovertemplate="tau %{x}: %{y:.1f}%<extra>%{fullData.name}</extra>",
+            )
         )
     top = max(points, key=lambda p: p[MAIN_METRIC])
     note = "The logits of the best trial are adjusted after training. "
@@ -380,17 +386,16 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
     if heavy.curve is None:
         return None
     x, low, high = heavy.curve
-    band = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": [*x.tolist(), *x[::-1].tolist()],
-        "y": percents([*high, *low[::-1]]),
-        "fill": "toself",
-        "fillcolor": "rgba(213,94,0,0.18)",
-        "line": {"width": 0},
-        "name": "95% interval",
-        "hoverinfo": "skip",
-    }
+    band = scatter(
+        "lines",
+        x=[*x.tolist(), *x[::-1].tolist()],
+        y=percents([*high, *low[::-1]]),
+        fill="toself",
+        fillcolor="rgba(213,94,0,0.18)",
+        line={"width": 0},
+        name="95% interval",
+        hoverinfo="skip",
+    )
     counted = {t["number"] for t in heavy.trials}
     others = [t for t in sized(study) if t["number"] not in counted]
     points = cloud(heavy.trials, [t[TRAINED_PARAMETERS] for t in heavy.trials], "few", name="best of its size")

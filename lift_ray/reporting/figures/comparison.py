@@ -19,8 +19,10 @@ from lift_ray.reporting.figures.charts import (
     WORDS,
     Figure,
     axis,
+    diagonal,
     log_axis,
     percents,
+    scatter,
 )
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
 
@@ -76,15 +78,14 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
         color, symbol, _ = STYLES[measure]
         shift = (k - (len(measures) - 1) / 2) * BETWEEN
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": WORDS[measure],
-                "x": percents([row["test"] for row in here]),
-                "y": [round(names.index(row[by]) + shift, 3) for row in here],
-                "text": [row[by] for row in here],
-                "marker": {"color": color, "symbol": symbol, "size": 9},
-                "error_x": {
+            scatter(
+                "markers",
+                name=WORDS[measure],
+                x=percents([row["test"] for row in here]),
+                y=[round(names.index(row[by]) + shift, 3) for row in here],
+                text=[row[by] for row in here],
+                marker={"color": color, "symbol": symbol, "size": 9},
+                error_x={
                     "type": "data",
                     "symmetric": False,
                     "color": color,
@@ -93,8 +94,8 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
                     "array": percents([row["high"] - row["test"] for row in here]),
                     "arrayminus": percents([row["test"] - row["low"] for row in here]),
                 },
-                "hovertemplate": "%{text}: %{x:.1f}%<extra>%{fullData.name}</extra>",
-            }
+                hovertemplate="%{text}: %{x:.1f}%<extra>%{fullData.name}</extra>",
+            )
         )
     ticks = ["<br>".join(textwrap.wrap(text, NAME_WIDTH)) for text in names]
     layout = {
@@ -133,16 +134,15 @@ def classes_figure(study: StudyFiles) -> Figure | None:
         here = seen[groups[seen] == group]
         color, symbol, _ = STYLES[group]
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": group,
-                "x": counts[here].tolist(),
-                "y": percents(correct[here] / total[here]),
-                "text": [study.class_names[k] for k in here],
-                "marker": {"color": color, "symbol": symbol, "size": 7, "opacity": 0.75},
-                "hovertemplate": "%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
-            }
+            scatter(
+                "markers",
+                name=group,
+                x=counts[here].tolist(),
+                y=percents(correct[here] / total[here]),
+                text=[study.class_names[k] for k in here],
+                marker={"color": color, "symbol": symbol, "size": 7, "opacity": 0.75},
+                hovertemplate="%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
+            )
         )
     never = int((correct[seen] == 0).sum())
     rules = ", ".join(f"{group} {RULES[group]}" for group in GROUPS)
@@ -169,17 +169,7 @@ def classes_figure(study: StudyFiles) -> Figure | None:
 
 def calibration_figure(study: StudyFiles) -> Figure | None:
     """Reliability diagram of the best settings and of zero-shot."""
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "perfect",
-            "x": [0, 100],
-            "y": [0, 100],
-            "line": {"color": "#808080", "dash": "dot"},
-            "hoverinfo": "skip",
-        }
-    ]
+    traces = [diagonal("perfect", [0, 100])]
     rows, errors = [], []
     for label, place in ((BEST_FOUND, 0), ("zero-shot", 2)):
         found = study.entry(label)
@@ -187,17 +177,16 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
             continue
         bins = reliability(found[1])
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": label,
-                "x": percents([b[0] for b in bins]),
-                "y": percents([b[1] for b in bins]),
-                "text": [f"{b[2]:,} images" for b in bins],
-                "marker": {"color": COLORS[place], "symbol": SYMBOLS[place], "size": 8},
-                "line": {"color": COLORS[place]},
-                "hovertemplate": "confidence %{x:.0f}%, accuracy %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",
-            }
+            scatter(
+                "lines+markers",
+                name=label,
+                x=percents([b[0] for b in bins]),
+                y=percents([b[1] for b in bins]),
+                text=[f"{b[2]:,} images" for b in bins],
+                marker={"color": COLORS[place], "symbol": SYMBOLS[place], "size": 8},
+                line={"color": COLORS[place]},
+                hovertemplate="confidence %{x:.0f}%, accuracy %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",
+            )
         )
         rows += [{"model": label, "confidence": b[0], "accuracy": b[1], "images": b[2]} for b in bins]
         errors.append(f"{label} {100 * sum(abs(b[0] - b[1]) * b[2] for b in bins) / len(found[1].label):.1f}%")

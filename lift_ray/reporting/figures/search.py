@@ -17,9 +17,10 @@ from lift_ray.reporting.figures.charts import (
     front_line,
     plain,
     scale_of,
+    scatter,
     spelled,
 )
-from lift_ray.reporting.scaling_law import Law
+from lift_ray.reporting.scaling_law import Law, Point
 from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
 from lift_ray.terminal.tables import short
 
@@ -27,10 +28,13 @@ MOST_LABELS = 5  # that fit on a phone
 # worst to best: from blue to red and also from dark to bright
 SHADES = ("#0072b2", "#4aa3a0", "#9aa33f", "#e08214", "#c2410c")
 
+Axis = tuple[list[float | None], list[tuple[float, str, str]]]
+"""Position of each trial's value in [0, 1] (None if it has none), and (position, label, side) of a few values."""
+
 
 def history_figure(study: StudyFiles) -> Figure | None:
     """Objective of each trial in order of start, and the best so far."""
-    metric, mode = study.objective
+    metric, _ = study.objective
     trials = [t for t in study.trials if t.get(metric) is not None]
     if not trials:
         return None
@@ -39,35 +43,29 @@ def history_figure(study: StudyFiles) -> Figure | None:
     for state in [s for s in STATES if any(t["state"] == s for t in trials)]:
         here = [t for t in trials if t["state"] == state]
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "stopped early" if state == "pruned" else state,
-                "x": [t["number"] for t in here],
-                "y": (scale * numbers(here, metric)).round(4).tolist(),
-                "text": [describe_trial(t) for t in here],
-                "marker": {
+            scatter(
+                "markers",
+                name="stopped early" if state == "pruned" else state,
+                x=[t["number"] for t in here],
+                y=(scale * numbers(here, metric)).round(4).tolist(),
+                text=[describe_trial(t) for t in here],
+                marker={
                     "symbol": STATES[state],
                     "size": 8,
                     "color": COLORS[0] if state == "finished" else COLORS[4],
                 },
-                "hovertemplate": "%{y:.2f}<br>%{text}<extra>%{fullData.name}</extra>",
-            }
+                hovertemplate="%{y:.2f}<br>%{text}<extra>%{fullData.name}</extra>",
+            )
         )
-    done = study.finished
-    so_far = (
-        (np.maximum if mode == "max" else np.minimum).accumulate(scale * numbers(done, metric)) if done else np.zeros(0)
-    )
     traces.append(
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "best so far",
-            "x": [t["number"] for t in done],
-            "y": so_far.round(4).tolist(),
-            "line": {"shape": "hv", "color": COLORS[2]},
-            "hoverinfo": "skip",
-        }
+        scatter(
+            "lines",
+            name="best so far",
+            x=[t["number"] for t in study.finished],
+            y=(scale * best_so_far(study)).round(4).tolist(),
+            line={"shape": "hv", "color": COLORS[2]},
+            hoverinfo="skip",
+        )
     )
     note = "Last validation value of each trial, in order of start."
     if best := study.best_trial:
@@ -79,6 +77,13 @@ def history_figure(study: StudyFiles) -> Figure | None:
     return Figure("history", "Search history", note, traces, layout, rows)
 
 
+def best_so_far(study: StudyFiles) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the best objective among the finished trials up to each of them."""
+    metric, mode = study.objective
+    best = np.maximum if mode == "max" else np.minimum
+    return best.accumulate(numbers(study.finished, metric))
+
+
 def parallel_figure(study: StudyFiles) -> Figure | None:
     """Parallel coordinates with a line for each trial; the axes are horizontal, so that a phone can show them."""
     metric, mode = study.objective
@@ -88,47 +93,7 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
     names = [*study.settings, metric]
     axes = {name: positions(trials, name, study.space.get(name, {})) for name in names}
     order = np.argsort(np.argsort(numbers(trials, metric) * (1 if mode == "max" else -1)))
-    shade = order * len(SHADES) // len(trials)
-    traces: list[dict[str, Any]] = []
-    for k, color in enumerate(SHADES):
-        x: list[Any] = []
-        y: list[Any] = []
-        for i in np.flatnonzero(shade == k):
-            x += [*(axes[name][0][i] for name in names), None]
-            y += [*names, None]
-        if x:
-            words = {0: "worst fifth", len(SHADES) - 1: "best fifth"}
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers",
-                    "x": x,
-                    "y": y,
-                    "name": words.get(k, ""),
-                    "connectgaps": False,
-                    "showlegend": k in words,
-                    "line": {"color": color, "width": 1 + k / 2},
-                    "marker": {"size": 4},
-                    "opacity": 0.35 + 0.13 * k,
-                    "hoverinfo": "skip",
-                }
-            )
-    heads = [
-        {
-            "x": 0,
-            "y": name,
-            "text": spelled(name).replace(plain(name), f"<b>{plain(name)}</b>", 1),
-            "showarrow": False,
-            "yshift": 13,
-            "xanchor": "left",
-        }
-        for name in names
-    ]
-    ends = [
-        {"x": at, "y": name, "text": text, "showarrow": False, "yshift": -12, "xanchor": anchor, "font": {"size": 10}}
-        for name in names
-        for at, text, anchor in axes[name][1]
-    ]
+    traces = _polylines(axes, order * len(SHADES) // len(trials))
     note = (
         "Each line is a trial; each row is a setting, from its lowest to its highest value. A setting matters if the strong "
         "lines of the best fifth meet at one value. Lines have a gap at settings that a trial does not have."
@@ -137,16 +102,59 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
     layout = {
         "xaxis": {"visible": False, "range": [-0.06, 1.06]},
         "yaxis": axis("", autorange="reversed", showticklabels=False),
-        "annotations": heads + ends,
+        "annotations": _labels(axes),
         "height": 150 + 64 * len(names),
     }
     return Figure("parallel", "All settings of all trials", note, traces, layout, rows)
 
 
-def positions(
-    trials: Sequence[Trial], name: str, param: Mapping[str, Any]
-) -> tuple[list[Any], list[tuple[float, str, str]]]:
-    """Return the position of each trial's value in [0, 1] (None if it has none), and (position, label, side) of a few values."""
+def _polylines(axes: Mapping[str, Axis], shade: np.ndarray[Any, np.dtype[np.int64]]) -> list[dict[str, Any]]:
+    """Return a trace for the trials of each shade, the best trials on top."""
+    traces = []
+    for k, color in enumerate(SHADES):
+        words = {0: "worst fifth", len(SHADES) - 1: "best fifth"}
+        here = np.flatnonzero(shade == k)
+        if len(here):
+            traces.append(
+                scatter(
+                    "lines+markers",
+                    x=[x for i in here for x in (*(places[i] for places, _ in axes.values()), None)],
+                    y=[y for _ in here for y in (*axes, None)],
+                    name=words.get(k, ""),
+                    connectgaps=False,
+                    showlegend=k in words,
+                    line={"color": color, "width": 1 + k / 2},
+                    marker={"size": 4},
+                    opacity=0.35 + 0.13 * k,
+                    hoverinfo="skip",
+                )
+            )
+    return traces
+
+
+def _labels(axes: Mapping[str, Axis]) -> list[dict[str, Any]]:
+    """Return the annotations of the horizontal axes: the setting above each, some of its values below."""
+    names = [
+        {
+            "x": 0,
+            "y": name,
+            "text": spelled(name).replace(plain(name), f"<b>{plain(name)}</b>", 1),
+            "showarrow": False,
+            "yshift": 13,
+            "xanchor": "left",
+        }
+        for name in axes
+    ]
+    values = [
+        {"x": at, "y": name, "text": text, "showarrow": False, "yshift": -12, "xanchor": side, "font": {"size": 10}}
+        for name, (_, shown) in axes.items()
+        for at, text, side in shown
+    ]
+    return names + values
+
+
+def positions(trials: Sequence[Trial], name: str, param: Mapping[str, Any]) -> Axis:
+    """Return the axis of a setting or metric in the parallel coordinates."""
     values = [t.get(name) for t in trials]
     if param.get("choices") or any(isinstance(v, str) for v in values):
         options = [str(v) for v in param.get("choices") or sorted({str(v) for v in values if v is not None})]
@@ -230,16 +238,15 @@ def pareto_figure(study: StudyFiles) -> Figure | None:
         here = [i for i, t in enumerate(trials) if (t["number"] in on_front) == is_on]
         if here:
             traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": label if on_front else "finished",
-                    "x": x[here].tolist(),
-                    "y": y[here].round(4).tolist(),
-                    "text": [describe_trial(trials[i]) for i in here],
-                    "marker": {"color": COLORS[place], "symbol": charts.SYMBOLS[place], "size": 9},
-                    "hovertemplate": "%{y:.2f} at %{x:,.4g}<br>%{text}<extra>%{fullData.name}</extra>",
-                }
+                scatter(
+                    "markers",
+                    name=label if on_front else "finished",
+                    x=x[here].tolist(),
+                    y=y[here].round(4).tolist(),
+                    text=[describe_trial(trials[i]) for i in here],
+                    marker={"color": COLORS[place], "symbol": charts.SYMBOLS[place], "size": 9},
+                    hovertemplate="%{y:.2f} at %{x:,.4g}<br>%{text}<extra>%{fullData.name}</extra>",
+                )
             )
     if len(others) == 1 and on_front:
         line = sorted((i for i, t in enumerate(trials) if t["number"] in on_front), key=lambda i: x[i])
@@ -303,26 +310,25 @@ def by_the_clock(study: StudyFiles) -> dict[int, float]:
 
 def cost_figure(study: StudyFiles) -> Figure | None:
     """Best value so far against the device time spent on trials."""
-    metric, mode = study.objective
+    metric, _ = study.objective
     if not study.finished:
         return None
     spent, unit = spent_on(study)
     at = {t["number"]: round(float(h), 4) for t, h in zip(study.trials, spent, strict=True)}
     scale, title = scale_of(metric)
-    so_far = (np.maximum if mode == "max" else np.minimum).accumulate(scale * numbers(study.finished, metric))
+    so_far = scale * best_so_far(study)
     x = [at[t["number"]] for t in study.finished]
     traces = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "x": x,
-            "y": so_far.round(4).tolist(),
-            "showlegend": False,
-            "line": {"shape": "hv", "color": COLORS[0]},
-            "marker": {"size": 6},
-            "text": [describe_trial(t) for t in study.finished],
-            "hovertemplate": "after %{x:.2f} " + unit + ": %{y:.2f}<extra></extra>",
-        }
+        scatter(
+            "lines+markers",
+            x=x,
+            y=so_far.round(4).tolist(),
+            showlegend=False,
+            line={"shape": "hv", "color": COLORS[0]},
+            marker={"size": 6},
+            text=[describe_trial(t) for t in study.finished],
+            hovertemplate="after %{x:.2f} " + unit + ": %{y:.2f}<extra></extra>",
+        )
     ]
     clock = by_the_clock(study)
     rows = [
@@ -366,46 +372,12 @@ def scaling_figure(law: Law) -> Figure | None:
     """Predicted against measured accuracy of the fitted trials and of the larger, held-out trials."""
     if not law.points:
         return None
-    traces: list[dict[str, Any]] = []
-    for label, held_out, k in (("fitted", False, 0), ("held out", True, 2)):
-        here = [p for p in law.points if p.held_out == held_out]
-        spread = [
-            [100 * (p.predicted.high - p.predicted.value), 100 * (p.predicted.value - max(0.0, p.predicted.low))]
-            for p in here
-        ]
-        color = COLORS[k]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": label,
-                "x": charts.percents([p.found for p in here]),
-                "y": charts.percents([p.predicted.value for p in here]),
-                "text": [describe_trial(p.trial) for p in here],
-                "marker": {"color": color, "symbol": charts.SYMBOLS[k], "size": 9},
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [s[0] for s in spread],
-                    "arrayminus": [s[1] for s in spread],
-                    "color": color,
-                    "thickness": 1,
-                },
-                "hovertemplate": "measured %{x:.1f}%, predicted %{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
-            }
-        )
     ends = [min(p.found for p in law.points), max(p.found for p in law.points)]
-    traces.append(
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "perfect prediction",
-            "x": charts.percents(ends),
-            "y": charts.percents(ends),
-            "line": {"color": "#808080", "dash": "dot"},
-            "hoverinfo": "skip",
-        }
-    )
+    traces = [
+        _predicted("fitted", [p for p in law.points if not p.held_out], 0),
+        _predicted("held out", [p for p in law.points if p.held_out], 2),
+        charts.diagonal("perfect prediction", charts.percents(ends)),
+    ]
     rows = [
         {
             "trial": p.trial["number"],
@@ -421,3 +393,25 @@ def scaling_figure(law: Law) -> Figure | None:
     note = "The figure shows the predictions of the law fitted to the smaller trials, with 95% intervals."
     layout = {"xaxis": axis(f"measured {charts.ACCURACY}"), "yaxis": axis(f"predicted {charts.ACCURACY}")}
     return Figure("scaling", "Scaling law: predicted and measured accuracy", note, traces, layout, rows)
+
+
+def _predicted(label: str, points: Sequence[Point], place: int) -> dict[str, Any]:
+    """Return a trace of predicted against measured accuracy, with 95% intervals."""
+    color = COLORS[place]
+    return scatter(
+        "markers",
+        name=label,
+        x=charts.percents([p.found for p in points]),
+        y=charts.percents([p.predicted.value for p in points]),
+        text=[describe_trial(p.trial) for p in points],
+        marker={"color": color, "symbol": charts.SYMBOLS[place], "size": 9},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [100 * (p.predicted.high - p.predicted.value) for p in points],
+            "arrayminus": [100 * (p.predicted.value - max(0.0, p.predicted.low)) for p in points],
+            "color": color,
+            "thickness": 1,
+        },
+        hovertemplate="measured %{x:.1f}%, predicted %{y:.1f}%<br>%{text}<extra>%{fullData.name}</extra>",
+    )
