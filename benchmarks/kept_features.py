@@ -35,7 +35,7 @@ def measure(cache_gib: float, epochs: int, threads: int) -> tuple[float, float, 
     warm = Workspace(DATASET, Ranks.alone(num_cpus=threads))
     run = Run(config, warm)
     began = time.monotonic()
-    warm.kept(run.config, run.model, run.train)
+    warm.cached_features(run.config, run.model, run.train)
     before = time.monotonic() - began
     trained = sum(run.train_epoch()["time/train_s"] for _ in range(epochs))
     found = {name: run.evaluate(name).metrics for name in ("validation", "test")}

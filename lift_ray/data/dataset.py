@@ -67,7 +67,7 @@ class Split:
         """Return the samples with these numbers, in this order."""
         return replace(self, labels=self.labels[samples], rows=self.rows[samples])
 
-    def share(self, frac: float) -> Split:
+    def subset(self, frac: float) -> Split:
         """Return the first `round(frac * n)` kept samples of each class in storage order, at least one; frac in (0, 1]."""
         if frac == 1:
             return self

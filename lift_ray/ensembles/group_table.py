@@ -87,7 +87,7 @@ def _groups(
 ) -> dict[str, dict[str, dict[str, float]]]:
     seen = together.total > 0
     d_groups = class_groups(train_counts)
-    shares = [classes.correct[seen] / classes.total[seen] for classes in (*members, together)]
+    accuracies = [classes.correct[seen] / classes.total[seen] for classes in (*members, together)]
     out: dict[str, dict[str, dict[str, float]]] = {}
     for d in (*GROUPS, ANY):
         for p in (*GROUPS, ANY):
@@ -95,7 +95,7 @@ def _groups(
                 np.full(seen.sum(), p == ANY) if p_groups is None else ((p_groups == p) | (p == ANY))[seen]
             )
             if here.any():
-                *alone, after = (float(share[here].mean()) for share in shares)
+                *alone, after = (float(accuracy[here].mean()) for accuracy in accuracies)
                 mean = sum(alone) / len(alone)
                 out.setdefault(d, {})[p] = {
                     "classes": int(here.sum()),

@@ -152,7 +152,7 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Store a slot's reply, then decide whether it continues with its job."""
-        with self.kept():
+        with self.errors_kept():
             if self._take(trial.trial_id, result):
                 return str(self.CONTINUE)
         return str(self.STOP)
@@ -196,7 +196,7 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self.open_slots.discard(number)
         self._opening.add(trial.trial_id)  # now the job waits for a slot of its own
         trial.set_config({**trial.config, "slot": replace(self.slot, number=number)})
-        with self.kept():
+        with self.errors_kept():
             self.search.interrupted(job)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
@@ -228,7 +228,7 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
         Slots that are still opening when the search is over end with it.
         """
-        with self.kept():
+        with self.errors_kept():
             self.on_step()
             return self.error is not None or self.should_stop() or self.search.is_over
         return True
@@ -238,7 +238,7 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         return {}
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def errors_kept(self) -> Iterator[None]:
         """Keep an error until the fit has ended. Tune would turn it into a TuneError with a traceback."""
         try:
             yield

@@ -53,14 +53,14 @@ class JobSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next job; None if there is nothing to do now."""
-        with self.engine.kept():
+        with self.engine.errors_kept():
             return self.engine.next_config(trial_id)
         return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the engine if Tune has given up a job."""
         if error:
-            with self.engine.kept():
+            with self.engine.errors_kept():
                 self.engine.gave_up(trial_id)
 
     def save(self, checkpoint_path: str) -> None:

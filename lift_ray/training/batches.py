@@ -23,24 +23,24 @@ Inputs = Sequence[torch.Tensor | None]
 Batches = Iterator[tuple[Inputs, torch.Tensor]]
 
 
-def image_batches(config: RunConfig, warm: Workspace, tower: AnyTower, epoch: int, step: int) -> Batches:
+def image_batches(config: RunConfig, workspace: Workspace, tower: AnyTower, epoch: int, step: int) -> Batches:
     """Yield ((images, patches), labels) for the steps of an epoch from `step` on, this rank's part of each.
 
     With a method for half-labeled data a batch contains labeled images, then weak views of unlabeled images, then strong views of the
     same images. The label of a view is the true one of its image; only statistics may use it.
     """
-    ranks, optim, train = warm.ranks, config.optim, warm.training(config)
+    ranks, optim, train = workspace.ranks, config.optim, workspace.training(config)
     sampling, augmentation = _sampling(config, ranks), _augmentation(config, ranks, tower, epoch)
-    reader, num_threads = warm.reader(train, optim.shuffle_bytes), ranks.num_threads
+    reader, num_threads = workspace.reader(train, optim.shuffle_bytes), ranks.num_threads
     batches = training_batches(
         reader, train, sampling, augmentation, epoch=epoch, start_step=step, num_threads=num_threads
     )
-    labelled = warm.device_batches(config, batches)
+    labelled = workspace.device_batches(config, batches)
     if not isinstance(config.method, HalfLabelledConfig):
         return (((images, patches), labels) for images, labels, patches in labelled)
-    pool, num_steps = warm.dataset.split("unlabelled"), steps_per_epoch(train, optim.global_batch_size)
+    pool, num_steps = workspace.dataset.split("unlabelled"), steps_per_epoch(train, optim.global_batch_size)
     batches = unlabelled_batches(
-        warm.reader(pool, optim.shuffle_bytes),
+        workspace.reader(pool, optim.shuffle_bytes),
         pool,
         replace(sampling, global_batch_size=optim.global_batch_size * config.method.unlabelled_ratio),
         augmentation,
@@ -49,7 +49,7 @@ def image_batches(config: RunConfig, warm: Workspace, tower: AnyTower, epoch: in
         num_steps=num_steps - step,
         num_threads=num_threads,
     )
-    views = warm.device_batches(config, batches)
+    views = workspace.device_batches(config, batches)
     return (
         (
             (_joined(images, pairs), None if patches is None else _joined(patches, pair_patches)),
@@ -90,14 +90,14 @@ def _joined(labelled: torch.Tensor, pairs: torch.Tensor | None) -> torch.Tensor:
 
 
 def cached_batches(
-    config: RunConfig, warm: Workspace, train: Split, features: torch.Tensor, epoch: int, step: int
+    config: RunConfig, workspace: Workspace, train: Split, features: torch.Tensor, epoch: int, step: int
 ) -> Batches:
     """Yield ((features,), labels) for the steps of an epoch from `step` on, this rank's part of each.
 
     Args:
-        features: cached features of the whole training split (Workspace.kept).
+        features: cached features of the whole training split (Workspace.cached_features).
     """
-    sampling, device = _sampling(config, warm.ranks), features.device
+    sampling, device = _sampling(config, workspace.ranks), features.device
     rank_samples = sampling.of_epoch(train, epoch)
     for number in range(step, steps_per_epoch(train, sampling.global_batch_size)):
         _, samples = rank_samples(number)

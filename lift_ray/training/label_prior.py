@@ -22,37 +22,37 @@ def zero_shot(config: RunConfig) -> RunConfig:
     )
 
 
-def label_prior(warm: Workspace, config: RunConfig) -> Prior:
+def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
     """Fit the label prior to the zero-shot logits of the validation split (methods.prior.fit); the same on every rank.
 
     Raises BadInput if there is no text tower, if a class has no validation image, or if no prior can be fitted.
     """
-    if (backbone := warm.backbone(config)).text is None:
+    if (backbone := workspace.backbone(config)).text is None:
         raise BadInput(
             "GLA",
             "requires a text tower",
             but=f"{backbone.name} has none",
             remedy="leave GLA out, or use another backbone",
         )
-    split, plain = warm.dataset.split("validation"), warm.resolve(zero_shot(config))
-    model = warm.build(plain)
-    features = warm.kept(plain, model, split)
+    split, plain = workspace.dataset.split("validation"), workspace.resolve(zero_shot(config))
+    model = workspace.build(plain)
+    features = workspace.cached_features(plain, model, split)
     if features is None:
-        features = warm.frozen(plain, model, split, np.arange(split.num_samples))
+        features = workspace.frozen(plain, model, split, np.arange(split.num_samples))
     labels = torch.from_numpy(split.labels).to(features.device)
     with torch.inference_mode():
-        return fitted(warm, torch.cat([model.classify(part) for part in features.split(1000)]), labels)
+        return fitted(workspace, torch.cat([model.classify(part) for part in features.split(1000)]), labels)
 
 
-def fitted(warm: Workspace, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:
+def fitted(workspace: Workspace, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:
     """Call `methods.prior.fit` on the validation split. Raises BadInput if no prior can be fitted."""
     try:
         return fit(logits, labels, **options)
     except ValueError as error:
-        raise BadInput(f"{warm.dataset.uri} validation", str(error), remedy="GLA cannot be used with it") from None
+        raise BadInput(f"{workspace.dataset.uri} validation", str(error), remedy="GLA cannot be used with it") from None
 
 
-def loss_of(config: RunConfig, warm: Workspace, counts: torch.Tensor) -> Loss:
+def loss_of(config: RunConfig, workspace: Workspace, counts: torch.Tensor) -> Loss:
     """Return the loss on labeled images. Raises BadInput if it requires a label prior that `label_prior` cannot estimate.
 
     Args:
@@ -60,6 +60,6 @@ def loss_of(config: RunConfig, warm: Workspace, counts: torch.Tensor) -> Loss:
     """
     options = config.loss.model_dump(exclude={"kind"})
     if config.loss.kind == "gla":
-        options["log_q"] = label_prior(warm, config).log_q
+        options["log_q"] = label_prior(workspace, config).log_q
     loss: Loss = LOSSES.build(config.loss.kind, counts, **options)
     return loss

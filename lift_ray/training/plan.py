@@ -24,7 +24,7 @@ def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tupl
 
     If the backbone cannot be loaded, for example without network, the lines that depend on it say "unknown".
     """
-    config, split = run.config, data.split("train").share(run.config.optim.data_frac)
+    config, split = run.config, data.split("train").subset(run.config.optim.data_frac)
     model, unknown = None, ""
     try:
         model, config = _build(config, data)
@@ -56,11 +56,11 @@ def _encoded_bytes(split: Split, shuffle_bytes: int) -> int:
 
 def _build(config: RunConfig, data: Dataset) -> tuple[Lift, RunConfig]:
     """Return the model, its classifier not initialized, and the resolved settings."""
-    warm = Workspace(data.uri, Ranks.alone())
+    workspace = Workspace(data.uri, Ranks.alone())
     # This machine may have no GPU, so the precision is fp32. Initializing the classifier takes time and changes no size.
     plain = config.model_copy(update={"backbone": config.backbone.model_copy(update={"precision": "fp32"})})
-    resolved = warm.resolve(plain)
-    return warm.build(resolved, trained_already=True), resolved.model_copy(update={"backbone": config.backbone})
+    resolved = workspace.resolve(plain)
+    return workspace.build(resolved, trained_already=True), resolved.model_copy(update={"backbone": config.backbone})
 
 
 def memory(model: Lift, config: RunConfig, images: int) -> dict[str, int]:

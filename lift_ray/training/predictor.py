@@ -69,7 +69,7 @@ class Predictor:
     def _features(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (features, labels) of this rank's part of a split: (b, D), with test-time ensembling (b, 5, D)."""
         ranks, tte, workspace = self.ranks, self.config.evaluation.tte, self.workspace
-        if not tte and (cached := workspace.kept(self.config, self.lift, split)) is not None:
+        if not tte and (cached := workspace.cached_features(self.config, self.lift, split)) is not None:
             mine = rank_slice(split.num_samples, ranks.rank, ranks.world_size)
             labels = torch.from_numpy(split.labels[mine]).to(cached.device)
             for frozen, part in zip(cached[mine].split(1000), labels.split(1000), strict=True):

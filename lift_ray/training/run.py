@@ -175,7 +175,7 @@ class Run:
         assert self.sgd is not None
         config, workspace, model = self.config, self.workspace, self.model
         if isinstance(config.augment, NoAugmentConfig):
-            cached = workspace.kept(config, model, self.train)
+            cached = workspace.cached_features(config, model, self.train)
             if cached is not None:
                 batches = cached_batches(config, workspace, self.train, cached, self.epoch, self.step)
                 return model.from_frozen, batches

@@ -50,7 +50,7 @@ class Workspace:
         self.dataset = open_dataset(dataset) if isinstance(dataset, str) else dataset
         self._backbones: dict[tuple[Any, ...], Backbone] = {}
         self._readers: dict[tuple[str, int], RowReader] = {}
-        self._shares: dict[float, Split] = {}
+        self._subsets: dict[float, Split] = {}
         self.cache = FeatureCache()
         self.load_s = time.monotonic() - began
 
@@ -88,9 +88,9 @@ class Workspace:
     def training(self, config: RunConfig) -> Split:
         """Return the training split of a run, or the fraction of it that it uses. Raises BadInput if there is none."""
         frac = config.optim.data_frac
-        if frac not in self._shares:
-            self._shares[frac] = self.dataset.split("train").share(frac)
-        return self._shares[frac]
+        if frac not in self._subsets:
+            self._subsets[frac] = self.dataset.split("train").subset(frac)
+        return self._subsets[frac]
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """Return the settings with every derived value filled in, checked against the backbone. Raises BadInput."""
@@ -200,7 +200,7 @@ class Workspace:
             out = torch.zeros(len(samples), *self._frozen_shape(config, model), device=ranks.device)
         return ranks.sum(out)
 
-    def kept(self, config: RunConfig, model: Lift, split: Split) -> torch.Tensor | None:
+    def cached_features(self, config: RunConfig, model: Lift, split: Split) -> torch.Tensor | None:
         """Return `frozen` of a whole split, computed once for all runs; None if it does not fit or nothing is frozen."""
         if not model.first_tuned:
             return None
