@@ -10,16 +10,14 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
-import numpy as np
 import pytest
+from embedded import jpegs
 from moto.server import ThreadedMotoServer
 
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Split
 from lift_ray.data.open import open_dataset
-from lift_ray.data.reader import RowReader
 
-IMAGES = RowReader(open_dataset("embedded:caltech101").split("test")).read(np.arange(60))
 NAMES = ("cat", "dog", "wild cat")
 CONFIG = {
     "key": "key",
@@ -66,7 +64,7 @@ class Store:
 
 def write(url: str, count: int = 60) -> None:
     """The first pictures as a training split: 20 in a shard, 4 in a row group, labels 0, 1, 2, 0, ..."""
-    samples = [(image, f"{row}.jpg", row % 3) for row, image in enumerate(IMAGES[:count])]
+    samples = [(image, f"{row}.jpg", row % 3) for row, image in enumerate(jpegs(count))]
     record = write_split(url, "train", samples, NAMES, rows_per_shard=20, row_group_rows=4)
     publish(url, NAMES, {"train": record})
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from embedded import jpegs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,13 +28,13 @@ from lift_ray.data.augment import (
     training_image,
     training_images_on,
 )
-from lift_ray.data.open import open_dataset
-from lift_ray.data.reader import RowReader
 
-SPLIT = open_dataset("embedded:caltech101-lt").split("train")
-ENCODED = RowReader(SPLIT).read(np.arange(0, 60, 5))
 SIDES = st.integers(1, 3000)
 DRAWS = st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3).map(np.array)
+
+
+def photos() -> list[bytes]:
+    return jpegs(12, "train", "caltech101-lt", step=5)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_the_area_is_uniform() -> None:
 
 
 def test_the_same_draw_gives_the_same_training_picture_and_another_another() -> None:
-    for data in ENCODED:
+    for data in photos():
         one = training_image(data, 48, square(0.3, 0.2, 0.9))
         assert one.shape == (48, 48, 3)
         assert one.dtype == np.uint8
@@ -176,7 +177,7 @@ def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
 def test_pictures_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pillow() -> None:
     """Of 3 million values, 0.3% differ from Pillow's by one level, and less than ten in a million by two."""
     levels = np.zeros(256, np.int64)
-    for number, data in enumerate(RowReader(SPLIT).read(np.arange(0, 360, 3))):
+    for number, data in enumerate(jpegs(120, "train", "caltech101-lt", step=3)):
         find = square(*np.random.default_rng(number).random(3))
         image = Image.open(io.BytesIO(data)).convert("RGB")
         crop = find(*image.size)
@@ -197,7 +198,7 @@ def test_pictures_are_those_of_torchvision_on_tensors_and_within_two_levels_of_p
 @pytest.mark.parametrize("size", [(600, 400), (301, 803)])
 def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, int]) -> None:
     out = io.BytesIO()
-    Image.open(io.BytesIO(ENCODED[3])).convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
+    Image.open(io.BytesIO(photos()[3])).convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
         out, "JPEG", quality=92
     )
     for draw in ((0.9, 0.2, 0.6), (0.5, 0.9, 0.1)):
@@ -208,7 +209,7 @@ def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, i
 
 
 def test_reduced_decoding_changes_nothing_where_the_crop_needs_every_pixel() -> None:
-    for data in ENCODED:
+    for data in photos():
         assert np.array_equal(
             *(training_image(data, 96, square(0.5, 0.5, 0.5), reduced=which) for which in (False, True))
         )
@@ -216,7 +217,7 @@ def test_reduced_decoding_changes_nothing_where_the_crop_needs_every_pixel() -> 
 
 def test_pictures_made_on_a_device_are_the_same_but_for_rounding() -> None:
     """The code for a GPU, run on the CPU: it resizes in floats, and rounds once."""
-    encoded = [*ENCODED[:6], png(70, 60)]
+    encoded = [*photos()[:6], png(70, 60)]
     draws = np.random.default_rng(0).random((len(encoded), 3))
     finds: list[FindCrop] = [square(*draw) for draw in draws[:4]] + [partial(any_crop, draw=draw) for draw in draws[4:]]
     on_device = training_images_on(torch.device("cpu"), encoded, 48, finds)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from embedded import embedded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,9 +23,6 @@ from lift_ray.data.open import open_dataset
 from lift_ray.data.order import epoch_order, rank_slice, share_of_batch, steps_per_epoch
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
-
-CUT = open_dataset("embedded:caltech101-lt").split("train")
-TEST = open_dataset("embedded:caltech101-lt").split("test")
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +91,10 @@ def test_an_epoch_is_a_permutation(row_groups: list[list[int]], keep: list[bool]
 
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
-    orders = {(seed, epoch): epoch_order(CUT, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)}
+    cut = embedded("train", "caltech101-lt")
+    orders = {(seed, epoch): epoch_order(cut, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)}
     assert len({tuple(order) for order in orders.values()}) == 4
-    assert all(epoch_order(CUT, *key).tolist() == order for key, order in orders.items())
+    assert all(epoch_order(cut, *key).tolist() == order for key, order in orders.items())
     again = open_dataset("embedded:caltech101-lt").split("train")
     assert epoch_order(again, 1, 1).tolist() == orders[1, 1]
 
@@ -122,10 +121,11 @@ def test_the_shuffle_looks_at_fewer_samples_when_they_are_large() -> None:
 
 
 def test_an_epoch_mixes_classes_and_differs_from_storage() -> None:
-    labels = CUT.labels[epoch_order(CUT, 0, 0)]
+    cut = embedded("train", "caltech101-lt")
+    labels = cut.labels[epoch_order(cut, 0, 0)]
     first, second = np.bincount(labels[: len(labels) // 2], minlength=100), np.bincount(labels, minlength=100)
     assert np.corrcoef(first, second)[0, 1] > 0.9
-    assert not np.array_equal(epoch_order(CUT, 0, 0), np.arange(CUT.num_samples))
+    assert not np.array_equal(epoch_order(cut, 0, 0), np.arange(cut.num_samples))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -259,7 +259,7 @@ def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: int) -> None:
-    test = TEST if world_size == 1 else small
+    test = embedded("test") if world_size == 1 else small
     images = torch.zeros(test.num_samples, 3, 16, 16, dtype=torch.uint8)
     labels = torch.full((test.num_samples,), -1)
     with RowReader(test) as reader:

@@ -16,6 +16,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from embedded import jpegs
 from PIL import Image
 
 from lift_ray import convert as verb
@@ -27,14 +28,12 @@ from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
-VALIDATION = open_dataset("embedded:caltech101").split("validation")
-IMAGES = RowReader(VALIDATION).read(np.arange(60))
 CLASSES = ("accordion", "car_side", "yin_yang")
 
 
 def photos(folder: Path, per_class: tuple[int, ...] = (12, 8, 1)) -> Path:
     """A directory of class directories with real images."""
-    rest = iter(IMAGES)
+    rest = iter(jpegs(60))
     for name, count in zip(CLASSES, per_class, strict=True):
         (folder / name).mkdir(parents=True)
         for number in range(count):
@@ -68,7 +67,7 @@ def test_split_directories_are_kept_apart_and_nested_images_count(tmp_path: Path
     photos(tmp_path / "p" / "train", (4, 4, 2))
     photos(tmp_path / "p" / "val", (2, 1, 1))
     (tmp_path / "p" / "train" / "accordion" / "more").mkdir()
-    (tmp_path / "p" / "train" / "accordion" / "more" / "x.jpeg").write_bytes(IMAGES[50])
+    (tmp_path / "p" / "train" / "accordion" / "more" / "x.jpeg").write_bytes(jpegs(60)[50])
     index = scan_folder(f"{tmp_path}/p")
     assert {name: len(rows) for name, rows in index.splits.items()} == {"train": 11, "validation": 4}
     convert(index, "memory://convert-splits")
@@ -111,7 +110,7 @@ def test_a_bad_image_stops_with_its_path_unless_it_is_to_be_skipped(
     source, out = photos(tmp_path / "photos"), tmp_path / "out"
     bad = source / "accordion" / "bad.jpg"
     bad.write_bytes(b"no image")
-    (source / "car_side" / "cut.jpg").write_bytes(IMAGES[0][: len(IMAGES[0]) // 2])
+    (source / "car_side" / "cut.jpg").write_bytes(jpegs(60)[0][: len(jpegs(60)[0]) // 2])
     (source / "car_side" / "notes.txt").write_text("left out")
     with pytest.raises(BadInput, match=r"must be an intact image, but got .*; remove it or pass --skip-bad$"):
         verb.main(["folder", str(source), str(out)])
@@ -136,7 +135,7 @@ class Fails:
     def __call__(self, reference: str) -> bytes:
         if reference == "2":
             raise self.error
-        return IMAGES[int(reference)]
+        return jpegs(60)[int(reference)]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "disk error"), PermissionError("no"), RuntimeError("lost")])
@@ -206,7 +205,7 @@ def test_overwrite_replaces_the_whole_set(tmp_path: Path) -> None:
 def no_classes(folder: Path) -> list[str]:
     empty = folder / "none"
     empty.mkdir()
-    (empty / "x.jpg").write_bytes(IMAGES[0])
+    (empty / "x.jpg").write_bytes(jpegs(60)[0])
     return [str(empty)]
 
 

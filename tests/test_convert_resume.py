@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from embedded import embedded
 from fsspec.implementations.local import LocalFileSystem
 
 from lift_ray import convert as verb
@@ -28,15 +29,15 @@ from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, RunFailed
 
-TRAIN = open_dataset("embedded:caltech101").split("train")
 SMALL = 40
 OPTIONS = ["--rows-per-shard", "128", "--row-group-rows", "32", "--short-side", "40"]
 
 
 def photos(folder: Path, count: int) -> str:
     """Class directories with real images."""
-    rows = np.sort(np.random.default_rng(0).choice(TRAIN.num_samples, count, replace=False))
-    for row, label, image in zip(rows, TRAIN.labels[rows], RowReader(TRAIN).read(rows), strict=True):
+    train = embedded("train")
+    rows = np.sort(np.random.default_rng(0).choice(train.num_samples, count, replace=False))
+    for row, label, image in zip(rows, train.labels[rows], RowReader(train).read(rows), strict=True):
         (folder / f"class_{label % 5}").mkdir(parents=True, exist_ok=True)
         (folder / f"class_{label % 5}" / f"{row}.jpg").write_bytes(image)
     return str(folder)

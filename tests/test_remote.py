@@ -14,7 +14,8 @@ import botocore.exceptions
 import fsspec
 import numpy as np
 import pytest
-from flaky_store import IMAGES, Store, opened, write
+from embedded import jpegs
+from flaky_store import Store, opened, write
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from lift_ray.data.open import open_dataset
@@ -27,7 +28,7 @@ def test_a_data_set_in_s3_is_what_was_written(store: Store) -> None:
     split = opened()
     assert split.labels.tolist() == [row % 3 for row in range(60)]
     assert [shard.row_groups for shard in split.shards] == [(4,) * 5] * 3
-    assert RowReader(split).read(np.arange(60)) == IMAGES
+    assert RowReader(split).read(np.arange(60)) == jpegs(60)
 
 
 def test_the_manifest_names_the_checksums_of_the_shards(store: Store) -> None:
@@ -45,7 +46,7 @@ def test_opening_again_reads_no_object(store: Store) -> None:
     assert store.reads == []
     assert second.shards == first.shards
     assert (second.labels == first.labels).all()
-    assert RowReader(second).read(np.arange(60)) == IMAGES
+    assert RowReader(second).read(np.arange(60)) == jpegs(60)
 
 
 def test_a_data_set_that_changed_is_read_anew(store: Store) -> None:
@@ -82,7 +83,7 @@ def test_a_row_group_is_one_request_of_exactly_its_images(store: Store) -> None:
     [(name, span)] = store.reads
     start, end = map(int, span.removeprefix("bytes=").split("-"))
     assert name == "train-00000-of-00003.parquet"
-    assert 0 <= end + 1 - start - sum(map(len, IMAGES[4:8])) < 200
+    assert 0 <= end + 1 - start - sum(map(len, jpegs(60)[4:8])) < 200
 
 
 def test_threads_load_the_same_row_group_once(store: Store) -> None:
@@ -90,7 +91,7 @@ def test_threads_load_the_same_row_group_once(store: Store) -> None:
     store.forget()
     with ThreadPoolExecutor(8) as pool:
         for images in pool.map(lambda _: reader.read(np.arange(60)), range(8)):
-            assert images == IMAGES
+            assert images == jpegs(60)
     footers, groups = [span for _, span in store.reads if span.startswith("bytes=-")], 15
     assert (len(footers), len(set(store.reads))) == (3, 3 + groups)
     assert len(store.reads) == 3 + groups
@@ -108,7 +109,7 @@ def test_what_is_read_ahead_is_not_read_again(store: Store) -> None:
     reader.prefetch(np.arange(60))
     loaded(reader)
     store.forget()
-    assert reader.read(np.arange(60)) == IMAGES
+    assert reader.read(np.arange(60)) == jpegs(60)
     assert store.reads == []
 
 
@@ -125,7 +126,7 @@ def test_reading_ahead_stays_within_the_memory_it_may_take_and_drops_what_was_re
     reader.prefetch(np.array([59]))  # what waits to be read does not make room
     assert list(reader._cache) == waiting
     for row in range(0, 60, 4):
-        assert reader.read(np.arange(row, row + 4)) == IMAGES[row : row + 4]
+        assert reader.read(np.arange(row, row + 4)) == jpegs(60)[row : row + 4]
         reader.prefetch(np.arange(row + 4, min(row + 12, 60)))
         assert reader.cached_bytes <= 4 * biggest
         assert row + 12 > 60 or {row // 4 + 1, row // 4 + 2} <= set(reader._cache)
@@ -157,7 +158,7 @@ def test_a_store_that_fails_now_and_then_gives_the_same_bytes(store: Store, kind
     reader = RowReader(split)
     reader.read(np.array([0]))
     store.faults = [kind] * (1 if kind == "hang" else 3)
-    assert reader.read(np.arange(60)) == IMAGES
+    assert reader.read(np.arange(60)) == jpegs(60)
     assert store.faults == []
 
 
@@ -186,7 +187,7 @@ def test_a_store_that_never_answers_well_is_bad_input_in_bounded_time(store: Sto
         reader.read(np.array([10]))
     assert "\n" not in str(caught.value)
     store.always = ""
-    assert reader.read(np.array([10])) == [IMAGES[10]]
+    assert reader.read(np.array([10])) == [jpegs(60)[10]]
     pattern = rf"s3://pets/set/train-00000-of-00003\.parquet: must be a readable file, but got {got}"
     assert re.fullmatch(pattern, str(caught.value))
 
@@ -281,7 +282,7 @@ def test_a_store_that_is_not_asynchronous_is_read_exactly_and_patiently(
     assert (open_dataset("hub://any/set").split("train").labels == split.labels).all()
     assert Hub.reads == []
     Hub.fails = [ConnectionResetError("reset by peer"), TimeoutError()]
-    assert RowReader(split).read(np.arange(60)) == IMAGES
+    assert RowReader(split).read(np.arange(60)) == jpegs(60)
     assert Hub.fails == []
     Hub.fails = [PermissionError("private")]
     with pytest.raises(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from embedded import embedded
 from torchvision.transforms import v2
 
 from lift_ray.data.augment import evaluation_image
 from lift_ray.data.batches import Batch, unlabelled_batches
+from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels
-from lift_ray.data.open import open_dataset
 from lift_ray.data.order import epoch_order
 from lift_ray.data.reader import RowReader
 from lift_ray.data.views import GRAY, LEVEL, NUM_DRAWS, OPERATIONS, STRONG_DRAWS, strong_view, two_views, weak_view
 
-POOL = open_dataset("embedded:caltech101-half").split("unlabelled")
 TORCHVISION = {
     "identity": "Identity",
     "shear_x": "ShearX",
@@ -34,8 +34,12 @@ TORCHVISION = {
 }
 
 
+def pool() -> Split:
+    return embedded("unlabelled", "caltech101-half")
+
+
 def picture(number: int = 0) -> Pixels:
-    with RowReader(POOL) as reader:
+    with RowReader(pool()) as reader:
         return evaluation_image(reader.read(np.array([number]))[0], 48)
 
 
@@ -79,7 +83,7 @@ def test_the_grey_square_grows_with_the_picture_and_is_cut_at_its_border(share: 
 
 
 def test_views_depend_on_their_draws_alone() -> None:
-    with RowReader(POOL) as reader:
+    with RowReader(pool()) as reader:
         (data,) = reader.read(np.array([3]))
     draws = np.random.default_rng(0).random((50, NUM_DRAWS))
     first = [two_views(data, 48, draw, 0.5) for draw in draws]
@@ -92,20 +96,20 @@ def test_views_depend_on_their_draws_alone() -> None:
 
 def batches(**options: int | float) -> list[Batch]:
     settings = {"start_step": 0, "num_steps": 4, "global_batch_size": 480, "num_threads": 1} | options
-    with RowReader(POOL) as reader:
+    with RowReader(pool()) as reader:
         return list(
             unlabelled_batches(
-                reader, POOL, size_px=16, seed=5, cutout_frac=0.5, num_patches=4, patch_dropout=0.5, **settings
+                reader, pool(), size_px=16, seed=5, cutout_frac=0.5, num_patches=4, patch_dropout=0.5, **settings
             )
         )  # type: ignore[arg-type]
 
 
 def test_every_pass_over_the_pool_sees_each_picture_once_and_steps_go_on_across_passes() -> None:
     labels = np.concatenate([batch.labels.numpy() for batch in batches()])
-    order = np.concatenate([epoch_order(POOL, 5, number) for number in (0, 1)])
+    order = np.concatenate([epoch_order(pool(), 5, number) for number in (0, 1)])
     # a rank takes a batch in the order of the batch, so the whole is that of the passes
-    assert np.array_equal(labels, POOL.labels[order[: len(labels)]])
-    assert len(labels) == 1920 > POOL.num_samples
+    assert np.array_equal(labels, pool().labels[order[: len(labels)]])
+    assert len(labels) == 1920 > pool().num_samples
 
 
 def test_the_pairs_are_the_same_for_any_start_and_any_number_of_threads_and_ranks() -> None:
