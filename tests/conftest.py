@@ -50,7 +50,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with 8 classes of the embedded pictures: 96 training, 24 validation and 24 test images."""
+    """A folder with 8 classes of the embedded images: 96 training, 24 validation and 24 test images."""
     import numpy as np
 
     from lift_ray.data.convert.shards import publish, write_split
@@ -198,7 +198,7 @@ def as_two_ranks() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Store]:
-    """A store that fails on demand, with one data set in it: 60 pictures in 3 shards of 5 row groups each."""
+    """A store that fails on demand, with one data set in it: 60 images in 3 shards of 5 row groups each."""
     from flaky_store import flaky_store
 
     with flaky_store() as store:

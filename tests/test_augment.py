@@ -1,4 +1,4 @@
-"""Encoded images to pictures: minimalist augmentation, and the crop for evaluation."""
+"""Images from their encoded bytes: minimalist augmentation, and the crop for evaluation."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_convex_lies_below_linear_and_concave_above() -> None:
 
 @settings(max_examples=300)
 @given(width=SIDES, height=SIDES, smallest=st.floats(SMALLEST_AREA, 1), draw=DRAWS)
-def test_a_crop_is_a_square_inside_the_picture(width: int, height: int, smallest: float, draw: np.ndarray) -> None:
+def test_a_crop_is_a_square_inside_the_image(width: int, height: int, smallest: float, draw: np.ndarray) -> None:
     crop = square_crop(width, height, smallest, draw)
     left, top, side = crop.left, crop.top, crop.width
     assert crop.height == side
@@ -86,8 +86,8 @@ def test_a_crop_is_a_square_inside_the_picture(width: int, height: int, smallest
 
 
 @given(short=st.integers(1, 500), long=st.integers(1, 500))
-def test_a_picture_too_long_for_the_smallest_area_gives_its_largest_square(short: int, long: int) -> None:
-    long += 2 * short  # the largest square holds at most half the picture
+def test_an_image_too_long_for_the_smallest_area_gives_its_largest_square(short: int, long: int) -> None:
+    long += 2 * short  # the largest square holds at most half the image
     for area in (0.0, 0.5, 0.999):
         assert square_crop(short, long, 0.5, np.array([area, 0.0, 0.0])).width == short
 
@@ -113,7 +113,7 @@ def test_the_area_is_uniform() -> None:
     assert quantiles == pytest.approx([0.08 + 0.92 * q for q in (0.25, 0.5, 0.75)], abs=0.03)
 
 
-def test_the_same_draw_gives_the_same_training_picture_and_another_another() -> None:
+def test_the_same_draw_gives_the_same_training_image_and_another_draw_another() -> None:
     for data in photos():
         one = training_image(data, 48, square(0.3, 0.2, 0.9))
         assert one.shape == (48, 48, 3)
@@ -123,8 +123,8 @@ def test_the_same_draw_gives_the_same_training_picture_and_another_another() -> 
 
 
 def test_a_crop_of_the_wanted_size_keeps_the_pixels() -> None:
-    picture = training_image(png(60, 48), 48, square(0.0, 0.999, 0.0, smallest=1.0))
-    assert np.array_equal(picture, pixels(60, 48)[:, 12:])
+    image = training_image(png(60, 48), 48, square(0.0, 0.999, 0.0, smallest=1.0))
+    assert np.array_equal(image, pixels(60, 48)[:, 12:])
 
 
 def square(*draw: float, smallest: float = SMALLEST_AREA) -> FindCrop:
@@ -174,7 +174,7 @@ def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
     assert training_image(out.getvalue(), 48, square(0.5, 0.5, 0.5)).shape == (48, 48, 3)
 
 
-def test_pictures_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pillow() -> None:
+def test_images_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pillow() -> None:
     """Of 3 million values, 0.3% differ from Pillow's by one level, and less than ten in a million by two."""
     levels = np.zeros(256, np.int64)
     for number, data in enumerate(jpegs(120, "train", "caltech101-lt", step=3)):
@@ -215,13 +215,13 @@ def test_reduced_decoding_changes_nothing_where_the_crop_needs_every_pixel() -> 
         )
 
 
-def test_pictures_made_on_a_device_are_the_same_but_for_rounding() -> None:
+def test_images_made_on_a_device_are_the_same_but_for_rounding() -> None:
     """The code for a GPU, run on the CPU: it resizes in floats, and rounds once."""
     encoded = [*photos()[:6], png(70, 60)]
     draws = np.random.default_rng(0).random((len(encoded), 3))
     finds: list[FindCrop] = [square(*draw) for draw in draws[:4]] + [partial(any_crop, draw=draw) for draw in draws[4:]]
     on_device = training_images_on(torch.device("cpu"), encoded, 48, finds)
-    for data, find, picture in zip(encoded, finds, on_device, strict=True):
-        difference = np.abs(training_image(data, 48, find).astype(int) - picture.permute(1, 2, 0).numpy())
+    for data, find, image in zip(encoded, finds, on_device, strict=True):
+        difference = np.abs(training_image(data, 48, find).astype(int) - image.permute(1, 2, 0).numpy())
         assert difference.max() <= 6
         assert difference.mean() < 0.5

@@ -40,7 +40,7 @@ OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": True}
 
 @pytest.fixture(scope="module")
 def small_clip() -> str:
-    """One that knows something of the pictures, for a random one has no label prior that could be fitted."""
+    """One that knows something of the images, for a random one has no label prior that could be fitted."""
     return "embedded:lift-tiny"
 
 
@@ -123,7 +123,7 @@ def test_two_checkpoints_are_the_mean_by_hand_of_what_each_gives_alone(
     assert losses == pytest.approx([float(F.cross_entropy(z, labels)) for z in (first, second)], abs=1e-5)
 
 
-def test_each_picture_is_decoded_once(folders: list[str], monkeypatch: pytest.MonkeyPatch, small_data: str) -> None:
+def test_each_image_is_decoded_once(folders: list[str], monkeypatch: pytest.MonkeyPatch, small_data: str) -> None:
     decoded: list[bytes] = []
     monkeypatch.setattr(resolutions, "decode", lambda data: (decoded.append(data), decode.decode(data))[1])
     evaluate_here(EvaluationRequest(tuple(folders), small_data, "test"))

@@ -164,7 +164,7 @@ def test_starting_at_a_step_equals_skipping_the_steps_before(small: Split, start
     assert_same(train(small, start_step=start_step, world_size=2), train(small, world_size=2)[start_step:])
 
 
-def test_pictures_change_with_seed_and_epoch(small: Split) -> None:
+def test_images_change_with_seed_and_epoch(small: Split) -> None:
     first = [train(small, seed=seed, epoch=epoch)[0].images for seed, epoch in ((0, 0), (1, 0), (0, 1))]
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], first[2])
@@ -175,7 +175,7 @@ def test_threads_change_nothing(small: Split, num_threads: int) -> None:
     assert_same(train(small, num_threads=num_threads), train(small))
 
 
-def test_the_pictures_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     makers: list[str] = []
     plain = data_batches.training_image
 
@@ -202,10 +202,10 @@ def patches(batch: Batch) -> torch.Tensor:
     return batch.patches
 
 
-def test_every_picture_keeps_its_own_patches_whatever_the_number_of_ranks(small: Split) -> None:
+def test_every_image_keeps_its_own_patches_whatever_the_number_of_ranks(small: Split) -> None:
     assert all(batch.patches is None for batch in train(small))
     alone = train(small, patch_dropout=0.5)
-    assert_same(alone, train(small))  # pictures do not depend on it
+    assert_same(alone, train(small))  # images do not depend on it
     seen = torch.cat([patches(batch) for batch in alone])
     assert seen.shape == (96, 4)
     assert sorted(seen.unique().tolist()) == list(range(9))

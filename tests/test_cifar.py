@@ -67,7 +67,7 @@ def batch(first: int, count: int) -> dict[bytes, Any]:
     return {
         b"batch_label": b"training batch",
         b"data": np.ascontiguousarray(chosen.transpose(0, 3, 1, 2)).reshape(count, 3072),
-        b"filenames": [b"picture_%d.png" % (first + number) for number in range(count)],
+        b"filenames": [b"image_%d.png" % (first + number) for number in range(count)],
     }
 
 
@@ -100,11 +100,11 @@ def archive(path: Path, files: dict[str, bytes], folder: str = "cifar-python") -
 
 
 def pixels(index: ImageIndex, split: str) -> np.ndarray[Any, Any]:
-    """The pictures of a split, read as another process would."""
+    """The images of a split, read as another process would."""
     reader = pickle.loads(pickle.dumps(index.read))
-    pictures = [Image.open(io.BytesIO(reader(reference))) for reference, _ in index.splits[split]]
-    assert {picture.format for picture in pictures} == {"PNG"}
-    return np.stack([np.asarray(picture) for picture in pictures])
+    read = [Image.open(io.BytesIO(reader(reference))) for reference, _ in index.splits[split]]
+    assert {image.format for image in read} == {"PNG"}
+    return np.stack([np.asarray(image) for image in read])
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,7 @@ def test_batches_are_as_small_as_a_towers_activations_ask_for(tower: AnyTower, m
     assert batch_size(torch.device("cuda"), tower, crops=True) == 50
 
 
-def test_many_cores_hold_four_times_the_pictures_of_one_batch_at_most(three_threads: None) -> None:
+def test_many_cores_hold_four_times_the_images_of_one_batch_at_most(three_threads: None) -> None:
     torch.set_num_threads(64)
     assert batch_size(CPU, SMALL) == 15
     assert batch_size(CPU, SMALL, largest=4) == 1

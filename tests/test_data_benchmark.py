@@ -24,7 +24,7 @@ def samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def folder(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures as every contender that is installed writes them."""
+    """The images as every contender that is installed writes them."""
     written = tmp_path_factory.mktemp("written")
     class_names = data.samples_of("embedded:caltech101", BATCH * BATCHES)[1]
     for name in THERE:
@@ -37,7 +37,7 @@ def opened(name: str, folder: Path) -> Contender:
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_every_contender_gives_every_picture_once_normalised(name: str, folder: Path, samples: list[Sample]) -> None:
+def test_every_contender_gives_every_image_once_normalised(name: str, folder: Path, samples: list[Sample]) -> None:
     images, labels = zip(*opened(name, folder).batches(0), strict=True)
     assert [tuple(batch.shape) for batch in images] == [(BATCH, 3, PX, PX)] * BATCHES
     assert sorted(torch.cat(labels).tolist()) == sorted(label for _, _, label in samples)
@@ -78,9 +78,9 @@ def test_the_comparison_finds_a_planted_difference(samples: list[Sample], monkey
     honest = data.training_image
 
     def planted(encoded: bytes, *rest: Any) -> Any:
-        picture = honest(encoded, *rest).astype(int)
-        picture[0, 0, 0] += 3 if encoded == samples[7][0] else 0
-        return picture
+        image = honest(encoded, *rest).astype(int)
+        image[0, 0, 0] += 3 if encoded == samples[7][0] else 0
+        return image
 
     monkeypatch.setattr(data, "training_image", planted)
     found = data.compare(samples, PX)

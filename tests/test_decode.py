@@ -67,7 +67,7 @@ def test_every_kind_is_decoded_as_pillow_does_upright_and_rgb(kind: str) -> None
     assert np.array_equal(decode(photo_as(kind)), expected)
 
 
-def test_real_pictures_are_decoded_to_the_last_bit() -> None:
+def test_real_images_are_decoded_to_the_last_bit() -> None:
     for data in photos():
         assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 

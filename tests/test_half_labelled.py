@@ -29,7 +29,7 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_consistency_weighs_sure_and_unsure_pictures_as_fixmatch_and_loft_do() -> None:  # pragma: allowlist secret
+def test_consistency_weighs_sure_and_unsure_images_as_fixmatch_and_loft_do() -> None:  # pragma: allowlist secret
     teacher, strong = (3 * drawn(40, 5)).softmax(1), drawn(40, 5)
     expected = 0.0
     for p, z in zip(teacher, strong, strict=True):
@@ -40,7 +40,7 @@ def test_consistency_weighs_sure_and_unsure_pictures_as_fixmatch_and_loft_do() -
 
 
 def nll(z: torch.Tensor, shift: torch.Tensor | float, label: int) -> float:
-    """CE(z + shift, y) of one picture."""
+    """CE(z + shift, y) of one image."""
     shifted = z + shift
     return float(shifted.exp().sum().log() - shifted[label])
 

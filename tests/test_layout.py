@@ -23,7 +23,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def write(path: Path, image: str = "image", labels: tuple[str, ...] = ("label",), features: Any = None) -> None:
-    """6 pictures of cats and dogs, and a column that is neither."""
+    """6 images of cats and dogs, and a column that is neither."""
     kinds = {image: {"_type": "Image"}, **{name: {"names": ["cat", "dog"], "_type": "ClassLabel"} for name in labels}}
     about = {b"huggingface": json.dumps({"info": {"features": kinds if features is None else features}}).encode()}
     types = [("id", pa.string()), (image, IMAGE), *[(name, pa.int64()) for name in labels]]

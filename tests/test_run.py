@@ -356,7 +356,7 @@ def test_evaluate_works_on_a_data_set_with_a_test_split_alone(
         evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])
 
 
-def test_a_share_of_the_data_is_the_first_pictures_of_each_class(warm: Workspace, small_clip: str) -> None:
+def test_a_share_of_the_data_is_the_first_images_of_each_class(warm: Workspace, small_clip: str) -> None:
     whole = Run(settings(small_clip), warm)
     half = Run(settings(small_clip, optim__data_frac=0.5), warm)
     least = Run(settings(small_clip, optim__data_frac=0.001, optim__global_batch_size=8), warm)

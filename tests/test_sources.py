@@ -152,7 +152,7 @@ CATEGORIES = [{"id": 10 * n, "name": t[-1], **dict(zip(RANKS[:6], t[:6], strict=
 
 
 def annotations(labels: list[int], categories: list[dict[str, Any]], **changes: Any) -> str:
-    images = [{"id": 7 * n, "file_name": f"pictures/{labels[n]}_{n}.jpg", "width": 1} for n in range(len(labels))]
+    images = [{"id": 7 * n, "file_name": f"images/{labels[n]}_{n}.jpg", "width": 1} for n in range(len(labels))]
     told = [{"id": n, "image_id": 7 * n, "category_id": label} for n, label in enumerate(labels)]
     content = {"info": {}, "images": images, "annotations": told[::-1], "categories": categories}
     return json.dumps({**content, **changes})
@@ -165,8 +165,8 @@ def inat_2018() -> dict[str, str | bytes]:
     return {
         "categories.json": json.dumps(CATEGORIES[::-1]),
         "train2018.json": annotations([20, 0, 10, 30], HIDDEN),
-        "val2018.json": annotations([10] * 5, HIDDEN).replace("pictures/", "val/"),
-        **{f"pictures/{category}_{n}.jpg": jpegs()[n] for n, category in enumerate((20, 0, 10, 30))},
+        "val2018.json": annotations([10] * 5, HIDDEN).replace("images/", "val/"),
+        **{f"images/{category}_{n}.jpg": jpegs()[n] for n, category in enumerate((20, 0, 10, 30))},
         **{f"val/10_{n}.jpg": jpegs()[5 + n] for n in range(5)},
     }
 
@@ -233,12 +233,12 @@ INAT_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
         "every class must have an image, but 'Peroneutypa scoparia' have none; ",
     ),
     (
-        {"train2018.json": annotations([20, 0, 10, 30], HIDDEN).replace("pictures/", "../")},
+        {"train2018.json": annotations([20, 0, 10, 30], HIDDEN).replace("images/", "../")},
         "train2018.json: image 0: must name a file in the source, but got '../20_0.jpg', a path outside the source; ",
     ),
     (
         {"val2018.json": annotations([20], HIDDEN)},
-        "val2018.json: image 0: each image must be listed once, but 'pictures/20_0.jpg' is in {0}/train2018.json: image 0 too; ",
+        "val2018.json: image 0: each image must be listed once, but 'images/20_0.jpg' is in {0}/train2018.json: image 0 too; ",
     ),
     ({"categories.json": "{}"}, "categories.json: must be a list of categories, but got '{{}}'; "),
     ({"categories.json": json.dumps(HIDDEN)}, "categories.json: kingdom must be text in every entry, but got "),

@@ -76,7 +76,7 @@ def test_prototypes_move_towards_the_moving_average_of_class_means_as_the_equati
     visual = [sums[0, 0] / 2, sums[0, 1] / 4]
     assert torch.allclose(first[0], 0.95 * text[0] + 0.05 * visual[0], atol=1e-6)
     assert torch.allclose(first[1], 0.9 * text[1] + 0.1 * visual[1], atol=1e-6)
-    assert torch.equal(first[2], text[2])  # no labelled picture yet
+    assert torch.equal(first[2], text[2])  # no labelled image yet
     second = one.fit(sums[1], torch.tensor([1.0, 0.0, 1.0]), torch.tensor([10, 0, 0]))
     visual[0] = 0.9 * visual[0] + 0.1 * sums[1, 0]
     p = [0.8 * 0.2 * 5 + 0.2 * 10, 0.8 * 0.2 * 10]
@@ -164,7 +164,7 @@ def test_a_run_learns_and_tells_how_good_its_pseudo_labels_are(
     )
 
 
-def test_labels_of_unlabelled_pictures_are_not_learnt_from(
+def test_labels_of_unlabelled_images_are_not_learnt_from(
     small_clip: str, trained: tuple[list[dict[str, float]], Run]
 ) -> None:
     blind = Workspace(DATA, Ranks.alone())
@@ -284,7 +284,7 @@ def test_text_prototypes_stay_where_they_are_with_mu_0(warm: Workspace, small_cl
     )
 
 
-def test_a_data_set_without_unlabelled_pictures_is_one_line(small_data: str, small_clip: str) -> None:
+def test_a_data_set_without_unlabelled_images_is_one_line(small_data: str, small_clip: str) -> None:
     for kind in KINDS:
         with pytest.raises(BadInput) as caught:
             Run(settings(small_clip, kind, optim__global_batch_size=16), Workspace(small_data, Ranks.alone()))

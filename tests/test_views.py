@@ -38,7 +38,7 @@ def pool() -> Split:
     return embedded("unlabelled", "caltech101-half")
 
 
-def picture(number: int = 0) -> Pixels:
+def image(number: int = 0) -> Pixels:
     with RowReader(pool()) as reader:
         return evaluation_image(reader.read(np.array([number]))[0], 48)
 
@@ -47,7 +47,7 @@ def picture(number: int = 0) -> Pixels:
 def test_an_operation_is_that_of_torchvisions_randaugment_at_magnitude_10(name: str) -> None:
     reference = v2.RandAugment()
     assert list(reference._AUGMENTATION_SPACE) == list(TORCHVISION.values())
-    view = torch.from_numpy(picture().copy()).permute(2, 0, 1)
+    view = torch.from_numpy(image().copy()).permute(2, 0, 1)
     strengths, signed = reference._AUGMENTATION_SPACE[TORCHVISION[name]]
     magnitudes = strengths(31, 48, 48)
     magnitude = 0.0 if magnitudes is None else float(magnitudes[10])
@@ -60,8 +60,8 @@ def test_an_operation_is_that_of_torchvisions_randaugment_at_magnitude_10(name: 
         assert name == "identity" or not torch.equal(got, view)
 
 
-def test_a_weak_view_is_the_picture_moved_by_at_most_an_eighth_and_flipped_half_of_the_time() -> None:
-    here = picture()
+def test_a_weak_view_is_the_image_moved_by_at_most_an_eighth_and_flipped_half_of_the_time() -> None:
+    here = image()
     middle = np.array([0.9, 6.5 / 13, 6.5 / 13])
     assert np.array_equal(weak_view(here, middle), here)
     assert np.array_equal(weak_view(here, middle * [0, 1, 1]), here[:, ::-1])
@@ -73,7 +73,7 @@ def test_a_weak_view_is_the_picture_moved_by_at_most_an_eighth_and_flipped_half_
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
-def test_the_grey_square_grows_with_the_picture_and_is_cut_at_its_border(share: float) -> None:
+def test_the_gray_square_grows_with_the_image_and_is_cut_at_its_border(share: float) -> None:
     here = np.zeros((48, 48, 3), np.uint8)
     draw = np.full(STRONG_DRAWS, 0.5)
     draw[3:-2] = 0  # identity, twice
@@ -104,7 +104,7 @@ def batches(**options: int | float) -> list[Batch]:
         )  # type: ignore[arg-type]
 
 
-def test_every_pass_over_the_pool_sees_each_picture_once_and_steps_go_on_across_passes() -> None:
+def test_every_pass_over_the_pool_sees_each_image_once_and_steps_go_on_across_passes() -> None:
     labels = np.concatenate([batch.labels.numpy() for batch in batches()])
     order = np.concatenate([epoch_order(pool(), 5, number) for number in (0, 1)])
     # a rank takes a batch in the order of the batch, so the whole is that of the passes
