@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
-from made_run import free_port
+from hypothesis import HealthCheck, settings
+from made_run import free_ports
 
 if TYPE_CHECKING:
     from flaky_store import Store
 
     from lift_ray.training.workspace import Workspace
 
-settings.register_profile("tests", deadline=None)  # the machine may be busy
+# A busy machine misses deadlines and is slow at drawing examples; examples may share a tmp_path.
+UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("tests", deadline=None, suppress_health_check=UNCHECKED)
 settings.load_profile("tests")
 
 TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
@@ -183,7 +185,7 @@ def as_two_ranks() -> Iterator[Callable[..., None]]:
     import torch
 
     def call(function: Callable[..., None], *args: object) -> None:
-        port = free_port()
+        (port,) = free_ports(1)
         other = pool.submit(function, 1, port, *args)
         threads = torch.get_num_threads()
         try:

@@ -1,9 +1,11 @@
-"""Settings and figures of small runs, for the tests that train."""
+"""Settings and figures of small runs, a free port, and waiting for an event, for all tests."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from lift_ray.settings.overrides import apply_overrides
@@ -24,8 +26,18 @@ def untimed(figures: list[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+def free_ports(number: int) -> list[int]:
+    with ExitStack() as open_until_all_are_found:
+        probes = [open_until_all_are_found.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 150, every_s: float = 0.05) -> Any:
+    """Return the first true value of `condition`. Raises AssertionError if there is none in time."""
+    ends = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < ends, f"{what}: not within {seconds:g} s"
+        time.sleep(every_s)
+    return value

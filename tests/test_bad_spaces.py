@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lift_ray import tune
@@ -324,7 +324,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(changes=st.lists(st.tuples(st.integers(0, len(WHOLE)), st.integers(0, 12), st.sampled_from(PIECES)), max_size=4))
 @example(changes=[])
 def test_any_file_is_a_plan_or_lines_and_exit_code_2(tmp_path: Path, changes: list[tuple[int, int, str]]) -> None:
@@ -345,7 +345,7 @@ def test_any_file_is_a_plan_or_lines_and_exit_code_2(tmp_path: Path, changes: li
     assert "Traceback" not in said.getvalue()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     path=st.lists(
         st.sampled_from(

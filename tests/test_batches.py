@@ -78,7 +78,7 @@ def made_up(row_groups: list[list[int]], keep: list[bool]) -> Split:
     return Split("train", shards, rows % 3, rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     row_groups=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=4),
     keep=st.lists(st.booleans(), min_size=1, max_size=7),
@@ -229,7 +229,7 @@ class NoFiles:
         """There is nothing to read."""
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samples=st.integers(1, 200), share=st.integers(1, 16), world_size=st.sampled_from([1, 2, 4, 8]))
 def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int, share: int, world_size: int) -> None:
     split, batch = made_up([[samples]], [True]), share * world_size

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from made_run import wait_for
 from optuna.storages import InMemoryStorage
 from played import METRIC, log_of, run_on_ray, searched, space
 from ray import tune
@@ -73,14 +74,11 @@ def driver(folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 def until(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
     """Wait until a number of epochs are trained, or the driver has ended."""
-    ends = time.monotonic() + 120
-    while sum(epochs_of(folder).values()) < lines and process.poll() is None:
-        assert time.monotonic() < ends, (folder / "said").read_text()
-        time.sleep(0.02)
+    wait_for("epochs", lambda: sum(epochs_of(folder).values()) >= lines or process.poll() is not None, every_s=0.02)
 
 
 def test_short_trials_do_not_rob_a_slot_that_starts(tmp_path: Path, ray_session: None) -> None:
-    did = run_on_ray(tmp_path, {"trials": 60, "load_s": 0.2, "epoch_s": 0.01})
+    did = run_on_ray(tmp_path, {"trials": 60, "load_s": 0.2, "epoch_s": 0.01, "alone_epochs": 9})
     assert did["states"] == {"finished": 60}
     assert (did["processes"], did["loads"]) == (2, 2)
     shares = list(working(tmp_path).values())
@@ -292,10 +290,7 @@ def test_drivers_and_slots_that_are_killed_lose_no_epoch_and_repeat_none(tmp_pat
 
 def test_two_signals_end_it_at_once(tmp_path: Path) -> None:
     with driver(tmp_path, trials=12, epochs=2, epoch_s=60) as process:
-        ends = time.monotonic() + 120
-        while not log_of(tmp_path):
-            assert time.monotonic() < ends, "no slot has started a job"
-            time.sleep(0.05)
+        wait_for("a job", lambda: log_of(tmp_path))
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)  # before the first one can have stopped everything in order

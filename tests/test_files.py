@@ -371,13 +371,13 @@ def validates_or_is_bad_input(text: str) -> None:
         assert RunConfig.model_validate(run.config.to_dict()).digest() == run.config.digest()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text() | st.lists(st.sampled_from(PIECES), max_size=30).map("".join).map(("dataset: d\n").__add__))
 def test_any_text_validates_or_is_bad_input(text: str) -> None:
     validates_or_is_bad_input(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(CUTS, min_size=1, max_size=3))
 def test_any_change_of_a_good_file_validates_or_is_bad_input(cuts: list[tuple[int, int, str]]) -> None:
     text = GOOD
@@ -386,7 +386,7 @@ def test_any_change_of_a_good_file_validates_or_is_bad_input(cuts: list[tuple[in
     validates_or_is_bad_input(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=8) | st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
 def test_any_word_on_the_command_line_is_a_value_or_bad_input(text: str) -> None:
     try:

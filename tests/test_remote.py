@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +16,7 @@ import pytest
 from embedded import jpegs
 from flaky_store import Store, opened, write
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+from made_run import wait_for
 
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
@@ -98,10 +98,7 @@ def test_threads_load_the_same_row_group_once(store: Store) -> None:
 
 
 def loaded(reader: RowReader) -> None:
-    deadline = time.monotonic() + 100
-    while not all(entry.is_done for entry in reader._cache.values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for("what is read ahead", lambda: all(entry.is_done for entry in reader._cache.values()), every_s=0.01)
 
 
 def test_what_is_read_ahead_is_not_read_again(store: Store) -> None:

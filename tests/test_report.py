@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_run import wait_for
 from made_study import make_trials, write_study
 
 from lift_ray import report
@@ -356,9 +357,7 @@ def test_a_running_search_has_a_page_soon_though_the_first_try_fails(
     with reporting.kept_up_to_date(reporting.Output(str(tmp_path))):
         assert failed_twice.wait(100)
         shutil.copy(study / "trials.parquet", tmp_path)
-        ends = reporting.time.monotonic() + 100
-        while not (tmp_path / "report" / "index.html").exists() and reporting.time.monotonic() < ends:
-            reporting.time.sleep(0.05)
+        wait_for("the report", (tmp_path / "report" / "index.html").exists)
     assert "This search has not ended" in (tmp_path / "report" / "index.html").read_text()
     assert capsys.readouterr().out.count("the report was not written: ") == 1, "the same fault was told twice"
 

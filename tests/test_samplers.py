@@ -210,7 +210,7 @@ def test_median_stops_what_was_never_as_good_as_half_of_the_others() -> None:
     assert decide(wanted, rows_of([0.0])[0], rows_of([1.0], [1.0], [1.0], [1.0])) == "continue", "within the grace"
 
 
-@limits(max_examples=60, deadline=None)
+@limits(max_examples=60)
 @given(
     values=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=9),
     kind=st.sampled_from(["none", "asha", "hyperband", "median"]),

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from made_run import free_ports
 from PIL import Image
 
 from lift_ray import serve
@@ -101,9 +101,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     dataset = open_dataset(small_data)
     with RowReader(dataset.split("test")) as reader:
         images = reader.read(np.arange(24))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     words = [
         sys.executable,
         "-m",

@@ -54,7 +54,7 @@ def write(destination: str, count: int, rows_per_shard: int = 10, row_group_rows
 SAMPLES = st.deferred(lambda: st.integers(0, cut().num_samples - 1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(samples=st.lists(SAMPLES, max_size=40), cache_bytes=st.sampled_from([0, 10**6, 10**9]))
 def test_a_sample_is_the_same_bytes_in_any_order_and_with_any_cache(samples: list[int], cache_bytes: int) -> None:
     with RowReader(cut(), cache_bytes) as reader:

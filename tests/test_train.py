@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from made_run import untimed
+from made_run import free_ports, untimed
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from safetensors.torch import load_file
@@ -143,9 +142,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[tuple[str, list[ThreadedMotoServer]]]:
     """The URL of an empty bucket of moto's server, and the servers to stop."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     servers = [ThreadedMotoServer(ip_address="127.0.0.1", port=port)]
     servers[0].start()
     # pragma: allowlist nextline secret
