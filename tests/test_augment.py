@@ -54,7 +54,7 @@ def test_the_smallest_area_grows_by_its_schedule(schedule: str, at_quarter: floa
 
 
 @pytest.mark.parametrize("schedule", GROWTH)
-def test_a_run_of_one_epoch_stands_at_the_start_of_its_schedule(schedule: str) -> None:
+def test_a_run_of_one_epoch_uses_the_start_of_its_schedule(schedule: str) -> None:
     assert smallest_area(schedule, 0, 1) == pytest.approx(1.0 if schedule == "max" else SMALLEST_AREA)
 
 
@@ -144,7 +144,7 @@ def png(width: int, height: int, mode: str = "RGB") -> bytes:
 
 
 @pytest.mark.parametrize(("size_px", "resized"), [(48, 55), (224, 256), (32, 37)])
-def test_evaluation_takes_the_centre_of_eight_sevenths(size_px: int, resized: int) -> None:
+def test_evaluation_takes_the_center_of_eight_sevenths(size_px: int, resized: int) -> None:
     for width, height in ((resized, resized), (resized + 20, resized), (resized, resized + 9)):
         left, top = round((width - size_px) / 2), round((height - size_px) / 2)
         whole = pixels(width, height)

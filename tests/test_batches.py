@@ -302,7 +302,7 @@ def test_batches_are_made_only_a_few_ahead() -> None:
     assert [int(batch.labels) for batch in data_batches._ahead(make, range(20), 4)] == list(range(20))
 
 
-def test_a_broken_image_is_one_line_that_names_row_and_split(tmp_path: Path, small: Split) -> None:
+def test_a_broken_image_gives_a_one_line_error_that_names_row_and_split(tmp_path: Path, small: Split) -> None:
     with RowReader(small) as reader:
         good = reader.read(np.arange(8))
     samples = [(data, f"{i}.jpg", i % 2) for i, data in enumerate(good)]

@@ -77,11 +77,11 @@ def test_a_best_rate_at_an_end_is_known_and_a_method_that_only_failed_is_left_ou
 
 # more, less by chance with a rising rank, within the noise
 @pytest.mark.parametrize(("few_of_full", "hurts"), [(0.06, True), (0.20, False), (0.155, False), (0.15, False)])
-def test_heavy_fine_tuning_hurts_where_the_rows_say_so(few_of_full: float, hurts: bool) -> None:
+def test_heavy_fine_tuning_hurts_if_the_rows_say_so(few_of_full: float, hurts: bool) -> None:
     assert methods.few_hurt(methods.summarise(method_rows(few_of_full), seed=0))[0] == hurts
 
 
-def test_a_fall_within_the_noise_of_the_seeds_is_none() -> None:
+def test_a_drop_within_the_noise_of_the_seeds_does_not_count() -> None:
     rows = [r for r in method_rows(0.147) if r["name"] != "linear_probe"]
     assert not methods.few_hurt(methods.summarise(rows, seed=0))[0]
     rows = [r for r in method_rows(0.14) if r["name"] != "linear_probe"]
@@ -107,7 +107,7 @@ def test_a_setting_that_reached_is_cut_shorter_and_one_that_did_not_is_trained_l
     )
 
 
-def test_what_is_kept_is_computed_once_in_a_longer_schedule() -> None:
+def test_cached_features_are_computed_once_in_a_longer_schedule() -> None:
     assert timing.expected_s(row("last1", 0, 0.3, laps_s=[1.0, 15.0, 2.0, 2.0, 2.0, 2.0]), 8) == 30
 
 

@@ -88,7 +88,7 @@ def test_the_kept_shards_stay_within_the_limit_and_the_least_recently_used_go(
     assert sum(path.stat().st_size for path in kept_shards(tmp_path)) <= 2.5 * size
 
 
-def test_shards_of_another_data_set_make_room(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_another_dataset_make_room(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("s3://pets/later", 12)
     later = open_dataset("s3://pets/later").split("train")
     split = opened()
@@ -115,7 +115,7 @@ def test_a_shard_that_another_process_downloads_is_read_from_the_store(
     assert (kept_shards(tmp_path), partial.exists()) == ([copy], False)
 
 
-def test_a_disk_that_takes_nothing_means_one_warning_and_reading_from_the_store(
+def test_an_unwritable_disk_gives_one_warning_and_data_is_read_from_the_store(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = opened()

@@ -237,14 +237,16 @@ FAULTS: list[tuple[Callable[[], dict[str, bytes]], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(FAULTS)))
-def test_a_fault_in_an_archive_is_one_line(tmp_path: Path, number: int) -> None:
+def test_a_fault_in_an_archive_gives_a_one_line_error(tmp_path: Path, number: int) -> None:
     files, options, message = FAULTS[number]
     source = archive(tmp_path / "x.tar.gz", files())
     with pytest.raises(BadInput, match=re.escape(message) + ".*$"):
         scan_cifar(source, **options)
 
 
-def test_what_is_no_archive_or_too_large_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_no_archive_or_too_large_gives_a_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").write_bytes(b"no archive")
     with pytest.raises(BadInput, match=r"^.*/x: must be CIFAR as published, but got .*; download the python"):
         scan_cifar(str(tmp_path / "x"))

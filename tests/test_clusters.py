@@ -288,7 +288,7 @@ def test_on_aws_the_head_is_on_demand_and_there_are_spot_workers(aws: Account) -
     }
 
 
-def test_machines_on_aws_have_the_roles_of_the_file_and_ray_makes_none(aws: Account) -> None:
+def test_machines_on_aws_have_the_roles_of_the_file_and_ray_creates_none(aws: Account) -> None:
     profiles = {kind: i["IamInstanceProfile"]["Arn"].split("/")[-1] for kind, i in aws.instances().items()}
     assert profiles == {"head": "lift-ray-head", "gpu-spot": "lift-ray-worker", "gpu-ondemand": "lift-ray-worker"}
     assert aws.client("iam").list_roles()["Roles"] == []

@@ -169,7 +169,7 @@ def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
         convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
 
 
-def test_a_semi_supervised_set_and_its_distribution_are_told(
+def test_a_semi_supervised_set_and_its_distribution_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = photos(tmp_path / "photos", (12, 8, 6)), str(tmp_path / "out")
@@ -185,7 +185,7 @@ def test_a_semi_supervised_set_and_its_distribution_are_told(
     assert "4 █" in printed.out
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(
+def test_progress_is_printed_as_lines_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lift_ray.terminal.image_progress.LINE_EVERY_S", 0.0)
@@ -288,7 +288,7 @@ BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
 
 
 @pytest.mark.parametrize(("prepare", "message"), BROKEN)
-def test_bad_input_is_one_line(tmp_path: Path, prepare: Callable[[Path], list[str]], message: str) -> None:
+def test_bad_input_gives_a_one_line_error(tmp_path: Path, prepare: Callable[[Path], list[str]], message: str) -> None:
     photos(tmp_path / "photos")
     source, *options = prepare(tmp_path)
     with pytest.raises(BadInput) as caught:
@@ -306,7 +306,7 @@ def test_a_destination_inside_the_source_is_bad_input(tmp_path: Path) -> None:
     "argv",
     [[], ["folder"], ["foldr", "a", "b"], ["folder", "a", "b", "--sead", "1"], ["folder", "a", "b", "--seed", "x"]],
 )
-def test_wrong_usage_is_one_line_of_bad_input(argv: list[str]) -> None:
+def test_wrong_usage_gives_a_one_line_error(argv: list[str]) -> None:
     with pytest.raises(BadInput, match=r"^convert: .* See python -m lift_ray\.convert --help$"):
         verb.main(argv)
 

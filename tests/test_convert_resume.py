@@ -58,7 +58,7 @@ def finished(folder: Path) -> int:
 
 
 @pytest.mark.slow  # the next test kills at every change of a file, within this process
-def test_killed_halfway_and_started_again_it_makes_the_bytes_of_an_uninterrupted_run(tmp_path: Path) -> None:
+def test_a_conversion_killed_halfway_and_rerun_writes_the_bytes_of_an_uninterrupted_one(tmp_path: Path) -> None:
     source, killed = photos(tmp_path / "photos", 2000), tmp_path / "killed"
     verb.main(["folder", source, f"{tmp_path}/serial", *OPTIONS, "--workers", "1"])
     command = [sys.executable, "-m", "lift_ray.convert", "folder", source, str(killed), *OPTIONS, "--workers", "2"]
@@ -105,7 +105,7 @@ def killed_at(operation: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_change_of_a_file_it_goes_on_to_the_same_bytes(
+def test_a_conversion_killed_at_any_change_of_a_file_continues_to_the_same_bytes(
     small: ImageIndex, tmp_path: Path, overwrite: bool
 ) -> None:
     def run(folder: Path) -> None:
@@ -126,7 +126,7 @@ def test_killed_at_any_change_of_a_file_it_goes_on_to_the_same_bytes(
     assert 15 < operation < 99
 
 
-def test_only_the_same_plan_goes_on_and_another_begins_anew(small: ImageIndex, tmp_path: Path) -> None:
+def test_only_the_same_plan_continues_and_another_one_starts_over(small: ImageIndex, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def cut_short(seed: int, *, after: int = 10**6, **more: Any) -> None:
@@ -213,7 +213,7 @@ class KillsOnce:
         return FilesIn(self.source)(reference)
 
 
-def test_a_killed_process_ends_the_conversion_with_one_line_and_it_goes_on(
+def test_a_killed_process_ends_the_conversion_with_one_line_and_a_rerun_continues(
     small: ImageIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lift_ray.data.convert.tasks.FEW_IMAGES", 0)
@@ -225,7 +225,7 @@ def test_a_killed_process_ends_the_conversion_with_one_line_and_it_goes_on(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_bad_image_in_another_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_image_in_another_process_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lift_ray.data.convert.tasks.FEW_IMAGES", 0)
     source = photos(tmp_path / "photos", SMALL)
     Path(source, "class_0", "bad.jpg").write_bytes(b"no")
@@ -250,7 +250,7 @@ def test_a_cluster_makes_the_same_bytes_and_replaces_a_lost_worker(
     assert files(tmp_path / "ray") == files(tmp_path / "whole")
 
 
-def test_on_a_cluster_paths_are_relative_to_the_working_directory_and_bad_images_are_one_line(
+def test_on_a_cluster_paths_are_relative_to_the_working_directory_and_bad_images_give_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos(tmp_path / "photos", SMALL)

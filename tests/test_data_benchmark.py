@@ -37,7 +37,7 @@ def opened(name: str, folder: Path) -> Contender:
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_every_contender_gives_every_image_once_normalised(name: str, folder: Path, samples: list[Sample]) -> None:
+def test_every_contender_gives_every_image_once_normalized(name: str, folder: Path, samples: list[Sample]) -> None:
     images, labels = zip(*opened(name, folder).batches(0), strict=True)
     assert [tuple(batch.shape) for batch in images] == [(BATCH, 3, PX, PX)] * BATCHES
     assert sorted(torch.cat(labels).tolist()) == sorted(label for _, _, label in samples)

@@ -150,7 +150,7 @@ def test_golden_five_sgd_steps(clip: open_clip.CLIP, case: str) -> None:
     assert_close(torch.stack(trace), f"{case}/loss_trace", 2e-4)
 
 
-def test_golden_semantic_initialisation_and_zero_shot(clip: open_clip.CLIP) -> None:
+def test_golden_semantic_initialization_and_zero_shot(clip: open_clip.CLIP) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=77)
     names = INFO["classnames"]
     tokens = tokenizer(["a photo of a {}.".format(name.replace("_", " ")) for name in names])

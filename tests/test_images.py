@@ -47,7 +47,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_bad_image_is_told_with_its_reason(name: str) -> None:
+def test_a_bad_image_is_reported_with_its_reason(name: str) -> None:
     data, reason = BAD_IMAGES[name]
     with pytest.raises(ValueError, match=f"^{re.escape(reason)}"):
         Encoding()(data())

@@ -169,9 +169,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), BROKEN)
-def test_a_layout_that_leaves_a_doubt_is_bad_input(
-    tmp_path: Path, make: Callable[[Path], object], message: str
-) -> None:
+def test_an_ambiguous_layout_is_bad_input(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     make(tmp_path)
     with pytest.raises(BadInput) as caught:
         open_dataset(str(tmp_path))

@@ -204,7 +204,9 @@ def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
         ),
     ],
 )
-def test_members_that_make_no_run_are_one_line(method: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_members_that_form_no_valid_run_give_a_one_line_error(
+    method: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps({"dataset": "embedded:caltech101", "method": {"kind": "backdoor", **method}}))
     with pytest.raises(BadInput) as caught:

@@ -78,7 +78,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_folder_gives_what_the_evaluation_says_and_a_broken_image_a_row(
+def test_a_folder_gives_the_predictions_of_the_evaluation_and_a_broken_image_still_has_a_row(
     trained: tuple[Path, np.ndarray], photos: Path, small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where, (classes, confidences) = trained
@@ -189,7 +189,7 @@ def kill_when_it_stops(process: subprocess.Popen[bytes]) -> None:
     assert process.wait(30) == -signal.SIGKILL
 
 
-def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(
+def test_a_killed_prediction_that_is_rerun_loses_nothing_and_repeats_nothing(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path
 ) -> None:
     out, parts = tmp_path / "o.parquet", tmp_path / "o.parquet.parts"
@@ -236,7 +236,7 @@ def test_two_ray_workers_give_the_rows_of_one(
 
 
 @pytest.mark.slow
-def test_the_verb_killed_and_given_again_ends_with_the_bytes_of_an_undisturbed_one(
+def test_the_command_killed_and_rerun_writes_the_bytes_of_an_undisturbed_one(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path
 ) -> None:
     many = repeated(small_data, 171, tmp_path / "many.parquet")  # three of the verb's parts
@@ -331,7 +331,7 @@ def test_images_are_found_by_folder_pattern_and_column(photos: Path, tmp_path: P
         ),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_gives_a_one_line_error(
     words: list[str], message: str, trained: tuple[Path, np.ndarray], photos: Path, small_data: str, tmp_path: Path
 ) -> None:
     filled = [word.format(photos=photos, data=small_data, tmp=tmp_path) for word in words]

@@ -24,7 +24,7 @@ from lift_ray.errors import BadInput
 from lift_ray.storage.store import may_pass
 
 
-def test_a_data_set_in_s3_is_what_was_written(store: Store) -> None:
+def test_a_dataset_in_s3_reads_as_it_was_written(store: Store) -> None:
     split = opened()
     assert split.labels.tolist() == [row % 3 for row in range(60)]
     assert [shard.row_groups for shard in split.shards] == [(4,) * 5] * 3
@@ -49,7 +49,7 @@ def test_opening_again_reads_no_object(store: Store) -> None:
     assert RowReader(second).read(np.arange(60)) == jpegs(60)
 
 
-def test_a_data_set_that_changed_is_read_anew(store: Store) -> None:
+def test_a_dataset_that_changed_is_read_again(store: Store) -> None:
     write("s3://pets/other", 30)
     assert open_dataset("s3://pets/other").split("train").num_samples == 30
     write("s3://pets/elsewhere", 40)
@@ -59,7 +59,7 @@ def test_a_data_set_that_changed_is_read_anew(store: Store) -> None:
     assert open_dataset("s3://pets/other").split("train").num_samples == 40
 
 
-def test_a_broken_or_unwritable_index_is_made_again_or_left_out(
+def test_a_broken_index_is_rebuilt_and_an_unwritable_one_left_out(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = opened().labels
@@ -145,7 +145,7 @@ def test_reading_ahead_stays_within_the_memory_it_may_take_and_drops_what_was_re
         (ValueError("not Parquet"), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(error: Exception, expected: bool) -> None:
+def test_only_temporary_errors_are_retried(error: Exception, expected: bool) -> None:
     assert may_pass(error) == expected
 
 
@@ -189,7 +189,7 @@ def test_a_store_that_never_answers_well_is_bad_input_in_bounded_time(store: Sto
     assert re.fullmatch(pattern, str(caught.value))
 
 
-def test_a_shard_that_stays_broken_is_told_after_trying_again(store: Store) -> None:
+def test_a_shard_that_stays_broken_is_reported_after_retries(store: Store) -> None:
     reader = RowReader(opened(), patience_s=1.0)
     reader.read(np.array([0]))
     store.always = "flip"
@@ -209,7 +209,7 @@ def test_a_shard_that_stays_broken_is_told_after_trying_again(store: Store) -> N
         ("s3://pets/none", "s3://pets/none: must be a folder of Parquet shards, but nothing is there; check the path"),
     ],
 )
-def test_a_bucket_or_folder_that_is_not_there_is_told_at_once(
+def test_a_missing_bucket_or_folder_is_reported_at_once(
     store: Store, uri: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lift_ray.storage.store.time.sleep", lambda _: pytest.fail("it was tried again"))
@@ -218,7 +218,7 @@ def test_a_bucket_or_folder_that_is_not_there_is_told_at_once(
     assert str(caught.value) == message
 
 
-def test_no_permission_is_told_at_once(store: Store) -> None:
+def test_a_missing_permission_is_reported_at_once(store: Store) -> None:
     store.listing = "403"
     with pytest.raises(
         BadInput, match=r"must be a folder of Parquet shards, but access is denied .*; check your permissions"
@@ -229,7 +229,7 @@ def test_no_permission_is_told_at_once(store: Store) -> None:
         opened()
 
 
-def test_a_listing_that_fails_for_ever_is_bad_input(store: Store) -> None:
+def test_a_listing_that_keeps_failing_is_bad_input(store: Store) -> None:
     store.listing = "503"
     with pytest.raises(
         BadInput, match=r"^s3://pets/set: must be a folder .* \(\d+ tries in \d+ s\); check the path and"

@@ -85,7 +85,7 @@ def test_the_page_asks_for_nothing_from_elsewhere(study: Path) -> None:
     assert "@import" not in own
 
 
-def test_the_summary_says_what_won_by_how_much_and_how_sure(study: Path) -> None:
+def test_the_summary_says_what_won_by_how_much_and_how_certain_that_is(study: Path) -> None:
     lines = summary(read_study(study, "out"))
     best = read_study(study, "out").best_trial
     assert best
@@ -324,7 +324,7 @@ def another_table(folder: Path) -> None:
         ),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(change: Any, message: str, tmp_path: Path) -> None:
+def test_bad_input_gives_a_one_line_error_and_leaves_nothing(change: Any, message: str, tmp_path: Path) -> None:
     folder = write_study(tmp_path / "out", make_trials(2))
     change(folder)
     with pytest.raises(BadInput) as caught:

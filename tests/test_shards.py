@@ -213,7 +213,7 @@ def test_publishing_replaces_the_set_that_was_there(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.parquet"))) == 1
 
 
-def test_writing_that_fails_leaves_no_data_set_behind() -> None:
+def test_writing_that_fails_leaves_no_dataset_behind() -> None:
     def broken() -> object:
         yield from images(15)
         raise BadInput("photos/x.jpg: must be an intact image")

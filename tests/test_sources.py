@@ -87,7 +87,7 @@ def test_a_relative_source_is_found_from_any_folder(
     assert {image for image, _ in read(index)["train"]} == {jpegs()[0], jpegs()[1]}
 
 
-def test_a_class_name_that_comes_again_gets_a_number_and_a_note(tmp_path: Path) -> None:
+def test_a_repeated_class_name_gets_a_number_and_a_note(tmp_path: Path) -> None:
     names = "missile\ncrane\nmissile (2)\nmissile\n"
     rows = "".join(f"{label}.jpg {label}\n" for label in range(4))
     index = listed(write(tmp_path, {"train.txt": rows, "names.txt": names}))
@@ -118,7 +118,9 @@ LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), LIST_FAULTS)
-def test_a_fault_in_a_list_is_one_line(tmp_path: Path, changes: dict[str, str | bytes], message: str) -> None:
+def test_a_fault_in_a_list_gives_a_one_line_error(
+    tmp_path: Path, changes: dict[str, str | bytes], message: str
+) -> None:
     write(tmp_path, {**photo_lists(), **changes})
     with pytest.raises(BadInput, match="^" + re.escape(f"{tmp_path}/{message.format(tmp_path)}") + ".*$"):
         listed(tmp_path, test=f"{tmp_path}/val.txt")
@@ -135,7 +137,7 @@ def test_a_path_outside_the_source_is_refused(tmp_path: Path, path: str) -> None
         scan_table(f"{tmp_path}/t.csv", kind="csv")
 
 
-def test_a_list_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_list_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no.txt: .*, but nothing is there; check the path$"):
         listed(write(tmp_path, photo_lists()), train=f"{tmp_path}/no.txt")
 
@@ -250,7 +252,7 @@ INAT_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), INAT_FAULTS)
-def test_a_fault_in_inaturalist_files_is_one_line(
+def test_a_fault_in_inaturalist_files_gives_a_one_line_error(
     tmp_path: Path, changes: dict[str, str | bytes], message: str
 ) -> None:
     write(tmp_path, {**inat_2018(), **changes})
@@ -328,7 +330,7 @@ def test_torchvision_knows_the_splits_that_a_set_is_asked_for(tmp_path: Path, na
             kind(tmp_path, **arguments, **({"download": False} if name == "SEMEION" else {}))
 
 
-def test_a_torchvision_set_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+def test_a_torchvision_set_that_cannot_be_used_gives_a_one_line_error(tmp_path: Path) -> None:
     for name, root, message in (
         (
             "FashonMNIST",

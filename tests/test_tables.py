@@ -134,7 +134,9 @@ CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("text", "options", "message"), CSV_FAULTS)
-def test_a_fault_in_a_csv_is_one_line(tmp_path: Path, text: str, options: dict[str, str], message: str) -> None:
+def test_a_fault_in_a_csv_gives_a_one_line_error(
+    tmp_path: Path, text: str, options: dict[str, str], message: str
+) -> None:
     source = write_csv(tmp_path, text)
     with pytest.raises(BadInput, match="^" + re.escape(source + message.format(tmp_path)) + "$"):
         scan_table(source, kind="csv", **{name: value.format(tmp_path) for name, value in options.items()})  # type: ignore[arg-type]
@@ -143,7 +145,7 @@ def test_a_fault_in_a_csv_is_one_line(tmp_path: Path, text: str, options: dict[s
 # ---- Parquet
 
 
-def test_the_embedded_data_set_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_dataset_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset("embedded:caltech101")
     folder = Path(str(files("lift_ray"))) / "assets" / EMBEDDED["caltech101"][0]
     index = scan_table(str(folder), kind="parquet")
@@ -258,7 +260,7 @@ PARQUET_FAULTS: list[tuple[dict[str, Any], dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("columns", "options", "message"), PARQUET_FAULTS)
-def test_a_fault_in_parquet_is_one_line(
+def test_a_fault_in_parquet_gives_a_one_line_error(
     tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     source = write_parquet(tmp_path, **columns)
@@ -266,7 +268,7 @@ def test_a_fault_in_parquet_is_one_line(
         scan_table(source, kind="parquet", **options)
 
 
-def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
+def test_files_that_do_not_fit_together_give_a_one_line_error(tmp_path: Path) -> None:
     write_parquet(tmp_path, "train-0.parquet")
     write_parquet(tmp_path, "test-0.parquet", image=["x"] * 6)
     with pytest.raises(
@@ -287,7 +289,7 @@ def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
             scan_table(nothing, kind="parquet")
 
 
-def test_an_empty_image_cell_is_told_when_it_is_read(tmp_path: Path) -> None:
+def test_an_empty_image_cell_is_reported_when_it_is_read(tmp_path: Path) -> None:
     index = scan_table(write_parquet(tmp_path, image=[None, *jpegs()[1:6]]), kind="parquet")
     with pytest.raises(ValueError, match="no image in this row"):
         index.read(index.splits["train"][0][0])

@@ -195,7 +195,7 @@ def test_a_run_whose_driver_and_then_a_worker_were_killed_gives_exactly_the_same
     assert_same_model(out, undisturbed)
 
 
-def test_a_run_goes_on_with_fewer_workers_and_the_same_losses(
+def test_a_run_continues_with_fewer_workers_and_the_same_losses(
     run_file: Path, killed: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -231,7 +231,7 @@ def test_a_hung_worker_a_spot_notice_and_a_lost_node_leave_exactly_the_same_mode
     assert_same_model(out, undisturbed)
 
 
-def test_a_run_goes_on_with_fewer_workers_when_the_cluster_shrinks_and_with_more_when_it_grows_again(
+def test_a_run_continues_with_fewer_workers_when_the_cluster_shrinks_and_with_more_when_it_grows_again(
     cluster: Cluster, run_file: Path, tmp_path: Path
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "log"

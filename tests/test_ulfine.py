@@ -164,9 +164,7 @@ def test_a_run_learns_and_tells_how_good_its_pseudo_labels_are(
     )
 
 
-def test_labels_of_unlabelled_images_are_not_learnt_from(
-    small_clip: str, trained: tuple[list[dict[str, float]], Run]
-) -> None:
+def test_labels_of_unlabelled_images_are_not_used(small_clip: str, trained: tuple[list[dict[str, float]], Run]) -> None:
     blind = Workspace(DATA, Ranks.alone())
     pool = blind.dataset.splits["unlabelled"]
     blind.dataset.splits["unlabelled"] = replace(pool, labels=(pool.labels + 1) % 40)
@@ -178,7 +176,7 @@ def test_labels_of_unlabelled_images_are_not_learnt_from(
     assert figures[-1]["unlabelled/precision"] < trained[0][-1]["unlabelled/precision"]
 
 
-def test_a_run_killed_mid_way_goes_on_with_the_same_prototypes_exactly(
+def test_a_run_killed_halfway_continues_with_exactly_the_same_prototypes(
     warm: Workspace, small_clip: str, trained: tuple[list[dict[str, float]], Run], tmp_path: Path
 ) -> None:
     figures, whole = trained
@@ -244,7 +242,7 @@ def test_every_kind_of_tuner_takes_a_step(tuner: str, warm: Workspace, small_cli
     assert (len(changed) > 4) == (tuner != "linear_probe")
 
 
-def test_predictions_are_the_fused_logits_and_both_others_stand_beside(
+def test_predictions_use_the_fused_logits_and_the_others_are_reported_next_to_them(
     warm: Workspace, small_clip: str, trained: tuple[list[dict[str, float]], Run], tmp_path: Path
 ) -> None:
     _, run = trained
@@ -284,7 +282,7 @@ def test_text_prototypes_stay_where_they_are_with_mu_0(warm: Workspace, small_cl
     )
 
 
-def test_a_data_set_without_unlabelled_images_is_one_line(small_data: str, small_clip: str) -> None:
+def test_a_dataset_without_unlabelled_images_gives_a_one_line_error(small_data: str, small_clip: str) -> None:
     for kind in KINDS:
         with pytest.raises(BadInput) as caught:
             Run(settings(small_clip, kind, optim__global_batch_size=16), Workspace(small_data, Ranks.alone()))
@@ -294,7 +292,7 @@ def test_a_data_set_without_unlabelled_images_is_one_line(small_data: str, small
         )
 
 
-def test_a_tower_without_text_is_one_line(small_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tower_without_text_gives_a_one_line_error(small_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here, config = Workspace(DATA, Ranks.alone()), settings(small_clip)
     monkeypatch.setattr(here.backbone(config), "text", None)
     with pytest.raises(BadInput) as caught:

@@ -104,7 +104,7 @@ def batches(**options: int | float) -> list[Batch]:
         )  # type: ignore[arg-type]
 
 
-def test_every_pass_over_the_pool_sees_each_image_once_and_steps_go_on_across_passes() -> None:
+def test_every_pass_over_the_pool_sees_each_image_once_and_steps_continue_across_passes() -> None:
     labels = np.concatenate([batch.labels.numpy() for batch in batches()])
     order = np.concatenate([epoch_order(pool(), 5, number) for number in (0, 1)])
     # a rank takes a batch in the order of the batch, so the whole is that of the passes

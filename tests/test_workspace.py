@@ -170,7 +170,7 @@ def test_images_grow_over_the_run_in_whole_patches(warm: Workspace, small_clip: 
     assert tokens == [5] * 6 + [10] * 6 + [17] * 6
 
 
-def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
+def test_five_crops_are_the_corners_and_the_center_and_their_logits_are_averaged(
     warm: Workspace, small_clip: str, tmp_path: Path
 ) -> None:
     split = warm.dataset.split("test")
