@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import requests
-from made_run import free_ports, wait_for
+from processes import free_ports, wait_for
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_ID = "f" * 51 + "00000"  # fixed by the provider

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 from fake_cloud import TOKEN
-from made_run import wait_for
+from processes import wait_for
 
 SSHD = "/usr/sbin/sshd"
 BIN = Path(sys.executable).parent

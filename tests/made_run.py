@@ -1,12 +1,13 @@
-"""Settings and figures of small runs, a free port, and waiting for an event, for all tests."""
+"""Settings and figures of small runs, for the tests that train."""
 
 from __future__ import annotations
 
-import socket
-import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
@@ -26,18 +27,8 @@ def untimed(figures: list[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
-def free_ports(number: int) -> list[int]:
-    with ExitStack() as open_until_all_are_found:
-        probes = [open_until_all_are_found.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 150, every_s: float = 0.05) -> Any:
-    """Return the first true value of `condition`. Raises AssertionError if there is none in time."""
-    ends = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < ends, f"{what}: not within {seconds:g} s"
-        time.sleep(every_s)
-    return value
+def assert_same_tensors(out: Path, expected: Path, file: str = "weights.safetensors") -> None:
+    """Assert that the checkpoints of two runs hold exactly the same tensors."""
+    one, other = (load_file(folder / "checkpoint" / file) for folder in (out, expected))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from made_run import wait_for
 from optuna.storages import BaseStorage
+from processes import wait_for
 
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.ray_runtime.capacity import Need

@@ -17,7 +17,7 @@ import ray
 from fake_aws import REGION, Account, fake_aws
 from fake_cloud import RAY, TOKEN, Head, fake_cloud
 from machines import Lab, machines, what_is_missing
-from made_run import wait_for
+from processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 CPU_NODE = {"resources": {"CPU": 1}, "max_workers": 2}

@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
-from made_run import wait_for
 from optuna.storages import InMemoryStorage
 from played import METRIC, log_of, run_on_ray, searched, space
+from processes import wait_for
 from ray import tune
 
 from lift_ray.errors import BadInput, RunFailed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_run import wait_for
+from processes import wait_for
 from safetensors.torch import load_file
 
 from lift_ray import train, tune

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from made_run import wait_for
+from processes import wait_for
 
 from lift_ray import evaluate, export, predict, serve
 from lift_ray.data.open import open_dataset

@@ -16,7 +16,7 @@ import pytest
 from embedded import jpegs
 from flaky_store import Store, opened, write
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
-from made_run import wait_for
+from processes import wait_for
 
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader

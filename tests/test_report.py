@@ -16,8 +16,8 @@ import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_run import wait_for
 from made_study import make_trials, write_study
+from processes import wait_for
 
 from lift_ray import report
 from lift_ray.errors import BadInput

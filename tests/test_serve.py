@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from made_run import free_ports
 from PIL import Image
+from processes import free_ports
 
 from lift_ray import serve
 from lift_ray.data.open import open_dataset

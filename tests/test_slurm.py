@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from machines import Lab, machines, what_is_missing
-from made_run import wait_for
+from processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 CONF = """\

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
-from made_run import free_ports, untimed
+from made_run import assert_same_tensors, untimed
 from moto.server import ThreadedMotoServer
+from processes import free_ports
 from pyarrow import fs
-from safetensors.torch import load_file
 
 from lift_ray import evaluate, train
 from lift_ray.errors import BadInput, RunFailed
@@ -57,9 +56,7 @@ def figures(path: Path) -> list[dict[str, float]]:
 
 def assert_same_model(out: Path, expected: Path) -> None:
     assert figures(out / "metrics.jsonl") == figures(expected / "metrics.jsonl")
-    one, other = (load_file(folder / "checkpoint" / "weights.safetensors") for folder in (out, expected))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_tensors(out, expected)
 
 
 def test_a_run_keeps_its_last_two_checkpoints_the_best_its_figures_and_tensorboard(alone: Path) -> None:

@@ -19,9 +19,9 @@ import psutil
 import pytest
 import torch
 import torch.multiprocessing
-from made_run import free_ports, wait_for
+from made_run import assert_same_tensors, untimed
+from processes import free_ports, wait_for
 from ray.cluster_utils import Cluster
-from safetensors.torch import load_file
 
 from lift_ray import train
 from lift_ray.methods.world import Ranks, join_group
@@ -138,18 +138,13 @@ def newest(out: Path) -> str:
 
 
 def figures(out: Path) -> Lines:
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("time/") and k != "train/images_per_s"}
-        for line in (out / "metrics.jsonl").read_text().splitlines()
-    ]
+    return untimed([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
 
 
 def assert_same_model(out: Path, expected: Path) -> None:
     assert figures(out) == figures(expected)
     for file in ("weights.safetensors", "optimizer.safetensors"):
-        one, other = load_file(out / "checkpoint" / file), load_file(expected / "checkpoint" / file)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert_same_tensors(out, expected, file)
 
 
 @pytest.fixture(scope="module")
