@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import psutil
 import pytest
 from embedded import embedded
 from fsspec.implementations.local import LocalFileSystem
+from processes import stopping_itself, wait_until_it_stops
 
 from lift_ray import convert as verb
 from lift_ray.data.convert.conversion import convert
@@ -30,7 +30,7 @@ from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, RunFailed
 
 SMALL = 40
-OPTIONS = ["--rows-per-shard", "128", "--row-group-rows", "32", "--short-side", "40"]
+OPTIONS = ["--rows-per-shard", "64", "--row-group-rows", "32", "--short-side", "40"]
 
 
 def photos(folder: Path, count: int) -> str:
@@ -62,15 +62,15 @@ def test_a_conversion_killed_halfway_and_rerun_writes_the_bytes_of_an_uninterrup
     source, killed = photos(tmp_path / "photos", 2000), tmp_path / "killed"
     verb.main(["folder", source, f"{tmp_path}/serial", *OPTIONS, "--workers", "1"])
     command = [sys.executable, "-m", "lift_ray.convert", "folder", source, str(killed), *OPTIONS, "--workers", "2"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while finished(killed) < 8 and running.poll() is None:
-        time.sleep(0.01)
+    stopping = stopping_itself("convert", f"len(list(Path({str(killed)!r}).glob('.*.json.partial'))) >= 16")
+    running = subprocess.Popen([*stopping, *command[3:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until_it_stops(running)  # its pool gives the workers a few shards more
     processes = psutil.Process(running.pid).children(recursive=True)
     running.kill()
     assert running.wait() == -signal.SIGKILL
     assert len(processes) >= 2, "it ran in processes"
     assert not psutil.wait_procs(processes, timeout=60)[1], "they end with their parent"
-    assert 8 <= finished(killed) < 17
+    assert 16 <= finished(killed) < 33
     assert not (killed / "manifest.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     there = int(again.stderr.removeprefix("continuing: ").partition(" of 2,000 images")[0].replace(",", ""))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from processes import wait_for
+from processes import stopping_itself, wait_until_it_stops
 
 from lift_ray import evaluate, export, predict, serve
 from lift_ray.data.open import open_dataset
@@ -173,22 +173,6 @@ def test_the_fitted_temperature_is_the_one_that_the_labels_were_drawn_with() -> 
     assert fit_temperature(logits, labels) == pytest.approx(1.7, rel=0.03)
 
 
-STOPS_AFTER_A_PART = """
-import os, runpy, signal
-from contextlib import nullcontext
-from lift_ray.terminal import image_progress
-image_progress.image_progress = lambda: nullcontext(lambda done, total: done and os.kill(os.getpid(), signal.SIGSTOP))
-runpy.run_module("lift_ray.predict", run_name="__main__")
-"""
-
-
-def kill_when_it_stops(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that stops itself with all its threads wherever they are, so that a slow observer is not too late."""
-    wait_for("SIGSTOP", lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
-    process.kill()
-    assert process.wait(30) == -signal.SIGKILL
-
-
 def test_a_killed_prediction_that_is_rerun_loses_nothing_and_repeats_nothing(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path
 ) -> None:
@@ -202,7 +186,9 @@ def test_a_killed_prediction_that_is_rerun_loses_nothing_and_repeats_nothing(
     )
     words = [sys.executable, "-c", code, str(trained[0]), str(tmp_path / "many.parquet"), str(out)]
     killed = subprocess.Popen(words)
-    kill_when_it_stops(killed)
+    wait_until_it_stops(killed)
+    killed.kill()
+    assert killed.wait(30) == -signal.SIGKILL
     kept = {path.name: path.read_bytes() for path in parts.glob("part-*")}
     assert len(kept) == 3
     assert not out.exists()
@@ -244,7 +230,10 @@ def test_the_command_killed_and_rerun_writes_the_bytes_of_an_undisturbed_one(
     def words(name: str) -> list[str]:
         return [str(trained[0]), str(many), "--out", str(tmp_path / name)]
 
-    kill_when_it_stops(subprocess.Popen([sys.executable, "-c", STOPS_AFTER_A_PART, *words("killed.csv")]))
+    killed = subprocess.Popen([*stopping_itself("predict", "done"), *words("killed.csv")])
+    wait_until_it_stops(killed)
+    killed.kill()
+    assert killed.wait(30) == -signal.SIGKILL
     assert len(list((tmp_path / "killed.csv.parts").glob("part-*"))) == 1
     assert not (tmp_path / "killed.csv").exists()
     assert subprocess.run([sys.executable, "-m", "lift_ray.predict", *words("killed.csv")]).returncode == 0
