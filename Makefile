@@ -42,5 +42,5 @@ secrets: .venv/.installed  ## look for keys and passwords in the files
 audit: .venv/.installed  ## look the installed packages up in a database of known vulnerabilities; says where none can be reached
 	@$(BIN)/python .ci/audit.py
 
-screenshots: .venv/.installed  ## take the pictures in docs/ again; needs Chromium, 20 minutes
+screenshots: .venv/.installed  ## take the screenshots in docs/ again; needs Chromium, 20 minutes
 	@$(BIN)/python tests/screenshots.py

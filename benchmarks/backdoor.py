@@ -2,7 +2,7 @@
 
 Three ways to see the embedded long-tailed Caltech-101 are tuned by LIFT, with logit adjustment and with cross-entropy:
     tiny   lift-tiny at 48 px, all blocks;
-    vits   a ViT-S/14 in the layout of DINOv2 at 70 px, its last two blocks on pictures that are not augmented, so that the ten
+    vits   a ViT-S/14 in the layout of DINOv2 at 70 px, its last two blocks on images that are not augmented, so that the ten
            below them are computed once: another foundation model, without a text tower;
     tiny32 lift-tiny at 32 px with another text around the class names: the same weights as tiny, so no third foundation model.
 Each is trained with several rates on the first seed; the rate with the best validation mean class accuracy is used for the other

@@ -1,17 +1,17 @@
-"""Loading training pictures: this stream against four other loaders and against a loop that only decodes.
+"""Loading training images: this stream against four other loaders and against a loop that only decodes.
 
-All read the same pictures, each from its own format on this machine's disk, in a process of its own with one thread on one
+All read the same images, each from its own format on this machine's disk, in a process of its own with one thread on one
 core: a square crop of 8% to 100% of the area, bicubic with antialiasing, float32 batches, normalised. `bare` is decoding,
-cropping and resizing bytes in memory: the limit. The others use torchvision's transforms, on Pillow's pictures or on tensors,
+cropping and resizing bytes in memory: the limit. The others use torchvision's transforms, on Pillow's images or on tensors,
 whichever is faster here. Processes stay alive and take turns, an epoch each, so that a drift of the machine's speed meets all
 alike; ratios are formed in each round. On a busy machine the processor time is the fairer one.
 
 `first` is the time from making the data set to its first batch, imports left out, with the files in the page cache and
 Hugging Face's Arrow files written before; `resumed` the same in the middle of an epoch. `peak` is the process's memory, and in
-brackets what it was after the imports. How this stream's memory grows is measured with the pictures repeated to a larger set.
-Before anything is timed, pictures are compared with torchvision's, with the same crops.
+brackets what it was after the imports. How this stream's memory grows is measured with the images repeated to a larger set.
+Before anything is timed, images are compared with torchvision's, with the same crops.
 
-    python benchmarks/data.py                                   # the embedded pictures
+    python benchmarks/data.py                                   # the embedded images
     python benchmarks/data.py --data URI --images 6742 --only imagefolder lift_ray bare
 
 A contender that is not installed is left out. MosaicML streaming asks for older packages than this project has, so it goes
@@ -109,7 +109,7 @@ class Process:
 
 
 def samples_of(uri: str, number: int) -> tuple[list[Sample], list[str]]:
-    """The first training pictures of a data set, as stored, and the names of their classes."""
+    """The first training images of a data set, as stored, and the names of their classes."""
     dataset = open_dataset(uri)
     split = dataset.split("train")
     classes, labels = np.unique(split.labels[:number], return_inverse=True)
@@ -122,14 +122,14 @@ def samples_of(uri: str, number: int) -> tuple[list[Sample], list[str]]:
 
 
 def differences(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[str, float]:
-    """How far uint8 pictures are apart: the largest difference, and the share of values off by 1, 2 and more levels."""
+    """How far uint8 images are apart: the largest difference, and the share of values off by 1, 2 and more levels."""
     apart = np.concatenate([np.abs(a.astype(int) - b.astype(int)).ravel() for a, b in zip(ours, theirs, strict=True)])
     shares = {f"off_by_{levels}_frac": float(np.mean(apart == levels)) for levels in (1, 2)}
     return {"largest": int(apart.max()), **shares, "off_by_more_frac": float(np.mean(apart > 2))}
 
 
 def compare(samples: Sequence[Sample], px: int) -> dict[str, dict[str, float]]:
-    """The stream's pictures against torchvision's of Pillow's pictures and of tensors, with the same crops."""
+    """The stream's images against torchvision's of Pillow's images and of tensors, with the same crops."""
     ours, pillow, tensor = [], [], []
     draws = np.random.default_rng(SEED).random((len(samples), 3))
     for (data, _, _), draw in zip(samples, draws, strict=True):
@@ -144,7 +144,7 @@ def compare(samples: Sequence[Sample], px: int) -> dict[str, dict[str, float]]:
 
 
 def transform_ms(samples: Sequence[Sample], px: int) -> dict[str, float]:
-    """Processor milliseconds of decoding and transforming a picture with each of torchvision's transforms."""
+    """Processor milliseconds of decoding and transforming an image with each of torchvision's transforms."""
     transforms = {name: make(px) for name, make in TRANSFORMS.items()}
     spent: dict[str, list[float]] = {name: [] for name in transforms}
     for at in range(0, len(samples), 16):  # turns are short and many: the machine's speed drifts
@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], folder: Path) -> dic
 def memory(
     samples: Sequence[Sample], class_names: Sequence[str], folder: Path, setup: dict[str, Any], marks: Sequence[int]
 ) -> dict[str, Any]:
-    """The peak memory of this stream after so many images of one epoch, of a set in which the pictures repeat."""
+    """The peak memory of this stream after so many images of one epoch, of a set in which the images repeat."""
     many = list(islice(cycle(samples), max(marks) + setup["batch"]))
     CONTENDERS["lift_ray"].write(many, class_names, folder)
     with Process("lift_ray", folder) as process:
@@ -263,10 +263,10 @@ def show(figures: dict[str, Any]) -> None:
         for name, d in figures["pictures"].items()
     )
     out.print(
-        f"[bold]{figures['data']}[/bold]: {figures['images']} pictures at {figures['px']} px in batches of {figures['batch']}",
+        f"[bold]{figures['data']}[/bold]: {figures['images']} images at {figures['px']} px in batches of {figures['batch']}",
         f"medians of {figures['rounds']} rounds; ratios of processor time (lowest to highest); memory (of imports)",
         table,
-        "torchvision's transforms, ms a picture: "
+        "torchvision's transforms, ms an image: "
         + ", ".join(f"{name} {ms:.2f}" for name, ms in figures["transforms_ms"].items()),
         *compared,
         sep="\n",
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument(
         "--data", default="embedded:caltech101", help="a folder or URI of which the training split is read"
     )
-    parser.add_argument("--images", type=int, default=2048, help="pictures of it, and in an epoch")
+    parser.add_argument("--images", type=int, default=2048, help="images of it, and in an epoch")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--px", type=int, default=96)
     parser.add_argument("--batch", type=int, default=128)

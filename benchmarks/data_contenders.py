@@ -1,6 +1,6 @@
 """The loaders that benchmarks/data.py compares, and the process that each of them runs in.
 
-A contender writes the pictures in its own format (`write`), opens them (`__init__`), and gives the float batches of an epoch
+A contender writes the images in its own format (`write`), opens them (`__init__`), and gives the float batches of an epoch
 (`batches`), whole ones only. What it imports is imported inside, so that the memory of its process is its own.
 """
 
@@ -36,10 +36,10 @@ class Setup:
     """What is loaded, and as what.
 
     Args:
-        folder: where the pictures were written, a folder for each format.
+        folder: where the images were written, a folder for each format.
         transforms: of the contenders that use torchvision's, a key of TRANSFORMS.
-        px: side of the square pictures.
-        batch: pictures in a batch.
+        px: side of the square images.
+        batch: images in a batch.
     """
 
     folder: str
@@ -49,7 +49,7 @@ class Setup:
 
 
 class Contender(ABC):
-    """A loader of training pictures; `imports` is what it needs, its library first."""
+    """A loader of training images; `imports` is what it needs, its library first."""
 
     imports: tuple[str, ...]
 
@@ -58,7 +58,7 @@ class Contender(ABC):
 
     @staticmethod
     def write(samples: Sequence[Sample], class_names: Sequence[str], folder: Path) -> None:
-        """Write the pictures where `__init__` looks for them: as our Parquet, unless another contender has."""
+        """Write the images where `__init__` looks for them: as our Parquet, unless another contender has."""
         from lift_ray.data.convert.shards import publish, write_split
 
         at = folder / "parquet"
@@ -98,7 +98,7 @@ def mapped(dataset: Any, setup: Setup, epoch: int, start: int) -> Iterator[Any]:
 
 
 class ImageFolder(Contender):
-    """torchvision's ImageFolder: a file for each picture."""
+    """torchvision's ImageFolder: a file for each image."""
 
     imports = ("torchvision.datasets", "torchvision.transforms.v2")
 
@@ -142,17 +142,17 @@ class HuggingFace(Contender):
         self.setup, self.dataset = setup, self.load(Path(setup.folder))
         transform = TRANSFORMS[setup.transforms](setup.px)
 
-        def pictures(rows: dict[str, Any]) -> dict[str, Any]:
+        def transformed(rows: dict[str, Any]) -> dict[str, Any]:
             return {"image": [transform(image.convert("RGB")) for image in rows["image"]], "label": rows["label"]}
 
-        self.dataset.set_transform(pictures)
+        self.dataset.set_transform(transformed)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
         return ((rows["image"], rows["label"]) for rows in mapped(self.dataset, self.setup, epoch, start))
 
 
 class WebDataset(Contender):
-    """WebDataset: tar files read in order, pictures shuffled in a buffer. It starts in the middle by skipping."""
+    """WebDataset: tar files read in order, images shuffled in a buffer. It starts in the middle by skipping."""
 
     imports = ("webdataset", "PIL.Image", "torchvision.transforms.v2")
 
@@ -175,8 +175,8 @@ class WebDataset(Contender):
 
         read = webdataset.WebDataset(self.shards, shardshuffle=len(self.shards), seed=SEED + epoch)
         shuffled = read.shuffle(SHUFFLE, seed=SEED + epoch).slice(start * self.setup.batch, sys.maxsize)
-        pictures = shuffled.decode("pil").to_tuple("jpg", "cls").map_tuple(self.transform)
-        whole = pictures.batched(self.setup.batch, partial=False)
+        images = shuffled.decode("pil").to_tuple("jpg", "cls").map_tuple(self.transform)
+        whole = images.batched(self.setup.batch, partial=False)
         return iter(torch.utils.data.DataLoader(whole, batch_size=None))
 
 
@@ -199,13 +199,13 @@ class Mosaic(Contender):
 
         transform = TRANSFORMS[setup.transforms](setup.px)
 
-        class Pictures(streaming.StreamingDataset):  # type: ignore[misc]
+        class Images(streaming.StreamingDataset):  # type: ignore[misc]
             def __getitem__(self, at: int) -> Any:
                 sample = super().__getitem__(at)
                 return transform(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["label"]
 
         self.setup = setup
-        self.dataset = Pictures(local=f"{setup.folder}/mds", batch_size=setup.batch, shuffle=True, shuffle_seed=SEED)
+        self.dataset = Images(local=f"{setup.folder}/mds", batch_size=setup.batch, shuffle=True, shuffle_seed=SEED)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
         if start:
@@ -267,11 +267,11 @@ class Bare(Contender):
         px, size = self.setup.px, self.setup.batch
         draws = np.random.default_rng([SEED, epoch]).random((len(self.encoded), 3))
         for first in range(start * size, len(self.encoded) - size + 1, size):
-            pictures = np.empty((size, 3, px, px), np.uint8)
+            images = np.empty((size, 3, px, px), np.uint8)
             for place in range(size):
                 crop = partial(square_crop, smallest=SMALLEST_AREA, draw=draws[first + place])
-                pictures[place] = training_image(self.encoded[first + place], px, crop).transpose(2, 0, 1)
-            yield normalised(torch.from_numpy(pictures)), self.labels[first : first + size]
+                images[place] = training_image(self.encoded[first + place], px, crop).transpose(2, 0, 1)
+            yield normalised(torch.from_numpy(images)), self.labels[first : first + size]
 
 
 CONTENDERS: dict[str, type[Contender]] = {

@@ -5,7 +5,7 @@ The step is that of `benchmarks/step.py` (AdaptFormer in every block, forward, l
 torch's product of two 8192 x 8192 bf16 matrices.
 
 A run is `lift_ray.train --no-ray` on JPEGs of 256 px with the same tower; its figures are those of its last epoch. The stream is what
-decodes its pictures, alone, by the number of threads.
+decodes its images, alone, by the number of threads.
 
     python benchmarks/gpu.py --rounds 5 --images 6000
 """
@@ -148,7 +148,7 @@ def steps(batch: int, rounds: int, times: int) -> dict[str, Any]:
 
 
 def photographs(folder: Path, number: int) -> str:
-    """A data set of 256 px JPEGs made of the embedded pictures, 100 classes."""
+    """A data set of 256 px JPEGs made of the embedded images, 100 classes."""
     source = open_dataset("embedded:caltech101")
     records = {}
     for split, count in (("train", number), ("validation", 200), ("test", 200)):
@@ -200,7 +200,7 @@ def run(data: str, weights: str, threads: int, **overrides: Any) -> dict[str, fl
 
 
 def stream(data: str, threads: int) -> dict[str, float]:
-    """Pictures/s of a training epoch's stream alone, and milliseconds to its first batch."""
+    """Images/s of a training epoch's stream alone, and milliseconds to its first batch."""
     split = open_dataset(data).split("train")
     with RowReader(split) as reader:
         for _ in range(2):  # the first fills the reader's cache

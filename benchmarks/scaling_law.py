@@ -1,6 +1,6 @@
 """How well a power law fitted to the smaller trials of a search predicts its larger ones (lift_ray.reporting.scaling_law).
 
-The search is `search_spaces/scaling.yaml`: shares of the training pictures, epochs and widths of the tuner, each with each.
+The search is `search_spaces/scaling.yaml`: shares of the training images, epochs and widths of the tuner, each with each.
 
     python -m lift_ray.tune search_spaces/scaling.yaml --out DIR
     python benchmarks/scaling_law.py DIR --record

@@ -8,7 +8,7 @@ its regret, how far the best arm that was trained to its end is behind the best 
 The law: over the arms that are finished, log of the final error = a + b * log of the error after as many epochs. An arm is stopped
 when the most that this promises it, `z` standard errors of a single prediction above its middle, is below the best finished arm.
 
-Blocks below the last two stay frozen and pictures are not augmented, so that activations are kept and an epoch takes a second.
+Blocks below the last two stay frozen and images are not augmented, so that activations are kept and an epoch takes a second.
 
     python benchmarks/stopping.py --out /tmp/stopping --record
 """

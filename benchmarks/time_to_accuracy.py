@@ -37,7 +37,7 @@ Summary = dict[str, Any]
 
 
 def settings(start_px: int, num_blocks: int) -> dict[str, dict[str, Any]]:
-    """What each setting changes: patches left out, pictures that grow, only the last blocks tuned behind a kept prefix."""
+    """What each setting changes: patches left out, images that grow, only the last blocks tuned behind a kept prefix."""
     grow = {"augment.start_px": start_px}
     drop = {share: {"augment.patch_dropout": share / 100} for share in (25, 50, 75)}
     last = {k: {"tuner.blocks": list(range(num_blocks - k, num_blocks))} for k in (1, 2, 3)}
@@ -263,8 +263,8 @@ def main() -> None:
     )
     options.add_argument("--backbone", default="embedded:lift-tiny")
     options.add_argument("--pretrained", help="weights file of a timm: backbone")
-    options.add_argument("--resolution", type=int, help="side of the pictures in pixels")
-    options.add_argument("--start-px", type=int, default=24, help="side of the pictures at first, where they grow")
+    options.add_argument("--resolution", type=int, help="side of the images in pixels")
+    options.add_argument("--start-px", type=int, default=24, help="side of the images at first, where they grow")
     args = options.parse_args()
     args.settings = list(dict.fromkeys([RECIPE, *args.settings]))
     args.rates = {name: float(rate) for name, _, rate in (pair.partition("=") for pair in args.rates)}

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
-from made_run import free_port
+from hypothesis import HealthCheck, settings
+from processes import free_ports
 
 if TYPE_CHECKING:
     from flaky_store import Store
 
     from lift_ray.training.workspace import Workspace
 
-settings.register_profile("tests", deadline=None)  # the machine may be busy
+# A busy machine misses deadlines and is slow at drawing examples; examples may share a tmp_path.
+UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("tests", deadline=None, suppress_health_check=UNCHECKED)
 settings.load_profile("tests")
 
 TRAIN_COUNTS = (24, 18, 14, 12, 10, 8, 6, 4)
@@ -50,7 +52,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with 8 classes of the embedded pictures: 96 training, 24 validation and 24 test images."""
+    """A folder with 8 classes of the embedded images: 96 training, 24 validation and 24 test images."""
     import numpy as np
 
     from lift_ray.data.convert.shards import publish, write_split
@@ -183,7 +185,7 @@ def as_two_ranks() -> Iterator[Callable[..., None]]:
     import torch
 
     def call(function: Callable[..., None], *args: object) -> None:
-        port = free_port()
+        (port,) = free_ports(1)
         other = pool.submit(function, 1, port, *args)
         threads = torch.get_num_threads()
         try:
@@ -198,7 +200,7 @@ def as_two_ranks() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Store]:
-    """A store that fails on demand, with one data set in it: 60 pictures in 3 shards of 5 row groups each."""
+    """A store that fails on demand, with one data set in it: 60 images in 3 shards of 5 row groups each."""
     from flaky_store import flaky_store
 
     with flaky_store() as store:

@@ -15,7 +15,8 @@ from typing import Any
 import boto3
 import requests
 import yaml  # type: ignore[import-untyped]
-from fake_cloud import RAY, TOKEN, free_ports, wait_for
+from fake_cloud import RAY, TOKEN
+from processes import free_ports, wait_for
 
 REGION = "us-west-2"
 # What the head's autoscaler does for trials that wait, with the file that `ray up` gives it.

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import psutil
 import requests
+from processes import free_ports, wait_for
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_ID = "f" * 51 + "00000"  # fixed by the provider
@@ -34,25 +33,6 @@ EMPTY_LISTS = (
     "rsync_exclude",
     "rsync_filter",
 )
-
-
-def free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float) -> Any:
-    """The first value that is true. Raises AssertionError when there is none in time."""
-    ends = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < ends, f"{what}: not within {seconds:g} s"
-        time.sleep(0.1)
-    return value
 
 
 @dataclass(frozen=True)

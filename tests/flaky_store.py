@@ -1,4 +1,4 @@
-"""Pictures in a real S3 server (moto) on loopback, behind a small proxy that counts requests and makes them fail."""
+"""Images in a real S3 server (moto) on loopback, behind a small proxy that counts requests and makes them fail."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
-import numpy as np
 import pytest
+from embedded import jpegs
 from moto.server import ThreadedMotoServer
 
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Split
 from lift_ray.data.open import open_dataset
-from lift_ray.data.reader import RowReader
 
-IMAGES = RowReader(open_dataset("embedded:caltech101").split("test")).read(np.arange(60))
 NAMES = ("cat", "dog", "wild cat")
 CONFIG = {
     "key": "key",
@@ -65,15 +63,15 @@ class Store:
 
 
 def write(url: str, count: int = 60) -> None:
-    """The first pictures as a training split: 20 in a shard, 4 in a row group, labels 0, 1, 2, 0, ..."""
-    samples = [(image, f"{row}.jpg", row % 3) for row, image in enumerate(IMAGES[:count])]
+    """The first images as a training split: 20 in a shard, 4 in a row group, labels 0, 1, 2, 0, ..."""
+    samples = [(image, f"{row}.jpg", row % 3) for row, image in enumerate(jpegs(count))]
     record = write_split(url, "train", samples, NAMES, rows_per_shard=20, row_group_rows=4)
     publish(url, NAMES, {"train": record})
 
 
 @contextmanager
 def flaky_store() -> Iterator[Store]:
-    """Start server and proxy, with 60 pictures in s3://pets/set; end both."""
+    """Start server and proxy, with 60 images in s3://pets/set; end both."""
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()

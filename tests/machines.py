@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from fake_cloud import TOKEN, wait_for
+from fake_cloud import TOKEN
+from processes import wait_for
 
 SSHD = "/usr/sbin/sshd"
 BIN = Path(sys.executable).parent

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
+from safetensors.torch import load_file
 
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.evaluation.evaluator import AtTau, evaluate
@@ -38,8 +40,8 @@ def predicted_by(run: Run) -> tuple[AtTau, pa.Table]:
     return found, prediction_table(split.labels, found)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+def assert_same_tensors(out: Path, expected: Path, file: str = "weights.safetensors") -> None:
+    """Assert that the checkpoints of two runs hold exactly the same tensors."""
+    one, other = (load_file(folder / "checkpoint" / file) for folder in (out, expected))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.storages import BaseStorage
+from processes import wait_for
 
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.ray_runtime.capacity import Need
@@ -67,6 +68,7 @@ class Played:
         disk: the history of each saved trial.
         epoch_s: seconds of an epoch.
         load_s: seconds that the first job of a process takes longer.
+        alone_epochs: epochs after which a process waits for a second one to load, however long a busy machine takes; 0: never.
         faults: trial number -> what its first epoch does: raise, die, diverge or bad; `die once` limits it to one process.
     """
 
@@ -74,6 +76,7 @@ class Played:
     folder: Path | None = None
     epoch_s: float = 0.0
     load_s: float = 0.0
+    alone_epochs: int = 0
     faults: dict[str, str] = field(default_factory=dict)
     began: list[str] = field(default_factory=list)
     replies: Iterator[Reply] = field(default_factory=lambda: iter(()))
@@ -124,12 +127,19 @@ class Played:
         while len(history) < epochs:
             yield from self._fault(job)
             time.sleep(self.epoch_s)
+            self._wait_for_another()
             history.append(metrics_of(job.config, len(history) + 1))
             self._save(job.number, history)
             self._log(f"epoch {job.number} {len(history)}")
             yield EpochEnded(history[-1], "")
         if job.then_test:
             yield JobDone({**history[-1].flat(), "test/mean_class_accuracy": 0.5})
+
+    def _wait_for_another(self) -> None:
+        own = sum(line.startswith(f"{os.getpid()} epoch ") for line in log_of(self.folder)) if self.alone_epochs else 0
+        if own >= self.alone_epochs > 0:
+            wait_for("a second process", lambda: sum(line.endswith(" loaded") for line in log_of(self.folder)) > 1)
+            self.alone_epochs = 0
 
     def _fault(self, job: TrainJob) -> Iterator[Reply]:
         fault = self.faults.get(str(job.number), "")
@@ -209,7 +219,7 @@ def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[
     from lift_ray.search.driver import run_search
 
     out.mkdir(parents=True, exist_ok=True)
-    own = {name: options[name] for name in ("epoch_s", "load_s", "faults", "broken") if name in options}
+    own = {name: options[name] for name in ("epoch_s", "load_s", "alone_epochs", "faults", "broken") if name in options}
     wanted = space(
         options.get("epochs", 3),
         **{

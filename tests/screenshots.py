@@ -1,8 +1,8 @@
 """docs/monitoring-*.png and docs/report-*.png in headless Chromium, of a real search and a real run. `make screenshots`.
 
-    python tests/screenshots.py [FOLDER]    FOLDER: the results of a search, to take the pictures of its report alone
+    python tests/screenshots.py [FOLDER]    FOLDER: the results of a search, to take the screenshots of its report alone
 
-Needs Chromium (`apt-get install chromium`). Prometheus, where it is on the PATH, adds a picture of its graphs.
+Needs Chromium (`apt-get install chromium`). Prometheus, where it is on the PATH, adds a screenshot of its graphs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RUNS = "/api/train/v2/runs/v1"
 VIEWS = ("jobs", "cluster", "actors")
 POINTS = 30  # of a graph, 2 s apart
 ENDED = 4  # trials, so that there is something to see
-REPORT = {  # picture: sections of the page that it shows
+REPORT = {  # screenshot: sections of the page that it shows
     "desktop": ("header", "#posthoc-tau"),
     "classes": ("section:has(+ section > .cards)", "section:has(> .cards)"),
     "search": ("#history", "#parallel", "#importance", "#cost"),
@@ -50,14 +50,14 @@ REPORT = {  # picture: sections of the page that it shows
 
 
 def main() -> None:
-    """Take all pictures, or those of a report."""
+    """Take all screenshots, or those of a report."""
     with (
         tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name,
         sync_playwright() as browsers,
     ):
         browser, folder = browsers.chromium.launch(executable_path=CHROME, args=["--no-sandbox"]), Path(name)
         if not (study := next(iter(sys.argv[1:]), "")):
-            study = time.strftime("runs/pictures-%Y%m%d-%H%M%S")
+            study = time.strftime("runs/screenshots-%Y%m%d-%H%M%S")
             watch_search(browser, folder, study)
             watch_training(browser, folder, f"{study}/run")
         look_at_report(browser, ROOT / study / "report" / "index.html")
@@ -268,7 +268,7 @@ def running(command: list[str], folder: Path) -> Iterator[tuple[subprocess.Popen
     log, environment = folder / f"{command[0]}.log", os.environ | {"RAY_TMPDIR": str(folder)}
     environment.pop("RAY_ADDRESS", None)
     environment["PATH"] = (
-        f"{Path(sys.executable).parent}:{environment['PATH']}"  # no path of this machine in the pictures
+        f"{Path(sys.executable).parent}:{environment['PATH']}"  # no path of this machine in the screenshots
     )
     with log.open("w") as out:
         driver = subprocess.Popen(

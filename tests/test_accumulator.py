@@ -42,7 +42,7 @@ def drawn(draw: tuple[int, int, int, float]) -> tuple[torch.Tensor, torch.Tensor
 
 
 @given(draw=DRAWS)
-def test_a_tally_equals_counting_image_by_image(draw: tuple[int, int, int, float]) -> None:
+def test_the_accumulator_equals_counting_image_by_image(draw: tuple[int, int, int, float]) -> None:
     logits, labels, train_counts = drawn(draw)
     num_classes, images = draw[0], draw[1]
     found, classes = tally(num_classes, (logits, labels)).result(train_counts)
@@ -151,7 +151,7 @@ def test_adding_a_batch_never_reads_a_value_on_the_host() -> None:
         counting.result(np.ones(5, dtype=np.int64))
 
 
-def test_a_tally_made_before_inference_mode_can_be_summed_after_it() -> None:
+def test_an_accumulator_made_before_inference_mode_can_be_summed_after_it() -> None:
     counting = MetricAccumulator(2, CPU)
     with torch.inference_mode():
         counting.add(torch.zeros(3, 2), torch.tensor([0, 1, 1]))

@@ -39,5 +39,7 @@ BAD = {"name": "pillow", "version": "9.0", "vulns": [{"id": "PYSEC-1", "fix_vers
         ),
     ],
 )
-def test_a_vulnerability_fails_and_what_was_not_audited_is_said(packages: object, code: int, said: list[str]) -> None:
+def test_a_vulnerability_fails_the_audit_and_unaudited_packages_are_reported(
+    packages: object, code: int, said: list[str]
+) -> None:
     assert verdict(packages) == (code, said)

@@ -1,4 +1,4 @@
-"""Encoded images to pictures: minimalist augmentation, and the crop for evaluation."""
+"""Images from their encoded bytes: minimalist augmentation, and the crop for evaluation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from embedded import jpegs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,13 +28,13 @@ from lift_ray.data.augment import (
     training_image,
     training_images_on,
 )
-from lift_ray.data.open import open_dataset
-from lift_ray.data.reader import RowReader
 
-SPLIT = open_dataset("embedded:caltech101-lt").split("train")
-ENCODED = RowReader(SPLIT).read(np.arange(0, 60, 5))
 SIDES = st.integers(1, 3000)
 DRAWS = st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3).map(np.array)
+
+
+def photos() -> list[bytes]:
+    return jpegs(12, "train", "caltech101-lt", step=5)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_the_smallest_area_grows_by_its_schedule(schedule: str, at_quarter: floa
 
 
 @pytest.mark.parametrize("schedule", GROWTH)
-def test_a_run_of_one_epoch_stands_at_the_start_of_its_schedule(schedule: str) -> None:
+def test_a_run_of_one_epoch_uses_the_start_of_its_schedule(schedule: str) -> None:
     assert smallest_area(schedule, 0, 1) == pytest.approx(1.0 if schedule == "max" else SMALLEST_AREA)
 
 
@@ -72,7 +73,7 @@ def test_convex_lies_below_linear_and_concave_above() -> None:
 
 @settings(max_examples=300)
 @given(width=SIDES, height=SIDES, smallest=st.floats(SMALLEST_AREA, 1), draw=DRAWS)
-def test_a_crop_is_a_square_inside_the_picture(width: int, height: int, smallest: float, draw: np.ndarray) -> None:
+def test_a_crop_is_a_square_inside_the_image(width: int, height: int, smallest: float, draw: np.ndarray) -> None:
     crop = square_crop(width, height, smallest, draw)
     left, top, side = crop.left, crop.top, crop.width
     assert crop.height == side
@@ -85,8 +86,8 @@ def test_a_crop_is_a_square_inside_the_picture(width: int, height: int, smallest
 
 
 @given(short=st.integers(1, 500), long=st.integers(1, 500))
-def test_a_picture_too_long_for_the_smallest_area_gives_its_largest_square(short: int, long: int) -> None:
-    long += 2 * short  # the largest square holds at most half the picture
+def test_an_image_too_long_for_the_smallest_area_gives_its_largest_square(short: int, long: int) -> None:
+    long += 2 * short  # the largest square holds at most half the image
     for area in (0.0, 0.5, 0.999):
         assert square_crop(short, long, 0.5, np.array([area, 0.0, 0.0])).width == short
 
@@ -112,8 +113,8 @@ def test_the_area_is_uniform() -> None:
     assert quantiles == pytest.approx([0.08 + 0.92 * q for q in (0.25, 0.5, 0.75)], abs=0.03)
 
 
-def test_the_same_draw_gives_the_same_training_picture_and_another_another() -> None:
-    for data in ENCODED:
+def test_the_same_draw_gives_the_same_training_image_and_another_draw_another() -> None:
+    for data in photos():
         one = training_image(data, 48, square(0.3, 0.2, 0.9))
         assert one.shape == (48, 48, 3)
         assert one.dtype == np.uint8
@@ -122,8 +123,8 @@ def test_the_same_draw_gives_the_same_training_picture_and_another_another() -> 
 
 
 def test_a_crop_of_the_wanted_size_keeps_the_pixels() -> None:
-    picture = training_image(png(60, 48), 48, square(0.0, 0.999, 0.0, smallest=1.0))
-    assert np.array_equal(picture, pixels(60, 48)[:, 12:])
+    image = training_image(png(60, 48), 48, square(0.0, 0.999, 0.0, smallest=1.0))
+    assert np.array_equal(image, pixels(60, 48)[:, 12:])
 
 
 def square(*draw: float, smallest: float = SMALLEST_AREA) -> FindCrop:
@@ -143,7 +144,7 @@ def png(width: int, height: int, mode: str = "RGB") -> bytes:
 
 
 @pytest.mark.parametrize(("size_px", "resized"), [(48, 55), (224, 256), (32, 37)])
-def test_evaluation_takes_the_centre_of_eight_sevenths(size_px: int, resized: int) -> None:
+def test_evaluation_takes_the_center_of_eight_sevenths(size_px: int, resized: int) -> None:
     for width, height in ((resized, resized), (resized + 20, resized), (resized, resized + 9)):
         left, top = round((width - size_px) / 2), round((height - size_px) / 2)
         whole = pixels(width, height)
@@ -173,10 +174,10 @@ def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
     assert training_image(out.getvalue(), 48, square(0.5, 0.5, 0.5)).shape == (48, 48, 3)
 
 
-def test_pictures_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pillow() -> None:
+def test_images_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pillow() -> None:
     """Of 3 million values, 0.3% differ from Pillow's by one level, and less than ten in a million by two."""
     levels = np.zeros(256, np.int64)
-    for number, data in enumerate(RowReader(SPLIT).read(np.arange(0, 360, 3))):
+    for number, data in enumerate(jpegs(120, "train", "caltech101-lt", step=3)):
         find = square(*np.random.default_rng(number).random(3))
         image = Image.open(io.BytesIO(data)).convert("RGB")
         crop = find(*image.size)
@@ -197,7 +198,7 @@ def test_pictures_are_those_of_torchvision_on_tensors_and_within_two_levels_of_p
 @pytest.mark.parametrize("size", [(600, 400), (301, 803)])
 def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, int]) -> None:
     out = io.BytesIO()
-    Image.open(io.BytesIO(ENCODED[3])).convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
+    Image.open(io.BytesIO(photos()[3])).convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
         out, "JPEG", quality=92
     )
     for draw in ((0.9, 0.2, 0.6), (0.5, 0.9, 0.1)):
@@ -208,19 +209,19 @@ def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, i
 
 
 def test_reduced_decoding_changes_nothing_where_the_crop_needs_every_pixel() -> None:
-    for data in ENCODED:
+    for data in photos():
         assert np.array_equal(
             *(training_image(data, 96, square(0.5, 0.5, 0.5), reduced=which) for which in (False, True))
         )
 
 
-def test_pictures_made_on_a_device_are_the_same_but_for_rounding() -> None:
+def test_images_made_on_a_device_are_the_same_but_for_rounding() -> None:
     """The code for a GPU, run on the CPU: it resizes in floats, and rounds once."""
-    encoded = [*ENCODED[:6], png(70, 60)]
+    encoded = [*photos()[:6], png(70, 60)]
     draws = np.random.default_rng(0).random((len(encoded), 3))
     finds: list[FindCrop] = [square(*draw) for draw in draws[:4]] + [partial(any_crop, draw=draw) for draw in draws[4:]]
     on_device = training_images_on(torch.device("cpu"), encoded, 48, finds)
-    for data, find, picture in zip(encoded, finds, on_device, strict=True):
-        difference = np.abs(training_image(data, 48, find).astype(int) - picture.permute(1, 2, 0).numpy())
+    for data, find, image in zip(encoded, finds, on_device, strict=True):
+        difference = np.abs(training_image(data, 48, find).astype(int) - image.permute(1, 2, 0).numpy())
         assert difference.max() <= 6
         assert difference.mean() < 0.5

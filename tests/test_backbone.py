@@ -84,7 +84,7 @@ def test_the_two_activations_give_different_features() -> None:
         assert float((rebuild(clip.visual)(batch) - rebuild(other.visual)(batch)).abs().max()) > 1e-3
 
 
-def test_a_rebuilt_tower_is_frozen_and_has_no_weight_a_second_time() -> None:
+def test_a_rebuilt_tower_is_frozen_and_holds_each_weight_once() -> None:
     clip = clip_of(SIZES["one block"])
     tower = rebuild(clip.visual)
     assert not tower.training
@@ -154,7 +154,7 @@ def test_the_class_token_alone_gives_what_all_tokens_give(make: Callable[[], Blo
         ("local-dir:/nowhere/at/all", None, "backbone.model: local-dir:/nowhere/at/all could not be loaded ("),
     ],
 )
-def test_a_backbone_that_cannot_be_named_is_one_line(model: str, pretrained: str | None, message: str) -> None:
+def test_an_unknown_backbone_gives_a_one_line_error(model: str, pretrained: str | None, message: str) -> None:
     with pytest.raises(BadInput) as caught:
         load_backbone(model, pretrained)
     assert str(caught.value).startswith(message)
@@ -192,7 +192,7 @@ def test_a_tower_that_is_no_vision_transformer_is_refused_with_the_reason(monkey
         {"act_kwargs": {"approximate": "tanh"}},
     ],
 )
-def test_a_vision_transformer_of_another_make_is_refused(option: dict[str, Any]) -> None:
+def test_a_vision_transformer_of_another_architecture_is_refused(option: dict[str, Any]) -> None:
     visual = clip_of({**SIZES["one block"], **option}).visual
     with pytest.raises(BadInput, match="must be a plain vision transformer with a class token, but this tower is a"):
         rebuild(visual)
@@ -256,7 +256,7 @@ def test_class_names_are_embedded_once_for_a_template() -> None:
     assert torch.allclose(one, F.normalize(embedded @ backbone.projection.T, dim=-1))
 
 
-def test_only_empty_braces_of_a_template_are_the_name() -> None:
+def test_only_empty_braces_of_a_template_stand_for_the_name() -> None:
     asked: list[str] = []
     backbone = backbone_of(lambda lines: (asked.extend(lines), torch.ones(len(lines), 24))[1])
     backbone.semantic_weights(["cat"], "{}: a {} of {kind} {0} {")

@@ -42,7 +42,7 @@ OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": True}
 
 @pytest.fixture(scope="module")
 def small_clip() -> str:
-    """One that knows something of the pictures, for a random one has no label prior that could be fitted."""
+    """One that knows something of the images, for a random one has no label prior that could be fitted."""
     return "embedded:lift-tiny"
 
 
@@ -82,7 +82,7 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_means_by_hand() -> None:
+def test_means_of_probabilities_and_logits_are_those_computed_by_hand() -> None:
     first, second = torch.tensor([[0.0, np.log(3.0)]]), torch.tensor([[np.log(4.0), 0.0]])
     assert torch.allclose(mean_logits([first, second], [1, 1]), torch.tensor([[np.log(2.0), np.log(3.0) / 2]]))
     assert torch.allclose(mean_logits([first, second], [3, 1]), torch.tensor([[np.log(4.0) / 4, 0.75 * np.log(3.0)]]))
@@ -125,7 +125,7 @@ def test_two_checkpoints_are_the_mean_by_hand_of_what_each_gives_alone(
     assert losses == pytest.approx([float(F.cross_entropy(z, labels)) for z in (first, second)], abs=1e-5)
 
 
-def test_each_picture_is_decoded_once(folders: list[str], monkeypatch: pytest.MonkeyPatch, small_data: str) -> None:
+def test_each_image_is_decoded_once(folders: list[str], monkeypatch: pytest.MonkeyPatch, small_data: str) -> None:
     decoded: list[bytes] = []
     monkeypatch.setattr(resolutions, "decode", lambda data: (decoded.append(data), decode.decode(data))[1])
     evaluate_here(EvaluationRequest(tuple(folders), small_data, "test"))
@@ -288,7 +288,7 @@ def test_the_loss_of_gla_trains_with_the_prior_of_the_foundation_model(warm: Wor
         ),
     ],
 )
-def test_what_cannot_answer_together_is_one_line(
+def test_models_that_cannot_be_combined_give_a_one_line_error(
     words: list[str], message: str, folders: list[str], tmp_path: Path
 ) -> None:
     names = dict(zip("ab", folders, strict=True)) | {n: str(tmp_path / n) for n in ("order", "fewer", "tau")}
@@ -306,7 +306,7 @@ def test_what_cannot_answer_together_is_one_line(
     assert str(caught.value) == message.format(**names)
 
 
-def test_gla_without_a_text_tower_is_one_line_and_the_table_goes_without_parameter_groups(
+def test_gla_without_a_text_tower_gives_a_one_line_error_and_the_table_omits_parameter_groups(
     warm: Workspace,
     small_clip: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -354,7 +354,7 @@ def test_several_gpus_are_used_in_turn_and_a_cpu_is_one_device(monkeypatch: pyte
     assert evaluation.devices(Ranks(0, 1, torch.device("cuda"))) == gpus
 
 
-def test_the_members_of_one_checkpoint_are_shared_out_to_the_devices_too(small_data: str, small_clip: str) -> None:
+def test_the_members_of_one_checkpoint_are_also_distributed_over_the_devices(small_data: str, small_clip: str) -> None:
     warms = [Workspace(small_data, Ranks.alone()) for _ in range(2)]
     method = {"kind": "backdoor", "members": {"a": {}, "b": {"seed": 1}, "c": {"seed": 2}}}
     config = RunConfig.model_validate(settings(small_clip) | {"method": method})
@@ -376,7 +376,7 @@ def test_a_class_has_its_parameter_group_in_the_table_of_classes(
     assert "parameter_group" not in (tmp_path / "one.csv").read_text()
 
 
-def test_a_prior_that_cannot_be_fitted_is_one_line_and_the_table_says_that_it_goes_without(
+def test_a_prior_that_cannot_be_fitted_gives_a_one_line_error_and_the_table_says_that_it_is_missing(
     folders: list[str], small_data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_fit(*args: Any, **options: Any) -> None:

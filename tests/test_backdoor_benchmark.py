@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import backdoor
 import numpy as np
 import pytest
 import torch
@@ -15,14 +12,7 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def backdoor() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(Path(__file__).parent.parent / "benchmarks"), *sys.path])
-        yield importlib.import_module("backdoor")
-
-
-def models(backdoor: ModuleType, noise: dict[str, float]) -> tuple[Any, dict[str, Any]]:
+def models(noise: dict[str, float]) -> tuple[Any, dict[str, Any]]:
     labels = torch.arange(4).repeat(100)
     random = torch.Generator().manual_seed(0)
 
@@ -38,8 +28,8 @@ def models(backdoor: ModuleType, noise: dict[str, float]) -> tuple[Any, dict[str
     }
 
 
-def test_every_pair_all_and_the_control_are_combined_of_seeds_that_groups_do_not_share(backdoor: ModuleType) -> None:
-    made, data = models(backdoor, {"a": 1.0, "b": 1.0, "c": 1.0})
+def test_every_pair_all_and_the_control_are_combined_of_seeds_that_groups_do_not_share() -> None:
+    made, data = models({"a": 1.0, "b": 1.0, "c": 1.0})
     labels = [
         "a, LA",
         "b, LA",
@@ -67,8 +57,8 @@ def test_every_pair_all_and_the_control_are_combined_of_seeds_that_groups_do_not
 
 
 @pytest.mark.parametrize("worse", [1.0, 0.4])
-def test_three_seeds_beat_a_pair_with_an_equal_or_worse_model(backdoor: ModuleType, worse: float) -> None:
-    made, data = models(backdoor, {"a": 1.0, "b": worse})
+def test_three_seeds_beat_a_pair_with_an_equal_or_worse_model(worse: float) -> None:
+    made, data = models({"a": 1.0, "b": worse})
     found = backdoor.summarise(made, 2, data)
     assert backdoor.verdict(found).startswith("Several backbones fall behind seeds of one and ")
     assert "a + b, LA has " in backdoor.verdict(found)

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lift_ray import tune
@@ -181,7 +181,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_search_gives_one_exact_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
     text, message = BROKEN[name]
     path = tmp_path / "space.yaml"
@@ -231,7 +231,7 @@ def test_a_search_that_cannot_be_is_one_exact_line(name: str, tmp_path: Path, mo
         ),
     ],
 )
-def test_a_word_that_cannot_be_is_one_exact_line_and_leaves_nothing(
+def test_an_impossible_argument_gives_one_exact_line_and_leaves_nothing(
     words: list[str], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "space.yaml"
@@ -260,7 +260,7 @@ def test_a_word_that_cannot_be_is_one_exact_line_and_leaves_nothing(
         ("space=3", "command line space: must be a mapping, but got 3; write {key: value}"),
     ],
 )
-def test_a_wrong_word_for_a_searched_setting_is_one_line(word: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_value_for_a_searched_setting_gives_a_one_line_error(word: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(QUICKSTART)
     with pytest.raises(BadInput) as caught:
@@ -324,10 +324,10 @@ PIECES = [
 ]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(changes=st.lists(st.tuples(st.integers(0, len(WHOLE)), st.integers(0, 12), st.sampled_from(PIECES)), max_size=4))
 @example(changes=[])
-def test_any_file_is_a_plan_or_lines_and_exit_code_2(tmp_path: Path, changes: list[tuple[int, int, str]]) -> None:
+def test_any_file_gives_a_plan_or_errors_and_exit_code_2(tmp_path: Path, changes: list[tuple[int, int, str]]) -> None:
     text = WHOLE
     for start, length, piece in changes:
         text = text[:start] + piece + text[start + length :]
@@ -345,7 +345,7 @@ def test_any_file_is_a_plan_or_lines_and_exit_code_2(tmp_path: Path, changes: li
     assert "Traceback" not in said.getvalue()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     path=st.lists(
         st.sampled_from(
@@ -370,7 +370,7 @@ def test_any_file_is_a_plan_or_lines_and_exit_code_2(tmp_path: Path, changes: li
     ),
     value=st.sampled_from(["1", "[1, 2]", "{}", "null", "x", "{a: 1}", "[]", "true", "[[1]]"]),
 )
-def test_any_word_on_the_command_line_is_a_space_or_bad_input(tmp_path: Path, path: list[str], value: str) -> None:
+def test_any_argument_gives_a_space_or_bad_input(tmp_path: Path, path: list[str], value: str) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(LR)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from embedded import embedded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,9 +24,6 @@ from lift_ray.data.open import open_dataset
 from lift_ray.data.order import Sampling, epoch_order, rank_positions, rank_slice, steps_per_epoch
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
-
-CUT = open_dataset("embedded:caltech101-lt").split("train")
-TEST = open_dataset("embedded:caltech101-lt").split("test")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def made_up(row_groups: list[list[int]], keep: list[bool]) -> Split:
     return Split("train", shards, rows % 3, rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     row_groups=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=4),
     keep=st.lists(st.booleans(), min_size=1, max_size=7),
@@ -83,9 +81,10 @@ def test_an_epoch_is_a_permutation(row_groups: list[list[int]], keep: list[bool]
 
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
-    orders = {(seed, epoch): epoch_order(CUT, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)}
+    cut = embedded("train", "caltech101-lt")
+    orders = {(seed, epoch): epoch_order(cut, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)}
     assert len({tuple(order) for order in orders.values()}) == 4
-    assert all(epoch_order(CUT, *key).tolist() == order for key, order in orders.items())
+    assert all(epoch_order(cut, *key).tolist() == order for key, order in orders.items())
     again = open_dataset("embedded:caltech101-lt").split("train")
     assert epoch_order(again, 1, 1).tolist() == orders[1, 1]
 
@@ -112,10 +111,11 @@ def test_the_shuffle_looks_at_fewer_samples_when_they_are_large() -> None:
 
 
 def test_an_epoch_mixes_classes_and_differs_from_storage() -> None:
-    labels = CUT.labels[epoch_order(CUT, 0, 0)]
+    cut = embedded("train", "caltech101-lt")
+    labels = cut.labels[epoch_order(cut, 0, 0)]
     first, second = np.bincount(labels[: len(labels) // 2], minlength=100), np.bincount(labels, minlength=100)
     assert np.corrcoef(first, second)[0, 1] > 0.9
-    assert not np.array_equal(epoch_order(CUT, 0, 0), np.arange(CUT.num_samples))
+    assert not np.array_equal(epoch_order(cut, 0, 0), np.arange(cut.num_samples))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -154,7 +154,7 @@ def test_starting_at_a_step_equals_skipping_the_steps_before(small: Split, start
     assert_same(train(small, start_step=start_step, world_size=2), train(small, world_size=2)[start_step:])
 
 
-def test_pictures_change_with_seed_and_epoch(small: Split) -> None:
+def test_images_change_with_seed_and_epoch(small: Split) -> None:
     first = [train(small, seed=seed, epoch=epoch)[0].images for seed, epoch in ((0, 0), (1, 0), (0, 1))]
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], first[2])
@@ -165,7 +165,7 @@ def test_threads_change_nothing(small: Split, num_threads: int) -> None:
     assert_same(train(small, num_threads=num_threads), train(small))
 
 
-def test_the_pictures_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     makers: list[str] = []
     plain = augment.training_image
 
@@ -191,10 +191,10 @@ def patches(batch: Batch) -> torch.Tensor:
     return batch.patches
 
 
-def test_every_picture_keeps_its_own_patches_whatever_the_number_of_ranks(small: Split) -> None:
+def test_every_image_keeps_its_own_patches_whatever_the_number_of_ranks(small: Split) -> None:
     assert all(batch.patches is None for batch in train(small))
     alone = train(small, patch_dropout=0.5)
-    assert_same(alone, train(small))  # pictures do not depend on it
+    assert_same(alone, train(small))  # images do not depend on it
     seen = torch.cat([patches(batch) for batch in alone])
     assert seen.shape == (96, 4)
     assert sorted(seen.unique().tolist()) == list(range(9))
@@ -218,7 +218,7 @@ class NoFiles:
         """There is nothing to read."""
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samples=st.integers(1, 200), share=st.integers(1, 16), world_size=st.sampled_from([1, 2, 4, 8]))
 def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int, share: int, world_size: int) -> None:
     split, batch = made_up([[samples]], [True]), share * world_size
@@ -243,7 +243,7 @@ def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: int) -> None:
-    test = TEST if world_size == 1 else small
+    test = embedded("test") if world_size == 1 else small
     images = torch.zeros(test.num_samples, 3, 16, 16, dtype=torch.uint8)
     labels = torch.full((test.num_samples,), -1)
     with RowReader(test) as reader:
@@ -286,7 +286,7 @@ def test_batches_are_made_only_a_few_ahead() -> None:
     assert [int(batch.labels) for batch in data_batches.made_ahead(make, range(20), 4)] == list(range(20))
 
 
-def test_a_broken_image_is_one_line_that_names_row_and_split(tmp_path: Path, small: Split) -> None:
+def test_a_broken_image_gives_a_one_line_error_that_names_row_and_split(tmp_path: Path, small: Split) -> None:
     with RowReader(small) as reader:
         good = reader.read(np.arange(8))
     samples = [(data, f"{i}.jpg", i % 2) for i, data in enumerate(good)]

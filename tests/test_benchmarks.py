@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import methods
 import pytest
+import time_to_accuracy as timing
 
 EPOCHS = 5
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_the_path() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(Path(__file__).parent.parent / "benchmarks"), *sys.path])
-        yield
-
-
-@pytest.fixture(scope="module")
-def methods(benchmarks_on_the_path: None) -> ModuleType:
-    return importlib.import_module("methods")
-
-
-@pytest.fixture(scope="module")
-def timing(benchmarks_on_the_path: None) -> ModuleType:
-    return importlib.import_module("time_to_accuracy")
 
 
 def row(name: str, seed: int, validation: float, **more: Any) -> Row:
@@ -72,7 +53,7 @@ def method_rows(few_of_full: float) -> list[Row]:
     ]
 
 
-def test_the_rate_with_the_best_validation_accuracy_on_the_first_seed_is_reported(methods: ModuleType) -> None:
+def test_the_rate_with_the_best_validation_accuracy_on_the_first_seed_is_reported() -> None:
     rows = [
         row("lora", 0, 0.20, rate=0.03),
         row("lora", 0, 0.24, rate=0.1, test=0.30, few=0.11),
@@ -88,7 +69,7 @@ def test_the_rate_with_the_best_validation_accuracy_on_the_first_seed_is_reporte
     assert summary["by_rate"] == {"0.03": 0.20, "0.1": 0.24}
 
 
-def test_a_best_rate_at_an_end_is_known_and_a_method_that_only_failed_is_left_out(methods: ModuleType) -> None:
+def test_a_best_rate_at_an_end_is_known_and_a_method_that_only_failed_is_left_out() -> None:
     rows = [row("full", 0, 0.3, rate=0.01), row("full", 0, 0.2, rate=0.03), failed("lora", 0, rate=0.1)]
     (summary,) = methods.summarise(rows, seed=0)
     assert (summary["method"], summary["rate"], summary["at_end_of_rates"]) == ("full", 0.01, True)
@@ -96,18 +77,18 @@ def test_a_best_rate_at_an_end_is_known_and_a_method_that_only_failed_is_left_ou
 
 # more, less by chance with a rising rank, within the noise
 @pytest.mark.parametrize(("few_of_full", "hurts"), [(0.06, True), (0.20, False), (0.155, False), (0.15, False)])
-def test_heavy_fine_tuning_hurts_where_the_rows_say_so(methods: ModuleType, few_of_full: float, hurts: bool) -> None:
+def test_heavy_fine_tuning_hurts_if_the_rows_say_so(few_of_full: float, hurts: bool) -> None:
     assert methods.few_hurt(methods.summarise(method_rows(few_of_full), seed=0))[0] == hurts
 
 
-def test_a_fall_within_the_noise_of_the_seeds_is_none(methods: ModuleType) -> None:
+def test_a_drop_within_the_noise_of_the_seeds_does_not_count() -> None:
     rows = [r for r in method_rows(0.147) if r["name"] != "linear_probe"]
     assert not methods.few_hurt(methods.summarise(rows, seed=0))[0]
     rows = [r for r in method_rows(0.14) if r["name"] != "linear_probe"]
     assert methods.few_hurt(methods.summarise(rows, seed=0))[0]
 
 
-def test_a_setting_that_reached_is_cut_shorter_and_one_that_did_not_is_trained_longer(timing: ModuleType) -> None:
+def test_a_setting_that_reached_is_cut_shorter_and_one_that_did_not_is_trained_longer() -> None:
     target, lengths = row("recipe", 0, 0.30), [2, 3, 5, 8]
     quick = {"seconds": 50.0, "laps_s": [0.0] + [10.0] * 5}
     good, bad = row("drop50", 0, 0.30, **quick), row("drop50", 0, 0.29, **quick)
@@ -126,7 +107,7 @@ def test_a_setting_that_reached_is_cut_shorter_and_one_that_did_not_is_trained_l
     )
 
 
-def test_what_is_kept_is_computed_once_in_a_longer_schedule(timing: ModuleType) -> None:
+def test_cached_features_are_computed_once_in_a_longer_schedule() -> None:
     assert timing.expected_s(row("last1", 0, 0.3, laps_s=[1.0, 15.0, 2.0, 2.0, 2.0, 2.0]), 8) == 30
 
 
@@ -143,7 +124,7 @@ def timed_rows() -> list[Row]:
     return out
 
 
-def test_seconds_are_those_of_the_shortest_schedule_that_ends_at_the_target(timing: ModuleType) -> None:
+def test_seconds_are_those_of_the_shortest_schedule_that_ends_at_the_target() -> None:
     drop = timing.summarise(timed_rows(), ["drop50"], [0, 1], EPOCHS)[0]
     assert drop["epochs"] == [3, 5], "with seed 1 the short schedule ends under the target"
     assert drop["ratios"] == pytest.approx([100 / 30, 2.0])
@@ -153,13 +134,13 @@ def test_seconds_are_those_of_the_shortest_schedule_that_ends_at_the_target(timi
     assert drop["best_final"] == pytest.approx({"mean": 0.315, "std": 0.0070711}, abs=1e-6)
 
 
-def test_a_target_that_one_seed_misses_is_not_reached(timing: ModuleType) -> None:
+def test_a_target_that_one_seed_misses_is_not_reached() -> None:
     summaries = timing.summarise(timed_rows(), ["recipe", "drop50", "last1"], [0, 1], EPOCHS)
     last = summaries[2]
     assert (last["num_reached"], last["num_seeds"], last["ratio"], last["epochs"]) == (1, 2, None, [None, 8])
 
 
-def test_failed_runs_and_seeds_without_the_recipe_do_not_count(timing: ModuleType) -> None:
+def test_failed_runs_and_seeds_without_the_recipe_do_not_count() -> None:
     rows = [*timed_rows(), failed("grow", 0), row("grow", 1, 0.4), row("grow", 2, 0.4)]
     (grow,) = timing.summarise(rows, ["grow"], [0, 1, 2], EPOCHS)
     assert (grow["num_seeds"], grow["num_reached"], grow["ratio"]) == (2, 1, None)

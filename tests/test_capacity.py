@@ -71,13 +71,13 @@ def test_auto_takes_a_gpu_when_there_is_one(use_gpu: bool, has_gpu: bool, gpus: 
         (ScaleConfig(workers_per_trial=5), [CPU8, CPU8], 3),
     ],
 )
-def test_slots_are_what_fits_or_what_was_asked_for(
+def test_there_are_as_many_slots_as_fit_or_were_asked_for(
     scale: ScaleConfig, nodes: list[dict[str, float]], slots: int
 ) -> None:
     assert num_slots(scale, nodes)[1] == slots
 
 
-def test_a_trial_that_fits_nowhere_is_one_line_before_anything_starts() -> None:
+def test_a_trial_that_fits_nowhere_gives_a_one_line_error_before_anything_starts() -> None:
     with pytest.raises(BadInput) as caught:
         num_slots(ScaleConfig(workers_per_trial=2, cpus_per_worker=16, use_gpu=True), [CPU8, GPU4])
     assert str(caught.value) == (

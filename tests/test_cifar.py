@@ -9,6 +9,7 @@ import pickle
 import re
 import tarfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from struct import pack
 from typing import Any
@@ -16,22 +17,25 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from embedded import jpegs
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from lift_ray.data.convert import cifar
 from lift_ray.data.convert.cifar import longtailed_rows, scan_cifar
 from lift_ray.data.convert.index import ImageIndex
-from lift_ray.data.open import open_dataset
-from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
-JPEGS = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.arange(12))
-PICTURES = np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize((32, 32))) for jpeg in JPEGS])
 PER_BATCH = 20
 TEN = [b"airplane", b"automobile", b"bird", b"cat", b"deer", b"dog", b"frog", b"horse", b"ship", b"truck"]
 HUNDRED = [b"aquarium_fish" if number == 1 else b"fine %d" % number for number in range(100)]
 Files = dict[str, dict[bytes, Any]]
+
+
+@cache
+def images() -> np.ndarray:
+    """Return 12 images of 32 px, uint8, (12, 32, 32, 3)."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize((32, 32))) for jpeg in jpegs()])
 
 
 class Python2(pickle._Pickler):  # type: ignore[name-defined, misc]
@@ -61,11 +65,11 @@ def rewritten(content: Any) -> bytes:
 
 
 def batch(first: int, count: int) -> dict[bytes, Any]:
-    pictures = PICTURES[np.arange(first, first + count) % len(PICTURES)]
+    chosen = images()[np.arange(first, first + count) % 12]
     return {
         b"batch_label": b"training batch",
-        b"data": np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)).reshape(count, 3072),
-        b"filenames": [b"picture_%d.png" % (first + number) for number in range(count)],
+        b"data": np.ascontiguousarray(chosen.transpose(0, 3, 1, 2)).reshape(count, 3072),
+        b"filenames": [b"image_%d.png" % (first + number) for number in range(count)],
     }
 
 
@@ -99,11 +103,11 @@ def archive(path: Path, files: dict[str, bytes], folder: str = "cifar-python") -
 
 
 def pixels(index: ImageIndex, split: str) -> np.ndarray[Any, Any]:
-    """The pictures of a split, read as another process would."""
+    """The images of a split, read as another process would."""
     reader = pickle.loads(pickle.dumps(index.read))
-    pictures = [Image.open(io.BytesIO(reader(reference))) for reference, _ in index.splits[split]]
-    assert {picture.format for picture in pictures} == {"PNG"}
-    return np.stack([np.asarray(picture) for picture in pictures])
+    read = [Image.open(io.BytesIO(reader(reference))) for reference, _ in index.splits[split]]
+    assert {image.format for image in read} == {"PNG"}
+    return np.stack([np.asarray(image) for image in read])
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +139,8 @@ def test_cifar10_is_read_from_the_published_archive(tmp_path: Path) -> None:
     assert index.class_names == tuple(name.decode() for name in TEN)
     assert [label for _, label in index.splits["train"]] == list(range(10)) * 10
     expected = [(n + row) % 12 for n in range(1, 6) for row in range(PER_BATCH)]
-    assert np.array_equal(pixels(index, "train"), PICTURES[expected])
-    assert np.array_equal(pixels(index, "test"), PICTURES[[(7 + row) % 12 for row in range(PER_BATCH)]])
+    assert np.array_equal(pixels(index, "train"), images()[expected])
+    assert np.array_equal(pixels(index, "test"), images()[[(7 + row) % 12 for row in range(PER_BATCH)]])
     assert index.splits["test"][3] == ("test_batch/3", 3)
 
 
@@ -148,7 +152,7 @@ def test_cifar100_has_fine_and_coarse_labels_in_a_folder_in_any_store(tmp_path: 
     index = scan_cifar("memory://cifar-100")
     assert index.class_names[:3] == ("fine 0", "aquarium fish", "fine 2")
     assert [label for _, label in index.splits["test"]] == list(range(100))
-    assert np.array_equal(pixels(index, "test")[:9], PICTURES[3:12])
+    assert np.array_equal(pixels(index, "test")[:9], images()[3:12])
     coarse = scan_cifar("memory://cifar-100", coarse=True)
     assert coarse.class_names[19] == "group 19"
     assert [label for _, label in coarse.splits["test"]] == [number // 5 for number in range(100)]
@@ -287,7 +291,7 @@ FAULTS: list[tuple[Callable[[], dict[str, bytes]], dict[str, Any], str]] = [
 
 @pytest.mark.usefixtures("ours_are_published")
 @pytest.mark.parametrize("number", range(len(FAULTS)))
-def test_a_fault_in_an_archive_is_one_line(tmp_path: Path, number: int) -> None:
+def test_a_fault_in_an_archive_gives_a_one_line_error(tmp_path: Path, number: int) -> None:
     files, options, message = FAULTS[number]
     source = archive(tmp_path / "x.tar.gz", files())
     with pytest.raises(BadInput, match=re.escape(message) + ".*$"):
@@ -295,7 +299,9 @@ def test_a_fault_in_an_archive_is_one_line(tmp_path: Path, number: int) -> None:
 
 
 @pytest.mark.usefixtures("ours_are_published")
-def test_what_is_no_archive_or_too_large_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_no_archive_or_too_large_gives_a_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").write_bytes(b"no archive")
     with pytest.raises(BadInput, match=r"^.*/x: must be CIFAR as published, but got .*; download the python"):
         scan_cifar(str(tmp_path / "x"))

@@ -48,7 +48,7 @@ def test_there_is_a_file_for_each_kind_of_cluster() -> None:
     assert {read_cluster(CLUSTERS / name).provider for name in FILES} == {*PROVIDERS, "kuberay", "slurm"}
 
 
-def test_what_slurm_gives_is_what_the_search_is_planned_for(tmp_path: Path) -> None:
+def test_the_search_is_planned_for_the_machines_that_slurm_allocates(tmp_path: Path) -> None:
     text = (CLUSTERS / "slurm.sh").read_text().replace("--nodes=2", "--nodes 3").replace("node=4", "node=a100:8")
     (tmp_path / "x.sh").write_text(text)
     (node,) = read_cluster(tmp_path / "x.sh").workers
@@ -452,7 +452,7 @@ def test_a_broken_file_is_refused_with_its_line(name: str, right: str, wrong: st
     assert f"{path}:{line}{':' if name == 'slurm.sh' else ''} {fault}" in str(error.value).splitlines()
 
 
-def test_all_faults_of_a_file_are_said_at_once_in_the_order_of_its_lines(tmp_path: Path) -> None:
+def test_all_errors_in_a_file_are_reported_at_once_in_the_order_of_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     text = (CLUSTERS / "aws.yaml").read_text().replace("upscaling_speed: 2.0", "upscaling_sped: 2.0")
     path.write_text(text.replace("        resources: {CPU: 48, GPU: 4}", "        resources: {CPU: 48, GPU: four}"))
@@ -555,7 +555,7 @@ def test_trials_that_fit_no_node_are_refused() -> None:
         ),
     ],
 )
-def test_wrong_words_are_refused_in_one_line(words: list[str], said: str) -> None:
+def test_wrong_arguments_give_a_one_line_error(words: list[str], said: str) -> None:
     with pytest.raises(BadInput) as error:
         main(["check", str(CLUSTERS / "aws.yaml"), *words])
     assert str(error.value) == said

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from fake_aws import REGION, Account, fake_aws
-from fake_cloud import RAY, TOKEN, Head, fake_cloud, wait_for
+from fake_cloud import RAY, TOKEN, Head, fake_cloud
 from machines import Lab, machines, what_is_missing
+from processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 CPU_NODE = {"resources": {"CPU": 1}, "max_workers": 2}
@@ -287,7 +288,7 @@ def test_on_aws_the_head_is_on_demand_and_there_are_spot_workers(aws: Account) -
     }
 
 
-def test_machines_on_aws_have_the_roles_of_the_file_and_ray_makes_none(aws: Account) -> None:
+def test_machines_on_aws_have_the_roles_of_the_file_and_ray_creates_none(aws: Account) -> None:
     profiles = {kind: i["IamInstanceProfile"]["Arn"].split("/")[-1] for kind, i in aws.instances().items()}
     assert profiles == {"head": "lift-ray-head", "gpu-spot": "lift-ray-worker", "gpu-ondemand": "lift-ray-worker"}
     assert aws.client("iam").list_roles()["Roles"] == []

@@ -57,7 +57,7 @@ def test_an_interval_is_as_wide_as_the_binomial_law_says() -> None:
     assert spread["few"].high - spread["few"].low == pytest.approx(2 * 1.96 * (0.25 / 2000) ** 0.5, rel=0.1)
 
 
-def test_a_gain_on_the_same_images_is_surer_than_two_accuracies_apart() -> None:
+def test_a_gain_on_the_same_images_is_more_certain_than_the_difference_of_two_accuracies() -> None:
     theirs = predictions(0.5, 0)
     better = theirs.predicted.copy()
     better[::20] = theirs.label[::20]
@@ -68,7 +68,7 @@ def test_a_gain_on_the_same_images_is_surer_than_two_accuracies_apart() -> None:
     assert gain.high - gain.low < (apart.high - apart.low) / 2
 
 
-def test_a_model_gains_nothing_on_itself() -> None:
+def test_a_model_gains_nothing_over_itself() -> None:
     gain = accuracy_gains(predictions(0.5, 0), predictions(0.5, 0), GROUPS)["few"]
     assert (gain.value, gain.low, gain.high) == (0, 0, 0)
 
@@ -95,7 +95,7 @@ SIZES = [10.0 ** (3 + i / 4) for i in range(14)]
 
 
 @pytest.mark.parametrize(("slope", "answer"), [(-0.05, "Yes: "), (0.05, "No: "), (0.0, "Cannot tell: ")])
-def test_heavy_tuning_hurts_where_the_trials_say_so(slope: float, answer: str) -> None:
+def test_heavy_tuning_hurts_if_the_trials_say_so(slope: float, answer: str) -> None:
     few = [0.4 + slope * np.log10(size / 1e3) + noise for size, noise in zip(SIZES, NOISE, strict=True)]
     heavy = heavy_tuning(study(SIZES, few))
     assert heavy.answer.startswith(answer)
@@ -238,7 +238,7 @@ def test_without_several_scales_there_is_no_law(epochs: list[float], words: str)
         ([0.5, 0.9], "the best settings are not better on average"),
     ],
 )
-def test_seeds_say_whether_another_seed_would_change_the_winner(theirs: list[float], words: str) -> None:
+def test_repeated_seeds_show_whether_another_seed_would_change_the_winner(theirs: list[float], words: str) -> None:
     runs = [("best found", v) for v in (0.4, 0.5, 0.6)] + [("the recipe", v) for v in theirs]
     about = {"seeds": [{"label": label, "test/mean_class_accuracy": value} for label, value in runs]}
     text = seed_spread(replace(study([1e4], [0.4]), about=about))

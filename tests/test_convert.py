@@ -16,6 +16,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from embedded import jpegs
 from PIL import Image
 
 from lift_ray import convert as verb
@@ -27,14 +28,12 @@ from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
-VALIDATION = open_dataset("embedded:caltech101").split("validation")
-IMAGES = RowReader(VALIDATION).read(np.arange(60))
 CLASSES = ("accordion", "car_side", "yin_yang")
 
 
 def photos(folder: Path, per_class: tuple[int, ...] = (12, 8, 1)) -> Path:
     """A directory of class directories with real images."""
-    rest = iter(IMAGES)
+    rest = iter(jpegs(60))
     for name, count in zip(CLASSES, per_class, strict=True):
         (folder / name).mkdir(parents=True)
         for number in range(count):
@@ -68,7 +67,7 @@ def test_split_directories_are_kept_apart_and_nested_images_count(tmp_path: Path
     photos(tmp_path / "p" / "train", (4, 4, 2))
     photos(tmp_path / "p" / "val", (2, 1, 1))
     (tmp_path / "p" / "train" / "accordion" / "more").mkdir()
-    (tmp_path / "p" / "train" / "accordion" / "more" / "x.jpeg").write_bytes(IMAGES[50])
+    (tmp_path / "p" / "train" / "accordion" / "more" / "x.jpeg").write_bytes(jpegs(60)[50])
     index = scan_folder(f"{tmp_path}/p")
     assert {name: len(rows) for name, rows in index.splits.items()} == {"train": 11, "validation": 4}
     convert(index, "memory://convert-splits")
@@ -111,7 +110,7 @@ def test_a_bad_image_stops_with_its_path_unless_it_is_to_be_skipped(
     source, out = photos(tmp_path / "photos"), tmp_path / "out"
     bad = source / "accordion" / "bad.jpg"
     bad.write_bytes(b"no image")
-    (source / "car_side" / "cut.jpg").write_bytes(IMAGES[0][: len(IMAGES[0]) // 2])
+    (source / "car_side" / "cut.jpg").write_bytes(jpegs(60)[0][: len(jpegs(60)[0]) // 2])
     (source / "car_side" / "notes.txt").write_text("left out")
     with pytest.raises(BadInput, match=r"must be an intact image, but got .*; remove it or pass --skip-bad$"):
         verb.main(["folder", str(source), str(out)])
@@ -136,7 +135,7 @@ class Fails:
     def __call__(self, reference: str) -> bytes:
         if reference == "2":
             raise self.error
-        return IMAGES[int(reference)]
+        return jpegs(60)[int(reference)]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "disk error"), PermissionError("no"), RuntimeError("lost")])
@@ -170,7 +169,7 @@ def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
         convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
 
 
-def test_a_semi_supervised_set_and_its_distribution_are_told(
+def test_a_semi_supervised_set_and_its_distribution_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = photos(tmp_path / "photos", (12, 8, 6)), str(tmp_path / "out")
@@ -186,7 +185,7 @@ def test_a_semi_supervised_set_and_its_distribution_are_told(
     assert "4 █" in printed.out
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(
+def test_progress_is_printed_as_lines_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lift_ray.terminal.image_progress.LINE_EVERY_S", 0.0)
@@ -206,7 +205,7 @@ def test_overwrite_replaces_the_whole_set(tmp_path: Path) -> None:
 def no_classes(folder: Path) -> list[str]:
     empty = folder / "none"
     empty.mkdir()
-    (empty / "x.jpg").write_bytes(IMAGES[0])
+    (empty / "x.jpg").write_bytes(jpegs(60)[0])
     return [str(empty)]
 
 
@@ -289,7 +288,7 @@ BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
 
 
 @pytest.mark.parametrize(("prepare", "message"), BROKEN)
-def test_bad_input_is_one_line(tmp_path: Path, prepare: Callable[[Path], list[str]], message: str) -> None:
+def test_bad_input_gives_a_one_line_error(tmp_path: Path, prepare: Callable[[Path], list[str]], message: str) -> None:
     photos(tmp_path / "photos")
     source, *options = prepare(tmp_path)
     with pytest.raises(BadInput) as caught:
@@ -307,7 +306,7 @@ def test_a_destination_inside_the_source_is_bad_input(tmp_path: Path) -> None:
     "argv",
     [[], ["folder"], ["foldr", "a", "b"], ["folder", "a", "b", "--sead", "1"], ["folder", "a", "b", "--seed", "x"]],
 )
-def test_wrong_usage_is_one_line_of_bad_input(argv: list[str]) -> None:
+def test_wrong_usage_gives_a_one_line_error(argv: list[str]) -> None:
     with pytest.raises(BadInput, match=r"^convert: .* See python -m lift_ray\.convert --help$"):
         verb.main(argv)
 

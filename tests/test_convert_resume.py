@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -17,7 +16,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from embedded import embedded
 from fsspec.implementations.local import LocalFileSystem
+from processes import stopping_itself, wait_until_it_stops
 
 from lift_ray import convert as verb
 from lift_ray.data.convert.conversion import convert
@@ -28,15 +29,15 @@ from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, RunFailed
 
-TRAIN = open_dataset("embedded:caltech101").split("train")
 SMALL = 40
-OPTIONS = ["--rows-per-shard", "128", "--row-group-rows", "32", "--short-side", "40"]
+OPTIONS = ["--rows-per-shard", "64", "--row-group-rows", "32", "--short-side", "40"]
 
 
 def photos(folder: Path, count: int) -> str:
     """Class directories with real images."""
-    rows = np.sort(np.random.default_rng(0).choice(TRAIN.num_samples, count, replace=False))
-    for row, label, image in zip(rows, TRAIN.labels[rows], RowReader(TRAIN).read(rows), strict=True):
+    train = embedded("train")
+    rows = np.sort(np.random.default_rng(0).choice(train.num_samples, count, replace=False))
+    for row, label, image in zip(rows, train.labels[rows], RowReader(train).read(rows), strict=True):
         (folder / f"class_{label % 5}").mkdir(parents=True, exist_ok=True)
         (folder / f"class_{label % 5}" / f"{row}.jpg").write_bytes(image)
     return str(folder)
@@ -57,19 +58,19 @@ def finished(folder: Path) -> int:
 
 
 @pytest.mark.slow  # the next test kills at every change of a file, within this process
-def test_killed_halfway_and_started_again_it_makes_the_bytes_of_an_uninterrupted_run(tmp_path: Path) -> None:
+def test_a_conversion_killed_halfway_and_rerun_writes_the_bytes_of_an_uninterrupted_one(tmp_path: Path) -> None:
     source, killed = photos(tmp_path / "photos", 2000), tmp_path / "killed"
     verb.main(["folder", source, f"{tmp_path}/serial", *OPTIONS, "--workers", "1"])
     command = [sys.executable, "-m", "lift_ray.convert", "folder", source, str(killed), *OPTIONS, "--workers", "2"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while finished(killed) < 8 and running.poll() is None:
-        time.sleep(0.01)
+    stopping = stopping_itself("convert", f"len(list(Path({str(killed)!r}).glob('.*.json.partial'))) >= 16")
+    running = subprocess.Popen([*stopping, *command[3:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until_it_stops(running)  # its pool gives the workers a few shards more
     processes = psutil.Process(running.pid).children(recursive=True)
     running.kill()
     assert running.wait() == -signal.SIGKILL
     assert len(processes) >= 2, "it ran in processes"
     assert not psutil.wait_procs(processes, timeout=60)[1], "they end with their parent"
-    assert 8 <= finished(killed) < 17
+    assert 16 <= finished(killed) < 33
     assert not (killed / "manifest.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     there = int(again.stderr.removeprefix("continuing: ").partition(" of 2,000 images")[0].replace(",", ""))
@@ -104,7 +105,7 @@ def killed_at(operation: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_change_of_a_file_it_goes_on_to_the_same_bytes(
+def test_a_conversion_killed_at_any_change_of_a_file_continues_to_the_same_bytes(
     small: ImageIndex, tmp_path: Path, overwrite: bool
 ) -> None:
     def run(folder: Path) -> None:
@@ -125,7 +126,7 @@ def test_killed_at_any_change_of_a_file_it_goes_on_to_the_same_bytes(
     assert 15 < operation < 99
 
 
-def test_only_the_same_plan_goes_on_and_another_begins_anew(small: ImageIndex, tmp_path: Path) -> None:
+def test_only_the_same_plan_continues_and_another_one_starts_over(small: ImageIndex, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def cut_short(seed: int, *, after: int = 10**6, **more: Any) -> None:
@@ -212,7 +213,7 @@ class KillsOnce:
         return FilesIn(self.source)(reference)
 
 
-def test_a_killed_process_ends_the_conversion_with_one_line_and_it_goes_on(
+def test_a_killed_process_ends_the_conversion_with_one_line_and_a_rerun_continues(
     small: ImageIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lift_ray.data.convert.tasks.FEW_IMAGES", 0)
@@ -224,7 +225,7 @@ def test_a_killed_process_ends_the_conversion_with_one_line_and_it_goes_on(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_bad_image_in_another_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_image_in_another_process_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lift_ray.data.convert.tasks.FEW_IMAGES", 0)
     source = photos(tmp_path / "photos", SMALL)
     Path(source, "class_0", "bad.jpg").write_bytes(b"no")
@@ -249,7 +250,7 @@ def test_a_cluster_makes_the_same_bytes_and_replaces_a_lost_worker(
     assert files(tmp_path / "ray") == files(tmp_path / "whole")
 
 
-def test_on_a_cluster_paths_are_relative_to_the_working_directory_and_bad_images_are_one_line(
+def test_on_a_cluster_paths_are_relative_to_the_working_directory_and_bad_images_give_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos(tmp_path / "photos", SMALL)

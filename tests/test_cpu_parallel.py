@@ -45,7 +45,7 @@ def test_results_come_in_order_each_made_on_one_torch_thread_with_several_at_a_t
     assert set(asked_by) == {threading.current_thread()}
 
 
-def test_the_threads_of_torch_are_put_back_at_the_end_after_an_error_and_when_nobody_goes_on(
+def test_the_threads_of_torch_are_restored_at_the_end_after_an_error_and_when_nobody_reads_on(
     three_threads: None,
 ) -> None:
     def threads_of_a_new_thread() -> int:
@@ -108,7 +108,7 @@ class Largest(TorchDispatchMode):
     ],
     ids=["transformer", "residual network"],
 )
-def test_batches_are_as_small_as_a_towers_activations_ask_for(tower: AnyTower, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_as_small_as_a_towers_activations_require(tower: AnyTower, monkeypatch: pytest.MonkeyPatch) -> None:
     with Largest() as largest, torch.inference_mode():
         tower.eval()(torch.rand(BATCH, 3, 64, 64))
     assert largest.num_bytes == BATCH * tower.activation_bytes
@@ -121,7 +121,7 @@ def test_batches_are_as_small_as_a_towers_activations_ask_for(tower: AnyTower, m
     assert batch_size(torch.device("cuda"), tower, crops=True) == 50
 
 
-def test_many_cores_hold_four_times_the_pictures_of_one_batch_at_most(three_threads: None) -> None:
+def test_many_cores_hold_four_times_the_images_of_one_batch_at_most(three_threads: None) -> None:
     torch.set_num_threads(64)
     assert batch_size(CPU, SMALL) == 15
     assert batch_size(CPU, SMALL, largest=4) == 1

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from optuna.storages import InMemoryStorage
 from played import METRIC, log_of, run_on_ray, searched, space
+from processes import wait_for
 from ray import tune
 
 from lift_ray.errors import BadInput, RunFailed
@@ -73,14 +74,11 @@ def driver(folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 def until(folder: Path, process: subprocess.Popen[str], lines: int) -> None:
     """Wait until a number of epochs are trained, or the driver has ended."""
-    ends = time.monotonic() + 120
-    while sum(epochs_of(folder).values()) < lines and process.poll() is None:
-        assert time.monotonic() < ends, (folder / "said").read_text()
-        time.sleep(0.02)
+    wait_for("epochs", lambda: sum(epochs_of(folder).values()) >= lines or process.poll() is not None, every_s=0.02)
 
 
 def test_short_trials_do_not_rob_a_slot_that_starts(tmp_path: Path, ray_session: None) -> None:
-    did = run_on_ray(tmp_path, {"trials": 60, "load_s": 0.2, "epoch_s": 0.01})
+    did = run_on_ray(tmp_path, {"trials": 60, "load_s": 0.2, "epoch_s": 0.01, "alone_epochs": 9})
     assert did["states"] == {"finished": 60}
     assert (did["processes"], did["loads"]) == (2, 2)
     shares = list(working(tmp_path).values())
@@ -107,7 +105,7 @@ def test_a_search_with_fewer_trials_than_slots_ends(tmp_path: Path, ray_session:
     assert log_of(tmp_path) == lines, "a search that is over did something again"
 
 
-def test_each_fault_of_a_slot_is_retried_twice_and_the_rest_goes_on(tmp_path: Path, ray_session: None) -> None:
+def test_each_fault_of_a_slot_is_retried_twice_and_the_other_trials_continue(tmp_path: Path, ray_session: None) -> None:
     faults = {"1": "die once", "2": "raise", "3": "diverge", "4": "die"}
     out = tmp_path / "out"
     did = run_on_ray(out, {"trials": 6, "faults": faults})
@@ -141,7 +139,7 @@ def test_slots_that_never_start_end_the_search(tmp_path: Path, ray_session: None
         run_on_ray(tmp_path, {"trials": 4, "slots": 1, "broken": True})
 
 
-def test_callbacks_of_tune_are_passed_on_and_hear_of_every_trial(tmp_path: Path, ray_session: None) -> None:
+def test_callbacks_of_tune_are_called_for_every_trial(tmp_path: Path, ray_session: None) -> None:
     class Heard(tune.Callback):
         def __init__(self) -> None:
             self.figures: dict[str, list[float]] = {}
@@ -214,7 +212,7 @@ def test_a_slot_that_dies_between_two_jobs_costs_its_next_job_nothing(tmp_path: 
     assert again["job"].number == 0
 
 
-def test_what_tune_pickles_of_us_is_nothing() -> None:
+def test_tune_pickles_almost_nothing_of_ours() -> None:
     import pickle
 
     made = Engine(
@@ -244,7 +242,7 @@ def test_tune_keeps_neither_settings_nor_secrets_of_ours(monkeypatch: pytest.Mon
     assert "TUNE_GLOBAL_CHECKPOINT_S" not in os.environ
 
 
-def test_a_slot_of_several_workers_takes_nothing_for_itself() -> None:
+def test_a_slot_of_several_workers_reserves_no_resources_for_itself() -> None:
     def of(need: Need) -> Any:
         return Slot.default_resource_request({"slot": SlotSettings("d", need, "o", "s")})
 
@@ -290,12 +288,9 @@ def test_drivers_and_slots_that_are_killed_lose_no_epoch_and_repeat_none(tmp_pat
     assert max(trained.values()) == 1, [name for name, number in trained.items() if number > 1]
 
 
-def test_two_signals_end_it_at_once(tmp_path: Path) -> None:
+def test_two_signals_end_a_search_at_once(tmp_path: Path) -> None:
     with driver(tmp_path, trials=12, epochs=2, epoch_s=60) as process:
-        ends = time.monotonic() + 120
-        while not log_of(tmp_path):
-            assert time.monotonic() < ends, "no slot has started a job"
-            time.sleep(0.05)
+        wait_for("a job", lambda: log_of(tmp_path))
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)  # before the first one can have stopped everything in order

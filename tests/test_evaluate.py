@@ -51,12 +51,12 @@ def test_two_workers_give_the_figures_of_one(
     assert images_together == images == ["3"] * 8
 
 
-def test_workers_that_do_not_fit_are_one_line(folder: str, ray_session: None) -> None:
+def test_workers_that_do_not_fit_give_a_one_line_error(folder: str, ray_session: None) -> None:
     with pytest.raises(BadInput, match=r"scale: a trial must fit the cluster, but got 64 x \(1 CPU\)"):
         evaluate.main([folder, "--workers", "64"])
 
 
-def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         evaluate.main([str(tmp_path), "--workers", "2"])
     assert str(caught.value) == (

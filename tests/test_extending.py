@@ -107,7 +107,7 @@ print(run.head.kind, run.loss.kind, space.search.sampler)
         ("again", "tuner lora: must be registered once, but got two of that name; rename one"),
     ],
 )
-def test_a_plugin_that_fails_is_one_line(plugins: str, message: str, space: Path, tmp_path: Path) -> None:
+def test_a_plugin_that_fails_gives_a_one_line_error(plugins: str, message: str, space: Path, tmp_path: Path) -> None:
     (tmp_path / "again.py").write_text(
         "from typing import Literal\nfrom lift_ray.registry import TunerConfig, register_tuner\n"
         "class Mine(TunerConfig):\n    kind: Literal['lora'] = 'lora'\n"

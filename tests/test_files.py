@@ -176,7 +176,7 @@ def test_yaml_is_1_2() -> None:
     assert (run.dataset, run.name, run.optim.lr) == ("off", "no", 3e-4)
 
 
-def test_a_file_that_is_missing_or_no_text_is_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_no_text_gives_a_one_line_error(tmp_path: Path) -> None:
     for path, got in ((tmp_path / "none.yaml", "there is none"), (tmp_path, "Is a directory")):
         with pytest.raises(BadInput, match=got) as caught:
             SettingsFile.read(path)
@@ -238,7 +238,7 @@ def test_command_line_settings_are_yaml_values() -> None:
         ),
     ],
 )
-def test_a_broken_command_line_setting_is_one_line(word: str, message: str) -> None:
+def test_a_broken_command_line_setting_gives_a_one_line_error(word: str, message: str) -> None:
     with pytest.raises(BadInput) as caught:
         parse_overrides([word])
     assert str(caught.value) == message
@@ -375,13 +375,13 @@ def validates_or_is_bad_input(text: str) -> None:
         assert RunConfig.model_validate(run.config.to_dict()).digest() == run.config.digest()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text() | st.lists(st.sampled_from(PIECES), max_size=30).map("".join).map(("dataset: d\n").__add__))
 def test_any_text_validates_or_is_bad_input(text: str) -> None:
     validates_or_is_bad_input(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(CUTS, min_size=1, max_size=3))
 def test_any_change_of_a_good_file_validates_or_is_bad_input(cuts: list[tuple[int, int, str]]) -> None:
     text = GOOD
@@ -390,9 +390,9 @@ def test_any_change_of_a_good_file_validates_or_is_bad_input(cuts: list[tuple[in
     validates_or_is_bad_input(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=8) | st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
-def test_any_word_on_the_command_line_is_a_value_or_bad_input(text: str) -> None:
+def test_any_argument_gives_a_value_or_bad_input(text: str) -> None:
     try:
         got = str(list(parse_overrides(["name=" + text])))
     except BadInput as error:

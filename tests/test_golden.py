@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from golden_figures import FOLDER, GOLDEN, drawn
 
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import Backbone, rebuild
@@ -21,8 +20,6 @@ from lift_ray.registry import LOSSES
 from lift_ray.settings.run import OptimConfig
 from lift_ray.training.step import make_optimizer
 
-FOLDER = Path(__file__).parent / "golden"
-GOLDEN = np.load(FOLDER / "lift_golden_dev.npz")
 INFO: dict[str, Any] = json.loads((FOLDER / "lift_golden_dev.json").read_text())
 ALL = {"blocks": [0, 1, 2]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,11 +49,6 @@ def canonical(name: str) -> str:
     for ours, theirs in CANONICAL.items():
         name = name.replace(ours, theirs)
     return name
-
-
-def drawn(name: str, shape: tuple[int, ...], std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-    random = np.random.RandomState(zlib.crc32(name.encode()))
-    return torch.from_numpy(np.asarray(random.standard_normal(shape) * std + mean, dtype=np.float32))
 
 
 def is_norm_weight(key: str) -> bool:
@@ -150,7 +142,7 @@ def test_golden_five_sgd_steps(clip: open_clip.CLIP, case: str) -> None:
     assert_close(torch.stack(trace), f"{case}/loss_trace", 2e-4)
 
 
-def test_golden_semantic_initialisation_and_zero_shot(clip: open_clip.CLIP) -> None:
+def test_golden_semantic_initialization_and_zero_shot(clip: open_clip.CLIP) -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=77)
     names = INFO["classnames"]
     tokens = tokenizer(["a photo of a {}.".format(name.replace("_", " ")) for name in names])

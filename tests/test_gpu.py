@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from embedded import jpegs
 from made_run import run_config
 from PIL import Image
 
 from lift_ray.data.augment import square_crop, training_image, training_images_on
 from lift_ray.data.decode import decode, decode_on
-from lift_ray.data.open import open_dataset
-from lift_ray.data.reader import RowReader
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
@@ -108,14 +107,8 @@ def test_the_planned_memory_is_what_a_step_takes(small_data: str, kind: str, pre
     assert 0.75 < taken / planned < 1.4, f"{taken / 2**20:.1f} MiB taken, {planned / 2**20:.1f} planned: {parts}"
 
 
-def pictures() -> list[bytes]:
-    split = open_dataset("embedded:caltech101").split("test")
-    with RowReader(split) as reader:
-        return reader.read(np.arange(0, 200, 7))
-
-
-def test_jpegs_decoded_on_the_gpu_differ_by_how_colour_is_made_larger() -> None:
-    images = pictures()
+def test_jpegs_decoded_on_the_gpu_differ_by_how_color_is_made_larger() -> None:
+    images = jpegs(29, "test", step=7)
     png = io.BytesIO()
     Image.open(io.BytesIO(images[0])).save(png, "PNG")
     for one, found in zip([*images, png.getvalue()], decode_on(GPU, [*images, png.getvalue()]), strict=True):
@@ -126,7 +119,7 @@ def test_jpegs_decoded_on_the_gpu_differ_by_how_colour_is_made_larger() -> None:
 
 
 def test_crops_made_on_the_gpu_are_those_of_the_cpu() -> None:
-    images, random = pictures(), np.random.default_rng(0)
+    images, random = jpegs(29, "test", step=7), np.random.default_rng(0)
     draws = random.random((len(images), 3))
     finds = [lambda w, h, draw=draw: square_crop(w, h, 0.3, draw) for draw in draws]
     found = training_images_on(GPU, images, 48, finds).cpu().numpy()

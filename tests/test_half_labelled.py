@@ -29,7 +29,7 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_consistency_weighs_sure_and_unsure_pictures_as_fixmatch_and_loft_do() -> None:  # pragma: allowlist secret
+def test_consistency_weighs_confident_and_unsure_images_as_fixmatch_and_loft_do() -> None:  # pragma: allowlist secret
     teacher, strong = (3 * drawn(40, 5)).softmax(1), drawn(40, 5)
     expected = 0.0
     for p, z in zip(teacher, strong, strict=True):
@@ -40,7 +40,7 @@ def test_consistency_weighs_sure_and_unsure_pictures_as_fixmatch_and_loft_do() -
 
 
 def nll(z: torch.Tensor, shift: torch.Tensor | float, label: int) -> float:
-    """CE(z + shift, y) of one picture."""
+    """CE(z + shift, y) of one image."""
     shifted = z + shift
     return float(shifted.exp().sum().log() - shifted[label])
 
@@ -138,7 +138,7 @@ def test_a_method_may_be_given_by_its_name(kind: str) -> None:
     assert apply_overrides({"method": kind}, {"method.kind": kind}, RunConfig) == {"method": {"kind": kind}}
 
 
-def test_the_methods_for_half_labelled_data_say_what_they_do_not_go_with() -> None:
+def test_the_methods_for_half_labelled_data_refuse_settings_that_do_not_fit_them() -> None:
     trees: dict[str, dict[str, Any]] = {
         "needs images that change, but got augment.kind none; use mda or crop_flip": {"augment": {"kind": "none"}},
         "needs images decoded on the CPU, but got augment.decode gpu; leave decode out": {"augment": {"decode": "gpu"}},

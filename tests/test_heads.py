@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_figures import GOLDEN, drawn
 
 from lift_ray.model import heads
 from lift_ray.model.heads import class_means, probe_weights
 from lift_ray.registry import HEADS
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
-GOLDEN = np.load(Path(__file__).parent / "golden" / "lift_golden_dev.npz")
 NORMALISING = sorted(HEADS.keys() - {"linear"})
-
-
-def drawn(name: str, shape: tuple[int, ...], std: float = 1.0) -> torch.Tensor:
-    random = np.random.RandomState(zlib.crc32(name.encode()))
-    return torch.from_numpy(np.asarray(random.standard_normal(shape) * std, dtype=np.float32))
 
 
 FEATURES = drawn("dev/clf_x", (8, 128))

@@ -44,7 +44,7 @@ def test_a_figure_that_cannot_be_drawn_is_an_error(tmp_path: Path) -> None:
         write_png([("good", GOOD), ("no such folder/bad", GOOD)], tmp_path)
 
 
-def test_images_without_chrome_or_kaleido_are_one_line_that_says_what_to_install(
+def test_images_without_chrome_or_kaleido_give_a_one_line_error_that_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Chromium, "find_browser", lambda *_, **__: None)

@@ -6,16 +6,13 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Callable
 
-import numpy as np
 import pytest
+from embedded import jpegs
 from PIL import Image, ImageFile
 
 from lift_ray.data.convert.images import Encoding
-from lift_ray.data.open import open_dataset
-from lift_ray.data.reader import RowReader
-
-PHOTO = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.array([0]))[0]
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -28,31 +25,32 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def test_bytes_are_kept_unless_the_image_is_to_be_shrunk() -> None:
-    assert Encoding()(PHOTO) == PHOTO
-    assert Encoding(short_side_px=48)(PHOTO) == PHOTO, "a second encoding would only lose"
-    shrunk = Encoding(short_side_px=24)(PHOTO)
+    photo = jpegs()[0]
+    assert Encoding()(photo) == photo
+    assert Encoding(short_side_px=48)(photo) == photo, "a second encoding would only lose"
+    shrunk = Encoding(short_side_px=24)(photo)
     assert min(Image.open(io.BytesIO(shrunk)).size) == 24
-    assert len(Encoding(short_side_px=24, quality=20)(PHOTO)) < len(shrunk)
+    assert len(Encoding(short_side_px=24, quality=20)(photo)) < len(shrunk)
 
 
-BAD_IMAGES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "0 bytes"),
-    "text": (b"no image", "bytes of no known format"),
+BAD_IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (bytes, "0 bytes"),
+    "text": (lambda: b"no image", "bytes of no known format"),
     "PostScript, which Ghostscript would run": (
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
         "bytes of no known format",
     ),
-    "cut": (PHOTO[:900], "image file is truncated"),
-    "cut by one pixel row": (PHOTO[:-40], "image file is truncated"),
-    "short PNG": (png_of(20, 20), "image file is truncated"),
+    "cut": (lambda: jpegs()[0][:900], "image file is truncated"),
+    "cut by one pixel row": (lambda: jpegs()[0][:-40], "image file is truncated"),
+    "short PNG": (lambda: png_of(20, 20), "image file is truncated"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_bad_image_is_told_with_its_reason(name: str) -> None:
+def test_a_bad_image_is_reported_with_its_reason(name: str) -> None:
     data, reason = BAD_IMAGES[name]
     with pytest.raises(ValueError, match=f"^{re.escape(reason)}"):
-        Encoding()(data)
+        Encoding()(data())
 
 
 @pytest.mark.parametrize(

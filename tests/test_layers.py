@@ -205,7 +205,7 @@ def test_each_place_named_for_a_library_uses_it(library: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_module_is_a_drawer_for_leftovers(module: str) -> None:
+def test_no_module_is_a_collection_of_leftovers(module: str) -> None:
     assert not {"utils", "util", "common", "helpers", "helper", "misc"} & set(module.split("/"))
 
 

@@ -30,7 +30,7 @@ def test_imbalance_one_only_caps() -> None:
     assert longtail_counts(np.array([5, 30, 12]), 10, 1.0).tolist() == [5, 10, 10]
 
 
-def test_a_single_class_and_an_empty_class_are_limits_that_hold() -> None:
+def test_a_single_class_and_an_empty_class_work() -> None:
     assert longtail_counts(np.array([7]), 5, 100.0).tolist() == [5]
     assert longtail_counts(np.array([9, 0]), 5, 100.0).tolist() == [5, 0]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_figures import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ from lift_ray.model.losses import Loss
 from lift_ray.registry import LOSSES
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
-GOLDEN = np.load(Path(__file__).parent / "golden" / "lift_golden_dev.npz")
 OPTIONS: dict[str, dict[str, Any]] = {
     "cross_entropy": {},
     "focal": {"gamma": 2.0},

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_run import assert_same_tensors
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -59,12 +60,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoint" / "weights.safetensors")
 
 
-def assert_same(out: Path, expected: Path) -> None:
-    one, other = weights(out), weights(expected)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_members_are_ordinary_runs_and_their_checkpoint_answers_as_all_of_them(
     trained: Path, run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,7 +82,7 @@ def test_members_are_ordinary_runs_and_their_checkpoint_answers_as_all_of_them(
 def test_a_member_is_what_its_settings_alone_train(trained: Path, run_file: Path, tmp_path: Path) -> None:
     other = ["method=lift", "seed=1", "loss.kind=cross_entropy"]
     train.main([str(run_file), *other, "--no-ray", "--out", str(tmp_path / "alone")])
-    assert_same(trained / "members" / "other", tmp_path / "alone")
+    assert_same_tensors(trained / "members" / "other", tmp_path / "alone")
     stored = weights(trained)
     assert all(torch.equal(stored[f"other/{name}"], value) for name, value in weights(tmp_path / "alone").items())
 
@@ -98,7 +93,7 @@ def test_ray_trains_members_side_by_side_to_the_same_models(
 ) -> None:
     train.main([str(run_file), "method.use=other+probe", "--out", str(tmp_path / "out")])
     for name in ("other", "probe"):
-        assert_same(tmp_path / "out" / "members" / name, trained / "members" / name)
+        assert_same_tensors(tmp_path / "out" / "members" / name, trained / "members" / name)
     shown = capsys.readouterr().out
     assert "s  probe: epoch 2/2" in shown
     assert "images on which two models disagree (%): other and probe" in shown
@@ -130,7 +125,7 @@ def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone
     assert "plain: already finished" in shown
     assert "continuing from epoch 2, step " in shown
     assert (out / "members" / "plain" / "checkpoint" / "run.json").stat().st_mtime_ns == finished
-    assert_same(out, trained)
+    assert_same_tensors(out, trained)
 
 
 def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
@@ -206,7 +201,9 @@ def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
         ),
     ],
 )
-def test_members_that_make_no_run_are_one_line(method: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_members_that_form_no_valid_run_give_a_one_line_error(
+    method: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps({"dataset": "embedded:caltech101", "method": {"kind": "backdoor", **method}}))
     with pytest.raises(BadInput) as caught:

@@ -175,7 +175,7 @@ ROWS = per_class_rows(
 )
 
 
-def test_a_row_says_nothing_where_nothing_can_be_said() -> None:
+def test_a_row_is_empty_where_a_class_has_no_images_or_predictions() -> None:
     assert ROWS[0] == {
         "class": "sea star",
         "group": "many",
@@ -214,7 +214,7 @@ def test_the_written_rows_are_read_back_by_any_csv_reader(tmp_path: Path) -> Non
     assert [found.name for found in tmp_path.iterdir()] == ["per_class.csv"]
 
 
-def test_a_write_that_breaks_off_leaves_the_file_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "per_class.csv"
     write_per_class(ROWS, path)
     before = path.read_bytes()

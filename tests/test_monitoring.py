@@ -245,7 +245,9 @@ def test_with_the_defaults_nothing_listens_beyond_loopback(watched: Watched) -> 
     assert {ip for _, ip in watched.listening} == {"127.0.0.1"}
 
 
-def test_nor_does_a_slot_of_two_workers(small_data: str, small_clip: str, tmp_path: Path) -> None:
+def test_a_slot_of_two_workers_does_not_listen_beyond_loopback_either(
+    small_data: str, small_clip: str, tmp_path: Path
+) -> None:
     (tmp_path / "space.yaml").write_text(SPACE.format(data=small_data, clip=small_clip))
     with driving(tmp_path, "tune", "space.yaml", "scale.workers_per_trial=2", "search.trials=1") as (driver, _):
         until(lambda: list((tmp_path / "out").glob("checkpoints/0000/epoch-*")), "the first epoch")
@@ -325,7 +327,7 @@ def test_prometheus_reads_the_list_of_nodes_that_ray_writes() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("promtool") and not os.environ.get("CI"), reason="needs Prometheus")
-def test_prometheus_takes_its_settings() -> None:
+def test_prometheus_accepts_its_settings() -> None:
     promtool = shutil.which("promtool")
     assert promtool, "CI installs prometheus"
     done = subprocess.run([promtool, "check", "config", MONITORING / "prometheus.yml"], capture_output=True, text=True)

@@ -264,7 +264,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN)
-def test_a_broken_data_set_is_one_line_of_bad_input(
+def test_a_broken_dataset_gives_a_one_line_error(
     tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     folder = small(tmp_path / "pets")
@@ -302,7 +302,7 @@ def test_at_most_three_classes_without_images_are_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_uri_that_leads_nowhere_is_one_line_of_bad_input(uri: str, message: str) -> None:
+def test_a_uri_that_leads_nowhere_gives_a_one_line_error(uri: str, message: str) -> None:
     with pytest.raises(BadInput) as caught:
         open_dataset(uri)
     assert str(caught.value) == message

@@ -43,7 +43,7 @@ def test_the_best_tau_is_the_best_by_definition_however_the_images_are_batched(b
     assert found["posthoc_mean_class_accuracy"] == pytest.approx(max(values))
 
 
-def test_optimism_is_what_the_half_that_chose_has_more_than_the_other_choice_gives_it() -> None:
+def test_optimism_is_how_much_better_the_choosing_half_scores_with_its_own_choice() -> None:
     logits, labels = data(40, seed=1)
     halves = halves_of(labels.numpy())
     by_half = [[accuracy(logits[halves == h], labels[halves == h], tau) for tau in TAUS] for h in (0, 1)]

@@ -107,13 +107,13 @@ def test_a_class_without_an_image_is_named() -> None:
         (lambda z: z * 0, "the model's logits must be finite and differ, but their deviation is 0"),
     ],
 )
-def test_logits_without_skill_have_no_prior(spoil: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+def test_logits_that_carry_no_signal_have_no_prior(spoil: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
     logits, labels, _ = planted(50, 40)
     with pytest.raises(ValueError, match=f"^{message}$"):
         fit(spoil(logits), labels)
 
 
-def test_a_fit_that_does_not_settle_is_no_result() -> None:
+def test_a_fit_that_does_not_converge_gives_no_result() -> None:
     logits, labels, _ = planted(50, 4, 300.0)
     with pytest.raises(
         ValueError, match=r"the label prior must settle, but it still changed by [0-9.]+ after 500 rounds"

@@ -48,7 +48,7 @@ def test_progress_rebuilds_the_figures_from_the_history_and_counts_what_was_trie
     assert b"step/data_wait_frac" in events.read_bytes()
 
 
-def test_the_board_passes_the_wish_to_stop_on_and_knows_silence(ray_session: None) -> None:
+def test_the_run_channel_relays_stop_requests_and_measures_silence(ray_session: None) -> None:
     here = run_channel.RunChannel("name")
     assert here.take()[1] == 0.0
     assert here.tell(StepsDone(0, 1, {"loss": 1.0})) == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -14,8 +13,10 @@ import botocore.exceptions
 import fsspec
 import numpy as np
 import pytest
-from flaky_store import IMAGES, Store, opened, write
+from embedded import jpegs
+from flaky_store import Store, opened, write
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+from processes import wait_for
 
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
@@ -23,11 +24,11 @@ from lift_ray.errors import BadInput
 from lift_ray.storage.store import may_pass
 
 
-def test_a_data_set_in_s3_is_what_was_written(store: Store) -> None:
+def test_a_dataset_in_s3_reads_as_it_was_written(store: Store) -> None:
     split = opened()
     assert split.labels.tolist() == [row % 3 for row in range(60)]
     assert [shard.row_groups for shard in split.shards] == [(4,) * 5] * 3
-    assert RowReader(split).read(np.arange(60)) == IMAGES
+    assert RowReader(split).read(np.arange(60)) == jpegs(60)
 
 
 def test_the_manifest_names_the_checksums_of_the_shards(store: Store) -> None:
@@ -45,10 +46,10 @@ def test_opening_again_reads_no_object(store: Store) -> None:
     assert store.reads == []
     assert second.shards == first.shards
     assert (second.labels == first.labels).all()
-    assert RowReader(second).read(np.arange(60)) == IMAGES
+    assert RowReader(second).read(np.arange(60)) == jpegs(60)
 
 
-def test_a_data_set_that_changed_is_read_anew(store: Store) -> None:
+def test_a_dataset_that_changed_is_read_again(store: Store) -> None:
     write("s3://pets/other", 30)
     assert open_dataset("s3://pets/other").split("train").num_samples == 30
     write("s3://pets/elsewhere", 40)
@@ -58,7 +59,7 @@ def test_a_data_set_that_changed_is_read_anew(store: Store) -> None:
     assert open_dataset("s3://pets/other").split("train").num_samples == 40
 
 
-def test_a_broken_or_unwritable_index_is_made_again_or_left_out(
+def test_a_broken_index_is_rebuilt_and_an_unwritable_one_left_out(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = opened().labels
@@ -82,7 +83,7 @@ def test_a_row_group_is_one_request_of_exactly_its_images(store: Store) -> None:
     [(name, span)] = store.reads
     start, end = map(int, span.removeprefix("bytes=").split("-"))
     assert name == "train-00000-of-00003.parquet"
-    assert 0 <= end + 1 - start - sum(map(len, IMAGES[4:8])) < 200
+    assert 0 <= end + 1 - start - sum(map(len, jpegs(60)[4:8])) < 200
 
 
 def test_threads_load_the_same_row_group_once(store: Store) -> None:
@@ -90,17 +91,14 @@ def test_threads_load_the_same_row_group_once(store: Store) -> None:
     store.forget()
     with ThreadPoolExecutor(8) as pool:
         for images in pool.map(lambda _: reader.read(np.arange(60)), range(8)):
-            assert images == IMAGES
+            assert images == jpegs(60)
     footers, groups = [span for _, span in store.reads if span.startswith("bytes=-")], 15
     assert (len(footers), len(set(store.reads))) == (3, 3 + groups)
     assert len(store.reads) == 3 + groups
 
 
 def loaded(reader: RowReader) -> None:
-    deadline = time.monotonic() + 100
-    while not all(entry.is_done for entry in reader._cache.values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for("what is read ahead", lambda: all(entry.is_done for entry in reader._cache.values()), every_s=0.01)
 
 
 def test_what_is_read_ahead_is_not_read_again(store: Store) -> None:
@@ -108,7 +106,7 @@ def test_what_is_read_ahead_is_not_read_again(store: Store) -> None:
     reader.prefetch(np.arange(60))
     loaded(reader)
     store.forget()
-    assert reader.read(np.arange(60)) == IMAGES
+    assert reader.read(np.arange(60)) == jpegs(60)
     assert store.reads == []
 
 
@@ -125,7 +123,7 @@ def test_reading_ahead_stays_within_the_memory_it_may_take_and_drops_what_was_re
     reader.prefetch(np.array([59]))  # what waits to be read does not make room
     assert list(reader._cache) == waiting
     for row in range(0, 60, 4):
-        assert reader.read(np.arange(row, row + 4)) == IMAGES[row : row + 4]
+        assert reader.read(np.arange(row, row + 4)) == jpegs(60)[row : row + 4]
         reader.prefetch(np.arange(row + 4, min(row + 12, 60)))
         assert reader.cached_bytes <= 4 * biggest
         assert row + 12 > 60 or {row // 4 + 1, row // 4 + 2} <= set(reader._cache)
@@ -147,7 +145,7 @@ def test_reading_ahead_stays_within_the_memory_it_may_take_and_drops_what_was_re
         (ValueError("not Parquet"), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(error: Exception, expected: bool) -> None:
+def test_only_temporary_errors_are_retried(error: Exception, expected: bool) -> None:
     assert may_pass(error) == expected
 
 
@@ -157,7 +155,7 @@ def test_a_store_that_fails_now_and_then_gives_the_same_bytes(store: Store, kind
     reader = RowReader(split)
     reader.read(np.array([0]))
     store.faults = [kind] * (1 if kind == "hang" else 3)
-    assert reader.read(np.arange(60)) == IMAGES
+    assert reader.read(np.arange(60)) == jpegs(60)
     assert store.faults == []
 
 
@@ -186,12 +184,12 @@ def test_a_store_that_never_answers_well_is_bad_input_in_bounded_time(store: Sto
         reader.read(np.array([10]))
     assert "\n" not in str(caught.value)
     store.always = ""
-    assert reader.read(np.array([10])) == [IMAGES[10]]
+    assert reader.read(np.array([10])) == [jpegs(60)[10]]
     pattern = rf"s3://pets/set/train-00000-of-00003\.parquet: must be a readable file, but got {got}"
     assert re.fullmatch(pattern, str(caught.value))
 
 
-def test_a_shard_that_stays_broken_is_told_after_trying_again(store: Store) -> None:
+def test_a_shard_that_stays_broken_is_reported_after_retries(store: Store) -> None:
     reader = RowReader(opened(), patience_s=1.0)
     reader.read(np.array([0]))
     store.always = "flip"
@@ -211,7 +209,7 @@ def test_a_shard_that_stays_broken_is_told_after_trying_again(store: Store) -> N
         ("s3://pets/none", "s3://pets/none: must be a folder of Parquet shards, but nothing is there; check the path"),
     ],
 )
-def test_a_bucket_or_folder_that_is_not_there_is_told_at_once(
+def test_a_missing_bucket_or_folder_is_reported_at_once(
     store: Store, uri: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lift_ray.storage.store.time.sleep", lambda _: pytest.fail("it was tried again"))
@@ -220,7 +218,7 @@ def test_a_bucket_or_folder_that_is_not_there_is_told_at_once(
     assert str(caught.value) == message
 
 
-def test_no_permission_is_told_at_once(store: Store) -> None:
+def test_a_missing_permission_is_reported_at_once(store: Store) -> None:
     store.listing = "403"
     with pytest.raises(
         BadInput, match=r"must be a folder of Parquet shards, but access is denied .*; check your permissions"
@@ -231,7 +229,7 @@ def test_no_permission_is_told_at_once(store: Store) -> None:
         opened()
 
 
-def test_a_listing_that_fails_for_ever_is_bad_input(store: Store) -> None:
+def test_a_listing_that_keeps_failing_is_bad_input(store: Store) -> None:
     store.listing = "503"
     with pytest.raises(
         BadInput, match=r"^s3://pets/set: must be a folder .* \(\d+ tries in \d+ s\); check the path and"
@@ -281,7 +279,7 @@ def test_a_store_that_is_not_asynchronous_is_read_exactly_and_patiently(
     assert (open_dataset("hub://any/set").split("train").labels == split.labels).all()
     assert Hub.reads == []
     Hub.fails = [ConnectionResetError("reset by peer"), TimeoutError()]
-    assert RowReader(split).read(np.arange(60)) == IMAGES
+    assert RowReader(split).read(np.arange(60)) == jpegs(60)
     assert Hub.fails == []
     Hub.fails = [PermissionError("private")]
     with pytest.raises(

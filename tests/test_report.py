@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_study import make_trials, write_study
+from processes import wait_for
 
 from lift_ray import report
 from lift_ray.errors import BadInput
@@ -84,7 +85,7 @@ def test_the_page_asks_for_nothing_from_elsewhere(study: Path) -> None:
     assert "@import" not in own
 
 
-def test_the_summary_says_what_won_by_how_much_and_how_sure(study: Path) -> None:
+def test_the_summary_says_what_won_by_how_much_and_how_certain_that_is(study: Path) -> None:
     lines = summary(read_study(study, "out"))
     best = read_study(study, "out").best_trial
     assert best
@@ -323,7 +324,7 @@ def another_table(folder: Path) -> None:
         ),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(change: Any, message: str, tmp_path: Path) -> None:
+def test_bad_input_gives_a_one_line_error_and_leaves_nothing(change: Any, message: str, tmp_path: Path) -> None:
     folder = write_study(tmp_path / "out", make_trials(2))
     change(folder)
     with pytest.raises(BadInput) as caught:
@@ -356,9 +357,7 @@ def test_a_running_search_has_a_page_soon_though_the_first_try_fails(
     with reporting.kept_up_to_date(reporting.Output(str(tmp_path))):
         assert failed_twice.wait(100)
         shutil.copy(study / "trials.parquet", tmp_path)
-        ends = reporting.time.monotonic() + 100
-        while not (tmp_path / "report" / "index.html").exists() and reporting.time.monotonic() < ends:
-            reporting.time.sleep(0.05)
+        wait_for("the report", (tmp_path / "report" / "index.html").exists)
     assert "This search has not ended" in (tmp_path / "report" / "index.html").read_text()
     assert capsys.readouterr().out.count("the report was not written: ") == 1, "the same fault was told twice"
 

@@ -85,7 +85,7 @@ def outcome(study: Study) -> list[tuple[int, dict[str, Any], str, list[float]]]:
     ],
     ids=["none", "tpe with asha"],
 )
-def test_a_search_killed_at_any_write_ends_as_if_nothing_had_been(search: dict[str, Any], tmp_path: Path) -> None:
+def test_a_search_killed_at_any_write_ends_like_an_undisturbed_one(search: dict[str, Any], tmp_path: Path) -> None:
     wanted = space(**search)
     undisturbed, worker = searched(wanted, Mortal(), tmp_path)
     assert sum(key.startswith("train") for key in worker.began) >= 10
@@ -113,7 +113,7 @@ def test_a_search_killed_at_any_write_ends_as_if_nothing_had_been(search: dict[s
         assert conclude(wanted, list(study.rows.values()), study.results, {}).compared
 
 
-def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+def test_finished_work_is_not_repeated(tmp_path: Path) -> None:
     storage, disk = Mortal(), Played()
     searched(space(scheduler={"kind": "none"}), storage, tmp_path, disk)
     first = list(disk.began)
@@ -305,7 +305,9 @@ def test_a_driver_that_fails_lets_the_next_one_in_at_once(tmp_path: Path, monkey
         ("sqlite:////no/such/folder/x.db", "--storage: must be the URL of a reachable database, but got sqlite:"),
     ],
 )
-def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(url: str, message: str, tmp_path: Path) -> None:
+def test_a_storage_that_cannot_be_used_gives_a_one_line_error_without_the_password(
+    url: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(BadInput) as caught:
         open_storage(url, tmp_path)
     assert str(caught.value).startswith(message)
@@ -313,7 +315,7 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(url: str
     assert "\n" not in str(caught.value)
 
 
-def test_half_a_line_and_a_lock_of_a_killed_driver_are_cleared_away(tmp_path: Path) -> None:
+def test_half_a_line_and_the_lock_of_a_killed_driver_are_removed(tmp_path: Path) -> None:
     journal = tmp_path / JOURNAL
     study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
     study.ask()

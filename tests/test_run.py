@@ -98,7 +98,7 @@ def test_a_run_does_not_disturb_the_random_numbers_of_others(warm: Workspace, sm
 
 
 @pytest.mark.parametrize("done", [1, 2])
-def test_going_on_from_a_checkpoint_equals_the_undisturbed_run_exactly(
+def test_resuming_from_a_checkpoint_equals_the_undisturbed_run_exactly(
     warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run], done: int
 ) -> None:
     figures, folders, whole = trained
@@ -219,7 +219,7 @@ def test_a_run_at_random_start_and_plain_loss_learns_too(warm: Workspace, small_
         ({"backbone__model": "ViT-B-61"}, "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
     ],
 )
-def test_settings_that_do_not_fit_data_or_machine_are_one_line(
+def test_settings_that_do_not_fit_data_or_machine_give_a_one_line_error(
     warm: Workspace, small_clip: str, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
@@ -227,7 +227,7 @@ def test_settings_that_do_not_fit_data_or_machine_are_one_line(
     assert str(caught.value) == message
 
 
-def test_a_batch_that_ranks_cannot_share_is_one_line(small_data: str, small_clip: str) -> None:
+def test_a_batch_that_ranks_cannot_share_gives_a_one_line_error(small_data: str, small_clip: str) -> None:
     warm = Workspace(small_data, Ranks(0, 3, torch.device("cpu")))
     with pytest.raises(BadInput) as caught:
         Run(settings(small_clip), warm)
@@ -282,7 +282,7 @@ def broken(folder: Path, file: str, data: bytes | None) -> None:
         ("optimizer.safetensors", b"", "{folder}/optimizer.safetensors: cannot be read: "),
     ],
 )
-def test_a_checkpoint_that_cannot_be_read_is_one_line(
+def test_a_checkpoint_that_cannot_be_read_gives_a_one_line_error(
     warm: Workspace,
     small_clip: str,
     trained: tuple[Figures, list[Path], Run],
@@ -333,7 +333,7 @@ def test_evaluate_prints_the_figures_of_the_run_as_json_and_as_a_table(
     assert "24 images, accuracy (%)" in table
 
 
-def test_evaluate_refuses_a_data_set_of_other_classes(trained: tuple[Figures, list[Path], Run]) -> None:
+def test_evaluate_refuses_a_dataset_of_other_classes(trained: tuple[Figures, list[Path], Run]) -> None:
     with pytest.raises(BadInput) as caught:
         evaluate.main([str(trained[1][0]), "--data", "embedded:caltech101"])
     assert str(caught.value).startswith(
@@ -341,7 +341,7 @@ def test_evaluate_refuses_a_data_set_of_other_classes(trained: tuple[Figures, li
     )
 
 
-def test_evaluate_works_on_a_data_set_with_a_test_split_alone(
+def test_evaluate_works_on_a_dataset_with_only_a_test_split(
     trained: tuple[Figures, list[Path], Run], small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for shard in Path(small_data).glob("test-*.parquet"):
@@ -357,7 +357,7 @@ def test_evaluate_works_on_a_data_set_with_a_test_split_alone(
         evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])
 
 
-def test_a_share_of_the_data_is_the_first_pictures_of_each_class(warm: Workspace, small_clip: str) -> None:
+def test_a_fraction_of_the_data_is_the_first_images_of_each_class(warm: Workspace, small_clip: str) -> None:
     whole = Run(settings(small_clip), warm)
     half = Run(settings(small_clip, optim__data_frac=0.5), warm)
     least = Run(settings(small_clip, optim__data_frac=0.001, optim__global_batch_size=8), warm)
@@ -369,7 +369,7 @@ def test_a_share_of_the_data_is_the_first_pictures_of_each_class(warm: Workspace
         assert half.train.rows[half.train.labels == label].tolist() == rows[: len(rows) // 2].tolist()
 
 
-def test_kept_activations_are_those_of_the_share(warm: Workspace, small_data: str, small_clip: str) -> None:
+def test_cached_features_are_those_of_the_fraction(warm: Workspace, small_data: str, small_clip: str) -> None:
     own = {"tuner__kind": "linear_probe", "augment__kind": "none"}
     list(Run(settings(small_clip, **own), warm).epochs())  # keeps those of the whole split
     found = list(Run(settings(small_clip, **own, optim__data_frac=0.5), warm).epochs())

@@ -102,7 +102,7 @@ def test_tpe_finds_what_random_does_not() -> None:
 
 
 @pytest.mark.parametrize("sampler", sorted(name for name, kind in SAMPLERS.items() if kind.package))
-def test_a_sampler_without_its_package_is_one_line(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_without_its_package_gives_a_one_line_error(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput) as caught:
         check_sampler(sampler)
@@ -155,7 +155,7 @@ def test_a_trial_that_breaks_a_constraint_is_told_and_is_not_the_best() -> None:
     assert later.count("infeasible") / 20 < earlier.count("infeasible") / 10, "the sampler did not learn to keep away"
 
 
-def test_the_front_holds_what_nothing_beats() -> None:
+def test_the_front_holds_the_trials_that_nothing_beats() -> None:
     values = [(0.5, 10), (0.6, 20), (0.4, 5), (0.5, 20), (0.6, 20), (0.3, 7)]
     rows = [TrialRow(i, {}, 1, "finished", [metrics(1, a, c)]) for i, (a, c) in enumerate(values)]
     rows.append(TrialRow(6, {}, 1, "pruned", [metrics(1, 0.9, 1)]))
@@ -178,7 +178,7 @@ def rows_of(*histories: list[float], epochs: int = 9, **fields: Any) -> list[Tri
     ]
 
 
-def test_asha_stops_at_its_rungs_what_is_not_among_the_best_third() -> None:
+def test_asha_stops_trials_below_the_best_third_at_its_rungs() -> None:
     wanted = space(PLAIN, search={"scheduler": {"kind": "asha"}})
     assert rungs(wanted.search.scheduler, 9) == [1, 3]
     rows = rows_of([0.5, 0.6, 0.7], [0.6], [0.2])
@@ -204,7 +204,7 @@ def test_hyperband_gives_each_bracket_a_longer_grace() -> None:
     assert [decide(wanted, row, rows) for row in rows[3:]] == ["stop", "continue", "continue"]
 
 
-def test_median_stops_what_was_never_as_good_as_half_of_the_others() -> None:
+def test_median_stops_trials_that_were_never_as_good_as_half_of_the_others() -> None:
     wanted = space(PLAIN, search={"scheduler": {"kind": "median", "grace_epochs": 2}})
     rows = rows_of([0.4, 0.6], [0.2, 0.4], [0.5, 0.7], [0.1, 0.35], [0.1, 0.55])
     assert decide(wanted, rows[3], rows) == "stop"
@@ -214,7 +214,7 @@ def test_median_stops_what_was_never_as_good_as_half_of_the_others() -> None:
     assert decide(wanted, rows_of([0.0])[0], rows_of([1.0], [1.0], [1.0], [1.0])) == "continue", "within the grace"
 
 
-@limits(max_examples=60, deadline=None)
+@limits(max_examples=60)
 @given(
     values=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=9),
     kind=st.sampled_from(["none", "asha", "hyperband", "median"]),
@@ -236,7 +236,7 @@ def test_no_rule_stops_the_best_and_order_does_not_matter(values: list[list[floa
         (HyperbandConfig(), 9, ((1 + 2 / 3 + 6 / 9) + (3 + 6 / 3) + 9) / 3),
     ],
 )
-def test_the_plan_reckons_with_what_early_stopping_saves(scheduler: Any, epochs: int, expected: float) -> None:
+def test_the_plan_takes_into_account_what_early_stopping_saves(scheduler: Any, epochs: int, expected: float) -> None:
     assert expected_epochs(scheduler, epochs) == pytest.approx(expected)
 
 

@@ -33,7 +33,7 @@ def test_the_shipped_spaces_are_these_and_name_their_schema() -> None:
         assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
 
 
-def test_the_schema_file_is_what_the_settings_say(tmp_path: Path) -> None:
+def test_the_schema_file_matches_the_settings(tmp_path: Path) -> None:
     tune.main(["--schema", str(tmp_path / "schema.json")])
     assert (tmp_path / "schema.json").read_text() == (FOLDER / "schema.json").read_text(), (
         "run python -m lift_ray.tune --schema search_spaces/schema.json"

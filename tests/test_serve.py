@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import pytest
 import torch
 from made_run import predicted_by
 from PIL import Image
+from processes import free_ports
 
 from lift_ray import serve
 from lift_ray.data.open import open_dataset
@@ -100,9 +100,7 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
     dataset = open_dataset(small_data)
     with RowReader(dataset.split("test")) as reader:
         images = reader.read(np.arange(24))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     words = [
         sys.executable,
         "-m",
@@ -197,7 +195,7 @@ def test_the_page_needs_no_network_and_health_is_ok(server: Server) -> None:
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )
-def test_a_bad_upload_is_the_senders_fault_and_one_line(
+def test_a_bad_upload_is_a_client_error_in_one_line(
     body: bytes, kind: str | None, path: str, status: int, message: str, server: Server
 ) -> None:
     got, answered, text = server.ask(body, path, kind=kind)
@@ -261,7 +259,7 @@ def test_a_killed_replica_costs_no_request(server: Server) -> None:
     assert max(server.statuses) < 500
 
 
-def test_when_what_takes_requests_in_is_killed_the_next_requests_go_to_the_other(server: Server) -> None:
+def test_when_a_front_end_is_killed_the_next_requests_go_to_the_other_one(server: Server) -> None:
     victim, so_far = server.processes("HttpFront")[0], len(server.statuses)
     with ThreadPoolExecutor(20) as pool:
         inside = [pool.submit(server.ask, server.images[n % 24]) for n in range(100)]
@@ -287,7 +285,7 @@ def test_health_is_503_while_no_replica_lives_and_ok_again_when_one_does(server:
     assert server.ask(server.images[0])[0] == 200
 
 
-def test_bad_options_are_one_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_options_give_a_one_line_error(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match=rf"^--port: must be free, but 127.0.0.1:{server.port} is not"):
         serve.main([str(tmp_path), "--port", str(server.port)])
     with pytest.raises(BadInput, match=r"must be a checkpoint folder, but there is no run.json"):

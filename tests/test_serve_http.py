@@ -40,12 +40,13 @@ def test_uploads_beyond_the_limit_of_bytes_at_once_are_rejected_until_others_are
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(serve_http, "BYTES_AT_ONCE", 2500)
-    let_go = asyncio.Event()
+    let_go, inside = asyncio.Event(), []
 
     class Model:
         classify = property(lambda self: self)
 
         async def remote(self, body: bytes, top: int) -> tuple[int, dict[str, str]]:
+            inside.append(body)
             await let_go.wait()
             return 200, {}
 
@@ -67,7 +68,8 @@ def test_uploads_beyond_the_limit_of_bytes_at_once_are_rejected_until_others_are
     async def main() -> list[Response]:
         at = HttpFront(Model(), Options("x", max_mb=0.002))
         held = [asyncio.create_task(ask(at)) for _ in range(2)]
-        await asyncio.sleep(0.01)
+        while len(inside) < 2:
+            await asyncio.sleep(0)
         too_many = [await ask(at) for _ in range(3)]
         let_go.set()
         return [*too_many, *[await task for task in held], *[await ask(at) for _ in range(3)]]

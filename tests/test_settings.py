@@ -269,7 +269,7 @@ OVERRIDES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tree=TREES, overrides=OVERRIDES)
 def test_overrides_of_a_valid_tree_are_valid_hold_and_change_nothing_else(
     tree: dict[str, Any], overrides: dict[str, Any]

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_cloud import wait_for
 from machines import Lab, machines, what_is_missing
+from processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 CONF = """\

@@ -88,7 +88,7 @@ def test_slurm_starts_a_head_and_workers_and_searches(slurm: Callable[..., list[
     assert "10.1.2.7:22345 token /shared/inat2018 40" in calls
 
 
-def test_slurm_installs_lift_ray_again_when_it_is_another_one(slurm: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_slurm_reinstalls_lift_ray_when_its_version_changed(slurm: Callable[..., list[str]], tmp_path: Path) -> None:
     for what in ("a.whl", "a.whl", "b.whl"):
         calls = slurm("x.yaml", LIFT_RAY=what)
         (tmp_path / "calls").rename(tmp_path / f"calls of {what}")

@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 import torchvision.datasets
+from embedded import jpegs
 from PIL import Image
 
 from lift_ray.data.convert.folder import scan_folder
@@ -23,11 +24,7 @@ from lift_ray.data.convert.index import ImageIndex
 from lift_ray.data.convert.lists import scan_list
 from lift_ray.data.convert.tables import scan_table
 from lift_ray.data.convert.torchvision_sets import SETS, scan_torchvision
-from lift_ray.data.open import open_dataset
-from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
-
-IMAGES = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.arange(12))
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -46,14 +43,16 @@ def read(index: ImageIndex) -> dict[str, list[tuple[bytes, int]]]:
 
 # ---- lists
 
-PHOTOS: dict[str, str | bytes] = {
-    "photos/train/a b/1.jpg": IMAGES[0],
-    "photos/train/c/2.jpg": IMAGES[1],
-    "photos/val/3.jpg": IMAGES[2],
-    "train.txt": "train/a b/1.jpg 1\ntrain/c/2.jpg 0\n",
-    "val.txt": "./val//3.jpg\t1\r\n\r\n",
-    "names.txt": "airplane_cabin\ncrane, bird\n",
-}
+
+def photo_lists() -> dict[str, str | bytes]:
+    return {
+        "photos/train/a b/1.jpg": jpegs()[0],
+        "photos/train/c/2.jpg": jpegs()[1],
+        "photos/val/3.jpg": jpegs()[2],
+        "train.txt": "train/a b/1.jpg 1\ntrain/c/2.jpg 0\n",
+        "val.txt": "./val//3.jpg\t1\r\n\r\n",
+        "names.txt": "airplane_cabin\ncrane, bird\n",
+    }
 
 
 def listed(here: Path, **more: str) -> ImageIndex:
@@ -62,33 +61,33 @@ def listed(here: Path, **more: str) -> ImageIndex:
 
 
 def test_lists_name_images_by_path_and_label(tmp_path: Path) -> None:
-    index = listed(write(tmp_path, PHOTOS), test=f"{tmp_path}/val.txt")
+    index = listed(write(tmp_path, photo_lists()), test=f"{tmp_path}/val.txt")
     assert index.class_names == ("airplane cabin", "crane, bird")
     assert index.splits == {"train": [("train/a b/1.jpg", 1), ("train/c/2.jpg", 0)], "test": [("val/3.jpg", 1)]}
-    assert read(index) == {"train": [(IMAGES[0], 1), (IMAGES[1], 0)], "test": [(IMAGES[2], 1)]}
+    assert read(index) == {"train": [(jpegs()[0], 1), (jpegs()[1], 0)], "test": [(jpegs()[2], 1)]}
     assert index.notes == ()
 
 
 def test_lists_and_their_images_may_be_in_a_store(tmp_path: Path) -> None:
-    fsspec.filesystem("memory").put(f"{write(tmp_path, PHOTOS)}/", "/listed/", recursive=True)
+    fsspec.filesystem("memory").put(f"{write(tmp_path, photo_lists())}/", "/listed/", recursive=True)
     index = scan_list(
         "memory://listed/photos", train="memory://listed/train.txt", class_names="memory://listed/names.txt"
     )
-    assert read(index) == {"train": [(IMAGES[0], 1), (IMAGES[1], 0)]}
+    assert read(index) == {"train": [(jpegs()[0], 1), (jpegs()[1], 0)]}
 
 
 @pytest.mark.parametrize("scan", [lambda: scan_folder("photos/train"), lambda: listed(Path("."))])
 def test_a_relative_source_is_found_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan: Callable[[], ImageIndex]
 ) -> None:
-    monkeypatch.chdir(write(tmp_path, PHOTOS))
+    monkeypatch.chdir(write(tmp_path, photo_lists()))
     index = scan()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert {image for image, _ in read(index)["train"]} == {IMAGES[0], IMAGES[1]}
+    assert {image for image, _ in read(index)["train"]} == {jpegs()[0], jpegs()[1]}
 
 
-def test_a_class_name_that_comes_again_gets_a_number_and_a_note(tmp_path: Path) -> None:
+def test_a_repeated_class_name_gets_a_number_and_a_note(tmp_path: Path) -> None:
     names = "missile\ncrane\nmissile (2)\nmissile\n"
     rows = "".join(f"{label}.jpg {label}\n" for label in range(4))
     index = listed(write(tmp_path, {"train.txt": rows, "names.txt": names}))
@@ -119,8 +118,10 @@ LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), LIST_FAULTS)
-def test_a_fault_in_a_list_is_one_line(tmp_path: Path, changes: dict[str, str | bytes], message: str) -> None:
-    write(tmp_path, {**PHOTOS, **changes})
+def test_a_fault_in_a_list_gives_a_one_line_error(
+    tmp_path: Path, changes: dict[str, str | bytes], message: str
+) -> None:
+    write(tmp_path, {**photo_lists(), **changes})
     with pytest.raises(BadInput, match="^" + re.escape(f"{tmp_path}/{message.format(tmp_path)}") + ".*$"):
         listed(tmp_path, test=f"{tmp_path}/val.txt")
 
@@ -129,16 +130,16 @@ def test_a_fault_in_a_list_is_one_line(tmp_path: Path, changes: dict[str, str | 
     "path", ["/etc/hosts", "../a.jpg", "x/../../a.jpg", "..\\a.jpg", "s3://b/a.jpg", "C:/a.jpg", "."]
 )
 def test_a_path_outside_the_source_is_refused(tmp_path: Path, path: str) -> None:
-    write(tmp_path, {**PHOTOS, "train.txt": f"a.jpg 0\n{path} 1\n", "t.csv": f"path,label\nb.jpg,x\n{path},y\n"})
+    write(tmp_path, {**photo_lists(), "train.txt": f"a.jpg 0\n{path} 1\n", "t.csv": f"path,label\nb.jpg,x\n{path},y\n"})
     with pytest.raises(BadInput, match=r"train.txt:2: .*, a path outside the source; fix it$"):
         listed(tmp_path)
     with pytest.raises(BadInput, match=r"t.csv:3: .*, a path outside the source; fix it$"):
         scan_table(f"{tmp_path}/t.csv", kind="csv")
 
 
-def test_a_list_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_list_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no.txt: .*, but nothing is there; check the path$"):
-        listed(write(tmp_path, PHOTOS), train=f"{tmp_path}/no.txt")
+        listed(write(tmp_path, photo_lists()), train=f"{tmp_path}/no.txt")
 
 
 # ---- iNaturalist
@@ -153,27 +154,30 @@ CATEGORIES = [{"id": 10 * n, "name": t[-1], **dict(zip(RANKS[:6], t[:6], strict=
 
 
 def annotations(labels: list[int], categories: list[dict[str, Any]], **changes: Any) -> str:
-    images = [{"id": 7 * n, "file_name": f"pictures/{labels[n]}_{n}.jpg", "width": 1} for n in range(len(labels))]
+    images = [{"id": 7 * n, "file_name": f"images/{labels[n]}_{n}.jpg", "width": 1} for n in range(len(labels))]
     told = [{"id": n, "image_id": 7 * n, "category_id": label} for n, label in enumerate(labels)]
     content = {"info": {}, "images": images, "annotations": told[::-1], "categories": categories}
     return json.dumps({**content, **changes})
 
 
 HIDDEN = [{"id": category["id"], "name": "1234", "supercategory": "x"} for category in CATEGORIES]
-INAT: dict[str, str | bytes] = {
-    "categories.json": json.dumps(CATEGORIES[::-1]),
-    "train2018.json": annotations([20, 0, 10, 30], HIDDEN),
-    "val2018.json": annotations([10] * 5, HIDDEN).replace("pictures/", "val/"),
-    **{f"pictures/{category}_{n}.jpg": IMAGES[n] for n, category in enumerate((20, 0, 10, 30))},
-    **{f"val/10_{n}.jpg": IMAGES[5 + n] for n in range(5)},
-}
+
+
+def inat_2018() -> dict[str, str | bytes]:
+    return {
+        "categories.json": json.dumps(CATEGORIES[::-1]),
+        "train2018.json": annotations([20, 0, 10, 30], HIDDEN),
+        "val2018.json": annotations([10] * 5, HIDDEN).replace("images/", "val/"),
+        **{f"images/{category}_{n}.jpg": jpegs()[n] for n, category in enumerate((20, 0, 10, 30))},
+        **{f"val/10_{n}.jpg": jpegs()[5 + n] for n in range(5)},
+    }
 
 
 def test_inaturalist_2018_takes_names_from_its_categories_and_tests_on_val(tmp_path: Path) -> None:
-    index = scan_inat(str(write(tmp_path, INAT)))
+    index = scan_inat(str(write(tmp_path, inat_2018())))
     assert index.class_names == tuple(taxon[-1] for taxon in TAXA)
-    assert read(index)["train"] == [(IMAGES[0], 2), (IMAGES[1], 0), (IMAGES[2], 1), (IMAGES[3], 3)]
-    assert read(index)["test"] == [(IMAGES[5 + n], 1) for n in range(5)]
+    assert read(index)["train"] == [(jpegs()[0], 2), (jpegs()[1], 0), (jpegs()[2], 1), (jpegs()[3], 3)]
+    assert read(index)["test"] == [(jpegs()[5 + n], 1) for n in range(5)]
 
 
 def test_later_years_carry_the_taxonomy_themselves(tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_later_years_carry_the_taxonomy_themselves(tmp_path: Path) -> None:
 def test_any_rank_is_a_label_and_equal_names_stay_apart(
     tmp_path: Path, rank: str, names: tuple[str, ...], labels: list[int]
 ) -> None:
-    index = scan_inat(str(write(tmp_path, INAT)), rank=rank)
+    index = scan_inat(str(write(tmp_path, inat_2018())), rank=rank)
     assert index.class_names == names
     assert [label for _, label in index.splits["train"]] == labels
 
@@ -231,12 +235,12 @@ INAT_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
         "every class must have an image, but 'Peroneutypa scoparia' have none; ",
     ),
     (
-        {"train2018.json": annotations([20, 0, 10, 30], HIDDEN).replace("pictures/", "../")},
+        {"train2018.json": annotations([20, 0, 10, 30], HIDDEN).replace("images/", "../")},
         "train2018.json: image 0: must name a file in the source, but got '../20_0.jpg', a path outside the source; ",
     ),
     (
         {"val2018.json": annotations([20], HIDDEN)},
-        "val2018.json: image 0: each image must be listed once, but 'pictures/20_0.jpg' is in {0}/train2018.json: image 0 too; ",
+        "val2018.json: image 0: each image must be listed once, but 'images/20_0.jpg' is in {0}/train2018.json: image 0 too; ",
     ),
     ({"categories.json": "{}"}, "categories.json: must be a list of categories, but got '{{}}'; "),
     ({"categories.json": json.dumps(HIDDEN)}, "categories.json: kingdom must be text in every entry, but got "),
@@ -248,17 +252,17 @@ INAT_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), INAT_FAULTS)
-def test_a_fault_in_inaturalist_files_is_one_line(
+def test_a_fault_in_inaturalist_files_gives_a_one_line_error(
     tmp_path: Path, changes: dict[str, str | bytes], message: str
 ) -> None:
-    write(tmp_path, {**INAT, **changes})
+    write(tmp_path, {**inat_2018(), **changes})
     with pytest.raises(BadInput, match=re.escape(message.format(tmp_path)) + ".*$") as caught:
         scan_inat(str(tmp_path))
     assert str(caught.value).startswith(str(tmp_path))
 
 
 def test_inaturalist_needs_names_and_a_known_rank(tmp_path: Path) -> None:
-    write(tmp_path, INAT)
+    write(tmp_path, inat_2018())
     with pytest.raises(BadInput, match=r"^rank: must be one of .*, but got 'spezies'; did you mean 'species'\?$"):
         scan_inat(str(tmp_path), rank="spezies")
     (tmp_path / "categories.json").unlink()
@@ -275,7 +279,7 @@ def idx(values: np.ndarray[Any, Any]) -> bytes:
 
 
 def test_a_torchvision_set_of_arrays_becomes_lossless_png(tmp_path: Path) -> None:
-    grey = np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("L").resize((28, 28))) for image in IMAGES])
+    grey = np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("L").resize((28, 28))) for image in jpegs()])
     labels = np.arange(12, dtype=np.uint8) % 10
     for split, rows in (("train", slice(0, 10)), ("t10k", slice(10, 12))):
         write(
@@ -299,11 +303,11 @@ def test_a_torchvision_set_of_files_keeps_their_bytes(tmp_path: Path) -> None:
     }
     write(tmp_path / "food-101", {f"meta/{split}.json": json.dumps(content) for split, content in meta.items()})
     for number, name in enumerate(("apple_pie/1", "waffles/2", "apple_pie/3")):
-        write(tmp_path / "food-101" / "images", {f"{name}.jpg": IMAGES[number]})
+        write(tmp_path / "food-101" / "images", {f"{name}.jpg": jpegs()[number]})
     index = scan_torchvision("Food101", root=str(tmp_path))
     assert index.class_names == ("apple pie", "waffles")
     assert index.splits["test"] == [("food-101/images/apple_pie/3.jpg", 0)]
-    assert read(index) == {"train": [(IMAGES[0], 0), (IMAGES[1], 1)], "test": [(IMAGES[2], 0)]}
+    assert read(index) == {"train": [(jpegs()[0], 0), (jpegs()[1], 1)], "test": [(jpegs()[2], 0)]}
 
 
 def test_a_torchvision_set_without_class_names_says_so(tmp_path: Path) -> None:
@@ -326,7 +330,7 @@ def test_torchvision_knows_the_splits_that_a_set_is_asked_for(tmp_path: Path, na
             kind(tmp_path, **arguments, **({"download": False} if name == "SEMEION" else {}))
 
 
-def test_a_torchvision_set_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+def test_a_torchvision_set_that_cannot_be_used_gives_a_one_line_error(tmp_path: Path) -> None:
     for name, root, message in (
         (
             "FashonMNIST",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_ray import tune
@@ -354,7 +354,7 @@ def test_a_draw_holds_exactly_the_active_settings() -> None:
     assert draws == seeded_draws(NESTED, 64)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(low=st.integers(-5, 5), steps=st.integers(0, 6), step=st.sampled_from([1, 2, 0.5, 0.1]), seed=st.integers(0, 9))
 def test_what_optuna_draws_lies_in_the_setting(low: int, steps: int, step: float, seed: int) -> None:
     whole = step == int(step)
@@ -455,7 +455,7 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(changes=CHANGES)
 def test_any_change_of_the_quickstart_file_is_valid_or_bad_input(
     tmp_path: Path, changes: list[tuple[int, int, list[str]]]

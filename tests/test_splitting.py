@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lift_ray.data.convert.index import FilesIn, ImageIndex
@@ -28,7 +28,6 @@ def counts_of(rows: list[tuple[str, int]], num_classes: int) -> list[int]:
     return np.bincount([label for _, label in rows], minlength=num_classes).tolist()
 
 
-@settings(deadline=None)
 @given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=80), fracs=FRACS, seed=st.integers(0, 3))
 def test_a_stratified_split_deals_out_every_image_once_and_keeps_each_class_in_training(
     labels: list[int], fracs: tuple[float, float], seed: int
@@ -42,7 +41,6 @@ def test_a_stratified_split_deals_out_every_image_once_and_keeps_each_class_in_t
         assert (rows[parts["validation"]] == label).sum() == min(round(fracs[0] * count), count - 1)
 
 
-@settings(deadline=None)
 @given(counts=COUNTS, fracs=FRACS, seed=st.integers(0, 3))
 def test_dividing_keeps_every_image_in_one_split_and_every_class_in_training(
     counts: list[int], fracs: tuple[float, float], seed: int
@@ -54,7 +52,6 @@ def test_dividing_keeps_every_image_in_one_split_and_every_class_in_training(
     assert all(splits.values())
 
 
-@settings(deadline=None)
 @given(counts=COUNTS, imbalance=st.floats(1, 50), seed=st.integers(0, 3))
 def test_the_long_tail_is_cut_from_training_only_and_drawn_by_seed(
     counts: list[int], imbalance: float, seed: int

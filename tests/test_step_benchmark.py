@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import open_clip
 import pytest
+import step
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import step
 
 from lift_ray.model.backbone import rebuild
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embedded import jpegs
 
 from lift_ray.data.convert import tables
 from lift_ray.data.convert.index import ImageIndex
@@ -23,7 +24,6 @@ from lift_ray.data.open import EMBEDDED, open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
-IMAGES = RowReader(open_dataset("embedded:caltech101").split("validation")).read(np.arange(12))
 LABELS = ["car_side", "yin yang", "car side", "yin_yang", "car_side", "yin yang"]
 NUMBERS = [0, 1, 0, 1, 0, 1]
 
@@ -36,7 +36,7 @@ def read(index: ImageIndex, split: str = "train") -> list[tuple[bytes, int]]:
 
 def write_csv(folder: Path, text: str) -> str:
     (folder / "photos").mkdir(exist_ok=True)
-    for number, image in enumerate(IMAGES):
+    for number, image in enumerate(jpegs()):
         (folder / "photos" / f"{number}.jpg").write_bytes(image)
     (folder / "names.txt").write_text("car_side\nyin_yang\n")
     (folder / "t.csv").write_text(text)
@@ -44,7 +44,7 @@ def write_csv(folder: Path, text: str) -> str:
 
 
 def write_parquet(folder: Path, name: str = "t.parquet", huggingface: object = None, **columns: Any) -> str:
-    columns = {"image": IMAGES[:6], "label": LABELS, **columns}
+    columns = {"image": jpegs()[:6], "label": LABELS, **columns}
     table = pa.table({column: values for column, values in columns.items() if values is not None})
     if huggingface:
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": huggingface}})})
@@ -61,7 +61,7 @@ def test_a_csv_names_images_beside_it_and_classes(tmp_path: Path, mark: str) -> 
     rows = [["id", "Path", "label"], ["1", "photos/1.jpg", "yin_yang"], ["2", "photos/0.jpg", "car side"]]
     index = scan_table(write_csv(tmp_path, "\n".join(mark.join(row) for row in rows)), kind="csv")
     assert index.class_names == ("car side", "yin yang")
-    assert read(index) == [(IMAGES[1], 1), (IMAGES[0], 0)]
+    assert read(index) == [(jpegs()[1], 1), (jpegs()[0], 0)]
 
 
 def test_a_csv_may_have_splits_numbers_quotes_and_another_root(tmp_path: Path) -> None:
@@ -73,13 +73,16 @@ def test_a_csv_may_have_splits_numbers_quotes_and_another_root(tmp_path: Path) -
     )
     assert index.class_names == ("car side", "yin yang")
     found = [read(index, split) for split in ("train", "validation", "test")]
-    assert found == [[(IMAGES[0], 0), (IMAGES[1], 1)], [(IMAGES[2], 1)], [(IMAGES[3], 0)]]
+    assert found == [[(jpegs()[0], 0), (jpegs()[1], 1)], [(jpegs()[2], 1)], [(jpegs()[3], 0)]]
 
 
 def test_a_class_name_file_orders_labels_that_are_names(tmp_path: Path) -> None:
     source = write_csv(tmp_path, "image,label\nphotos/0.jpg,b\nphotos/1.jpg,a\n")
     (tmp_path / "names.txt").write_text("b\na\n")
-    assert read(scan_table(source, kind="csv", class_names=f"{tmp_path}/names.txt")) == [(IMAGES[0], 0), (IMAGES[1], 1)]
+    assert read(scan_table(source, kind="csv", class_names=f"{tmp_path}/names.txt")) == [
+        (jpegs()[0], 0),
+        (jpegs()[1], 1),
+    ]
 
 
 NAMES = {"class_names": "{0}/names.txt"}
@@ -131,7 +134,9 @@ CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("text", "options", "message"), CSV_FAULTS)
-def test_a_fault_in_a_csv_is_one_line(tmp_path: Path, text: str, options: dict[str, str], message: str) -> None:
+def test_a_fault_in_a_csv_gives_a_one_line_error(
+    tmp_path: Path, text: str, options: dict[str, str], message: str
+) -> None:
     source = write_csv(tmp_path, text)
     with pytest.raises(BadInput, match="^" + re.escape(source + message.format(tmp_path)) + "$"):
         scan_table(source, kind="csv", **{name: value.format(tmp_path) for name, value in options.items()})  # type: ignore[arg-type]
@@ -140,7 +145,7 @@ def test_a_fault_in_a_csv_is_one_line(tmp_path: Path, text: str, options: dict[s
 # ---- Parquet
 
 
-def test_the_embedded_data_set_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_dataset_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset("embedded:caltech101")
     folder = Path(str(files("lift_ray"))) / "assets" / EMBEDDED["caltech101"][0]
     index = scan_table(str(folder), kind="parquet")
@@ -153,29 +158,32 @@ def test_the_embedded_data_set_is_found_whole(monkeypatch: pytest.MonkeyPatch) -
             assert [index.read(index.splits[name][row][0]) for row in rows] == reader.read(rows)
 
 
-STRUCTS = [{"bytes": image, "path": "x.jpg"} for image in IMAGES[:6]]
-SHAPES: dict[str, dict[str, Any]] = {
-    "bytes": {},
-    "large bytes": {"image": pa.array(IMAGES[:6], pa.large_binary())},
-    "struct": {"image": STRUCTS},
-    "categories": {"label": pa.array(LABELS).dictionary_encode()},
-    "numbers": {"label": NUMBERS, "huggingface": {"label": {"names": ["car_side", "yin_yang"]}}},
-    "other names": {"image": None, "label": None, "img": STRUCTS, "class": LABELS, "id": LABELS},
+def structs() -> list[dict[str, Any]]:
+    return [{"bytes": image, "path": "x.jpg"} for image in jpegs()[:6]]
+
+
+SHAPES: dict[str, Callable[[], dict[str, Any]]] = {
+    "bytes": dict,
+    "large bytes": lambda: {"image": pa.array(jpegs()[:6], pa.large_binary())},
+    "struct": lambda: {"image": structs()},
+    "categories": lambda: {"label": pa.array(LABELS).dictionary_encode()},
+    "numbers": lambda: {"label": NUMBERS, "huggingface": {"label": {"names": ["car_side", "yin_yang"]}}},
+    "other names": lambda: {"image": None, "label": None, "img": structs(), "class": LABELS, "id": LABELS},
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parquet_holds_images_as_bytes_or_as_hugging_face_does(tmp_path: Path, shape: str) -> None:
-    index = scan_table(write_parquet(tmp_path, **SHAPES[shape]), kind="parquet")
+    index = scan_table(write_parquet(tmp_path, **SHAPES[shape]()), kind="parquet")
     assert index.class_names == ("car side", "yin yang")
-    assert read(index) == list(zip(IMAGES[:6], NUMBERS, strict=True))
+    assert read(index) == list(zip(jpegs()[:6], NUMBERS, strict=True))
     assert [reference for reference, _ in index.splits["train"]][1:3] == ["t.parquet:0:1", "t.parquet:1:0"]
 
 
 def test_parquet_may_hold_paths(tmp_path: Path) -> None:
     write_csv(tmp_path, "")
     source = write_parquet(tmp_path, image=None, file_name=[f"photos/{number}.jpg" for number in range(6)])
-    assert read(scan_table(source, kind="parquet")) == list(zip(IMAGES[:6], NUMBERS, strict=True))
+    assert read(scan_table(source, kind="parquet")) == list(zip(jpegs()[:6], NUMBERS, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -184,10 +192,10 @@ def test_parquet_may_hold_paths(tmp_path: Path) -> None:
 )
 def test_parquet_files_tell_their_split_by_name(tmp_path: Path, train: str, test: str) -> None:
     write_parquet(tmp_path, train)
-    write_parquet(tmp_path, test, image=IMAGES[6:])
+    write_parquet(tmp_path, test, image=jpegs()[6:])
     index = scan_table(str(tmp_path), kind="parquet")
-    assert read(index) == list(zip(IMAGES[:6], NUMBERS, strict=True))
-    assert read(index, "test") == list(zip(IMAGES[6:], NUMBERS, strict=True))
+    assert read(index) == list(zip(jpegs()[:6], NUMBERS, strict=True))
+    assert read(index, "test") == list(zip(jpegs()[6:], NUMBERS, strict=True))
     only = scan_table(f"{tmp_path}/{train.replace('0', '*', 1)}", kind="parquet")
     assert {split: len(rows) for split, rows in only.splits.items()} == {"train": 6}
 
@@ -197,7 +205,7 @@ def test_a_split_column_goes_before_file_names_and_a_store_is_as_good_as_a_disk(
     fsspec.filesystem("memory").put(f"{tmp_path}/", "/tabled/", recursive=True)
     for source in ("memory://tabled", "memory://tabled/a.parquet", "memory://tabled/*.parquet"):
         index = scan_table(source, kind="parquet")
-        assert [image for split in ("train", "validation", "test") for image, _ in read(index, split)] == IMAGES[:6]
+        assert [image for split in ("train", "validation", "test") for image, _ in read(index, split)] == jpegs()[:6]
 
 
 def test_row_groups_are_read_once_while_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +215,7 @@ def test_row_groups_are_read_once_while_they_fit(tmp_path: Path, monkeypatch: py
     index = scan_table(write_parquet(tmp_path), kind="parquet")
     opened.clear()
     order = [0, 2, 4, 1, 3, 5]
-    assert [index.read(index.splits["train"][row][0]) for row in order] == [IMAGES[row] for row in order]
+    assert [index.read(index.splits["train"][row][0]) for row in order] == [jpegs()[row] for row in order]
     assert len(opened) == 3
     group_bytes = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).total_byte_size
     monkeypatch.setattr(tables, "CACHE_BYTES", group_bytes // 2)
@@ -252,7 +260,7 @@ PARQUET_FAULTS: list[tuple[dict[str, Any], dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("columns", "options", "message"), PARQUET_FAULTS)
-def test_a_fault_in_parquet_is_one_line(
+def test_a_fault_in_parquet_gives_a_one_line_error(
     tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     source = write_parquet(tmp_path, **columns)
@@ -260,7 +268,7 @@ def test_a_fault_in_parquet_is_one_line(
         scan_table(source, kind="parquet", **options)
 
 
-def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
+def test_files_that_do_not_fit_together_give_a_one_line_error(tmp_path: Path) -> None:
     write_parquet(tmp_path, "train-0.parquet")
     write_parquet(tmp_path, "test-0.parquet", image=["x"] * 6)
     with pytest.raises(
@@ -281,8 +289,8 @@ def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
             scan_table(nothing, kind="parquet")
 
 
-def test_an_empty_image_cell_is_told_when_it_is_read(tmp_path: Path) -> None:
-    index = scan_table(write_parquet(tmp_path, image=[None, *IMAGES[1:6]]), kind="parquet")
+def test_an_empty_image_cell_is_reported_when_it_is_read(tmp_path: Path) -> None:
+    index = scan_table(write_parquet(tmp_path, image=[None, *jpegs()[1:6]]), kind="parquet")
     with pytest.raises(ValueError, match="no image in this row"):
         index.read(index.splits["train"][0][0])
-    assert index.read(index.splits["train"][1][0]) == IMAGES[1]
+    assert index.read(index.splits["train"][1][0]) == jpegs()[1]

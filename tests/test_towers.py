@@ -88,7 +88,7 @@ def resnet() -> ResNetTower:
     ids=str,
 )
 @torch.inference_mode()
-def test_a_tower_from_timm_equals_timms_class_token(options: dict[str, Any]) -> None:
+def test_a_tower_from_timm_gives_timms_class_token(options: dict[str, Any]) -> None:
     vit = vit_of(**options)
     tower = rebuild(vit)
     assert_close(tower(images(48)), vit.forward_features(images(48))[:, 0])
@@ -121,7 +121,7 @@ def test_a_tower_from_timm_equals_timms_class_token(options: dict[str, Any]) -> 
     ],
     ids=str,
 )
-def test_a_vision_transformer_of_timm_of_another_make_is_refused(options: dict[str, Any]) -> None:
+def test_a_timm_vision_transformer_of_another_architecture_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as caught:
         rebuild(vit_of(**options), "timm:test_vit")
     assert str(caught.value) == (
@@ -170,7 +170,9 @@ def test_without_a_file_timm_is_asked_for_its_own_weights(monkeypatch: pytest.Mo
         ({"norm.bias": None, "z": 1}, "without norm.bias and with z"),
     ],
 )
-def test_a_file_of_another_model_is_one_line(change: dict[str, int | None], found: str, tmp_path: Path) -> None:
+def test_a_file_of_another_model_gives_a_one_line_error(
+    change: dict[str, int | None], found: str, tmp_path: Path
+) -> None:
     state, path = vit_of(depth=6).state_dict(), tmp_path / "weights.safetensors"
     state |= {name: torch.zeros(1, size or 0, 64) for name, size in change.items()}
     save_file({name: tensor for name, tensor in state.items() if change.get(name, 1) is not None}, path)
@@ -181,7 +183,7 @@ def test_a_file_of_another_model_is_one_line(change: dict[str, int | None], foun
     )
 
 
-def test_a_file_that_would_be_unpickled_or_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_or_a_missing_file_is_refused(tmp_path: Path) -> None:
     torch.save(vit_of(depth=6).state_dict(), tmp_path / "weights.pth")
     for path in (tmp_path / "weights.pth", tmp_path / "none.safetensors"):
         with pytest.raises(BadInput) as caught:
@@ -215,7 +217,7 @@ def test_a_file_that_would_be_unpickled_or_is_not_there_is_refused(tmp_path: Pat
         ),
     ],
 )
-def test_a_name_that_timm_does_not_know_is_one_line(model: str, message: str) -> None:
+def test_a_name_unknown_to_timm_gives_a_one_line_error(model: str, message: str) -> None:
     with pytest.raises(BadInput) as caught:
         load_backbone(model, None)
     assert str(caught.value) == message
@@ -314,7 +316,7 @@ def test_tuners_that_fit_a_resnet_train_just_their_parameters(kind: str, checkpo
 
 
 @pytest.mark.parametrize("kind", FITTING)
-def test_what_a_resnets_frozen_blocks_make_can_be_kept(kind: str, resnet: ResNetTower) -> None:
+def test_the_features_of_a_resnets_frozen_blocks_can_be_cached(kind: str, resnet: ResNetTower) -> None:
     model = lift(resnet, kind)
     with torch.no_grad():
         assert torch.equal(model.from_frozen(model.frozen_part(images(64))), model(images(64)))
@@ -355,7 +357,7 @@ def test_a_resnet_has_no_patches_to_leave_out(resnet: ResNetTower) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adaptformer", "adapter", "lora", "vpt_shallow", "vpt_deep", "layernorm", "sparse"])
-def test_a_tuner_of_attention_blocks_does_not_go_on_a_resnet(kind: str, resnet: ResNetTower) -> None:
+def test_a_tuner_of_attention_blocks_is_refused_on_a_resnet(kind: str, resnet: ResNetTower) -> None:
     with pytest.raises(BadInput) as caught:
         check_tuner(resnet, kind)
     assert str(caught.value) == (
@@ -366,7 +368,7 @@ def test_a_tuner_of_attention_blocks_does_not_go_on_a_resnet(kind: str, resnet: 
 
 
 @pytest.mark.parametrize("kind", [*FITTING, "zero_shot"])
-def test_a_tuner_that_fits_a_resnet_is_let_through(kind: str, resnet: ResNetTower) -> None:
+def test_a_tuner_that_fits_a_resnet_is_accepted(kind: str, resnet: ResNetTower) -> None:
     check_tuner(resnet, kind)
     if kind == "batchnorm":
         with pytest.raises(BadInput) as caught:
@@ -379,7 +381,9 @@ def test_a_tuner_that_fits_a_resnet_is_let_through(kind: str, resnet: ResNetTowe
 
 
 @pytest.mark.parametrize(("wanted", "nearest"), [(100, 96), (60, 64), (3, 16), (0, 16)])
-def test_a_resolution_that_is_no_multiple_of_the_patch_is_one_line(wanted: int, nearest: int, tmp_path: Path) -> None:
+def test_a_resolution_that_is_no_multiple_of_the_patch_gives_a_one_line_error(
+    wanted: int, nearest: int, tmp_path: Path
+) -> None:
     save_file(vit_of(depth=6).state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(BadInput) as caught:
         load_backbone("timm:test_vit", str(tmp_path / "weights.safetensors"), resolution_px=wanted)

@@ -55,7 +55,7 @@ TRIAL = ("trial 3: lora, lr 0.1", {"tuner.kind": "lora", "optim.lr": 0.1})
 FIGURES = {"validation/accuracy": 0.5}
 
 
-def test_a_service_is_told_of_each_trial_and_a_broken_one_does_not_end_the_search(
+def test_a_tracking_service_receives_each_trial_and_a_broken_one_does_not_end_the_search(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for breaks in (False, True):
@@ -75,7 +75,7 @@ def tell_of_a_trial(tracked: Tracked) -> None:
     tracked.ended(trial("pruned"))
 
 
-def test_a_service_is_told_of_the_epochs_before_when_a_trial_goes_on() -> None:
+def test_a_tracking_service_receives_the_earlier_epochs_when_a_trial_continues() -> None:
     service = Recorder()
     Tracked("mlflow", service).started(trial())
     assert service.told == [TRIAL, (1, FIGURES)]
@@ -89,7 +89,7 @@ def test_a_search_that_is_cut_short_ends_its_trials(monkeypatch: pytest.MonkeyPa
     assert service.told[-1] == "stopped"
 
 
-def test_a_run_is_told_once_of_each_epoch_though_it_is_taken_up_again() -> None:
+def test_a_run_reports_each_epoch_once_although_it_is_resumed() -> None:
     service = Recorder()
     first, second = (EpochMetrics(epoch, validation={"accuracy": 0.1 * epoch}) for epoch in (1, 2))
     config = {"tuner": {"kind": "lora", "bottleneck": None}, "seed": 0}
@@ -228,7 +228,7 @@ def offline_run(path: Path) -> dict[str, Any]:
         ("wandb", "--log-to wandb: requires the package wandb, but it is not installed; pip install wandb"),
     ],
 )
-def test_a_service_that_is_not_there_is_said_before_anything_starts(
+def test_a_missing_tracking_service_is_reported_before_anything_starts(
     service: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
@@ -240,7 +240,7 @@ def test_a_service_that_is_not_there_is_said_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_train_would_do_anyway_or_cannot_do_is_refused(run_file: str, tmp_path: Path) -> None:
+def test_arguments_that_train_ignores_or_cannot_use_are_refused(run_file: str, tmp_path: Path) -> None:
     for words, message in (
         (
             ["--log-to", "tensorboard"],

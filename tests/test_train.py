@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +17,10 @@ from typing import Any
 
 import pytest
 import ray
-import torch
-from made_run import untimed
+from made_run import assert_same_tensors, untimed
 from moto.server import ThreadedMotoServer
+from processes import free_ports
 from pyarrow import fs
-from safetensors.torch import load_file
 
 from lift_ray import evaluate, train
 from lift_ray.errors import BadInput, RunFailed
@@ -60,9 +58,7 @@ def figures(path: Path) -> list[dict[str, float]]:
 
 def assert_same_model(out: Path, expected: Path) -> None:
     assert figures(out / "metrics.jsonl") == figures(expected / "metrics.jsonl")
-    one, other = (load_file(folder / "checkpoint" / "weights.safetensors") for folder in (out, expected))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_tensors(out, expected)
 
 
 def test_a_run_keeps_its_last_two_checkpoints_the_best_its_figures_and_tensorboard(alone: Path) -> None:
@@ -116,7 +112,7 @@ def test_sigterm_writes_a_checkpoint_inside_the_epoch_and_resume_gives_exactly_t
     assert_same_model(out, alone)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
+def test_a_full_disk_gives_a_one_line_error_and_leaves_the_last_good_checkpoint(
     run_file: Path, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, write, sizes = tmp_path / "out", Path.write_bytes, []
@@ -145,9 +141,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[tuple[str, list[ThreadedMotoServer]]]:
     """The URL of an empty bucket of moto's server, and the servers to stop."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     servers = [ThreadedMotoServer(ip_address="127.0.0.1", port=port)]
     servers[0].start()
     # pragma: allowlist nextline secret
@@ -206,7 +200,7 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
     assert found["test/accuracy"] == pytest.approx(lines[-1]["test/accuracy"])
 
 
-def test_storage_that_stays_away_is_one_line(monkeypatch: pytest.MonkeyPatch, silent_storage: str) -> None:
+def test_storage_that_stays_away_gives_a_one_line_error(monkeypatch: pytest.MonkeyPatch, silent_storage: str) -> None:
     monkeypatch.setattr("lift_ray.storage.output.PATIENCE_S", 0.5)
     output = Output(silent_storage)
     (output.folder / "run.yaml").write_text("name: x")
@@ -238,7 +232,7 @@ def test_dry_run_prints_a_run_file_and_the_plan_and_starts_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(run_file: Path, tmp_path: Path) -> None:
+def test_bad_input_gives_a_one_line_error_and_leaves_nothing(run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     held = tmp_path / "held"
     held.mkdir()
@@ -293,7 +287,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run_file: Path, tmp_path: Path
     assert not out.exists()
 
 
-def test_more_workers_than_the_machine_has_is_said_before_training(
+def test_more_workers_than_the_machine_has_are_refused_before_training(
     run_file: Path, tmp_path: Path, ray_session: None
 ) -> None:
     with pytest.raises(BadInput, match=r"scale: a trial must fit the cluster, but got 64 x \(1 CPU\) for 1 node"):
@@ -301,7 +295,7 @@ def test_more_workers_than_the_machine_has_is_said_before_training(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_only_a_worker_finds_is_bad_input_too(run_file: Path, tmp_path: Path, ray_session: None) -> None:
+def test_an_error_that_only_a_worker_finds_is_bad_input_too(run_file: Path, tmp_path: Path, ray_session: None) -> None:
     with pytest.raises(BadInput) as caught:
         train.main([str(run_file), "backbone.model=ViT-B-61", "--out", str(tmp_path / "out")])
     assert str(caught.value) == "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"

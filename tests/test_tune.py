@@ -84,7 +84,7 @@ def test_trials_share_the_processes_of_their_slots(searched: Path) -> None:
     assert 0 < sum(loads) <= (os.cpu_count() or 1) < TRIALS
 
 
-def test_finished_trials_know_the_best_tau_after_training_and_what_the_choice_is_worth(searched: Path) -> None:
+def test_finished_trials_hold_the_best_tau_after_training_and_what_the_choice_gains(searched: Path) -> None:
     table = pq.read_table(searched / "trials.parquet").to_pylist()
     for row in table:
         tau = row["validation/posthoc_tau"]
@@ -125,7 +125,7 @@ def test_a_second_search_into_the_same_folder_is_refused(searched: Path, space_f
     )
 
 
-def test_two_workers_a_trial_find_what_one_finds(
+def test_a_search_with_two_workers_per_trial_finds_what_one_worker_finds(
     searched: Path, space_file: Path, tmp_path: Path, ray_session: None
 ) -> None:
     out = tmp_path / "out"
@@ -137,7 +137,7 @@ def test_two_workers_a_trial_find_what_one_finds(
     assert together["validation/loss"] == pytest.approx(alone["validation/loss"], abs=1e-4)
 
 
-def test_a_search_in_object_storage_is_whole_there_and_goes_on_where_it_stood(
+def test_a_search_in_object_storage_is_complete_and_continues_where_it_stopped(
     space_file: Path, bucket: str, tmp_path: Path, ray_session: None
 ) -> None:
     url = bucket.format("study")
@@ -181,7 +181,7 @@ def test_input_that_only_a_slot_finds_bad_ends_the_search(space_file: Path, tmp_
     assert str(caught.value) == "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"
 
 
-def test_a_trial_that_fits_no_node_is_said_before_anything_starts(
+def test_a_trial_that_fits_no_node_is_refused_before_anything_starts(
     space_file: Path, tmp_path: Path, ray_session: None
 ) -> None:
     with pytest.raises(BadInput, match=r"^scale: a trial must fit the cluster, but got 64 x \(1 CPU\) for 1 node"):

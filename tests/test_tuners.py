@@ -253,7 +253,7 @@ def test_two_models_on_one_tower_do_not_see_each_other(tower: Tower, case: str) 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_frozen_is_shared_with_the_tower_and_not_copied(tower: Tower, case: str) -> None:
+def test_frozen_weights_are_shared_with_the_tower_and_not_copied(tower: Tower, case: str) -> None:
     model = lift(tower, case)
     original = {name: parameter.data_ptr() for name, parameter in tower.named_parameters()}
     frozen = {}

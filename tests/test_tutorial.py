@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import free_ports
 
 PROJECT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -48,9 +48,7 @@ def test_a_line_that_is_not_printed_is_missed() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_every_block_runs_and_prints_what_stands_below_it(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    (port,) = map(str, free_ports(1))
     found = steps((PROJECT / "docs" / "tutorial.md").read_text().replace("8000", port))
     assert {verb for commands, _ in found for verb in re.findall(r"lift_ray\.(\w+) ", commands)} >= {
         "convert",

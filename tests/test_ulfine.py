@@ -77,7 +77,7 @@ def test_prototypes_move_towards_the_moving_average_of_class_means_as_the_equati
     visual = [sums[0, 0] / 2, sums[0, 1] / 4]
     assert torch.allclose(first[0], 0.95 * text[0] + 0.05 * visual[0], atol=1e-6)
     assert torch.allclose(first[1], 0.9 * text[1] + 0.1 * visual[1], atol=1e-6)
-    assert torch.equal(first[2], text[2])  # no labelled picture yet
+    assert torch.equal(first[2], text[2])  # no labelled image yet
     second = one.fit(sums[1], torch.tensor([1.0, 0.0, 1.0]), torch.tensor([10, 0, 0]))
     visual[0] = 0.9 * visual[0] + 0.1 * sums[1, 0]
     p = [0.8 * 0.2 * 5 + 0.2 * 10, 0.8 * 0.2 * 10]
@@ -165,9 +165,7 @@ def test_a_run_learns_and_tells_how_good_its_pseudo_labels_are(
     )
 
 
-def test_labels_of_unlabelled_pictures_are_not_learnt_from(
-    small_clip: str, trained: tuple[list[EpochMetrics], Run]
-) -> None:
+def test_labels_of_unlabelled_images_are_not_used(small_clip: str, trained: tuple[list[EpochMetrics], Run]) -> None:
     blind = Workspace(DATA, Ranks.alone())
     pool = blind.dataset.splits["unlabelled"]
     blind.dataset.splits["unlabelled"] = replace(pool, labels=(pool.labels + 1) % 40)
@@ -179,7 +177,7 @@ def test_labels_of_unlabelled_pictures_are_not_learnt_from(
     assert figures[-1]["unlabelled/precision"] < trained[0][-1]["unlabelled/precision"]
 
 
-def test_a_run_killed_mid_way_goes_on_with_the_same_prototypes_exactly(
+def test_a_run_killed_halfway_continues_with_exactly_the_same_prototypes(
     warm: Workspace, small_clip: str, trained: tuple[list[EpochMetrics], Run], tmp_path: Path
 ) -> None:
     figures, whole = trained
@@ -242,7 +240,7 @@ def test_every_kind_of_tuner_takes_a_step(tuner: str, warm: Workspace, small_cli
     assert (len(changed) > 4) == (tuner != "linear_probe")
 
 
-def test_predictions_are_the_fused_logits_and_both_others_stand_beside(
+def test_predictions_use_the_fused_logits_and_the_others_are_reported_next_to_them(
     warm: Workspace, small_clip: str, trained: tuple[list[EpochMetrics], Run], tmp_path: Path
 ) -> None:
     _, run = trained
@@ -282,7 +280,7 @@ def test_text_prototypes_stay_where_they_are_with_mu_0(warm: Workspace, small_cl
     )
 
 
-def test_a_data_set_without_unlabelled_pictures_is_one_line(small_data: str, small_clip: str) -> None:
+def test_a_dataset_without_unlabelled_images_gives_a_one_line_error(small_data: str, small_clip: str) -> None:
     for kind in KINDS:
         with pytest.raises(BadInput) as caught:
             Run(settings(small_clip, kind, optim__global_batch_size=16), Workspace(small_data, Ranks.alone()))
@@ -292,7 +290,7 @@ def test_a_data_set_without_unlabelled_pictures_is_one_line(small_data: str, sma
         )
 
 
-def test_a_tower_without_text_is_one_line(small_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tower_without_text_gives_a_one_line_error(small_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here, config = Workspace(DATA, Ranks.alone()), settings(small_clip)
     monkeypatch.setattr(here.backbone(config), "text", None)
     with pytest.raises(BadInput) as caught:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from embedded import embedded
 from torchvision.transforms import v2
 
 from lift_ray.data.augment import Augmentation, evaluation_image
 from lift_ray.data.batches import Batch, unlabelled_batches
+from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels
-from lift_ray.data.open import open_dataset
 from lift_ray.data.order import Sampling, epoch_order
 from lift_ray.data.reader import RowReader
 from lift_ray.data.views import GRAY, LEVEL, NUM_DRAWS, OPERATIONS, STRONG_DRAWS, strong_view, two_views, weak_view
 
-POOL = open_dataset("embedded:caltech101-half").split("unlabelled")
 TORCHVISION = {
     "identity": "Identity",
     "shear_x": "ShearX",
@@ -34,8 +34,12 @@ TORCHVISION = {
 }
 
 
-def picture(number: int = 0) -> Pixels:
-    with RowReader(POOL) as reader:
+def pool() -> Split:
+    return embedded("unlabelled", "caltech101-half")
+
+
+def image(number: int = 0) -> Pixels:
+    with RowReader(pool()) as reader:
         return evaluation_image(reader.read(np.array([number]))[0], 48)
 
 
@@ -43,7 +47,7 @@ def picture(number: int = 0) -> Pixels:
 def test_an_operation_is_that_of_torchvisions_randaugment_at_magnitude_10(name: str) -> None:
     reference = v2.RandAugment()
     assert list(reference._AUGMENTATION_SPACE) == list(TORCHVISION.values())
-    view = torch.from_numpy(picture().copy()).permute(2, 0, 1)
+    view = torch.from_numpy(image().copy()).permute(2, 0, 1)
     strengths, signed = reference._AUGMENTATION_SPACE[TORCHVISION[name]]
     magnitudes = strengths(31, 48, 48)
     magnitude = 0.0 if magnitudes is None else float(magnitudes[10])
@@ -56,8 +60,8 @@ def test_an_operation_is_that_of_torchvisions_randaugment_at_magnitude_10(name: 
         assert name == "identity" or not torch.equal(got, view)
 
 
-def test_a_weak_view_is_the_picture_moved_by_at_most_an_eighth_and_flipped_half_of_the_time() -> None:
-    here = picture()
+def test_a_weak_view_is_the_image_moved_by_at_most_an_eighth_and_flipped_half_of_the_time() -> None:
+    here = image()
     middle = np.array([0.9, 6.5 / 13, 6.5 / 13])
     assert np.array_equal(weak_view(here, middle), here)
     assert np.array_equal(weak_view(here, middle * [0, 1, 1]), here[:, ::-1])
@@ -69,7 +73,7 @@ def test_a_weak_view_is_the_picture_moved_by_at_most_an_eighth_and_flipped_half_
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
-def test_the_grey_square_grows_with_the_picture_and_is_cut_at_its_border(share: float) -> None:
+def test_the_gray_square_grows_with_the_image_and_is_cut_at_its_border(share: float) -> None:
     here = np.zeros((48, 48, 3), np.uint8)
     draw = np.full(STRONG_DRAWS, 0.5)
     draw[3:-2] = 0  # identity, twice
@@ -79,7 +83,7 @@ def test_the_grey_square_grows_with_the_picture_and_is_cut_at_its_border(share: 
 
 
 def test_views_depend_on_their_draws_alone() -> None:
-    with RowReader(POOL) as reader:
+    with RowReader(pool()) as reader:
         (data,) = reader.read(np.array([3]))
     draws = np.random.default_rng(0).random((50, NUM_DRAWS))
     first = [two_views(data, 48, draw, 0.5) for draw in draws]
@@ -93,11 +97,11 @@ def test_views_depend_on_their_draws_alone() -> None:
 def batches(
     *, start_step: int = 0, num_steps: int = 4, num_threads: int = 1, rank: int = 0, world_size: int = 1
 ) -> list[Batch]:
-    with RowReader(POOL) as reader:
+    with RowReader(pool()) as reader:
         return list(
             unlabelled_batches(
                 reader,
-                POOL,
+                pool(),
                 Sampling(5, 480, rank=rank, world_size=world_size),
                 Augmentation(16, None, num_patches=4, patch_dropout=0.5),
                 cutout_frac=0.5,
@@ -108,12 +112,12 @@ def batches(
         )
 
 
-def test_every_pass_over_the_pool_sees_each_picture_once_and_steps_go_on_across_passes() -> None:
+def test_every_pass_over_the_pool_sees_each_image_once_and_steps_continue_across_passes() -> None:
     labels = np.concatenate([batch.labels.numpy() for batch in batches()])
-    order = np.concatenate([epoch_order(POOL, 5, number) for number in (0, 1)])
+    order = np.concatenate([epoch_order(pool(), 5, number) for number in (0, 1)])
     # a rank takes a batch in the order of the batch, so the whole is that of the passes
-    assert np.array_equal(labels, POOL.labels[order[: len(labels)]])
-    assert len(labels) == 1920 > POOL.num_samples
+    assert np.array_equal(labels, pool().labels[order[: len(labels)]])
+    assert len(labels) == 1920 > pool().num_samples
 
 
 def test_the_pairs_are_the_same_for_any_start_and_any_number_of_threads_and_ranks() -> None:

@@ -74,17 +74,17 @@ def test_kept_activations_of_frozen_blocks_give_the_same_figures(
     assert not len(fresh.cache)
 
 
-def test_a_second_run_reads_no_picture_when_nothing_in_the_tower_is_tuned(
+def test_a_second_run_reads_no_image_when_nothing_in_the_tower_is_tuned(
     warm: Workspace, small_clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained(warm, settings(small_clip, tuner__kind="linear_probe"))
-    monkeypatch.setattr(RowReader, "read", lambda *_: pytest.fail("a picture was read"))
+    monkeypatch.setattr(RowReader, "read", lambda *_: pytest.fail("an image was read"))
     assert_near(trained(warm, settings(small_clip, tuner__kind="linear_probe")), first, 0)
     with pytest.raises(pytest.fail.Exception):
         trained(warm, settings(small_clip, tuner__kind="lora"))
 
 
-def test_nothing_is_kept_for_tuned_blocks_and_for_pictures_that_change(warm: Workspace, small_clip: str) -> None:
+def test_nothing_is_kept_for_tuned_blocks_and_for_images_that_change(warm: Workspace, small_clip: str) -> None:
     trained(warm, settings(small_clip))
     assert not len(warm.cache)
     trained(warm, settings(small_clip, tuner__kind="linear_probe", augment__kind="mda"))
@@ -160,7 +160,7 @@ def test_a_compiled_run_gives_the_same_figures(
     assert len(asked) == 1
 
 
-def test_pictures_grow_over_the_run_in_whole_patches(warm: Workspace, small_clip: str) -> None:
+def test_images_grow_over_the_run_in_whole_patches(warm: Workspace, small_clip: str) -> None:
     assert [growing_px(24, 48, 8, epoch, 4) for epoch in range(4)] == [24, 32, 40, 48]
     assert growing_px(24, 48, 8, 0, 1) == 48
     run = Run(settings(small_clip, augment__kind="mda", augment__start_px=16, optim__epochs=3), warm)
@@ -171,7 +171,7 @@ def test_pictures_grow_over_the_run_in_whole_patches(warm: Workspace, small_clip
     assert tokens == [5] * 6 + [10] * 6 + [17] * 6
 
 
-def test_five_crops_are_corners_and_centre_and_their_logits_are_averaged(
+def test_five_crops_are_the_corners_and_the_center_and_their_logits_are_averaged(
     warm: Workspace, small_clip: str, tmp_path: Path
 ) -> None:
     split = warm.dataset.split("test")
@@ -219,7 +219,7 @@ def test_a_random_crop_with_flip_is_decided_by_its_draw(warm: Workspace) -> None
     draws = np.random.default_rng(0).random((40, 3))
     once, again = ([training_image(encoded, 16, partial(any_crop, draw=draw)) for draw in draws] for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
-    assert len({picture.tobytes() for picture in once}) == 40
+    assert len({image.tobytes() for image in once}) == 40
     assert once[0].shape == (16, 16, 3)
 
 
