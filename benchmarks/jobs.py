@@ -71,7 +71,7 @@ class Stopwatch:
         self.cpu_s += time.process_time() - cpu
 
 
-_warm: list[Any] = []  # the Workspace of a worker process
+_workspaces: list[Any] = []  # the Workspace of a worker process
 
 
 def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None) -> Row:
@@ -91,14 +91,14 @@ def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None
     from lift_ray.training.run import Run
     from lift_ray.training.workspace import Workspace
 
-    if cold or not _warm or _warm[0].dataset.uri != job.dataset:
-        _warm[:] = [Workspace(job.dataset, Ranks.alone(num_cpus=1))]
-    warm, watch, curve, pseudo_labels = _warm[0], Stopwatch(), [], []
+    if cold or not _workspaces or _workspaces[0].dataset.uri != job.dataset:
+        _workspaces[:] = [Workspace(job.dataset, Ranks.alone(num_cpus=1))]
+    workspace, watch, curve, pseudo_labels = _workspaces[0], Stopwatch(), [], []
     row: Row = {"key": job.key, "name": job.name, "seed": job.seed, "epochs": job.epochs, "rate": job.rate}
-    warm.backbone(job.config())
+    workspace.backbone(job.config())
     try:
         with watch.running():
-            run = Run(job.config(), warm)
+            run = Run(job.config(), workspace)
         while run.epoch < run.num_epochs:
             with watch.running():
                 figures = run.train_epoch()

@@ -32,10 +32,10 @@ def measure(cache_gib: float, epochs: int, threads: int) -> tuple[float, float, 
             "optim": {"epochs": epochs, "lr": 0.3},
         }
     )
-    warm = Workspace(DATASET, Ranks.alone(num_cpus=threads))
-    run = Run(config, warm)
+    workspace = Workspace(DATASET, Ranks.alone(num_cpus=threads))
+    run = Run(config, workspace)
     began = time.monotonic()
-    warm.cached_features(run.config, run.model, run.train)
+    workspace.cached_features(run.config, run.model, run.train)
     before = time.monotonic() - began
     trained = sum(run.train_epoch()["time/train_s"] for _ in range(epochs))
     found = {name: run.evaluate(name).metrics for name in ("validation", "test")}

@@ -62,7 +62,7 @@ def space(scheduler: dict[str, Any], epochs: int) -> SpaceFile:
 def train_arms(out: Path, arms: int, epochs: int, data_frac: float) -> list[list[float]]:
     """The figure after every epoch of every arm that did not diverge; what is in OUT already is not trained again."""
     out.mkdir(parents=True, exist_ok=True)
-    plan, warm = space({"kind": "none"}, epochs), Workspace(str(SPACE["dataset"]), Ranks.alone())
+    plan, workspace = space({"kind": "none"}, epochs), Workspace(str(SPACE["dataset"]), Ranks.alone())
     curves = []
     for number, draw in enumerate(seeded_draws(plan.space, arms)):
         path = out / f"arm-{number:03d}.json"
@@ -72,7 +72,7 @@ def train_arms(out: Path, arms: int, epochs: int, data_frac: float) -> list[list
             if tree["tuner"]["kind"] in ("adaptformer", "lora", "ssf"):
                 tree["tuner"]["blocks"] = [4, 5]
             try:
-                figures = [f[MAIN_METRIC] for f in Run(RunConfig.model_validate(tree), warm).epochs()]
+                figures = [f[MAIN_METRIC] for f in Run(RunConfig.model_validate(tree), workspace).epochs()]
             except RunFailed:
                 figures = []
             path.with_suffix(".part").write_text(json.dumps({"values": draw, "curve": figures}))

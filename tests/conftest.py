@@ -117,7 +117,7 @@ def space_file(tmp_path_factory: pytest.TempPathFactory, small_data: str, small_
 
 
 @pytest.fixture(scope="module")
-def warm(small_data: str) -> Workspace:
+def workspace(small_data: str) -> Workspace:
     """The small data, open in this process, and the towers that the runs of a module have loaded."""
     from lift_ray.methods.world import Ranks
     from lift_ray.training.workspace import Workspace

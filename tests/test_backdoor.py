@@ -56,25 +56,25 @@ def settings(small_clip: str, **overrides: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(warm: Workspace, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def folders(workspace: Workspace, small_clip: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two checkpoints: one at 32 px, one at 48 px that looks at five crops."""
     out = tmp_path_factory.mktemp("models")
     for name, overrides in (("a", {}), ("b", OTHER)):
-        run = Run(RunConfig.model_validate(settings(small_clip, **overrides)), warm)
+        run = Run(RunConfig.model_validate(settings(small_clip, **overrides)), workspace)
         run.train_epoch()
         run.save(out / name)
     return [str(out / "a"), str(out / "b")]
 
 
-def alone(folder: str, warm: Workspace, split: str = "test") -> torch.Tensor:
+def alone(folder: str, workspace: Workspace, split: str = "test") -> torch.Tensor:
     """The logits of a split as a run by itself gives them, (N, K)."""
     from lift_ray.training import checkpoint
 
     record = checkpoint.read_record(Path(folder))
-    model = Predictor(RunConfig.model_validate(record.config), warm, record.class_counts)
+    model = Predictor(RunConfig.model_validate(record.config), workspace, record.class_counts)
     checkpoint.load_weights(Path(folder), model)
     with torch.inference_mode():
-        return torch.cat([batch.logits for batch in model.logits(warm.dataset.split(split))])
+        return torch.cat([batch.logits for batch in model.logits(workspace.dataset.split(split))])
 
 
 def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
@@ -112,11 +112,11 @@ def test_copies_of_one_checkpoint_give_its_figures(
 
 @pytest.mark.parametrize("words", [[], ["--combine", "probabilities", "--weights", "2,1"]])
 def test_two_checkpoints_are_the_mean_by_hand_of_what_each_gives_alone(
-    folders: list[str], warm: Workspace, words: list[str], capsys: pytest.CaptureFixture[str]
+    folders: list[str], workspace: Workspace, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = (alone(folder, warm) for folder in folders)
+    first, second = (alone(folder, workspace) for folder in folders)
     expected = (2 / 3 * first.softmax(1) + 1 / 3 * second.softmax(1)).log() if words else (first + second) / 2
-    labels = torch.from_numpy(warm.dataset.split("test").labels)
+    labels = torch.from_numpy(workspace.dataset.split("test").labels)
     found = said([*folders, *words], capsys)
     assert found["test/loss"] == pytest.approx(float(F.cross_entropy(expected, labels)), abs=1e-5)
     assert found["test/accuracy"] == (expected.argmax(1) == labels).double().mean().item()
@@ -154,16 +154,16 @@ def round_off(tree: Any) -> Any:
 
 
 def test_gla_is_its_formula_on_what_the_models_give_alone(
-    folders: list[str], warm: Workspace, small_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: list[str], workspace: Workspace, small_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = Run(RunConfig.model_validate(settings(small_clip, **{"tuner.kind": "zero_shot"})), warm)
+    plain = Run(RunConfig.model_validate(settings(small_clip, **{"tuner.kind": "zero_shot"})), workspace)
     plain.save(tmp_path / "zero")
-    prior = label_prior(warm, plain.config)
-    tuned, zero = alone(folders[0], warm), alone(str(tmp_path / "zero"), warm)
-    held_out = warm.dataset.split("validation")
-    temperature = fit(alone(folders[0], warm, "validation"), torch.from_numpy(held_out.labels)).temperature
+    prior = label_prior(workspace, plain.config)
+    tuned, zero = alone(folders[0], workspace), alone(str(tmp_path / "zero"), workspace)
+    held_out = workspace.dataset.split("validation")
+    temperature = fit(alone(folders[0], workspace, "validation"), torch.from_numpy(held_out.labels)).temperature
     expected = tuned / temperature + zero / prior.temperature - prior.log_q  # the loss took the training prior out
-    labels = torch.from_numpy(warm.dataset.split("test").labels)
+    labels = torch.from_numpy(workspace.dataset.split("test").labels)
     found = said([folders[0], "--gla"], capsys)
     assert found["test/loss"] == pytest.approx(float(F.cross_entropy(expected, labels)), rel=1e-4)
     assert found["test/loss"] != pytest.approx(said(folders[:1], capsys)["test/loss"], rel=1e-2)
@@ -230,13 +230,13 @@ def test_the_table_and_the_words_below_it(folders: list[str], capsys: pytest.Cap
         assert words in shown
 
 
-def test_the_loss_of_gla_trains_with_the_prior_of_the_foundation_model(warm: Workspace, small_clip: str) -> None:
+def test_the_loss_of_gla_trains_with_the_prior_of_the_foundation_model(workspace: Workspace, small_clip: str) -> None:
     config = RunConfig.model_validate(settings(small_clip, **{"loss.kind": "gla"}))
-    run = Run(config, warm)
-    prior, counts = label_prior(warm, run.config), torch.from_numpy(run.class_counts).float()
+    run = Run(config, workspace)
+    prior, counts = label_prior(workspace, run.config), torch.from_numpy(run.class_counts).float()
     logits, labels = torch.zeros(8, 8), torch.arange(8)
     expected = F.cross_entropy(logits + (counts / counts.sum()).log() + prior.log_q, labels)
-    assert float(loss_of(run.config, warm, counts)(logits, labels)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss_of(run.config, workspace, counts)(logits, labels)) == pytest.approx(float(expected), rel=1e-5)
     assert np.isfinite(run.train_epoch()["train/loss"])
 
 
@@ -307,7 +307,7 @@ def test_models_that_cannot_be_combined_give_a_one_line_error(
 
 
 def test_gla_without_a_text_tower_gives_a_one_line_error_and_the_table_omits_parameter_groups(
-    warm: Workspace,
+    workspace: Workspace,
     small_clip: str,
     monkeypatch: pytest.MonkeyPatch,
     folders: list[str],
@@ -341,8 +341,8 @@ def test_each_device_holds_models_in_turn_and_together_they_give_the_same_figure
         evaluation, "_trained", lambda *args: (found := trained(*args), places.append(found[0].workspace))[0]
     )
     found = evaluate_here(question)
-    assert [warm.ranks.device for warm in made] == [torch.device("cpu"), torch.device("cpu", 0)]
-    assert [made.index(warm) for warm in places] == [0, 1, 0]
+    assert [workspace.ranks.device for workspace in made] == [torch.device("cpu"), torch.device("cpu", 0)]
+    assert [made.index(workspace) for workspace in places] == [0, 1, 0]
     assert found.figures == [pytest.approx(one, abs=1e-6) for one in expected.figures]
     assert found.rows == expected.rows
 
@@ -355,12 +355,12 @@ def test_several_gpus_are_used_in_turn_and_a_cpu_is_one_device(monkeypatch: pyte
 
 
 def test_the_members_of_one_checkpoint_are_also_distributed_over_the_devices(small_data: str, small_clip: str) -> None:
-    warms = [Workspace(small_data, Ranks.alone()) for _ in range(2)]
+    workspaces = [Workspace(small_data, Ranks.alone()) for _ in range(2)]
     method = {"kind": "backdoor", "members": {"a": {}, "b": {"seed": 1}, "c": {"seed": 2}}}
     config = RunConfig.model_validate(settings(small_clip) | {"method": method})
-    model = model_of(config, warms)
+    model = model_of(config, workspaces)
     assert isinstance(model, Ensemble)
-    assert [warms.index(one.workspace) for one in model.models.values()] == [0, 1, 0]
+    assert [workspaces.index(one.workspace) for one in model.models.values()] == [0, 1, 0]
 
 
 def test_a_class_has_its_parameter_group_in_the_table_of_classes(

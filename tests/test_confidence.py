@@ -275,12 +275,12 @@ def test_two_ranks_collect_what_one_finds() -> None:
 
 def test_what_is_kept_of_each_image_gives_the_same_accuracy(small_data: str, small_clip: str, tmp_path: Path) -> None:
     config = RunConfig.model_validate({"backbone": {"model": small_clip}, "tuner": {"kind": "zero_shot"}})
-    warm = Workspace(small_data, Ranks.alone(use_gpu=False, num_cpus=1))
-    found, table = predicted_by(Run(config, warm))
+    workspace = Workspace(small_data, Ranks.alone(use_gpu=False, num_cpus=1))
+    found, table = predicted_by(Run(config, workspace))
     write_predictions(table, Output(str(tmp_path)), "predictions/00")
     (tmp_path / "study.json").write_text('{"compared": [{"label": "zero-shot"}], "space": {"space": {}}}')
     kept = read_study(tmp_path, "out").predictions[0]
     assert kept
-    assert kept.label.tolist() == warm.dataset.split("test").labels.tolist()
+    assert kept.label.tolist() == workspace.dataset.split("test").labels.tolist()
     assert kept.hits.mean() == pytest.approx(found.metrics["accuracy"])
-    assert found.metrics == pytest.approx(Run(config, warm).evaluate("test").metrics)
+    assert found.metrics == pytest.approx(Run(config, workspace).evaluate("test").metrics)

@@ -131,35 +131,35 @@ def test_a_killed_run_resumes_inside_a_member_and_leaves_the_finished_ones_alone
 def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
     small_data: str, small_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warm, output, epochs = Workspace(small_data, Ranks.alone()), Output(str(tmp_path)), []
+    workspace, output, epochs = Workspace(small_data, Ranks.alone()), Output(str(tmp_path)), []
     train_epoch = Run.train_epoch
     monkeypatch.setattr(Run, "train_epoch", lambda run: (epochs.append(run.config.seed), train_epoch(run))[1])
-    first = trial_of(RunConfig.model_validate(tree(small_clip, use="plain+other")), warm, output)
+    first = trial_of(RunConfig.model_validate(tree(small_clip, use="plain+other")), workspace, output)
     assert isinstance(first, BackdoorTrial)
     figures = list(first.epochs())
     assert [one["epoch"] for one in figures] == [1, 2] == list(range(1, first.num_epochs + 1))
     assert epochs == [0, 0, 1, 1]
-    alone = Run(RunConfig.model_validate(tree(small_clip) | {"method": "lift"}), warm)
+    alone = Run(RunConfig.model_validate(tree(small_clip) | {"method": "lift"}), workspace)
     list(alone.epochs())
     assert figures[0]["validation/loss"] == pytest.approx(alone.history[-1]["validation/loss"], abs=1e-6)
     first.save(tmp_path / "saved")
-    again = trial_of(first.config, warm, output)
+    again = trial_of(first.config, workspace, output)
     again.load(tmp_path / "saved")
     assert again.history == first.history
     assert list(again.epochs()) == []
-    examined = model_of(first.config, [warm])
+    examined = model_of(first.config, [workspace])
     examined.load_stored(load_file(tmp_path / "saved" / "weights.safetensors"))
-    assert evaluate_split(examined, warm.dataset.split("validation")).metrics["loss"] == pytest.approx(
+    assert evaluate_split(examined, workspace.dataset.split("validation")).metrics["loss"] == pytest.approx(
         figures[1]["validation/loss"], abs=1e-6
     )
     epochs.clear()
-    second = trial_of(RunConfig.model_validate(tree(small_clip)), warm, output)
+    second = trial_of(RunConfig.model_validate(tree(small_clip)), workspace, output)
     assert [one["validation/loss"] for one in second.epochs()][:2] == [one["validation/loss"] for one in figures]
     assert epochs == [0, 0]
     shared, own = second.history[0], first.history[0]
     assert "time/train_s" not in shared
     assert shared["cost/train_s"] == own["cost/train_s"] == own["time/train_s"] > 0
-    assert isinstance(trial_of(alone.config, warm, output), Run)
+    assert isinstance(trial_of(alone.config, workspace, output), Run)
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,10 @@ def settings(clip: str, **overrides: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def trained(
-    warm: Workspace, small_clip: str, tmp_path_factory: pytest.TempPathFactory
+    workspace: Workspace, small_clip: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Figures, list[Path], Run]:
     """The undisturbed run: the figures and the checkpoint of every epoch."""
-    run, figures, folders = Run(settings(small_clip), warm), [], []
+    run, figures, folders = Run(settings(small_clip), workspace), [], []
     for epoch, found in enumerate(run.epochs(), 1):
         figures.append(found)
         folders.append(tmp_path_factory.mktemp("epoch") / f"checkpoint-{epoch}")
@@ -49,8 +49,8 @@ def trained(
 
 
 @pytest.mark.parametrize("kind", ["adaptformer", "lora", "linear_probe"])
-def test_the_loss_falls_and_the_figures_are_complete(warm: Workspace, small_clip: str, kind: str) -> None:
-    run = Run(settings(small_clip, tuner__kind=kind), warm)
+def test_the_loss_falls_and_the_figures_are_complete(workspace: Workspace, small_clip: str, kind: str) -> None:
+    run = Run(settings(small_clip, tuner__kind=kind), workspace)
     figures = list(run.epochs())
     assert [f["epoch"] for f in figures] == [1, 2, 3]
     assert figures[-1]["train/loss"] < 0.9 * figures[0]["train/loss"]
@@ -83,26 +83,26 @@ def test_the_loss_falls_and_the_figures_are_complete(warm: Workspace, small_clip
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(
-    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
+    workspace: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
-    assert untimed(Run(settings(small_clip), warm).epochs()) == trained[0]
-    assert untimed(Run(settings(small_clip, seed=1), warm).epochs()) != trained[0]
+    assert untimed(Run(settings(small_clip), workspace).epochs()) == trained[0]
+    assert untimed(Run(settings(small_clip, seed=1), workspace).epochs()) != trained[0]
 
 
-def test_a_run_does_not_disturb_the_random_numbers_of_others(warm: Workspace, small_clip: str) -> None:
+def test_a_run_does_not_disturb_the_random_numbers_of_others(workspace: Workspace, small_clip: str) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    warm.build(warm.resolve(settings(small_clip)))
+    workspace.build(workspace.resolve(settings(small_clip)))
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("done", [1, 2])
 def test_resuming_from_a_checkpoint_equals_the_undisturbed_run_exactly(
-    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run], done: int
+    workspace: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run], done: int
 ) -> None:
     figures, folders, whole = trained
-    run = Run(settings(small_clip), warm)
+    run = Run(settings(small_clip), workspace)
     run.load(folders[done - 1])
     assert run.epoch == done
     assert untimed(run.history) == figures[:done]
@@ -157,18 +157,18 @@ def test_two_ranks_train_what_one_does(
             assert together[f"validation/{name}"] == pytest.approx(alone[f"validation/{name}"], abs=1e-12)
 
 
-def test_a_linear_probe_trains_the_classifier_alone(warm: Workspace, small_clip: str) -> None:
-    run = Run(settings(small_clip, tuner__kind="linear_probe"), warm)
+def test_a_linear_probe_trains_the_classifier_alone(workspace: Workspace, small_clip: str) -> None:
+    run = Run(settings(small_clip, tuner__kind="linear_probe"), workspace)
     assert list(run.model.trained()) == ["head.weight"]
     assert run.num_trained == 8 * 64
 
 
-def test_zero_shot_trains_nothing_and_is_evaluated(warm: Workspace, small_clip: str, tmp_path: Path) -> None:
-    run = Run(settings(small_clip, tuner__kind="zero_shot"), warm)
+def test_zero_shot_trains_nothing_and_is_evaluated(workspace: Workspace, small_clip: str, tmp_path: Path) -> None:
+    run = Run(settings(small_clip, tuner__kind="zero_shot"), workspace)
     assert (run.num_trained, run.num_epochs, [figures["epoch"] for figures in run.epochs()]) == (0, 0, [0])
     before = run.evaluate("test")
     run.save(tmp_path / "zero")
-    (figures,), rows = evaluate_checkpoint(tmp_path / "zero", warm.dataset.uri, "test")
+    (figures,), rows = evaluate_checkpoint(tmp_path / "zero", workspace.dataset.uri, "test")
     assert sum(row["images"] for row in rows) == 24
     assert figures.pop("trained_parameters") == 0
     assert figures == pytest.approx(named("test", before.metrics), abs=1e-6)
@@ -183,12 +183,12 @@ def test_a_checkpoint_has_the_figures_that_its_run_had(
 
 
 def test_patches_are_left_out_in_training_alone(
-    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
+    workspace: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
-    run = Run(settings(small_clip, augment__patch_dropout=0.5), warm)
+    run = Run(settings(small_clip, augment__patch_dropout=0.5), workspace)
     assert (
         run.evaluate("validation").metrics["loss"]
-        == Run(settings(small_clip), warm).evaluate("validation").metrics["loss"]
+        == Run(settings(small_clip), workspace).evaluate("validation").metrics["loss"]
     )
     tokens: list[int] = []
     hook = run.model.tower.blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
@@ -198,8 +198,8 @@ def test_patches_are_left_out_in_training_alone(
     assert figures[0] != trained[0][0]["train/loss"]
 
 
-def test_a_run_at_random_start_and_plain_loss_learns_too(warm: Workspace, small_clip: str) -> None:
-    run = Run(settings(small_clip, head__init="random", loss__kind="cross_entropy", tuner__blocks=[1]), warm)
+def test_a_run_at_random_start_and_plain_loss_learns_too(workspace: Workspace, small_clip: str) -> None:
+    run = Run(settings(small_clip, head__init="random", loss__kind="cross_entropy", tuner__blocks=[1]), workspace)
     losses = [figures["train/loss"] for figures in run.epochs()]
     assert losses[-1] < losses[0]
 
@@ -220,31 +220,31 @@ def test_a_run_at_random_start_and_plain_loss_learns_too(warm: Workspace, small_
     ],
 )
 def test_settings_that_do_not_fit_data_or_machine_give_a_one_line_error(
-    warm: Workspace, small_clip: str, overrides: dict[str, Any], message: str
+    workspace: Workspace, small_clip: str, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
-        Run(settings(small_clip, **overrides), warm)
+        Run(settings(small_clip, **overrides), workspace)
     assert str(caught.value) == message
 
 
 def test_a_batch_that_ranks_cannot_share_gives_a_one_line_error(small_data: str, small_clip: str) -> None:
-    warm = Workspace(small_data, Ranks(0, 3, torch.device("cpu")))
+    workspace = Workspace(small_data, Ranks(0, 3, torch.device("cpu")))
     with pytest.raises(BadInput) as caught:
-        Run(settings(small_clip), warm)
+        Run(settings(small_clip), workspace)
     assert str(caught.value) == (
         "optim.global_batch_size: must be divisible by 3 workers, but got 16; use 15, or 2 workers"
     )
 
 
-def test_the_whole_training_split_can_be_one_batch(warm: Workspace, small_clip: str) -> None:
-    run = Run(settings(small_clip, optim__global_batch_size=96, optim__epochs=1), warm)
+def test_the_whole_training_split_can_be_one_batch(workspace: Workspace, small_clip: str) -> None:
+    run = Run(settings(small_clip, optim__global_batch_size=96, optim__epochs=1), workspace)
     assert run.steps_per_epoch == 1
     assert len(list(run.epochs())) == 1
 
 
 @pytest.mark.parametrize("lr", [1e9, 1e300])
-def test_a_run_that_diverges_fails_in_one_line(warm: Workspace, small_clip: str, lr: float) -> None:
-    run = Run(settings(small_clip, optim__lr=lr), warm)
+def test_a_run_that_diverges_fails_in_one_line(workspace: Workspace, small_clip: str, lr: float) -> None:
+    run = Run(settings(small_clip, optim__lr=lr), workspace)
     with pytest.raises(RunFailed) as caught:
         list(run.epochs())
     assert str(caught.value).startswith("epoch 1, step 2: the training loss must be finite, but got ")
@@ -283,7 +283,7 @@ def broken(folder: Path, file: str, data: bytes | None) -> None:
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_gives_a_one_line_error(
-    warm: Workspace,
+    workspace: Workspace,
     small_clip: str,
     trained: tuple[Figures, list[Path], Run],
     tmp_path: Path,
@@ -295,16 +295,16 @@ def test_a_checkpoint_that_cannot_be_read_gives_a_one_line_error(
     shutil.copytree(trained[1][0], folder)
     broken(folder, file, data)
     with pytest.raises(BadInput) as caught:
-        Run(settings(small_clip), warm).load(folder)
+        Run(settings(small_clip), workspace).load(folder)
     assert str(caught.value).startswith(message.format(folder=folder))
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(
-    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
+    workspace: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
     with pytest.raises(BadInput) as caught:
-        Run(settings(small_clip, loss__tau=0.5), warm).load(trained[1][0])
+        Run(settings(small_clip, loss__tau=0.5), workspace).load(trained[1][0])
     assert str(caught.value) == (
         f"{trained[1][0]}: must have the same settings, but loss was {{'kind': 'logit_adjusted', 'tau': 1.0}} and is now "
         "{'kind': 'logit_adjusted', 'tau': 0.5}; use another --out, or the settings it started with"
@@ -312,9 +312,9 @@ def test_a_checkpoint_of_other_settings_is_refused(
 
 
 def test_weights_of_another_shape_are_refused(
-    warm: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
+    workspace: Workspace, small_clip: str, trained: tuple[Figures, list[Path], Run]
 ) -> None:
-    run = Run(settings(small_clip, tuner__bottleneck=3), warm)
+    run = Run(settings(small_clip, tuner__bottleneck=3), workspace)
     with pytest.raises(BadInput, match=r"next to it: the checkpoint does not fit the model: tuner.adaptformer.0.down"):
         checkpoint.load_weights(trained[1][0], run.model)
 
@@ -357,10 +357,10 @@ def test_evaluate_works_on_a_dataset_with_only_a_test_split(
         evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])
 
 
-def test_a_fraction_of_the_data_is_the_first_images_of_each_class(warm: Workspace, small_clip: str) -> None:
-    whole = Run(settings(small_clip), warm)
-    half = Run(settings(small_clip, optim__data_frac=0.5), warm)
-    least = Run(settings(small_clip, optim__data_frac=0.001, optim__global_batch_size=8), warm)
+def test_a_fraction_of_the_data_is_the_first_images_of_each_class(workspace: Workspace, small_clip: str) -> None:
+    whole = Run(settings(small_clip), workspace)
+    half = Run(settings(small_clip, optim__data_frac=0.5), workspace)
+    least = Run(settings(small_clip, optim__data_frac=0.001, optim__global_batch_size=8), workspace)
     assert half.class_counts.tolist() == [round(n / 2) for n in whole.class_counts.tolist()]
     assert half.steps_per_epoch == whole.steps_per_epoch // 2
     assert least.class_counts.tolist() == [1] * len(whole.class_counts)
@@ -369,10 +369,10 @@ def test_a_fraction_of_the_data_is_the_first_images_of_each_class(warm: Workspac
         assert half.train.rows[half.train.labels == label].tolist() == rows[: len(rows) // 2].tolist()
 
 
-def test_cached_features_are_those_of_the_fraction(warm: Workspace, small_data: str, small_clip: str) -> None:
+def test_cached_features_are_those_of_the_fraction(workspace: Workspace, small_data: str, small_clip: str) -> None:
     own = {"tuner__kind": "linear_probe", "augment__kind": "none"}
-    list(Run(settings(small_clip, **own), warm).epochs())  # keeps those of the whole split
-    found = list(Run(settings(small_clip, **own, optim__data_frac=0.5), warm).epochs())
+    list(Run(settings(small_clip, **own), workspace).epochs())  # keeps those of the whole split
+    found = list(Run(settings(small_clip, **own, optim__data_frac=0.5), workspace).epochs())
     alone = list(Run(settings(small_clip, **own, optim__data_frac=0.5), Workspace(small_data, Ranks.alone())).epochs())
     assert untimed(found) == untimed(alone)
 

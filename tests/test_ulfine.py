@@ -46,14 +46,14 @@ def settings(clip: str, kind: str = "ulfine", **overrides: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def warm() -> Workspace:
+def workspace() -> Workspace:
     return Workspace(DATA, Ranks.alone())
 
 
 @pytest.fixture(scope="module")
-def trained(warm: Workspace, small_clip: str) -> tuple[list[EpochMetrics], Run]:
+def trained(workspace: Workspace, small_clip: str) -> tuple[list[EpochMetrics], Run]:
     """The undisturbed run of ULFine."""
-    run = Run(settings(small_clip), warm)
+    run = Run(settings(small_clip), workspace)
     return list(run.epochs()), run
 
 
@@ -149,9 +149,9 @@ def test_the_loss_of_ulfine_is_the_sum_that_its_docstring_names() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_learns_and_tells_how_good_its_pseudo_labels_are(
-    kind: str, warm: Workspace, small_clip: str, trained: tuple[list[EpochMetrics], Run]
+    kind: str, workspace: Workspace, small_clip: str, trained: tuple[list[EpochMetrics], Run]
 ) -> None:
-    figures = trained[0] if kind == "ulfine" else list(Run(settings(small_clip, kind), warm).epochs())
+    figures = trained[0] if kind == "ulfine" else list(Run(settings(small_clip, kind), workspace).epochs())
     first, last = figures
     assert last["train/accuracy"] > first["train/accuracy"]
     assert 0 < last["unlabelled/pseudo_labels"] <= 96 * 5
@@ -178,16 +178,16 @@ def test_labels_of_unlabelled_images_are_not_used(small_clip: str, trained: tupl
 
 
 def test_a_run_killed_halfway_continues_with_exactly_the_same_prototypes(
-    warm: Workspace, small_clip: str, trained: tuple[list[EpochMetrics], Run], tmp_path: Path
+    workspace: Workspace, small_clip: str, trained: tuple[list[EpochMetrics], Run], tmp_path: Path
 ) -> None:
     figures, whole = trained
-    run = Run(settings(small_clip), warm)
+    run = Run(settings(small_clip), workspace)
     for batch in run.batches():
         run.train_step(batch)
         if run.step == 3:
             break
     run.save(tmp_path / "here")
-    again = Run(settings(small_clip), warm)
+    again = Run(settings(small_clip), workspace)
     again.load(tmp_path / "here")
     rest = list(again.epochs())
     for name, value in stored(whole).items():
@@ -224,14 +224,16 @@ def test_two_workers_have_the_prototypes_and_pseudo_labels_of_one(
 
 
 @pytest.mark.parametrize("tuner", sorted({*TUNERS} - {"batchnorm", "zero_shot"}))
-def test_every_kind_of_tuner_takes_a_step(tuner: str, warm: Workspace, small_clip: str) -> None:
+def test_every_kind_of_tuner_takes_a_step(tuner: str, workspace: Workspace, small_clip: str) -> None:
     overrides = {
         "tuner.kind": tuner,
         "augment.patch_dropout": 0.5,
         "optim.global_batch_size": 32,
         "method.threshold": 0.03,
     }
-    run = Run(RunConfig.model_validate(apply_overrides(settings(small_clip).to_dict(), overrides, RunConfig)), warm)
+    run = Run(
+        RunConfig.model_validate(apply_overrides(settings(small_clip).to_dict(), overrides, RunConfig)), workspace
+    )
     before = stored(run)
     run.train_step(next(run.batches()))
     run.check_finite()
@@ -241,12 +243,12 @@ def test_every_kind_of_tuner_takes_a_step(tuner: str, warm: Workspace, small_cli
 
 
 def test_predictions_use_the_fused_logits_and_the_others_are_reported_next_to_them(
-    warm: Workspace, small_clip: str, trained: tuple[list[EpochMetrics], Run], tmp_path: Path
+    workspace: Workspace, small_clip: str, trained: tuple[list[EpochMetrics], Run], tmp_path: Path
 ) -> None:
     _, run = trained
     found = {}
     for eta, name in ((0.0, "linear"), (1.0, "similarity")):
-        one = Run(settings(small_clip, method__eta=eta), warm)
+        one = Run(settings(small_clip, method__eta=eta), workspace)
         one.model.load_stored(stored(run))
         found[name] = named("test", one.evaluate("test").metrics)
         for metric in ("accuracy", "mean_class_accuracy", "medium", "few"):
@@ -265,18 +267,18 @@ def test_predictions_use_the_fused_logits_and_the_others_are_reported_next_to_th
     assert {k for k in crops if k.startswith("test/")} == {k for k in fused if k.startswith("test/")}
 
 
-def test_a_trial_has_its_posthoc_figures_and_those_of_all_logits(warm: Workspace, small_clip: str) -> None:
-    (figures,) = Run(settings(small_clip, optim__epochs=1), warm, TAUS).epochs()
+def test_a_trial_has_its_posthoc_figures_and_those_of_all_logits(workspace: Workspace, small_clip: str) -> None:
+    (figures,) = Run(settings(small_clip, optim__epochs=1), workspace, TAUS).epochs()
     assert {"validation/posthoc_tau", "validation/few_linear", "unlabelled/recall_few"} <= set(figures.flat())
 
 
-def test_text_prototypes_stay_where_they_are_with_mu_0(warm: Workspace, small_clip: str) -> None:
-    run = Run(settings(small_clip, method__mu=0.0), warm)
+def test_text_prototypes_stay_where_they_are_with_mu_0(workspace: Workspace, small_clip: str) -> None:
+    run = Run(settings(small_clip, method__mu=0.0), workspace)
     before = run.model.head.prototypes.clone()
     run.train_step(next(run.batches()))
     assert torch.equal(run.model.head.prototypes, before)
     assert torch.allclose(
-        before, run.workspace.backbone(run.config).semantic_weights(warm.dataset.class_names, "a photo of a {}.")
+        before, run.workspace.backbone(run.config).semantic_weights(workspace.dataset.class_names, "a photo of a {}.")
     )
 
 

@@ -38,13 +38,13 @@ def settings(clip: str, **overrides: Any) -> RunConfig:
 
 
 @pytest.fixture
-def warm(small_data: str) -> Workspace:
+def workspace(small_data: str) -> Workspace:
     return Workspace(small_data, Ranks.alone())
 
 
-def trained(warm: Workspace, config: RunConfig) -> list[dict[str, float]]:
+def trained(workspace: Workspace, config: RunConfig) -> list[dict[str, float]]:
     keep = ("train/loss", "validation/loss", "validation/accuracy", "validation/mean_class_accuracy")
-    return [{name: figures[name] for name in keep} for figures in Run(config, warm).epochs()]
+    return [{name: figures[name] for name in keep} for figures in Run(config, workspace).epochs()]
 
 
 def assert_near(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float = 1e-5) -> None:
@@ -65,41 +65,41 @@ def assert_near(one: list[dict[str, float]], other: list[dict[str, float]], tole
     ids=str,
 )
 def test_kept_activations_of_frozen_blocks_give_the_same_figures(
-    warm: Workspace, small_clip: str, changes: dict[str, Any]
+    workspace: Workspace, small_clip: str, changes: dict[str, Any]
 ) -> None:
-    kept = trained(warm, settings(small_clip, **changes))
-    assert len(warm.cache)
-    fresh = Workspace(warm.dataset.uri, Ranks.alone())
+    kept = trained(workspace, settings(small_clip, **changes))
+    assert len(workspace.cache)
+    fresh = Workspace(workspace.dataset.uri, Ranks.alone())
     assert_near(trained(fresh, settings(small_clip, backbone__cache_gib=0.0, **changes)), kept)
     assert not len(fresh.cache)
 
 
 def test_a_second_run_reads_no_image_when_nothing_in_the_tower_is_tuned(
-    warm: Workspace, small_clip: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, small_clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = trained(warm, settings(small_clip, tuner__kind="linear_probe"))
+    first = trained(workspace, settings(small_clip, tuner__kind="linear_probe"))
     monkeypatch.setattr(RowReader, "read", lambda *_: pytest.fail("an image was read"))
-    assert_near(trained(warm, settings(small_clip, tuner__kind="linear_probe")), first, 0)
+    assert_near(trained(workspace, settings(small_clip, tuner__kind="linear_probe")), first, 0)
     with pytest.raises(pytest.fail.Exception):
-        trained(warm, settings(small_clip, tuner__kind="lora"))
+        trained(workspace, settings(small_clip, tuner__kind="lora"))
 
 
-def test_nothing_is_kept_for_tuned_blocks_and_for_images_that_change(warm: Workspace, small_clip: str) -> None:
-    trained(warm, settings(small_clip))
-    assert not len(warm.cache)
-    trained(warm, settings(small_clip, tuner__kind="linear_probe", augment__kind="mda"))
-    assert [key[-3] for key in warm.cache] == ["validation"]
+def test_nothing_is_kept_for_tuned_blocks_and_for_images_that_change(workspace: Workspace, small_clip: str) -> None:
+    trained(workspace, settings(small_clip))
+    assert not len(workspace.cache)
+    trained(workspace, settings(small_clip, tuner__kind="linear_probe", augment__kind="mda"))
+    assert [key[-3] for key in workspace.cache] == ["validation"]
 
 
 def test_a_linear_probe_from_kept_features_runs_no_block_of_the_tower(
-    small_clip: str, warm: Workspace, monkeypatch: pytest.MonkeyPatch
+    small_clip: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """benchmarks/kept_features.py measures how much faster that is."""
     ran: list[Block] = []
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *args: (ran.append(self), forward(self, *args))[1])
     for cache_gib in (0.0, 2.0):
-        own = Workspace(warm.dataset.uri, Ranks.alone())
+        own = Workspace(workspace.dataset.uri, Ranks.alone())
         run = Run(settings(small_clip, tuner__kind="linear_probe", backbone__cache_gib=cache_gib), own)
         run.train_epoch()  # keeps the features
         assert ran
@@ -109,9 +109,9 @@ def test_a_linear_probe_from_kept_features_runs_no_block_of_the_tower(
 
 
 @pytest.mark.parametrize("init", ["class_mean", "linear_probe"])
-def test_a_classifier_can_start_from_the_features(warm: Workspace, init: str) -> None:
-    run = Run(settings("embedded:lift-tiny", head__init=init), warm)
-    chance = Run(settings("embedded:lift-tiny", head__init="random"), warm).evaluate("validation")
+def test_a_classifier_can_start_from_the_features(workspace: Workspace, init: str) -> None:
+    run = Run(settings("embedded:lift-tiny", head__init=init), workspace)
+    chance = Run(settings("embedded:lift-tiny", head__init="random"), workspace).evaluate("validation")
     assert run.evaluate("validation").metrics["mean_class_accuracy"] > 0.3 + chance.metrics["mean_class_accuracy"]
     assert torch.allclose(run.model.head.weight.norm(dim=1), torch.ones(8))
 
@@ -123,9 +123,9 @@ def test_the_first_images_of_each_class_are_taken() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adaptformer", "linear_probe"])
-def test_parts_of_a_batch_add_up_to_the_batch(warm: Workspace, small_clip: str, kind: str) -> None:
-    whole = trained(warm, settings(small_clip, tuner__kind=kind))
-    assert_near(trained(warm, settings(small_clip, tuner__kind=kind, optim__accumulate=3)), whole)
+def test_parts_of_a_batch_add_up_to_the_batch(workspace: Workspace, small_clip: str, kind: str) -> None:
+    whole = trained(workspace, settings(small_clip, tuner__kind=kind))
+    assert_near(trained(workspace, settings(small_clip, tuner__kind=kind, optim__accumulate=3)), whole)
 
 
 def test_parts_cover_a_batch_once() -> None:
@@ -136,13 +136,13 @@ def test_parts_cover_a_batch_once() -> None:
             assert len(parts) == min(size, number)
 
 
-def test_computing_activations_again_changes_nothing(warm: Workspace, small_clip: str) -> None:
-    once = trained(warm, settings(small_clip))
-    assert_near(trained(warm, settings(small_clip, backbone__checkpointing=True)), once)
+def test_computing_activations_again_changes_nothing(workspace: Workspace, small_clip: str) -> None:
+    once = trained(workspace, settings(small_clip))
+    assert_near(trained(workspace, settings(small_clip, backbone__checkpointing=True)), once)
 
 
 def test_a_compiled_run_gives_the_same_figures(
-    warm: Workspace, small_clip: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, small_clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.nn.Module] = []
     traced = functools.partial(
@@ -156,14 +156,14 @@ def test_a_compiled_run_gives_the_same_figures(
     monkeypatch.setattr(torch, "compile", compiler)
     plain = settings(small_clip, optim__epochs=1, optim__global_batch_size=48)
     compiled = apply_overrides(plain.to_dict(), {"backbone.compile": True}, RunConfig)
-    assert_near(trained(warm, RunConfig.model_validate(compiled)), trained(warm, plain), 1e-4)
+    assert_near(trained(workspace, RunConfig.model_validate(compiled)), trained(workspace, plain), 1e-4)
     assert len(asked) == 1
 
 
-def test_images_grow_over_the_run_in_whole_patches(warm: Workspace, small_clip: str) -> None:
+def test_images_grow_over_the_run_in_whole_patches(workspace: Workspace, small_clip: str) -> None:
     assert [growing_px(24, 48, 8, epoch, 4) for epoch in range(4)] == [24, 32, 40, 48]
     assert growing_px(24, 48, 8, 0, 1) == 48
-    run = Run(settings(small_clip, augment__kind="mda", augment__start_px=16, optim__epochs=3), warm)
+    run = Run(settings(small_clip, augment__kind="mda", augment__start_px=16, optim__epochs=3), workspace)
     tokens: list[int] = []
     run.model.tower.blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
     for _ in range(3):
@@ -172,50 +172,51 @@ def test_images_grow_over_the_run_in_whole_patches(warm: Workspace, small_clip: 
 
 
 def test_five_crops_are_the_corners_and_the_center_and_their_logits_are_averaged(
-    warm: Workspace, small_clip: str, tmp_path: Path
+    workspace: Workspace, small_clip: str, tmp_path: Path
 ) -> None:
-    split = warm.dataset.split("test")
-    encoded = warm.reader(split).read(np.arange(1))[0]
+    split = workspace.dataset.split("test")
+    encoded = workspace.reader(split).read(np.arange(1))[0]
     crops = five_crops(encoded, 32)
     assert crops.shape == (5, 32, 32, 3)
     assert len({crop.tobytes() for crop in crops}) == 5
-    run = Run(settings(small_clip, evaluation__tte=True), warm)
+    run = Run(settings(small_clip, evaluation__tte=True), workspace)
     with torch.inference_mode():
         logits = torch.cat([batch.logits for batch in run.predictor.logits(split)])
         pixels = torch.from_numpy(
-            np.stack([five_crops(data, 32) for data in warm.reader(split).read(np.arange(24))])
+            np.stack([five_crops(data, 32) for data in workspace.reader(split).read(np.arange(24))])
         ).movedim(-1, -3)
         std, mean = (
-            torch.tensor(v).view(3, 1, 1) for v in (warm.backbone(run.config).std, warm.backbone(run.config).mean)
+            torch.tensor(v).view(3, 1, 1)
+            for v in (workspace.backbone(run.config).std, workspace.backbone(run.config).mean)
         )
         by_hand = torch.stack([run.model((pixels[:, i] / 255 - mean) / std) for i in range(5)]).mean(0)
     assert torch.allclose(logits, by_hand, atol=1e-4)
     run.save(tmp_path / "run")
-    plain = Run(settings(small_clip), warm)
+    plain = Run(settings(small_clip), workspace)
     plain.save(tmp_path / "plain")
     asked, own = (
-        evaluate_checkpoint(tmp_path / name, warm.dataset.uri, "test", tte=name == "plain")[0][0]["test/loss"]
+        evaluate_checkpoint(tmp_path / name, workspace.dataset.uri, "test", tte=name == "plain")[0][0]["test/loss"]
         for name in ("plain", "run")
     )
     assert asked == pytest.approx(own, abs=1e-5) != plain.evaluate("test").metrics["loss"]
 
 
 def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logits(
-    warm: Workspace, small_clip: str
+    workspace: Workspace, small_clip: str
 ) -> None:
-    run = Run(settings(small_clip, optim__lr=0.02), warm)
+    run = Run(settings(small_clip, optim__lr=0.02), workspace)
     run.train_epoch()
-    found = evaluate(run.predictor, warm.dataset.split("test"), [0.0, 1.0, 100.0])
+    found = evaluate(run.predictor, workspace.dataset.split("test"), [0.0, 1.0, 100.0])
     none, one, many = (at_tau.metrics for at_tau in found.at_tau)
     assert many["accuracy"] == pytest.approx(1 / 8)  # all in the rarest class
     assert none["loss"] != one["loss"]
-    own = Run(settings(small_clip, optim__lr=0.02, evaluation__posthoc_tau=1.0), warm)
+    own = Run(settings(small_clip, optim__lr=0.02, evaluation__posthoc_tau=1.0), workspace)
     own.train_epoch()
     assert own.evaluate("test").metrics == pytest.approx(one, abs=1e-6)
 
 
-def test_a_random_crop_with_flip_is_decided_by_its_draw(warm: Workspace) -> None:
-    encoded = warm.reader(warm.dataset.split("train")).read(np.arange(1))[0]
+def test_a_random_crop_with_flip_is_decided_by_its_draw(workspace: Workspace) -> None:
+    encoded = workspace.reader(workspace.dataset.split("train")).read(np.arange(1))[0]
     draws = np.random.default_rng(0).random((40, 3))
     once, again = ([training_image(encoded, 16, partial(any_crop, draw=draw)) for draw in draws] for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
@@ -224,18 +225,18 @@ def test_a_random_crop_with_flip_is_decided_by_its_draw(warm: Workspace) -> None
 
 
 def test_a_checkpoint_of_other_classes_or_another_tower_is_refused(
-    warm: Workspace, small_clip: str, tmp_path: Path
+    workspace: Workspace, small_clip: str, tmp_path: Path
 ) -> None:
-    run = Run(settings(small_clip), warm)
+    run = Run(settings(small_clip), workspace)
     run.save(tmp_path / "one")
     record = checkpoint.read_record(tmp_path / "one")
     record.class_names[0] = "unicorn"
     with pytest.raises(
         BadInput, match=r"must have the same classes, but it has 8 classes and the dataset 8, which differ in "
     ):
-        checkpoint.check_same(tmp_path / "one", record, run.config.to_dict(), warm.dataset.class_names)
+        checkpoint.check_same(tmp_path / "one", record, run.config.to_dict(), workspace.dataset.class_names)
     with pytest.raises(BadInput, match="must have the same settings, but backbone was"):
-        Run(settings("embedded:lift-tiny"), warm).load(tmp_path / "one")
+        Run(settings("embedded:lift-tiny"), workspace).load(tmp_path / "one")
 
 
 def test_the_cache_computes_an_entry_once_and_counts_all_of_them() -> None:
