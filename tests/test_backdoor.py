@@ -33,7 +33,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import label_prior as priors
 from lift_ray.training.label_prior import label_prior, loss_of
-from lift_ray.training.predictor import Predictor
+from lift_ray.training.predictor import SplitPredictor
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -71,7 +71,7 @@ def alone(folder: str, workspace: Workspace, split: str = "test") -> torch.Tenso
     from lift_ray.training import checkpoint
 
     record = checkpoint.read_record(Path(folder))
-    model = Predictor(RunConfig.model_validate(record.config), workspace, record.class_counts)
+    model = SplitPredictor(RunConfig.model_validate(record.config), workspace, record.class_counts)
     checkpoint.load_weights(Path(folder), model)
     with torch.inference_mode():
         return torch.cat([batch.logits for batch in model.logits(workspace.dataset.split(split))])

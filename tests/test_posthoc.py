@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lift_ray.evaluation.accumulator import TauGrid, halves_of
+from lift_ray.evaluation.accumulator import TauGrid, halves_of, shift_of
 
 COUNTS = np.array([100, 10, 1])
 TAUS = [0.0, 0.5, 1.0]
@@ -58,6 +58,14 @@ def test_a_clear_best_has_no_optimism_and_a_class_without_images_counts_for_noth
     logits = torch.tensor([[5.0, 0, 0]] * 2 + [[3.0, 0, 1.0]] * 2)
     found = counted(logits, labels, 4)
     assert found == {"posthoc_tau": 0.5, "posthoc_mean_class_accuracy": 1.0, "posthoc_optimism": 0.0}
+
+
+def test_without_an_adjustment_a_class_without_training_images_changes_nothing() -> None:
+    logits, labels = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]), torch.tensor([1, 0])
+    grid = TauGrid([0.0], np.array([5, 0, 2]), torch.device("cpu"))
+    grid.add(logits, labels, torch.zeros(2, dtype=torch.int64))
+    assert grid.result()["posthoc_mean_class_accuracy"] == 1
+    assert shift_of(0.0, np.array([5, 0, 2])).tolist() == [0, 0, 0]
 
 
 def test_each_class_is_split_evenly() -> None:

@@ -17,8 +17,9 @@ from lift_ray.data.resolutions import View, view_batches
 from lift_ray.ensembles.combine import COMBINE
 from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.errors import BadInput
+from lift_ray.evaluation.accumulator import log_prior_of, shift_of
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
-from lift_ray.evaluation.evaluator import LogitBatch, log_prior_of
+from lift_ray.evaluation.evaluator import LogitBatch
 from lift_ray.evaluation.metrics import PerClass
 from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
 from lift_ray.model.heads import over_crops
@@ -27,7 +28,7 @@ from lift_ray.settings.losses import LossConfig
 from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.label_prior import fitted, label_prior, zero_shot
-from lift_ray.training.predictor import Predictor
+from lift_ray.training.predictor import SplitPredictor
 from lift_ray.training.workspace import Workspace
 
 
@@ -45,7 +46,7 @@ class Ensemble:
 
     branches: Sequence[str] = ()
 
-    def __init__(self, models: Mapping[str, Predictor]) -> None:
+    def __init__(self, models: Mapping[str, SplitPredictor]) -> None:
         first = next(iter(models.values()))
         self.workspace, self.ranks, self.class_counts = first.workspace, first.ranks, first.class_counts
         self.models, self.in_use = dict(models), len(models)
@@ -105,14 +106,14 @@ class Ensemble:
         Args:
             tau: strength of the post-hoc adjustment of their logits.
         """
-        shift = tau * log_prior_of(self.class_counts).to(self.ranks.device)
+        shift = shift_of(tau, self.class_counts).to(self.ranks.device)
         return GroupGainTable(list(self.models)[: self.in_use], shift)
 
     @cached_property
     def parameter_groups(self) -> tuple[NDArray[np.str_] | None, str]:
         """Return the parameter group of each class, many, medium or few, (K,), and ""; or None and the reason.
 
-        It follows from the mean label prior of the foundation models that have a text tower.
+        It follows from the mean label prior of the foundation models that have a text tower. All ranks must ask for it together.
         """
         models = {}
         for model in self.models.values():
@@ -129,7 +130,7 @@ class Ensemble:
         return thirds(mean_prior(priors)), ""
 
     def report(self, split_name: str, per_class: PerClass, table: GroupGainTable) -> dict[str, Any]:
-        """Return the report of an evaluation, for JSON (GroupGainTable.result).
+        """Return the report of an evaluation, for JSON (GroupGainTable.result). All ranks must call it together.
 
         Args:
             per_class: counts of the ensemble.
@@ -140,7 +141,10 @@ class Ensemble:
         return found | ({"no_parameter_groups": why_not} if why_not else {})
 
     def per_class_rows(self, per_class: PerClass) -> list[dict[str, Any]]:
-        """Return a row for each class from the counts of an evaluation, with its parameter group if that is known."""
+        """Return a row for each class from the counts of an evaluation, with its parameter group if that is known.
+
+        All ranks must call it together.
+        """
         rows = next(iter(self.models.values())).per_class_rows(per_class)
         groups, _ = self.parameter_groups
         if groups is None:
@@ -160,10 +164,10 @@ class Gla:
     Raises BadInput for a backbone without a text tower, and if no prior can be fitted.
     """
 
-    def __init__(self, models: Sequence[Predictor]) -> None:
+    def __init__(self, models: Sequence[SplitPredictor]) -> None:
         self.priors: list[Prior] = [label_prior(model.workspace, model.config) for model in models]
         self.zero_shot = [
-            Predictor(zero_shot(model.config), model.workspace, model.class_counts.tolist()) for model in models
+            SplitPredictor(zero_shot(model.config), model.workspace, model.class_counts.tolist()) for model in models
         ]
         parts = list(logits_of(models, models[0].workspace.dataset.split("validation")))
         labels = torch.cat([labels for _, labels in parts])
@@ -192,7 +196,7 @@ def prior_left(loss: LossConfig) -> float:
     return left(loss) if callable(left) else left
 
 
-def logits_of(models: Sequence[Predictor], split: Split) -> Iterator[tuple[list[Tensor], Tensor]]:
+def logits_of(models: Sequence[SplitPredictor], split: Split) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Yield, for this rank's part of a split, fp32 logits (B, K) of each model on the first one's device, and labels (B,)."""
     first = models[0].ranks
     views = [View(model.lift.tower.resolution_px, model.config.evaluation.tte) for model in models]
@@ -219,17 +223,17 @@ def logits_of(models: Sequence[Predictor], split: Split) -> Iterator[tuple[list[
 
 def model_of(
     config: RunConfig, workspaces: Sequence[Workspace], class_counts: list[int] | None = None
-) -> Predictor | Ensemble:
+) -> SplitPredictor | Ensemble:
     """Build the model of any method; a single model is on the first device, the members of an ensemble on the devices in turn."""
     if not isinstance(config.method, BackdoorConfig):
-        return Predictor(config, workspaces[0], class_counts)
+        return SplitPredictor(config, workspaces[0], class_counts)
     members = zip(config.members().items(), itertools.cycle(workspaces), strict=False)
     return ensemble_of(
-        config.method, {name: Predictor(member, workspace, class_counts) for (name, member), workspace in members}
+        config.method, {name: SplitPredictor(member, workspace, class_counts) for (name, member), workspace in members}
     )
 
 
-def ensemble_of(method: BackdoorConfig, models: Mapping[str, Predictor]) -> Ensemble:
+def ensemble_of(method: BackdoorConfig, models: Mapping[str, SplitPredictor]) -> Ensemble:
     """Return the members of `method: backdoor` as one model."""
     out = Ensemble(models)
     out.set_combination(method.combine, [method.weights.get(name, 1.0) for name in models])

@@ -15,7 +15,7 @@ from torch import Tensor
 from lift_ray.data.dataset import Split
 from lift_ray.data.order import rank_slice
 from lift_ray.epoch_metrics import ACCURACIES, Metrics
-from lift_ray.evaluation.accumulator import MetricAccumulator, PredictionCollector, TauGrid, halves_of
+from lift_ray.evaluation.accumulator import MetricAccumulator, PredictionCollector, TauGrid, halves_of, shift_of
 from lift_ray.evaluation.metrics import PerClass
 from lift_ray.methods.world import Ranks
 
@@ -120,17 +120,17 @@ def evaluate(
     """
     began, ranks = time.monotonic(), model.ranks
     num_classes, mine = len(model.class_counts), rank_slice(split.num_samples, ranks.rank, ranks.world_size)
-    log_prior = log_prior_of(model.class_counts).to(ranks.device)
 
     def collector() -> PredictionCollector | None:
         return PredictionCollector(split.num_samples, mine.start, ranks.device) if predictions else None
 
-    # Without an adjustment the prior is not used: it is infinite for a class without training images.
-    shifts = [tau * log_prior if tau else torch.zeros_like(log_prior) for tau in taus]
+    shifts = [shift_of(tau, model.class_counts).to(ranks.device) for tau in taus]
     adjusted = [_Adjusted(shift, MetricAccumulator(num_classes, ranks.device), collector()) for shift in shifts]
     branches = _Branches({name: MetricAccumulator(num_classes, ranks.device) for name in model.branches})
-    halves = torch.from_numpy(halves_of(split.labels)[mine]).to(ranks.device)
-    grids = [_Grid(TauGrid(tau_grid, model.class_counts, ranks.device), halves)] if tau_grid else []
+    grids = []
+    if tau_grid:
+        halves = torch.from_numpy(halves_of(split.labels)[mine]).to(ranks.device)
+        grids = [_Grid(TauGrid(tau_grid, model.class_counts, ranks.device), halves)]
     every: list[Counter] = [*adjusted, branches, *grids, *counters]
     done = 0
     with torch.inference_mode():
@@ -145,11 +145,6 @@ def evaluate(
     of_branches = branches.result(model.class_counts)
     results = [counts.result(model.class_counts, of_branches) for counts in adjusted]
     return Evaluation(results, grids[0].grid.result() if grids else {}, time.monotonic() - began)
-
-
-def log_prior_of(class_counts: NDArray[np.int64]) -> Tensor:
-    """Return the logarithm of the fraction of training images of each class, (K,) in fp32."""
-    return torch.from_numpy(np.log(class_counts / class_counts.sum())).float()
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lift_ray.data.dataset import Dataset
 from lift_ray.errors import BadInput
+from lift_ray.evaluation.accumulator import shift_of
 from lift_ray.evaluation.cpu_parallel import batch_size
 from lift_ray.methods.world import Ranks
 from lift_ray.model.heads import over_crops
@@ -68,8 +69,7 @@ class Classifier:
         self.model.eval().requires_grad_(False)
         self._predict = self._workspace.forward(self.config, self.model)
         counts = np.array(self.record.class_counts)
-        log_prior = torch.from_numpy(np.log(counts / counts.sum())).float().to(ranks.device)
-        self.offset = self.config.evaluation.posthoc_tau * log_prior
+        self.offset = shift_of(self.config.evaluation.posthoc_tau, counts).to(ranks.device)
         """(K,), subtracted from the logits (post-hoc adjustment)."""
 
     @property

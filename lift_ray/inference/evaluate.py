@@ -23,7 +23,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import ScaleConfig
 from lift_ray.training import checkpoint
-from lift_ray.training.predictor import Predictor
+from lift_ray.training.predictor import SplitPredictor
 from lift_ray.training.workspace import Workspace
 
 
@@ -117,7 +117,9 @@ def _evaluate(request: EvaluationRequest, ranks: Ranks) -> Evaluated:
     return Evaluated([named(request.split, one.metrics) | shared for one in found.at_tau], rows, report)
 
 
-def _trained(where: str, workspaces: list[Workspace], tte: bool) -> tuple[Predictor | Ensemble, list[EpochMetrics]]:
+def _trained(
+    where: str, workspaces: list[Workspace], tte: bool
+) -> tuple[SplitPredictor | Ensemble, list[EpochMetrics]]:
     """Return the model of a checkpoint, and the metrics of its epochs."""
     with checkpoint.opened(where) as folder:
         record = checkpoint.read_record(folder)
@@ -129,11 +131,11 @@ def _trained(where: str, workspaces: list[Workspace], tte: bool) -> tuple[Predic
     return model, [EpochMetrics.of(flat) for flat in record.history]
 
 
-def _together(models: list[Predictor | Ensemble], request: EvaluationRequest) -> Predictor | Ensemble:
+def _together(models: list[SplitPredictor | Ensemble], request: EvaluationRequest) -> SplitPredictor | Ensemble:
     """Return the model itself if there is one, or an ensemble of all models."""
     singles = {}
     for where, model in zip(request.checkpoints, models, strict=True):
-        if isinstance(model, Predictor):
+        if isinstance(model, SplitPredictor):
             singles[where] = model
         elif len(models) > 1:
             raise BadInput(

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from lift_ray.epoch_metrics import MAIN_METRIC, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import class_groups
-from lift_ray.storage.layout import BEST, PER_CLASS, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
+from lift_ray.storage.layout import BEST, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
 
-FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}", f"{BEST}/{PER_CLASS}")
+FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}")
 BEST_FOUND = "best found"
 COPY_AGAIN = "copy the folder again"
 DEFAULT_OBJECTIVES = {MAIN_METRIC: "max"}

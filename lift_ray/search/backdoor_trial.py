@@ -9,6 +9,7 @@ from pathlib import Path
 from lift_ray.ensembles.ensemble import ensemble_of
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.evaluation.evaluator import evaluate
+from lift_ray.evaluation.metrics import PerClass, per_class_rows
 from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import TAUS
@@ -51,11 +52,11 @@ class BackdoorTrial:
 
     def __init__(self, config: RunConfig, method: BackdoorConfig, workspace: Workspace, output: Output) -> None:
         self.config, self.workspace, self.output, self.ranks = config, workspace, output, workspace.ranks
-        self.runs = [Run(member, workspace) for member in config.members().values()]
-        names = config.members()
-        self.predictor = ensemble_of(method, {name: run.predictor for name, run in zip(names, self.runs, strict=True)})
+        self.runs = {name: Run(member, workspace) for name, member in config.members().items()}
+        self.predictor = ensemble_of(method, {name: run.predictor for name, run in self.runs.items()})
         self.epoch = 0
         self.history: list[EpochMetrics] = []
+        self.per_class: PerClass | None = None
         self.callback: Callback = lambda at, evaluated=0.0: None
 
     @property
@@ -73,7 +74,7 @@ class BackdoorTrial:
 
         Raises Diverged if the loss of a model is not finite.
         """
-        for run in self.runs[self.epoch :]:
+        for run in list(self.runs.values())[self.epoch :]:
             began = time.monotonic()
             seconds = self._join(run)
             self.epoch += 1
@@ -84,6 +85,7 @@ class BackdoorTrial:
                 [self.config.evaluation.posthoc_tau],
                 callback=lambda fraction: self.callback(self, fraction),
             )
+            self.per_class = validation.at_tau[0].per_class
             self.history.append(
                 EpochMetrics(
                     self.epoch,
@@ -114,7 +116,9 @@ class BackdoorTrial:
         """Write a checkpoint of the models that are there, which are the same on every rank. Raises OSError."""
         counts = self.predictor.class_counts
         record = checkpoint.record_of(self.config, self.workspace.dataset, counts, self.history, self.epoch)
-        checkpoint.save(folder, self.predictor.stored(), record)
+        names = self.workspace.dataset.class_names
+        rows = per_class_rows(names, counts, *self.per_class) if self.per_class else []
+        checkpoint.save(folder, self.predictor.stored(), record, per_class=rows)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of the same settings. Raises BadInput that names the first setting that differs."""

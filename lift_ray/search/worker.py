@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from lift_ray.ensembles.ensemble import Ensemble, model_of
-from lift_ray.epoch_metrics import named
+from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.evaluation.evaluator import evaluate
 from lift_ray.methods.world import Ranks, join_group
@@ -118,17 +118,22 @@ class Worker:
         trial = trial_of(RunConfig.model_validate(job.config), workspace, self._output)
         trial.callback = self._callback(workspace)
         checkpoints = CheckpointManager(self._output, POLICY, trial_checkpoints(job.number))
-        times: dict[str, float] = {}
+        times = {"begin_s": 0.0, "load_s": 0.0}
+
+        def complete(metrics: EpochMetrics) -> EpochMetrics:
+            seconds = {**metrics.seconds, **times}
+            times.update(begin_s=0.0, load_s=0.0)
+            return replace(metrics, seconds=seconds, num_epochs=trial.num_epochs)
+
         try:
-            for event in trained_epochs(trial, checkpoints):
+            for event in trained_epochs(trial, checkpoints, complete):
                 if isinstance(event, RunStarted):
-                    times = {"begin_s": time.monotonic() - began, "load_s": workspace.load_s - self._loaded_s}
+                    times.update(begin_s=time.monotonic() - began, load_s=workspace.load_s - self._loaded_s)
                     self._opened_s, self._loaded_s = 0.0, workspace.load_s
                     yield event
                     continue
-                seconds = {**event.metrics.seconds, **times, "save_s": checkpoints.save_s}
-                times = dict.fromkeys(times, 0.0)
-                metrics = replace(event.metrics, seconds=seconds, num_epochs=trial.num_epochs)
+                metrics = replace(event.metrics, seconds={**event.metrics.seconds, "save_s": checkpoints.save_s})
+                trial.history[-1] = metrics
                 if self._gauges is not None:
                     self._gauges.epoch_done(metrics)
                 yield EpochEnded(metrics, event.checkpoint)

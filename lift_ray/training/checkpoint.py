@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safetensors import SafetensorError
 
 import lift_ray
-from lift_ray.epoch_metrics import EpochMetrics, named
+from lift_ray.epoch_metrics import POSTHOC, EpochMetrics, named
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import write_per_class
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
@@ -48,7 +48,7 @@ class Record:
         class_counts: (K,), training images of each class.
         epoch: number of finished epochs, evaluation included.
         step: number of finished steps since the start of the run, including those of an unfinished epoch.
-        metrics: metrics of the last evaluation, by `split/name`.
+        metrics: validation metrics of the last finished epoch, by `validation/name`.
         history: figures of every finished epoch.
         seconds: seconds spent in the unfinished epoch, by the name of the figure.
         scaler: state of the loss scaling, in fp16 only.
@@ -60,7 +60,7 @@ class Record:
     class_names: list[str]
     class_counts: list[int]
     epoch: int
-    step: int
+    step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,9 +75,9 @@ def record_of(
     class_counts: NDArray[np.int64],
     history: Sequence[EpochMetrics],
     epoch: int,
-    step: int = 0,
+    **state: Any,
 ) -> Record:
-    """Return the description of a run. Arguments as in `Record`; config is resolved."""
+    """Return the description of a training. Arguments as in `Record`; `state` has its step, seconds and scaler."""
     last = history[-1].validation if history else {}
     return Record(
         config=config.to_dict(),
@@ -86,9 +86,9 @@ def record_of(
         class_names=list(dataset.class_names),
         class_counts=class_counts.tolist(),
         epoch=epoch,
-        step=step,
-        metrics=named("validation", last),
+        metrics=named("validation", {name: last[name] for name in last if name not in POSTHOC}),
         history=[metrics.flat() for metrics in history],
+        **state,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lift_ray.epoch_metrics import MAIN, EpochMetrics
 from lift_ray.storage.layout import CHECKPOINTS, FINAL_CHECKPOINT, RECORD
 from lift_ray.storage.output import Output
-from lift_ray.training.run import Trainable
+from lift_ray.training.run import Training
 
 NAME = re.compile(r"epoch-\d{4,}(-step-\d{6,})?")
 
@@ -50,7 +50,7 @@ class CheckpointManager:
         self._saved_at = time.monotonic()
         self._names: list[str] = []
 
-    def restore(self, run: Trainable) -> None:
+    def restore(self, run: Training) -> None:
         """Load the last checkpoint, the same on every rank, if there is one. Raises BadInput."""
         last = ""
         if run.ranks.is_first:
@@ -65,13 +65,13 @@ class CheckpointManager:
             with self.output.fetched(f"{self.folder}/{last}") as folder:
                 run.load(folder)
 
-    def due(self, run: Trainable) -> bool:
+    def due(self, run: Training) -> bool:
         """Return True if this rank is to save a checkpoint after this step."""
         every = self.policy.every_steps
         in_steps = every is not None and run.step % every == 0
         return run.ranks.is_first and (in_steps or time.monotonic() - self._saved_at >= self.policy.every_s)
 
-    def save(self, run: Trainable) -> str:
+    def save(self, run: Training) -> str:
         """Write a checkpoint of the current state, delete those that are no longer needed, and return its name.
 
         Any rank may call it, because all have the same state. Raises RunFailed if it cannot be written; previous checkpoints are
@@ -91,7 +91,7 @@ class CheckpointManager:
         self.save_s = self._saved_at - began
         return name
 
-    def finish(self, run: Trainable) -> None:
+    def finish(self, run: Training) -> None:
         """Write OUT/checkpoint, the trained model. Raises RunFailed if it cannot be written."""
         with self.output.staged(FINAL_CHECKPOINT, last=RECORD) as folder:
             run.save(folder)

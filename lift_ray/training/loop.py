@@ -13,7 +13,7 @@ from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.methods.world import Ranks
 from lift_ray.training.checkpoint_manager import CheckpointManager
 from lift_ray.training.events import EpochEnded, Event, RunStarted, StepsDone, TestEnded
-from lift_ray.training.run import Position, Run, Trainable
+from lift_ray.training.run import Position, Run, Training
 
 TELL_EVERY_S = 1.0
 GIB = 2**30
@@ -30,8 +30,15 @@ class StopAsked(Exception):
     checkpoint = ""
 
 
-def trained_epochs(run: Trainable, checkpoints: CheckpointManager) -> Iterator[RunStarted | EpochEnded]:
+def trained_epochs(
+    run: Training,
+    checkpoints: CheckpointManager,
+    complete: Callable[[EpochMetrics], EpochMetrics] = lambda metrics: metrics,
+) -> Iterator[RunStarted | EpochEnded]:
     """Train from the last checkpoint to the last epoch, and yield the events; each epoch is saved before its event.
+
+    Args:
+        complete: adds to the metrics of an epoch before they are saved.
 
     Raises:
         BadInput: the checkpoint does not fit.
@@ -49,7 +56,8 @@ def trained_epochs(run: Trainable, checkpoints: CheckpointManager) -> Iterator[R
         run.num_trained,
     )
     for metrics in run.epochs():
-        yield EpochEnded(metrics, checkpoints.save(run) if run.ranks.is_first else "")
+        run.history[-1] = complete(metrics)
+        yield EpochEnded(run.history[-1], checkpoints.save(run) if run.ranks.is_first else "")
 
 
 def train(
@@ -76,6 +84,8 @@ def train(
     try:
         for event in trained_epochs(run, checkpoints):
             tell(event)
+            if isinstance(event, RunStarted):
+                progress.start(run)
         if "test" in run.workspace.dataset.splits:
             found = run.evaluate("test")
             tell(TestEnded(EpochMetrics(run.epoch, test=found.metrics, seconds={"evaluate_s": found.seconds})))
@@ -97,6 +107,10 @@ class StepCallback:
         self._told_at = time.monotonic()
         self._told: tuple[Position, int, int, dict[str, float]] | None = None  # run, epoch, step, seconds
 
+    def start(self, run: Run) -> None:
+        """Leave the steps that the run has done so far out of its next event."""
+        self._told = (run, run.epoch, run.step, dict(run.seconds))
+
     def __call__(self, at: Position, evaluated: float = 0.0) -> None:
         """Report progress if it is time to. Raises StopAsked."""
         if reason := self.stop_asked():
@@ -111,7 +125,7 @@ class StepCallback:
         first, before = 0, dict.fromkeys(run.seconds, 0.0)
         if self._told is not None and self._told[0] is run and self._told[1] == run.epoch:
             _, _, first, before = self._told
-        self._told = (run, run.epoch, run.step, dict(run.seconds))
+        self.start(run)
         if run.step <= first:
             return {}
         seconds = {name: value - before[name] for name, value in run.seconds.items()}

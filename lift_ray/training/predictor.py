@@ -21,7 +21,7 @@ from lift_ray.settings.run import RunConfig
 from lift_ray.training.workspace import Workspace, autocast
 
 
-class Predictor:
+class SplitPredictor:
     """A single model that gives logits for whole splits.
 
     Args:

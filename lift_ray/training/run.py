@@ -23,11 +23,11 @@ from lift_ray.settings.run import NoAugmentConfig, RunConfig
 from lift_ray.settings.run_file import batch_fault
 from lift_ray.training import checkpoint
 from lift_ray.training.batches import Batches, Inputs, cached_batches, image_batches
-from lift_ray.training.predictor import Predictor
+from lift_ray.training.predictor import SplitPredictor
 from lift_ray.training.step import Forward, TrainStep
 from lift_ray.training.workspace import Workspace
 
-Batch = tuple[Forward, Inputs, Tensor]
+StepBatch = tuple[Forward, Inputs, Tensor]
 
 
 class Position(Protocol):
@@ -49,7 +49,7 @@ class Callback(Protocol):
         """Receive the position, and the fraction of a split that is evaluated; 0 in training."""
 
 
-class Trainable(Position, Protocol):
+class Training(Position, Protocol):
     """A run, or an ensemble that is trained model by model."""
 
     ranks: Ranks
@@ -96,7 +96,7 @@ class Run:
 
     def __init__(self, config: RunConfig, workspace: Workspace, tau_grid: Sequence[float] = ()) -> None:
         check_splits(config.method, workspace.dataset.uri, workspace.dataset.splits)
-        self.predictor = Predictor(config, workspace)
+        self.predictor = SplitPredictor(config, workspace)
         self.config, self.workspace, self.ranks = self.predictor.config, workspace, workspace.ranks
         self.class_counts, self.tau_grid = self.predictor.class_counts, tau_grid
         self.train = workspace.training(self.config)
@@ -161,7 +161,7 @@ class Run:
         self._settle()
         return self._end_epoch()
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[StepBatch]:
         """Yield the remaining batches of this epoch."""
         forward, coming = self._batches()
         for _ in range(self.step, self.steps_per_epoch):
@@ -181,7 +181,7 @@ class Run:
                 return model.from_frozen, batches
         return self.sgd.forward, image_batches(config, workspace, model.tower, self.epoch, self.step)
 
-    def train_step(self, batch: Batch) -> None:
+    def train_step(self, batch: StepBatch) -> None:
         """Do one step, over the ranks' parts of a global batch; nothing is read back from the device."""
         assert self.sgd is not None
         self.losses[self.step] = self.sgd(*batch, self.lr(self.epoch, self.step))
@@ -254,20 +254,24 @@ class Run:
         Raises Diverged if a loss is not finite, and OSError.
         """
         self.check_finite()
-        step = self.epoch * self.steps_per_epoch + self.step
-        record = checkpoint.record_of(
-            self.config, self.workspace.dataset, self.class_counts, self.history, self.epoch, step
-        )
-        record.seconds = {f"time/{name}": value for name, value in self.seconds.items()}
         state = {"losses": self.losses, "random/cpu": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
             state["random/cuda"] = torch.cuda.get_rng_state(self.ranks.device)
         momenta = None
         if self.sgd is not None:
-            record.scaler = self.sgd.scaler.state_dict() if self.sgd.scaler.is_enabled() else {}
             momenta = self.sgd.momenta()
             if self.sgd.objective.pseudo_labels is not None:
                 state["pseudo_labels"] = self.sgd.objective.pseudo_labels
+        record = checkpoint.record_of(
+            self.config,
+            self.workspace.dataset,
+            self.class_counts,
+            self.history,
+            self.epoch,
+            step=self.epoch * self.steps_per_epoch + self.step,
+            seconds={f"time/{name}": value for name, value in self.seconds.items()},
+            scaler=self.sgd.scaler.state_dict() if self.sgd and self.sgd.scaler.is_enabled() else {},
+        )
         rows = self.predictor.per_class_rows(self.per_class) if self.per_class else []
         checkpoint.save(folder, self.predictor.stored(), record, state=state, momenta=momenta, per_class=rows)
 
