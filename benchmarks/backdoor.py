@@ -52,6 +52,7 @@ from lift_ray.ensembles.combine import COMBINE
 from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.epoch_metrics import ACCURACIES, MAIN, MAIN_METRIC
 from lift_ray.evaluation.accumulator import MetricAccumulator
+from lift_ray.evaluation.evaluator import LogitBatch
 from lift_ray.methods.prior import thirds
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
@@ -157,8 +158,8 @@ def figures_of(members: Sequence[Logits], combine: str, data: Mapping[str, Any])
     tally.add(COMBINE[combine](logits, [1.0] * len(logits)), labels)
     found, together = tally.result(data["counts"])
     out = {name: found[name] for name in (*ACCURACIES, "calibration_error") if name in found}
-    crossed = GroupGainTable([str(m) for m in range(len(members))], data["num_classes"], torch.device("cpu"))
-    crossed.add(logits, labels)
+    crossed = GroupGainTable([str(m) for m in range(len(members))], torch.zeros(data["num_classes"]))
+    crossed.add(LogitBatch(logits[0], labels, members=logits))
     report = crossed.result("test", together, data["counts"], data["p_groups"])
     gains = {f"{gain}_{d}": row["all"][gain] for gain in GAINS for d, row in report["groups"].items()}
     differ = [share for _, _, share in report["disagreement"]]

@@ -356,7 +356,8 @@ def test_a_running_search_has_a_page_soon_though_the_first_try_fails(
     monkeypatch.setattr(reporting, "write_report", counted)
     with reporting.kept_up_to_date(reporting.Output(str(tmp_path))):
         assert failed_twice.wait(100)
-        shutil.copy(study / "trials.parquet", tmp_path)
+        shutil.copy(study / "trials.parquet", tmp_path / "whole")
+        (tmp_path / "whole").replace(tmp_path / "trials.parquet")  # half a file would be another fault
         wait_for("the report", (tmp_path / "report" / "index.html").exists)
     assert "This search has not ended" in (tmp_path / "report" / "index.html").read_text()
     assert capsys.readouterr().out.count("the report was not written: ") == 1, "the same fault was told twice"
