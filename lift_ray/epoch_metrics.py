@@ -63,17 +63,15 @@ class EpochMetrics:
 
     def flat(self, *prefixes: str) -> dict[str, float]:
         """Return all known metrics by their flat names, or only those with the given prefixes."""
-        out = {
-            f"{prefix}/{name}": value
-            for prefix in prefixes or FIELDS
-            for name, value in getattr(self, FIELDS[prefix]).items()
-        }
+        out: dict[str, float] = {}
+        for prefix in prefixes or FIELDS:
+            out |= named(prefix, getattr(self, FIELDS[prefix]))
         counts = {name: count for name in COUNTS if (count := getattr(self, name)) is not None}
         return out if prefixes else {"epoch": self.epoch, **out, **counts}
 
     @classmethod
     def of(cls, flat: Metrics) -> EpochMetrics:
-        """Return the metrics that `flat` turned into names; unknown names are dropped."""
+        """Return the metrics from their flat names; unknown names are dropped."""
         fields: dict[str, Any] = {name: {} for name in FIELDS.values()}
         for name, value in flat.items():
             prefix, slash, rest = name.partition("/")

@@ -143,6 +143,7 @@ def test_a_trial_gains_a_model_an_epoch_and_shares_them_with_other_trials(
     list(alone.epochs())
     assert figures[0]["validation/loss"] == pytest.approx(alone.history[-1]["validation/loss"], abs=1e-6)
     first.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "per_class.csv").exists()
     again = trial_of(first.config, workspace, output)
     again.load(tmp_path / "saved")
     assert again.history == first.history

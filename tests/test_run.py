@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from made_run import run_config, untimed
 
 from lift_ray import evaluate
 from lift_ray.data.open import open_dataset
-from lift_ray.epoch_metrics import named
+from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.inference.evaluate import evaluate_checkpoint
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import RunFile
-from lift_ray.training import checkpoint
+from lift_ray.storage.output import Output
+from lift_ray.training import checkpoint, loop
+from lift_ray.training.checkpoint_manager import CheckpointManager, CheckpointPolicy
+from lift_ray.training.events import EpochEnded, RunStarted, StepsDone
+from lift_ray.training.loop import StepCallback, trained_epochs
 from lift_ray.training.plan import plan
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
@@ -392,3 +397,36 @@ def test_a_plan_needs_no_weights_but_reports_every_other_mistake(small_data: str
     assert "trained parameters" in planned(small_clip)
     with pytest.raises(BadInput, match=r"^tuner.blocks: must lie in 0 ... 1, but got \[0, 2\]"):
         planned(small_clip, tuner__blocks=[0, 2])
+
+
+def test_metrics_that_a_search_adds_to_an_epoch_are_in_its_checkpoint(
+    workspace: Workspace, small_clip: str, tmp_path: Path
+) -> None:
+    def checkpoints() -> CheckpointManager:
+        return CheckpointManager(Output(str(tmp_path)), CheckpointPolicy(keep=1, keep_best=False))
+
+    def complete(metrics: EpochMetrics) -> EpochMetrics:
+        return replace(metrics, num_epochs=EPOCHS, seconds={**metrics.seconds, "begin_s": 7.0})
+
+    first = trained_epochs(Run(settings(small_clip), workspace), checkpoints(), complete)
+    assert isinstance(next(first), RunStarted)
+    assert isinstance(next(first), EpochEnded)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-0001"]
+    restarted = next(trained_epochs(Run(settings(small_clip), workspace), checkpoints(), complete))
+    assert isinstance(restarted, RunStarted)
+    assert [(metrics.num_epochs, metrics.seconds["begin_s"]) for metrics in restarted.history] == [(EPOCHS, 7.0)]
+
+
+def test_the_first_event_after_a_restart_has_no_steps_from_before_it(workspace: Workspace, small_clip: str) -> None:
+    told: list[StepsDone] = []
+    run = Run(settings(small_clip), workspace)
+    batches = run.batches()
+    for _ in range(4):
+        run.train_step(next(batches))
+    callback = StepCallback(run.ranks, told.append, lambda: "")  # type: ignore[arg-type]
+    callback.start(run)
+    run.train_step(next(batches))
+    callback._told_at = -loop.TELL_EVERY_S
+    callback(run)
+    assert [(event.epoch, event.step) for event in told] == [(0, 5)]
+    assert told[0].figures["loss"] == pytest.approx(run.losses[4, 0].item())

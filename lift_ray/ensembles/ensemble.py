@@ -17,7 +17,7 @@ from lift_ray.data.resolutions import View, view_batches
 from lift_ray.ensembles.combine import COMBINE
 from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.errors import BadInput
-from lift_ray.evaluation.accumulator import log_prior_of, shift_of
+from lift_ray.evaluation.accumulator import shift_of
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.evaluation.evaluator import LogitBatch
 from lift_ray.evaluation.metrics import PerClass
@@ -101,7 +101,7 @@ class Ensemble:
             yield LogitBatch(self.combine(members, self.weights[: self.in_use]), labels, members=members)
 
     def gain_table(self, tau: float) -> GroupGainTable:
-        """Return a counter of what the members in use do alone, and of their disagreement.
+        """Return a counter of the metrics of each member in use, and of the disagreement between them.
 
         Args:
             tau: strength of the post-hoc adjustment of their logits.
@@ -177,7 +177,7 @@ class Gla:
             ).temperature
             for m, model in enumerate(models)
         ]
-        self.log_priors = [prior_left(model.config.loss) * log_prior_of(model.class_counts) for model in models]
+        self.log_priors = [shift_of(prior_left(model.config.loss), model.class_counts) for model in models]
 
     def without_priors(self, logits: Sequence[Tensor]) -> list[Tensor]:
         """Return the GLA logits (B, K) of each trained model, given the logits of the trained and then of the zero-shot models."""

@@ -15,17 +15,14 @@ from lift_ray.evaluation.metrics import PerClass, summarise
 NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
 
 
-def log_prior_of(class_counts: NDArray[np.int64]) -> Tensor:
-    """Return the logarithm of the fraction of training images of each class, (K,) in fp32."""
-    return torch.from_numpy(np.log(class_counts / class_counts.sum())).float()
-
-
 def shift_of(tau: float, class_counts: NDArray[np.int64]) -> Tensor:
-    """Return tau * log prior, (K,) in fp32, which the post-hoc adjustment subtracts from logits; zeros without an adjustment.
+    """Return tau * log prior, (K,) in fp32, which the post-hoc adjustment subtracts from logits.
 
-    The logarithm is infinite for a class without training images, and 0 times that would be no number.
+    The prior of a class is its fraction of the training images.
     """
-    return tau * log_prior_of(class_counts) if tau else torch.zeros(len(class_counts))
+    if not tau:  # the logarithm is infinite for a class without training images, and 0 times that is not a number
+        return torch.zeros(len(class_counts))
+    return tau * torch.from_numpy(np.log(class_counts / class_counts.sum())).float()
 
 
 class MetricAccumulator:
@@ -112,14 +109,14 @@ class TauGrid:
 
     def __init__(self, taus: Sequence[float], train_counts: NDArray[np.int64], device: torch.device) -> None:
         self.taus = list(taus)
-        self._num_classes = num_classes = len(train_counts)
+        num_classes = len(train_counts)
         self._shifts = [shift_of(tau, train_counts).to(device) for tau in taus]
         self._correct = torch.zeros(len(self.taus), 2 * num_classes, dtype=torch.int64, device=device)
         self._total = torch.zeros(2 * num_classes, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, halves: Tensor) -> None:
         """Count a batch: raw logits (B, K), labels (B,), and 0 or 1 for each image (B,)."""
-        cell = labels + halves * self._num_classes
+        cell = labels + halves * (len(self._total) // 2)
         self._total.index_add_(0, cell, torch.ones_like(labels))
         for shift, correct in zip(self._shifts, self._correct, strict=True):
             correct.index_add_(0, cell, ((logits.float() - shift).argmax(1) == labels).long())

@@ -93,7 +93,7 @@ def logit_adjusted(counts: Tensor, *, tau: float) -> Loss:
 
 
 def gla(counts: Tensor, *, log_q: Tensor) -> Loss:
-    """CE(z + log prior + log q, y): the tuned logits shall hold neither prior (arXiv 2310.08106; in training by assumption).
+    """CE(z + log prior + log q, y): the tuned logits contain neither prior (arXiv 2310.08106; in training by assumption).
 
     Args:
         log_q: (K,), log of the label prior inside the foundation model (methods.prior).

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lift_ray.ensembles.ensemble import ensemble_of
 from lift_ray.epoch_metrics import EpochMetrics
-from lift_ray.evaluation.evaluator import evaluate
-from lift_ray.evaluation.metrics import PerClass, per_class_rows
+from lift_ray.evaluation.evaluator import Evaluation, evaluate
+from lift_ray.evaluation.metrics import PerClass
 from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import TAUS
@@ -79,13 +79,7 @@ class BackdoorTrial:
             seconds = self._join(run)
             self.epoch += 1
             self.predictor.in_use = self.epoch
-            validation = evaluate(
-                self.predictor,
-                self.workspace.dataset.split("validation"),
-                [self.config.evaluation.posthoc_tau],
-                callback=lambda fraction: self.callback(self, fraction),
-            )
-            self.per_class = validation.at_tau[0].per_class
+            validation = self.evaluate("validation")
             self.history.append(
                 EpochMetrics(
                     self.epoch,
@@ -112,12 +106,24 @@ class BackdoorTrial:
                 run.save(folder)
         return {name: sum(metrics.seconds[name] for metrics in run.history) for name in run.seconds if run.history}
 
+    def evaluate(self, split_name: str) -> Evaluation:
+        """Evaluate the models that are there with the post-hoc adjustment of the settings, over all ranks."""
+        found = evaluate(
+            self.predictor,
+            self.workspace.dataset.split(split_name),
+            [self.config.evaluation.posthoc_tau],
+            callback=lambda fraction: self.callback(self, fraction),
+        )
+        self.per_class = found.at_tau[0].per_class
+        return found
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the models that are there, which are the same on every rank. Raises OSError."""
         counts = self.predictor.class_counts
         record = checkpoint.record_of(self.config, self.workspace.dataset, counts, self.history, self.epoch)
-        names = self.workspace.dataset.class_names
-        rows = per_class_rows(names, counts, *self.per_class) if self.per_class else []
+        # Without parameter groups, for which all ranks would have to be here.
+        first = next(iter(self.runs.values())).predictor
+        rows = first.per_class_rows(self.per_class) if self.per_class else []
         checkpoint.save(folder, self.predictor.stored(), record, per_class=rows)
 
     def load(self, folder: Path) -> None:

@@ -141,11 +141,8 @@ class Worker:
             yield RunDiverged(str(error))
             return
         if job.then_test:
-            split = workspace.dataset.split("test")
-            tau = trial.config.evaluation.posthoc_tau
-            found = evaluate(trial.predictor, split, [tau], callback=partial(trial.callback, trial))
-            validation = named("validation", trial.history[-1].validation)
-            yield JobDone({"trained_parameters": trial.num_trained, **validation, **named("test", found.metrics)})
+            found = replace(trial.history[-1], test=trial.evaluate("test").metrics)
+            yield JobDone({"trained_parameters": trial.num_trained, **found.flat("validation", "test")})
 
     def _evaluate(self, job: EvaluationJob, workspace: Workspace) -> Iterator[Reply]:
         """Yield one JobDone with the metrics for each tau, and the report of an ensemble."""

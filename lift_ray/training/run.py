@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lift_ray.data.order import steps_per_epoch
-from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.evaluation.evaluator import Evaluation, evaluate
 from lift_ray.evaluation.metrics import PerClass, pseudo_label_figures
@@ -147,18 +147,14 @@ class Run:
             self.history = []
             yield self._note(EpochMetrics(0), self.evaluate("validation", self.tau_grid))
         while self.epoch < self.num_epochs:
-            for batch in self.batches():
-                self.train_step(batch)
-            self._settle()
+            self._finish_steps()
             is_last = self.epoch + 1 == self.num_epochs
             validation = self.evaluate("validation", self.tau_grid if is_last else ())
             yield self._note(self._end_epoch(), validation)
 
     def train_epoch(self) -> EpochMetrics:
         """Train one epoch without validation, and return its metrics. Raises Diverged if a loss is not finite."""
-        for batch in self.batches():
-            self.train_step(batch)
-        self._settle()
+        self._finish_steps()
         return self._end_epoch()
 
     def batches(self) -> Iterator[StepBatch]:
@@ -195,8 +191,10 @@ class Run:
         done = (epoch * self.steps_per_epoch + step) / (self.steps_per_epoch * optim.epochs)
         return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-    def _settle(self) -> None:
-        """Wait for the device to finish its steps and check their losses. The wait counts as training time."""
+    def _finish_steps(self) -> None:
+        """Do the remaining steps of this epoch, wait for the device, and check the losses. The wait counts as training time."""
+        for batch in self.batches():
+            self.train_step(batch)
         asked = time.monotonic()
         self.check_finite()
         self.seconds["train_s"] += time.monotonic() - asked
@@ -269,7 +267,7 @@ class Run:
             self.history,
             self.epoch,
             step=self.epoch * self.steps_per_epoch + self.step,
-            seconds={f"time/{name}": value for name, value in self.seconds.items()},
+            seconds=named("time", self.seconds),
             scaler=self.sgd.scaler.state_dict() if self.sgd and self.sgd.scaler.is_enabled() else {},
         )
         rows = self.predictor.per_class_rows(self.per_class) if self.per_class else []

@@ -162,7 +162,7 @@ def _check_size(where: str, num_bytes: int) -> None:
 
 
 def _unpickled(where: str, raw: bytes, published_md5: str) -> dict[str, Any]:
-    # Unpickling can run any code, so only the very bytes that were published are: nobody can make others with their MD5.
+    # Unpickling can run any code, so it is done for the published bytes only. Nobody can make other bytes with their MD5.
     md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if md5 != published_md5:
         raise BadInput(where, f"must be as published, with the MD5 {published_md5}", md5, DOWNLOAD)
