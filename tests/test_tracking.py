@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import wait_for
 from test_live import SPACE
 
 from lift_ray import train, tune
@@ -176,7 +177,10 @@ def test_weights_and_biases_has_settings_and_figures_of_trials_and_runs(
     with trackers(["wandb"], "watched", tmp_path) as [tracked]:
         tell_of_a_trial(tracked)
     assert not train.main([run_file, "--no-ray", "--log-to", "wandb", "--out", str(tmp_path / "out")])
-    runs = {run["project"]: run for run in map(offline_run, sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")))}
+    logs = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(logs) == 2
+    wait_for("the last record of each run", lambda: all("code" in offline_run(log) for log in logs), seconds=60)
+    runs = {run["project"]: run for run in map(offline_run, logs)}
     kept = runs["watched"]
     assert (kept["name"], kept["code"], kept["state"]) == (TRIAL[0], 0, "pruned")
     assert kept["settings"].items() >= TRIAL[1].items()
@@ -192,12 +196,17 @@ def test_weights_and_biases_has_settings_and_figures_of_trials_and_runs(
 
 
 def offline_run(path: Path) -> dict[str, Any]:
-    """What wandb would upload: its log holds records as LevelDB's logs do, in blocks of 32 KiB."""
+    """What wandb would upload: its log holds records as LevelDB's logs do, in blocks of 32 KiB.
+
+    A process of wandb writes it, and may still do so when `finish` has returned.
+    """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[import-untyped]
 
     data, at, parts, found = path.read_bytes(), 7, b"", {"settings": {}, "epochs": {}}  # type: dict[str, Any]
     while at + 7 <= len(data):
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            break
         if kind:
             parts += data[at + 7 : at + 7 + length]
         at += 7 + length
