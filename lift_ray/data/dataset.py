@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -44,8 +48,11 @@ class Split:
         name: one of SPLITS; the labels of `unlabelled` are for evaluation only.
         shards: its files, sorted by name.
         labels: label of every kept sample, (N,).
-        rows: row number of every kept sample, counted across the shards, (N,), ascending.
+        rows: row number of every kept sample, counted across the shards, (N,).
         image_column: name of the image column.
+        groups: group of every kept sample (location, sequence, individual), (N,); None if the dataset has none. Samples of a
+            group are never divided between splits or folds.
+        parts: the splits that this one was put together from, and the sample numbers in each; () for a split of the dataset.
     """
 
     name: str
@@ -53,11 +60,20 @@ class Split:
     labels: Int64s
     rows: Int64s
     image_column: str = "image"
+    groups: Int64s | None = None
+    parts: tuple[tuple[Split, Int64s], ...] = ()
 
     @property
     def num_samples(self) -> int:
         """Number of kept samples N."""
         return len(self.labels)
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of the files and rows of the kept samples."""
+        digest = hashlib.sha256("\n".join(shard.url for shard in self.shards).encode())
+        digest.update(np.ascontiguousarray(self.rows).tobytes())
+        return digest.hexdigest()
 
     def class_counts(self, num_classes: int) -> Int64s:
         """Return the number of kept samples of each class, (K,)."""
@@ -65,7 +81,8 @@ class Split:
 
     def take(self, samples: Int64s) -> Split:
         """Return the samples with these numbers, in this order."""
-        return replace(self, labels=self.labels[samples], rows=self.rows[samples])
+        groups = None if self.groups is None else self.groups[samples]
+        return replace(self, labels=self.labels[samples], rows=self.rows[samples], groups=groups, parts=())
 
     def subset(self, frac: float) -> Split:
         """Return the first `round(frac * n)` kept samples of each class in storage order, at least one; frac in (0, 1]."""
@@ -75,13 +92,45 @@ class Split:
         return self.take(keep_first(self.labels, np.maximum(1, np.round(frac * counts).astype(np.int64))))
 
 
+def joined(name: str, parts: Sequence[tuple[Split, Int64s]]) -> Split:
+    """Return samples of several splits as one split, part after part.
+
+    Args:
+        parts: splits of a dataset, and the sample numbers to take from each.
+    """
+    starts = np.cumsum([0, *(sum(shard.num_rows for shard in split.shards) for split, _ in parts)])
+    taken = [split.take(samples) for split, samples in parts]
+    groups = [split.groups for split in taken if split.groups is not None]
+    return Split(
+        name,
+        tuple(shard for split in taken for shard in split.shards),
+        np.concatenate([split.labels for split in taken]),
+        np.concatenate([start + split.rows for start, split in zip(starts[:-1], taken, strict=True)]),
+        taken[0].image_column,
+        np.concatenate(groups) if len(groups) == len(taken) else None,
+        tuple(parts),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """An open dataset: URI, K class names, and splits by name."""
+    """An open dataset.
+
+    Attributes:
+        uri: path or URL, as given.
+        class_names: names of the K classes.
+        splits: splits by name.
+        validation: `drawn` if the validation images were taken out of the training images, so that a final model may be trained
+            on both; `separate` if they are a set of their own, for example a published one.
+        labelled_counts: labeled training images of each class before any were held out, (K,); they define many, medium and few.
+            None for a dataset without a training split.
+    """
 
     uri: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]
+    validation: Literal["drawn", "separate"] = "separate"
+    labelled_counts: Int64s | None = None
 
     @property
     def num_classes(self) -> int:
