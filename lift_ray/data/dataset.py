@@ -96,8 +96,9 @@ def joined(name: str, parts: Sequence[tuple[Split, Int64s]]) -> Split:
     """Return samples of several splits as one split, part after part.
 
     Args:
-        parts: splits of a dataset, and the sample numbers to take from each.
+        parts: splits of a dataset, and the sample numbers to take from each, ascending. Parts of the same split become one.
     """
+    parts = _merged(parts)
     starts = np.cumsum([0, *(sum(shard.num_rows for shard in split.shards) for split, _ in parts)])
     taken = [split.take(samples) for split, samples in parts]
     groups = [split.groups for split in taken if split.groups is not None]
@@ -110,6 +111,18 @@ def joined(name: str, parts: Sequence[tuple[Split, Int64s]]) -> Split:
         np.concatenate(groups) if len(groups) == len(taken) else None,
         tuple(parts),
     )
+
+
+def _merged(parts: Sequence[tuple[Split, Int64s]]) -> list[tuple[Split, Int64s]]:
+    """Return the parts in terms of splits that are not put together from others, each once."""
+    found: dict[int, tuple[Split, list[Int64s]]] = {}
+    for split, samples in parts:
+        start = 0
+        for inner, numbers in split.parts or ((split, np.arange(split.num_samples)),):
+            here = samples[(samples >= start) & (samples < start + len(numbers))] - start
+            found.setdefault(id(inner), (inner, []))[1].append(numbers[here])
+            start += len(numbers)
+    return [(split, np.sort(np.concatenate(samples))) for split, samples in found.values()]
 
 
 @dataclass(frozen=True, eq=False)
