@@ -18,7 +18,7 @@ from lift_ray.reporting.trial_rows import TrialRow, best_of
 from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path
 from lift_ray.search.predictions import OutOfFold, read_out_of_fold
 from lift_ray.search.search_data import SearchData
-from lift_ray.settings.search import TAUS
+from lift_ray.settings.search import taus_of
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
 
@@ -80,6 +80,7 @@ class Choice:
         figures: metrics of the winner on its out-of-fold predictions.
         curve: the same for each tau, with the tau.
         num_images: number of out-of-fold images.
+        parts: number of files with the winner's predictions, for each fold.
     """
 
     metric: str
@@ -88,6 +89,12 @@ class Choice:
     figures: dict[str, float]
     curve: list[dict[str, float]]
     num_images: int
+    parts: list[int]
+
+    @property
+    def taus(self) -> list[float]:
+        """The strengths of the post-hoc adjustment that were tried."""
+        return [at["tau"] for at in self.curve]
 
     @property
     def row(self) -> TrialRow:
@@ -123,28 +130,26 @@ def candidates(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
 def fold_jobs(space: SpaceFile, row: TrialRow) -> list[Job]:
     """Return the jobs that give the out-of-fold predictions of a finished trial, one for each fold."""
     config = space.config(row.values)
-    taus = tuple(sorted({*TAUS, config.evaluation.posthoc_tau}))
-    path = trial_checkpoint_path(row.number, row.last.epoch)
-    searched = EvaluationJob(f"trial-{row.number:04d}", config.to_dict(), path, "validation", taus, out_of_fold=row.number)
+    path, plain = trial_checkpoint_path(row.number, row.last.epoch), config.to_dict()
+    name, taus = f"trial-{row.number:04d}", taus_of(config)
+    searched = EvaluationJob(name, plain, path, "validation", taus, out_of_fold=row.number)
     further = range(2, space.search.folds + 1)
-    return [searched, *(TrainJob(row.number, config.to_dict(), fold, then="hold out") for fold in further)]
+    return [searched, *(TrainJob(row.number, plain, fold, then="hold out") for fold in further)]
 
 
 def choose(space: SpaceFile, rows: Sequence[TrialRow], results: Results, data: SearchData, out: Output) -> Choice:
     """Choose the winner and its post-hoc tau from the out-of-fold predictions of the candidates; all fold jobs must be done.
 
-    A candidate that diverged on a fold is left out, but for the best trial.
+    A candidate that diverged on a fold is left out, unless all did: then the best trial wins with the predictions that there are.
 
     Raises RunFailed if the storage of the predictions cannot be read.
     """
     metric, mode = decides_by(space)
     found: list[tuple[Candidate, OutOfFold]] = []
-    for row in candidates(space, rows):
-        jobs = fold_jobs(space, row)
-        if found and not all(results[job.key] for job in jobs):
-            continue
-        predictions = read_out_of_fold(out, row.number, [results[job.key].get("parts", 0) for job in jobs])
-        posthoc = posthoc_choice(predictions, space.config(row.values).evaluation.posthoc_tau, metric, mode, data.groups)
+    for row in _without_diverged(space, candidates(space, rows), results):
+        config = space.config(row.values)
+        predictions = read_out_of_fold(out, row.number, _parts(space, row, results), taus_of(config))
+        posthoc = posthoc_choice(predictions, config.evaluation.posthoc_tau, metric, mode, data.groups)
         value = _value(predictions.at(posthoc.tau), metric, data.groups)
         found.append((Candidate(row, posthoc, value), predictions))
     sign = 1 if mode == "max" else -1
@@ -158,9 +163,17 @@ def choose(space: SpaceFile, rows: Sequence[TrialRow], results: Results, data: S
         difference, error = paired_difference(theirs.at(candidate.posthoc.tau), best, metric, data.groups)
         others.append(Candidate(candidate.row, candidate.posthoc, candidate.value, difference, error))
     curve = [{"tau": tau, **all_metrics(predictions.at(tau), data.groups)} for tau in predictions.taus]
-    return Choice(
-        metric, mode, [winner, *others], all_metrics(best, data.groups), curve, len(predictions.label)
-    )
+    parts = _parts(space, winner.row, results)
+    figures = all_metrics(best, data.groups)
+    return Choice(metric, mode, [winner, *others], figures, curve, len(predictions.label), parts)
+
+
+def _parts(space: SpaceFile, row: TrialRow, results: Results) -> list[int]:
+    return [int(results[job.key].get("parts", 0)) for job in fold_jobs(space, row)]
+
+
+def _without_diverged(space: SpaceFile, rows: Sequence[TrialRow], results: Results) -> Sequence[TrialRow]:
+    return [row for row in rows if all(results[job.key] for job in fold_jobs(space, row))] or rows[:1]
 
 
 def _smallest(found: Sequence[tuple[Candidate, OutOfFold]], metric: str, groups: NDArray[np.str_]) -> int:

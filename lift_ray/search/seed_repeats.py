@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lift_ray.data.folds import SEARCHED
 from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.jobs import TrainJob
+from lift_ray.search.jobs import FIRST_REPEAT, TrainJob
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
-
-FIRST = 1_000_000  # lowest number of these runs, whose checkpoints are next to those of trials
-
 
 def repeated(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[tuple[str, TrialRow]]:
     """Return label and trial of the runs that `search.seeds_best` repeats: the best, and the first baseline if it is another."""
@@ -21,17 +19,18 @@ def repeated(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list
     return [(BEST_FOUND, best)] + ([] if start is None else [(space.baseline_labels()[0], start)])
 
 
-def repeat_jobs(space: SpaceFile, row: TrialRow) -> list[TrainJob]:
-    """Return jobs for a trial's settings with each further seed.
+def repeat_jobs(space: SpaceFile, row: TrialRow, fold: int = SEARCHED) -> list[TrainJob]:
+    """Return jobs for a trial's settings with each further seed, trained on the same images as the final models.
 
     Their numbers depend only on the trial and the seed, and name their checkpoints. A resumed search repeats none of them.
     """
     config = space.config(row.values).to_dict()
     return [
         TrainJob(
-            FIRST + 1000 * row.number + k,
+            FIRST_REPEAT + 1000 * row.number + k,
             apply_overrides(config, {"seed": (config["seed"] + k) % 2**32}, RunConfig),
-            then_test=True,
+            fold,
+            then="test",
         )
         for k in range(1, space.search.seeds_best)
     ]
@@ -42,6 +41,7 @@ def seed_results(
     pairs: Sequence[tuple[str, TrialRow]],
     results: Mapping[str, dict[str, Any]],
     compared: Sequence[tuple[str, Mapping[str, Any]]],
+    fold: int = SEARCHED,
 ) -> list[dict[str, Any]]:
     """Return label, seed, and metrics of validation and test of each run: first the compared trials, then the repeats.
 
@@ -54,7 +54,7 @@ def seed_results(
     for label, row in pairs:
         figures = {name: value for name, value in known[label].items() if name != "predictions"}
         own.append({"label": label, "seed": space.config(row.values).seed, **figures})
-        for job in repeat_jobs(space, row):
+        for job in repeat_jobs(space, row, fold):
             if found := results[job.key]:
                 others.append({"label": label, "seed": job.config["seed"], **found})
     return [*own, *others]

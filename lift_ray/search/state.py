@@ -11,7 +11,9 @@ from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.search import final_comparison
-from lift_ray.search.jobs import EvaluationJob, Job, TrainJob
+from lift_ray.search.confirmation import Choice, candidates, choose, fold_jobs
+from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoints
+from lift_ray.search.search_data import SearchData
 from lift_ray.search.stopping import decide
 from lift_ray.search.study import Study
 from lift_ray.storage.output import Output
@@ -33,6 +35,7 @@ class Search:
 
     Args:
         out: contains the trials' checkpoints.
+        data: facts about the dataset.
 
     Attributes:
         watchers: notified about every trial that starts, reports or ends.
@@ -44,8 +47,8 @@ class Search:
             search is over.
     """
 
-    def __init__(self, study: Study, out: Output) -> None:
-        self.study, self.space, self.out = study, study.space, out
+    def __init__(self, study: Study, out: Output, data: SearchData | None = None) -> None:
+        self.study, self.space, self.out, self.data = study, study.space, out, data or SearchData()
         self.watchers: list[Watcher] = []
         self.running: dict[str, Job] = {}
         self.progress: dict[str, StepsDone] = {}
@@ -53,6 +56,7 @@ class Search:
         self.done: list[Job] = []
         self._told: set[int] = set()  # trials whose start the watchers know about
         self._final: list[Job] | None = None  # cache of final_jobs; None when outdated
+        self._choice: Choice | None = None
         self.num_ended = sum(row.has_ended for row in study.rows.values())
         # The last driver may have been killed between storing an epoch and deciding about its trial: decide now.
         for row in self.study.rows.values():
@@ -123,7 +127,7 @@ class Search:
         self._ended(job)
 
     def _row(self, job: Job) -> TrialRow | None:
-        return self.study.rows.get(job.number) if isinstance(job, TrainJob) else None
+        return self.study.rows.get(job.number) if isinstance(job, TrainJob) and not job.then else None
 
     def _ended(self, job: Job) -> None:
         self.running.pop(job.key, None)
@@ -146,9 +150,20 @@ class Search:
     def final_jobs(self) -> list[Job]:
         """Return the known jobs of the final comparison that are not done. They are determined again when a job has ended."""
         if self._final is None:
-            is_over = self.trials_are_over
-            self._final = final_comparison.final_jobs(self.space, self.rows(), self.study.results, is_over=is_over)
+            is_over, rows, results = self.trials_are_over, self.rows(), self.study.results
+            self._final = final_comparison.final_jobs(
+                self.space, rows, results, self.data, self.choice(), is_over=is_over
+            )
         return self._final
+
+    def choice(self) -> Choice | None:
+        """Return the winner; None before all out-of-fold predictions are there, or if no trial has finished."""
+        if self._choice is None and self.trials_are_over:
+            rows, results = self.rows(), self.study.results
+            confirmed = candidates(self.space, rows)
+            if confirmed and all(job.key in results for row in confirmed for job in fold_jobs(self.space, row)):
+                self._choice = choose(self.space, rows, results, self.data, self.out)
+        return self._choice
 
     def _waiting(self) -> list[Job]:
         """Return the jobs of the final comparison that can start now.
@@ -215,8 +230,10 @@ class Search:
             assert isinstance(reply, JobDone)
             for key, value in final_comparison.results_of(job, reply.value).items():
                 self.study.store_result(key, value)
-        else:  # a repeat with another seed; the result of one that diverged is empty
+        else:  # the result of a training that diverged is empty
             self.study.store_result(job.key, reply.value if isinstance(reply, JobDone) else {})
+            if isinstance(job, TrainJob) and job.then == "hold out":
+                self.out.remove(trial_checkpoints(job.number, job.fold))
         self.done.append(job)
         return False
 

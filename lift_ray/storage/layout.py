@@ -1,7 +1,7 @@
 """The names of the files in OUT.
 
-A search writes STUDY, SPACE, TRIALS, TRIALS_CSV, BEST_SETTINGS, BEST/, REPORT/, PREDICTIONS/, CHECKPOINTS/, JOURNAL and LOCK; a
-training run SETTINGS and CHECKPOINTS/. A checkpoint is a folder with RECORD, WEIGHTS, PER_CLASS and, for resuming, OPTIMIZER and STATE.
+A search writes STUDY, SPACE, TRIALS, TRIALS_CSV, BEST_SETTINGS, BEST/, REPORT/, PREDICTIONS/, OUT_OF_FOLD/, CHECKPOINTS/, JOURNAL and
+LOCK; a training run SETTINGS and CHECKPOINTS/. A checkpoint is a folder with RECORD, WEIGHTS, PER_CLASS and, for resuming, OPTIMIZER and STATE.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ TRIALS, TRIALS_CSV = "trials.parquet", "trials.csv"
 BEST, BEST_SETTINGS, BEST_METRICS = "best", "best.yaml", "metrics.json"
 REPORT, PAGE = "report", "index.html"
 PREDICTIONS, PREDICTIONS_FILE = "predictions", "test.parquet"
+OUT_OF_FOLD, OUT_OF_FOLD_FILE = "out_of_fold", "out_of_fold.parquet"  # the file is next to the weights of best/
 JOURNAL, LOCK = "optuna.journal", "driver.lock"
 
 SETTINGS = "run.yaml"

@@ -42,7 +42,6 @@ class Workspace:
 
     Attributes:
         cache: the cached features.
-        load_s: seconds spent loading so far.
     """
 
     def __init__(self, dataset: str | Dataset, ranks: Ranks) -> None:
@@ -53,7 +52,12 @@ class Workspace:
         self._readers: dict[str, RowReader] = {}
         self._subsets: dict[float, Split] = {}
         self.cache = FeatureCache()
-        self.load_s = time.monotonic() - began
+        self._seconds = {"load": time.monotonic() - began}  # shared by all views
+
+    @property
+    def load_s(self) -> float:
+        """Seconds spent loading so far."""
+        return self._seconds["load"]
 
     def on(self, dataset: Dataset) -> Workspace:
         """Return a workspace for another view of the dataset, which shares backbones, open files and cached features."""
@@ -80,7 +84,7 @@ class Workspace:
                 resolution_px=wanted.resolution_px,
                 checkpointing=wanted.checkpointing,
             )
-            self.load_s += time.monotonic() - began
+            self._seconds["load"] += time.monotonic() - began
         return self._backbones[key]
 
     def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
