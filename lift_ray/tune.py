@@ -221,15 +221,16 @@ def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
 def _check_objectives(space: SpaceFile, data: Dataset) -> None:
     """Raise BadInput if a metric is of a group without classes, or whose classes have no validation images."""
     from lift_ray.epoch_metrics import MAIN_METRIC
-    from lift_ray.evaluation.metrics import RULES, class_groups
+    from lift_ray.evaluation.metrics import groups_of
 
-    groups = class_groups(data.split("train").class_counts(data.num_classes))
+    bounds = space.config({}).evaluation.group_bounds
+    groups, rules = groups_of(data, bounds).names, groups_of(data, bounds).rules
     measured = groups[data.split("validation").class_counts(data.num_classes) > 0]
     for metric in (*space.objectives, *space.constraints):
         group = metric.split("/")[-1]
-        if group not in RULES or group in measured:
+        if group not in rules or group in measured:
             continue
-        what = f"classes with {RULES[group]} training images"
+        what = f"classes with {rules[group]} training images"
         what += ", and validation images of them" if group in groups else ""
         raise BadInput(
             "objectives",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lift_ray.data.batches import evaluation_batches
@@ -107,7 +108,7 @@ def _fitted(classifier: Classifier) -> Calibration:
         )
     logits, labels = torch.cat([z for z, _ in found]), torch.cat([y for _, y in found])
     temperature = fit_temperature(logits, labels)
-    errors = [_error(z, labels, record.class_counts) for z in (logits, logits / temperature)]
+    errors = [_error(z, labels, record.groups.names) for z in (logits, logits / temperature)]
     return Calibration(temperature, record.dataset, len(labels), *errors)
 
 
@@ -129,7 +130,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
-def _error(logits: Tensor, labels: Tensor, class_counts: list[int]) -> float:
+def _error(logits: Tensor, labels: Tensor, groups: NDArray[np.str_]) -> float:
     metrics = MetricAccumulator(logits.shape[1], logits.device)
     metrics.add(logits, labels)
-    return metrics.result(np.array(class_counts))[0]["calibration_error"]
+    return metrics.result(groups)[0]["calibration_error"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lift_ray.epoch_metrics import MAIN_METRIC, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, one_line
-from lift_ray.evaluation.metrics import class_groups
+from lift_ray.evaluation.metrics import PUBLISHED, ClassGroups, stored_groups
 from lift_ray.storage.layout import BEST, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
 
 FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}")
@@ -72,6 +72,7 @@ class StudyFiles:
         posthoc: validation metrics of the best trial for each post-hoc tau.
         about: contents of space.json, overridden by study.json.
         class_names, class_counts: of the training split; empty if not known yet.
+        class_groups: many, medium and few.
     """
 
     where: str
@@ -87,6 +88,7 @@ class StudyFiles:
     about: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
     class_counts: list[int] = field(default_factory=list)
+    class_groups: ClassGroups = field(default_factory=lambda: ClassGroups.of([], PUBLISHED))
 
     @property
     def objective(self) -> tuple[str, str]:
@@ -120,7 +122,7 @@ class StudyFiles:
     @property
     def groups(self) -> NDArray[np.str_]:
         """many, medium or few for each class, (K,)."""
-        return class_groups(np.array(self.class_counts))
+        return self.class_groups.names
 
     def entry(self, label: str) -> tuple[dict[str, Any], Predictions | None] | None:
         """Return metrics and predictions of the compared model with this label, None if there is none."""
@@ -176,6 +178,7 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
         about=about,
         class_names=best.get("class_names", []),
         class_counts=best.get("class_counts", []),
+        class_groups=stored_groups({"class_counts": [], **best}),
     )
 
 

@@ -219,7 +219,7 @@ class Run:
         train = {"loss": loss, "accuracy": right, "images_per_s": images_seen / self.seconds["train_s"]}
         unlabelled: dict[str, float] = {}
         if (counts := self.sgd.objective.pseudo_labels) is not None:
-            unlabelled = pseudo_label_figures(counts.cpu().numpy(), self.class_counts)
+            unlabelled = pseudo_label_figures(counts.cpu().numpy(), self.predictor.groups.names)
             self.sgd.objective.pseudo_labels = None
         metrics = EpochMetrics(self.epoch + 1, train, self.seconds, unlabelled)
         self.epoch, self.step = self.epoch + 1, 0

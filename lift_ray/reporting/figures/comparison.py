@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from lift_ray.epoch_metrics import GROUPS, MAIN
-from lift_ray.evaluation.metrics import RULES
 from lift_ray.reporting.confidence import Interval, accuracy_intervals, reliability
 from lift_ray.reporting.figures.charts import (
     ACCURACY,
@@ -145,7 +144,7 @@ def classes_figure(study: StudyFiles) -> Figure | None:
             )
         )
     never = int((correct[seen] == 0).sum())
-    rules = ", ".join(f"{group} {RULES[group]}" for group in GROUPS)
+    rules = ", ".join(f"{group} {rule}" for group, rule in study.class_groups.rules.items())
     note = (
         f"Each point is a class; test accuracy of the best settings. Classes with zero accuracy: {never} of {len(seen)}. "
         f"Groups by number of training images: {rules}."
