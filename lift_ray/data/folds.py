@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from lift_ray.data.dataset import Dataset, Split, joined
 from lift_ray.data.longtail import Int64s
@@ -41,6 +42,9 @@ class Folds:
         """
         if "train" not in dataset.splits or (fold == EVERYTHING and "validation" not in dataset.splits):
             return dataset
+        if dataset.labelled_counts is None:
+            counts = dataset.splits["train"].class_counts(dataset.num_classes)
+            dataset = replace(dataset, labelled_counts=counts)
         dataset = self._with_validation(dataset)
         train, validation = dataset.splits["train"], dataset.splits["validation"]
         if fold == SEARCHED:
@@ -97,12 +101,13 @@ def training_view(dataset: Dataset, train_on: str) -> Dataset:
     return dataset if train_on == "train" else Folds(train_on_separate=True).view(dataset, EVERYTHING)
 
 
-def _drawn(split: Split, frac: float, seed: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _drawn(split: Split, frac: float, seed: int) -> npt.NDArray[np.bool_]:
     """Return a mask, (N,), of the given fraction of each class with two images or more: at least one, and never all."""
     if split.groups is not None:
-        held = assign_groups(split.labels, split.groups, [1 - frac, frac], seed) == 1
-        kept = np.bincount(split.labels[~held], minlength=split.labels.max() + 1)
-        return held & (kept[split.labels] > 0)
+        apart = assign_groups(split.labels, split.groups, [1 - frac, frac], seed, in_order=True)
+        kept = np.bincount(split.labels[apart == 0], minlength=int(split.labels.max()) + 1)
+        mask: npt.NDArray[np.bool_] = (apart == 1) & (kept[split.labels] > 0)
+        return mask
     order = _by_class(split.labels, seed)
     counts = np.bincount(split.labels)
     wanted = np.minimum(np.maximum(1, np.round(frac * counts)), counts - 1).astype(np.int64)

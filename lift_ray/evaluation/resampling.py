@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lift_ray.epoch_metrics import GROUPS
+from lift_ray.epoch_metrics import GROUPS, METRICS
 from lift_ray.evaluation.metrics import NUM_BINS
 
 Floats = NDArray[np.float64]
@@ -28,6 +28,10 @@ class ImageResults:
     predicted: NDArray[np.int64]
     confidence: Floats
     loss: Floats
+
+    def take(self, images: NDArray[np.bool_]) -> ImageResults:
+        """Return the results of some of the images, given by a mask, (N,)."""
+        return ImageResults(self.label[images], self.predicted[images], self.confidence[images], self.loss[images])
 
 
 def metric_values(results: ImageResults, metric: str, groups: NDArray[np.str_], class_weights: Floats) -> Floats:
@@ -51,6 +55,13 @@ def metric_values(results: ImageResults, metric: str, groups: NDArray[np.str_], 
     if metric == "macro_f1":
         return _ratio((weights * _f1(results, weights, total)).sum(1), weights.sum(1))
     return MEANS.get(metric, _mean)(weights, sums / np.maximum(total, 1))
+
+
+def all_metrics(results: ImageResults, groups: NDArray[np.str_]) -> dict[str, float]:
+    """Return every metric of METRICS that the images can give, as `metrics.summarise` does."""
+    whole = np.ones((1, len(groups)))
+    values = {metric: float(metric_values(results, metric, groups, whole)[0]) for metric in METRICS}
+    return {metric: value for metric, value in values.items() if np.isfinite(value)}
 
 
 def _mean(weights: Floats, values: Floats) -> Floats:

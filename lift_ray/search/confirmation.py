@@ -149,22 +149,22 @@ def choose(space: SpaceFile, rows: Sequence[TrialRow], results: Results, data: S
     for row in _without_diverged(space, candidates(space, rows), results):
         config = space.config(row.values)
         predictions = read_out_of_fold(out, row.number, _parts(space, row, results), taus_of(config))
-        posthoc = posthoc_choice(predictions, config.evaluation.posthoc_tau, metric, mode, data.groups)
-        value = _value(predictions.at(posthoc.tau), metric, data.groups)
+        posthoc = posthoc_choice(predictions, config.evaluation.posthoc_tau, metric, mode, data.groups.names)
+        value = _value(predictions.at(posthoc.tau), metric, data.groups.names)
         found.append((Candidate(row, posthoc, value), predictions))
     sign = 1 if mode == "max" else -1
     found.sort(key=lambda pair: (-sign * pair[0].value, pair[0].row.number))
     if space.search.confirm is not None and space.search.confirm.prefer == "smaller":
-        found.insert(0, found.pop(_smallest(found, metric, data.groups)))
+        found.insert(0, found.pop(_smallest(found, metric, data.groups.names)))
     winner, predictions = found[0]
     best = predictions.at(winner.posthoc.tau)
     others = []
     for candidate, theirs in found[1:]:
-        difference, error = paired_difference(theirs.at(candidate.posthoc.tau), best, metric, data.groups)
+        difference, error = paired_difference(theirs.at(candidate.posthoc.tau), best, metric, data.groups.names)
         others.append(Candidate(candidate.row, candidate.posthoc, candidate.value, difference, error))
-    curve = [{"tau": tau, **all_metrics(predictions.at(tau), data.groups)} for tau in predictions.taus]
+    curve = [{"tau": tau, **all_metrics(predictions.at(tau), data.groups.names)} for tau in predictions.taus]
     parts = _parts(space, winner.row, results)
-    figures = all_metrics(best, data.groups)
+    figures = all_metrics(best, data.groups.names)
     return Choice(metric, mode, [winner, *others], figures, curve, len(predictions.label), parts)
 
 

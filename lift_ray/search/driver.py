@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from lift_ray.errors import RunFailed, Stopped, last_line
 from lift_ray.ray_runtime.autoscaler import autoscaler_config
 from lift_ray.ray_runtime.capacity import Need
-from lift_ray.search.engine import Engine
 from lift_ray.reporting.trial_rows import best_of
-from lift_ray.search.final_comparison import SearchResult, conclude, none_finished
+from lift_ray.search.engine import Engine
+from lift_ray.search.final_comparison import SearchResult, none_finished
 from lift_ray.search.interrupts import Interrupts
 from lift_ray.search.jobs import SlotSettings
 from lift_ray.search.progress_table import Monitor, time_breakdown
@@ -92,11 +92,10 @@ def run_search(
         run_jobs(engine, callbacks, slot_class)
     if not search.is_over:  # a signal arrived, or something else ended Tune
         raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
-    rows = search.rows()
-    if (choice := search.choice()) is None:
-        raise none_finished(rows, out)
-    times = time_breakdown(rows, monitor, max(1, engine.num_slots), time.monotonic() - began)
-    return conclude(study.space, rows, study.results, search.data, choice, times)
+    times = time_breakdown(search.rows(), monitor, max(1, engine.num_slots), time.monotonic() - began)
+    if (found := search.result(times)) is None:
+        raise none_finished(search.rows(), out)
+    return found
 
 
 def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:

@@ -20,7 +20,6 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
-from lift_ray.training.checkpoint import Record, read_record
 
 CROPS, TTE = 5, "-tte"  # test-time ensembling: crops per image, and the suffix of the model's name
 REFIT = "-refit"  # suffix of the name of a model that was trained again

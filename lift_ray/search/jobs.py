@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lift_ray.data.folds import EVERYTHING, SEARCHED, Folds
@@ -28,7 +28,7 @@ class SlotSettings:
     out: str
     study: str
     number: int = 0
-    folds: Folds = Folds()
+    folds: Folds = field(default_factory=Folds)
 
 
 @dataclass(frozen=True)

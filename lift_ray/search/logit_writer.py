@@ -24,8 +24,8 @@ from lift_ray.storage.output import Output
 class LogitWriter:
     """Counter of an evaluation that writes a row for each image of this rank.
 
-    The columns are label and logits (K,), and for each of the T strengths of the post-hoc adjustment the predicted class, its probability
-    and the cross-entropy, (T,).
+    The columns are label and logits (K,), and for each of the T strengths of the post-hoc adjustment the predicted class, its
+    probability and the cross-entropy, (T,).
 
     Args:
         class_counts: training images of each class, (K,), which define the prior.

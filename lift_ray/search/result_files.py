@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 
 import lift_ray
 from lift_ray.data.dataset import Dataset
-from lift_ray.data.footers import read_paths
+from lift_ray.data.paths import image_paths
 from lift_ray.epoch_metrics import named
 from lift_ray.ray_runtime.session import machine
+from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow, write_json
 from lift_ray.search.confirmation import Choice
-from lift_ray.search.final_comparison import BEST_FOUND, Model, SearchResult, trained
+from lift_ray.search.final_comparison import Model, SearchResult, trained
 from lift_ray.search.predictions import read_fold
 from lift_ray.search.search_data import SearchData
 from lift_ray.settings.overrides import apply_overrides
@@ -60,6 +61,12 @@ def write_result(space: SpaceFile, dataset: Dataset, data: SearchData, found: Se
             "images": data.final_images,
         },
         "unseen": list(data.unseen),
+        "groups": {
+            "names": data.groups.names.tolist(),
+            "few_below": data.groups.few_below,
+            "many_above": data.groups.many_above,
+            "note": data.groups.note,
+        },
         "held_out": space.test == "split",
         "posthoc": {
             "tau": choice.posthoc.best,
@@ -180,7 +187,7 @@ def write_out_of_fold(path: Path, choice: Choice, dataset: Dataset, data: Search
     place = choice.taus.index(choice.posthoc.tau)
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for fold, parts in enumerate(choice.parts, 1):
-            paths = read_paths(data.folds.view(dataset, fold).splits["validation"])
+            paths = image_paths(data.folds.view(dataset, fold).splits["validation"])
             at = 0
             for table in read_fold(out, choice.row.number, fold, parts):
                 columns = {

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lift_ray.data.dataset import Dataset
 from lift_ray.data.folds import EVERYTHING, SEARCHED, Folds, unseen_classes
+from lift_ray.evaluation.metrics import ClassGroups, groups_of
 from lift_ray.settings.space import SpaceFile
+
+
+def unseen_line(unseen: Sequence[str], num_classes: int) -> str:
+    """Say how many classes have no held-out image, and name up to three."""
+    names = ", ".join(unseen[:3]) + (", ..." if len(unseen) > 3 else "")
+    return f"{len(unseen)} of {num_classes} classes have no held-out image, so the search does not see them: {names}"
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class SearchData:
 
     Args:
         folds: division of the labeled images.
-        groups: many, medium or few for each class, (K,).
+        groups: division of the classes into many, medium and few.
         num_images: images of each split in the first fold.
         retrains: True if best/ is trained again on images that the trials do not train on.
         train_on: images that best/ is trained on, as in a run file.
@@ -27,8 +31,8 @@ class SearchData:
         unseen: names of the classes without an out-of-fold image.
     """
 
-    folds: Folds = Folds()
-    groups: NDArray[np.str_] = field(default_factory=lambda: np.array([], str))
+    folds: Folds = field(default_factory=Folds)
+    groups: ClassGroups = field(default_factory=lambda: ClassGroups.of([]))
     num_images: Mapping[str, int] = field(default_factory=dict)
     retrains: bool = False
     train_on: str = "train"
@@ -36,7 +40,7 @@ class SearchData:
     unseen: Sequence[str] = ()
 
     @classmethod
-    def of(cls, space: SpaceFile, dataset: Dataset, groups: NDArray[np.str_]) -> SearchData:
+    def of(cls, space: SpaceFile, dataset: Dataset) -> SearchData:
         """Return the facts about a dataset that is searched as a space file says."""
         search = space.search
         folds = Folds(search.folds, search.seed, train_on_separate=search.refit is True)
@@ -49,7 +53,7 @@ class SearchData:
         )
         return cls(
             folds,
-            groups,
+            groups_of(dataset, space.config({}).evaluation.group_bounds),
             {name: split.num_samples for name, split in searched.items()},
             retrains,
             "train+validation" if retrains and "validation" in dataset.splits else "train",

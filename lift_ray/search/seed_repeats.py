@@ -13,6 +13,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
 
+
 def repeated(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[tuple[str, TrialRow]]:
     """Return label and trial of the runs that `search.seeds_best` repeats: the best, and the first baseline if it is another."""
     start = next((row for row in rows if row.baseline == 0 and row.state == "finished" and row is not best), None)

@@ -12,6 +12,7 @@ from lift_ray.errors import RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.search import final_comparison
 from lift_ray.search.confirmation import Choice, candidates, choose, fold_jobs
+from lift_ray.search.final_comparison import SearchResult
 from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoints
 from lift_ray.search.search_data import SearchData
 from lift_ray.search.stopping import decide
@@ -236,6 +237,12 @@ class Search:
                 self.out.remove(trial_checkpoints(job.number, job.fold))
         self.done.append(job)
         return False
+
+    def result(self, time_s: dict[str, float]) -> SearchResult | None:
+        """Return the result, with seconds of wall time by activity, once the search is over; None if no trial has finished."""
+        if (choice := self.choice()) is None:
+            return None
+        return final_comparison.conclude(self.space, self.rows(), self.study.results, self.data, choice, time_s)
 
     def rows(self) -> list[TrialRow]:
         """Return the trials in the order of their numbers."""
