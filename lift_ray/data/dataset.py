@@ -13,6 +13,13 @@ import numpy as np
 from lift_ray.data.longtail import Int64s, keep_first
 from lift_ray.errors import BadInput
 
+MAKES_SPLIT = {
+    "train": "convert again with training images",
+    "validation": "convert again with --validation-frac 0.1",
+    "test": "convert again with --test-frac 0.2, or set test: none",
+    "unlabelled": "convert again with --labelled, --unlabelled and --gamma-l",
+}
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -151,8 +158,8 @@ class Dataset:
         return len(self.class_names)
 
     def split(self, name: str) -> Split:
-        """Return a split by name. Raises BadInput, naming the existing splits, if it does not exist."""
+        """Return a split by name. Raises BadInput, with the option of `convert` that makes it, if it does not exist."""
         if name not in self.splits:
-            there = ", ".join(self.splits)
-            raise BadInput(self.uri, f"must have the split {name!r}", f"only {there}", "choose one of these")
+            remedy = MAKES_SPLIT.get(name, "choose one of these")
+            raise BadInput(self.uri, f"must have a {name} split", f"only {', '.join(self.splits)}", remedy)
         return self.splits[name]
