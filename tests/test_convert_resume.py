@@ -173,7 +173,7 @@ def test_after_a_bad_image_the_finished_shards_are_kept_for_skip_bad_and_not_the
             index,
             f"{tmp_path}/out",
             rows_per_shard=10,
-            division=Division(0.0, 0.0),
+            division=Division(0.0),
             workers=1,
             progress=lambda done, total: seen.append(done),
             **more,
