@@ -323,6 +323,19 @@ def own_validation(folder: Path) -> list[str]:
     return [f"{folder}/p", "--validation-frac", "0.2"]
 
 
+def test_splits_for_which_there_is_nothing_to_draw_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(sequences(tmp_path / "photos", {"cat": (4,), "dog": (5,)}))
+    verb.main(["folder", source, f"{tmp_path}/out", "--group", "folder:1"])
+    assert list(open_dataset(f"{tmp_path}/out").splits) == ["train"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "no validation split: there are no images or groups to draw it from" in lines
+    assert "no test split: there are no images or groups to draw it from" in lines
+    verb.main(["folder", source, f"{tmp_path}/out", "--overwrite", *NO_SPLITS])
+    assert "no test split" not in capsys.readouterr().out
+
+
 def straddling(folder: Path) -> list[str]:
     for split in ("train", "val"):
         sequences(folder / "p" / split, {"cat": (1, 1), "dog": (1,)})
