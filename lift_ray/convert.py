@@ -343,7 +343,7 @@ def _convert(index: ImageIndex, destination: str, options: Options) -> None:
             progress=progress,
             run_tasks=run_tasks,
         )
-    _report(destination, converted, index.num_ignored)
+    _report(destination, converted, index.num_ignored, options)
 
 
 @contextmanager
@@ -360,7 +360,7 @@ def _engine(options: Options) -> Iterator[RunTasks | None]:
         yield partial(on_cluster, at_once=options.workers)
 
 
-def _report(destination: str, converted: Converted, num_ignored: int) -> None:
+def _report(destination: str, converted: Converted, num_ignored: int, options: Options) -> None:
     import numpy as np
     from rich.console import Console
     from rich.table import Table
@@ -381,6 +381,9 @@ def _report(destination: str, converted: Converted, num_ignored: int) -> None:
     print(f"labeled: {summary(counts)}\n{plot(counts)}")
     if converted.unseen and "validation" in converted.splits:
         print(_unseen(converted))
+    for split, frac in (("validation", options.validation_frac), ("test", options.test_frac)):
+        if split not in converted.splits and frac != 0 and (split != "test" or options.labelled is None):
+            print(f"no {split} split: there are no images or groups to draw it from")
     if num_ignored:
         print(f"skipped files without an image suffix: {num_ignored}")
     if converted.skipped:

@@ -358,7 +358,9 @@ def test_evaluate_works_on_a_dataset_with_only_a_test_split(
         seen.append(json.loads(capsys.readouterr().out))
     assert seen[0] == seen[1]
     assert {"test/medium", "test/few"} <= set(seen[0])
-    with pytest.raises(BadInput, match="must have a validation split, but got only test; convert again with --validation-frac 0.1"):
+    with pytest.raises(
+        BadInput, match=r"must have a validation split, but got only test; convert again with --validation-frac 0.1"
+    ):
         evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])
 
 

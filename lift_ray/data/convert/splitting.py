@@ -95,9 +95,9 @@ def divide(index: ImageIndex, division: Division) -> Divided:
     cut.
     """
     _check_options(index, division)
+    is_cut = division.imbalance is not None or index.discarded is not None
     fractions = _fractions(index, division)
     numbers = None if index.groups is None else group_numbers(index)
-    is_cut = division.imbalance is not None or index.discarded is not None
     drawn = _draw(index, numbers, 0.0 if is_cut else fractions["validation"], fractions["test"], division.seed)
     own = {split: list[Row](rows) for split, rows in index.splits.items() if split != "train"}
     splits = {split: _shuffled(rows, split, division.seed) for split, rows in {**drawn, **own}.items()}

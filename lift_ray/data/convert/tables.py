@@ -177,9 +177,9 @@ def _scan_parquet(
         schema = parquet.schema_arrow
     columns = _columns(source, schema.names, given)
     leaf = _leaf(source, schema, columns.image)
-    _check_type(source, schema, columns.label, "--label-column")
+    _check_type(source, schema, columns.label, "pass --label-column")
     if columns.group is not None:
-        _check_type(source, schema, columns.group, "--group")
+        _check_type(source, schema, columns.group, "choose another --group")
     told: list[Told] = []
     most_bytes = 1
     for file in files:
@@ -210,15 +210,15 @@ def _parquet_rows(
     table = parquet.read(columns=[name for name in wanted if name])
     labels = table.column(columns.label).to_pylist()
     splits = table.column(columns.split).to_pylist() if columns.split else None
-    groups = table.column(columns.group).to_pylist() if columns.group else [None] * len(labels)
+    owners = table.column(columns.group).to_pylist() if columns.group else [None] * len(labels)
     if leaf:
         images = [f"{file}:{number}:{row}" for number, group in enumerate(groups) for row in range(group.num_rows)]
     else:
         images = table.column(columns.image).to_pylist()
-    for number, (image, label, group) in enumerate(zip(images, labels, groups, strict=True)):
+    for number, (image, label, owner) in enumerate(zip(images, labels, owners, strict=True)):
         where = f"{url} row {number}"
         part = split if splits is None else _split_named(str(splits[number]), where)
-        yield _checked(Told(where, part, image or "", _text(label), _text(group)), columns)
+        yield _checked(Told(where, part, image or "", _text(label), _text(owner)), columns)
 
 
 def _text(cell: object) -> str:
@@ -335,10 +335,10 @@ def _used(schema: Any, columns: Columns) -> Any:
     return [schema.field(name).type for name in names], _class_label_names(schema.metadata or {}, columns.label)
 
 
-def _check_type(source: str, schema: Any, column: str, option: str) -> None:
+def _check_type(source: str, schema: Any, column: str, remedy: str) -> None:
     kind = _plain_type(schema.field(column).type)
     if not (pa.types.is_integer(kind) or _is_text(kind)):
-        raise BadInput(source, f"the column {column!r} must contain integers or text", kind, f"pass {option}")
+        raise BadInput(source, f"the column {column!r} must contain integers or text", kind, remedy)
 
 
 def _plain_type(kind: Any) -> Any:
