@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from lift_ray.search.final_comparison import SearchResult, none_finished
 from lift_ray.search.interrupts import Interrupts
 from lift_ray.search.jobs import SlotSettings
 from lift_ray.search.progress_table import Monitor, time_breakdown
+from lift_ray.search.refit import refit_on_workers
 from lift_ray.search.result_files import write_best_so_far
 from lift_ray.search.search_data import SearchData
 from lift_ray.search.slot import Slot
@@ -82,14 +84,29 @@ def run_search(
         monitor.tick(engine.num_slots)
         metrics.tick()
 
+    refit_need = replace(need, workers=study.space.scale.refit_workers)
     slot = SlotSettings(dataset, need, out.url, study.space.name, folds=search.data.folds)
     keeps_slots = not autoscaler_config()
     engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)
     metrics = StudyMetrics(study.space, study.rows, engine)
     search.watchers += [monitor, *watchers]
-    interrupts.ask(lambda: print("stopping at the next step; interrupt again to stop at once", flush=True))
-    with monitor:
-        run_jobs(engine, callbacks, slot_class)
+
+    def say() -> None:
+        print("stopping at the next step; interrupt again to stop at once", flush=True)
+
+    while True:
+        interrupts.ask(say)
+        with monitor:
+            run_jobs(engine, callbacks, slot_class)
+        if not (search.is_over and search.refits):
+            break
+        engine.put_all_back()  # the slots have ended, and their resources are free for Ray Train
+        for job in search.refits:
+            try:
+                result = refit_on_workers(job, study.space.name, dataset, search.data, out, refit_need, interrupts)
+            except Stopped as stopped:
+                raise Stopped(best_so_far(), stopped.exit_code) from None
+            search.refitted(job, result)
     if not search.is_over:  # a signal arrived, or something else ended Tune
         raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
     times = time_breakdown(search.rows(), monitor, max(1, engine.num_slots), time.monotonic() - began)

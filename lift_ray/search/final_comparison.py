@@ -13,12 +13,13 @@ from lift_ray.errors import RunFailed
 from lift_ray.reporting.study_files import BEST_FOUND, predictions_of
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
 from lift_ray.search.confirmation import Choice, candidates, fold_jobs
-from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path
+from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path, trial_checkpoints
 from lift_ray.search.search_data import SearchData
 from lift_ray.search.seed_repeats import repeat_jobs, repeated, seed_results
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
+from lift_ray.storage.layout import FINAL_CHECKPOINT
 from lift_ray.storage.output import Output
 
 CROPS, TTE = 5, "-tte"  # test-time ensembling: crops per image, and the suffix of the model's name
@@ -115,6 +116,8 @@ def final(space: SpaceFile, row: TrialRow, results: Results, data: SearchData, *
     if not data.retrains or not row.last.epoch or results.get(job.key) == {}:
         return model
     path = trial_checkpoint_path(row.number, row.last.epoch, EVERYTHING)
+    if space.scale.refit_workers > 1:  # `train` writes its model there
+        path = f"{trial_checkpoints(row.number, EVERYTHING)}/{FINAL_CHECKPOINT}"
     name = f"trial-{row.number:04d}{REFIT}{TTE if tte else ''}"
     return replace(model, name=name, checkpoint=path, refit=job)
 

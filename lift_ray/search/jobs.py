@@ -55,6 +55,11 @@ class TrainJob:
         return f"train {self.number}{'' if self.fold == SEARCHED else f' {self._of_fold}'}"
 
     @property
+    def is_refit(self) -> bool:
+        """True if it trains a final model again on all labeled images."""
+        return self.then == "keep"
+
+    @property
     def _of_fold(self) -> str:
         return "refit" if self.fold == EVERYTHING else f"fold {self.fold}"
 

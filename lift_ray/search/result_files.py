@@ -20,19 +20,20 @@ import lift_ray
 from lift_ray.data.dataset import Dataset
 from lift_ray.data.paths import image_paths
 from lift_ray.epoch_metrics import named
+from lift_ray.evaluation.metrics import per_class_rows, write_per_class
 from lift_ray.ray_runtime.session import machine
 from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow, write_json
 from lift_ray.search.confirmation import Choice
 from lift_ray.search.final_comparison import Model, SearchResult, trained
-from lift_ray.search.predictions import read_fold
+from lift_ray.search.predictions import read_fold, read_out_of_fold
 from lift_ray.search.search_data import SearchData
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
 from lift_ray.settings.yaml_file import dump_yaml
 from lift_ray.storage.atomic import replacing
-from lift_ray.storage.layout import BEST, BEST_METRICS, BEST_SETTINGS, OUT_OF_FOLD_FILE, RECORD, STUDY
+from lift_ray.storage.layout import BEST, BEST_METRICS, BEST_SETTINGS, OUT_OF_FOLD_FILE, PER_CLASS, RECORD, STUDY
 from lift_ray.storage.output import Output
 from lift_ray.training.checkpoint import Record, read_record
 
@@ -42,6 +43,7 @@ def write_result(space: SpaceFile, dataset: Dataset, data: SearchData, found: Se
     choice, figures = found.choice, dict(found.compared)[BEST_FOUND]
     with _best_folder(out, found.final, choice.posthoc.tau, figures) as folder:
         write_out_of_fold(folder / OUT_OF_FOLD_FILE, choice, dataset, data, out)
+        write_per_class(_per_class(folder, choice, out), folder / PER_CLASS)
     record = _write_best_settings(space, dataset.uri, data.train_on if found.final.refit else "train", out)
     about: dict[str, Any] = {
         "name": space.name,
@@ -97,6 +99,17 @@ def write_result(space: SpaceFile, dataset: Dataset, data: SearchData, found: Se
     }
     write_json(about, out.folder / STUDY)
     out.publish()
+
+
+def _per_class(folder: Path, choice: Choice, out: Output) -> list[dict[str, Any]]:
+    """Return the row of each class in a table of the winner's out-of-fold predictions."""
+    record = read_record(folder)
+    found = read_out_of_fold(out, choice.row.number, choice.parts, choice.taus).at(choice.posthoc.tau)
+    hits = found.label[found.label == found.predicted]
+    counts = [
+        np.bincount(classes, minlength=len(record.class_names)) for classes in (hits, found.label, found.predicted)
+    ]
+    return per_class_rows(record.class_names, np.array(record.class_counts), record.groups.names, *counts)
 
 
 def label_of(space: SpaceFile, row: TrialRow) -> str:

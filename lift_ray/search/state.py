@@ -5,7 +5,7 @@ Each step writes to the study first, so a driver that is killed between any two 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
@@ -44,6 +44,7 @@ class Search:
         progress: the last progress of each running job.
         began: the first reply of each running job that trains.
         done: the finished jobs of the final comparison, in order.
+        refits: jobs of the final comparison that Ray Train runs and not a slot (scale.refit_workers), as of `final_jobs`.
         num_ended: number of trials that have ended. Counted as they end, because Tune asks at each of its steps whether the
             search is over.
     """
@@ -55,6 +56,7 @@ class Search:
         self.progress: dict[str, StepsDone] = {}
         self.began: dict[str, RunStarted] = {}
         self.done: list[Job] = []
+        self.refits: list[TrainJob] = []
         self._told: set[int] = set()  # trials whose start the watchers know about
         self._final: list[Job] | None = None  # cache of final_jobs; None when outdated
         self._choice: Choice | None = None
@@ -149,13 +151,20 @@ class Search:
         return next(free, None) or self.study.next()
 
     def final_jobs(self) -> list[Job]:
-        """Return the known jobs of the final comparison that are not done. They are determined again when a job has ended."""
+        """Return the known jobs of the final comparison for slots that are not done; determined again when a job has ended."""
         if self._final is None:
             is_over, rows, results = self.trials_are_over, self.rows(), self.study.results
-            self._final = final_comparison.final_jobs(
-                self.space, rows, results, self.data, self.choice(), is_over=is_over
-            )
+            jobs = final_comparison.final_jobs(self.space, rows, results, self.data, self.choice(), is_over=is_over)
+            elsewhere = self.space.scale.refit_workers > 1
+            self.refits = [job for job in jobs if elsewhere and isinstance(job, TrainJob) and job.is_refit]
+            self._final = [job for job in jobs if job not in self.refits]
         return self._final
+
+    def refitted(self, job: TrainJob, result: dict[str, Any]) -> None:
+        """Store the result of a job that Ray Train ran."""
+        self.study.store_result(job.key, result)
+        self.done.append(job)
+        self._final = None
 
     def choice(self) -> Choice | None:
         """Return the winner; None before all out-of-fold predictions are there, or if no trial has finished."""
