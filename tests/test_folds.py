@@ -141,7 +141,9 @@ def test_classes_without_a_held_out_image_are_named() -> None:
 
 
 def test_a_dataset_whose_classes_have_one_image_each_cannot_be_searched() -> None:
-    with pytest.raises(BadInput, match=r"^d: must have a class with two training images, but no validation image can be"):
+    with pytest.raises(
+        BadInput, match=r"^d: must have a class with two training images, but no validation image can be"
+    ):
         Folds().view(dataset((1, 1, 1), None), SEARCHED)
 
 

@@ -54,7 +54,7 @@ class Calibration:
             return f"temperature {self.temperature:g}, set by the user"
         if not self.num_images:
             return (
-                "probabilities are not calibrated, because the model was trained on all labeled images (temperature 1)"
+                "not calibrated: the model was trained on all labeled images; train with train_on=train to calibrate it"
             )
         return (
             f"temperature {self.temperature:.3f}, fitted on {self.num_images:,} {self.images} of {self.dataset}: calibration "
