@@ -74,6 +74,8 @@ def test_the_loss_falls_and_the_figures_are_complete(workspace: Workspace, small
                 "accuracy",
                 "mean_class_accuracy",
                 "loss",
+                "balanced_log_loss",
+                "many",
                 "medium",
                 "few",
                 "worst_class",
