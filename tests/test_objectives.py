@@ -131,6 +131,14 @@ def test_every_metric_of_every_fraction_is_a_number_of_the_same_groups(
         assert np.isfinite(list(history[-1].validation.values())).all()
 
 
+def test_the_documentation_has_a_line_for_every_objective_with_the_right_direction() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
+    table = text.partition("\n## Objectives\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    found = {name.strip("` "): mode for names, mode, *_ in rows for name in names.split(",")}
+    assert found == {objective: modes(objective)[objective] for objective in OBJECTIVES}
+
+
 @pytest.mark.parametrize("section", ["objectives", "constraints"])
 @pytest.mark.parametrize(
     ("validation", "bounds", "group", "rule"),

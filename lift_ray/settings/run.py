@@ -135,8 +135,8 @@ class EvaluationConfig(Config):
     tte: bool = False
     """Test-time ensembling: the mean of the logits of five crops (arXiv 2309.10019)."""
     group_bounds: GroupBounds = "auto"
-    """[a, b]: few-shot classes have fewer than a labeled training images, many-shot classes more than b. auto: [20, 100] if each
-    group then has a class, otherwise thirds of the classes."""
+    """[LOW, HIGH]: few-shot classes have fewer than LOW labeled training images, many-shot classes more than HIGH. auto: [20, 100]
+    if each group then has a class, otherwise thirds of the classes."""
 
 
 AugmentConfig = Annotated[MdaConfig | CropFlipConfig | NoAugmentConfig, Field(discriminator="kind")]
