@@ -9,8 +9,9 @@ from typing import Any, overload
 GROUPS = ("many", "medium", "few")  # of classes, by their number of training images
 MAIN = "mean_class_accuracy"  # chooses models by default
 ACCURACIES = ("accuracy", MAIN, *GROUPS)
-FURTHER = ("worst_class", "harmonic_mean", "geometric_mean", "macro_f1", "calibration_error", "balanced_log_loss")
-METRICS = (MAIN, "accuracy", *GROUPS, *FURTHER, "loss")  # of a split
+FURTHER = ("worst_class", "harmonic_mean", "geometric_mean", "macro_f1", "calibration_error")
+LOSSES = ("balanced_log_loss", "loss")  # not in [0, 1]
+METRICS = (MAIN, "accuracy", *GROUPS, *FURTHER, *LOSSES)  # of a split
 MAIN_METRIC = f"validation/{MAIN}"
 POSTHOC = ("posthoc_tau", f"posthoc_{MAIN}", "posthoc_optimism")  # best tau after training, on validation
 POSTHOC_TAU, POSTHOC_ACCURACY, POSTHOC_OPTIMISM = POSTHOC

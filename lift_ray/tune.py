@@ -226,21 +226,24 @@ def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
 
 
 def _check_objectives(space: SpaceFile, data: Dataset) -> None:
-    """Raise BadInput if a metric is of a group without classes, or whose classes have no validation images."""
+    """Raise BadInput if a metric is of a group without classes, or whose classes have no validation images.
+
+    Every other metric has a value, because a split has at least one image.
+    """
     from lift_ray.epoch_metrics import MAIN_METRIC
     from lift_ray.evaluation.metrics import groups_of
 
-    bounds = space.config({}).evaluation.group_bounds
-    groups, rules = groups_of(data, bounds).names, groups_of(data, bounds).rules
-    measured = groups[data.split("validation").class_counts(data.num_classes) > 0]
-    for metric in (*space.objectives, *space.constraints):
-        group = metric.split("/")[-1]
-        if group not in rules or group in measured:
+    groups = groups_of(data, space.config({}).evaluation.group_bounds)
+    measured = groups.names[data.split("validation").class_counts(data.num_classes) > 0]
+    wanted = [("objectives", metric) for metric in space.objectives]
+    for section, metric in [*wanted, *(("constraints", metric) for metric in space.constraints)]:
+        group = metric.removeprefix("validation/")
+        if group not in groups.rules or group in measured:
             continue
-        what = f"classes with {rules[group]} training images"
-        what += ", and validation images of them" if group in groups else ""
+        what = f"classes with {groups.rules[group]} training images"
+        what += ", and validation images of them" if group in groups.names else ""
         raise BadInput(
-            "objectives",
+            section,
             f"{metric} requires {what}",
             but=f"{data.uri} has none",
             remedy=f"choose {MAIN_METRIC}",

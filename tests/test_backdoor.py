@@ -323,6 +323,7 @@ def test_gla_without_a_text_tower_gives_a_one_line_error_and_the_table_omits_par
         == f"GLA: requires a text tower, but {small_clip} has none; leave GLA out, or use another backbone"
     )
     assert {d: list(row) for d, row in said(folders, capsys)["groups"].items()} == {
+        "many": ["all"],
         "medium": ["all"],
         "few": ["all"],
         "all": ["all"],

@@ -235,4 +235,4 @@ def test_an_objective_over_an_empty_group_is_refused(space_file: Path, tmp_path:
     with pytest.raises(
         BadInput, match=r"objectives: validation/many requires classes with over 100 training images, but"
     ):
-        tune.main([str(space), "--out", str(tmp_path / "out")])
+        tune.main([str(space), "base.evaluation.group_bounds=[20, 100]", "--out", str(tmp_path / "out")])

@@ -18,7 +18,7 @@ ANY = "all"  # name of all groups together, in tables by group
 PUBLISHED = (20, 100)  # bounds of the groups: few below the first, many above the second
 NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
 
-GroupBounds = Literal["auto"] | tuple[int, int]
+GroupBounds = Literal["auto"] | Sequence[int]
 
 
 class PerClass(NamedTuple):
@@ -63,7 +63,8 @@ class ClassGroups:
         """
         counts = np.asarray(counts)
         if bounds != "auto":
-            return cls(_divided(counts, *bounds), *bounds)
+            few_below, many_above = (int(bound) for bound in bounds)
+            return cls(_divided(counts, few_below, many_above), few_below, many_above)
         names = _divided(counts, *PUBLISHED)
         by_thirds = len(np.unique(names)) < len(GROUPS) and len(np.unique(counts)) > 1
         few_below, many_above = _thirds(counts) if by_thirds else PUBLISHED
@@ -72,12 +73,12 @@ class ClassGroups:
     @property
     def rules(self) -> dict[str, str]:
         """Numbers of training images of a class of each group, in words."""
-        between = f"{self.few_below:,} to {self.many_above:,}" if self.few_below <= self.many_above else "none"
-        return {"many": f"over {self.many_above:,}", "medium": between, "few": f"under {self.few_below:,}"}
+        few, many = f"{self.few_below:,}", f"{self.many_above:,}"
+        return {"many": f"over {many}", "medium": f"{few} to {many}", "few": f"under {few}"}
 
     @property
     def note(self) -> str:
-        """The bounds, if they are not the published ones because the dataset is small; otherwise ""."""
+        """A sentence about the bounds, if they are not the published ones, because a group would be empty; otherwise ""."""
         if not self.by_thirds:
             return ""
         few, many = self.few_below - 1, self.many_above + 1
@@ -120,8 +121,7 @@ def stored_groups(record: Mapping[str, Any]) -> ClassGroups:
     """
     if record.get("labelled_counts") is None:
         return ClassGroups.of(record["class_counts"], PUBLISHED)
-    bounds = record["config"]["evaluation"]["group_bounds"]
-    return ClassGroups.of(record["labelled_counts"], bounds if bounds == "auto" else tuple(bounds))
+    return ClassGroups.of(record["labelled_counts"], record["config"]["evaluation"]["group_bounds"])
 
 
 def summarise(

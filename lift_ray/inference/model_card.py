@@ -63,6 +63,7 @@ def model_card(classifier: Classifier, exported: Sequence[Exported], metrics: Ma
         counts=counts,
         groups=record.groups.names,
         rules=record.groups.rules,
+        note=record.groups.note,
         metrics=metrics,
         splits=[split for split in ("validation", "test") if any(name.startswith(f"{split}/") for name in metrics)],
         shown=(*ACCURACIES, "worst_class", "calibration_error"),

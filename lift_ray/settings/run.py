@@ -23,18 +23,19 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.tuners import AnyTunerConfig, check_pair, resolve_tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+GroupBound = Annotated[int, Field(ge=1)]
 
 
-def _ascending(bounds: Literal["auto"] | tuple[int, int]) -> Literal["auto"] | tuple[int, int]:
-    if bounds != "auto" and not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError("the second number is smaller, or the first is not positive")
+def _ascending(bounds: Literal["auto"] | list[int]) -> Literal["auto"] | list[int]:
+    if bounds != "auto" and bounds[0] > bounds[1]:
+        raise ValueError("the numbers descend")
     return bounds
 
 
 GroupBounds = Annotated[
-    Literal["auto"] | tuple[int, int],
+    Literal["auto"] | Annotated[list[GroupBound], Field(min_length=2, max_length=2)],
     AfterValidator(_ascending),
-    OneOf("must be auto or two numbers in ascending order, for example [20, 100]"),
+    OneOf("auto or two positive numbers in ascending order, for example [20, 100]"),
 ]
 
 
@@ -134,8 +135,8 @@ class EvaluationConfig(Config):
     tte: bool = False
     """Test-time ensembling: the mean of the logits of five crops (arXiv 2309.10019)."""
     group_bounds: GroupBounds = "auto"
-    """[a, b]: few-shot classes have fewer than a labeled training images, many-shot classes more than b. auto: [20, 100] if each
-    group then has a class, otherwise thirds of the classes."""
+    """[LOW, HIGH]: few-shot classes have fewer than LOW labeled training images, many-shot classes more than HIGH. auto: [20, 100]
+    if each group then has a class, otherwise thirds of the classes."""
 
 
 AugmentConfig = Annotated[MdaConfig | CropFlipConfig | NoAugmentConfig, Field(discriminator="kind")]
