@@ -71,7 +71,7 @@ def test_labels_follow_their_images_into_the_folds() -> None:
     }
     for fold in (2, 3, EVERYTHING):
         for one in Folds(3).view(data, fold).splits.values():
-            places = [shard for shard in one.shards]
+            places = one.shards
             starts = np.cumsum([0, *(shard.num_rows for shard in places)])
             for row, label in zip(one.rows.tolist(), one.labels.tolist(), strict=True):
                 owner = int(np.searchsorted(starts, row, side="right")) - 1

@@ -163,8 +163,8 @@ def final_jobs(
             want(trained(space, row), "test", trained(space, row).tau)
     if choice is not None:
         fold = final_fold(data)
-        repeats = repeated(space, rows, choice.row)
-        jobs |= {job.key: job for _, row in repeats for job in repeat_jobs(space, row, fold)}
+        repeats = repeated(space, rows, choice)
+        jobs |= {job.key: job for _, row, tau in repeats for job in repeat_jobs(space, row, tau, fold)}
     evaluations = [
         EvaluationJob(model.name, model.config, model.checkpoint, split, own_last(model, taus))
         for (_, split), (model, taus) in wanted.items()
@@ -333,7 +333,7 @@ def conclude(
 ) -> SearchResult:
     """Build the result from the trials and the final comparison."""
     table = compared(space, comparison(space, rows, results, data, choice), results)
-    seeds = seed_results(space, repeated(space, rows, choice.row), results, table, final_fold(data))
+    seeds = seed_results(space, repeated(space, rows, choice), results, table, final_fold(data))
     front = pareto_front(rows, space.objectives) if len(space.objectives) > 1 else []
     together = ensemble_results(space, rows, results) if space.test == "split" else []
     model = final(space, choice.row, results, data)

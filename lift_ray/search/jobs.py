@@ -42,22 +42,25 @@ class TrainJob:
         then: what follows the training. A trial has reported all its results by then (""); other jobs end with JobDone, after
             they have written the predictions for the images of the fold ("hold out"), were evaluated on the test split ("test"),
             or at once ("keep").
+        tau: strength of the post-hoc adjustment in the test; None for that of the settings.
     """
 
     number: int
     config: dict[str, Any]
     fold: int = SEARCHED
     then: Literal["", "hold out", "test", "keep"] = ""
+    tau: float | None = None
 
     @property
     def key(self) -> str:
         """Name of the job, and of its stored result."""
-        return f"train {self.number}{'' if self.fold == SEARCHED else f' {self._of_fold}'}"
+        fold, tau = f" {self._of_fold}" if self.fold != SEARCHED else "", f" tau {self.tau:g}" if self.tau else ""
+        return f"train {self.number}{fold}{tau}"
 
     @property
     def is_refit(self) -> bool:
         """True if it trains a final model again on all labeled images."""
-        return self.then == "keep"
+        return self.then == "keep" and self.number < FIRST_REPEAT
 
     @property
     def _of_fold(self) -> str:

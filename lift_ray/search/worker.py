@@ -161,8 +161,11 @@ class Worker:
                 evaluate(trial.predictor, split, counters=[writer], callback=partial(trial.callback, trial))
             yield JobDone({"parts": self.slot.need.workers, "images": split.num_samples})
         elif job.then:
-            test = trial.evaluate("test").metrics if job.then == "test" else {}
-            found = replace(trial.history[-1], test=test)
+            found = trial.history[-1]
+            if job.then == "test":
+                tau = trial.config.evaluation.posthoc_tau if job.tau is None else job.tau
+                split, callback = workspace.dataset.split("test"), partial(trial.callback, trial)
+                found = replace(found, test=evaluate(trial.predictor, split, [tau], callback=callback).metrics)
             yield JobDone({"trained_parameters": trial.num_trained, **found.flat("validation", "test")})
 
     def _logit_writer(
