@@ -12,6 +12,7 @@ TRIALS, TRIALS_CSV = "trials.parquet", "trials.csv"
 BEST, BEST_SETTINGS, BEST_METRICS = "best", "best.yaml", "metrics.json"
 REPORT, PAGE = "report", "index.html"
 PREDICTIONS, PREDICTIONS_FILE = "predictions", "test.parquet"
+OUT_OF_FOLD = "out_of_fold.parquet"  # in BEST: the winner's prediction for each image that it was not trained on
 JOURNAL, LOCK = "optuna.journal", "driver.lock"
 
 SETTINGS = "run.yaml"
