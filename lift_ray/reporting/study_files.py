@@ -123,9 +123,9 @@ class Choice:
 
 
 def _known(kind: Any, found: dict[str, Any], without: str) -> dict[str, Any]:
-    """Return the entries that are arguments of a dataclass and not None."""
+    """Return the entries that are arguments of a dataclass."""
     names = {argument.name for argument in fields(kind)} - {without}
-    return {name: value for name, value in found.items() if name in names and value is not None}
+    return {name: value for name, value in found.items() if name in names}
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,24 @@ class StudyFiles:
         return [t for t in self.trials if t["state"] == "finished" and t.get(self.objective[0]) is not None]
 
     @property
-    def best_trial(self) -> Trial | None:
-        """Best finished trial; while the search runs, the best so far."""
-        if self.best is not None:
-            return next((t for t in self.trials if t["number"] == self.best), None)
+    def top_trial(self) -> Trial | None:
+        """Finished trial with the best first objective."""
         metric, mode = self.objective
         sign = 1 if mode == "max" else -1
         return max(self.finished, key=lambda t: (sign * t[metric], -t["number"]), default=None)
+
+    @property
+    def best_trial(self) -> Trial | None:
+        """Trial that won; while the search runs, the top one so far."""
+        if self.best is None:
+            return self.top_trial
+        return next((t for t in self.trials if t["number"] == self.best), None)
+
+    @property
+    def is_best_on_top(self) -> bool:
+        """True if the trial that won has the best first objective; another one may win on all folds."""
+        best, top, metric = self.best_trial, self.top_trial, self.objective[0]
+        return best is not None and top is not None and best.get(metric) == top[metric]
 
     @property
     def settings(self) -> list[str]:
@@ -193,7 +204,7 @@ class StudyFiles:
     @property
     def groups(self) -> NDArray[np.str_]:
         """many, medium or few for each class, (K,)."""
-        names = self._about_groups.get("names", [])
+        names = self._about_groups.get("names", ())
         return np.array(names) if len(names) == len(self.class_counts) else class_groups(np.array(self.class_counts))
 
     @property
@@ -205,16 +216,17 @@ class StudyFiles:
     @property
     def group_note(self) -> str:
         """Remark on the bounds of the groups, such as that they are thirds; "" if there is none."""
-        return str(self._about_groups.get("note") or "")
+        return str(self._about_groups.get("note", ""))
 
     @property
     def _about_groups(self) -> dict[str, Any]:
-        return self.about.get("groups") or {}
+        found: dict[str, Any] = self.about.get("groups", {})
+        return found
 
     @cached_property
     def choice(self) -> Choice:
         """Choice of the winner; that of an older study has no candidates."""
-        return Choice.of(self.about.get("choice") or {})
+        return Choice.of(self.about.get("choice", {}))
 
     @property
     def has_test(self) -> bool:
@@ -229,7 +241,7 @@ class StudyFiles:
     @property
     def unseen(self) -> list[str]:
         """Classes without an image that can measure them."""
-        return list(self.about.get("unseen") or [])
+        return list(self.about.get("unseen", ()))
 
     @property
     def winner(self) -> tuple[dict[str, Any], Predictions | None] | None:
@@ -255,6 +267,7 @@ class StudyFiles:
 def read_study(folder: Path, shown: str) -> StudyFiles:
     """Read the study in a folder. Raises BadInput if there is none or a file cannot be read."""
     about = _json(folder / SPACE, shown) | _json(folder / STUDY, shown)
+    about = {**_without_unknown(about), **({"space": about["space"]} if "space" in about else {})}
     if not about and not (folder / TRIALS).exists():
         raise BadInput(
             shown,
@@ -283,6 +296,8 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
     space, compared = about.get("space", {}), about.get("compared", [])
     seen = {"number", "state", "epochs", "error", TRAINED_PARAMETERS, "train_s", "evaluate_s", "began_at", "ended_at"}
     named = {n: {} for t in trials[:1] for n in t if n not in seen and "/" not in n} if not space else space["space"]
+    if any("label" not in figures for figures in compared):
+        raise KeyError("label")
     if trials and (missing := {"number", "state"} - trials[0].keys()):
         raise KeyError(", ".join(sorted(missing)))
     return StudyFiles(
@@ -295,7 +310,7 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
         compared=compared,
         predictions=[_predictions(_predictions_path(folder, f, i), shown) for i, f in enumerate(compared)],
         best=about["best"]["trial"] if "best" in about else None,
-        posthoc=about.get("posthoc_curve", []),
+        posthoc=[at for at in about.get("posthoc_curve", []) if "tau" in at],
         out_of_fold=_predictions(folder / OUT_OF_FOLD_FILE, shown),
         about=about,
         class_names=best.get("class_names", []),
@@ -306,6 +321,15 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
 def _finite(value: Any) -> Any:
     """Return a value, None for the NaN or infinity of a trial that diverged."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _without_unknown(value: Any) -> Any:
+    """Return a JSON value without entries that are null or not finite: what a study does not know is missing."""
+    if isinstance(value, list):
+        return [_without_unknown(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _without_unknown(one) for name, one in value.items() if _finite(one) is not None}
+    return value
 
 
 def _predictions(path: Path, shown: str) -> Predictions | None:

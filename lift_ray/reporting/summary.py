@@ -38,7 +38,7 @@ def summary(study: StudyFiles) -> list[str]:
         refit_in_words(study),
         unseen_in_words(study),
         groups_in_words(study),
-        posthoc_advice(study) if (study.about.get("posthoc") or {}).get("recommended") else "",
+        posthoc_advice(study) if study.about.get("posthoc", {}).get("recommended") else "",
     ]
     sentences = (
         *_on_test(study),

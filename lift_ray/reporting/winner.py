@@ -63,7 +63,7 @@ def valued(metric: str, value: float) -> str:
 
 def refit_in_words(study: StudyFiles) -> str:
     """Say which images the model in best/ was trained on; "" if the study does not know."""
-    refit = study.about.get("refit") or {}
+    refit = study.about.get("refit", {})
     data = {"train": "the training split", "train+validation": "the training and validation images"}.get(
         refit.get("data", "")
     )
@@ -94,7 +94,7 @@ def groups_in_words(study: StudyFiles) -> str:
 
 def estimates(study: StudyFiles) -> dict[str, Interval | float]:
     """Return the winner's metrics on the predictions that chose it; with an interval if the predictions were kept."""
-    stored = study.about.get("out_of_fold") or {}
+    stored = study.about.get("out_of_fold", {})
     found: dict[str, Interval | float] = {m: v for m in ORDER if (v := stored.get(f"validation/{m}")) is not None}
     if study.out_of_fold is not None and study.class_counts:
         found |= accuracy_intervals(study.out_of_fold, study.groups)
@@ -117,13 +117,13 @@ def estimate_in_words(study: StudyFiles) -> str:
 
 
 def best_in_words(study: StudyFiles) -> str:
-    """Return number and settings of the best trial and, unless all folds chose it, its rank."""
+    """Return number and settings of the best trial, and its objective if this is the best one."""
     best, (metric, mode) = study.best_trial, study.objective
     if best is None:
         return "No trial finished." if study.is_done else "No trial has finished yet."
     lead = "Best trial" if study.is_done else "Best trial so far"
     text = f"{lead}: {best['number']} ({describe_settings(best)})."
-    if study.choice.is_confirmed or best.get(metric) is None:
+    if not study.is_best_on_top:
         return text
     end = "highest" if mode == "max" else "lowest"
     return (

@@ -340,14 +340,13 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
 
 def posthoc_advice(study: StudyFiles) -> str:
     """Say whether a post-hoc tau is recommended, with its gain and the bias of the gain; "" for a study that does not know it."""
-    found = study.about.get("posthoc") or {}
+    found = study.about.get("posthoc", {})
     if "recommended" not in found:
         return ""
-    scale, title = scale_of(found.get("metric") or study.choice.metric)
+    scale, title = scale_of(found.get("metric", study.choice.metric))
     measure, digits = title.removesuffix(PERCENT), ".1f" if scale == 100 else ".2g"
     points = f"{{:{digits}}} points" if scale == 100 else f"{{:{digits}}}"
-    gain, bias = scale * (found.get("gain") or 0.0), found.get("bias")
-    bias = math.inf if bias is None else scale * bias
+    gain, bias = (scale * found.get(name, missing) for name, missing in (("gain", 0.0), ("bias", math.inf)))
     luck = "its selection bias" + (f" (about {bias:{digits}})" if math.isfinite(bias) else ", which is unknown")
     images = f"{study.estimate} predictions"
     if found["recommended"]:
