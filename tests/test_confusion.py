@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import plotly.graph_objects as go
 import pyarrow.parquet as pq
@@ -85,6 +87,22 @@ def test_the_page_shows_the_out_of_fold_confusions_and_the_csv_has_all(tmp_path:
     go.Figure({"data": figure.traces, "layout": figure.layout})
     page = (folder / "report" / "index.html").read_text()
     assert f"<td>{first}</td><td>{second}</td><td>10</td><td>33%</td>" in page
+
+
+def test_the_queries_of_the_documentation_run(tmp_path: Path) -> None:
+    folder = with_folds(write_study(tmp_path / "out", make_trials(3)))
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    wrong, by_fold = (
+        duckdb.sql(query.replace("runs/mine", str(folder))).fetchall()
+        for query in re.findall("```sql\n(.*?)```", text, re.DOTALL)
+    )
+    found = read_study(folder, "out").out_of_fold
+    assert found
+    assert len(wrong) == 20
+    assert [row[3] for row in wrong] == sorted(found.confidence[~found.hits], reverse=True)[:20]
+    assert [row[0] for row in by_fold] == [1, 2, 3, 4]
+    assert sum(row[1] for row in by_fold) == len(found.label)
+    assert sum(row[1] * row[2] for row in by_fold) == pytest.approx(found.hits.sum())
 
 
 def test_evaluate_writes_the_confusions_of_the_split(
