@@ -47,15 +47,15 @@ def accuracy_intervals(predictions: Predictions, groups: NDArray[np.str_]) -> di
     """
     total = np.bincount(predictions.label, minlength=len(groups))
     correct = np.bincount(predictions.label[predictions.hits], minlength=len(groups))
-    fraction = correct / np.maximum(total, 1)
-    random = np.random.default_rng(0)
+    images = total[large := total >= FEW_IMAGES]
+    fraction, random = correct[large] / images, np.random.default_rng(0)
     found = _intervals(
-        correct, lambda: random.binomial(total, fraction, (CHUNK, len(groups))), total, groups, are_hits=True
+        correct, lambda: random.binomial(images, fraction, (CHUNK, len(images))), total, groups, are_hits=True
     )
     for measure, (value, low, high) in ((m, (i.value, i.low, i.high)) for m, i in found.items()):
         if low == high:
-            images = int(total[_members(measure, total, groups)].sum())
-            low, high = map(float, wilson(round(value * images), images))
+            number = total[_members(measure, total, groups)].sum()
+            low, high = map(float, wilson(round(value * number), number))
         found[measure] = Interval(value, max(0.0, min(low, value)), min(1.0, max(high, value)))
     return found
 
@@ -69,12 +69,12 @@ def accuracy_gains(ours: Predictions, theirs: Predictions, groups: NDArray[np.st
     total = np.bincount(ours.label, minlength=len(groups))
     won, lost = ours.hits & ~theirs.hits, ~ours.hits & theirs.hits
     counts = np.stack([np.bincount(ours.label[where], minlength=len(groups)) for where in (won, lost)], 1)
-    fraction = counts / np.maximum(total, 1)[:, None]
+    images = total[large := total >= FEW_IMAGES]
+    fraction, random = counts[large] / images[:, None], np.random.default_rng(0)
     pvals = np.concatenate([fraction, np.clip(1 - fraction.sum(1, keepdims=True), 0, 1)], 1)
-    random = np.random.default_rng(0)
 
     def draw() -> Ints:
-        drawn = random.multinomial(total, pvals, (CHUNK, len(groups)))
+        drawn = random.multinomial(images, pvals, (CHUNK, len(images)))
         return drawn[..., 0] - drawn[..., 1]
 
     return _intervals(counts[:, 0] - counts[:, 1], draw, total, groups)
@@ -108,7 +108,7 @@ def _intervals(
 
     Args:
         found: counts of the sample, (K,).
-        draw: resampled counts, (CHUNK, K) at each call.
+        draw: resampled counts of the L classes with at least FEW_IMAGES images, (CHUNK, L) at each call.
         total: images of each class, (K,).
         are_hits: the counts are correct images, and not differences of two models.
     """
@@ -119,15 +119,13 @@ def _intervals(
             per_image = 1 / total.sum() if measure == "accuracy" else 1 / (members.sum() * np.maximum(total, 1))
             weights[measure] = np.where(members, per_image, 0.0)
     matrix = np.stack(list(weights.values()), 1)
-    small = [np.flatnonzero((w > 0) & (total < FEW_IMAGES)) for w in weights.values()]
+    large = total >= FEW_IMAGES
+    widened = np.sqrt(total[large] / (total[large] - 1))[:, None] * matrix[large]
+    drawn = np.concatenate([found @ matrix + (draw() - found[large]) @ widened for _ in range(DRAWS // CHUNK)])
+    small = [(w > 0) & ~large for w in matrix.T]
     redrawn = [
         _redrawn_classes(w[few], found[few], total[few], are_hits) for w, few in zip(matrix.T, small, strict=True)
     ]
-    by_image = matrix.copy()
-    for column, few in enumerate(small):
-        by_image[few, column] = 0.0
-    widen = np.sqrt(total / np.maximum(total - 1, 1))
-    drawn = np.concatenate([found @ matrix + ((draw() - found) * widen) @ by_image for _ in range(DRAWS // CHUNK)])
     drawn += np.stack(redrawn, 1)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     return {m: Interval(*map(float, three)) for m, *three in zip(weights, found @ matrix, low, high, strict=True)}

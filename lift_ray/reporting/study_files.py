@@ -336,6 +336,8 @@ def _predictions(path: Path, shown: str) -> Predictions | None:
     if not path.exists():
         return None
     table = _table(path, shown, PREDICTION_COLUMNS)
+    if not table.num_rows:
+        return None
     label, predicted = (table[name].to_numpy().astype(np.int64) for name in ("label", "predicted"))
     return Predictions(label, predicted, table["confidence"].to_numpy().astype(np.float64))
 
