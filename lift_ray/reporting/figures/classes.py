@@ -187,12 +187,11 @@ def _heat_map(found: Confusions, shown: list[int]) -> list[dict[str, Any]]:
 def _square(names: list[str], shown: list[int]) -> dict[str, Any]:
     """Return the layout. The axes show as many class names as fit: they are aliases of the positions, because names may be equal."""
     places = [str(i) for i in range(len(shown))]
-    shortened = [names[k] if len(names[k]) <= NAME_LENGTH else names[k][: NAME_LENGTH - 1] + "\u2026" for k in shown]
     one = {
         "type": "category",
         "categoryarray": places,
         "categoryorder": "array",
-        "labelalias": dict(zip(places, shortened, strict=True)),
+        "labelalias": {place: _short(names[k]) for place, k in zip(places, shown, strict=True)},
         "showgrid": False,
         "nticks": 0,
     }
@@ -201,3 +200,9 @@ def _square(names: list[str], shown: list[int]) -> dict[str, Any]:
         "yaxis": axis("true class", **one, autorange="reversed"),
         "height": 220 + ROW_PX * max(len(shown), 8),
     }
+
+
+def _short(name: str) -> str:
+    """Return a class name that fits on an axis; both ends stay, because names often differ in one of them."""
+    end = NAME_LENGTH // 2
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - end - 1]}\u2026{name[-end:]}"
