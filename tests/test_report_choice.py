@@ -20,7 +20,7 @@ from lift_ray.reporting.class_rows import class_table
 from lift_ray.reporting.figures.charts import posthoc_advice, posthoc_figure, tau_effect
 from lift_ray.reporting.page import StudySection, figures_of
 from lift_ray.reporting.report import worst_classes
-from lift_ray.reporting.study_files import OUT_OF_FOLD_FILE, Predictions, StudyFiles, read_study
+from lift_ray.reporting.study_files import OUT_OF_FOLD_PATH, Predictions, StudyFiles, read_study
 from lift_ray.reporting.summary import Cell, estimate_rows, gain_rows, summary
 from lift_ray.reporting.winner import candidate_rows, choice_in_words, refit_in_words, unseen_in_words
 
@@ -110,6 +110,15 @@ def test_candidates_have_their_difference_and_its_standard_error(study: StudyFil
         "has the highest mean class accuracy on all 2,118 out-of-fold predictions (41.0%); trial 5 is within one"
         in words
     )
+
+
+def test_a_difference_without_a_known_error_is_not_called_close_or_far(study: StudyFiles) -> None:
+    candidates = [{k: v for k, v in one.items() if k != "error"} for one in study.about["choice"]["candidates"]]
+    rows = candidate_rows(changed(study, choice={"candidates": candidates}))
+    assert [(row["difference"], row["within one standard error"]) for row in rows[1:]] == [
+        ("-0.8 ± unknown", "-"),
+        ("-6.0 ± unknown", "-"),
+    ]
 
 
 def test_a_smaller_winner_is_not_called_the_highest(study: StudyFiles) -> None:
@@ -366,5 +375,5 @@ def test_of_a_remote_study_no_out_of_fold_logits_are_read(
     monkeypatch.setattr(pq, "read_table", lambda path, **more: (read.append((str(path), more)), real(path, **more))[1])
     assert not report.main(["memory://remote-choice", "--to", str(tmp_path / "page")])
     assert "out-of-fold predictions (41.0%)" in (tmp_path / "page" / "index.html").read_text()
-    columns = [more["columns"] for path, more in read if path.endswith(OUT_OF_FOLD_FILE)]
+    columns = [more["columns"] for path, more in read if path.endswith(OUT_OF_FOLD_PATH)]
     assert columns == [["label", "predicted", "confidence"]] * 2, "from the store, then from the local copy"

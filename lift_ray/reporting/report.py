@@ -24,7 +24,7 @@ from lift_ray.reporting.page import Example, StudySection, write_page
 from lift_ray.reporting.png import write_png
 from lift_ray.reporting.study_files import (
     FILES,
-    OUT_OF_FOLD_FILE,
+    OUT_OF_FOLD_PATH,
     PREDICTION_COLUMNS,
     StudyFiles,
     read_study,
@@ -74,9 +74,9 @@ def _read(out: Output) -> StudyFiles:
             (out.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with out.fetched(name) as file:
                 shutil.copyfile(file, out.folder / name)
-        if out.holds(OUT_OF_FOLD_FILE):
-            (out.folder / OUT_OF_FOLD_FILE).parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(out.table(OUT_OF_FOLD_FILE, PREDICTION_COLUMNS), out.folder / OUT_OF_FOLD_FILE)
+        if out.holds(OUT_OF_FOLD_PATH):
+            (out.folder / OUT_OF_FOLD_PATH).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(out.table(OUT_OF_FOLD_PATH, PREDICTION_COLUMNS), out.folder / OUT_OF_FOLD_PATH)
     return read_study(out.folder, str(out))
 
 

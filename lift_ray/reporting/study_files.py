@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from lift_ray.epoch_metrics import MAIN_METRIC, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import FEW_BELOW, MANY_ABOVE, class_groups
-from lift_ray.storage.layout import BEST, OUT_OF_FOLD, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
+from lift_ray.storage.layout import BEST, OUT_OF_FOLD_FILE, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
 
 FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}")
-OUT_OF_FOLD_FILE = f"{BEST}/{OUT_OF_FOLD}"
+OUT_OF_FOLD_PATH = f"{BEST}/{OUT_OF_FOLD_FILE}"
 PREDICTION_COLUMNS = ["label", "predicted", "confidence"]
 BEST_FOUND = "best found"
 COPY_AGAIN = "copy the folder again"
@@ -70,7 +70,7 @@ class Candidate:
         value: the metric that decides; None if unknown.
         trained_parameters: None if unknown.
         difference: value minus that of the winner.
-        error: standard error of the difference, paired by image (bootstrap over classes).
+        error: standard error of the difference, paired by image (bootstrap over classes); None if unknown.
     """
 
     label: str
@@ -78,12 +78,12 @@ class Candidate:
     value: float | None = None
     trained_parameters: int | None = None
     difference: float = 0.0
-    error: float = 0.0
+    error: float | None = None
 
     @property
     def is_close(self) -> bool:
-        """True if the difference is at most one standard error."""
-        return abs(self.difference) <= self.error
+        """True if the difference is at most one standard error; False if that is unknown."""
+        return abs(self.difference) <= (self.error or 0.0)
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
         predictions=[_predictions(_predictions_path(folder, f, i), shown) for i, f in enumerate(compared)],
         best=about["best"]["trial"] if "best" in about else None,
         posthoc=[at for at in about.get("posthoc_curve", []) if "tau" in at],
-        out_of_fold=_predictions(folder / OUT_OF_FOLD_FILE, shown),
+        out_of_fold=_predictions(folder / OUT_OF_FOLD_PATH, shown),
         about=about,
         class_names=best.get("class_names", []),
         class_counts=best.get("class_counts", []),

@@ -37,7 +37,8 @@ def choice_in_words(study: StudyFiles) -> list[str]:
     winner, *others = choice.candidates
     images = f"{choice.images:,} " if choice.images else ""
     measure = measure_of(choice.metric)
-    won = f"Of {len(choice.candidates)} candidates, each trained on {choice.folds} folds, {winner.label} has "
+    trained = f", each trained on {choice.folds} folds," if choice.folds > 1 else ","
+    won = f"Of {len(choice.candidates)} candidates{trained} {winner.label} has "
     text = won + f"the {'highest' if choice.mode == 'max' else 'lowest'} {measure}"
     sign = 1 if choice.mode == "max" else -1
     if any(sign * one.difference > 0 for one in others):
@@ -48,7 +49,7 @@ def choice_in_words(study: StudyFiles) -> list[str]:
     near = (
         f"{listed(close)} {verb} within one standard error of it" if close else "no other is within one standard error"
     )
-    return [f"{text} on all {images}out-of-fold predictions{value}; {near}."]
+    return [f"{text} on all {images}{study.estimate} predictions{value}; {near}."]
 
 
 def measure_of(metric: str) -> str:
@@ -142,7 +143,7 @@ def candidate_rows(study: StudyFiles) -> list[dict[str, Any]]:
             "candidate": one.label,
             measure_of(choice.metric): "-" if one.value is None else valued(choice.metric, one.value),
             "difference": _difference(one, scale_of(choice.metric)[0]) if number else "winner",
-            "within one standard error": "yes" if one.is_close else "no",
+            "within one standard error": "yes" if one.is_close else "-" if one.error is None else "no",
             "post-hoc tau": f"{one.tau:g}",
             "parameters": "-" if one.trained_parameters is None else short_count(one.trained_parameters),
         }
@@ -152,7 +153,8 @@ def candidate_rows(study: StudyFiles) -> list[dict[str, Any]]:
 
 def _difference(one: Candidate, scale: float) -> str:
     digits = "+.1f" if scale == 100 else "+.3g"
-    return f"{scale * one.difference:{digits}} \u00b1 {scale * one.error:{digits[1:]}}"
+    error = "unknown" if one.error is None else f"{scale * one.error:{digits[1:]}}"
+    return f"{scale * one.difference:{digits}} \u00b1 {error}"
 
 
 def winner_label(study: StudyFiles) -> str:

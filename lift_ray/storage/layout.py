@@ -12,7 +12,7 @@ TRIALS, TRIALS_CSV = "trials.parquet", "trials.csv"
 BEST, BEST_SETTINGS, BEST_METRICS = "best", "best.yaml", "metrics.json"
 REPORT, PAGE = "report", "index.html"
 PREDICTIONS, PREDICTIONS_FILE = "predictions", "test.parquet"
-OUT_OF_FOLD = "out_of_fold.parquet"  # in BEST: the winner's prediction for each image that it was not trained on
+OUT_OF_FOLD, OUT_OF_FOLD_FILE = "out_of_fold", "out_of_fold.parquet"  # the file is next to the weights of best/
 JOURNAL, LOCK = "optuna.journal", "driver.lock"
 
 SETTINGS = "run.yaml"

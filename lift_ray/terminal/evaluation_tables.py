@@ -77,18 +77,13 @@ def print_found(
     screen = console()
     screen.print(accuracy_table(title, split, [*report.get("members", {}).items(), *shown]))
     for label, figures in shown:
-        values = [(name, figures[f"{split}/{name}"]) for name in FURTHER if f"{split}/{name}" in figures]
-        print(f"{label}: {', '.join(_in_words(name, value) for name, value in values)}")
+        values = (f"{name.replace('_', ' ')} {percent(figures[f'{split}/{name}'])}" for name in FURTHER)
+        print(f"{label}: {', '.join(values)}")
     if shown and "unlabelled/recall" in (figures := shown[0][1]):
         print(f"pseudo-labels of the last epoch (%): {', '.join(_pseudo_labels(figures))}")
     if report:
         screen.print(crossed_table(report))
         print("\n".join(_words(report)))
-
-
-def _in_words(name: str, value: float) -> str:
-    """Return a metric with its name; all but losses are in percent."""
-    return f"{name.replace('_', ' ')} {f'{value:.3f}' if name.endswith('loss') else percent(value)}"
 
 
 def _pseudo_labels(figures: Mapping[str, float]) -> list[str]:

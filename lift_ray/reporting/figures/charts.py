@@ -18,7 +18,6 @@ from lift_ray.epoch_metrics import (
     GROUPS,
     MAIN,
     MAIN_METRIC,
-    METRICS,
     POSTHOC_OPTIMISM,
     POSTHOC_TAU,
     TRAINED_PARAMETERS,
@@ -425,9 +424,9 @@ def kinds_figure(study: StudyFiles) -> Figure | None:
 
 
 def scale_of(metric: str) -> tuple[float, str]:
-    """Return the factor and the axis title of a metric, with or without its split: all but losses are shown in percent."""
+    """Return the factor and the axis title of a metric: accuracies are shown in percent."""
     name = metric.rsplit("/", 1)[-1]
-    if name.endswith("loss") or ("/" not in metric and name not in METRICS):
+    if "/" not in metric or name == "loss":
         return 1.0, name.replace("_", " ")
     return 100.0, f"{WORDS[name]} accuracy{PERCENT}" if name in WORDS else f"{name.replace('_', ' ')}{PERCENT}"
 
