@@ -53,6 +53,7 @@ from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.epoch_metrics import ACCURACIES, MAIN, MAIN_METRIC
 from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.evaluator import LogitBatch
+from lift_ray.evaluation.metrics import groups_of
 from lift_ray.methods.prior import thirds
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
@@ -156,11 +157,11 @@ def figures_of(members: Sequence[Logits], combine: str, data: Mapping[str, Any])
     logits, labels = [member["test"] for member in members], data["labels"]
     tally = MetricAccumulator(data["num_classes"], torch.device("cpu"))
     tally.add(COMBINE[combine](logits, [1.0] * len(logits)), labels)
-    found, together = tally.result(data["counts"])
+    found, together = tally.result(data["d_groups"])
     out = {name: found[name] for name in (*ACCURACIES, "calibration_error") if name in found}
     crossed = GroupGainTable([str(m) for m in range(len(members))], torch.zeros(data["num_classes"]))
     crossed.add(LogitBatch(logits[0], labels, members=logits))
-    report = crossed.result("test", together, data["counts"], data["p_groups"])
+    report = crossed.result("test", together, data["d_groups"], data["p_groups"])
     gains = {f"{gain}_{d}": row["all"][gain] for gain in GAINS for d, row in report["groups"].items()}
     differ = [share for _, _, share in report["disagreement"]]
     return out | gains | ({"disagreement": float(np.mean(differ))} if differ else {}), report["groups"]
@@ -289,7 +290,7 @@ def main() -> None:
     dataset = open_dataset(DATASET)
     data = {
         "num_classes": dataset.num_classes,
-        "counts": dataset.split("train").class_counts(dataset.num_classes),
+        "d_groups": groups_of(dataset, "auto").names,
         "labels": torch.from_numpy(dataset.split("test").labels),
         "p_groups": parameter_groups(),
     }

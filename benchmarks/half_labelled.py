@@ -26,6 +26,7 @@ from record import record
 from rich.table import Table
 
 from lift_ray.epoch_metrics import ACCURACIES, MAIN
+from lift_ray.evaluation.metrics import PUBLISHED
 from lift_ray.terminal.tables import console
 
 RATES = [0.03, 0.1, 0.3]
@@ -44,7 +45,7 @@ FURTHER = ("linear", "similarity")
 
 def possible_jobs(args: argparse.Namespace) -> list[Job]:
     """Every run that the options allow; the labelled images are the same in all arrangements, so LIFT has one set of runs."""
-    base = {"optim.global_batch_size": args.batch}
+    base = {"optim.global_batch_size": args.batch, "evaluation.group_bounds": list(PUBLISHED)}
     runs = [(LABELLED, base, DATA)]
     for arrangement in args.arrangements:
         for kind in args.methods:

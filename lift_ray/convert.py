@@ -40,6 +40,10 @@ def convert() -> None:
 
 
 Destination = Annotated[str, typer.Argument(metavar="DEST", help="Folder for the shards; any fsspec URL.")]
+FolderGroup = Annotated[
+    str | None,
+    typer.Option(metavar="folder:N", help="Never divide the images of a directory N levels down between splits."),
+]
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,17 @@ class Options:
     )
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip images that cannot be decoded.")] = False
     validation_frac: Annotated[
-        float | None, typer.Option(help="Fraction of each class for validation if SRC has no such split.  [0.1]")
+        float | None, typer.Option(help="Fraction of each class for validation; 0 for none.  [0.1, if SRC has none]")
     ] = None
-    test_frac: Annotated[float | None, typer.Option(help="Fraction of each class for the test split.  [0]")] = None
+    test_frac: Annotated[
+        float | None,
+        typer.Option(help="Fraction of each class for the test split; 0 for none.  [0.2, if SRC has none]"),
+    ] = None
     imbalance: Annotated[
-        float | None, typer.Option(min=1, help="Make the training split long-tailed: largest / smallest class.")
+        float | None,
+        typer.Option(
+            min=1, help="Make training long-tailed (largest / smallest class); what is cut is for validation."
+        ),
     ] = None
     largest: Annotated[
         int | None, typer.Option(min=1, help="Images of the largest class, with --imbalance.  [all]")
@@ -143,16 +153,20 @@ def folder(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of class directories, or of train/val/test.")],
     destination: Destination,
     options: Options,
+    group: FolderGroup = None,
 ) -> None:
     """Convert class directories of images: SRC/<class>/... or SRC/<train|val|test>/<class>/...
 
+    --group folder:1 keeps the images of SRC/<class>/<directory>/ together, for example one sequence or one individual.
+
     \b
-    Example:
-      python -m lift_ray.convert folder photos/ s3://bucket/photos --short-side 256 --test-frac 0.1
+    Examples:
+      python -m lift_ray.convert folder photos/ s3://bucket/photos --short-side 256
+      python -m lift_ray.convert folder birds/ data/birds --group folder:1
     """
     from lift_ray.data.convert.folder import scan_folder
 
-    _convert(scan_folder(source), destination, options)
+    _convert(scan_folder(source, group=group), destination, options)
 
 
 @kind("list")
@@ -164,6 +178,7 @@ def image_list(
     class_names: Annotated[str, typer.Option(metavar="FILE", help="Class names, one per line, in label order.")],
     validation: Annotated[str | None, typer.Option(metavar="FILE", help="List of validation images.")] = None,
     test: Annotated[str | None, typer.Option(metavar="FILE", help="List of test images.")] = None,
+    group: FolderGroup = None,
 ) -> None:
     """Convert images listed in text files, `path label` on each line, the format of ImageNet-LT and Places-LT.
 
@@ -174,7 +189,7 @@ def image_list(
     """
     from lift_ray.data.convert.lists import scan_list
 
-    index = scan_list(source, train=train, validation=validation, test=test, class_names=class_names)
+    index = scan_list(source, train=train, validation=validation, test=test, class_names=class_names, group=group)
     _convert(index, destination, options)
 
 
@@ -212,7 +227,7 @@ def cifar(
 
     \b
     Examples:
-      python -m lift_ray.convert cifar cifar-100-python.tar.gz data/cifar100-lt --imbalance 100 --validation-frac 0
+      python -m lift_ray.convert cifar cifar-100-python.tar.gz data/cifar100-lt --imbalance 100
       python -m lift_ray.convert cifar cifar-10-python.tar.gz data/cifar10-semi --labelled 500 --unlabelled 4000 \\
           --gamma-l 100
     """
@@ -242,6 +257,13 @@ class Columns:
     ] = None
     class_names: Annotated[
         str | None, typer.Option(metavar="FILE", help="Class names, one per line, for integer labels.")
+    ] = None
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN|folder:N",
+            help="Never divide images with the same value (location, individual), or in the same directory, between splits.",
+        ),
     ] = None
 
 
@@ -321,7 +343,7 @@ def _convert(index: ImageIndex, destination: str, options: Options) -> None:
             progress=progress,
             run_tasks=run_tasks,
         )
-    _report(destination, converted, index.num_ignored)
+    _report(destination, converted, index.num_ignored, options)
 
 
 @contextmanager
@@ -338,7 +360,7 @@ def _engine(options: Options) -> Iterator[RunTasks | None]:
         yield partial(on_cluster, at_once=options.workers)
 
 
-def _report(destination: str, converted: Converted, num_ignored: int) -> None:
+def _report(destination: str, converted: Converted, num_ignored: int, options: Options) -> None:
     import numpy as np
     from rich.console import Console
     from rich.table import Table
@@ -355,13 +377,32 @@ def _report(destination: str, converted: Converted, num_ignored: int) -> None:
         num_bytes = sum(shard.bytes for shard in record.shards)
         table.add_row(split, f"{record.rows:,}", f"{classes:,}", str(len(record.shards)), f"{num_bytes / 1e6:,.1f}")
     Console().print(table)
-    counts = np.array(converted.splits["train"].class_counts)
-    print(f"train: {summary(counts)}\n{plot(counts)}")
+    counts = np.array(converted.labelled_counts)
+    print(f"labeled: {summary(counts)}\n{plot(counts)}")
+    if converted.unseen and "validation" in converted.splits:
+        print(_unseen(converted))
+    for split, frac in (("validation", options.validation_frac), ("test", options.test_frac)):
+        if split not in converted.splits and frac != 0 and (split != "test" or options.labelled is None):
+            print(f"no {split} split: there are no images or groups to draw it from")
     if num_ignored:
         print(f"skipped files without an image suffix: {num_ignored}")
     if converted.skipped:
         print(f"{len(converted.skipped)} bad images were skipped: {join(destination, SKIPPED)}")
     print(f"dataset: {destination}")
+
+
+def _unseen(converted: Converted) -> str:
+    """Return the line that says which classes a search on the validation split does not see, and why."""
+    unseen, num_classes = converted.unseen, len(converted.class_names)
+    alone = all(converted.labelled_counts[label] == 1 for label in unseen)
+    why = ""
+    if converted.validation == "drawn" and (alone or converted.has_groups):
+        why = " (a single image, or a single group)" if converted.has_groups else " (a single image)"
+    names = ", ".join(repr(converted.class_names[label]) for label in unseen[:3]) + (", ..." if len(unseen) > 3 else "")
+    have = (
+        f"{len(unseen):,} of {num_classes:,} classes have" if len(unseen) > 1 else f"1 of {num_classes:,} classes has"
+    )
+    return f"{have} no validation image{why}: the search does not see {names}"
 
 
 main = partial(cli.run, "lift_ray.convert")

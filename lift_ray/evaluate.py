@@ -60,7 +60,7 @@ def evaluate(
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores of each worker; a single one uses all.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Print overall, mean class, many, medium and few accuracy. The groups are those of the training data.
+    """Print overall, mean class, many, medium and few accuracy. The groups are those of the (first) checkpoint.
 
     Several checkpoints of the same classes form an ensemble (backdoor adjustment, arXiv 2501.15955); each image is read once.
 
@@ -117,6 +117,8 @@ def evaluate(
     print_found(
         f"{dataset.uri} {split}, {dataset.split(split).num_samples:,} images, accuracy (%)", split, shown, found.report
     )
+    if note := records[0].groups.note:
+        print(note)
     if confusions is not None:
         console().print(confused_table(confusions.most_confused(MOST_CONFUSED)))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from lift_ray.storage.layout import SETTINGS, TOGETHER
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
     from lift_ray.ray_runtime.capacity import Need
+    from lift_ray.settings.run import RunConfig
     from lift_ray.settings.run_file import RunFile
     from lift_ray.storage.output import Output
     from lift_ray.tracking.services import Tracked
@@ -75,14 +76,15 @@ def train(
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 2 --out runs/mine
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 8 --min-workers 4 --out s3://bucket/mine --resume
     """
+    from lift_ray.data.folds import training_view
     from lift_ray.data.open import open_dataset
     from lift_ray.settings.methods import check_splits
     from lift_ray.settings.overrides import parse_overrides
     from lift_ray.settings.run_file import read_run
 
     run = read_run(run_file, parse_overrides(settings or []))
-    data = open_dataset(run.dataset)
-    data.split("train"), data.split("validation")
+    data = training_view(open_dataset(run.dataset), run.train_on)
+    data.split("train")
     check_splits(run.method, data.uri, data.splits)
     members = _members(run)
     least = min(min_workers or workers, workers)
@@ -113,7 +115,7 @@ def train(
     def train_one(one: RunFile, target: Output, need: Need | None = None, others: bool = False) -> Progress:
         where = str(need or f"this process, {cpus_per_worker} CPU")
         config = one.config.to_dict()
-        job = Job(one.name, config, data.uri, target.url, cpus_per_worker, checkpoint_s, checkpoint_steps)
+        job = Job(one.name, config, data.uri, target.url, cpus_per_worker, checkpoint_s, checkpoint_steps, one.train_on)
         with _begun(one, data.uri, target, where, services, others=others) as progress:
             if need is None:
                 train_alone(job, progress)
@@ -140,7 +142,9 @@ def _members(run: RunFile) -> dict[str, RunFile]:
     from lift_ray.settings.run_file import RunFile
 
     return {
-        name: RunFile.model_validate({"name": name, "dataset": run.dataset, **config.model_dump()})
+        name: RunFile.model_validate(
+            {"name": name, "dataset": run.dataset, "train_on": run.train_on, **config.model_dump()}
+        )
         for name, config in run.config.members().items()
     }
 
@@ -193,7 +197,7 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
     from lift_ray.training.plan import plan
 
     config, lines = plan(run, data, workers, checkpoint_s)
-    YAML().dump({"name": run.name, "dataset": data.uri, **config.to_dict()}, sys.stdout)
+    YAML().dump(_as_file(run, data.uri, config), sys.stdout)
     for name, text in lines.items():
         print(f"# {name}: {text}")
 
@@ -202,8 +206,14 @@ def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
     from lift_ray.settings.yaml_file import dump_yaml
 
     output.folder.mkdir(parents=True, exist_ok=True)
-    dump_yaml({"name": run.name, "dataset": dataset, **run.config.to_dict()}, output.folder / SETTINGS)
+    dump_yaml(_as_file(run, dataset, run.config), output.folder / SETTINGS)
     output.publish()
+
+
+def _as_file(run: RunFile, dataset: str, config: RunConfig) -> dict[str, Any]:
+    """Return the content of a run file with the given dataset and settings."""
+    train_on = {} if run.train_on == "train" else {"train_on": run.train_on}
+    return {"name": run.name, "dataset": dataset, **train_on, **config.to_dict()}
 
 
 @contextmanager
@@ -273,7 +283,9 @@ def _check_out(output: Output, run: RunFile, resume: bool) -> None:
             remedy="check --out, or leave out --resume",
         )
     with output.fetched(SETTINGS) as path:
-        before, now = read_run(path).config.to_dict(), run.config.to_dict()
+        stored = read_run(path)
+    before = {"train_on": stored.train_on, **stored.config.to_dict()}
+    now = {"train_on": run.train_on, **run.config.to_dict()}
     for section, value in now.items():
         if before[section] != value:
             raise BadInput(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
     from lift_ray.ray_runtime.capacity import Need
     from lift_ray.search.final_comparison import SearchResult
+    from lift_ray.search.search_data import SearchData
     from lift_ray.search.study import Study
     from lift_ray.settings.space import SpaceFile
     from lift_ray.storage.output import Output
@@ -130,13 +132,15 @@ def _search(
     from lift_ray.reporting.trial_rows import write_json
     from lift_ray.search.driver import run_search
     from lift_ray.search.driver_lock import study_in
-    from lift_ray.search.final_comparison import write_result
     from lift_ray.search.interrupts import Interrupts
     from lift_ray.search.live_page import Status, job_metadata, served, tell_job
+    from lift_ray.search.result_files import write_result
+    from lift_ray.search.search_data import SearchData
     from lift_ray.storage.layout import SPACE
     from lift_ray.storage.output import Output
     from lift_ray.tracking.services import trackers
 
+    facts = SearchData.of(space, data)
     target = Output(out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began, status = time.monotonic(), Status()
     where = os.environ.get("RAY_ADDRESS")
@@ -177,7 +181,7 @@ def _search(
                     lambda: slots_now(space.scale, need),
                     target,
                     interrupts,
-                    num_images={name: split.num_samples for name, split in data.splits.items()},
+                    data=facts,
                     show=status.show,
                     watchers=watchers,
                 )
@@ -186,8 +190,8 @@ def _search(
             raise
         found.time_s["start"] += started_s
         found.time_s["total"] += started_s
-        write_result(space, dataset, found, target)
-    _print_found(space, found, target)
+        write_result(space, data, facts, found, target)
+    _print_found(space, found, facts, target)
     if page := try_report(target):
         print(f"report: {page}")
 
@@ -204,35 +208,42 @@ def _print_started(study: Study, resume: bool, at_once: int, need: Need, out: Ou
 
 def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
     """Return the dataset's absolute URI, and its index; None in a dry run on remote data, which is not opened."""
+    from lift_ray.data.folds import Folds
     from lift_ray.data.open import open_dataset
     from lift_ray.settings.methods import check_splits
 
     if dry_run and "://" in space.dataset and not space.dataset.startswith("file://"):
         return space.dataset, None
     data = open_dataset(space.dataset)
-    for split in ("train", "validation", "test"):
+    for split in ("train", "test") if space.test == "split" else ("train",):
         data.split(split)
     check_splits(space.config({}).method, data.uri, data.splits)
-    _check_objectives(space, data)
-    _check_batch(space, data.split("train").num_samples)
+    folds = Folds(space.search.folds, space.search.seed)
+    views = [folds.view(data, fold) for fold in range(1, folds.number + 1)]
+    _check_objectives(space, views[0])
+    _check_batch(space, min(view.split("train").num_samples for view in views))
     return data.uri, data
 
 
 def _check_objectives(space: SpaceFile, data: Dataset) -> None:
-    """Raise BadInput if a metric is of a group without classes, or whose classes have no validation images."""
-    from lift_ray.epoch_metrics import MAIN_METRIC
-    from lift_ray.evaluation.metrics import RULES, class_groups
+    """Raise BadInput if a metric is of a group without classes, or whose classes have no validation images.
 
-    groups = class_groups(data.split("train").class_counts(data.num_classes))
-    measured = groups[data.split("validation").class_counts(data.num_classes) > 0]
-    for metric in (*space.objectives, *space.constraints):
-        group = metric.split("/")[-1]
-        if group not in RULES or group in measured:
+    Every other metric has a value, because a split has at least one image.
+    """
+    from lift_ray.epoch_metrics import MAIN_METRIC
+    from lift_ray.evaluation.metrics import groups_of
+
+    groups = groups_of(data, space.config({}).evaluation.group_bounds)
+    measured = groups.names[data.split("validation").class_counts(data.num_classes) > 0]
+    wanted = [("objectives", metric) for metric in space.objectives]
+    for section, metric in [*wanted, *(("constraints", metric) for metric in space.constraints)]:
+        group = metric.removeprefix("validation/")
+        if group not in groups.rules or group in measured:
             continue
-        what = f"classes with {RULES[group]} training images"
-        what += ", and validation images of them" if group in groups else ""
+        what = f"classes with {groups.rules[group]} training images"
+        what += ", and validation images of them" if group in groups.names else ""
         raise BadInput(
-            "objectives",
+            section,
             f"{metric} requires {what}",
             but=f"{data.uri} has none",
             remedy=f"choose {MAIN_METRIC}",
@@ -265,41 +276,69 @@ def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
     print("checked: no errors found")
 
 
-def _print_found(space: SpaceFile, found: SearchResult, out: Output) -> None:
-    from lift_ray.epoch_metrics import POSTHOC, POSTHOC_OPTIMISM
-    from lift_ray.search.tables import curve_table, pareto_table
+def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: Output) -> None:
+    from lift_ray.search.result_files import label_of
+    from lift_ray.search.tables import candidate_table, curve_table, pareto_table
     from lift_ray.terminal.evaluation_tables import crossed_table, together_table
     from lift_ray.terminal.tables import accuracy_table, console, describe, seeds_table
 
     screen = console()
-    states = [row.state for row in found.rows]
+    states, best = [row.state for row in found.rows], found.choice.row
     screen.print(
         f"\n{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
         + (f"{states.count('infeasible')} outside the constraints, " if space.constraints else "")
         + f"{states.count('failed')} failed"
     )
+    if best.baseline is not None:
+        print(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
     if space.search.sampler == "grid":
         screen.print(curve_table(found.rows, list(space.space)))
     if found.front:
         screen.print(pareto_table(found.front, space.objectives))
-    print(f"best settings: {describe(found.best.values)}")
+    print(f"best settings: {describe(best.values)}")
     screen.print(accuracy_table("Validation accuracy (%), used by the search", "validation", found.compared))
-    screen.print(accuracy_table("Test accuracy (%), held out from the search", "test", found.compared))
+    if len(found.choice.candidates) > 1:
+        screen.print(candidate_table(found.choice, [label_of(space, one.row) for one in found.choice.candidates]))
+    if space.test == "split":
+        screen.print(accuracy_table("Test accuracy (%), held out from the search", "test", found.compared))
     if found.together:
         screen.print(together_table(found.together))
-        screen.print(crossed_table(next(one["report"] for one in found.together if one["trial"] == found.best.number)))
+        screen.print(crossed_table(next(one["report"] for one in found.together if one["trial"] == best.number)))
     if found.seeds:
         screen.print(seeds_table(found.seeds))
-    if POSTHOC_OPTIMISM in (best := found.best.last.validation):
-        tau, value, optimism = (best[name] for name in POSTHOC)
-        print(
-            f"Best post-hoc tau on validation: {tau:g} (mean class accuracy {100 * value:.1f}, "
-            f"about {100 * optimism:.1f} points of it selection bias)"
-        )
+    for line in _notes(space, found, data):
+        print(line)
     times = dict(found.time_s)
     total = times.pop("total")
     print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
     print(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
+
+
+def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[str]:
+    """Yield a line for each thing to know about the result: test split, post-hoc tau, training images, unseen classes, groups."""
+    from lift_ray.search.search_data import unseen_line
+    from lift_ray.search.tables import measure, points
+
+    choice, posthoc = found.choice, found.choice.posthoc
+    if space.test == "none":
+        yield "There is no test split, so this result is not held out from the search: expect lower accuracy on new images."
+    gain, bias = (points(value, choice.metric) for value in (posthoc.gain, posthoc.bias))
+    if posthoc.is_recommended:
+        yield (
+            f"Post-hoc tau {posthoc.tau:g} is used: out-of-fold {measure(choice.metric)} changes by {gain} from tau "
+            f"{posthoc.own:g}, of which about {bias} is selection bias"
+        )
+    elif posthoc.gain > 0:
+        yield (
+            f"No post-hoc tau is used: the best one, {posthoc.best:g}, changes {measure(choice.metric)} by {gain}, and the "
+            f"selection bias of that is about {bias}"
+        )
+    if found.final.refit is not None:
+        yield f"best/ was trained again on {data.final_images:,} images ({data.train_on.replace('+', ' and ')})"
+    if data.unseen:
+        yield unseen_line(data.unseen, len(data.groups.names))
+    if data.groups.note:
+        yield data.groups.note
 
 
 main = partial(cli.run, "lift_ray.tune")

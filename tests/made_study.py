@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lift_ray.data.open import open_dataset
-from lift_ray.evaluation.metrics import class_groups
+from lift_ray.evaluation.metrics import PUBLISHED, ClassGroups
 from lift_ray.reporting.study_files import predictions_of
 from lift_ray.storage.layout import PREDICTIONS_FILE
 
@@ -120,11 +120,14 @@ def with_folds(folder: Path, **changes: Any) -> Path:
             {"tau": tau, **{f"validation/{m}": 0.41 - 0.04 * abs(tau - 0.5) for m in ("mean_class_accuracy", "few")}}
             for tau in (0.0, 0.5, 1.0)
         ],
-        "out_of_fold": {f"validation/{m}": v for m, v in accuracies(label, predicted, class_groups(counts)).items()},
+        "out_of_fold": {
+            f"validation/{m}": v
+            for m, v in accuracies(label, predicted, ClassGroups.of(counts, PUBLISHED).names).items()
+        },
         "refit": {"data": "train+validation", "retrained": True, "images": 3100},
         "unseen": ["yin yang"],
         "groups": {
-            "names": class_groups(counts).tolist(),
+            "names": ClassGroups.of(counts, PUBLISHED).names.tolist(),
             "few_below": 20,
             "many_above": 100,
             "note": "",

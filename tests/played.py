@@ -11,26 +11,35 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from optuna.storages import BaseStorage
 from processes import wait_for
 
 from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.evaluation.metrics import ClassGroups
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.search.interrupts import Interrupts
-from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob
+from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
+from lift_ray.search.predictions import out_of_fold_folder, part_name, write_predictions
+from lift_ray.search.search_data import SearchData
 from lift_ray.search.state import Search
 from lift_ray.search.study import Study, open_storage
+from lift_ray.settings.search import TAUS
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
 from lift_ray.training.events import EpochEnded, JobDone, Reply, RunAborted, RunDiverged, RunStarted
 
 METRIC = "validation/mean_class_accuracy"
 EPOCHS = 9
+IMAGES = {"train": 100, "validation": 10, "test": 10}
+DATA = SearchData(groups=ClassGroups.of([200, 50, 5]), num_images=IMAGES, final_images=100)
+HELD_OUT = 60  # images of a fold
 
 
 def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
@@ -47,14 +56,29 @@ def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
     )
 
 
+def write_out_of_fold(out: Output, number: int, fold: int, accuracy: float, taus: Sequence[float]) -> dict[str, int]:
+    """Write predictions of three classes, so many of them correct whatever the tau, and return the result of the job."""
+    label = np.arange(HELD_OUT) % 3
+    predicted = np.where(np.arange(HELD_OUT) < round(HELD_OUT * accuracy), label, (label + 1) % 3)
+    lists = {"predicted": predicted, "confidence": np.full(HELD_OUT, 0.5), "loss": np.ones(HELD_OUT)}
+    columns = {"label": label.astype(np.int32), "logits": list(np.eye(3, dtype=np.float32)[predicted])}
+    columns |= {name: list(np.repeat(values[:, None], len(taus), 1)) for name, values in lists.items()}
+    write_predictions(pa.table(columns), out, out_of_fold_folder(number, fold), part_name(0, 1))
+    return {"parts": 1, "images": HELD_OUT}
+
+
+def accuracy_of(config: dict[str, Any]) -> float:
+    """Return the accuracy of a trial in the end."""
+    return float(1 / (1 + abs(config["loss"]["tau"] - 1) + abs(config["optim"]["lr"] - 0.3)))
+
+
 def metrics_of(config: dict[str, Any], epoch: int) -> EpochMetrics:
     """Return the metrics of a trial after an epoch."""
-    distance = abs(config["loss"]["tau"] - 1) + abs(config["optim"]["lr"] - 0.3)
-    accuracy = 1 / (1 + distance) * (1 - 0.5**epoch)
+    accuracy = accuracy_of(config) * (1 - 0.5**epoch)
     return EpochMetrics(
         epoch,
         seconds={"train_s": 0.0, "evaluate_s": 0.0},
-        validation={"mean_class_accuracy": accuracy, "posthoc_tau": 0.5},
+        validation={"mean_class_accuracy": accuracy},
         trained_parameters=8,
         num_epochs=config["optim"]["epochs"],
     )
@@ -65,15 +89,17 @@ class Played:
     """Worker of a slot with the interface of worker.Worker, which trains nothing.
 
     Args:
-        disk: the history of each saved trial.
+        disk: the history of each saved training, by the key of its job.
+        out: where predictions are written.
         epoch_s: seconds of an epoch.
         load_s: seconds that the first job of a process takes longer.
         alone_epochs: epochs after which a process waits for a second one to load, however long a busy machine takes; 0: never.
         faults: trial number -> what its first epoch does: raise, die, diverge or bad; `die once` limits it to one process.
     """
 
-    disk: dict[int, list[EpochMetrics]] = field(default_factory=dict)
+    disk: dict[str, list[EpochMetrics]] = field(default_factory=dict)
     folder: Path | None = None
+    out: Output | None = None
     epoch_s: float = 0.0
     load_s: float = 0.0
     alone_epochs: int = 0
@@ -110,7 +136,8 @@ class Played:
                             "trained_parameters": 8,
                         }
                         for tau in job.taus
-                    ]
+                    ],
+                    **self._held_out(job.out_of_fold, 1, job.config, job.taus),
                 }
             )
         elif isinstance(job, IdleJob):
@@ -120,8 +147,14 @@ class Played:
         else:
             yield from self._train(job)
 
+    def _held_out(self, number: int | None, fold: int, config: dict[str, Any], taus: Sequence[float]) -> dict[str, int]:
+        if number is None:
+            return {}
+        assert self.out is not None
+        return write_out_of_fold(self.out, number, fold, accuracy_of(config), taus)
+
     def _train(self, job: TrainJob) -> Iterator[Reply]:
-        history = self.disk.setdefault(job.number, self._saved(job.number))
+        history = self.disk.setdefault(job.key, self._saved(job))
         epochs = job.config["optim"]["epochs"]
         yield RunStarted(1, epochs, 1, len(history), 0, list(history), 8)
         while len(history) < epochs:
@@ -129,10 +162,12 @@ class Played:
             time.sleep(self.epoch_s)
             self._wait_for_another()
             history.append(metrics_of(job.config, len(history) + 1))
-            self._save(job.number, history)
+            self._save(job, history)
             self._log(f"epoch {job.number} {len(history)}")
             yield EpochEnded(history[-1], "")
-        if job.then_test:
+        if job.then == "hold out":
+            yield JobDone(self._held_out(job.number, job.fold, job.config, TAUS))
+        elif job.then:
             yield JobDone({**history[-1].flat(), "test/mean_class_accuracy": 0.5})
 
     def _wait_for_another(self) -> None:
@@ -156,13 +191,13 @@ class Played:
         if fault == "bad":
             yield RunAborted("backbone.model: unknown model 'x'", True)
 
-    def _saved(self, number: int) -> list[EpochMetrics]:
-        path = self.folder and self.folder / "checkpoints" / f"{number:04d}.json"
+    def _saved(self, job: TrainJob) -> list[EpochMetrics]:
+        path = self.folder and self.folder / f"{trial_checkpoints(job.number, job.fold)}.json"
         return [EpochMetrics.of(flat) for flat in json.loads(path.read_text())] if path and path.exists() else []
 
-    def _save(self, number: int, history: list[EpochMetrics]) -> None:
+    def _save(self, job: TrainJob, history: list[EpochMetrics]) -> None:
         if self.folder:
-            path = self.folder / "checkpoints" / f"{number:04d}.json"
+            path = self.folder / f"{trial_checkpoints(job.number, job.fold)}.json"
             path.parent.mkdir(exist_ok=True)
             path.with_suffix(".tmp").write_text(json.dumps([metrics.flat() for metrics in history]))
             path.with_suffix(".tmp").replace(path)
@@ -185,6 +220,7 @@ def log_of(folder: Path | None) -> list[str]:
 def play(search: Search, worker: Played | None = None, slots: int = 2) -> Played:
     """Run all jobs of a search in this process, in place of an engine and its slots."""
     worker = worker or Played()
+    worker.out = search.out
     busy: list[tuple[Job, Iterator[Reply]]] = []
     while not search.is_over:
         while len(busy) < slots and (job := search.next_job()) is not None:
@@ -203,11 +239,16 @@ def play(search: Search, worker: Played | None = None, slots: int = 2) -> Played
 
 
 def searched(
-    wanted: SpaceFile, storage: BaseStorage, out: Path, worker: Played | None = None, resume: bool = False
+    wanted: SpaceFile,
+    storage: BaseStorage,
+    out: Path,
+    worker: Played | None = None,
+    resume: bool = False,
+    data: SearchData = DATA,
 ) -> tuple[Study, Played]:
     """Run a whole search in this process."""
     study = Study(wanted, "d", storage, resume=resume)
-    return study, play(Search(study, Output(str(out))), worker)
+    return study, play(Search(study, Output(str(out)), data), worker)
 
 
 def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[str, Any]:
@@ -240,7 +281,7 @@ def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[
             lambda: options.get("slots", 2),
             Output(str(out)),
             interrupts,
-            num_images={"train": 100, "validation": 10, "test": 10},
+            data=DATA,
             callbacks=callbacks,
             slot_class=slot_class(),
         )
@@ -268,7 +309,7 @@ def worker_of(slot: SlotSettings) -> Played:
     """Return the worker of a slot. Its options are passed as the dataset."""
     if "broken" in slot.dataset:
         raise ValueError("no such option")
-    return Played(folder=Path(slot.out), **json.loads(slot.dataset))
+    return Played(folder=Path(slot.out), out=Output(slot.out), **json.loads(slot.dataset))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def models(noise: dict[str, float]) -> tuple[Any, dict[str, Any]]:
     made = {(name, "LA", seed): logits(noise[name]) for name in noise for seed in range(6)}
     return made, {
         "num_classes": 4,
-        "counts": np.array([200, 150, 50, 5]),
+        "d_groups": np.array(["many", "many", "medium", "few"]),
         "labels": labels,
         "p_groups": np.array(["many", "few", "medium", "few"]),
     }

@@ -9,6 +9,7 @@ import pickle
 import re
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from struct import pack
@@ -16,14 +17,18 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from embedded import jpegs
+from embedded import OnePixel, jpegs
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from lift_ray import convert as verb
 from lift_ray.data.convert import cifar
 from lift_ray.data.convert.cifar import longtailed_rows, scan_cifar
 from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.longtail import summary
+from lift_ray.data.open import open_dataset
 from lift_ray.errors import BadInput
 
 PER_BATCH = 20
@@ -158,6 +163,9 @@ def test_cifar100_has_fine_and_coarse_labels_in_a_folder_in_any_store(tmp_path: 
     assert [label for _, label in coarse.splits["test"]] == [number // 5 for number in range(100)]
     cut = scan_cifar("memory://cifar-100", imbalance=10)
     assert np.bincount([label for _, label in cut.splits["train"]])[[0, 50, 99]].tolist() == [10, 3, 1]
+    assert cut.discarded is not None
+    assert sorted([*cut.discarded, *cut.splits["train"]]) == sorted(index.splits["train"])
+    assert index.discarded is None
     assert cut.splits["test"] == index.splits["test"]
 
 
@@ -176,6 +184,42 @@ def test_the_long_tail_is_the_one_of_the_literature(num_classes: int, imbalance:
         count = int(50000 / num_classes * ((1 / imbalance) ** (label / (num_classes - 1.0))))
         expected.append(found[:count])
     assert np.array_equal(rows, np.concatenate(expected))
+
+
+def test_cifar_100_lt_has_the_published_training_images_and_validation_from_those_that_the_cut_discards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = np.random.default_rng(0).permutation(np.arange(50000) % 100)
+    content: dict[str, dict[str, Any]] = {
+        "meta": {"fine_label_names": [f"class_{label}" for label in range(100)]},
+        "train": {"fine_labels": labels.tolist()},
+        "test": {"fine_labels": (np.arange(10000) % 100).tolist()},
+    }
+    monkeypatch.setattr(cifar, "_loaded", lambda source, md5s: content)
+    monkeypatch.setattr(cifar, "scan_cifar", lambda *a, **k: replace(scan_cifar(*a, **k), read=OnePixel()))
+    out = f"{tmp_path}/out"
+    verb.main(["cifar", f"{tmp_path}/cifar", out, "--imbalance", "100", "--workers", "1", "--rows-per-shard", "50000"])
+    dataset = open_dataset(out)
+    assert {name: split.num_samples for name, split in dataset.splits.items()} == {
+        "train": 10847,
+        "validation": 4918,
+        "test": 10000,
+    }
+    train, held = (listed(f"{out}/{name}-00000-of-00001.parquet") for name in ("train", "validation"))
+    assert train == {f"train/{row}" for row in longtailed_rows(labels, 100, 100)}
+    assert not train & held
+    assert dataset.validation == "separate"
+    assert dataset.split("validation").class_counts(100).tolist() == [0, 23, 45] + 97 * [50]
+    assert dataset.labelled_counts is not None
+    assert dataset.labelled_counts.tolist() == dataset.split("train").class_counts(100).tolist()
+    found = summary(dataset.labelled_counts)
+    assert (found.largest, found.smallest, found.many, found.medium, found.few) == (500, 5, 35, 35, 30)
+    assert "1 of 100 classes has no validation image: the search does not see 'class 0'\n" in capsys.readouterr().out
+
+
+def listed(file: str) -> set[str]:
+    """The images of a shard, by name."""
+    return {cell["path"] for cell in pq.read_table(file, columns=["image"]).column("image").to_pylist()}
 
 
 class Evil:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from embedded import jpegs
 from PIL import Image
@@ -29,12 +30,14 @@ from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 
 CLASSES = ("accordion", "car_side", "yin_yang")
+EIGHT = ("anchor", "ant", "bass", "beaver", "bonsai", "brain", "chair", "crab")
+NO_SPLITS = ["--validation-frac", "0", "--test-frac", "0"]
 
 
 def photos(folder: Path, per_class: tuple[int, ...] = (12, 8, 1)) -> Path:
-    """A directory of class directories with real images."""
+    """A directory of three or eight class directories with real images."""
     rest = iter(jpegs(60))
-    for name, count in zip(CLASSES, per_class, strict=True):
+    for name, count in zip(EIGHT if len(per_class) == 8 else CLASSES, per_class, strict=True):
         (folder / name).mkdir(parents=True)
         for number in range(count):
             (folder / name / f"image_{number:04d}.jpg").write_bytes(next(rest))
@@ -50,7 +53,8 @@ def contents(uri: str) -> dict[str, list[tuple[int, bytes]]]:
 
 def test_a_folder_of_real_images_keeps_every_byte_and_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = photos(tmp_path / "photos")
-    assert not verb.main(["folder", str(source), f"{tmp_path}/out", "--validation-frac", "0.25"])
+    fractions = ["--validation-frac", "0.25", "--test-frac", "0"]
+    assert not verb.main(["folder", str(source), f"{tmp_path}/out", *fractions])
     dataset = open_dataset(f"{tmp_path}/out")
     assert dataset.class_names == ("accordion", "car side", "yin yang")
     assert dataset.split("train").class_counts(3).tolist() == [9, 6, 1]
@@ -58,9 +62,90 @@ def test_a_folder_of_real_images_keeps_every_byte_and_label(tmp_path: Path, caps
     expected = [(label, path.read_bytes()) for label, name in enumerate(CLASSES) for path in (source / name).iterdir()]
     assert sorted(chain(*contents(f"{tmp_path}/out").values())) == sorted(expected)
     printed = capsys.readouterr().out
-    assert [line.split("│")[1:3] for line in printed.splitlines() if "validation" in line] == [
+    assert [line.split("│")[1:3] for line in printed.splitlines() if "│ validation" in line] == [
         [" validation ", "      5 "]
     ]
+    assert "1 of 3 classes has no validation image (a single image): the search does not see 'yin yang'\n" in printed
+
+
+def test_a_folder_without_splits_gets_validation_and_test_and_its_manifest_counts_all_labelled_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = photos(tmp_path / "photos", (20, 10, 5, 4, 3, 2, 1, 1))
+    assert not verb.main(["folder", str(source), f"{tmp_path}/out"])
+    dataset = open_dataset(f"{tmp_path}/out")
+    assert {name: split.class_counts(8).tolist() for name, split in dataset.splits.items()} == {
+        "train": [14, 7, 3, 2, 1, 1, 1, 1],
+        "validation": [2, 1, 1, 1, 1, 1, 0, 0],
+        "test": [4, 2, 1, 1, 1, 0, 0, 0],
+    }
+    assert dataset.validation == "drawn"
+    assert dataset.labelled_counts is not None
+    assert dataset.labelled_counts.tolist() == [20, 10, 5, 4, 3, 2, 1, 1]
+    printed = capsys.readouterr().out
+    assert "labeled: 8 classes, 46 images: 20 to 1 a class" in printed
+    assert (
+        "2 of 8 classes have no validation image (a single image): the search does not see 'chair', 'crab'\n" in printed
+    )
+
+
+def test_validation_of_a_cut_or_of_the_source_is_separate_and_the_labelled_images_are_those_of_training(
+    tmp_path: Path,
+) -> None:
+    source = photos(tmp_path / "photos", (20, 12, 8))
+    for split, per_class in (("train", (6, 4, 2)), ("val", (2, 1, 1))):
+        photos(tmp_path / "own" / split, per_class)
+    verb.main(["folder", str(source), f"{tmp_path}/cut", "--imbalance", "4"])
+    verb.main(["folder", f"{tmp_path}/own", f"{tmp_path}/listed", "--test-frac", "0.5"])
+    cut, listed = open_dataset(f"{tmp_path}/cut"), open_dataset(f"{tmp_path}/listed")
+    assert (cut.validation, listed.validation) == ("separate", "separate")
+    assert cut.split("train").class_counts(3).tolist() == cut.labelled_counts.tolist()  # type: ignore[union-attr]
+    assert cut.split("train").class_counts(3).tolist() == [16, 8, 4]
+    assert cut.split("validation").class_counts(3).tolist() == [0, 1, 1]
+    assert cut.split("test").class_counts(3).tolist() == [4, 2, 2]
+    assert listed.split("train").class_counts(3).tolist() == [3, 2, 1]
+    assert listed.labelled_counts.tolist() == [6, 4, 2]  # type: ignore[union-attr]
+
+
+def sequences(folder: Path, sizes: dict[str, tuple[int, ...]]) -> Path:
+    """Class directories with directories of so many images each."""
+    rest = iter(jpegs(60))
+    for name, here in sizes.items():
+        for number, count in enumerate(here):
+            (folder / name / f"{name}-{number}").mkdir(parents=True)
+            for image in range(count):
+                (folder / name / f"{name}-{number}" / f"{image}.jpg").write_bytes(next(rest))
+    return folder
+
+
+def test_directories_that_are_groups_stay_whole_and_others_read_the_files_as_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    source = sequences(tmp_path / "photos", {"cat": (3,) * 8, "dog": (2,) * 5, "owl": (4,), "yak": (1, 1)})
+    assert not verb.main(["folder", str(source), f"{tmp_path}/out", "--group", "folder:1"])
+    dataset = open_dataset(f"{tmp_path}/out")
+    found = {}
+    for name, split in dataset.splits.items():
+        tables = [pq.read_table(shard.url, columns=["image", "group"]) for shard in split.shards]
+        paths = [cell["path"] for table in tables for cell in table.column("image").to_pylist()]
+        assert split.groups is not None
+        assert split.groups.tolist() == [group for table in tables for group in table.column("group").to_pylist()]
+        found[name] = {(path.split("/")[1], group) for path, group in zip(paths, split.groups.tolist(), strict=True)}
+    pairs = set.union(*found.values())
+    assert len(pairs) == len({directory for directory, _ in pairs}) == len({group for _, group in pairs}) == 16
+    assert sum(map(len, found.values())) == 16
+    assert dataset.split("train").class_counts(4).tolist()[2] == 4
+    assert (
+        "1 of 4 classes has no validation image (a single image, or a single group): the search does not see 'owl'\n"
+        in (capsys.readouterr().out)
+    )
+    loaded = datasets.load_dataset(
+        "parquet", data_files={"train": f"{tmp_path}/out/train-*.parquet"}, cache_dir=f"{tmp_path}/cache"
+    )["train"]
+    assert loaded["group"][:] == dataset.split("train").groups.tolist()  # type: ignore[union-attr]
+    assert loaded.features["label"].names == ["cat", "dog", "owl", "yak"]
 
 
 def test_split_directories_are_kept_apart_and_nested_images_count(tmp_path: Path) -> None:
@@ -72,8 +157,9 @@ def test_split_directories_are_kept_apart_and_nested_images_count(tmp_path: Path
     assert {name: len(rows) for name, rows in index.splits.items()} == {"train": 11, "validation": 4}
     convert(index, "memory://convert-splits")
     dataset = open_dataset("memory://convert-splits")
-    assert dataset.split("train").class_counts(3).tolist() == [5, 4, 2]
+    assert dataset.split("train").class_counts(3).tolist() == [4, 3, 2]
     assert dataset.split("validation").class_counts(3).tolist() == [2, 1, 1]
+    assert dataset.split("test").class_counts(3).tolist() == [1, 1, 0]
 
 
 def test_source_and_destination_may_be_any_fsspec_url(tmp_path: Path) -> None:
@@ -98,7 +184,7 @@ def test_short_side_shrinks_larger_images_only_and_keeps_them_upright(tmp_path: 
     Image.new("RGB", (200, 100)).save(tmp_path / "p" / "a" / "1.jpg", exif=exif)
     Image.new("P", (100, 64)).save(tmp_path / "p" / "a" / "2.png")
     Image.new("L", (40, 20)).save(tmp_path / "p" / "a" / "3.webp")
-    verb.main(["folder", f"{tmp_path}/p", f"{tmp_path}/out", "--short-side", "32", "--validation-frac", "0"])
+    verb.main(["folder", f"{tmp_path}/p", f"{tmp_path}/out", "--short-side", "32", *NO_SPLITS])
     decoded = [Image.open(io.BytesIO(data)) for _, data in contents(f"{tmp_path}/out")["train"]]
     assert {image.size for image in decoded} == {(32, 64), (50, 32), (40, 20)}
     assert {(image.format, image.mode) for image in decoded} == {("JPEG", "RGB")}
@@ -159,14 +245,14 @@ def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
         class_names=index.class_names[1:],
         splits={"train": [(name, max(0, label - 1)) for name, label in index.splits["train"]]},
     )
-    convert(index, str(tmp_path / "out"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
+    convert(index, str(tmp_path / "out"), skip_bad=True, rows_per_shard=1, division=Division(0.0, 0.0))
     dataset = open_dataset(f"{tmp_path}/out")
     assert (len(dataset.split("train").shards), dataset.split("train").num_samples) == (7, 2)
     monkeypatch.setattr("lift_ray.data.convert.tasks.SUSPICIOUS", 1)
     with pytest.raises(
         BadInput, match=r"got 0 bytes, like all 1 images of a shard; check that every machine can access"
     ):
-        convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0))
+        convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0, 0.0))
 
 
 def test_a_semi_supervised_set_and_its_distribution_are_reported(
@@ -181,7 +267,7 @@ def test_a_semi_supervised_set_and_its_distribution_are_reported(
     held = contents(out)
     assert set(held["train"]) <= set(held["unlabelled"])
     printed = capsys.readouterr()
-    assert "train: 3 classes, 7 images: 4 to 1 a class, imbalance 4.0; 0 many (> 100), 0 medium, 3 few" in printed.out
+    assert "labeled: 3 classes, 7 images: 4 to 1 a class, imbalance 4.0; 0 many (> 100), 0 medium, 3 few" in printed.out
     assert "4 █" in printed.out
 
 
@@ -198,7 +284,7 @@ def test_progress_is_printed_as_lines_without_a_terminal(
 def test_overwrite_replaces_the_whole_set(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     verb.main(["folder", str(photos(tmp_path / "a")), out, "--rows-per-shard", "4"])
-    verb.main(["folder", str(photos(tmp_path / "b", (2, 2, 2))), out, "--overwrite", "--validation-frac", "0"])
+    verb.main(["folder", str(photos(tmp_path / "b", (2, 2, 2))), out, "--overwrite", *NO_SPLITS])
     assert sorted(path.name for path in Path(out).iterdir()) == ["manifest.json", "train-00000-of-00001.parquet"]
 
 
@@ -237,6 +323,25 @@ def own_validation(folder: Path) -> list[str]:
     return [f"{folder}/p", "--validation-frac", "0.2"]
 
 
+def test_splits_for_which_there_is_nothing_to_draw_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(sequences(tmp_path / "photos", {"cat": (4,), "dog": (5,)}))
+    verb.main(["folder", source, f"{tmp_path}/out", "--group", "folder:1"])
+    assert list(open_dataset(f"{tmp_path}/out").splits) == ["train"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "no validation split: there are no images or groups to draw it from" in lines
+    assert "no test split: there are no images or groups to draw it from" in lines
+    verb.main(["folder", source, f"{tmp_path}/out", "--overwrite", *NO_SPLITS])
+    assert "no test split" not in capsys.readouterr().out
+
+
+def straddling(folder: Path) -> list[str]:
+    for split in ("train", "val"):
+        sequences(folder / "p" / split, {"cat": (1, 1), "dog": (1,)})
+    return [f"{folder}/p", "--group", "folder:1"]
+
+
 def same_names(folder: Path) -> list[str]:
     (folder / "photos" / "car side").mkdir()
     return [f"{folder}/photos"]
@@ -269,6 +374,23 @@ BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
     (stray_directory, "{0}/p: must contain nothing next to train, val and test, but got 'meta'; move it elsewhere"),
     (new_class_in_test, "{0}/p/test: must contain only classes of train, but got 'dodo'; add it to train"),
     (own_validation, "validation-frac: must not be given, but {0}/p has its own validation images; remove it"),
+    (
+        straddling,
+        "{0}/p: each group must be in one split, but got 'cat-0' in train and validation; move its images to one split, "
+        "or leave out --group",
+    ),
+    (
+        lambda folder: [f"{folder}/photos", "--group", "folder:1"],
+        "group: folder:1 requires images 1 directories deep below the class directory, but there are none; check N",
+    ),
+    (
+        lambda folder: [f"{folder}/photos", "--group", "location"],
+        "group: must be folder:N, because there are no columns, but got 'location'; for example, folder:1",
+    ),
+    (
+        lambda folder: [str(sequences(folder / "p", {"cat": (2, 2)})), "--group", "folder:1", "--imbalance", "2"],
+        "group: cannot be combined with imbalance, which takes single images; remove one",
+    ),
     (same_names, "{0}/photos: class names must be unique, but got 'car side' twice; rename a directory"),
     (taken, "{0}/out: must not contain a dataset, but got one; pass --overwrite or choose another folder"),
     (only_bad, "{0}/photos: every class must keep a training image, but 'yin yang' has no readable one; add one"),

@@ -137,7 +137,12 @@ def test_only_the_same_plan_continues_and_another_one_starts_over(small: ImageIn
 
         seen.clear()
         convert(
-            small, f"{tmp_path}/out", rows_per_shard=10, division=Division(0.0, seed=seed), progress=progress, **more
+            small,
+            f"{tmp_path}/out",
+            rows_per_shard=10,
+            division=Division(0.0, 0.0, seed=seed),
+            progress=progress,
+            **more,
         )
 
     for after, there in ((25, 0), (15, 20), (35, 20)):
@@ -151,7 +156,7 @@ def test_only_the_same_plan_continues_and_another_one_starts_over(small: ImageIn
     cut_short(1)
     assert seen[0] == 10
     cut_short(0, overwrite=True)
-    convert(small, f"{tmp_path}/whole", rows_per_shard=10, division=Division(0.0))
+    convert(small, f"{tmp_path}/whole", rows_per_shard=10, division=Division(0.0, 0.0))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 

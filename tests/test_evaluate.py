@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,32 @@ def test_two_workers_give_the_figures_of_one(
     together, images_together = evaluated([*words, "--workers", "2"], capsys, tmp_path / "two.csv")
     assert together == pytest.approx(alone, abs=1e-6)
     assert images_together == images == ["3"] * 8
+
+
+def test_the_groups_are_those_of_the_checkpoint_and_a_note_says_how_they_were_made(
+    folder: str, small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = tmp_path / "classes.csv"
+    shutil.copytree(folder, tmp_path / "run")
+    run = tmp_path / "run" / "checkpoint" / "run.json"
+    about = json.loads(run.read_text())
+    assert about["labelled_counts"] == about["class_counts"] == [24, 18, 14, 12, 10, 8, 6, 4]
+
+    def groups(**changes: object) -> tuple[list[str], str]:
+        run.write_text(json.dumps(about | changes))
+        evaluate.main([str(tmp_path / "run"), "--data", small_data, "--per-class", str(classes)])
+        with classes.open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["train_images"] for row in rows] == ["24", "18", "14", "12", "10", "8", "6", "4"]
+        return [row["group"] for row in rows], capsys.readouterr().out.splitlines()[-1]
+
+    thirds = ["many"] * 3 + ["medium"] * 2 + ["few"] * 3
+    assert groups() == (thirds, "groups are thirds of the classes: few <= 8 training images, many >= 14")
+    assert groups(labelled_counts=[1, 1, 30, 31, 200, 201, 202, 203])[0] == ["few"] * 2 + ["medium"] * 2 + ["many"] * 4
+    del about["labelled_counts"], about["config"]["evaluation"]["group_bounds"]
+    of_earlier_version, last_line = groups()
+    assert of_earlier_version == ["medium"] + ["few"] * 7
+    assert "balanced log loss" in last_line
 
 
 def test_workers_that_do_not_fit_give_a_one_line_error(folder: str, ray_session: None) -> None:

@@ -234,7 +234,8 @@ def test_the_verb_prints_differences_and_writes_a_card(
     assert "model.pt2: largest difference from the checkpoint's logits" in capsys.readouterr().out
     card = (out / "README.md").read_text()
     assert "96 training images in 8 classes, 24 to 4 per class." in card
-    assert "| few | under 20 | 7 | 72 |" in card
+    assert "| few | under 9 | 3 | 18 |" in card
+    assert "so groups are thirds of the classes: few <= 8 training images, many >= 14." in card
     assert "unknown; ask their publisher" in card
     assert "kind: adaptformer" in card
     assert "measured with post-hoc" not in card

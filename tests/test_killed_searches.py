@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -186,3 +187,42 @@ def stored_epochs(out: Path) -> dict[tuple[int, str], Any]:
     """Return every stored epoch with its times, which would show a repeated one."""
     trials = stored(out)
     return {(t.number, key): value for t in trials for key, value in t.user_attrs.items() if key.startswith("epoch ")}
+
+
+@pytest.mark.slow
+def test_sigkill_during_confirmation_and_refit_loses_nothing_and_repeats_nothing(
+    space_file: Path, tmp_path: Path, ray_session: None, drivers: list[subprocess.Popen[str]]
+) -> None:
+    out, environment = tmp_path / "out", os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    words = [str(space_file), "search.trials=3", "base.optim.epochs=25", "search.sampler=random", "search.tte_best=0"]
+    words += ["search.scheduler.kind=none", "search.folds=3", "search.confirm.best=2", "search.refit=true"]
+    for number, moment in enumerate(("*-fold-2", "*-fold-3", "*-refit")):
+        resume = ["--resume"] if number else []
+        command = [sys.executable, "-m", "lift_ray.tune", *words, "--out", str(out), *resume]
+        drivers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, text=True))
+        ends = time.monotonic() + 180
+        while not list(out.glob(f"checkpoints/{moment}/epoch-*")):
+            assert time.monotonic() < ends, f"no checkpoint of {moment}"
+            assert drivers[-1].poll() is None, f"the search ended before {moment}"
+            time.sleep(0.02)
+        drivers[-1].send_signal(signal.SIGKILL)
+        drivers[-1].wait()
+    before = results_in(out)
+    assert any("fold 2" in key for key in before)
+    assert not tune.main([*words, "--out", str(out), "--resume"])
+    after = results_in(out)
+    assert {key: after[key] for key in before} == before, "a stored result was changed: its job was done twice"
+    undisturbed = tmp_path / "undisturbed"
+    assert not tune.main([*words, "--out", str(undisturbed)])
+    found, expected = (json.loads((folder / "study.json").read_text()) for folder in (out, undisturbed))
+    for name in ("choice", "out_of_fold", "posthoc", "refit", "compared"):
+        assert found[name] == expected[name], name
+    first, second = (pq.read_table(folder / "best" / "out_of_fold.parquet") for folder in (out, undisturbed))
+    assert first.drop_columns("logits") == second.drop_columns("logits")
+
+
+def results_in(out: Path) -> dict[str, Any]:
+    """Return the stored results of the jobs after the trials, by key, with their times."""
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / JOURNAL)))
+    [study] = storage.get_all_studies()
+    return {key: value for key, value in study.user_attrs.items() if key.startswith("result ")}

@@ -6,6 +6,7 @@ import csv
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lift_ray.epoch_metrics import METRICS
-from lift_ray.evaluation.metrics import PerClass, class_groups, per_class_rows, summarise, write_per_class
+from lift_ray.evaluation.metrics import PUBLISHED, ClassGroups, PerClass, per_class_rows, summarise, write_per_class
 
 NAMES = {
     "accuracy",
@@ -28,6 +29,7 @@ NAMES = {
     "geometric_mean",
     "macro_f1",
     "calibration_error",
+    "balanced_log_loss",
     "loss",
 }
 NO_BINS = np.zeros((3, 15))
@@ -42,10 +44,16 @@ def figures(
     total: np.ndarray,
     train_counts: np.ndarray,
     predicted: np.ndarray | None = None,
-    loss_sum: float = 0.0,
+    loss_sums: Sequence[float] = (),
     bins: np.ndarray = NO_BINS,
 ) -> dict[str, float]:
-    return summarise(PerClass(correct, total, total if predicted is None else predicted), bins, loss_sum, train_counts)
+    classes = PerClass(correct, total, total if predicted is None else predicted)
+    losses = np.array(loss_sums or [0.0] * len(total))
+    return summarise(classes, bins, losses, published(train_counts))
+
+
+def published(train_counts: np.ndarray) -> np.ndarray:
+    return ClassGroups.of(train_counts, PUBLISHED).names
 
 
 def test_the_metrics_of_a_split_are_those_that_a_search_may_name() -> None:
@@ -54,7 +62,7 @@ def test_the_metrics_of_a_split_are_those_that_a_search_may_name() -> None:
 
 def test_groups_change_at_20_and_above_100() -> None:
     counts = array(1, 19, 20, 21, 99, 100, 101, 5000)
-    assert class_groups(counts).tolist() == ["few", "few", "medium", "medium", "medium", "medium", "many", "many"]
+    assert published(counts).tolist() == ["few", "few", "medium", "medium", "medium", "medium", "many", "many"]
 
 
 def test_a_group_without_classes_is_left_out() -> None:
@@ -64,7 +72,7 @@ def test_a_group_without_classes_is_left_out() -> None:
 
 
 def test_classes_without_images_in_the_split_count_nowhere() -> None:
-    found = figures(array(3, 0, 2), array(4, 0, 4), array(500, 5, 50), predicted=array(3, 3, 2), loss_sum=10.0)
+    found = figures(array(3, 0, 2), array(4, 0, 4), array(500, 5, 50), predicted=array(3, 3, 2), loss_sums=[9, 0, 1])
     assert found == pytest.approx(
         {
             "accuracy": 5 / 8,
@@ -77,6 +85,7 @@ def test_classes_without_images_in_the_split_count_nowhere() -> None:
             "macro_f1": (6 / 7 + 4 / 6) / 2,
             "calibration_error": 0.0,
             "loss": 1.25,
+            "balanced_log_loss": (9 / 4 + 1 / 4) / 2,
         }
     )
 
@@ -116,15 +125,19 @@ def columns(classes: list[tuple[int, int, int, int]]) -> tuple[PerClass, np.ndar
     return PerClass(right, right + wrong, right + mistaken), train
 
 
-@given(classes=CLASSES, loss_sum=st.floats(0, 1e6))
-def test_summarise_equals_counting_by_hand(classes: list[tuple[int, int, int, int]], loss_sum: float) -> None:
+@given(classes=CLASSES, losses=st.lists(st.floats(0, 1e6), min_size=12, max_size=12))
+def test_summarise_equals_counting_by_hand(classes: list[tuple[int, int, int, int]], losses: list[float]) -> None:
     counts, train = columns(classes)
-    found = summarise(counts, NO_BINS, loss_sum, train)
-    lists: dict[str, list[float]] = {"mean_class_accuracy": [], "macro_f1": [], "many": [], "medium": [], "few": []}
+    found = summarise(counts, NO_BINS, np.array(losses[: len(classes)]), published(train))
+    lists: dict[str, list[float]] = {name: [] for name in ("mean_class_accuracy", "macro_f1", "many", "medium", "few")}
+    lists["balanced_log_loss"] = []
     images = hits = 0
-    for right, wrong, mistaken, count in classes:
+    loss_sum = 0.0
+    for (right, wrong, mistaken, count), loss in zip(classes, losses, strict=False):
         images, hits = images + right + wrong, hits + right
         if right + wrong:
+            loss_sum += loss
+            lists["balanced_log_loss"].append(loss / (right + wrong))
             group = "many" if count > 100 else "few" if count < 20 else "medium"
             for name in ("mean_class_accuracy", group):
                 lists[name].append(right / (right + wrong))
@@ -141,7 +154,7 @@ def test_summarise_equals_counting_by_hand(classes: list[tuple[int, int, int, in
         "harmonic_mean": len(every) / sum(1 / value for value in every) if min(every) else 0.0,
     }
     assert found == pytest.approx(expected)
-    assert all(0 <= value <= 1 + 1e-12 for name, value in found.items() if name != "loss")
+    assert all(0 <= value <= 1 + 1e-12 for name, value in found.items() if "loss" not in name)
     low, harmonic, geometric, mean = (
         found[name] for name in ("worst_class", "harmonic_mean", "geometric_mean", "mean_class_accuracy")
     )
@@ -153,8 +166,8 @@ def test_summarise_equals_counting_by_hand(classes: list[tuple[int, int, int, in
 @given(classes=CLASSES)
 def test_the_rows_of_the_classes_average_to_the_metrics(classes: list[tuple[int, int, int, int]]) -> None:
     counts, train = columns(classes)
-    rows = per_class_rows([f"class {k}" for k in range(len(classes))], train, *counts)
-    found = summarise(counts, NO_BINS, 0.0, train)
+    rows = per_class_rows([f"class {k}" for k in range(len(classes))], train, published(train), *counts)
+    found = summarise(counts, NO_BINS, np.zeros(len(classes)), published(train))
     for column, metric in (("accuracy", "mean_class_accuracy"), ("f1", "macro_f1")):
         values = [row[column] for row in rows if row[column] is not None]
         assert sum(values) / len(values) == pytest.approx(found[metric])
@@ -169,6 +182,7 @@ def test_the_rows_of_the_classes_average_to_the_metrics(classes: list[tuple[int,
 ROWS = per_class_rows(
     ["sea star", 'the "old", one', "never seen", "never said"],
     array(101, 20, 3, 1),
+    published(array(101, 20, 3, 1)),
     array(3, 1, 0, 0),
     array(4, 2, 0, 2),
     array(5, 1, 2, 0),

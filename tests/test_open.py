@@ -107,7 +107,26 @@ def test_a_set_without_a_training_split_opens_for_evaluation(tmp_path: Path) -> 
     assert dataset.split("test").num_samples == 2
     with pytest.raises(BadInput) as caught:
         dataset.split("train")
-    assert str(caught.value) == f"{tmp_path}: must have the split 'train', but got only test; choose one of these"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: must have a train split, but got only test; convert again with training images"
+    )
+    assert dataset.labelled_counts is None
+
+
+@pytest.mark.parametrize(
+    ("split", "remedy"),
+    [
+        ("test", "convert again with --test-frac 0.2, or set test: none"),
+        ("validation", "convert again with --validation-frac 0.1"),
+        ("unlabelled", "convert again with --labelled, --unlabelled and --gamma-l"),
+    ],
+)
+def test_the_message_about_a_missing_split_says_what_makes_it(tmp_path: Path, split: str, remedy: str) -> None:
+    write_shard(tmp_path / "train-00000-of-00001.parquet", [0, 1])
+    with pytest.raises(BadInput) as caught:
+        open_dataset(str(tmp_path)).split(split)
+    assert str(caught.value) == f"{tmp_path}: must have a {split} split, but got only train; {remedy}"
 
 
 def manifest(folder: Path, **changes: object) -> None:
@@ -118,6 +137,66 @@ def manifest(folder: Path, **changes: object) -> None:
 def test_a_manifest_that_agrees_is_accepted(tmp_path: Path) -> None:
     manifest(small(tmp_path))
     assert open_dataset(str(tmp_path)).split("train").num_samples == 5
+
+
+def test_what_the_manifest_says_of_validation_and_of_labelled_images_is_kept(tmp_path: Path) -> None:
+    manifest(small(tmp_path), validation="drawn", labelled_counts=[4, 7])
+    dataset = open_dataset(str(tmp_path))
+    assert (dataset.validation, dataset.labelled_counts.tolist()) == ("drawn", [4, 7])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("has_manifest", [False, True])
+def test_without_it_validation_is_separate_and_the_training_images_are_counted(
+    tmp_path: Path, has_manifest: bool
+) -> None:
+    small(tmp_path)
+    if has_manifest:
+        manifest(tmp_path)
+    dataset = open_dataset(str(tmp_path))
+    assert (dataset.validation, dataset.labelled_counts.tolist()) == ("separate", [2, 3])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "total"), [("caltech101", 6742), ("caltech101-lt", 4267), ("caltech101-half", 497)])
+def test_embedded_validation_is_separate_and_the_training_images_are_counted(name: str, total: int) -> None:
+    dataset = open_dataset(f"embedded:{name}")
+    assert dataset.validation == "separate"
+    assert dataset.labelled_counts is not None
+    assert dataset.labelled_counts.tolist() == dataset.split("train").class_counts(dataset.num_classes).tolist()
+    assert dataset.labelled_counts.sum() == total
+
+
+def with_groups(folder: Path, groups: list[int | None]) -> None:
+    """Give the first training shard a column `group`."""
+    path = small(folder) / "train-00000-of-00002.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("group", pa.array(groups, pa.int64())), path)
+    for name in ("train-00001-of-00002.parquet", "test-00000-of-00001.parquet"):
+        table = pq.read_table(folder / name)
+        groups = list(range(100, 100 + len(table)))
+        pq.write_table(table.append_column("group", pa.array(groups, pa.int64())), folder / name)
+
+
+def test_groups_are_read_if_the_manifest_says_so_and_ignored_in_the_data_of_others(tmp_path: Path) -> None:
+    with_groups(tmp_path, [7, 8, 7])
+    assert open_dataset(str(tmp_path)).split("train").groups is None
+    manifest(tmp_path, groups=True)
+    dataset = open_dataset(str(tmp_path))
+    assert {name: split.groups.tolist() for name, split in dataset.splits.items()} == {  # type: ignore[union-attr]
+        "train": [7, 8, 7, 100, 101],
+        "test": [100],
+    }
+    assert dataset.split("train").take(np.array([1, 3])).groups.tolist() == [8, 100]  # type: ignore[union-attr]
+
+
+def test_groups_that_are_promised_and_missing_are_bad_input(tmp_path: Path) -> None:
+    manifest(small(tmp_path), groups=True)
+    message = r"\.parquet: must have the int64 column group, as the manifest says, but has none; run convert again$"
+    with pytest.raises(BadInput, match=message):
+        open_dataset(str(tmp_path))
+    with_groups(tmp_path, [7, None, 7])
+    message = r"train-00000-of-00002\.parquet: every row must have a group, but got 1 without one; run convert again$"
+    with pytest.raises(BadInput, match=message):
+        open_dataset(str(tmp_path))
 
 
 def remove(folder: Path) -> None:
@@ -246,6 +325,10 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (
         lambda folder: manifest(folder, splits={"train": {"rows": 5}, "validation": {"rows": 3}, "test": {"rows": 1}}),
         "{0}/validation: the manifest says 3 rows, but the shards contain 0; run convert again",
+    ),
+    (
+        lambda folder: manifest(folder, labelled_counts=[3, 1, 1]),
+        "{0}: the manifest must count the labeled images of 2 classes, but got 3; run convert again",
     ),
     (
         lambda folder: manifest(folder, class_names=["dog", "cat"]),

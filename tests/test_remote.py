@@ -18,6 +18,7 @@ from flaky_store import Store, opened, write
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from processes import wait_for
 
+from lift_ray.data.convert.shards import SplitRecord, publish, write_shard
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
@@ -47,6 +48,24 @@ def test_opening_again_reads_no_object(store: Store) -> None:
     assert second.shards == first.shards
     assert (second.labels == first.labels).all()
     assert RowReader(second).read(np.arange(60)) == jpegs(60)
+
+
+def test_the_kept_index_has_groups_and_what_the_manifest_says(store: Store) -> None:
+    samples = [(image, f"{row}.jpg", row % 2, row // 3) for row, image in enumerate(jpegs(9))]
+    record = write_shard("s3://pets/grouped", "train", 0, samples, ("cat", "dog"), row_group_rows=4, has_groups=True)
+    about = {"validation": "drawn", "labelled_counts": [6, 9], "groups": True}
+    publish("s3://pets/grouped", ("cat", "dog"), {"train": SplitRecord((record,))}, about)
+    for reads in (True, False):
+        store.forget()
+        dataset = open_dataset("s3://pets/grouped")
+        assert bool(store.reads) == reads
+        groups = dataset.split("train").groups
+        assert groups is not None
+        assert groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert dataset.validation == "drawn"
+        assert dataset.labelled_counts is not None
+        assert dataset.labelled_counts.tolist() == [6, 9]
+    assert open_dataset("s3://pets/set").split("train").groups is None
 
 
 def test_a_dataset_that_changed_is_read_again(store: Store) -> None:

@@ -189,7 +189,7 @@ def test_the_groups_are_those_of_the_study_with_their_bounds_and_note(study: Stu
     note = "groups are thirds of the classes: few <= 11 training images, many >= 40"
     found = changed(study, groups={"names": names, "few_below": 12, "many_above": 39, "note": note})
     assert found.groups.tolist() == names
-    assert found.group_rules == {"many": "over 39", "medium": "12 to 39", "few": "under 12"}
+    assert found.class_groups.rules == {"many": "over 39", "medium": "12 to 39", "few": "under 12"}
     assert f"G{note[1:]}." in summary(found)
     drawn = next(figure for figure in figures_of(StudySection(found))[0] if figure.name == "class-images")
     assert [trace["name"] for trace in drawn.traces] == ["many (10)", "medium (30)", "few (60)"]

@@ -7,18 +7,18 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from optuna.storages import InMemoryStorage
-from played import METRIC, Played, metrics_of, play, searched, space
+from played import DATA, METRIC, Played, metrics_of, play, searched, space
 
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.trial_rows import best_row
 from lift_ray.search.driver_lock import study_in
-from lift_ray.search.final_comparison import conclude
 from lift_ray.search.jobs import EvaluationJob
 from lift_ray.search.state import Search
 from lift_ray.search.study import Study, open_storage, repaired, reports_in
@@ -82,12 +82,14 @@ def outcome(study: Study) -> list[tuple[int, dict[str, Any], str, list[float]]]:
     [
         {"scheduler": {"kind": "none"}, "seeds_best": 2},
         {"sampler": "tpe"},
+        {"scheduler": {"kind": "none"}, "folds": 4, "confirm": {"best": 2}},
     ],
-    ids=["none", "tpe with asha"],
+    ids=["none", "tpe with asha", "confirmed and refitted"],
 )
 def test_a_search_killed_at_any_write_ends_like_an_undisturbed_one(search: dict[str, Any], tmp_path: Path) -> None:
     wanted = space(**search)
-    undisturbed, worker = searched(wanted, Mortal(), tmp_path)
+    data = replace(DATA, retrains="folds" in search)
+    undisturbed, worker = searched(wanted, Mortal(), tmp_path, data=data)
     assert sum(key.startswith("train") for key in worker.began) >= 10
     chance = random.Random(0)
     for first in [*range(3, 60), *(chance.randrange(60, 200) for _ in range(15))]:
@@ -95,7 +97,7 @@ def test_a_search_killed_at_any_write_ends_like_an_undisturbed_one(search: dict[
         for left in (first, chance.randrange(1, 80), 10**9):
             storage.left = left
             try:
-                study, _ = searched(wanted, storage, tmp_path, disk, resume)
+                study, _ = searched(wanted, storage, tmp_path, disk, resume, data)
             except KilledError:
                 resume = "played" in optuna.get_all_study_names(storage) and reports_in(storage, "played")
                 continue
@@ -110,7 +112,9 @@ def test_a_search_killed_at_any_write_ends_like_an_undisturbed_one(search: dict[
         if search.get("sampler") != "tpe":
             assert rows == outcome(undisturbed), f"killed after {first} writes"
             assert study.results == undisturbed.results
-        assert conclude(wanted, list(study.rows.values()), study.results, {}).compared
+        found = Search(study, Output(str(tmp_path)), data).result({})
+        assert found
+        assert found.compared
 
 
 def test_finished_work_is_not_repeated(tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_finished_work_is_not_repeated(tmp_path: Path) -> None:
 
 def test_no_more_trials_are_resumed_than_are_asked_for(tmp_path: Path) -> None:
     storage, disk = Mortal(), Played()
-    search = Search(Study(space(scheduler={"kind": "none"}), "d", storage), Output(str(tmp_path)))
+    search = Search(Study(space(scheduler={"kind": "none"}), "d", storage), Output(str(tmp_path)), DATA)
     jobs = [search.next_job() for _ in range(4)]
     for job in jobs[:3]:  # three trials end, the fourth is interrupted after its first epoch
         assert job
@@ -152,7 +156,7 @@ def test_a_model_is_evaluated_once_for_all_that_it_is_compared_as(tmp_path: Path
     wanted = space(scheduler={"kind": "none"}, trials=3, tte_best=1)
     wanted.baselines[0].update({"optim.lr": 0.3, "loss.tau": 1.0})
     for slots in (1, 2, 5):
-        search = Search(Study(wanted, "d", InMemoryStorage()), Output(str(tmp_path)))
+        search = Search(Study(wanted, "d", InMemoryStorage()), Output(str(tmp_path)), DATA)
         worker = play(search, slots=slots)
         jobs = [job for job in search.done if isinstance(job, EvaluationJob)]
         evaluated = [(job.model, job.split, tau) for job in jobs for tau in job.taus]
@@ -160,21 +164,15 @@ def test_a_model_is_evaluated_once_for_all_that_it_is_compared_as(tmp_path: Path
             [
                 *(("zero-shot", split, 0.0) for split in ("test", "validation")),
                 ("trial-0000", "test", 0.0),
-                ("trial-0000", "test", 0.5),
                 *(("trial-0000", "validation", tau) for tau in TAUS),
                 *(("trial-0000-tte", s, 0.0) for s in ("test", "validation")),
             ]
         )
         early = next(key for key in worker.began if key.startswith("evaluate"))
         assert (slots == 1) == ("zero-shot" not in early), "a slot without a trial starts with what needs no result"
-        rows = list(search.rows())
-        assert [label for label, _ in conclude(wanted, rows, search.study.results, {}).compared] == [
-            "zero-shot",
-            "baseline 1",
-            "best found",
-            "best found, tau 0.5 after training",
-            "best found, TTE",
-        ]
+        found = search.result({})
+        assert found
+        assert [label for label, _ in found.compared] == ["zero-shot", "baseline 1", "best found", "best found, TTE"]
 
 
 def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Path) -> None:

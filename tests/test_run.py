@@ -74,6 +74,8 @@ def test_the_loss_falls_and_the_figures_are_complete(workspace: Workspace, small
                 "accuracy",
                 "mean_class_accuracy",
                 "loss",
+                "balanced_log_loss",
+                "many",
                 "medium",
                 "few",
                 "worst_class",
@@ -122,7 +124,8 @@ def test_a_checkpoint_holds_its_run_and_replaces_the_one_before(
     _, folders, run = trained
     record = checkpoint.read_record(folders[0])
     assert (record.epoch, record.step, record.dataset) == (1, 6, small_data)
-    assert record.class_counts == [24, 18, 14, 12, 10, 8, 6, 4]
+    assert record.class_counts == record.labelled_counts == [24, 18, 14, 12, 10, 8, 6, 4]
+    assert record.groups.names.tolist() == ["many"] * 3 + ["medium"] * 2 + ["few"] * 3
     assert RunConfig.model_validate(record.config).digest() == record.digest == run.config.digest()
     for _ in range(2):
         run.save(tmp_path / "here")
@@ -358,7 +361,9 @@ def test_evaluate_works_on_a_dataset_with_only_a_test_split(
         seen.append(json.loads(capsys.readouterr().out))
     assert seen[0] == seen[1]
     assert {"test/medium", "test/few"} <= set(seen[0])
-    with pytest.raises(BadInput, match="must have the split 'validation', but got only test; choose one of these"):
+    with pytest.raises(
+        BadInput, match=r"must have a validation split, but got only test; convert again with --validation-frac 0.1"
+    ):
         evaluate.main([str(trained[1][-1]), "--data", str(tmp_path), "--split", "validation"])
 
 
@@ -367,6 +372,8 @@ def test_a_fraction_of_the_data_is_the_first_images_of_each_class(workspace: Wor
     half = Run(settings(small_clip, optim__data_frac=0.5), workspace)
     least = Run(settings(small_clip, optim__data_frac=0.001, optim__global_batch_size=8), workspace)
     assert half.class_counts.tolist() == [round(n / 2) for n in whole.class_counts.tolist()]
+    for part in (half, least):
+        assert part.predictor.groups.names.tolist() == whole.predictor.groups.names.tolist()
     assert half.steps_per_epoch == whole.steps_per_epoch // 2
     assert least.class_counts.tolist() == [1] * len(whole.class_counts)
     for label in range(len(whole.class_counts)):

@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,23 @@ import fsspec
 import numpy as np
 import pytest
 import torchvision.datasets
-from embedded import jpegs
+from embedded import OnePixel, jpegs
 from PIL import Image
 
+from lift_ray.data.convert.conversion import convert
 from lift_ray.data.convert.folder import scan_folder
 from lift_ray.data.convert.inat import RANKS, scan_inat
 from lift_ray.data.convert.index import ImageIndex
 from lift_ray.data.convert.lists import scan_list
+from lift_ray.data.convert.splitting import Division, divide
 from lift_ray.data.convert.tables import scan_table
 from lift_ray.data.convert.torchvision_sets import SETS, scan_torchvision
+from lift_ray.data.longtail import summary
+from lift_ray.data.open import open_dataset
 from lift_ray.errors import BadInput
+
+LISTS = Path(__file__).parents[2] / "shared" / "data" / "lists"
+PLACES = {"train": "train", "validation": "val", "test": "test", "class_names": "classnames"}
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
@@ -68,6 +76,39 @@ def test_lists_name_images_by_path_and_label(tmp_path: Path) -> None:
     assert index.notes == ()
 
 
+@pytest.fixture(scope="module")
+def places() -> ImageIndex:
+    if not LISTS.exists():
+        pytest.skip("the published lists are not part of the repository")
+    named = {split: f"{LISTS}/places_lt_{name}.txt" for split, name in PLACES.items()}
+    return replace(scan_list("places", **named), read=OnePixel())  # type: ignore[arg-type]
+
+
+def test_places_lt_keeps_its_published_training_images_and_validation_list(places: ImageIndex) -> None:
+    divided = divide(places, Division())
+    assert {name: sorted(rows) for name, rows in divided.splits.items()} == {
+        name: sorted(rows) for name, rows in places.splits.items()
+    }
+    assert divided.from_training == ("train",)
+    found = summary(np.bincount([label for _, label in places.splits["train"]]))
+    assert (found.images, found.largest, found.smallest) == (62500, 4980, 5)
+    assert (found.many, found.medium, found.few) == (131, 163, 71)
+
+
+@pytest.mark.slow  # 106,300 images, and the test above has the same splits
+def test_converted_places_lt_says_that_its_validation_is_separate(places: ImageIndex, tmp_path: Path) -> None:
+    convert(places, str(tmp_path), rows_per_shard=100_000)
+    dataset = open_dataset(str(tmp_path))
+    assert {name: split.num_samples for name, split in dataset.splits.items()} == {
+        "train": 62500,
+        "validation": 7300,
+        "test": 36500,
+    }
+    assert dataset.validation == "separate"
+    assert dataset.labelled_counts is not None
+    assert dataset.labelled_counts.tolist() == dataset.split("train").class_counts(365).tolist()
+
+
 def test_lists_and_their_images_may_be_in_a_store(tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(f"{write(tmp_path, photo_lists())}/", "/listed/", recursive=True)
     index = scan_list(
@@ -85,6 +126,26 @@ def test_a_relative_source_is_found_from_any_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert {image for image, _ in read(index)["train"]} == {jpegs()[0], jpegs()[1]}
+
+
+def test_the_nth_directory_of_a_listed_path_is_a_group_whatever_stands_above_it(tmp_path: Path) -> None:
+    rows = "a/site_1/1.jpg 0\na/site_2/1.jpg 0\nb/site_1/1.jpg 1\nloose.jpg 1\n"
+    index = listed(write(tmp_path, {"train.txt": rows, "names.txt": "a\nb\n"}), group="folder:2")
+    assert index.groups == {"a/site_1/1.jpg": "site_1", "b/site_1/1.jpg": "site_1", "a/site_2/1.jpg": "site_2"}
+    assert index.notes == ("images without a group: 1; each is a group of its own",)
+    with pytest.raises(BadInput) as caught:
+        listed(tmp_path, group="folder:3")
+    assert str(caught.value) == "group: folder:3 requires images 3 directories deep, but there are none; check N"
+
+
+def test_a_directory_in_two_lists_is_bad_input_as_a_group(tmp_path: Path) -> None:
+    lists: dict[str, str | bytes] = {"train.txt": "x/1.jpg 0\ny/2.jpg 1\n", "val.txt": "y/3.jpg 1\n"}
+    with pytest.raises(BadInput) as caught:
+        listed(write(tmp_path, {**photo_lists(), **lists}), test=f"{tmp_path}/val.txt", group="folder:1")
+    assert str(caught.value) == (
+        f"{tmp_path}/photos: each group must be in one split, but got 'y' in train and test; "
+        "move its images to one split, or leave out --group"
+    )
 
 
 def test_a_repeated_class_name_gets_a_number_and_a_note(tmp_path: Path) -> None:

@@ -85,6 +85,24 @@ def test_a_class_name_file_orders_labels_that_are_names(tmp_path: Path) -> None:
     ]
 
 
+GROUPED = "image,label,site\nphotos/0.jpg,a,north\n./photos/1.jpg,b, north \nphotos/2.jpg,a,\nphotos/3.jpg,b,south\n"
+
+
+def test_a_column_of_a_csv_names_groups_and_rows_without_a_value_are_alone(tmp_path: Path) -> None:
+    index = scan_table(write_csv(tmp_path, GROUPED), kind="csv", group="site")
+    assert index.groups == {"photos/0.jpg": "north", "photos/1.jpg": "north", "photos/3.jpg": "south"}
+    assert index.notes == ("images without a group: 1; each is a group of its own",)
+
+
+def test_a_directory_of_the_paths_in_a_csv_is_a_group_too(tmp_path: Path) -> None:
+    index = scan_table(write_csv(tmp_path, GROUPED), kind="csv", group="folder:1")
+    assert index.groups == {f"photos/{number}.jpg": "photos" for number in range(4)}
+
+
+def test_a_table_without_group_has_none(tmp_path: Path) -> None:
+    assert scan_table(write_csv(tmp_path, GROUPED), kind="csv").groups is None
+
+
 NAMES = {"class_names": "{0}/names.txt"}
 CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
     ("", {}, ": the image column must be unambiguous, but got no columns; pass --image-column"),
@@ -128,6 +146,17 @@ CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
         "image,label,split\na,x,train\nb,y,val\n",
         {},
         ": every class must have an image, but 'y' have none; add images or remove these classes",
+    ),
+    (
+        "image,label,site\na,b,x\n",
+        {"group": "sit"},
+        ": must have the column 'sit', but it is missing; did you mean 'site'?",
+    ),
+    (
+        "image,label,site,split\na,b,x,train\nb,b,y,val\nc,b,x,val\n",
+        {"group": "site"},
+        ": each group must be in one split, but got 'x' in train and validation; move its images to one split, "
+        "or leave out --group",
     ),
     ('image,label\n"a,b\n', {}, ": must be CSV with a header, but got 'unexpected end of data'; check the file"),
 ]
@@ -222,6 +251,18 @@ def test_row_groups_are_read_once_while_they_fit(tmp_path: Path, monkeypatch: py
     assert scan_table(write_parquet(tmp_path), kind="parquet").read.num_kept == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("values", [["x", "y", None, "x", "", "y"], [7, 8, None, 7, None, 8]])
+def test_a_column_of_text_or_integers_in_parquet_names_groups(tmp_path: Path, values: list[Any]) -> None:
+    images = scan_table(write_parquet(tmp_path, site=values), kind="parquet", group="site")
+    paths = write_parquet(tmp_path, "paths.parquet", image=[f"{number}.jpg" for number in range(6)], site=values)
+    first, second = str(values[0]), str(values[1])
+    for index in (images, scan_table(paths, kind="parquet", group="site")):
+        references = [reference for reference, _ in index.splits["train"]]
+        expected = {0: first, 1: second, 3: first, 5: second}
+        assert index.groups == {references[row]: name for row, name in expected.items()}
+        assert index.notes == ("images without a group: 2; each is a group of its own",)
+
+
 PARQUET_FAULTS: list[tuple[dict[str, Any], dict[str, str], str]] = [
     (
         {"image": NUMBERS},
@@ -255,6 +296,11 @@ PARQUET_FAULTS: list[tuple[dict[str, Any], dict[str, str], str]] = [
         " row 4: the label must be 0 to 1, but got '-1'; check the 2 class names",
     ),
     ({"split": ["train"] * 5 + ["all"]}, {}, " row 5: the split must be train, val or test, but got 'all'; rename it"),
+    (
+        {"site": [0.5] * 6},
+        {"group": "site"},
+        ": the column 'site' must contain integers or text, but got double; choose another --group",
+    ),
     ({}, {"image_column": "imag"}, ": must have the column 'imag', but it is missing; did you mean 'image'?"),
 ]
 
@@ -266,6 +312,12 @@ def test_a_fault_in_parquet_gives_a_one_line_error(
     source = write_parquet(tmp_path, **columns)
     with pytest.raises(BadInput, match="^" + re.escape(source + message) + "$"):
         scan_table(source, kind="parquet", **options)
+
+
+def test_a_column_of_images_has_no_directories(tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        scan_table(write_parquet(tmp_path), kind="parquet", group="folder:1")
+    assert str(caught.value) == "group: folder:1 requires a column of paths, but got a column of images; give a column"
 
 
 def test_files_that_do_not_fit_together_give_a_one_line_error(tmp_path: Path) -> None:

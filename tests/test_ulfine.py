@@ -155,10 +155,10 @@ def test_a_run_learns_and_tells_how_good_its_pseudo_labels_are(
     first, last = figures
     assert last["train/accuracy"] > first["train/accuracy"]
     assert 0 < last["unlabelled/pseudo_labels"] <= 96 * 5
-    parts = [last[f"unlabelled/pseudo_labels_{group}"] for group in ("medium", "few")]
+    parts = [last[f"unlabelled/pseudo_labels_{group}"] for group in ("many", "medium", "few")]
     assert sum(parts) == last["unlabelled/pseudo_labels"]
     assert all(
-        0 <= last[f"unlabelled/{name}{group}"] <= 1 for name in ("recall", "precision") for group in ("", "_medium")
+        0 <= last[f"unlabelled/{name}{group}"] <= 1 for name in ("recall", "precision") for group in ("", "_many")
     )
     assert (
         ("validation/few_similarity" in last) == ("validation/mean_class_accuracy_linear" in last) == (kind == "ulfine")

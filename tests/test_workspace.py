@@ -88,7 +88,7 @@ def test_nothing_is_kept_for_tuned_blocks_and_for_images_that_change(workspace: 
     trained(workspace, settings(small_clip))
     assert not len(workspace.cache)
     trained(workspace, settings(small_clip, tuner__kind="linear_probe", augment__kind="mda"))
-    assert [key[-3] for key in workspace.cache] == ["validation"]
+    assert [key[-2] for key in workspace.cache] == [workspace.dataset.split("validation").key]
 
 
 def test_a_linear_probe_from_kept_features_runs_no_block_of_the_tower(

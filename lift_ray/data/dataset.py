@@ -13,6 +13,13 @@ import numpy as np
 from lift_ray.data.longtail import Int64s, keep_first
 from lift_ray.errors import BadInput
 
+MAKES_SPLIT = {
+    "train": "convert again with training images",
+    "validation": "convert again with --validation-frac 0.1",
+    "test": "convert again with --test-frac 0.2, or set test: none",
+    "unlabelled": "convert again with --labelled, --unlabelled and --gamma-l",
+}
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -96,8 +103,9 @@ def joined(name: str, parts: Sequence[tuple[Split, Int64s]]) -> Split:
     """Return samples of several splits as one split, part after part.
 
     Args:
-        parts: splits of a dataset, and the sample numbers to take from each.
+        parts: splits of a dataset, and the sample numbers to take from each, ascending. Parts of the same split become one.
     """
+    parts = _merged(parts)
     starts = np.cumsum([0, *(sum(shard.num_rows for shard in split.shards) for split, _ in parts)])
     taken = [split.take(samples) for split, samples in parts]
     groups = [split.groups for split in taken if split.groups is not None]
@@ -110,6 +118,18 @@ def joined(name: str, parts: Sequence[tuple[Split, Int64s]]) -> Split:
         np.concatenate(groups) if len(groups) == len(taken) else None,
         tuple(parts),
     )
+
+
+def _merged(parts: Sequence[tuple[Split, Int64s]]) -> list[tuple[Split, Int64s]]:
+    """Return the parts in terms of splits that are not put together from others, each once."""
+    found: dict[int, tuple[Split, list[Int64s]]] = {}
+    for split, samples in parts:
+        start = 0
+        for inner, numbers in split.parts or ((split, np.arange(split.num_samples)),):
+            here = samples[(samples >= start) & (samples < start + len(numbers))] - start
+            found.setdefault(id(inner), (inner, []))[1].append(numbers[here])
+            start += len(numbers)
+    return [(split, np.sort(np.concatenate(samples))) for split, samples in found.values()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +158,8 @@ class Dataset:
         return len(self.class_names)
 
     def split(self, name: str) -> Split:
-        """Return a split by name. Raises BadInput, naming the existing splits, if it does not exist."""
+        """Return a split by name. Raises BadInput, with the option of `convert` that makes it, if it does not exist."""
         if name not in self.splits:
-            there = ", ".join(self.splits)
-            raise BadInput(self.uri, f"must have the split {name!r}", f"only {there}", "choose one of these")
+            remedy = MAKES_SPLIT.get(name, "choose one of these")
+            raise BadInput(self.uri, f"must have a {name} split", f"only {', '.join(self.splits)}", remedy)
         return self.splits[name]

@@ -33,6 +33,7 @@ class Content:
         row_groups: number of rows of each row group.
         row_group_bytes: uncompressed bytes of the images of each row group.
         labels: label of every row, (N,).
+        groups: group of every row, (N,); None if there are none.
     """
 
     columns: str
@@ -41,13 +42,15 @@ class Content:
     row_groups: tuple[int, ...]
     row_group_bytes: tuple[int, ...]
     labels: Int64s
+    groups: Int64s | None = None
 
 
-def read_content(url: str, num_bytes: int | None, patience_s: float) -> Content:
-    """Read and check a shard's footer and labels.
+def read_content(url: str, num_bytes: int | None, patience_s: float, has_groups: bool = False) -> Content:
+    """Read and check a shard's footer, labels, and groups if there are any.
 
     Args:
         num_bytes: size of the file if the store reports it.
+        has_groups: read the int64 column `group`.
 
     Raises:
         BadInput: the shard cannot be read, is shorter than its footer says, or does not contain images with class labels.
@@ -57,11 +60,7 @@ def read_content(url: str, num_bytes: int | None, patience_s: float) -> Content:
     schema = metadata.schema.to_arrow_schema()
     image, label = _columns(url, schema)
     class_names = _class_names(url, schema, label)
-    groups = range(metadata.num_row_groups)
-    column = read_columns(url, metadata, groups, label, patience_s).column(label)
-    if column.null_count:
-        raise BadInput(url, "every row must have a label", f"{column.null_count} without one", RECONVERT)
-    labels = np.from_dlpack(column.combine_chunks()).astype(np.int64)  # to_numpy imports pandas
+    labels = _integers(url, metadata, label, "label", patience_s)
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if len(wrong):
         raise BadInput(
@@ -70,9 +69,20 @@ def read_content(url: str, num_bytes: int | None, patience_s: float) -> Content:
             f"{labels[wrong[0]]} in row {wrong[0]}",
             "fix the label or the class names",
         )
-    rows = tuple(metadata.row_group(group).num_rows for group in groups)
+    if has_groups and ("group" not in schema.names or not pa.types.is_integer(schema.field("group").type)):
+        raise BadInput(url, "must have the int64 column group, as the manifest says", but="has none", remedy=RECONVERT)
+    groups = _integers(url, metadata, "group", "group", patience_s) if has_groups else None
+    rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
     columns = schema.remove_metadata().to_string(show_field_metadata=False)
-    return Content(columns, image, class_names, rows, image_bytes(metadata, image), labels)
+    return Content(columns, image, class_names, rows, image_bytes(metadata, image), labels, groups)
+
+
+def _integers(url: str, metadata: Any, column: str, what: str, patience_s: float) -> Int64s:
+    """Return a column of integers without missing values, (N,)."""
+    cells = read_columns(url, metadata, range(metadata.num_row_groups), column, patience_s).column(column)
+    if cells.null_count:
+        raise BadInput(url, f"every row must have a {what}", f"{cells.null_count} without one", RECONVERT)
+    return np.from_dlpack(cells.combine_chunks()).astype(np.int64)  # to_numpy imports pandas
 
 
 def read_footer(url: str, patience_s: float) -> Any:

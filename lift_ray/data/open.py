@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,12 +18,12 @@ from lift_ray.data.cache import load_index, shard_limit_bytes, store_index
 from lift_ray.data.dataset import Dataset, Shard, Split
 from lift_ray.data.footers import Content, read_content
 from lift_ray.data.layout import MANIFEST, RECONVERT, SPLITS, Listing, find_shards
-from lift_ray.data.longtail import keep_first, longtail_counts, semi_supervised_counts
+from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, join, locate, reached
 
 FORMAT_VERSION = 1
-INDEX_VERSION = 1  # format of the cached index
+INDEX_VERSION = 2  # format of the cached index
 READERS = 16  # shards opened at the same time, because opening waits for the store
 
 
@@ -52,9 +52,14 @@ def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENC
     return _open_folder(uri, uri, patience_s)
 
 
-def schema_metadata(class_names: Iterable[str]) -> dict[bytes, bytes]:
-    """Return the schema metadata that Hugging Face `datasets` writes for these class names."""
-    features = {"image": {"_type": "Image"}, "label": {"names": list(class_names), "_type": "ClassLabel"}}
+def schema_metadata(class_names: Iterable[str], has_groups: bool = False) -> dict[bytes, bytes]:
+    """Return the schema metadata that Hugging Face `datasets` writes for these class names, and a column `group` if there is one."""
+    features: dict[str, object] = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(class_names), "_type": "ClassLabel"},
+    }
+    if has_groups:
+        features["group"] = {"dtype": "int64", "_type": "Value"}
     return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
 
 
@@ -69,7 +74,8 @@ def _open_embedded(uri: str) -> Dataset:
 def _long_tailed(whole: Dataset, largest: int, imbalance: float) -> Dataset:
     train = whole.split("train")
     counts = longtail_counts(train.class_counts(whole.num_classes), largest, imbalance)
-    return replace(whole, splits={**whole.splits, "train": train.take(keep_first(train.labels, counts))})
+    splits = {**whole.splits, "train": train.take(keep_first(train.labels, counts))}
+    return replace(whole, splits=splits, labelled_counts=counts)
 
 
 def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dataset:
@@ -87,7 +93,7 @@ def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dat
     splits["train"] = train.take(keep_first(train.labels, counts))
     pool = train.take(keep_first(train.labels, counts + further))
     splits["unlabelled"] = replace(pool, name="unlabelled")
-    return Dataset(whole.uri, tuple(whole.class_names[k] for k in classes), splits)
+    return Dataset(whole.uri, tuple(whole.class_names[k] for k in classes), splits, labelled_counts=counts)
 
 
 def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
@@ -100,11 +106,14 @@ def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
     _check_files(listing, manifest)
     sizes = {join(listing.url, entry.name): entry.num_bytes for split in listing.shards.values() for entry in split}
     with ThreadPoolExecutor(max_workers=min(READERS, len(sizes))) as pool:
-        found = pool.map(lambda shard: read_content(shard, sizes[shard], patience_s), sizes)
+        found = pool.map(lambda shard: read_content(shard, sizes[shard], patience_s, manifest.has_groups), sizes)
         contents = dict(zip(sizes, found, strict=True))
     _check_same(contents)
     splits = {name: _split(name, listing, contents, manifest) for name in listing.shards}
-    dataset = Dataset(uri, next(iter(contents.values())).class_names, splits)
+    class_names = next(iter(contents.values())).class_names
+    dataset = Dataset(
+        uri, class_names, splits, manifest.validation, _labelled_counts(splits, len(class_names), manifest)
+    )
     if listing.manifest:
         _check_manifest(dataset, manifest)
     _check_training(dataset)
@@ -116,12 +125,14 @@ def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
 def _split(name: str, listing: Listing, contents: dict[str, Content], manifest: _Manifest) -> Split:
     remote = is_remote(locate(listing.url)[0])
     shards, labels = [], []
+    groups: list[Int64s] = []
     for entry in listing.shards[name]:
         url = join(listing.url, entry.name)
         content, told = contents[url], manifest.shards.get(entry.name)
         if told and told.rows != len(content.labels):
             raise BadInput(url, f"the manifest says {told.rows} rows", len(content.labels), RECONVERT)
         labels.append(content.labels)
+        groups += [] if content.groups is None else [content.groups]
         shards.append(
             Shard(
                 url,
@@ -133,7 +144,14 @@ def _split(name: str, listing: Listing, contents: dict[str, Content], manifest: 
             )
         )
     joined = np.concatenate(labels)
-    return Split(name, tuple(shards), joined, np.arange(len(joined), dtype=np.int64), content.image_column)
+    rows = np.arange(len(joined), dtype=np.int64)
+    return Split(name, tuple(shards), joined, rows, content.image_column, np.concatenate(groups) if groups else None)
+
+
+def _labelled_counts(splits: dict[str, Split], num_classes: int, manifest: _Manifest) -> Int64s | None:
+    if manifest.labelled_counts is not None:
+        return np.array(manifest.labelled_counts, dtype=np.int64)
+    return splits["train"].class_counts(num_classes) if "train" in splits else None
 
 
 def _check_same(contents: dict[str, Content]) -> None:
@@ -150,9 +168,15 @@ def _to_arrays(dataset: Dataset) -> dict[str, Any]:
         name: {"image_column": split.image_column, "shards": [asdict(shard) for shard in split.shards]}
         for name, split in dataset.splits.items()
     }
-    text = json.dumps({"class_names": dataset.class_names, "splits": splits})
-    labels = {f"labels_{name}": split.labels.astype(np.int32) for name, split in dataset.splits.items()}
-    return {"about": np.frombuffer(text.encode(), np.uint8), **labels}
+    text = json.dumps({"class_names": dataset.class_names, "splits": splits, "validation": dataset.validation})
+    arrays: dict[str, Any] = {"about": np.frombuffer(text.encode(), np.uint8)}
+    if dataset.labelled_counts is not None:
+        arrays["labelled_counts"] = dataset.labelled_counts
+    for name, split in dataset.splits.items():
+        arrays[f"labels_{name}"] = split.labels.astype(np.int32)
+        if split.groups is not None:
+            arrays[f"groups_{name}"] = split.groups
+    return arrays
 
 
 def _from_arrays(uri: str, arrays: dict[str, Any]) -> Dataset:
@@ -172,8 +196,8 @@ def _from_arrays(uri: str, arrays: dict[str, Any]) -> Dataset:
         )
         labels = arrays[f"labels_{name}"].astype(np.int64)
         rows = np.arange(len(labels), dtype=np.int64)
-        splits[name] = Split(name, shards, labels, rows, about_split["image_column"])
-    return Dataset(uri, tuple(about["class_names"]), splits)
+        splits[name] = Split(name, shards, labels, rows, about_split["image_column"], arrays.get(f"groups_{name}"))
+    return Dataset(uri, tuple(about["class_names"]), splits, about["validation"], arrays.get("labelled_counts"))
 
 
 @dataclass(frozen=True)
@@ -187,11 +211,22 @@ class _Told:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """Content of manifest.json: class names, rows of each split, and shards by name if it lists them."""
+    """Content of manifest.json.
+
+    Attributes:
+        class_names: in label order.
+        rows: rows of each split.
+        shards: shards by name; empty if it does not list them.
+        validation, labelled_counts: as in Dataset, if it says so.
+        has_groups: the shards have a column `group`. A column of that name in a dataset of others means something else.
+    """
 
     class_names: tuple[str, ...] = ()
     rows: dict[str, int] = field(default_factory=dict)
     shards: dict[str, _Told] = field(default_factory=dict)
+    validation: Literal["drawn", "separate"] = "separate"
+    labelled_counts: tuple[int, ...] | None = None
+    has_groups: bool = False
 
 
 def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
@@ -209,7 +244,15 @@ def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
             for record in manifest["splits"].values()
             for shard in record.get("shards", ())
         }
-        return _Manifest(tuple(manifest["class_names"]), rows, shards)
+        counts = manifest.get("labelled_counts")
+        return _Manifest(
+            tuple(manifest["class_names"]),
+            rows,
+            shards,
+            "drawn" if manifest.get("validation") == "drawn" else "separate",
+            None if counts is None else tuple(map(int, counts)),
+            bool(manifest.get("groups")),
+        )
     raise AssertionError("unreachable")
 
 
@@ -232,6 +275,13 @@ def _check_manifest(dataset: Dataset, manifest: _Manifest) -> None:
             dataset.uri,
             "the manifest and the shards must name the same classes",
             f"{len(manifest.class_names)} and {dataset.num_classes} that differ",
+            RECONVERT,
+        )
+    if manifest.labelled_counts is not None and len(manifest.labelled_counts) != dataset.num_classes:
+        raise BadInput(
+            dataset.uri,
+            f"the manifest must count the labeled images of {dataset.num_classes} classes",
+            len(manifest.labelled_counts),
             RECONVERT,
         )
     for name in SPLITS:

@@ -20,7 +20,7 @@ from lift_ray.errors import BadInput
 from lift_ray.evaluation.accumulator import shift_of
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.evaluation.evaluator import LogitBatch
-from lift_ray.evaluation.metrics import PerClass
+from lift_ray.evaluation.metrics import ClassGroups, PerClass
 from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
 from lift_ray.model.heads import over_crops
 from lift_ray.registry import LOSSES
@@ -48,7 +48,8 @@ class Ensemble:
 
     def __init__(self, models: Mapping[str, SplitPredictor]) -> None:
         first = next(iter(models.values()))
-        self.workspace, self.ranks, self.class_counts = first.workspace, first.ranks, first.class_counts
+        self.workspace, self.ranks = first.workspace, first.ranks
+        self.class_counts, self.groups = first.class_counts, first.groups
         self.models, self.in_use = dict(models), len(models)
         self.combine, self.weights = COMBINE["logits"], [1.0] * len(models)
         self.gla: Gla | None = None
@@ -137,7 +138,7 @@ class Ensemble:
             table: counts of the members.
         """
         groups, why_not = self.parameter_groups
-        found = table.result(split_name, per_class, self.class_counts, groups)
+        found = table.result(split_name, per_class, self.groups.names, groups)
         return found | ({"no_parameter_groups": why_not} if why_not else {})
 
     def per_class_rows(self, per_class: PerClass) -> list[dict[str, Any]]:
@@ -167,7 +168,8 @@ class Gla:
     def __init__(self, models: Sequence[SplitPredictor]) -> None:
         self.priors: list[Prior] = [label_prior(model.workspace, model.config) for model in models]
         self.zero_shot = [
-            SplitPredictor(zero_shot(model.config), model.workspace, model.class_counts.tolist()) for model in models
+            SplitPredictor(zero_shot(model.config), model.workspace, model.class_counts.tolist(), model.groups)
+            for model in models
         ]
         parts = list(logits_of(models, models[0].workspace.dataset.split("validation")))
         labels = torch.cat([labels for _, labels in parts])
@@ -222,15 +224,17 @@ def logits_of(models: Sequence[SplitPredictor], split: Split) -> Iterator[tuple[
 
 
 def model_of(
-    config: RunConfig, workspaces: Sequence[Workspace], class_counts: list[int] | None = None
+    config: RunConfig,
+    workspaces: Sequence[Workspace],
+    class_counts: list[int] | None = None,
+    groups: ClassGroups | None = None,
 ) -> SplitPredictor | Ensemble:
     """Build the model of any method; a single model is on the first device, the members of an ensemble on the devices in turn."""
     if not isinstance(config.method, BackdoorConfig):
-        return SplitPredictor(config, workspaces[0], class_counts)
+        return SplitPredictor(config, workspaces[0], class_counts, groups)
     members = zip(config.members().items(), itertools.cycle(workspaces), strict=False)
-    return ensemble_of(
-        config.method, {name: SplitPredictor(member, workspace, class_counts) for (name, member), workspace in members}
-    )
+    models = {name: SplitPredictor(member, where, class_counts, groups) for (name, member), where in members}
+    return ensemble_of(config.method, models)
 
 
 def ensemble_of(method: BackdoorConfig, models: Mapping[str, SplitPredictor]) -> Ensemble:

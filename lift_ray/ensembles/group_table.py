@@ -14,7 +14,7 @@ from torch import Tensor
 from lift_ray.epoch_metrics import GROUPS, MAIN
 from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.evaluator import LogitBatch
-from lift_ray.evaluation.metrics import ANY, PerClass, class_groups
+from lift_ray.evaluation.metrics import ANY, PerClass
 
 
 class GroupGainTable:
@@ -43,14 +43,14 @@ class GroupGainTable:
         return [self._differ, *(tensor for tally in self._alone for tensor in tally.tensors())]
 
     def result(
-        self, split: str, together: PerClass, train_counts: NDArray[np.int64], p_groups: NDArray[np.str_] | None
+        self, split: str, together: PerClass, d_groups: NDArray[np.str_], p_groups: NDArray[np.str_] | None
     ) -> dict[str, Any]:
         """Return the report, for JSON.
 
         Args:
             split: name of the split.
             together: counts by class of the ensemble.
-            train_counts: (K,), training images of each class; they define its data group D.
+            d_groups: (K,), data group D of each class, by its training images.
             p_groups: (K,), its parameter group P, by the label prior of the foundation models; None if unknown.
 
         Returns:
@@ -61,7 +61,7 @@ class GroupGainTable:
             without classes are left out.
             disagreement: [name, name, fraction of images].
         """
-        members = [tally.result(train_counts) for tally in self._alone]
+        members = [tally.result(d_groups) for tally in self._alone]
         best = max(range(len(members)), key=lambda m: members[m][0][MAIN])
         images = int(together.total.sum())
         differ = self._differ.cpu().numpy()
@@ -71,7 +71,7 @@ class GroupGainTable:
                 for name, (figures, _) in zip(self.names, members, strict=True)
             },
             "best": self.names[best],
-            "groups": _groups([classes for _, classes in members], best, together, train_counts, p_groups),
+            "groups": _groups([classes for _, classes in members], best, together, d_groups, p_groups),
             "disagreement": [
                 [self.names[a], self.names[b], differ[a, b] / images] for a, b in combinations(range(len(members)), 2)
             ],
@@ -82,11 +82,10 @@ def _groups(
     members: Sequence[PerClass],
     best: int,
     together: PerClass,
-    train_counts: NDArray[np.int64],
+    d_groups: NDArray[np.str_],
     p_groups: NDArray[np.str_] | None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     seen = together.total > 0
-    d_groups = class_groups(train_counts)
     accuracies = [classes.correct[seen] / classes.total[seen] for classes in (*members, together)]
     out: dict[str, dict[str, dict[str, float]]] = {}
     for d in (*GROUPS, ANY):

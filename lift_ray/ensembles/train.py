@@ -33,8 +33,7 @@ class MemberProgress(Progress):
 
 def place_of(output: Output, name: str) -> Output:
     """Return the result folder of a member: OUT/members/NAME."""
-    url, mark, query = output.url.partition("?")
-    return Output(f"{url.rstrip('/')}/members/{name}{mark}{query}")
+    return output.inside(f"members/{name}")
 
 
 def train_members(

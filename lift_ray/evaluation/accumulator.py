@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lift_ray.epoch_metrics import POSTHOC_ACCURACY, POSTHOC_OPTIMISM, POSTHOC_TAU
-from lift_ray.evaluation.metrics import PerClass, summarise
-
-NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
+from lift_ray.evaluation.metrics import NUM_BINS, PerClass, summarise
 
 
 def shift_of(tau: float, class_counts: NDArray[np.int64]) -> Tensor:
@@ -38,7 +36,7 @@ class MetricAccumulator:
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self._counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # correct, total, predicted
         self._bins = torch.zeros(3, NUM_BINS, dtype=torch.float64, device=device)  # images, confidence, correct
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._losses = torch.zeros(num_classes, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: raw logits (B, K), labels (B,)."""
@@ -51,20 +49,20 @@ class MetricAccumulator:
         confidence = log_p.amax(1).exp().double()
         place = ((confidence * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
         self._bins.index_add_(1, place, torch.stack([one.double(), confidence, hit.double()]))
-        self._loss -= log_p.gather(1, labels.unsqueeze(1)).double().sum()
+        self._losses.index_add_(0, labels, -log_p.gather(1, labels.unsqueeze(1)).squeeze(1).double())
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the caller must sum over the ranks, in place, before `result`."""
-        return [self._counts, self._bins, self._loss]
+        return [self._counts, self._bins, self._losses]
 
-    def result(self, train_counts: NDArray[np.int64]) -> tuple[dict[str, float], PerClass]:
+    def result(self, groups: NDArray[np.str_]) -> tuple[dict[str, float], PerClass]:
         """Return the metrics of `summarise`, and the counts by class.
 
         Args:
-            train_counts: (K,), training images of each class.
+            groups: many, medium or few for each class, (K,).
         """
         classes = PerClass(*self._counts.cpu().numpy())
-        return summarise(classes, self._bins.cpu().numpy(), float(self._loss), train_counts), classes
+        return summarise(classes, self._bins.cpu().numpy(), self._losses.cpu().numpy(), groups), classes
 
 
 class PredictionCollector:

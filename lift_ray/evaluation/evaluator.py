@@ -16,7 +16,7 @@ from lift_ray.data.dataset import Split
 from lift_ray.data.order import rank_slice
 from lift_ray.epoch_metrics import ACCURACIES, Metrics
 from lift_ray.evaluation.accumulator import MetricAccumulator, PredictionCollector, TauGrid, halves_of, shift_of
-from lift_ray.evaluation.metrics import PerClass
+from lift_ray.evaluation.metrics import ClassGroups, PerClass
 from lift_ray.methods.world import Ranks
 
 
@@ -42,12 +42,14 @@ class LogitSource(Protocol):
 
     Attributes:
         ranks: this process among those that evaluate together.
-        class_counts: (K,), training images of each class; they define its group and the prior.
+        class_counts: (K,), training images of each class; they define the prior.
+        groups: many, medium and few, by the labeled training images of the dataset.
         branches: names of `LogitBatch.branches`.
     """
 
     ranks: Ranks
     class_counts: NDArray[np.int64]
+    groups: ClassGroups
     branches: Sequence[str]
 
     def logits(self, split: Split) -> Iterator[LogitBatch]:
@@ -142,8 +144,8 @@ def evaluate(
     for counter in every:
         for tensor in counter.tensors():
             ranks.sum(tensor)
-    of_branches = branches.result(model.class_counts)
-    results = [counts.result(model.class_counts, of_branches) for counts in adjusted]
+    of_branches = branches.result(model.groups.names)
+    results = [counts.result(model.groups.names, of_branches) for counts in adjusted]
     return Evaluation(results, grids[0].grid.result() if grids else {}, time.monotonic() - began)
 
 
@@ -164,8 +166,8 @@ class _Adjusted:
     def tensors(self) -> list[Tensor]:
         return [*self.accumulator.tensors(), *(self.collector.tensors() if self.collector else [])]
 
-    def result(self, class_counts: NDArray[np.int64], further: Metrics) -> AtTau:
-        metrics, per_class = self.accumulator.result(class_counts)
+    def result(self, groups: NDArray[np.str_], further: Metrics) -> AtTau:
+        metrics, per_class = self.accumulator.result(groups)
         return AtTau({**metrics, **further}, per_class, self.collector.result() if self.collector else None)
 
 
@@ -182,11 +184,11 @@ class _Branches:
     def tensors(self) -> list[Tensor]:
         return [tensor for accumulator in self.accumulators.values() for tensor in accumulator.tensors()]
 
-    def result(self, class_counts: NDArray[np.int64]) -> dict[str, float]:
+    def result(self, groups: NDArray[np.str_]) -> dict[str, float]:
         return {
             f"{metric}_{name}": value
             for name, accumulator in self.accumulators.items()
-            for metric, value in accumulator.result(class_counts)[0].items()
+            for metric, value in accumulator.result(groups)[0].items()
             if metric in ACCURACIES
         }
 

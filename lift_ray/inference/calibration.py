@@ -1,4 +1,4 @@
-"""Calibrated probabilities: one temperature for the logits, fitted on the validation split (arXiv 1706.04599)."""
+"""Calibrated probabilities: one temperature for the logits, fitted on images that the model has not seen (arXiv 1706.04599)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lift_ray.data.batches import evaluation_batches
@@ -20,7 +23,7 @@ from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.classifier import Classifier
-from lift_ray.storage.layout import CALIBRATION
+from lift_ray.storage.layout import CALIBRATION, OUT_OF_FOLD_FILE
 from lift_ray.training.checkpoint import difference
 
 COLDEST, HOTTEST = 0.01, 100.0
@@ -32,10 +35,11 @@ class Calibration:
 
     Attributes:
         temperature: 1 leaves the logits unchanged.
-        dataset: dataset whose validation split was used; "" if the user set the temperature.
-        num_images: number of images in that split.
-        error_before, error_after: expected calibration error on that split, in [0, 1]. `error_after` is optimistic: it is
-            measured on the images that the temperature was fitted on.
+        dataset: dataset of these images; "" if the user set the temperature.
+        num_images: their number; 0 if there are none, because the model was trained on all labeled images.
+        error_before, error_after: expected calibration error on them, in [0, 1]. `error_after` is optimistic: it is measured on
+            the images that the temperature was fitted on.
+        images: what they are: validation images, or out-of-fold images.
     """
 
     temperature: float
@@ -43,12 +47,17 @@ class Calibration:
     num_images: int = 0
     error_before: float | None = None
     error_after: float | None = None
+    images: str = "validation images"
 
     def __str__(self) -> str:
         if not self.dataset:
             return f"temperature {self.temperature:g}, set by the user"
+        if not self.num_images:
+            return (
+                "not calibrated: the model was trained on all labeled images; train with train_on=train to calibrate it"
+            )
         return (
-            f"temperature {self.temperature:.3f}, fitted on {self.num_images:,} validation images of {self.dataset}: calibration "
+            f"temperature {self.temperature:.3f}, fitted on {self.num_images:,} {self.images} of {self.dataset}: calibration "
             f"error {100 * (self.error_before or 0):.1f}% before, {100 * (self.error_after or 0):.1f}% after"
         )
 
@@ -62,7 +71,7 @@ def calibrated(folder: Path, classifier: Classifier) -> Calibration:
     name = CALIBRATION if tau == classifier.trained_tau else f"calibration-tau-{tau:g}.json"
     if found := _stored(folder / name):
         return found
-    made = _fitted(classifier)
+    made = _fitted(folder, classifier)
     # A checkpoint in a read-only folder or in object storage is fitted again each time. The temporary name holds the process
     # id because several workers may fit the same checkpoint at once.
     with suppress(OSError):
@@ -82,7 +91,35 @@ def _stored(path: Path) -> Calibration | None:
         raise BadInput(str(path), "must be a calibration", one_line(error), "delete this file") from None
 
 
-def _fitted(classifier: Classifier) -> Calibration:
+def _fitted(folder: Path, classifier: Classifier) -> Calibration:
+    record, images = classifier.record, "validation images"
+    if (folder / OUT_OF_FOLD_FILE).exists():
+        logits, labels = _out_of_fold(folder / OUT_OF_FOLD_FILE)
+        logits, images = logits - classifier.offset.cpu(), "out-of-fold images"
+    elif (
+        record.epoch and not record.metrics
+    ):  # trained without validation, so these images may be among the training images
+        return Calibration(1.0, record.dataset)
+    else:
+        logits, labels = _on_validation(classifier)
+    temperature = fit_temperature(logits, labels)
+    before, after = (_error(z, labels, record.groups.names) for z in (logits, logits / temperature))
+    return Calibration(temperature, record.dataset, len(labels), before, after, images)
+
+
+def _out_of_fold(path: Path) -> tuple[Tensor, Tensor]:
+    """Return raw logits (N, K) and labels (N,) of the models of other folds. Raises BadInput if the file cannot be read."""
+    try:
+        table = pq.read_table(path, columns=["label", "logits"]).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(str(path), "must be a table of predictions", one_line(error), "copy the folder again") from None
+    logits = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    labels = table["label"].to_numpy().astype(np.int64)
+    return torch.tensor(logits.reshape(len(labels), -1)), torch.tensor(labels)
+
+
+def _on_validation(classifier: Classifier) -> tuple[Tensor, Tensor]:
+    """Return adjusted logits (N, K) and labels (N,) of the validation split. Raises BadInput if it cannot be read."""
     record, ranks = classifier.record, classifier.ranks
     try:
         dataset = open_dataset(record.dataset)
@@ -105,10 +142,7 @@ def _fitted(classifier: Classifier) -> Calibration:
         found = list(
             on_cores(ranks.device, lambda batch: (classifier.logits(batch.images).cpu(), batch.labels), batches)
         )
-    logits, labels = torch.cat([z for z, _ in found]), torch.cat([y for _, y in found])
-    temperature = fit_temperature(logits, labels)
-    errors = [_error(z, labels, record.class_counts) for z in (logits, logits / temperature)]
-    return Calibration(temperature, record.dataset, len(labels), *errors)
+    return torch.cat([z for z, _ in found]), torch.cat([y for _, y in found])
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -129,7 +163,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
-def _error(logits: Tensor, labels: Tensor, class_counts: list[int]) -> float:
+def _error(logits: Tensor, labels: Tensor, groups: NDArray[np.str_]) -> float:
     metrics = MetricAccumulator(logits.shape[1], logits.device)
     metrics.add(logits, labels)
-    return metrics.result(np.array(class_counts))[0]["calibration_error"]
+    return metrics.result(groups)[0]["calibration_error"]

@@ -55,7 +55,7 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Result of an evaluation. The groups many, medium and few follow the class counts that the (first) model was trained with.
+    """Result of an evaluation. The groups many, medium and few are those of the (first) checkpoint.
 
     Args:
         figures: for each tau, the metrics as `split/name` and `trained_parameters`; for a single model also the quality of the
@@ -133,7 +133,7 @@ def _trained(
         config = RunConfig.model_validate(
             apply_overrides(record.config, {"evaluation.tte": True} if tte else {}, RunConfig)
         )
-        model = model_of(config, workspaces, record.class_counts)
+        model = model_of(config, workspaces, record.class_counts, record.groups)
         checkpoint.load_weights(folder, model)
     return model, [EpochMetrics.of(flat) for flat in record.history]
 

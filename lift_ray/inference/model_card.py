@@ -10,7 +10,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lift_ray.epoch_metrics import ACCURACIES
-from lift_ray.evaluation.metrics import RULES, class_groups
 from lift_ray.model.merging import licence
 
 if TYPE_CHECKING:
@@ -62,8 +61,9 @@ def model_card(classifier: Classifier, exported: Sequence[Exported], metrics: Ma
         size_px=classifier.size_px,
         short_px=round(classifier.size_px * 8 / 7),
         counts=counts,
-        groups=class_groups(counts),
-        rules=RULES,
+        groups=record.groups.names,
+        rules=record.groups.rules,
+        note=record.groups.note,
         metrics=metrics,
         splits=[split for split in ("validation", "test") if any(name.startswith(f"{split}/") for name in metrics)],
         shown=(*ACCURACIES, "worst_class", "calibration_error"),

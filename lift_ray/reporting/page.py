@@ -230,7 +230,7 @@ def _study_view(section: StudySection, named: Sequence[tuple[str, Figure]], miss
         has_comparison=bool(study.compared),
         has_intervals=study.measured is not None,
         tables=[(caption, rows) for caption, rows in tables if rows],
-        groups=", ".join(f"{group} ({rule})" for group, rule in study.group_rules.items()),
+        groups=", ".join(f"{group} ({rule})" for group, rule in study.class_groups.rules.items()),
         class_table=class_table(study),
         questions=open_questions(study, law) if study.finished else [],
         compared=drawn.pop("compared", None),

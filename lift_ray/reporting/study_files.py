@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lift_ray.epoch_metrics import MAIN_METRIC, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, one_line
-from lift_ray.evaluation.metrics import FEW_BELOW, MANY_ABOVE, class_groups
+from lift_ray.evaluation.metrics import PUBLISHED, ClassGroups, stored_groups
 from lift_ray.storage.layout import BEST, OUT_OF_FOLD_FILE, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
 
 FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}")
@@ -144,6 +144,7 @@ class StudyFiles:
         out_of_fold: predictions of the winner for each image that it was not trained on; None if they were not kept.
         about: contents of space.json, overridden by study.json.
         class_names, class_counts: of the training split; empty if not known yet.
+        record: contents of best/run.json; empty if not known yet.
     """
 
     where: str
@@ -160,6 +161,7 @@ class StudyFiles:
     about: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
     class_counts: list[int] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def objective(self) -> tuple[str, str]:
@@ -204,24 +206,16 @@ class StudyFiles:
     @property
     def groups(self) -> NDArray[np.str_]:
         """many, medium or few for each class, (K,)."""
-        names = self._about_groups.get("names", ())
-        return np.array(names) if len(names) == len(self.class_counts) else class_groups(np.array(self.class_counts))
+        return self.class_groups.names
 
-    @property
-    def group_rules(self) -> dict[str, str]:
-        """Numbers of training images of a class of each group, in words."""
-        few, many = self._about_groups.get("few_below", FEW_BELOW), self._about_groups.get("many_above", MANY_ABOVE)
-        return {"many": f"over {many:,}", "medium": f"{few:,} to {many:,}", "few": f"under {few:,}"}
-
-    @property
-    def group_note(self) -> str:
-        """Remark on the bounds of the groups, such as that they are thirds; "" if there is none."""
-        return str(self._about_groups.get("note", ""))
-
-    @property
-    def _about_groups(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.about.get("groups", {})
-        return found
+    @cached_property
+    def class_groups(self) -> ClassGroups:
+        """many, medium and few as the study says; of older studies those of best/."""
+        found = self.about.get("groups", {})
+        if len(names := found.get("names", ())) != len(self.class_counts):
+            return stored_groups({"class_counts": self.class_counts, **self.record})
+        few_below, many_above = found.get("few_below", PUBLISHED[0]), found.get("many_above", PUBLISHED[1])
+        return ClassGroups(np.array(names), few_below, many_above, bool(found.get("note")))
 
     @cached_property
     def choice(self) -> Choice:
@@ -315,6 +309,7 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
         about=about,
         class_names=best.get("class_names", []),
         class_counts=best.get("class_counts", []),
+        record=best,
     )
 
 

@@ -74,6 +74,12 @@ def best_row(rows: Iterable[TrialRow], metric: str, mode: str) -> TrialRow | Non
     return max(finished, key=lambda row: (sign * row.last[metric], -row.number), default=None)
 
 
+def best_of(rows: Iterable[TrialRow], objectives: Mapping[str, str]) -> TrialRow | None:
+    """Return the finished trial with the best first objective, with ties broken by the others; None if none has finished."""
+    front = pareto_front(rows, objectives)
+    return front[0] if front else None
+
+
 def pareto_front(rows: Iterable[TrialRow], objectives: Mapping[str, str]) -> list[TrialRow]:
     """Return the finished trials that no other trial dominates, sorted by the first objective, best first.
 

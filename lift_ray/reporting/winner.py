@@ -89,7 +89,7 @@ def unseen_in_words(study: StudyFiles) -> str:
 
 def groups_in_words(study: StudyFiles) -> str:
     """Return the remark on the bounds of the groups as a sentence, "" if there is none."""
-    note = study.group_note.strip().removesuffix(".")
+    note = study.class_groups.note.strip().removesuffix(".")
     return f"{note[0].upper()}{note[1:]}." if note else ""
 
 

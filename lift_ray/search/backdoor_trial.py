@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lift_ray.data.folds import SEARCHED
 from lift_ray.ensembles.ensemble import ensemble_of
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.evaluation.evaluator import Evaluation, evaluate
@@ -20,14 +21,15 @@ from lift_ray.training.run import Callback, Run
 from lift_ray.training.workspace import Workspace
 
 
-def trial_of(config: RunConfig, workspace: Workspace, output: Output) -> Run | BackdoorTrial:
+def trial_of(config: RunConfig, workspace: Workspace, output: Output, fold: int = SEARCHED) -> Run | BackdoorTrial:
     """Return the trial for a run's method.
 
     Args:
         output: the search's.
+        fold: the fold that the workspace holds out.
     """
     if isinstance(config.method, BackdoorConfig):
-        return BackdoorTrial(config, config.method, workspace, output)
+        return BackdoorTrial(config, config.method, workspace, output, fold)
     return Run(config, workspace, TAUS)
 
 
@@ -42,6 +44,7 @@ class BackdoorTrial:
         method: its method.
         workspace: the loaded backbones and data.
         output: the search's.
+        fold: the fold that the workspace holds out.
 
     Attributes:
         epoch: number of models that are there.
@@ -50,7 +53,10 @@ class BackdoorTrial:
 
     step = steps_per_epoch = 0
 
-    def __init__(self, config: RunConfig, method: BackdoorConfig, workspace: Workspace, output: Output) -> None:
+    def __init__(
+        self, config: RunConfig, method: BackdoorConfig, workspace: Workspace, output: Output, fold: int = SEARCHED
+    ) -> None:
+        self.place = "members" if fold == SEARCHED else f"members/fold-{fold}"
         self.config, self.workspace, self.output, self.ranks = config, workspace, output, workspace.ranks
         self.runs = {name: Run(member, workspace) for name, member in config.members().items()}
         self.predictor = ensemble_of(method, {name: run.predictor for name, run in self.runs.items()})
@@ -93,7 +99,7 @@ class BackdoorTrial:
 
     def _join(self, run: Run) -> dict[str, float]:
         """Load a model that is already trained, or train it. Returns the seconds that training spent on each of its parts."""
-        place = f"members/{run.config.digest()}"
+        place = f"{self.place}/{run.config.digest()}"
         # The first rank decides for all: another slot may finish the model while the ranks look.
         if run.ranks.from_first("there" if self.output.holds(f"{place}/{RECORD}") else ""):
             with self.output.fetched(place) as folder:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
 from lift_ray.errors import RunFailed, Stopped, last_line
 from lift_ray.ray_runtime.autoscaler import autoscaler_config
 from lift_ray.ray_runtime.capacity import Need
+from lift_ray.reporting.trial_rows import best_of
 from lift_ray.search.engine import Engine
-from lift_ray.search.final_comparison import SearchResult, best_of, conclude, none_finished, write_best
+from lift_ray.search.final_comparison import SearchResult, none_finished
 from lift_ray.search.interrupts import Interrupts
 from lift_ray.search.jobs import SlotSettings
 from lift_ray.search.progress_table import Monitor, time_breakdown
+from lift_ray.search.refit import refit_on_workers
+from lift_ray.search.result_files import write_best_so_far
+from lift_ray.search.search_data import SearchData
 from lift_ray.search.slot import Slot
 from lift_ray.search.state import Search, Watcher
 from lift_ray.search.study import Study
@@ -35,20 +40,20 @@ def run_search(
     out: Output,
     interrupts: Interrupts,
     *,
-    num_images: Mapping[str, int],
+    data: SearchData | None = None,
     show: Callable[[str], None] = lambda text: None,
     watchers: Sequence[Watcher] = (),
     callbacks: Sequence[Callback] = (),
     slot_class: type[Slot] = Slot,
 ) -> SearchResult:
-    """Run all trials, then compare the best one with zero-shot and the baselines on the test split.
+    """Run all trials, confirm the best ones, and compare the winner with zero-shot and the baselines on the test split.
 
     Args:
         dataset: absolute URI.
         need: resources of a slot.
         size: returns the number of slots that fit the cluster, nodes that its autoscaler may add included.
         out: receives checkpoints and the table of trials.
-        num_images: number of images of each split, to estimate the time left.
+        data: facts about the dataset.
         show: called once a second with a line of progress.
         watchers: notified about trials, like the table on the terminal.
         callbacks: callbacks of Ray Tune, for users of the Python API. They are notified about every job of a slot:
@@ -61,8 +66,8 @@ def run_search(
         Stopped: a signal arrived. The best trial so far, if one has finished, is in OUT/best and OUT/best.yaml.
     """
     began = time.monotonic()
-    search = Search(study, out)
-    monitor = Monitor(search, num_images, show)
+    search = Search(study, out, data)
+    monitor = Monitor(search, show)
 
     @cache
     def best_so_far() -> str:
@@ -79,31 +84,45 @@ def run_search(
         monitor.tick(engine.num_slots)
         metrics.tick()
 
-    slot = SlotSettings(dataset, need, out.url, study.space.name)
+    refit_need = replace(need, workers=study.space.scale.refit_workers)
+    slot = SlotSettings(dataset, need, out.url, study.space.name, folds=search.data.folds)
     keeps_slots = not autoscaler_config()
     engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)
     metrics = StudyMetrics(study.space, study.rows, engine)
     search.watchers += [monitor, *watchers]
-    interrupts.ask(lambda: print("stopping at the next step; interrupt again to stop at once", flush=True))
-    with monitor:
-        run_jobs(engine, callbacks, slot_class)
+
+    def say() -> None:
+        print("stopping at the next step; interrupt again to stop at once", flush=True)
+
+    while True:
+        interrupts.ask(say)
+        with monitor:
+            run_jobs(engine, callbacks, slot_class)
+        if not (search.is_over and search.refits):
+            break
+        engine.put_all_back()  # the slots have ended, and their resources are free for Ray Train
+        for job in search.refits:
+            try:
+                result = refit_on_workers(job, study.space.name, dataset, search.data, out, refit_need, interrupts)
+            except Stopped as stopped:
+                raise Stopped(best_so_far(), stopped.exit_code) from None
+            search.refitted(job, result)
     if not search.is_over:  # a signal arrived, or something else ended Tune
         raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
-    rows = search.rows()
-    if best_of(rows, study.space) is None:
-        raise none_finished(rows, out)
-    times = time_breakdown(rows, monitor, max(1, engine.num_slots), time.monotonic() - began)
-    return conclude(study.space, rows, study.results, times)
+    times = time_breakdown(search.rows(), monitor, max(1, engine.num_slots), time.monotonic() - began)
+    if (found := search.result(times)) is None:
+        raise none_finished(search.rows(), out)
+    return found
 
 
 def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
     """Write OUT/best and OUT/best.yaml, and return the line that summarizes the stopped search."""
-    best = best_of(search.rows(), search.space)
+    best = best_of(search.rows(), search.space.objectives)
     found = "no trial has finished yet"
     if best is not None:
         found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"
         try:
-            write_best(search.space, dataset, best, out, best.last.flat("validation"))
+            write_best_so_far(search.space, dataset, best, out)
         except (RunFailed, OSError) as error:  # a full disk must not prevent the search from stopping
             found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
     return (

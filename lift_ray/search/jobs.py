@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from lift_ray.data.folds import EVERYTHING, SEARCHED, Folds
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.storage.layout import CHECKPOINTS
 
@@ -19,6 +20,7 @@ class SlotSettings:
         out: URL of the search's Output.
         study: name of the search, which tags its metrics.
         number: number of the slot, from 0. A slot keeps the number that it was started with.
+        folds: division of the labeled images.
     """
 
     dataset: str
@@ -26,6 +28,7 @@ class SlotSettings:
     out: str
     study: str
     number: int = 0
+    folds: Folds = field(default_factory=Folds)
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,42 @@ class TrainJob:
     """Train a run to its end, from its last checkpoint if there is one.
 
     Args:
-        number: number of the trial; its checkpoints are OUT/checkpoints/NUMBER/epoch-N.
+        number: number of the trial whose settings it has, or of a repeat with another seed.
         config: the settings of its run.
-        then_test: evaluate it on the test split at the end.
+        fold: the fold that it holds out; EVERYTHING if it trains on all labeled images.
+        then: what follows the training. A trial has reported all its results by then (""); other jobs end with JobDone, after
+            they have written the predictions for the images of the fold ("hold out"), were evaluated on the test split ("test"),
+            or at once ("keep").
+        tau: strength of the post-hoc adjustment in the test; None for that of the settings.
     """
 
     number: int
     config: dict[str, Any]
-    then_test: bool = False
+    fold: int = SEARCHED
+    then: Literal["", "hold out", "test", "keep"] = ""
+    tau: float | None = None
 
     @property
     def key(self) -> str:
         """Name of the job, and of its stored result."""
-        return f"train {self.number}"
+        fold, tau = f" {self._of_fold}" if self.fold != SEARCHED else "", f" tau {self.tau:g}" if self.tau else ""
+        return f"train {self.number}{fold}{tau}"
+
+    @property
+    def is_refit(self) -> bool:
+        """True if it trains a final model again on all labeled images."""
+        return self.then == "keep" and self.number < FIRST_REPEAT
+
+    @property
+    def _of_fold(self) -> str:
+        return "refit" if self.fold == EVERYTHING else f"fold {self.fold}"
+
+    @property
+    def title(self) -> str:
+        """What is trained, for the display of progress."""
+        if self.number >= FIRST_REPEAT:
+            return "another seed"
+        return f"trial {self.number}{'' if self.fold == SEARCHED else f', {self._of_fold}'}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,7 @@ class EvaluationJob:
         checkpoint: the folder of its weights in OUT; None for a model that trains nothing.
         split: validation or test.
         taus: post-hoc adjustment of each result; an ensemble reports on the last one.
+        out_of_fold: number of the trial, to write the predictions on the validation split as those of its first fold.
     """
 
     model: str
@@ -65,11 +92,17 @@ class EvaluationJob:
     checkpoint: str | None
     split: str
     taus: tuple[float, ...]
+    out_of_fold: int | None = None
 
     @property
     def key(self) -> str:
-        """Name of the job."""
+        """Name of the job, and of its stored result."""
         return f"evaluate {self.model} {self.split} {self.taus}"
+
+    @property
+    def title(self) -> str:
+        """What is evaluated, for the display of progress."""
+        return f"{self.model} on {self.split}"
 
 
 @dataclass(frozen=True)
@@ -84,13 +117,15 @@ class IdleJob:
 
 
 Job = TrainJob | EvaluationJob | IdleJob
+FIRST_REPEAT = 1_000_000  # lowest number of the repeats with other seeds
 
 
-def trial_checkpoints(number: int) -> str:
-    """Return the folder of a trial's checkpoints in OUT."""
-    return f"{CHECKPOINTS}/{number:04d}"
+def trial_checkpoints(number: int, fold: int = SEARCHED) -> str:
+    """Return the folder in OUT for the checkpoints of a trial, or of its settings on another fold."""
+    name = "" if fold == SEARCHED else "-refit" if fold == EVERYTHING else f"-fold-{fold}"
+    return f"{CHECKPOINTS}/{number:04d}{name}"
 
 
-def trial_checkpoint_path(number: int, epoch: int) -> str:
+def trial_checkpoint_path(number: int, epoch: int, fold: int = SEARCHED) -> str:
     """Return the folder of a trial's checkpoint in OUT."""
-    return f"{trial_checkpoints(number)}/epoch-{epoch:04d}"
+    return f"{trial_checkpoints(number, fold)}/epoch-{epoch:04d}"

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from lift_ray.data.dataset import Dataset
 from lift_ray.ray_runtime.capacity import gpus_here, lacking, need, num_fitting
+from lift_ray.search.final_comparison import further_trainings
+from lift_ray.search.search_data import SearchData, unseen_line
 from lift_ray.settings.search import expected_epochs
 from lift_ray.settings.space import SpaceFile
 
@@ -29,8 +31,26 @@ def plan(space: SpaceFile, dataset: str, data: Dataset | None) -> Iterator[Line]
             f"{data.num_classes} classes, {counts.sum():,} training images, {counts.max()} ... {counts.min()} per class"
         )
         yield "data", f"{dataset}: {size}"
+    facts = None if data is None else SearchData.of(space, data)
+    if facts is not None:
+        yield from _held_out(space, facts)
     yield from _space(space)
-    yield from _trials(space, space.plan.training_images if data is None else data.split("train").num_samples)
+    yield from _trials(space, space.plan.training_images if facts is None else facts.num_images["train"], facts)
+
+
+def _held_out(space: SpaceFile, facts: SearchData) -> Iterator[Line]:
+    images, number = facts.num_images, space.search.folds
+    further = f"; folds 2 to {number} divide the {images['train']:,} training images" if number > 1 else ""
+    yield "validation", f"{images['validation']:,} images{further}"
+    if facts.unseen:
+        yield "", unseen_line(facts.unseen, len(facts.groups.names))
+    groups = ", ".join(
+        f"{(facts.groups.names == name).sum()} {name} ({rule})" for name, rule in facts.groups.rules.items()
+    )
+    yield "groups", f"{groups}{'; these are thirds of the classes' if facts.groups.by_thirds else ''}"
+    if space.test == "none":
+        yield "test", "none: the result is not held out from the search"
+    yield "best/", f"trained on {facts.final_images:,} images ({facts.train_on.replace('+', ' and ')})"
 
 
 def _space(space: SpaceFile) -> Iterator[Line]:
@@ -46,7 +66,7 @@ def _space(space: SpaceFile) -> Iterator[Line]:
         yield name, f"{param}{when}"
 
 
-def _trials(space: SpaceFile, num_images: int | None) -> Iterator[Line]:
+def _trials(space: SpaceFile, num_images: int | None, facts: SearchData | None) -> Iterator[Line]:
     search, number, most = space.search, space.num_trials, space.most_epochs()
     given = f"{len(space.baselines)} baselines first, then " if space.baselines else ""
     each = f" ({search.per_kind} for each tuner.kind)" if search.per_kind else ""
@@ -57,6 +77,9 @@ def _trials(space: SpaceFile, num_images: int | None) -> Iterator[Line]:
     drawn = max(0, number - len(space.baselines))
     epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
     yield "epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping"
+    if further := further_trainings(space, retrains=facts is not None and facts.retrains):
+        yield "after the trials", f"{further} more trainings, up to {further * most} epochs: {_further(space, facts)}"
+        epochs += further * most
     wanted = need(space.scale, has_gpu=gpus_here() > 0)
     if num_images and (speed := space.plan.images_per_s):
         images, unit = epochs * num_images, "GPU-hours" if wanted.gpus else "worker-hours"
@@ -67,3 +90,15 @@ def _trials(space: SpaceFile, num_images: int | None) -> Iterator[Line]:
     here = {"CPU": float(cpus), "GPU": float(gpus)}
     fits = f"{cpus} CPU, {gpus} GPU: fits {num_fitting(wanted, [here])} trials at a time"
     yield "this machine", lacking(wanted, here) or fits
+
+
+def _further(space: SpaceFile, facts: SearchData | None) -> str:
+    """Return the purposes of the trainings after the trials."""
+    search = space.search
+    confirm = f"the best {search.confirm.best} and the baselines" if search.confirm else "the best trial"
+    purposes = [f"{confirm} on folds 2 to {search.folds}"] if search.folds > 1 else []
+    if facts is not None and facts.retrains:
+        purposes.append(f"the winner and the baselines on {facts.train_on.replace('+', ' and ')} images")
+    if search.seeds_best > 1:
+        purposes.append("other seeds")
+    return "; ".join(purposes)

@@ -1,17 +1,25 @@
-"""Predictions of a model for each image of a split: for bootstrap intervals, calibration and the display of errors."""
+"""Predictions of a model for each image of a split: for intervals, calibration, confusions, and the choice of the winner."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lift_ray.evaluation.evaluator import AtTau
+from lift_ray.evaluation.resampling import ImageResults
 from lift_ray.storage.atomic import replacing
-from lift_ray.storage.layout import PREDICTIONS_FILE
+from lift_ray.storage.layout import OUT_OF_FOLD, PREDICTIONS_FILE
 from lift_ray.storage.output import Output
+
+if TYPE_CHECKING:
+    from lift_ray.evaluation.evaluator import AtTau
+
+PER_TAU = ("predicted", "confidence", "loss")
 
 
 def prediction_table(labels: NDArray[Any], found: AtTau) -> pa.Table:
@@ -23,9 +31,73 @@ def prediction_table(labels: NDArray[Any], found: AtTau) -> pa.Table:
     return pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in types.items()})
 
 
-def write_predictions(table: pa.Table, output: Output, folder: str) -> None:
-    """Write folder/test.parquet in OUT, atomically. Raises RunFailed if the storage refuses."""
-    with output.staged(folder, PREDICTIONS_FILE) as target:
+def write_predictions(table: pa.Table, output: Output, folder: str, name: str = PREDICTIONS_FILE) -> None:
+    """Write a file to a folder in OUT, atomically. Raises RunFailed if the storage refuses."""
+    with output.staged(folder, name) as target:
         target.mkdir(parents=True, exist_ok=True)
-        with replacing(target / PREDICTIONS_FILE) as temporary:
+        with replacing(target / name) as temporary:
             pq.write_table(table, temporary)
+
+
+def out_of_fold_folder(number: int, fold: int) -> str:
+    """Return the folder in OUT for the predictions of a trial's model on the images that a fold holds out."""
+    return f"{OUT_OF_FOLD}/{number:04d}-fold-{fold}"
+
+
+def part_name(rank: int, world_size: int) -> str:
+    """Return the name of the file that a rank writes."""
+    return f"part-{rank}-of-{world_size}.parquet"
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Out-of-fold predictions of a trial for N images, with several strengths of the post-hoc adjustment.
+
+    Args:
+        taus: the T strengths.
+        label, fold: of each image, (N,). The images are in the order of the folds, and within a fold in storage order.
+        predicted, confidence, loss: with each strength, (N, T).
+    """
+
+    taus: Sequence[float]
+    label: NDArray[np.int64]
+    fold: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    loss: NDArray[np.float64]
+
+    def at(self, tau: float) -> ImageResults:
+        """Return the predictions with one of the strengths."""
+        t = self.taus.index(tau)
+        return ImageResults(self.label, self.predicted[:, t], self.confidence[:, t], self.loss[:, t])
+
+
+def read_out_of_fold(out: Output, number: int, parts: Sequence[int], taus: Sequence[float]) -> OutOfFold:
+    """Read the out-of-fold predictions of a trial.
+
+    Args:
+        parts: number of files of each fold, one for each rank that wrote them; 0 for a fold without predictions.
+        taus: the strengths that they were written with.
+
+    Raises RunFailed if the storage cannot be read.
+    """
+    tables = [
+        table.drop_columns("logits").append_column("fold", pa.array([fold] * len(table), pa.int32()))
+        for fold, number_of_parts in enumerate(parts, 1)
+        for table in read_fold(out, number, fold, number_of_parts)
+    ]
+    table = pa.concat_tables(tables)
+    shape = (len(table), len(taus))
+    predicted, confidence, loss = (
+        table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(shape) for name in PER_TAU
+    )
+    label, fold = (table[name].to_numpy().astype(np.int64) for name in ("label", "fold"))
+    return OutOfFold(taus, label, fold, predicted.astype(np.int64), confidence.astype(float), loss.astype(float))
+
+
+def read_fold(out: Output, number: int, fold: int, parts: int) -> list[pa.Table]:
+    """Read the files of one fold, in the order of its images. Raises RunFailed if the storage cannot be read."""
+    if not parts:
+        return []
+    with out.fetched(out_of_fold_folder(number, fold)) as folder:
+        return [pq.read_table(folder / part_name(rank, parts)) for rank in range(parts)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Group
@@ -14,7 +14,7 @@ from rich.text import Text
 from lift_ray.epoch_metrics import SECONDS
 from lift_ray.reporting.trial_rows import TrialRow, best_row, write_rows
 from lift_ray.search.final_comparison import comparison_seconds
-from lift_ray.search.jobs import EvaluationJob, Job, TrainJob
+from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, TrainJob
 from lift_ray.search.state import Search
 from lift_ray.search.tables import trial_table
 from lift_ray.terminal.tables import console, describe
@@ -29,15 +29,12 @@ class Monitor:
     """Watcher that shows a search, and rewrites the table of trials when trials have ended.
 
     Args:
-        num_images: number of images of each split, to estimate the time of evaluations.
         show: called once a second with a line of progress.
     """
 
-    def __init__(
-        self, search: Search, num_images: Mapping[str, int], show: Callable[[str], None] = lambda text: None
-    ) -> None:
+    def __init__(self, search: Search, show: Callable[[str], None] = lambda text: None) -> None:
         self.search, self.space, self.rows, self.out = search, search.space, search.study.rows, search.out
-        self.num_images, self.show = num_images, show
+        self.show = show
         self.began = time.monotonic()
         self.ended_before = search.num_ended
         self.first_step_s: float | None = None
@@ -96,8 +93,7 @@ class Monitor:
         self.num_slots = max(1, num_slots)
         for job in self.search.done[self._num_told :]:
             self._num_told += 1
-            what = f"{job.model} on {job.split}" if isinstance(job, EvaluationJob) else "another seed"
-            self._say(f"{self._compared()} ({what})")
+            self._say(f"{self._compared()}{'' if isinstance(job, IdleJob) else f' ({job.title})'}")
         self._write_when_due()
         now = time.monotonic()
         if now - self._shown_at < SHOW_EVERY_S:
@@ -162,9 +158,9 @@ class Monitor:
         """Return a slot's progress with a job: `trial 3 epoch 2/5 40% 210 images/s`."""
         at = self.search.progress.get(job.key, StepsDone(0, 0))
         if isinstance(job, EvaluationJob):
-            return f"evaluating {job.model} on {job.split} {100 * at.evaluated:.0f}%"
+            return f"evaluating {job.title} {100 * at.evaluated:.0f}%"
         assert isinstance(job, TrainJob)
-        name = f"trial {job.number}" if job.number in self.rows else "another seed"
+        name = job.title
         if (began := self.search.began.get(job.key)) is None:
             return f"{name} starting"
         if not at.step or at.evaluated:
@@ -187,11 +183,12 @@ class Monitor:
         """Estimate the seconds of slot time that are left of the final comparison."""
         history = [metrics.seconds for row in ended for metrics in row.history]
         epochs = [seconds["evaluate_s"] for seconds in history if "evaluate_s" in seconds]
-        if not epochs or "validation" not in self.num_images:
+        data = self.search.data
+        if not epochs or "validation" not in data.num_images:
             return 0.0
-        image_s, run_s = statistics.fmean(epochs) / self.num_images["validation"], max(map(_slot_seconds, ended))
+        image_s, run_s = statistics.fmean(epochs) / data.num_images["validation"], max(map(_slot_seconds, ended))
         jobs = self.search.final_jobs() if self.search.trials_are_over else None
-        return comparison_seconds(self.space, jobs, self.num_images, image_s, run_s)
+        return comparison_seconds(self.space, jobs, data.num_images, image_s, run_s, retrains=data.retrains)
 
 
 def _slot_seconds(row: TrialRow) -> float:

@@ -7,31 +7,37 @@ from typing import Any
 
 from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.jobs import TrainJob
+from lift_ray.search.confirmation import Choice
+from lift_ray.search.jobs import FIRST_REPEAT, TrainJob
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
 
-FIRST = 1_000_000  # lowest number of these runs, whose checkpoints are next to those of trials
+Repeated = tuple[str, TrialRow, float | None]
+"""Label, trial, and post-hoc tau; None for that of its settings."""
 
 
-def repeated(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[tuple[str, TrialRow]]:
-    """Return label and trial of the runs that `search.seeds_best` repeats: the best, and the first baseline if it is another."""
+def repeated(space: SpaceFile, rows: Sequence[TrialRow], choice: Choice) -> list[Repeated]:
+    """Return what `search.seeds_best` repeats: the winner with its post-hoc tau, and the first baseline if it is another trial."""
+    best = choice.row
     start = next((row for row in rows if row.baseline == 0 and row.state == "finished" and row is not best), None)
-    return [(BEST_FOUND, best)] + ([] if start is None else [(space.baseline_labels()[0], start)])
+    tau = choice.posthoc.tau if choice.posthoc.is_recommended else None
+    return [(BEST_FOUND, best, tau)] + ([] if start is None else [(space.baseline_labels()[0], start, None)])
 
 
-def repeat_jobs(space: SpaceFile, row: TrialRow) -> list[TrainJob]:
-    """Return jobs for a trial's settings with each further seed.
+def repeat_jobs(space: SpaceFile, row: TrialRow, tau: float | None, fold: int) -> list[TrainJob]:
+    """Return jobs for a trial's settings with each further seed, trained on the same images as the final models.
 
     Their numbers depend only on the trial and the seed, and name their checkpoints. A resumed search repeats none of them.
     """
     config = space.config(row.values).to_dict()
     return [
         TrainJob(
-            FIRST + 1000 * row.number + k,
+            FIRST_REPEAT + 1000 * row.number + k,
             apply_overrides(config, {"seed": (config["seed"] + k) % 2**32}, RunConfig),
-            then_test=True,
+            fold,
+            then="test" if space.test == "split" else "keep",
+            tau=tau,
         )
         for k in range(1, space.search.seeds_best)
     ]
@@ -39,9 +45,10 @@ def repeat_jobs(space: SpaceFile, row: TrialRow) -> list[TrainJob]:
 
 def seed_results(
     space: SpaceFile,
-    pairs: Sequence[tuple[str, TrialRow]],
+    wanted: Sequence[Repeated],
     results: Mapping[str, dict[str, Any]],
     compared: Sequence[tuple[str, Mapping[str, Any]]],
+    fold: int,
 ) -> list[dict[str, Any]]:
     """Return label, seed, and metrics of validation and test of each run: first the compared trials, then the repeats.
 
@@ -51,10 +58,10 @@ def seed_results(
         return []
     known = dict(compared)
     own, others = [], []
-    for label, row in pairs:
+    for label, row, tau in wanted:
         figures = {name: value for name, value in known[label].items() if name != "predictions"}
         own.append({"label": label, "seed": space.config(row.values).seed, **figures})
-        for job in repeat_jobs(space, row):
+        for job in repeat_jobs(space, row, tau, fold):
             if found := results[job.key]:
                 others.append({"label": label, "seed": job.config["seed"], **found})
     return [*own, *others]

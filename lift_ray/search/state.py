@@ -5,13 +5,16 @@ Each step writes to the study first, so a driver that is killed between any two 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.search import final_comparison
-from lift_ray.search.jobs import EvaluationJob, Job, TrainJob
+from lift_ray.search.confirmation import Choice, candidates, choose, fold_jobs
+from lift_ray.search.final_comparison import SearchResult
+from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoints
+from lift_ray.search.search_data import SearchData
 from lift_ray.search.stopping import decide
 from lift_ray.search.study import Study
 from lift_ray.storage.output import Output
@@ -33,6 +36,7 @@ class Search:
 
     Args:
         out: contains the trials' checkpoints.
+        data: facts about the dataset.
 
     Attributes:
         watchers: notified about every trial that starts, reports or ends.
@@ -40,19 +44,22 @@ class Search:
         progress: the last progress of each running job.
         began: the first reply of each running job that trains.
         done: the finished jobs of the final comparison, in order.
+        refits: jobs of the final comparison that Ray Train runs and not a slot (scale.refit_workers), as of `final_jobs`.
         num_ended: number of trials that have ended. Counted as they end, because Tune asks at each of its steps whether the
             search is over.
     """
 
-    def __init__(self, study: Study, out: Output) -> None:
-        self.study, self.space, self.out = study, study.space, out
+    def __init__(self, study: Study, out: Output, data: SearchData | None = None) -> None:
+        self.study, self.space, self.out, self.data = study, study.space, out, data or SearchData()
         self.watchers: list[Watcher] = []
         self.running: dict[str, Job] = {}
         self.progress: dict[str, StepsDone] = {}
         self.began: dict[str, RunStarted] = {}
         self.done: list[Job] = []
+        self.refits: list[TrainJob] = []
         self._told: set[int] = set()  # trials whose start the watchers know about
         self._final: list[Job] | None = None  # cache of final_jobs; None when outdated
+        self._choice: Choice | None = None
         self.num_ended = sum(row.has_ended for row in study.rows.values())
         # The last driver may have been killed between storing an epoch and deciding about its trial: decide now.
         for row in self.study.rows.values():
@@ -123,7 +130,7 @@ class Search:
         self._ended(job)
 
     def _row(self, job: Job) -> TrialRow | None:
-        return self.study.rows.get(job.number) if isinstance(job, TrainJob) else None
+        return self.study.rows.get(job.number) if isinstance(job, TrainJob) and not job.then else None
 
     def _ended(self, job: Job) -> None:
         self.running.pop(job.key, None)
@@ -144,11 +151,29 @@ class Search:
         return next(free, None) or self.study.next()
 
     def final_jobs(self) -> list[Job]:
-        """Return the known jobs of the final comparison that are not done. They are determined again when a job has ended."""
+        """Return the known jobs of the final comparison for slots that are not done; determined again when a job has ended."""
         if self._final is None:
-            is_over = self.trials_are_over
-            self._final = final_comparison.final_jobs(self.space, self.rows(), self.study.results, is_over=is_over)
+            is_over, rows, results = self.trials_are_over, self.rows(), self.study.results
+            jobs = final_comparison.final_jobs(self.space, rows, results, self.data, self.choice(), is_over=is_over)
+            elsewhere = self.space.scale.refit_workers > 1
+            self.refits = [job for job in jobs if elsewhere and isinstance(job, TrainJob) and job.is_refit]
+            self._final = [job for job in jobs if job not in self.refits]
         return self._final
+
+    def refitted(self, job: TrainJob, result: dict[str, Any]) -> None:
+        """Store the result of a job that Ray Train ran."""
+        self.study.store_result(job.key, result)
+        self.done.append(job)
+        self._final = None
+
+    def choice(self) -> Choice | None:
+        """Return the winner; None before all out-of-fold predictions are there, or if no trial has finished."""
+        if self._choice is None and self.trials_are_over:
+            rows, results = self.rows(), self.study.results
+            confirmed = candidates(self.space, rows)
+            if confirmed and all(job.key in results for row in confirmed for job in fold_jobs(self.space, row)):
+                self._choice = choose(self.space, rows, results, self.data, self.out)
+        return self._choice
 
     def _waiting(self) -> list[Job]:
         """Return the jobs of the final comparison that can start now.
@@ -215,10 +240,18 @@ class Search:
             assert isinstance(reply, JobDone)
             for key, value in final_comparison.results_of(job, reply.value).items():
                 self.study.store_result(key, value)
-        else:  # a repeat with another seed; the result of one that diverged is empty
+        else:  # the result of a training that diverged is empty
             self.study.store_result(job.key, reply.value if isinstance(reply, JobDone) else {})
+            if isinstance(job, TrainJob) and job.then == "hold out":
+                self.out.remove(trial_checkpoints(job.number, job.fold))
         self.done.append(job)
         return False
+
+    def result(self, time_s: dict[str, float]) -> SearchResult | None:
+        """Return the result, with seconds of wall time by activity, once the search is over; None if no trial has finished."""
+        if (choice := self.choice()) is None:
+            return None
+        return final_comparison.conclude(self.space, self.rows(), self.study.results, self.data, choice, time_s)
 
     def rows(self) -> list[TrialRow]:
         """Return the trials in the order of their numbers."""

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.search.study import WORST
 from lift_ray.settings.search import AshaConfig, HyperbandConfig, MedianConfig, NoSchedulerConfig, num_brackets, rungs
 from lift_ray.settings.space import SpaceFile
 
@@ -66,9 +67,10 @@ def _median(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Deci
 
 
 def _score(space: SpaceFile, row: TrialRow, epoch: int) -> float:
-    """Return the first objective after an epoch, with its sign set so that larger is better."""
+    """Return the first objective after an epoch, with its sign set so that larger is better; the worst value if it is missing."""
     metric, mode = space.objective
-    return row.history[epoch - 1][metric] * (1 if mode == "max" else -1)
+    value = row.history[epoch - 1].get(metric)
+    return -WORST if value is None else value * (1 if mode == "max" else -1)
 
 
 Rule = Callable[[SpaceFile, TrialRow, Sequence[TrialRow]], Decision]

@@ -200,12 +200,13 @@ class Study:
         return row
 
     def report(self, row: TrialRow, metrics: EpochMetrics) -> None:
-        """Store the metrics of the trial's next epoch."""
+        """Store the metrics of the trial's next epoch. The sampler is not told of an epoch that lacks the objective."""
         row.num_epochs = int(metrics.get("num_epochs", row.num_epochs))
         trial, epoch = self._trials[row.number], len(row.history) + 1
         trial.set_user_attr(f"epoch {epoch}", metrics.flat())
-        if len(self.space.objectives) == 1:
-            trial.report(metrics[self.space.objective[0]], epoch)
+        value = metrics.get(self.space.objective[0])
+        if len(self.space.objectives) == 1 and value is not None:
+            trial.report(value, epoch)
         row.history.append(metrics)
 
     def end(

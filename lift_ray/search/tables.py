@@ -9,6 +9,7 @@ import rich.table
 
 from lift_ray.epoch_metrics import ACCURACIES, GROUPS
 from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.search.confirmation import Choice
 from lift_ray.terminal.tables import HEADINGS, describe, percent, short
 
 STYLES = {
@@ -33,6 +34,41 @@ def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> ric
         values = [f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}" for value in found]
         table.add_row(str(row.number), *values, describe(row.values))
     return table
+
+
+def candidate_table(choice: Choice, labels: Sequence[str]) -> rich.table.Table:
+    """Return the trials that were compared on out-of-fold predictions, the winner first, with their difference from it."""
+    title = f"Confirmed on {choice.num_images:,} out-of-fold images: {measure(choice.metric)}"
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table.add_column("")
+    for name in ("trained parameters", "post-hoc tau", measure(choice.metric), "difference", "standard error"):
+        table.add_column(name, justify="right")
+    for label, one in zip(labels, choice.candidates, strict=True):
+        is_winner = one is choice.candidates[0]
+        table.add_row(
+            label,
+            f"{one.row.last.trained_parameters or 0:,}",
+            f"{one.posthoc.tau:g}",
+            _value(one.value, choice.metric),
+            "" if is_winner else _value(one.difference, choice.metric, "+"),
+            "" if is_winner else _value(one.error, choice.metric),
+            style="bold" if is_winner else "",
+        )
+    return table
+
+
+def measure(metric: str) -> str:
+    """Return the name of a metric in words: `mean class accuracy`, `accuracy of few`."""
+    return f"accuracy of {metric}" if metric in GROUPS else metric.replace("_", " ")
+
+
+def points(value: float, metric: str) -> str:
+    """Return a difference of a metric: `2.1 points` of a percentage, or a plain number for a loss."""
+    return f"{_value(value, metric)}{'' if 'loss' in metric else ' points'}"
+
+
+def _value(value: float, metric: str, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if "loss" in metric else f"{100 * value:{sign}.1f}"
 
 
 def curve_table(rows: Sequence[TrialRow], names: Sequence[str]) -> rich.table.Table:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 
+from lift_ray.data.folds import SEARCHED
 from lift_ray.ensembles.ensemble import Ensemble, model_of
 from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.evaluation.evaluator import evaluate
+from lift_ray.evaluation.evaluator import Counter, LogitSource, evaluate
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.ray_runtime.session import meeting_point
 from lift_ray.reporting.study_files import predictions_of
 from lift_ray.search.backdoor_trial import trial_of
 from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
+from lift_ray.search.logit_writer import LogitWriter, logit_writer
 from lift_ray.search.predictions import prediction_table, write_predictions
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.search import taus_of
 from lift_ray.storage.output import Output
 from lift_ray.tracking.prometheus import SlotGauges
 from lift_ray.training import checkpoint
@@ -57,7 +61,7 @@ class Worker:
         self._replies: Iterator[Reply] = iter(())
         self._progress = NOWHERE
         self._stop = threading.Event()
-        self._workspace: Workspace | None = None
+        self._views: dict[int, Workspace] = {}  # by fold
 
     def begin(self, job: Job) -> None:
         """Set the next job, which `next` starts. The previous job must have replied, and is dropped."""
@@ -84,15 +88,25 @@ class Worker:
 
     def _run(self, job: Job) -> Iterator[Reply]:
         try:
-            workspace = self._workspace = self._workspace or self._open()
+            searched = self._view(SEARCHED)
             if isinstance(job, IdleJob):
                 yield from self._idle()
+            elif isinstance(job, TrainJob):
+                yield from self._train(job, self._view(job.fold))
             else:
-                yield from self._train(job, workspace) if isinstance(job, TrainJob) else self._evaluate(job, workspace)
+                yield from self._evaluate(job, searched)
         except StopAsked:
             yield self._progress
         except (BadInput, RunFailed) as error:
             yield RunAborted(str(error), isinstance(error, BadInput))
+
+    def _view(self, fold: int) -> Workspace:
+        """Return the workspace for a fold; all share the backbone, the open files and the cached features."""
+        if not self._views:
+            self._whole = self._open()
+        if fold not in self._views:
+            self._views[fold] = self._whole.on(self.slot.folds.view(self._whole.dataset, fold))
+        return self._views[fold]
 
     def _open(self) -> Workspace:
         """Join the slot's process group and open the dataset. Raises BadInput if that fails."""
@@ -113,11 +127,11 @@ class Worker:
             pause_s = min(LONGEST_IDLE_S, 1.2 * pause_s)
 
     def _train(self, job: TrainJob, workspace: Workspace) -> Iterator[Reply]:
-        """Yield RunStarted, then EpochEnded for each epoch, and JobDone if the test split is requested; or RunDiverged."""
+        """Yield RunStarted, then EpochEnded for each epoch, and JobDone unless it is a trial; or RunDiverged."""
         began = time.monotonic() - self._opened_s
-        trial = trial_of(RunConfig.model_validate(job.config), workspace, self._output)
+        trial = trial_of(RunConfig.model_validate(job.config), workspace, self._output, job.fold)
         trial.callback = self._callback(workspace)
-        checkpoints = CheckpointManager(self._output, POLICY, trial_checkpoints(job.number))
+        checkpoints = CheckpointManager(self._output, POLICY, trial_checkpoints(job.number, job.fold))
         times = {"begin_s": 0.0, "load_s": 0.0}
 
         def complete(metrics: EpochMetrics) -> EpochMetrics:
@@ -140,9 +154,24 @@ class Worker:
         except Diverged as error:
             yield RunDiverged(str(error))
             return
-        if job.then_test:
-            found = replace(trial.history[-1], test=trial.evaluate("test").metrics)
+        if job.then == "hold out":
+            split = workspace.dataset.split("validation")
+            taus = taus_of(trial.config)
+            with self._logit_writer(job.number, job.fold, trial.predictor, taus) as writer:
+                evaluate(trial.predictor, split, counters=[writer], callback=partial(trial.callback, trial))
+            yield JobDone({"parts": self.slot.need.workers, "images": split.num_samples})
+        elif job.then:
+            found = trial.history[-1]
+            if job.then == "test":
+                tau = trial.config.evaluation.posthoc_tau if job.tau is None else job.tau
+                split, callback = workspace.dataset.split("test"), partial(trial.callback, trial)
+                found = replace(found, test=evaluate(trial.predictor, split, [tau], callback=callback).metrics)
             yield JobDone({"trained_parameters": trial.num_trained, **found.flat("validation", "test")})
+
+    def _logit_writer(
+        self, number: int, fold: int, model: LogitSource, taus: Sequence[float]
+    ) -> AbstractContextManager[LogitWriter]:
+        return logit_writer(self._output, number, fold, model.ranks, model.class_counts, taus)
 
     def _evaluate(self, job: EvaluationJob, workspace: Workspace) -> Iterator[Reply]:
         """Yield one JobDone with the metrics for each tau, and the report of an ensemble."""
@@ -152,14 +181,21 @@ class Worker:
                 checkpoint.load_weights(folder, model)
         split, is_test = workspace.dataset.split(job.split), job.split == "test"
         table = model.gain_table(job.taus[-1]) if isinstance(model, Ensemble) and is_test else None
-        found = evaluate(
-            model,
-            split,
-            job.taus,
-            predictions=is_test,
-            counters=[table] if table else [],
-            callback=partial(self._callback(workspace), NOWHERE),
-        )
+        counters: list[Counter] = [table] if table else []
+        written: dict[str, int] = {}
+        with ExitStack() as files:
+            if job.out_of_fold is not None:
+                writer = self._logit_writer(job.out_of_fold, SEARCHED, model, job.taus)
+                counters.append(files.enter_context(writer))
+                written = {"parts": self.slot.need.workers, "images": split.num_samples}
+            found = evaluate(
+                model,
+                split,
+                job.taus,
+                predictions=is_test,
+                counters=counters,
+                callback=partial(self._callback(workspace), NOWHERE),
+            )
         if is_test and self.rank == 0:
             for tau, one in zip(job.taus, found.at_tau, strict=True):
                 write_predictions(prediction_table(split.labels, one), self._output, predictions_of(job.model, tau))
@@ -168,7 +204,7 @@ class Worker:
         report = {}
         if isinstance(model, Ensemble) and table:
             report = {"report": model.report(job.split, found.at_tau[-1].per_class, table)}
-        yield JobDone({"figures": figures, **report})
+        yield JobDone({"figures": figures, **report, **written})
 
     def _callback(self, workspace: Workspace) -> StepCallback:
         """Return a callback that reports progress and listens for a request to stop."""

@@ -222,8 +222,8 @@ def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any
         return [_value_problem(file, space, values, at, problem) for problem in error.errors()]
     batch = "optim.global_batch_size"
     place = file.where((*at, batch) if batch in values else ("base", *batch.split(".")))
-    problem = batch_fault(config.optim.global_batch_size, space.scale.workers_per_trial, place)
-    return [problem] if problem else []
+    workers = {space.scale.workers_per_trial, space.scale.refit_workers}
+    return [problem for n in sorted(workers) if (problem := batch_fault(config.optim.global_batch_size, n, place))][:1]
 
 
 def _value_problem(

@@ -11,9 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from lift_ray.registry import HEADS, LOSSES, METHODS, TUNERS, Config, TunerConfig, load_plugins
+from lift_ray.settings.base import OneOf
 from lift_ray.settings.heads import AnyHeadConfig
 from lift_ray.settings.losses import AnyLossConfig
 from lift_ray.settings.messages import explain_first
@@ -22,6 +23,20 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.tuners import AnyTunerConfig, check_pair, resolve_tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+GroupBound = Annotated[int, Field(ge=1)]
+
+
+def _ascending(bounds: Literal["auto"] | list[int]) -> Literal["auto"] | list[int]:
+    if bounds != "auto" and bounds[0] > bounds[1]:
+        raise ValueError("the numbers descend")
+    return bounds
+
+
+GroupBounds = Annotated[
+    Literal["auto"] | Annotated[list[GroupBound], Field(min_length=2, max_length=2)],
+    AfterValidator(_ascending),
+    OneOf("auto or two positive numbers in ascending order, for example [20, 100]"),
+]
 
 
 class BackboneConfig(Config):
@@ -119,6 +134,9 @@ class EvaluationConfig(Config):
     """Subtract this times the log of the training prior from the logits (arXiv 2007.07314)."""
     tte: bool = False
     """Test-time ensembling: the mean of the logits of five crops (arXiv 2309.10019)."""
+    group_bounds: GroupBounds = "auto"
+    """[LOW, HIGH]: few-shot classes have fewer than LOW labeled training images, many-shot classes more than HIGH. auto: [20, 100]
+    if each group then has a class, otherwise thirds of the classes."""
 
 
 AugmentConfig = Annotated[MdaConfig | CropFlipConfig | NoAugmentConfig, Field(discriminator="kind")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lift_ray.errors import BadInput
 from lift_ray.settings.overrides import apply_file_overrides
@@ -17,11 +17,13 @@ class RunFile(RunConfig):
     name: str = "run"
     dataset: str
     """Path or fsspec URL of Parquet shards, or embedded:NAME."""
+    train_on: Literal["train", "train+validation"] = "train"
+    """Images to train on. With train+validation there is no validation; a search writes it into best.yaml if it trained so."""
     out: str | None = None
 
     @property
     def config(self) -> RunConfig:
-        """The settings without name, dataset and output folder."""
+        """The settings without name, data and output folder."""
         return RunConfig.model_validate(self.model_dump(include=set(RunConfig.model_fields)))
 
 

@@ -10,8 +10,16 @@ from pydantic import Field, model_validator
 from lift_ray.registry import SAMPLERS, Config, register_sampler
 from lift_ray.settings.base import OneOf
 
+if TYPE_CHECKING:
+    from lift_ray.settings.run import RunConfig
+
 Epochs = Annotated[int, Field(ge=1)]
 TAUS = tuple(0.25 * i for i in range(9))  # 0 ... 2: strengths of post-hoc logit adjustment tried after training
+
+
+def taus_of(config: RunConfig) -> tuple[float, ...]:
+    """Return the strengths of post-hoc adjustment to try after a training: TAUS and that of its settings."""
+    return tuple(sorted({*TAUS, config.evaluation.posthoc_tau}))
 
 
 class NoSchedulerConfig(Config):
@@ -65,8 +73,17 @@ else:
     AnySampler = SAMPLERS.names()
 
 
+class ConfirmConfig(Config):
+    """Train the best trials and the baselines on the other folds too, and choose the winner by all out-of-fold predictions."""
+
+    best: Annotated[int, Field(ge=1)] = 3
+    """Number of the best trials to confirm; finished baselines always are."""
+    prefer: Literal["best", "smaller"] = "best"
+    """smaller: the fewest trained parameters among the trials within one standard error of the best."""
+
+
 class SearchConfig(Config):
-    """Settings of the search: number of trials, sampler, scheduler and final evaluation."""
+    """Settings of the search: number of trials, sampler, scheduler, confirmation and final evaluation."""
 
     trials: Annotated[int, Field(ge=1)] = 32
     per_kind: Annotated[int, Field(ge=1)] | None = None
@@ -74,10 +91,25 @@ class SearchConfig(Config):
     sampler: AnySampler = "tpe"
     scheduler: Annotated[AnyScheduler, Field(discriminator="kind")] = AshaConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    folds: Annotated[int, Field(ge=1)] = 1
+    """Number of folds: fold 1 is the validation split, on which trials are searched; the others divide the training images."""
+    confirm: ConfirmConfig | None = None
+    refit: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
+    """Train best/ again on the training and validation images. auto: not on validation images that are a set of their own."""
     tte_best: Annotated[int, Field(ge=0)] = 1
     """Number of the best trials that are also evaluated with test-time ensembling at the end."""
     seeds_best: Annotated[int, Field(ge=1, le=100)] = 1
     """Number of seeds for training the best settings and the first baseline, including the seed of the search."""
+
+    @model_validator(mode="after")
+    def _enough_folds(self) -> SearchConfig:
+        if self.folds == 2:
+            raise ValueError(
+                "folds must be 1 or at least 3, but got 2, so that one fold would be the whole training split; use 3"
+            )
+        if self.confirm is not None and self.folds == 1:
+            raise ValueError("confirm requires folds of at least 3, but got 1; set search.folds: 4")
+        return self
 
     @model_validator(mode="after")
     def _one_number(self) -> SearchConfig:
@@ -95,6 +127,8 @@ class ScaleConfig(Config):
     max_concurrent: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or an integer of at least 1")
     ] = "auto"
+    refit_workers: Annotated[int, Field(ge=1)] = 1
+    """Number of Ray Train workers that train best/ again at the end, as `train --workers` does; 1: a slot of the search."""
 
 
 class PlanConfig(Config):

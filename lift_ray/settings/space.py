@@ -124,6 +124,8 @@ class SpaceFile(Config):
     space: Annotated[dict[str, Param], Field(min_length=1)]
     baselines: list[dict[str, Value]] = []
     """Settings to compare the search with, trained first and never stopped early; `name` is the label in tables."""
+    test: Literal["split", "none"] = "split"
+    """none: compare on validation only, for datasets without a test split; the result is then not held out from the search."""
     search: SearchConfig = SearchConfig()
     scale: ScaleConfig = ScaleConfig()
     plan: PlanConfig = PlanConfig()

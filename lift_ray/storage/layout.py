@@ -1,7 +1,8 @@
 """The names of the files in OUT.
 
-A search writes STUDY, SPACE, TRIALS, TRIALS_CSV, BEST_SETTINGS, BEST/, REPORT/, PREDICTIONS/, CHECKPOINTS/, JOURNAL and LOCK; a
-training run SETTINGS and CHECKPOINTS/. A checkpoint is a folder with RECORD, WEIGHTS, PER_CLASS and, for resuming, OPTIMIZER and STATE.
+A search writes STUDY, SPACE, TRIALS, TRIALS_CSV, BEST_SETTINGS, BEST/, REPORT/, PREDICTIONS/, OUT_OF_FOLD/, CHECKPOINTS/, JOURNAL and
+LOCK; a training run SETTINGS and CHECKPOINTS/. A checkpoint is a folder with RECORD, WEIGHTS, PER_CLASS and, for resuming,
+OPTIMIZER and STATE.
 """
 
 from __future__ import annotations

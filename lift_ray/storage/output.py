@@ -61,6 +61,11 @@ class Output:
             ) from None
         self.folder = Path(tempfile.mkdtemp(prefix="lift_ray-"))
 
+    def inside(self, name: str) -> Output:
+        """Return a folder in this one."""
+        url, mark, query = self.url.partition("?")
+        return Output(f"{url.rstrip('/')}/{name}{mark}{query}", self.option)
+
     def publish(self) -> None:
         """Upload new and changed files; does nothing for a local folder. Raises RunFailed when the upload fails."""
         if self._remote is None:

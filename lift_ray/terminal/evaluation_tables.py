@@ -8,7 +8,7 @@ from typing import Any
 import rich.table
 from rich.markup import escape
 
-from lift_ray.epoch_metrics import ACCURACIES, FURTHER, GROUPS
+from lift_ray.epoch_metrics import ACCURACIES, FURTHER, GROUPS, LOSSES
 from lift_ray.evaluation.metrics import ANY
 from lift_ray.terminal.tables import HEADINGS, accuracy_table, console, describe, percent, titled
 
@@ -77,7 +77,8 @@ def print_found(
     screen = console()
     screen.print(accuracy_table(title, split, [*report.get("members", {}).items(), *shown]))
     for label, figures in shown:
-        values = (f"{name.replace('_', ' ')} {percent(figures[f'{split}/{name}'])}" for name in FURTHER)
+        values = [f"{name.replace('_', ' ')} {percent(figures[f'{split}/{name}'])}" for name in FURTHER]
+        values += [f"{name.replace('_', ' ')} {figures[f'{split}/{name}']:.3f}" for name in LOSSES]
         print(f"{label}: {', '.join(values)}")
     if shown and "unlabelled/recall" in (figures := shown[0][1]):
         print(f"pseudo-labels of the last epoch (%): {', '.join(_pseudo_labels(figures))}")

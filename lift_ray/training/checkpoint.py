@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 import lift_ray
 from lift_ray.epoch_metrics import POSTHOC, EpochMetrics, named
 from lift_ray.errors import BadInput, one_line
-from lift_ray.evaluation.metrics import write_per_class
+from lift_ray.evaluation.metrics import ClassGroups, labelled_counts, stored_groups, write_per_class
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
 from lift_ray.storage.output import Output
 
@@ -46,6 +46,8 @@ class Record:
         dataset: URI of the dataset.
         class_names: names of the K classes.
         class_counts: (K,), training images of each class.
+        labelled_counts: (K,), labeled images of each class before any were held out, which define many, medium and few; None in
+            checkpoints of earlier versions.
         epoch: number of finished epochs, evaluation included.
         step: number of finished steps since the start of the run, including those of an unfinished epoch.
         metrics: validation metrics of the last finished epoch, by `validation/name`.
@@ -65,8 +67,14 @@ class Record:
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    labelled_counts: list[int] | None = None
     format_version: int = FORMAT_VERSION
     lift_ray_version: str = lift_ray.__version__
+
+    @property
+    def groups(self) -> ClassGroups:
+        """Groups of the classes, known without the dataset."""
+        return stored_groups(vars(self))
 
 
 def record_of(
@@ -85,6 +93,7 @@ def record_of(
         dataset=dataset.uri,
         class_names=list(dataset.class_names),
         class_counts=class_counts.tolist(),
+        labelled_counts=labelled_counts(dataset).tolist(),
         epoch=epoch,
         metrics=named("validation", {name: last[name] for name in last if name not in POSTHOC}),
         history=[metrics.flat() for metrics in history],

@@ -98,5 +98,6 @@ class CheckpointManager:
 
 
 def best(history: list[EpochMetrics]) -> str:
-    """Return the name of the checkpoint with the best validation/mean_class_accuracy; "" before the first epoch ends."""
-    return f"epoch-{max(history, key=lambda metrics: metrics.validation[MAIN]).epoch:04d}" if history else ""
+    """Return the name of the checkpoint with the best validation/mean_class_accuracy; "" if no epoch was validated."""
+    validated = [metrics for metrics in history if MAIN in metrics.validation]
+    return f"epoch-{max(validated, key=lambda metrics: metrics.validation[MAIN]).epoch:04d}" if validated else ""

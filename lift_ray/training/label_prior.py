@@ -25,6 +25,9 @@ def zero_shot(config: RunConfig) -> RunConfig:
 def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
     """Fit the label prior to the zero-shot logits of the validation split (methods.prior.fit); the same on every rank.
 
+    A run that trains on all labeled images has no validation split. The training images then take its place: the zero-shot model
+    has seen neither.
+
     Raises BadInput if there is no text tower, if a class has no validation image, or if no prior can be fitted.
     """
     if (backbone := workspace.backbone(config)).text is None:
@@ -34,7 +37,8 @@ def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
             but=f"{backbone.name} has none",
             remedy="leave GLA out, or use another backbone",
         )
-    split, plain = workspace.dataset.split("validation"), workspace.resolve(zero_shot(config))
+    split = workspace.dataset.splits.get("validation") or workspace.training(config)
+    plain = workspace.resolve(zero_shot(config))
     model = workspace.build(plain)
     features = workspace.cached_features(plain, model, split)
     if features is None:

@@ -56,7 +56,7 @@ def _encoded_bytes(split: Split, shuffle_bytes: int) -> int:
 
 def _build(config: RunConfig, data: Dataset) -> tuple[Lift, RunConfig]:
     """Return the model, its classifier not initialized, and the resolved settings."""
-    workspace = Workspace(data.uri, Ranks.alone())
+    workspace = Workspace(data, Ranks.alone())
     # This machine may have no GPU, so the precision is fp32. Initializing the classifier takes time and changes no size.
     plain = config.model_copy(update={"backbone": config.backbone.model_copy(update={"precision": "fp32"})})
     resolved = workspace.resolve(plain)

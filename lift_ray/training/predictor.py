@@ -14,7 +14,7 @@ from lift_ray.data.dataset import Split
 from lift_ray.data.order import rank_slice
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.evaluation.evaluator import LogitBatch
-from lift_ray.evaluation.metrics import PerClass, per_class_rows
+from lift_ray.evaluation.metrics import ClassGroups, PerClass, groups_of, per_class_rows
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.model.heads import over_crops
 from lift_ray.settings.run import RunConfig
@@ -29,17 +29,25 @@ class SplitPredictor:
         workspace: the loaded backbone and data.
         class_counts: (K,), training images of each class, for a model whose weights will be loaded; the dataset then needs no
             training split.
+        groups: many, medium and few for such a model; by default those of the dataset.
 
     Attributes:
         lift: the model of images.
     """
 
-    def __init__(self, config: RunConfig, workspace: Workspace, class_counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        workspace: Workspace,
+        class_counts: Sequence[int] | None = None,
+        groups: ClassGroups | None = None,
+    ) -> None:
         self.config, self.workspace, self.ranks = workspace.resolve(config), workspace, workspace.ranks
         if class_counts is None:
             self.class_counts = workspace.training(self.config).class_counts(workspace.dataset.num_classes)
         else:
             self.class_counts = np.array(class_counts)
+        self.groups = groups or groups_of(workspace.dataset, self.config.evaluation.group_bounds)
         self.lift = workspace.build(self.config, trained_already=class_counts is not None)
         self.branches: Sequence[str] = ("linear", "similarity") if isinstance(self.lift.head, FusedHead) else ()
 
@@ -96,4 +104,4 @@ class SplitPredictor:
 
     def per_class_rows(self, per_class: PerClass) -> list[dict[str, Any]]:
         """Return a row for each class from the counts of an evaluation."""
-        return per_class_rows(self.workspace.dataset.class_names, self.class_counts, *per_class)
+        return per_class_rows(self.workspace.dataset.class_names, self.class_counts, self.groups.names, *per_class)

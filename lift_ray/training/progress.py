@@ -121,10 +121,11 @@ class Progress:
         metrics, self.checkpoint = message.metrics, message.checkpoint
         self._keep(metrics)
         if metrics.train:
+            validated = metrics.validation.get(MAIN)
             self._say(
                 f"epoch {metrics.epoch}/{self.began.epochs if self.began else 0}  loss {metrics.train['loss']:.4f}"
-                f"  validation mean class accuracy {metrics.validation[MAIN]:.4f}"
-                f"  {metrics.train['images_per_s']:.0f} images/s"
+                + ("" if validated is None else f"  validation mean class accuracy {validated:.4f}")
+                + f"  {metrics.train['images_per_s']:.0f} images/s"
             )
 
     def _tested(self, message: TestEnded) -> None:

@@ -39,6 +39,7 @@ class Job:
         num_cpus: cores of each worker.
         checkpoint_s: seconds between checkpoints, in addition to one after each epoch.
         checkpoint_steps: steps between checkpoints, in addition; None for none.
+        train_on: images to train on, as in a run file.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Job:
     num_cpus: int = 1
     checkpoint_s: float = 300.0
     checkpoint_steps: int | None = None
+    train_on: str = "train"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def train_alone(job: Job, progress: Progress) -> None:
 
 
 def _train(job: Job, ranks: Any, tell: Callable[[Event], None], stop_asked: Callable[[], str]) -> None:
+    from lift_ray.data.folds import training_view
+    from lift_ray.data.open import open_dataset
     from lift_ray.settings.run import RunConfig
     from lift_ray.training.checkpoint_manager import CheckpointManager, CheckpointPolicy
     from lift_ray.training.loop import train
@@ -98,7 +102,8 @@ def _train(job: Job, ranks: Any, tell: Callable[[Event], None], stop_asked: Call
             but=f"a worker on {os.uname().nodename} finds no {SETTINGS} there",
             remedy="use a shared folder or a URL as --out",
         )
-    run = Run(RunConfig.model_validate(job.config), Workspace(job.dataset, ranks))
+    dataset = training_view(open_dataset(job.dataset), job.train_on)
+    run = Run(RunConfig.model_validate(job.config), Workspace(dataset, ranks))
     policy = CheckpointPolicy(job.checkpoint_s, job.checkpoint_steps)
     train(run, CheckpointManager(output, policy), tell, stop_asked)
 

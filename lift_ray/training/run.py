@@ -137,7 +137,7 @@ class Run:
         return self.predictor.num_trained
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Train from the current state to the end, and yield the metrics of each epoch, validation included.
+        """Train from the current state to the end, and yield the metrics of each epoch, validated if there is a validation split.
 
         If nothing is trained, only validation is yielded, as epoch 0.
 
@@ -145,11 +145,11 @@ class Run:
         """
         if not self.sgd:
             self.history = []
-            yield self._note(EpochMetrics(0), self.evaluate("validation", self.tau_grid))
+            yield self._note(EpochMetrics(0), self._validation(self.tau_grid))
         while self.epoch < self.num_epochs:
             self._finish_steps()
             is_last = self.epoch + 1 == self.num_epochs
-            validation = self.evaluate("validation", self.tau_grid if is_last else ())
+            validation = self._validation(self.tau_grid if is_last else ())
             yield self._note(self._end_epoch(), validation)
 
     def train_epoch(self) -> EpochMetrics:
@@ -219,7 +219,7 @@ class Run:
         train = {"loss": loss, "accuracy": right, "images_per_s": images_seen / self.seconds["train_s"]}
         unlabelled: dict[str, float] = {}
         if (counts := self.sgd.objective.pseudo_labels) is not None:
-            unlabelled = pseudo_label_figures(counts.cpu().numpy(), self.class_counts)
+            unlabelled = pseudo_label_figures(counts.cpu().numpy(), self.predictor.groups.names)
             self.sgd.objective.pseudo_labels = None
         metrics = EpochMetrics(self.epoch + 1, train, self.seconds, unlabelled)
         self.epoch, self.step = self.epoch + 1, 0
@@ -227,10 +227,15 @@ class Run:
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         return metrics
 
-    def _note(self, metrics: EpochMetrics, validation: Evaluation) -> EpochMetrics:
+    def _validation(self, tau_grid: Sequence[float]) -> Evaluation | None:
+        return self.evaluate("validation", tau_grid) if "validation" in self.workspace.dataset.splits else None
+
+    def _note(self, metrics: EpochMetrics, validation: Evaluation | None) -> EpochMetrics:
         """Complete the metrics of an epoch with its validation, and add them to the history."""
-        seconds = {**metrics.seconds, "evaluate_s": validation.seconds}
-        whole = replace(metrics, validation=validation.metrics, seconds=seconds, trained_parameters=self.num_trained)
+        whole = replace(metrics, trained_parameters=self.num_trained)
+        if validation is not None:
+            seconds = {**metrics.seconds, "evaluate_s": validation.seconds}
+            whole = replace(whole, validation=validation.metrics, seconds=seconds)
         self.history.append(whole)
         return whole
 

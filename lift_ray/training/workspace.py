@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,6 @@ class Workspace:
 
     Attributes:
         cache: the cached features.
-        load_s: seconds spent loading so far.
     """
 
     def __init__(self, dataset: str | Dataset, ranks: Ranks) -> None:
@@ -49,10 +49,21 @@ class Workspace:
         self.ranks = ranks
         self.dataset = open_dataset(dataset) if isinstance(dataset, str) else dataset
         self._backbones: dict[tuple[Any, ...], Backbone] = {}
-        self._readers: dict[tuple[str, int], RowReader] = {}
+        self._readers: dict[str, RowReader] = {}
         self._subsets: dict[float, Split] = {}
         self.cache = FeatureCache()
-        self.load_s = time.monotonic() - began
+        self._seconds = {"load": time.monotonic() - began}  # shared by all views
+
+    @property
+    def load_s(self) -> float:
+        """Seconds spent loading so far."""
+        return self._seconds["load"]
+
+    def on(self, dataset: Dataset) -> Workspace:
+        """Return a workspace for another view of the dataset, which shares backbones, open files and cached features."""
+        view = copy(self)
+        view.dataset, view._subsets = dataset, {}
+        return view
 
     def backbone(self, config: RunConfig) -> Backbone:
         """Return the frozen backbone of a run, loaded once. Raises BadInput."""
@@ -73,15 +84,14 @@ class Workspace:
                 resolution_px=wanted.resolution_px,
                 checkpointing=wanted.checkpointing,
             )
-            self.load_s += time.monotonic() - began
+            self._seconds["load"] += time.monotonic() - began
         return self._backbones[key]
 
     def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
         """Return the open files of a split, with memory for the encoded images that are shuffled together."""
-        key = (split.name, split.num_samples)
-        if key not in self._readers:
-            self._readers[key] = RowReader(split)
-        reader = self._readers[key]
+        if split.key not in self._readers:
+            self._readers[split.key] = RowReader(split)
+        reader = self._readers[split.key]
         reader.cache_bytes = memory_bytes(split, shuffle_bytes)
         return reader
 
@@ -152,7 +162,7 @@ class Workspace:
         if config.head.init == "semantic":
             return self.backbone(config).semantic_weights(self.dataset.class_names, config.head.template)
         split = self.training(config)
-        key = (*_key(config), config.head.init, split.num_samples)
+        key = (*_key(config), config.head.init, split.key)
 
         def compute() -> torch.Tensor:
             samples = first_of_each_class(split.labels, MEAN_OF)
@@ -204,7 +214,16 @@ class Workspace:
         """Return `frozen` of a whole split, computed once for all runs; None if it does not fit or nothing is frozen."""
         if not model.first_tuned:
             return None
-        key = (*_key(config), split.name, split.num_samples, model.first_tuned)
+        if split.parts:
+            # Folds share the features of the splits that they are made of.
+            whole = [(self.cached_features(config, model, part), samples) for part, samples in split.parts]
+            parts = [
+                features[torch.from_numpy(samples).to(features.device)]
+                for features, samples in whole
+                if features is not None
+            ]
+            return torch.cat(parts) if len(parts) == len(whole) else None
+        key = (*_key(config), split.key, model.first_tuned)
         num_bytes = 4 * split.num_samples * int(np.prod(self._frozen_shape(config, model)))
         # `frozen` is a collective call: sizes follow from settings and data alone, so all ranks decide the same.
         if not self.cache.fits(key, num_bytes, config.backbone.cache_gib * GIB):

@@ -51,7 +51,7 @@ class CifarImages:
 def scan_cifar(source: str, *, imbalance: float | None = None, coarse: bool = False) -> ImageIndex:
     """List the images of CIFAR-10 or CIFAR-100.
 
-    With `imbalance`, the training images are reduced as in the literature (`longtailed_rows`).
+    With `imbalance`, the training images are reduced as in the literature (`longtailed_rows`); the others are `discarded`.
 
     Args:
         source: cifar-10-python.tar.gz, cifar-100-python.tar.gz, or a folder with their content; any fsspec URL.
@@ -86,10 +86,13 @@ def scan_cifar(source: str, *, imbalance: float | None = None, coarse: bool = Fa
         [(f"{name}/{row}", label) for name, _ in split for row, label in enumerate(files[name][f"{kind}s"])]
         for split in (published.train_list, published.test_list)
     )
+    discarded = None
     if imbalance is not None:
         labels = np.array([label for _, label in train], dtype=np.int64)
-        train = [train[row] for row in longtailed_rows(labels, len(names), imbalance)]
-    return ImageIndex(source, names, {"train": train, "test": test}, read, notes=notes)
+        kept = longtailed_rows(labels, len(names), imbalance)
+        discarded = [train[row] for row in np.setdiff1d(np.arange(len(train)), kept)]
+        train = [train[row] for row in kept]
+    return ImageIndex(source, names, {"train": train, "test": test}, read, notes=notes, discarded=discarded)
 
 
 def longtailed_rows(labels: Int64s, num_classes: int, imbalance: float) -> Int64s:

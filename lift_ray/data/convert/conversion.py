@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from filelock import lock_descriptor
 from fsspec.implementations.local import LocalFileSystem
@@ -28,7 +28,7 @@ from lift_ray.data.convert.shards import (
     sizes,
     write_file,
 )
-from lift_ray.data.convert.splitting import Division, divide
+from lift_ray.data.convert.splitting import Divided, Division, divide
 from lift_ray.data.convert.tasks import Job, RunTasks, ShardTask, in_memory, record_name, run_here
 from lift_ray.data.layout import MANIFEST, SPLITS, shard_names
 from lift_ray.data.open import FORMAT_VERSION
@@ -40,11 +40,30 @@ SKIPPED = "skipped.txt"
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a conversion: a record of each split, the class names, and one line for each skipped image."""
+    """Result of a conversion.
+
+    Attributes:
+        splits: record of each split.
+        class_names: names of the K classes.
+        skipped: one line for each skipped image.
+        validation: `drawn` from the training images, `separate`, or None without a validation split.
+        labelled_counts: labeled training images of each class before any were held out, (K,).
+        has_groups: no group of images is in two splits.
+    """
 
     splits: dict[str, SplitRecord]
     class_names: tuple[str, ...]
     skipped: tuple[str, ...]
+    validation: Literal["drawn", "separate"] | None
+    labelled_counts: tuple[int, ...]
+    has_groups: bool
+
+    @property
+    def unseen(self) -> tuple[int, ...]:
+        """Labels of the classes without a validation image, which a search on the validation split does not see."""
+        record = self.splits.get("validation")
+        counts = record.class_counts if record else (0,) * len(self.class_names)
+        return tuple(label for label, count in enumerate(counts) if count == 0)
 
 
 def convert(
@@ -83,9 +102,17 @@ def convert(
         BadInput: an image is bad, a class has no training image, or the destination is in use or not writable.
         RunFailed: a process was killed. Finished shards are kept in both cases.
     """
-    splits = divide(index, division or Division())
+    divided = divide(index, division or Division())
+    splits = divided.splits
     job = Job(
-        destination, index.source, index.class_names, index.read, encoding or Encoding(), row_group_rows, skip_bad
+        destination,
+        index.source,
+        index.class_names,
+        index.read,
+        encoding or Encoding(),
+        row_group_rows,
+        skip_bad,
+        index.groups is not None,
     )
     tasks = [
         ShardTask(split, number, rows[start : start + rows_per_shard])
@@ -101,7 +128,7 @@ def convert(
 
     _check_outside(index.source, destination)
     with _claimed(destination):
-        records = _begin(job, tasks, overwrite)
+        records = _begin(job, tasks, _digest(job, tasks, divided), overwrite)
         missing = [task for task in tasks if record_name(task) not in records]
         advance(total - sum(len(task.rows) for task in missing))
         run: RunTasks = partial(run_here, workers=workers or os.cpu_count() or 1)
@@ -112,7 +139,7 @@ def convert(
         except BaseException:
             _leave(destination, tasks)
             raise
-        return _finish(job, [*records.values(), *new])
+        return _finish(job, divided, [*records.values(), *new])
 
 
 def _check_outside(source: str, destination: str) -> None:
@@ -156,9 +183,8 @@ def _claimed(destination: str) -> Iterator[None]:
         os.close(folder)
 
 
-def _begin(job: Job, tasks: Sequence[ShardTask], overwrite: bool) -> dict[str, ShardRecord]:
+def _begin(job: Job, tasks: Sequence[ShardTask], digest: str, overwrite: bool) -> dict[str, ShardRecord]:
     """Return the shards that an earlier call with the same plan has finished, by the name of their record."""
-    digest = _digest(job, tasks)
     there = sizes(job.destination)
     if PLAN in there and _load(job.destination, PLAN).get("digest") == digest:
         return _finished(job, tasks, there)
@@ -173,11 +199,11 @@ def _begin(job: Job, tasks: Sequence[ShardTask], overwrite: bool) -> dict[str, S
     return {}
 
 
-def _digest(job: Job, tasks: Sequence[ShardTask]) -> str:
+def _digest(job: Job, tasks: Sequence[ShardTask], divided: Divided) -> str:
     """Hash everything that determines the bytes. `skip_bad` does not: a shard finished without it is the same with it."""
     versions = [FORMAT_VERSION, *(version(name) for name in ("lift_ray", "pyarrow", "pillow"))]
     images = [job.source, repr(job.read), asdict(job.encoding), job.class_names, job.row_group_rows]
-    digest = hashlib.sha256(json.dumps([versions, images]).encode())
+    digest = hashlib.sha256(json.dumps([versions, images, divided.from_training]).encode())
     for task in tasks:
         digest.update(json.dumps([task.split, task.number, task.rows]).encode())
     return digest.hexdigest()
@@ -214,7 +240,7 @@ def _leave(destination: str, tasks: Sequence[ShardTask]) -> None:
             discard(destination)
 
 
-def _finish(job: Job, shards: Sequence[ShardRecord]) -> Converted:
+def _finish(job: Job, divided: Divided, shards: Sequence[ShardRecord]) -> Converted:
     """Check that every class has a training image, and publish. A split without any readable image is dropped."""
     shards = sorted(shards, key=lambda shard: shard.number)
     records = {split: SplitRecord(tuple(shard for shard in shards if shard.split == split)) for split in SPLITS}
@@ -228,8 +254,22 @@ def _finish(job: Job, shards: Sequence[ShardRecord]) -> Converted:
             job.source, "every class must keep a training image", but=f"{name!r} has no readable one", remedy="add one"
         )
     _list_skipped(job.destination, skipped)
-    publish(job.destination, job.class_names, records)
-    return Converted(records, job.class_names, skipped)
+    labelled = (records[split].class_counts for split in divided.from_training if split in records)
+    drawn: Literal["drawn", "separate"] = "drawn" if "validation" in divided.from_training else "separate"
+    validation = drawn if "validation" in records else None
+    converted = Converted(
+        records, job.class_names, skipped, validation, tuple(map(sum, zip(*labelled, strict=True))), job.has_groups
+    )
+    publish(job.destination, job.class_names, records, _about(converted))
+    return converted
+
+
+def _about(converted: Converted) -> dict[str, object]:
+    """Return what the manifest says beside the shards."""
+    about: dict[str, object] = {"labelled_counts": converted.labelled_counts}
+    if converted.validation:
+        about["validation"] = converted.validation
+    return about | ({"groups": True} if converted.has_groups else {})
 
 
 def _list_skipped(destination: str, skipped: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from lift_ray.data.convert.groups import group_by_folder
 from lift_ray.data.convert.index import FilesIn, ImageIndex, absolute, check_trained, readable
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import locate, reached
@@ -20,13 +21,18 @@ SPLIT_DIRECTORIES = {
 }
 
 
-def scan_folder(source: str) -> ImageIndex:
+def scan_folder(source: str, *, group: str | None = None) -> ImageIndex:
     """List the images in class directories, either directly in `source` or in its train, val(idation) and test directories.
 
     A class has the name of its directory, with spaces for underscores; labels follow the sorted directory names. Subdirectories
     belong to their class; hidden files and directories are ignored.
 
-    Raises BadInput if the directory does not exist or has no class directories, or if a class has no training image.
+    Args:
+        source: the folder, any fsspec URL.
+        group: `folder:N` makes the N-th directory below the class directory a group.
+
+    Raises BadInput if the directory does not exist or has no class directories, if a class has no training image, or if groups do not
+    exist or are in several splits.
     """
     file_system, root = locate(source)
     root = root.rstrip("/")
@@ -39,7 +45,8 @@ def scan_folder(source: str) -> ImageIndex:
     if not top:
         raise BadInput(source, "must be a folder of class directories", "none", "give each class a directory")
     has_splits = bool(inner) and all(inner.values())
-    return _index(source, _split_directories(source, top, inner) if has_splits else {"": top}, names)
+    index = _index(source, _split_directories(source, top, inner) if has_splits else {"": top}, names)
+    return index if group is None else group_by_folder(index, group, first=2 if has_splits else 1)
 
 
 def _split_directories(source: str, top: list[str], inner: dict[str, list[str]]) -> dict[str, list[str]]:

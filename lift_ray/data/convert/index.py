@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +52,9 @@ class ImageIndex:
         read: returns the encoded image of a reference.
         num_ignored: number of files without an image suffix.
         notes: messages to the user about the source.
+        discarded: training images that the long-tailed cut of the literature leaves out; None if there is no cut.
+        groups: name of the group of each reference, which no split may divide; an image without a name is a group of its own.
+            None if there are no groups.
     """
 
     source: str
@@ -60,6 +63,8 @@ class ImageIndex:
     read: ReadImage
     num_ignored: int = 0
     notes: tuple[str, ...] = ()
+    discarded: Sequence[tuple[str, int]] | None = None
+    groups: Mapping[str, str] | None = None
 
 
 def index_of_files(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lift_ray.data.convert.groups import group_by_folder
 from lift_ray.data.convert.index import ImageIndex, Row, distinct, index_of_files, read_lines
 from lift_ray.errors import BadInput
 
@@ -11,7 +12,13 @@ MOST_DIGITS = 9
 
 
 def scan_list(
-    source: str, *, train: str, validation: str | None = None, test: str | None = None, class_names: str
+    source: str,
+    *,
+    train: str,
+    validation: str | None = None,
+    test: str | None = None,
+    class_names: str,
+    group: str | None = None,
 ) -> ImageIndex:
     """List the images that text files name.
 
@@ -23,14 +30,16 @@ def scan_list(
         source: folder that the paths are relative to, any fsspec URL.
         train, validation, test: paths or URLs of the lists.
         class_names: file with a class name on each line, in label order.
+        group: `folder:N` makes the N-th directory of the listed paths a group.
 
     Raises BadInput with file and line for a line without path and label, a label outside the class names, a path
-    outside the source, an image listed twice, an empty list, or a class without a training image.
+    outside the source, an image listed twice, an empty list, a class without a training image, or groups in several splits.
     """
     names, notes = read_class_names(class_names)
     lists = {"train": train, "validation": validation, "test": test}
     rows = (row for split, url in lists.items() if url is not None for row in _rows(url, split, len(names)))
-    return index_of_files(source, source, names, rows, notes)
+    index = index_of_files(source, source, names, rows, notes)
+    return index if group is None else group_by_folder(index, group)
 
 
 def read_class_names(url: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -26,8 +26,8 @@ PLAN = ".plan.json"
 RULE = "must be a writable folder"
 PARTIAL = ".partial"
 
-Sample = tuple[bytes, str, int]
-"""A sample: encoded image, path and label."""
+Sample = tuple[bytes, str, int, *tuple[int, ...]]
+"""A sample: encoded image, path and label, and the number of its group if there are groups."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def write_shard(
     *,
     row_group_rows: int = 256,
     compression: str = "none",
+    has_groups: bool = False,
 ) -> ShardRecord:
     """Write samples, possibly none, to one Parquet file under a unique temporary name.
 
@@ -132,7 +133,7 @@ def write_shard(
 
     Raises BadInput if the destination cannot be written; exceptions of `samples` are not caught.
     """
-    schema = _schema(class_names)
+    schema = _schema(class_names, has_groups)
     counts = np.zeros(len(class_names), dtype=np.int64)
     name = f".{split}-{number:05d}-{_token()}{PARTIAL}"
     file_system, folder = locate(destination)
@@ -144,13 +145,13 @@ def write_shard(
             schema,
             compression=compression,
             compression_level=19 if compression == "zstd" else None,
-            use_dictionary=["label"],
+            use_dictionary=["label", *(["group"] if has_groups else [])],
             write_statistics=["label"],
             write_page_checksum=True,
         )
     try:
         for group in _row_groups(iter(samples), row_group_rows):
-            counts += np.bincount([label for _, _, label in group], minlength=len(class_names))
+            counts += np.bincount([sample[2] for sample in group], minlength=len(class_names))
             with _writing(destination):
                 writer.write_table(_table(group, schema), row_group_size=len(group))
         with _writing(destination):
@@ -195,11 +196,16 @@ def sizes(destination: str) -> dict[str, int]:
     return {info["name"].rsplit("/", 1)[-1]: info["size"] for info in found if info["type"] == "file"}
 
 
-def publish(destination: str, class_names: Iterable[str], splits: Mapping[str, SplitRecord]) -> None:
+def publish(
+    destination: str,
+    class_names: Iterable[str],
+    splits: Mapping[str, SplitRecord],
+    about: Mapping[str, object] | None = None,
+) -> None:
     """Rename the written shards to their final names, replacing any existing dataset, and write manifest.json last.
 
     Readers never see a half-written shard, and see a manifest only after every shard is in place. An interrupted call can be
-    repeated: a shard whose temporary name is gone has its final name already.
+    repeated: a shard whose temporary name is gone has its final name already. `about` has further keys of the manifest.
 
     Raises BadInput if the destination cannot be written.
     """
@@ -217,7 +223,7 @@ def publish(destination: str, class_names: Iterable[str], splits: Mapping[str, S
         for name, shard in files.items():
             if name not in moved:
                 file_system.mv(join(folder, shard.partial), join(folder, name))
-    write_file(destination, MANIFEST, _manifest(class_names, splits))
+    write_file(destination, MANIFEST, _manifest(class_names, splits, about or {}))
     discard(destination)
 
 
@@ -253,10 +259,11 @@ class _HashedFile:
         self.closed = True
 
 
-def _manifest(class_names: Iterable[str], splits: Mapping[str, SplitRecord]) -> bytes:
+def _manifest(class_names: Iterable[str], splits: Mapping[str, SplitRecord], about: Mapping[str, object]) -> bytes:
     manifest = {
         "format_version": FORMAT_VERSION,
         "class_names": list(class_names),
+        **about,
         "splits": {
             split: {
                 "rows": record.rows,
@@ -272,15 +279,16 @@ def _manifest(class_names: Iterable[str], splits: Mapping[str, SplitRecord]) -> 
     return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
-def _schema(class_names: Sequence[str]) -> Any:
+def _schema(class_names: Sequence[str], has_groups: bool) -> Any:
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema([("image", image), ("label", pa.int64())], metadata=schema_metadata(class_names))
+    columns = [("image", image), ("label", pa.int64()), *([("group", pa.int64())] if has_groups else [])]
+    return pa.schema(columns, metadata=schema_metadata(class_names, has_groups))
 
 
 def _table(group: list[Sample], schema: Any) -> Any:
-    images, paths, labels = zip(*group, strict=True)
+    images, paths, *numbers = zip(*group, strict=True)
     image = pa.StructArray.from_arrays([pa.array(images, pa.binary()), pa.array(paths, pa.string())], ["bytes", "path"])
-    return pa.Table.from_arrays([image, pa.array(labels, pa.int64())], schema=schema)
+    return pa.Table.from_arrays([image, *(pa.array(column, pa.int64()) for column in numbers)], schema=schema)
 
 
 def _row_groups(samples: Iterator[Sample], row_group_rows: int) -> Iterator[list[Sample]]:

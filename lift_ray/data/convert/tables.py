@@ -11,19 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lift_ray.data.convert.folder import SPLIT_DIRECTORIES
+from lift_ray.data.convert.groups import folder_level, group_by_folder, with_groups
 from lift_ray.data.convert.index import (
+    FilesIn,
     ImageIndex,
     absolute,
     check_trained,
     distinct,
     index_of_files,
+    inside,
     read_lines,
     readable,
 )
@@ -40,17 +43,25 @@ NUMBER = re.compile(r"-?[0-9]+")
 CACHE_BYTES = 512 * 2**20
 _ONE_AT_A_TIME = threading.Lock()
 
-Told = tuple[str, str, str, str]
-"""A row: its place (for messages), split, image reference, and label as text."""
+
+class Told(NamedTuple):
+    """A row: its place (for messages), split, image reference, and label as text; its group, or "" if it has none."""
+
+    where: str
+    split: str
+    image: str
+    label: str
+    group: str
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the used columns; `split` is None if the table has no split column."""
+    """Names of the used columns; `split` is None if the table has no split column, `group` if no groups are wanted."""
 
     image: str
     label: str
     split: str | None
+    group: str | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ def scan_table(
     split_column: str | None = None,
     root: str | None = None,
     class_names: str | None = None,
+    group: str | None = None,
 ) -> ImageIndex:
     """List the images in the rows of a table.
 
@@ -100,22 +112,38 @@ def scan_table(
             the file names of Parquet (train-00000-of-00002.parquet, test/0.parquet), else all rows are for training.
         root: folder that paths are relative to; default: the folder of the table.
         class_names: file with one class name per line, in label order.
+        group: column of groups (text or integers; rows without a value are groups of their own), or `folder:N` for the N-th
+            directory of the paths.
 
     Raises BadInput, with the line or row, for ambiguous columns, a row without an image or a label, an unknown
-    label or split, a path outside the root, an image listed twice, or a class without a training image.
+    label or split, a path outside the root, an image listed twice, a class without a training image, or groups in several splits.
     """
-    given = Columns(image_column or "", label_column or "", split_column)
+    by_folder = group is not None and folder_level(group) is not None
+    given = Columns(image_column or "", label_column or "", split_column, None if by_folder else group)
     names, notes = read_class_names(class_names) if class_names is not None else (None, ())
-    return KINDS[kind](source, given, root, names, notes)
+    index, told = KINDS[kind](source, given, root, names, notes)
+    if group is None:
+        return index
+    if not by_folder:
+        return with_groups(index, _groups(index, told))
+    if not isinstance(index.read, FilesIn):
+        raise BadInput("group", f"{group} requires a column of paths", "a column of images", "give a column")
+    return group_by_folder(index, group)
+
+
+def _groups(index: ImageIndex, told: list[Told]) -> dict[str, str]:
+    """Return the group of each reference that has one."""
+    is_path = isinstance(index.read, FilesIn)
+    return {inside(row.image, row.where) if is_path else row.image: row.group for row in told if row.group}
 
 
 def _scan_csv(
     source: str, given: Columns, root: str | None, names: tuple[str, ...] | None, notes: tuple[str, ...]
-) -> ImageIndex:
+) -> tuple[ImageIndex, list[Told]]:
     told = list(_csv_rows(source, given))
     names, labels = _labelled(source, told, names)
-    rows = ((where, split, path, label) for (where, split, path, _), label in zip(told, labels, strict=True))
-    return index_of_files(source, _folder_of(source) if root is None else root, names, rows, notes)
+    rows = ((*row[:3], label) for row, label in zip(told, labels, strict=True))
+    return index_of_files(source, _folder_of(source) if root is None else root, names, rows, notes), told
 
 
 def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
@@ -128,6 +156,7 @@ def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
         columns = _columns(source, header, given)
         image, label = header.index(columns.image), header.index(columns.label)
         split = None if columns.split is None else header.index(columns.split)
+        group = None if columns.group is None else header.index(columns.group)
         for cells in reader:
             where = f"{source}:{reader.line_num}"
             if not cells:
@@ -135,19 +164,22 @@ def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
             if len(cells) != len(header):
                 raise BadInput(where, f"must have {len(header)} cells, like the header", len(cells), "fix it")
             part = "train" if split is None else _split_named(cells[split], where)
-            yield _told(where, part, cells[image].strip(), cells[label].strip(), columns)
+            own = "" if group is None else cells[group].strip()
+            yield _checked(Told(where, part, cells[image].strip(), cells[label].strip(), own), columns)
 
 
 def _scan_parquet(
     source: str, given: Columns, root: str | None, names: tuple[str, ...] | None, notes: tuple[str, ...]
-) -> ImageIndex:
+) -> tuple[ImageIndex, list[Told]]:
     base, files = _parquet_files(source)
     split_of = _splits_by_name(source, files)
     with _readable(join(base, files[0])), _opened(join(base, files[0])) as parquet:
         schema = parquet.schema_arrow
     columns = _columns(source, schema.names, given)
     leaf = _leaf(source, schema, columns.image)
-    _check_label_type(source, schema, columns.label)
+    _check_type(source, schema, columns.label, "pass --label-column")
+    if columns.group is not None:
+        _check_type(source, schema, columns.group, "choose another --group")
     told: list[Told] = []
     most_bytes = 1
     for file in files:
@@ -162,37 +194,44 @@ def _scan_parquet(
     names, labels = _labelled(source, told, names)
     rows = [(*row[:3], label) for row, label in zip(told, labels, strict=True)]
     if leaf is None:
-        return index_of_files(source, base if root is None else root, names, rows, notes)
+        return index_of_files(source, base if root is None else root, names, rows, notes), told
     splits: dict[str, list[tuple[str, int]]] = {}
     for _, split, reference, label in rows:
         splits.setdefault(split, []).append((reference, label))
     check_trained(source, names, splits)
     read = ImagesInParquet(absolute(base), leaf, max(1, CACHE_BYTES // most_bytes))
-    return ImageIndex(source, names, splits, read, notes=notes)
+    return ImageIndex(source, names, splits, read, notes=notes), told
 
 
 def _parquet_rows(
     parquet: Any, groups: list[Any], url: str, file: str, split: str, columns: Columns, leaf: str | None
 ) -> Iterator[Told]:
-    wanted = [columns.label, *([columns.split] if columns.split else []), *([] if leaf else [columns.image])]
-    table = parquet.read(columns=wanted)
+    wanted = [columns.label, columns.split, columns.group, None if leaf else columns.image]
+    table = parquet.read(columns=[name for name in wanted if name])
     labels = table.column(columns.label).to_pylist()
     splits = table.column(columns.split).to_pylist() if columns.split else None
+    owners = table.column(columns.group).to_pylist() if columns.group else [None] * len(labels)
     if leaf:
         images = [f"{file}:{number}:{row}" for number, group in enumerate(groups) for row in range(group.num_rows)]
     else:
         images = table.column(columns.image).to_pylist()
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for number, (image, label, owner) in enumerate(zip(images, labels, owners, strict=True)):
         where = f"{url} row {number}"
         part = split if splits is None else _split_named(str(splits[number]), where)
-        yield _told(where, part, image or "", "" if label is None else str(label).strip(), columns)
+        yield _checked(Told(where, part, image or "", _text(label), _text(owner)), columns)
 
 
-def _told(where: str, split: str, image: str, label: str, columns: Columns) -> Told:
-    for cell, column in ((image, columns.image), (label, columns.label)):
+def _text(cell: object) -> str:
+    return "" if cell is None else str(cell).strip()
+
+
+def _checked(row: Told, columns: Columns) -> Told:
+    for cell, column in ((row.image, columns.image), (row.label, columns.label)):
         if not cell:
-            raise BadInput(where, f"must have a value in the column {column!r}", "none", "fill it or remove the row")
-    return where, split, image, label
+            raise BadInput(
+                row.where, f"must have a value in the column {column!r}", "none", "fill it or remove the row"
+            )
+    return row
 
 
 def _split_named(name: str, where: str) -> str:
@@ -207,6 +246,7 @@ def _columns(source: str, columns: list[str], given: Columns) -> Columns:
         _column(source, columns, given.image, "image", IMAGE_COLUMNS),
         _column(source, columns, given.label, "label", LABEL_COLUMNS),
         _column(source, columns, given.split or "", "split", SPLIT_COLUMNS) or None,
+        None if given.group is None else _column(source, columns, given.group, "group", frozenset()),
     )
 
 
@@ -229,16 +269,16 @@ def _labelled(source: str, told: list[Told], names: tuple[str, ...] | None) -> t
     """Return the class names, and the label of each row."""
     if not told:
         raise BadInput(source, "must contain images", "no rows", "check the file")
-    numbers = all(NUMBER.fullmatch(label) for *_, label in told)
+    numbers = all(NUMBER.fullmatch(row.label) for row in told)
     if numbers and names is None:
         raise BadInput(source, "numeric labels require class names", "none", "pass --class-names FILE")
-    names = names or tuple(sorted({readable(label) for *_, label in told}))
+    names = names or tuple(sorted({readable(row.label) for row in told}))
     labels = {str(label) if numbers else name: label for label, name in enumerate(names)}
-    rows = [labels.get(label if numbers else readable(label)) for *_, label in told]
+    rows = [labels.get(row.label if numbers else readable(row.label)) for row in told]
     if None in rows:
-        where, _, _, label = told[rows.index(None)]
+        first = told[rows.index(None)]
         rule = f"the label must be 0 to {len(names) - 1}" if numbers else "the label must be a class name"
-        raise BadInput(where, rule, f"{label!r}", f"check the {len(names)} class names")
+        raise BadInput(first.where, rule, f"{first.label!r}", f"check the {len(names)} class names")
     return names, [label for label in rows if label is not None]
 
 
@@ -290,14 +330,15 @@ def _leaf(source: str, schema: Any, image: str) -> str | None:
 
 
 def _used(schema: Any, columns: Columns) -> Any:
-    names = [name for name in (columns.image, columns.label, columns.split) if name in schema.names]
+    used = (columns.image, columns.label, columns.split, columns.group)
+    names = [name for name in used if name in schema.names]
     return [schema.field(name).type for name in names], _class_label_names(schema.metadata or {}, columns.label)
 
 
-def _check_label_type(source: str, schema: Any, label: str) -> None:
-    kind = _plain_type(schema.field(label).type)
+def _check_type(source: str, schema: Any, column: str, remedy: str) -> None:
+    kind = _plain_type(schema.field(column).type)
     if not (pa.types.is_integer(kind) or _is_text(kind)):
-        raise BadInput(source, f"the column {label!r} must contain integers or text", kind, "pass --label-column")
+        raise BadInput(source, f"the column {column!r} must contain integers or text", kind, remedy)
 
 
 def _plain_type(kind: Any) -> Any:

@@ -39,6 +39,7 @@ class Job:
     encoding: Encoding
     row_group_rows: int
     skip_bad: bool
+    has_groups: bool
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
     bad: list[BadInput] = []
 
     def good(pool: ThreadPoolExecutor) -> Iterator[Sample]:
-        for (reference, label), image in _in_order(pool, lambda row: _checked(job, row[0]), task.rows, 4 * num_threads):
+        for row, image in _in_order(pool, lambda row: _checked(job, row[0]), task.rows, 4 * num_threads):
             step()
             if isinstance(image, bytes):
-                yield image, reference, label
+                yield image, *row
             elif job.skip_bad:
                 bad.append(image)
             else:
@@ -85,7 +86,13 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
 
     with ThreadPoolExecutor(num_threads) as pool:
         record = write_shard(
-            job.destination, task.split, task.number, good(pool), job.class_names, row_group_rows=job.row_group_rows
+            job.destination,
+            task.split,
+            task.number,
+            good(pool),
+            job.class_names,
+            row_group_rows=job.row_group_rows,
+            has_groups=job.has_groups,
         )
     record = replace(record, skipped=tuple(map(str, bad)))
     write_file(job.destination, record_name(task), json.dumps(asdict(record)).encode())

@@ -16,6 +16,7 @@ import numpy as np
 from lift_ray.epoch_metrics import (
     ACCURACIES,
     GROUPS,
+    LOSSES,
     MAIN,
     MAIN_METRIC,
     POSTHOC_OPTIMISM,
@@ -426,7 +427,7 @@ def kinds_figure(study: StudyFiles) -> Figure | None:
 def scale_of(metric: str) -> tuple[float, str]:
     """Return the factor and the axis title of a metric: accuracies are shown in percent."""
     name = metric.rsplit("/", 1)[-1]
-    if "/" not in metric or name == "loss":
+    if "/" not in metric or name in LOSSES:
         return 1.0, name.replace("_", " ")
     return 100.0, f"{WORDS[name]} accuracy{PERCENT}" if name in WORDS else f"{name.replace('_', ' ')}{PERCENT}"
 

@@ -53,7 +53,7 @@ def images_figure(study: StudyFiles) -> Figure | None:
                 hovertemplate="%{text}<extra></extra>",
             )
         )
-    rules = ", ".join(f"{group} {study.group_rules[group]}" for group in GROUPS)
+    rules = ", ".join(f"{group} {study.class_groups.rules[group]}" for group in GROUPS)
     least = int(counts.min())
     spread = f"{least:,} to {counts.max():,} training images" + (
         f" (imbalance {counts.max() / least:,.0f})" if least else ""
@@ -94,7 +94,7 @@ def classes_figure(study: StudyFiles) -> Figure | None:
             )
         )
     never = int((correct[seen] == 0).sum())
-    rules = ", ".join(f"{group} {study.group_rules[group]}" for group in GROUPS)
+    rules = ", ".join(f"{group} {study.class_groups.rules[group]}" for group in GROUPS)
     note = (
         f"Each point is a class; {split} accuracy of the best settings. Classes with zero accuracy: {never} of {len(seen)}. "
         f"Groups by number of training images: {rules}."
