@@ -270,6 +270,7 @@ def test_questions_without_an_answer_are_lines_of_one_list(tmp_path: Path) -> No
     assert "<h3>Does heavy fine-tuning hurt the few-shot classes?</h3>" not in page
     (left,) = re.findall(r"<h3>What this study cannot tell</h3><ul>(.*?)</ul>", page, re.DOTALL)
     assert left.count("<li>") == 3
+    assert "effect of heavy fine-tuning" not in left, "the same was said twice"
     assert "Does heavy fine-tuning hurt the few-shot classes? Cannot tell: at least 5 sizes" in left
     assert "What would more training gain? Cannot tell: " in left
 

@@ -34,6 +34,7 @@ from lift_ray.storage.atomic import replacing
 from lift_ray.storage.layout import PAGE
 
 ACCURACY_CAPTIONS = {"test": "Test accuracy (%), held out from the search", "validation": "Validation accuracy (%)"}
+ASKED = ("effect of heavy fine-tuning", "scaling law")  # figures that `open_questions` stands for
 MOST_ROWS = 60  # of a table on the page; the CSV has all
 MOST_CSV_BYTES = 1_000_000  # of a CSV inside the page; a larger one is only next to it
 
@@ -211,7 +212,7 @@ def _study_view(section: StudySection, named: Sequence[tuple[str, Figure]], miss
     study, law = section.study, fit_law(section.study, *search.unit_of(section.study))
     answers = {"scaling": law_in_words(law)}
     drawn = {figure.name: _drawn(name, figure, answers.get(figure.name, "")) for name, figure in named}
-    gains = gain_rows(study)
+    gains, questions = gain_rows(study), open_questions(study, law) if study.finished else []
     tables = [
         (ACCURACY_CAPTIONS[compared_split(study)], accuracy_rows(study)),
         ("Gain of the best settings in test accuracy (percentage points)", gains),
@@ -232,10 +233,10 @@ def _study_view(section: StudySection, named: Sequence[tuple[str, Figure]], miss
         tables=[(caption, rows) for caption, rows in tables if rows],
         groups=", ".join(f"{group} ({rule})" for group, rule in study.class_groups.rules.items()),
         class_table=class_table(study),
-        questions=open_questions(study, law) if study.finished else [],
+        questions=questions,
         compared=drawn.pop("compared", None),
         figures=list(drawn.values()),
-        missing=missing,
+        missing=[name for name in missing if not questions or name not in ASKED],
         examples=section.examples,
         without_examples=section.without_examples,
     )

@@ -114,7 +114,9 @@ def estimate_in_words(study: StudyFiles) -> str:
         gap = 100 * (value - tested)
         beside = "equal to" if abs(gap) < 0.05 else f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
         text += f", {beside} the test result"
-    return f"{text}. These predictions also chose the winner, so the estimate tends to be too high."
+    text += ". These predictions also chose the winner, which makes the estimate too high"
+    fewer = ", and come from models that were trained on fewer images, which makes it too low"
+    return f"{text}{fewer if study.choice.folds > 1 else ''}."
 
 
 def best_in_words(study: StudyFiles) -> str:

@@ -127,7 +127,8 @@ def confusion_figure(study: StudyFiles) -> Figure | None:
     shown = sorted(found.classes(MOST_CLASSES), key=lambda k: (GROUPS.index(study.groups[k]), -counts[k]))
     note = (
         f"{len(predictions.label):,} {split} predictions of the best settings: rows are true classes, columns predicted classes, "
-        "both from many to few training images. Darker means a larger fraction of the true class; blue is right, orange wrong."
+        "both from many to few training images. Blue is right, orange wrong; the stronger the color, the larger the fraction of the "
+        "true class."
     )
     if len(shown) < len(study.class_names):
         note += (
