@@ -367,6 +367,7 @@ def _report(destination: str, converted: Converted, num_ignored: int, options: O
 
     from lift_ray.data.convert.conversion import SKIPPED
     from lift_ray.data.longtail import plot, summary
+    from lift_ray.evaluation.metrics import ClassGroups
     from lift_ray.storage.store import join
 
     table = Table("split")
@@ -378,7 +379,7 @@ def _report(destination: str, converted: Converted, num_ignored: int, options: O
         table.add_row(split, f"{record.rows:,}", f"{classes:,}", str(len(record.shards)), f"{num_bytes / 1e6:,.1f}")
     Console().print(table)
     counts = np.array(converted.labelled_counts)
-    print(f"labeled: {summary(counts)}\n{plot(counts)}")
+    print(f"labeled: {summary(counts)}\ngroups: {ClassGroups.of(counts)}\n{plot(counts)}")
     if converted.unseen and "validation" in converted.splits:
         print(_unseen(converted))
     for split, frac in (("validation", options.validation_frac), ("test", options.test_frac)):

@@ -267,7 +267,10 @@ def test_a_semi_supervised_set_and_its_distribution_are_reported(
     held = contents(out)
     assert set(held["train"]) <= set(held["unlabelled"])
     printed = capsys.readouterr()
-    assert "labeled: 3 classes, 7 images: 4 to 1 a class, imbalance 4.0; 0 many (> 100), 0 medium, 3 few" in printed.out
+    assert "labeled: 3 classes, 7 images: 4 to 1 a class, imbalance 4.0\n" in printed.out
+    assert (
+        "groups: 1 many (over 3), 1 medium (2 to 3), 1 few (under 2); these are thirds of the classes\n" in printed.out
+    )
     assert "4 █" in printed.out
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from lift_ray.data.longtail import keep_first, longtail_counts, plot, semi_supervised_counts, summary
 from lift_ray.errors import BadInput
-from lift_ray.evaluation.metrics import PUBLISHED, ClassGroups
 
 COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=40).map(lambda counts: np.array(counts, dtype=np.int64))
 
@@ -103,15 +102,11 @@ def test_semi_supervised_classes_keep_a_labelled_image_and_their_rank() -> None:
     assert further.tolist() == [50, 50, 50]
 
 
-def test_a_summary_counts_groups_as_the_metrics_do() -> None:
+def test_a_summary_describes_the_class_counts() -> None:
     counts = np.array([101, 100, 20, 19, 4])
     found = summary(counts)
-    assert (found.many, found.medium, found.few) == (1, 2, 2)
-    assert ClassGroups.of(counts, PUBLISHED).names.tolist() == ["many", "medium", "medium", "few", "few"]
     assert (found.classes, found.images, found.largest, found.smallest, found.imbalance) == (5, 244, 101, 4, 25.25)
-    assert (
-        str(found) == "5 classes, 244 images: 101 to 4 a class, imbalance 25.2; 1 many (> 100), 2 medium, 2 few (< 20)"
-    )
+    assert str(found) == "5 classes, 244 images: 101 to 4 a class, imbalance 25.2"
 
 
 def test_a_plot_falls_from_the_largest_class_to_the_smallest_on_a_log_scale() -> None:

@@ -87,37 +87,30 @@ def keep_first(labels: Int64s, counts: Int64s) -> Int64s:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Summary of class counts; `many`, `medium` and `few` count classes with over 100, 20 to 100, and under 20 images."""
+    """Summary of class counts."""
 
     classes: int
     images: int
     largest: int
     smallest: int
     imbalance: float
-    many: int
-    medium: int
-    few: int
 
     def __str__(self) -> str:
         return (
             f"{self.classes:,} classes, {self.images:,} images: {self.largest:,} to {self.smallest:,} a class, "
-            f"imbalance {self.imbalance:.1f}; {self.many:,} many (> 100), {self.medium:,} medium, {self.few:,} few (< 20)"
+            f"imbalance {self.imbalance:.1f}"
         )
 
 
 def summary(counts: Int64s) -> Distribution:
     """Summarize the counts of K >= 1 classes, (K,); the imbalance factor is largest / smallest."""
     largest, smallest = int(counts.max()), int(counts.min())
-    many, few = int((counts > 100).sum()), int((counts < 20).sum())
     return Distribution(
         classes=len(counts),
         images=int(counts.sum()),
         largest=largest,
         smallest=smallest,
         imbalance=largest / smallest if smallest else math.inf,
-        many=many,
-        medium=len(counts) - many - few,
-        few=few,
     )
 
 

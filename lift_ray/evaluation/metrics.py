@@ -76,6 +76,10 @@ class ClassGroups:
         few, many = f"{self.few_below:,}", f"{self.many_above:,}"
         return {"many": f"over {many}", "medium": f"{few} to {many}", "few": f"under {few}"}
 
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{(self.names == name).sum():,} {name} ({rule})" for name, rule in self.rules.items())
+        return sizes + ("; these are thirds of the classes" if self.by_thirds else "")
+
     @property
     def note(self) -> str:
         """A sentence about the bounds, if they are not the published ones, because a group would be empty; otherwise ""."""

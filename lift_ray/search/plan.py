@@ -44,10 +44,7 @@ def _held_out(space: SpaceFile, facts: SearchData) -> Iterator[Line]:
     yield "validation", f"{images['validation']:,} images{further}"
     if facts.unseen:
         yield "", unseen_line(facts.unseen, len(facts.groups.names))
-    groups = ", ".join(
-        f"{(facts.groups.names == name).sum()} {name} ({rule})" for name, rule in facts.groups.rules.items()
-    )
-    yield "groups", f"{groups}{'; these are thirds of the classes' if facts.groups.by_thirds else ''}"
+    yield "groups", str(facts.groups)
     if space.test == "none":
         yield "test", "none: the result is not held out from the search"
     yield "best/", f"trained on {facts.final_images:,} images ({facts.train_on.replace('+', ' and ')})"

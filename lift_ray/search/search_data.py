@@ -14,7 +14,8 @@ from lift_ray.settings.space import SpaceFile
 def unseen_line(unseen: Sequence[str], num_classes: int) -> str:
     """Say how many classes have no held-out image, and name up to three."""
     names = ", ".join(unseen[:3]) + (", ..." if len(unseen) > 3 else "")
-    return f"{len(unseen)} of {num_classes} classes have no held-out image, so the search does not see them: {names}"
+    have = "classes has" if len(unseen) == 1 else "classes have"
+    return f"{len(unseen)} of {num_classes} {have} no held-out image, so the search does not see {names}"
 
 
 @dataclass(frozen=True)
