@@ -34,7 +34,7 @@ def summary(study: StudyFiles) -> list[str]:
     """Return sentences on what won, by how much and how certain that is. The first is the headline."""
     heavy = heavy_tuning(study)
     about_winner = [
-        *choice_in_words(study),
+        choice_in_words(study),
         refit_in_words(study),
         unseen_in_words(study),
         groups_in_words(study),

@@ -29,27 +29,29 @@ def winner_news(study: StudyFiles) -> str:
     return f"{news}; this result {unheld}" if news else f"The result of this search {unheld}"
 
 
-def choice_in_words(study: StudyFiles) -> list[str]:
-    """Return sentences on the choice of the winner, if it was compared with others on all folds."""
+def choice_in_words(study: StudyFiles) -> str:
+    """Say what the winner has that the other candidates have not, and which of them are close; "" without confirmation."""
     choice = study.choice
     if not choice.is_confirmed:
-        return []
+        return ""
     winner, *others = choice.candidates
-    images = f"{choice.images:,} " if choice.images else ""
-    measure = measure_of(choice.metric)
-    trained = f", each trained on {choice.folds} folds," if choice.folds > 1 else ","
-    won = f"Of {len(choice.candidates)} candidates{trained} {winner.label} has "
-    text = won + f"the {'highest' if choice.mode == 'max' else 'lowest'} {measure}"
-    sign = 1 if choice.mode == "max" else -1
+    sign, end = (1, "highest") if choice.mode == "max" else (-1, "lowest")
+    measure, images = measure_of(choice.metric), f"{choice.images:,} " if choice.images else ""
+    merit = f"the {end} {measure}"
     if any(sign * one.difference > 0 for one in others):
-        text = won + f"the fewest trained parameters within one standard error of the best {measure}"
+        merit = f"the fewest trained parameters within one standard error of the best {measure}"
+    trained = f", each trained on {choice.folds} folds," if choice.folds > 1 else ","
     value = f" ({valued(choice.metric, winner.value)})" if winner.value is not None else ""
-    close = [one.label for one in others if one.is_close]
-    verb = "is" if len(close) == 1 else "are"
-    near = (
-        f"{listed(close)} {verb} within one standard error of it" if close else "no other is within one standard error"
+    return (
+        f"Of {len(choice.candidates)} candidates{trained} {winner.label} has {merit} on all {images}{study.estimate} "
+        f"predictions{value}; {_close_in_words([one.label for one in others if one.is_close])}."
     )
-    return [f"{text} on all {images}{study.estimate} predictions{value}; {near}."]
+
+
+def _close_in_words(labels: Sequence[str]) -> str:
+    if not labels:
+        return "no other is within one standard error"
+    return f"{listed(labels)} {'is' if len(labels) == 1 else 'are'} within one standard error of it"
 
 
 def measure_of(metric: str) -> str:
