@@ -20,6 +20,8 @@ from lift_ray.search.predictions import out_of_fold_folder, part_name
 from lift_ray.storage.atomic import replacing
 from lift_ray.storage.output import Output
 
+ROW_GROUP_ROWS = 1024
+
 
 class LogitWriter:
     """Counter of an evaluation that writes a row for each image of this rank.
@@ -34,22 +36,36 @@ class LogitWriter:
     """
 
     def __init__(self, class_counts: NDArray[np.int64], taus: Sequence[float], writer: pq.ParquetWriter) -> None:
-        self.shifts = torch.stack([shift_of(tau, class_counts) for tau in taus])
+        self.shifts = [shift_of(tau, class_counts) for tau in taus]
         self.writer = writer
+        self._waiting: list[pa.RecordBatch] = []
 
     def add(self, batch: LogitBatch) -> None:
-        """Write the next images."""
+        """Take the next images."""
         logits, labels = batch.logits.float().cpu(), batch.labels.cpu()
-        adjusted = (logits.unsqueeze(1) - self.shifts).log_softmax(2)
-        confidence, predicted = adjusted.max(2)
-        loss = F.nll_loss(adjusted.transpose(1, 2), labels.unsqueeze(1).expand(-1, len(self.shifts)), reduction="none")
-        columns = [labels.int(), logits, predicted.int(), confidence.exp(), loss]
-        arrays = [_array(column.contiguous().numpy()) for column in columns]
-        self.writer.write_table(pa.Table.from_arrays(arrays, schema=self.writer.schema))
+        per_tau = [_measured(logits - shift, labels) for shift in self.shifts]
+        columns = [labels.int(), logits, *(torch.stack(values, 1) for values in zip(*per_tau, strict=True))]
+        arrays = [_array(column.numpy()) for column in columns]
+        self._waiting.append(pa.RecordBatch.from_arrays(arrays, schema=self.writer.schema))
+        if sum(map(len, self._waiting)) >= ROW_GROUP_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the images that wait as a row group."""
+        if self._waiting:
+            self.writer.write_table(pa.Table.from_batches(self._waiting), row_group_size=2 * ROW_GROUP_ROWS)
+            self._waiting.clear()
 
     def tensors(self) -> list[Tensor]:
         """Return nothing: each rank writes its own file."""
         return []
+
+
+def _measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the predicted class, its probability and the cross-entropy of each image, (b,) each, from logits (b, K)."""
+    log_p = logits.log_softmax(1)
+    confidence, predicted = log_p.max(1)
+    return predicted.int(), confidence.exp(), F.nll_loss(log_p, labels, reduction="none")
 
 
 @contextmanager
@@ -74,7 +90,9 @@ def logit_writer(
     with output.staged(out_of_fold_folder(number, fold), name) as folder:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / name) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            yield LogitWriter(class_counts, taus, writer)
+            logits = LogitWriter(class_counts, taus, writer)
+            yield logits
+            logits.flush()
 
 
 def _array(values: NDArray[np.generic]) -> pa.Array:
