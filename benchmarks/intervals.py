@@ -88,8 +88,8 @@ CASES = {
     heavy: (1, 2, 4),
     exponent: (6, 8, 14),
     prediction: (6, 8, 14),
-    accuracy: (2, 3, 10, 40),
-    gain: (2, 3, 10, 40),
+    accuracy: (1, 2, 3, 10, 40),
+    gain: (1, 2, 3, 10, 40),
 }
 
 

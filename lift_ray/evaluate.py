@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lift_ray.training.checkpoint import Record
 
 COMBINE = ("logits", "probabilities")
+MOST_CONFUSED = 10  # pairs of classes that are printed
 
 
 @cli.app.command()
@@ -49,6 +50,12 @@ def evaluate(
         ),
     ] = False,
     per_class: Annotated[Path | None, typer.Option(help="Write the metrics of each class to this CSV file.")] = None,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write how often each class is predicted as another to this CSV file; print the most confused pairs."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of Ray workers that share the images.")] = 1,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores of each worker; a single one uses all.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -64,6 +71,7 @@ def evaluate(
       python -m lift_ray.evaluate runs/mine --data s3://bucket/photos --split validation --json
       python -m lift_ray.evaluate runs/openai runs/laion runs/metaclip --combine probabilities --weights 2,1,1
       python -m lift_ray.evaluate runs/mine --gla
+      python -m lift_ray.evaluate runs/mine --confusion confusion.csv
     """
     from lift_ray.data.open import open_dataset
     from lift_ray.training.checkpoint import difference
@@ -82,17 +90,27 @@ def evaluate(
     _check_together(records, combine, weights)
     from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here, evaluate_on_workers
 
-    question = EvaluationRequest(tuple(checkpoints), dataset.uri, split, taus, tte, combine, _numbers(weights), gla)
+    question = EvaluationRequest(
+        tuple(checkpoints), dataset.uri, split, taus, tte, combine, _numbers(weights), gla, confusion is not None
+    )
     found = evaluate_here(question) if workers == 1 else evaluate_on_workers(question, workers, cpus_per_worker)
     if per_class is not None:
         from lift_ray.evaluation.metrics import write_per_class
 
         write_per_class(found.rows, per_class)
+    confusions = None
+    if confusion is not None and found.predicted is not None:
+        from lift_ray.reporting.confusion import Confusions
+        from lift_ray.reporting.csv_files import write_csv
+
+        confusions = Confusions.of(dataset.split(split).labels, found.predicted, dataset.class_names)
+        write_csv(confusions.rows(), confusion)
     if as_json:
         every = [figures | found.report for figures in found.figures]
         print(json.dumps(every if len(every) > 1 else every[0], indent=1))
         return
-    from lift_ray.terminal.evaluation_tables import print_found
+    from lift_ray.terminal.evaluation_tables import confused_table, print_found
+    from lift_ray.terminal.tables import console
 
     name = "ensemble" if found.report else checkpoints[0]
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
@@ -101,6 +119,8 @@ def evaluate(
     )
     if note := records[0].groups.note:
         print(note)
+    if confusions is not None:
+        console().print(confused_table(confusions.most_confused(MOST_CONFUSED)))
 
 
 def _records(checkpoints: list[str]) -> list[Record]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lift_ray.data.open import open_dataset
+from lift_ray.evaluation.metrics import PUBLISHED, ClassGroups
 from lift_ray.reporting.study_files import predictions_of
 from lift_ray.storage.layout import PREDICTIONS_FILE
 
@@ -60,6 +61,94 @@ def make_trials(number: int, **changes: Any) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def with_folds(folder: Path, **changes: Any) -> Path:
+    """Add to a study what a search with folds, confirmation and refit writes: four folds of made-up out-of-fold predictions.
+
+    The first two classes are confused most: a third of the first class is predicted as the second.
+
+    Args:
+        changes: entries of study.json to replace.
+    """
+    record = json.loads((folder / "best" / "run.json").read_text())
+    counts, random = np.array(record["class_counts"]), np.random.default_rng(2)
+    num_classes = len(counts)
+    label = np.repeat(np.arange(num_classes), np.minimum(counts, 30))
+    predicted = np.where(random.random(len(label)) < 0.5, label, random.integers(0, num_classes, len(label)))
+    predicted[np.flatnonzero(label == 0)[::3]] = 1
+    columns = {
+        "path": pa.array([f"images/{i}.jpg" for i in range(len(label))]),
+        "label": pa.array(label, pa.int32()),
+        "fold": pa.array(np.arange(len(label)) % 4 + 1, pa.int32()),
+        "predicted": pa.array(predicted, pa.int32()),
+        "confidence": pa.array(random.uniform(0.3, 1, len(label)), pa.float32()),
+        "logits": pa.array(list(random.normal(size=(len(label), num_classes))), pa.list_(pa.float32())),
+    }
+    pq.write_table(pa.table(columns), folder / "best" / "out_of_fold.parquet")
+    about = json.loads((folder / "study.json").read_text())
+    trial = about["best"]["trial"]
+    candidates = [
+        {"trial": trial, "label": f"trial {trial}", "tau": 0.5, "value": 0.41, "trained_parameters": 22_000},
+        {"trial": 5, "label": "trial 5", "tau": 0.0, "value": 0.402, "trained_parameters": 50_000},
+        {"trial": 0, "label": "the recipe", "tau": 0.0, "value": 0.35, "trained_parameters": 19_200},
+    ]
+    errors = (0.0, 0.012, 0.02)
+    for one, error in zip(candidates, errors, strict=True):
+        one |= {"difference": one["value"] - 0.41, "error": error}
+    about |= {
+        "choice": {
+            "trial": trial,
+            "tau": 0.5,
+            "baseline": None,
+            "metric": "validation/mean_class_accuracy",
+            "mode": "max",
+            "value": 0.41,
+            "folds": 4,
+            "images": len(label),
+            "prefer": "best",
+            "candidates": candidates,
+        },
+        "posthoc": {
+            "tau": 0.5,
+            "gain": 0.02,
+            "bias": 0.007,
+            "recommended": True,
+            "metric": "validation/mean_class_accuracy",
+        },
+        "posthoc_curve": [
+            {"tau": tau, **{f"validation/{m}": 0.41 - 0.04 * abs(tau - 0.5) for m in ("mean_class_accuracy", "few")}}
+            for tau in (0.0, 0.5, 1.0)
+        ],
+        "out_of_fold": {
+            f"validation/{m}": v
+            for m, v in accuracies(label, predicted, ClassGroups.of(counts, PUBLISHED).names).items()
+        },
+        "refit": {"data": "train+validation", "retrained": True, "images": 3100},
+        "unseen": ["yin yang"],
+        "groups": {
+            "names": ClassGroups.of(counts, PUBLISHED).names.tolist(),
+            "few_below": 20,
+            "many_above": 100,
+            "note": "",
+        },
+        "held_out": True,
+        **changes,
+    }
+    (folder / "study.json").write_text(json.dumps(about))
+    return folder
+
+
+def accuracies(label: Any, predicted: Any, groups: Any) -> dict[str, float]:
+    """Overall, mean class and group accuracy."""
+    total = np.bincount(label, minlength=len(groups))
+    each = np.bincount(label[label == predicted], minlength=len(groups)) / np.maximum(total, 1)
+    by_group = {name: float(each[(total > 0) & (groups == name)].mean()) for name in ("many", "medium", "few")}
+    return {
+        "accuracy": float((label == predicted).mean()),
+        "mean_class_accuracy": float(each[total > 0].mean()),
+        **by_group,
+    }
 
 
 def write_study(

@@ -21,6 +21,8 @@ from lift_ray.reporting.confidence import (
     regression_intervals,
     reliability,
     seed_spread,
+    student,
+    wilson,
 )
 from lift_ray.reporting.scaling_law import Law, fit_law
 from lift_ray.reporting.study_files import Predictions, StudyFiles, read_study
@@ -48,6 +50,54 @@ def test_intervals_cover_the_truth_as_often_as_they_say(images: int) -> None:
         spread = accuracy_intervals(predictions(0.6, seed, images), GROUPS)["mean_class_accuracy"]
         inside += spread.low <= 0.6 <= spread.high
     assert 0.9 * 200 <= inside <= 0.99 * 200
+
+
+def of_classes(images: list[int], fractions: Any, seed: int) -> Predictions:
+    """Predictions for classes with these numbers of images, each correct with the probability of its class."""
+    label = np.repeat(np.arange(len(images)), images)
+    hit = np.random.default_rng(seed).random(len(label)) < np.repeat(fractions, images)
+    return Predictions(label, np.where(hit, label, (label + 1) % len(images)), np.full(len(label), 0.5))
+
+
+@pytest.mark.parametrize("images", [[1] * 10, [2] * 10, [1, 20] * 5, [1, 2, 3, 4] * 3])
+def test_classes_with_few_images_are_as_uncertain_as_they_are(images: list[int]) -> None:
+    """Drawing images within their class alone covers 34% if half of the classes have one image, which adds no width."""
+    fractions, inside, gained = np.linspace(0.3, 0.8, len(images)), 0, 0
+    groups = np.full(len(images), "few")
+    for seed in range(200):
+        theirs, ours = of_classes(images, fractions, seed), of_classes(images, fractions + 0.1, 1000 + seed)
+        spread = accuracy_intervals(theirs, groups)["few"]
+        inside += spread.low <= fractions.mean() <= spread.high
+        gain = accuracy_gains(ours, theirs, groups)["few"]
+        gained += gain.low <= 0.1 <= gain.high
+        assert 0 <= spread.low <= spread.value <= spread.high <= 1
+    assert inside >= 0.9 * 200
+    assert gained >= 0.9 * 200
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_few_images_that_are_all_right_or_all_wrong_prove_nothing(fraction: float) -> None:
+    groups = np.array(["few", "few", "medium", "many"])
+    found = accuracy_intervals(of_classes([2, 2, 1, 40], [fraction] * 4, 0), groups)
+    widths = {group: found[group].high - found[group].low for group in ("few", "medium", "many")}
+    assert 0.05 < widths["many"] < 0.1 < widths["few"] < widths["medium"] < 0.9
+
+
+def test_one_image_is_no_certain_gain() -> None:
+    groups = np.array(["few", "many"])
+    right, wrong = of_classes([1, 40], [1, 0.5], 0), of_classes([1, 40], [0, 0.5], 0)
+    for ours, theirs, sign in ((right, wrong, 1), (wrong, right, -1)):
+        gain = accuracy_gains(ours, theirs, groups)["few"]
+        assert gain.value == sign
+        assert gain.high - gain.low > 0.5
+
+
+def test_the_formulas_of_student_and_wilson_give_the_values_of_the_tables() -> None:
+    for freedom, value in ((3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert student(freedom) == pytest.approx(value, rel=0.01)
+    low, high = wilson([0, 5, 1], [1, 10, 1])
+    assert low == pytest.approx([0, 0.2366, 0.2065], abs=1e-3)
+    assert high == pytest.approx([0.7935, 0.7634, 1], abs=1e-3)
 
 
 def test_an_interval_is_as_wide_as_the_binomial_law_says() -> None:

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_study import make_trials, write_study
+from made_study import make_trials, with_folds, write_study
 from processes import wait_for
 
 from lift_ray import report
@@ -58,7 +58,9 @@ def test_the_page_holds_every_figure_and_its_data_is_next_to_it(
         "tau",
         "posthoc-tau",
         "kinds",
+        "class-images",
         "classes",
+        "confusion",
         "calibration",
         "history",
         "parallel",
@@ -209,6 +211,19 @@ def as_it_is(folder: Path) -> None:
     pass
 
 
+def chosen_on_folds(folder: Path) -> None:
+    with_folds(folder)
+
+
+def won_by_a_baseline(folder: Path) -> None:
+    with_folds(folder, choice={"baseline": "the recipe"})
+
+
+def not_held_out(folder: Path) -> None:
+    with_folds(folder, held_out=False)
+    without_a_test_split(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -220,6 +235,9 @@ def as_it_is(folder: Path) -> None:
         (without_a_test_split, "This study has no test results."),
         (with_lost_data, "No images to show"),
         (of_an_older_version, "Test accuracy of the best settings: "),
+        (chosen_on_folds, "Candidates by mean class accuracy: difference ± standard error"),
+        (won_by_a_baseline, "The baseline the recipe is best: the search found nothing better."),
+        (not_held_out, "The result of this search is not held out"),
     ],
 )
 @pytest.mark.parametrize("number", [1, 12])
@@ -390,4 +408,4 @@ def test_too_few_trials_have_no_importances(tmp_path: Path) -> None:
 def test_figures_without_numbers_are_named_and_not_drawn() -> None:
     made, missing = figures_of(StudySection(StudyFiles("out", "none", "", {"validation/few": "max"}, {}, [])))
     assert made == []
-    assert len(missing) == 14
+    assert len(missing) == 16

@@ -10,7 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lift_ray.ensembles.ensemble import Ensemble, model_of
 from lift_ray.epoch_metrics import EpochMetrics, named
@@ -37,6 +39,7 @@ class EvaluationRequest:
         taus: strengths of the post-hoc adjustment, one result for each.
         tte: use test-time ensembling even if the run did not.
         combine, weights, with_gla: arguments of `Ensemble.set_combination`.
+        predictions: return the predicted class of each image.
     """
 
     checkpoints: tuple[str, ...]
@@ -47,6 +50,7 @@ class EvaluationRequest:
     combine: str | None = None
     weights: tuple[float, ...] = ()
     with_gla: bool = False
+    predictions: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class Evaluated:
             pseudo-labels in its last epoch.
         rows: one row for each class, for the last tau.
         report: GroupGainTable.result and the costs for an ensemble, otherwise empty.
+        predicted: predicted class of each image of the split with the last tau, (N,), if requested.
     """
 
     figures: list[dict[str, float]]
     rows: list[dict[str, Any]]
     report: dict[str, Any]
+    predicted: NDArray[np.int64] | None = None
 
 
 def evaluate_here(request: EvaluationRequest) -> Evaluated:
@@ -97,8 +103,8 @@ def _evaluate(request: EvaluationRequest, ranks: Ranks) -> Evaluated:
     members = list(model.models.values()) if isinstance(model, Ensemble) else [model]
     table = model.gain_table(request.taus[-1]) if isinstance(model, Ensemble) else None
     split = workspaces[0].dataset.split(request.split)
-    found = evaluate(model, split, request.taus, counters=[table] if table else [])
-    per_class = found.at_tau[-1].per_class
+    found = evaluate(model, split, request.taus, predictions=request.predictions, counters=[table] if table else [])
+    per_class, predictions = found.at_tau[-1].per_class, found.at_tau[-1].predictions
     shared: dict[str, float] = {"trained_parameters": model.num_trained}
     if len(members) == 1:
         if histories[0]:
@@ -114,7 +120,8 @@ def _evaluate(request: EvaluationRequest, ranks: Ranks) -> Evaluated:
             "train_s": sum(epoch.cost.get("train_s", epoch.seconds.get("train_s", 0.0)) for epoch in epochs),
         }
         rows, report = model.per_class_rows(per_class), model.report(request.split, per_class, table) | {"cost": cost}
-    return Evaluated([named(request.split, one.metrics) | shared for one in found.at_tau], rows, report)
+    figures = [named(request.split, one.metrics) | shared for one in found.at_tau]
+    return Evaluated(figures, rows, report, predictions[0] if predictions else None)
 
 
 def _trained(

@@ -1,4 +1,4 @@
-"""Uncertainty of results: bootstrap intervals over test images and over trials."""
+"""Uncertainty of results: bootstrap intervals over held-out images and over trials."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from lift_ray.epoch_metrics import ACCURACIES, GROUPS, MAIN, TRAINED_PARAMETERS
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles, Trial, numbers
 
+Z = 1.96  # standard deviations of a 95% interval
+FEW_IMAGES = 5  # a class with fewer held-out images is uncertain
 DRAWS = 2000
 CHUNK = 100  # draws at a time, so that thousands of classes fit in memory
 FEWEST_POINTS = 5  # (size, accuracy) pairs required for a line with an interval
@@ -36,18 +38,26 @@ class Interval:
 
 
 def accuracy_intervals(predictions: Predictions, groups: NDArray[np.str_]) -> dict[str, Interval]:
-    """Return accuracy overall, by mean class and by group, with 95% bootstrap intervals over test images.
+    """Return accuracy overall, by mean class and by group, with 95% bootstrap intervals over held-out images (`_intervals`).
 
-    Images are resampled within their class, so each class keeps its number of images.
+    If all images of a measure are right, or all wrong, resampling finds nothing else, and the ends are those of Wilson's interval.
 
     Args:
         groups: many, medium or few for each class, (K,).
     """
     total = np.bincount(predictions.label, minlength=len(groups))
     correct = np.bincount(predictions.label[predictions.hits], minlength=len(groups))
-    fraction = correct / np.maximum(total, 1)
-    random = np.random.default_rng(0)
-    return _intervals(correct, lambda: random.binomial(total, fraction, (CHUNK, len(groups))), total, groups)
+    images = total[large := total >= FEW_IMAGES]
+    fraction, random = correct[large] / images, np.random.default_rng(0)
+    found = _intervals(
+        correct, lambda: random.binomial(images, fraction, (CHUNK, len(images))), total, groups, are_hits=True
+    )
+    for measure, (value, low, high) in ((m, (i.value, i.low, i.high)) for m, i in found.items()):
+        if low == high:
+            number = total[_members(measure, total, groups)].sum()
+            low, high = map(float, wilson(round(value * number), number))
+        found[measure] = Interval(value, max(0.0, min(low, value)), min(1.0, max(high, value)))
+    return found
 
 
 def accuracy_gains(ours: Predictions, theirs: Predictions, groups: NDArray[np.str_]) -> dict[str, Interval]:
@@ -59,39 +69,95 @@ def accuracy_gains(ours: Predictions, theirs: Predictions, groups: NDArray[np.st
     total = np.bincount(ours.label, minlength=len(groups))
     won, lost = ours.hits & ~theirs.hits, ~ours.hits & theirs.hits
     counts = np.stack([np.bincount(ours.label[where], minlength=len(groups)) for where in (won, lost)], 1)
-    fraction = counts / np.maximum(total, 1)[:, None]
+    images = total[large := total >= FEW_IMAGES]
+    fraction, random = counts[large] / images[:, None], np.random.default_rng(0)
     pvals = np.concatenate([fraction, np.clip(1 - fraction.sum(1, keepdims=True), 0, 1)], 1)
-    random = np.random.default_rng(0)
 
     def draw() -> Ints:
-        drawn = random.multinomial(total, pvals, (CHUNK, len(groups)))
+        drawn = random.multinomial(images, pvals, (CHUNK, len(images)))
         return drawn[..., 0] - drawn[..., 1]
 
     return _intervals(counts[:, 0] - counts[:, 1], draw, total, groups)
 
 
-def _intervals(found: Ints, draw: Callable[[], Ints], total: Ints, groups: NDArray[np.str_]) -> dict[str, Interval]:
+def wilson(correct: Any, total: Any) -> tuple[Floats, Floats]:
+    """Return the ends of Wilson's 95% interval for fractions of at least one image."""
+    correct, total = np.asarray(correct, float), np.asarray(total, float)
+    center = (correct + Z**2 / 2) / (total + Z**2)
+    half = Z * np.sqrt(correct * (total - correct) / total + Z**2 / 4) / (total + Z**2)
+    return np.clip(center - half, 0, 1), np.clip(center + half, 0, 1)
+
+
+def _members(measure: str, total: Ints, groups: NDArray[np.str_]) -> NDArray[np.bool_]:
+    """Return the mask of the classes with images that a measure counts, (K,)."""
+    members: NDArray[np.bool_] = (total > 0) & ((groups == measure) if measure in GROUPS else True)
+    return members
+
+
+def _intervals(
+    found: Ints, draw: Callable[[], Ints], total: Ints, groups: NDArray[np.str_], *, are_hits: bool = False
+) -> dict[str, Interval]:
     """Return each measure as a weighted sum of counts over classes, with the percentiles of its bootstrap draws.
 
-    Resampling within a class of n images underestimates its variance by the factor (n - 1) / n, so deviations are widened by
-    sqrt(n / (n - 1)). The variance of a class with one image is unknown, and it adds none.
+    Images are resampled within their class, so each class keeps its number of images. This underestimates the variance of a class
+    of n images by the factor (n - 1) / n, so deviations are widened by sqrt(n / (n - 1)). One or a few images say too little about
+    their class for that: classes with fewer than FEW_IMAGES are resampled as a whole, with all their images, among the other such
+    classes of the measure (a cluster bootstrap). That counts how these classes differ as uncertainty too, so it is rather too wide.
+    A single one, or several that are all right or all wrong (for a gain: all won or all lost), would not vary: their images are
+    drawn from one Beta posterior.
 
     Args:
         found: counts of the sample, (K,).
-        draw: resampled counts, (CHUNK, K) at each call.
-        total: test images of each class, (K,).
+        draw: resampled counts of the L classes with at least FEW_IMAGES images, (CHUNK, L) at each call.
+        total: images of each class, (K,).
+        are_hits: the counts are correct images, and not differences of two models.
     """
-    seen, weights = total > 0, {}
+    weights = {}
     for measure in ACCURACIES:
-        members = seen & (groups == measure) if measure in GROUPS else seen
+        members = _members(measure, total, groups)
         if members.any():
             per_image = 1 / total.sum() if measure == "accuracy" else 1 / (members.sum() * np.maximum(total, 1))
             weights[measure] = np.where(members, per_image, 0.0)
     matrix = np.stack(list(weights.values()), 1)
-    widen = np.sqrt(total / np.maximum(total - 1, 1))
-    drawn = np.concatenate([(found + (draw() - found) * widen) @ matrix for _ in range(DRAWS // CHUNK)])
+    large = total >= FEW_IMAGES
+    widened = np.sqrt(total[large] / (total[large] - 1))[:, None] * matrix[large]
+    drawn = np.concatenate([found @ matrix + (draw() - found[large]) @ widened for _ in range(DRAWS // CHUNK)])
+    small = [(w > 0) & ~large for w in matrix.T]
+    redrawn = [
+        _redrawn_classes(w[few], found[few], total[few], are_hits) for w, few in zip(matrix.T, small, strict=True)
+    ]
+    drawn += np.stack(redrawn, 1)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     return {m: Interval(*map(float, three)) for m, *three in zip(weights, found @ matrix, low, high, strict=True)}
+
+
+def _redrawn_classes(weights: Floats, found: Ints, total: Ints, are_hits: bool) -> Floats:
+    """Return the deviations of a weighted sum of counts when its M classes are drawn with replacement, (DRAWS,).
+
+    Each class counts with its distance from the common mean, so that a draw of larger classes alone changes nothing. Deviations are
+    widened for the small number of classes: by sqrt(M / (M - 1)), and by Student's t with M - 1 degrees of freedom.
+    """
+    number, images, counted, random = len(weights), int(total.sum()), int(found.sum()), np.random.default_rng(1)
+    shares = weights * total
+    if number and (number == 1 or abs(counted) in (0, images)) and (are_hits or counted):
+        fraction = random.beta(abs(counted) + 0.5, images - abs(counted) + 0.5, DRAWS)
+        pooled: Floats = (-1 if counted < 0 else 1) * shares.sum() * (fraction - abs(counted) / images)
+        return pooled
+    if number < 2:
+        return np.zeros(DRAWS)
+    distance = weights * found - shares * ((weights * found).sum() / shares.sum())
+    drawn = np.concatenate(
+        [distance[random.integers(number, size=(CHUNK, number))].sum(1) for _ in range(DRAWS // CHUNK)]
+    )
+    widened: Floats = drawn * np.sqrt(number / (number - 1)) * student(number - 1) / Z
+    return widened
+
+
+def student(freedom: int) -> float:
+    """Return the 97.5% quantile of Student's t, by its expansion in 1 / freedom; exact to 1% from 3 degrees on."""
+    z: float = Z
+    powers = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum((term / freedom**power for power, term in enumerate(powers, 1)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -143,7 +209,7 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     The fitted line is few = a + b log10(trained parameters), with an intercept a for each study and one slope b for all.
     """
     if not any(t.get("validation/few") is not None for study in studies for t in study.trials):
-        reason = "no trial has a few-shot accuracy because no class has fewer than 20 training images."
+        reason = "no trial has a few-shot accuracy, because no validation image is of a few-shot class."
         return Heavy("Cannot tell.", f"Cannot tell: {reason}", [])
     points = [(i, trial) for i, study in enumerate(studies) for trial in best_of_each_size(study)]
     owner, trials = np.array([i for i, _ in points], int), [trial for _, trial in points]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,27 +10,33 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from lift_ray.reporting.confidence import heavy_tuning
-from lift_ray.reporting.figures import charts, comparison, search
+from lift_ray.reporting.class_rows import ClassTable, class_table
+from lift_ray.reporting.confidence import FEW_IMAGES, heavy_tuning
+from lift_ray.reporting.csv_files import as_csv, write_csv
+from lift_ray.reporting.figures import charts, classes, comparison, search
 from lift_ray.reporting.figures.charts import HEAVY, Figure
 from lift_ray.reporting.scaling_law import fit_law
-from lift_ray.reporting.study_files import BEST_FOUND, StudyFiles
+from lift_ray.reporting.study_files import StudyFiles
 from lift_ray.reporting.summary import (
     Row,
     accuracy_rows,
     compared_split,
+    estimate_rows,
     gain_rows,
     law_in_words,
-    listed,
+    open_questions,
     seed_rows,
     summary,
 )
 from lift_ray.reporting.templates import template
+from lift_ray.reporting.winner import candidate_rows, listed, measure_of, winner_label
 from lift_ray.storage.atomic import replacing
 from lift_ray.storage.layout import PAGE
 
 ACCURACY_CAPTIONS = {"test": "Test accuracy (%), held out from the search", "validation": "Validation accuracy (%)"}
+ASKED = ("effect of heavy fine-tuning", "scaling law")  # figures that `open_questions` stands for
 MOST_ROWS = 60  # of a table on the page; the CSV has all
+MOST_CSV_BYTES = 1_000_000  # of a CSV inside the page; a larger one is only next to it
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Example:
     Args:
         name, group, train_images: the class.
         right: number of correctly classified test images, as `0 of 10`.
+        is_uncertain: there are too few test images to be sure that the class is a bad one.
         images: (data URI of a small JPEG, predicted class) of each.
     """
 
@@ -49,6 +54,7 @@ class Example:
     group: str
     train_images: int
     right: str
+    is_uncertain: bool
     images: list[tuple[str, str]]
 
 
@@ -82,7 +88,9 @@ def figures_of(section: StudySection) -> tuple[list[Figure], list[str]]:
         "logit adjustment in training": lambda: charts.tau_figure(study),
         "post-hoc logit adjustment": lambda: charts.posthoc_figure(study),
         "tuner kinds": lambda: charts.kinds_figure(study),
-        "accuracy by class frequency": lambda: comparison.classes_figure(study),
+        "images per class": lambda: classes.images_figure(study),
+        "accuracy by class frequency": lambda: classes.classes_figure(study),
+        "confusions": lambda: classes.confusion_figure(study),
         "calibration": lambda: comparison.calibration_figure(study),
         "search history": lambda: search.history_figure(study),
         "all settings of all trials": lambda: search.parallel_figure(study),
@@ -110,6 +118,8 @@ class _Drawn:
     csv_base64: str
     rows: Sequence[Mapping[str, Any]]
     rows_left: int
+    table: Sequence[Mapping[str, Any]]
+    caption: str
     shows_classes: bool
 
 
@@ -122,9 +132,11 @@ class _StudyView:
     is_running: bool
     summary: Sequence[str]
     has_comparison: bool
-    has_gains: bool
+    has_intervals: bool
     tables: Sequence[tuple[str, Sequence[Row]]]
-    questions: Sequence[tuple[str, str]]
+    groups: str
+    class_table: ClassTable | None
+    questions: Sequence[str]
     compared: _Drawn | None
     figures: Sequence[_Drawn]
     missing: Sequence[str]
@@ -148,7 +160,7 @@ def write_page(sections: Sequence[StudySection], folder: Path) -> list[tuple[str
         named += mine
         views.append(_study_view(section, mine, missing))
     for name, figure in named:
-        _write(folder / f"{name}.csv", as_csv(figure.rows))
+        write_csv(figure.rows, folder / f"{name}.csv")
     if several:
         links = [(f"study-{number}", study.name) for number, study in enumerate(studies, 1)]
     else:
@@ -159,34 +171,22 @@ def write_page(sections: Sequence[StudySection], folder: Path) -> list[tuple[str
         studies=views,
         best_of_each=_best_of_each(studies) if several else [],
         heavy_question=HEAVY,
+        few_images=FEW_IMAGES,
         heavy_answers=_heavy_answers(studies),
         side_by_side=_drawn("studies", side_by_side) if side_by_side else None,
+        class_tables=[view.class_table for view in views],
         figures={name: {"data": figure.traces, "layout": figure.layout} for name, figure in named},
         plotly_js=get_plotlyjs(),
     )
-    _write(folder / PAGE, page)
+    with replacing(folder / PAGE) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return named
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with a heading; None is an empty field."""
-    out = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return out.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _best_of_each(studies: Sequence[StudyFiles]) -> list[Row]:
     rows: list[dict[str, Any]] = []
     for study in studies:
-        best = next((row for row in accuracy_rows(study) if row["model"] == BEST_FOUND), {})
+        best = next((row for row in accuracy_rows(study) if row["model"] == winner_label(study)), {})
         rows.append(
             {"study": study.name, **{k: v for k, v in best.items() if k != "model"}, "trials": len(study.trials)}
         )
@@ -209,19 +209,18 @@ def _heavy_answers(studies: Sequence[StudyFiles]) -> list[str]:
 
 
 def _study_view(section: StudySection, named: Sequence[tuple[str, Figure]], missing: Sequence[str]) -> _StudyView:
-    study, shown = section.study, {figure.name for _, figure in named}
-    answers = {
-        "heavy": (HEAVY, heavy_tuning(study).answer),
-        "scaling": ("What would more training gain?", law_in_words(fit_law(study, *search.unit_of(study)))),
-    }
-    drawn = {
-        figure.name: _drawn(name, figure, answers["scaling"][1] if figure.name == "scaling" else "")
-        for name, figure in named
-    }
-    gains = gain_rows(study)
+    study, law = section.study, fit_law(section.study, *search.unit_of(section.study))
+    answers = {"scaling": law_in_words(law)}
+    drawn = {figure.name: _drawn(name, figure, answers.get(figure.name, "")) for name, figure in named}
+    gains, questions = gain_rows(study), open_questions(study, law) if study.finished else []
     tables = [
         (ACCURACY_CAPTIONS[compared_split(study)], accuracy_rows(study)),
         ("Gain of the best settings in test accuracy (percentage points)", gains),
+        (
+            f"Best settings, {study.estimate} estimate{' and test result' if study.has_test else ''} (%)",
+            estimate_rows(study),
+        ),
+        (f"Candidates by {measure_of(study.choice.metric)}: difference \u00b1 standard error", candidate_rows(study)),
         ("Test accuracy (%) over seeds, mean ± standard deviation", seed_rows(study)),
     ]
     return _StudyView(
@@ -230,24 +229,29 @@ def _study_view(section: StudySection, named: Sequence[tuple[str, Figure]], miss
         is_running=not study.is_done,
         summary=summary(study),
         has_comparison=bool(study.compared),
-        has_gains=bool(gains),
+        has_intervals=study.measured is not None,
         tables=[(caption, rows) for caption, rows in tables if rows],
-        questions=[answer for name, answer in answers.items() if name not in shown],
+        groups=", ".join(f"{group} ({rule})" for group, rule in study.class_groups.rules.items()),
+        class_table=class_table(study),
+        questions=questions,
         compared=drawn.pop("compared", None),
         figures=list(drawn.values()),
-        missing=missing,
+        missing=[name for name in missing if not questions or name not in ASKED],
         examples=section.examples,
         without_examples=section.without_examples,
     )
 
 
 def _drawn(name: str, figure: Figure, answer: str = "") -> _Drawn:
+    data = as_csv(figure.rows).encode()
     return _Drawn(
         name=name,
         title=figure.title,
         note=f"{answer} {figure.note}" if answer else figure.note,
-        csv_base64=base64.b64encode(as_csv(figure.rows).encode()).decode(),
+        csv_base64=base64.b64encode(data).decode() if len(data) <= MOST_CSV_BYTES else "",
         rows=figure.rows[:MOST_ROWS],
         rows_left=max(0, len(figure.rows) - MOST_ROWS),
+        table=figure.table,
+        caption=figure.caption,
         shows_classes=figure.name == "classes",
     )

@@ -14,13 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, one_line
+from lift_ray.reporting.confidence import FEW_IMAGES, wilson
 from lift_ray.reporting.page import Example, StudySection, write_page
 from lift_ray.reporting.png import write_png
-from lift_ray.reporting.study_files import BEST_FOUND, FILES, StudyFiles, read_study
+from lift_ray.reporting.study_files import (
+    FILES,
+    OUT_OF_FOLD_PATH,
+    PREDICTION_COLUMNS,
+    StudyFiles,
+    read_study,
+)
 from lift_ray.storage.layout import PAGE, PREDICTIONS, PREDICTIONS_FILE, REPORT, TRIALS
 from lift_ray.storage.output import Output
 
@@ -58,7 +66,7 @@ def write_report(outs: Sequence[str], to: str | None = None, *, png: bool = Fals
 
 
 def _read(out: Output) -> StudyFiles:
-    """Read a study. Of a remote study, download only the files that the report needs, not the checkpoints."""
+    """Read a study. Of a remote study, download only what the report needs: neither checkpoints nor out-of-fold logits."""
     if "://" in out.url:
         names = [name for name in FILES if out.holds(name)]
         names += [f"{PREDICTIONS}/{name}/{PREDICTIONS_FILE}" for name in out.names(PREDICTIONS)]
@@ -66,6 +74,9 @@ def _read(out: Output) -> StudyFiles:
             (out.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with out.fetched(name) as file:
                 shutil.copyfile(file, out.folder / name)
+        if out.holds(OUT_OF_FOLD_PATH):
+            (out.folder / OUT_OF_FOLD_PATH).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(out.table(OUT_OF_FOLD_PATH, PREDICTION_COLUMNS), out.folder / OUT_OF_FOLD_PATH)
     return read_study(out.folder, str(out))
 
 
@@ -79,16 +90,18 @@ def _section(study: StudyFiles) -> StudySection:
 def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
     """Return the classes with the lowest test accuracy and misclassified images of them, or none and the reason.
 
-    Among classes with equal accuracy, the one with the most training images comes first, because there the failure is least
-    expected.
+    The order is by the upper end of Wilson's interval, so that a class with one or two test images does not come first just because
+    they are misclassified. Among equal classes, the one with the most training images comes first, because there the failure is
+    least expected.
     """
-    found = study.entry(BEST_FOUND)
+    found = study.winner
     if found is None or found[1] is None or not study.class_names:
         return [], "the study has no test predictions"
     predictions, counts, names = found[1], np.array(study.class_counts), study.class_names
     total = np.bincount(predictions.label, minlength=len(names))
     right = np.bincount(predictions.label[predictions.hits], minlength=len(names))
-    order = sorted(np.flatnonzero(right < total), key=lambda k: (right[k] / total[k], -counts[k]))[:WORST_CLASSES]
+    _, highest = wilson(right, np.maximum(total, 1))
+    order = sorted(np.flatnonzero(right < total), key=lambda k: (highest[k], -counts[k]))[:WORST_CLASSES]
     wrong = {int(k): np.flatnonzero((predictions.label == k) & ~predictions.hits)[:EXAMPLES] for k in order}
     if not wrong:
         return [], "every test image is classified correctly"
@@ -107,6 +120,7 @@ def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
             str(study.groups[k]),
             int(counts[k]),
             f"{right[k]} of {total[k]}",
+            bool(total[k] < FEW_IMAGES),
             [(next(thumbnails), names[predictions.predicted[i]]) for i in samples],
         )
         for k, samples in wrong.items()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from numpy.typing import NDArray
 from lift_ray.epoch_metrics import MAIN_METRIC, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import PUBLISHED, ClassGroups, stored_groups
-from lift_ray.storage.layout import BEST, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
+from lift_ray.storage.layout import BEST, OUT_OF_FOLD_FILE, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
 
 FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}")
+OUT_OF_FOLD_PATH = f"{BEST}/{OUT_OF_FOLD_FILE}"
+PREDICTION_COLUMNS = ["label", "predicted", "confidence"]
 BEST_FOUND = "best found"
 COPY_AGAIN = "copy the folder again"
 DEFAULT_OBJECTIVES = {MAIN_METRIC: "max"}
@@ -39,7 +42,7 @@ def _predictions_path(folder: Path, figures: dict[str, Any], index: int) -> Path
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a model for the N images of the test split, in storage order.
+    """Predictions of a model for N images: those of the test split in storage order, or the out-of-fold ones.
 
     Args:
         label, predicted: true and predicted class of each image, (N,).
@@ -58,6 +61,74 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """Trial that was compared with the winner on all out-of-fold predictions.
+
+    Args:
+        label: `trial 7`, or the label of a baseline.
+        tau: its post-hoc tau.
+        value: the metric that decides; None if unknown.
+        trained_parameters: None if unknown.
+        difference: value minus that of the winner.
+        error: standard error of the difference, paired by image (bootstrap over classes); None if unknown.
+    """
+
+    label: str
+    tau: float = 0.0
+    value: float | None = None
+    trained_parameters: int | None = None
+    difference: float = 0.0
+    error: float | None = None
+
+    @property
+    def is_close(self) -> bool:
+        """True if the difference is at most one standard error; False if that is unknown."""
+        return abs(self.difference) <= (self.error or 0.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Choice of the winner.
+
+    Args:
+        baseline: label of the baseline that won; None if a trial of the search did.
+        metric, mode: what decides, and whether the largest or the smallest value wins.
+        folds: number of folds whose predictions decide; 1 is the validation split alone.
+        images: number of these predictions.
+        prefer: `best`, or `smaller` for the smallest tuner within one standard error of the best.
+        candidates: the winner first; a single one if there was no confirmation.
+    """
+
+    baseline: str | None = None
+    metric: str = MAIN_METRIC
+    mode: str = "max"
+    folds: int = 1
+    images: int | None = None
+    prefer: str = "best"
+    candidates: tuple[Candidate, ...] = ()
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Choice:
+        """Return the choice from its entry in study.json. Each key is optional."""
+        candidates = tuple(
+            Candidate(one.get("label", f"trial {one.get('trial', '?')}"), **_known(Candidate, one, without="label"))
+            for one in found.get("candidates", ())
+        )
+        return cls(candidates=candidates, **_known(cls, found, without="candidates"))
+
+    @property
+    def is_confirmed(self) -> bool:
+        """True if several candidates were compared on all folds."""
+        return len(self.candidates) > 1
+
+
+def _known(kind: Any, found: dict[str, Any], without: str) -> dict[str, Any]:
+    """Return the entries that are arguments of a dataclass."""
+    names = {argument.name for argument in fields(kind)} - {without}
+    return {name: value for name, value in found.items() if name in names}
+
+
+@dataclass(frozen=True)
 class StudyFiles:
     """Everything known about a study, finished or not.
 
@@ -69,10 +140,11 @@ class StudyFiles:
         compared: label, validation metrics and test metrics of each model in the final comparison.
         predictions: test predictions of each model in `compared`, None if they were not kept.
         best: number of the best trial.
-        posthoc: validation metrics of the best trial for each post-hoc tau.
+        posthoc: validation metrics of the best trial for each post-hoc tau; with folds, out-of-fold metrics under the same names.
+        out_of_fold: predictions of the winner for each image that it was not trained on; None if they were not kept.
         about: contents of space.json, overridden by study.json.
         class_names, class_counts: of the training split; empty if not known yet.
-        class_groups: many, medium and few.
+        record: contents of best/run.json; empty if not known yet.
     """
 
     where: str
@@ -85,10 +157,11 @@ class StudyFiles:
     predictions: list[Predictions | None] = field(default_factory=list)
     best: int | None = None
     posthoc: list[dict[str, float]] = field(default_factory=list)
+    out_of_fold: Predictions | None = None
     about: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
     class_counts: list[int] = field(default_factory=list)
-    class_groups: ClassGroups = field(default_factory=lambda: ClassGroups.of([], PUBLISHED))
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def objective(self) -> tuple[str, str]:
@@ -106,13 +179,24 @@ class StudyFiles:
         return [t for t in self.trials if t["state"] == "finished" and t.get(self.objective[0]) is not None]
 
     @property
-    def best_trial(self) -> Trial | None:
-        """Best finished trial; while the search runs, the best so far."""
-        if self.best is not None:
-            return next((t for t in self.trials if t["number"] == self.best), None)
+    def top_trial(self) -> Trial | None:
+        """Finished trial with the best first objective."""
         metric, mode = self.objective
         sign = 1 if mode == "max" else -1
         return max(self.finished, key=lambda t: (sign * t[metric], -t["number"]), default=None)
+
+    @property
+    def best_trial(self) -> Trial | None:
+        """Trial that won; while the search runs, the top one so far."""
+        if self.best is None:
+            return self.top_trial
+        return next((t for t in self.trials if t["number"] == self.best), None)
+
+    @property
+    def is_best_on_top(self) -> bool:
+        """True if the trial that won has the best first objective; another one may win on all folds."""
+        best, top, metric = self.best_trial, self.top_trial, self.objective[0]
+        return best is not None and top is not None and best.get(metric) == top[metric]
 
     @property
     def settings(self) -> list[str]:
@@ -124,6 +208,49 @@ class StudyFiles:
         """many, medium or few for each class, (K,)."""
         return self.class_groups.names
 
+    @cached_property
+    def class_groups(self) -> ClassGroups:
+        """many, medium and few as the study says; of older studies those of best/."""
+        found = self.about.get("groups", {})
+        if len(names := found.get("names", ())) != len(self.class_counts):
+            return stored_groups({"class_counts": self.class_counts, **self.record})
+        few_below, many_above = found.get("few_below", PUBLISHED[0]), found.get("many_above", PUBLISHED[1])
+        return ClassGroups(np.array(names), few_below, many_above, bool(found.get("note")))
+
+    @cached_property
+    def choice(self) -> Choice:
+        """Choice of the winner; that of an older study has no candidates."""
+        return Choice.of(self.about.get("choice", {}))
+
+    @property
+    def has_test(self) -> bool:
+        """False if the space file says `test: none`: no result of the study is then held out."""
+        return bool(self.about.get("held_out", True))
+
+    @property
+    def estimate(self) -> str:
+        """Name of the predictions that chose the winner: `out-of-fold`, or `validation` if there is only one fold."""
+        return "out-of-fold" if self.choice.folds > 1 else "validation"
+
+    @property
+    def unseen(self) -> list[str]:
+        """Classes without an image that can measure them."""
+        return list(self.about.get("unseen", ()))
+
+    @property
+    def winner(self) -> tuple[dict[str, Any], Predictions | None] | None:
+        """Metrics and test predictions of the best settings, which are those of a baseline if it won; None if not known."""
+        found = self.entry(BEST_FOUND)
+        return self.entry(self.choice.baseline) if found is None and self.choice.baseline else found
+
+    @property
+    def measured(self) -> tuple[str, Predictions] | None:
+        """Predictions of the best settings for single classes, with a name: those on test, or else those that chose it."""
+        found = self.winner
+        if found is not None and found[1] is not None:
+            return "test", found[1]
+        return (self.estimate, self.out_of_fold) if self.out_of_fold is not None else None
+
     def entry(self, label: str) -> tuple[dict[str, Any], Predictions | None] | None:
         """Return metrics and predictions of the compared model with this label, None if there is none."""
         return next(
@@ -134,6 +261,7 @@ class StudyFiles:
 def read_study(folder: Path, shown: str) -> StudyFiles:
     """Read the study in a folder. Raises BadInput if there is none or a file cannot be read."""
     about = _json(folder / SPACE, shown) | _json(folder / STUDY, shown)
+    about = {**_without_unknown(about), **({"space": about["space"]} if "space" in about else {})}
     if not about and not (folder / TRIALS).exists():
         raise BadInput(
             shown,
@@ -162,6 +290,8 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
     space, compared = about.get("space", {}), about.get("compared", [])
     seen = {"number", "state", "epochs", "error", TRAINED_PARAMETERS, "train_s", "evaluate_s", "began_at", "ended_at"}
     named = {n: {} for t in trials[:1] for n in t if n not in seen and "/" not in n} if not space else space["space"]
+    if any("label" not in figures for figures in compared):
+        raise KeyError("label")
     if trials and (missing := {"number", "state"} - trials[0].keys()):
         raise KeyError(", ".join(sorted(missing)))
     return StudyFiles(
@@ -174,11 +304,12 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
         compared=compared,
         predictions=[_predictions(_predictions_path(folder, f, i), shown) for i, f in enumerate(compared)],
         best=about["best"]["trial"] if "best" in about else None,
-        posthoc=about.get("posthoc_curve", []),
+        posthoc=[at for at in about.get("posthoc_curve", []) if "tau" in at],
+        out_of_fold=_predictions(folder / OUT_OF_FOLD_PATH, shown),
         about=about,
         class_names=best.get("class_names", []),
         class_counts=best.get("class_counts", []),
-        class_groups=stored_groups({"class_counts": [], **best}),
+        record=best,
     )
 
 
@@ -187,10 +318,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _without_unknown(value: Any) -> Any:
+    """Return a JSON value without entries that are null or not finite: what a study does not know is missing."""
+    if isinstance(value, list):
+        return [_without_unknown(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _without_unknown(one) for name, one in value.items() if _finite(one) is not None}
+    return value
+
+
 def _predictions(path: Path, shown: str) -> Predictions | None:
     if not path.exists():
         return None
-    table = _table(path, shown)
+    table = _table(path, shown, PREDICTION_COLUMNS)
+    if not table.num_rows:
+        return None
     label, predicted = (table[name].to_numpy().astype(np.int64) for name in ("label", "predicted"))
     return Predictions(label, predicted, table["confidence"].to_numpy().astype(np.float64))
 
@@ -207,9 +349,9 @@ def _json(path: Path, shown: str) -> dict[str, Any]:
     return data
 
 
-def _table(path: Path, shown: str) -> pa.Table:
+def _table(path: Path, shown: str, columns: list[str] | None = None) -> pa.Table:
     try:
-        return pq.read_table(path)
+        return pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise BadInput(shown, f"invalid Parquet in {path.name}: {one_line(error)}", remedy=COPY_AGAIN) from None
 

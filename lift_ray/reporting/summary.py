@@ -2,68 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lift_ray.epoch_metrics import GROUPS, MAIN, TRAINED_PARAMETERS
+from lift_ray.epoch_metrics import MAIN, TRAINED_PARAMETERS
 from lift_ray.reporting.confidence import Interval, accuracy_gains, accuracy_intervals, heavy_tuning, seed_spread
-from lift_ray.reporting.figures.charts import HEAVY, PERCENT, WORDS, describe_settings, scale_of, short_count
+from lift_ray.reporting.figures.charts import HEAVY, WORDS, posthoc_advice, short_count
 from lift_ray.reporting.scaling_law import Law
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
+from lift_ray.reporting.winner import (
+    ORDER,
+    best_in_words,
+    choice_in_words,
+    estimate_in_words,
+    estimates,
+    groups_in_words,
+    listed,
+    refit_in_words,
+    unseen_in_words,
+    winner_news,
+)
 from lift_ray.terminal.tables import mean_and_deviation
 
-ORDER = (MAIN, *GROUPS, "accuracy")
+SCALING = "What would more training gain?"
+ZERO_SHOT = "zero-shot"
 Compared = tuple[dict[str, Any], Predictions | None]
 
 
 def summary(study: StudyFiles) -> list[str]:
     """Return sentences on what won, by how much and how certain that is. The first is the headline."""
-    heavy = f"{HEAVY} {heavy_tuning(study).short}" if study.finished else ""
-    seeds = seed_spread(study) if study.finished else ""
-    return [text for text in (*_on_test(study), heavy, seeds, _best_trial(study), _trials(study)) if text]
-
-
-def _best_trial(study: StudyFiles) -> str:
-    best, (metric, mode) = study.best_trial, study.objective
-    if best is None:
-        return "No trial finished." if study.is_done else "No trial has finished yet."
-    scale, title = scale_of(metric)
-    value = f"{100 * best[metric]:.1f}%" if scale == 100 else f"{best[metric]:,.4g}"
-    measure = f"{metric.split('/')[0]} {title.removesuffix(PERCENT)}"
-    lead = "Best trial" if study.is_done else "Best trial so far"
-    end = "highest" if mode == "max" else "lowest"
-    return (
-        f"{lead}: {best['number']} ({describe_settings(best)}). Its {measure}, {value}, is the {end} of "
-        f"{len(study.finished)} finished trials."
+    heavy = heavy_tuning(study)
+    about_winner = [
+        choice_in_words(study),
+        refit_in_words(study),
+        unseen_in_words(study),
+        groups_in_words(study),
+        posthoc_advice(study) if study.about.get("posthoc", {}).get("recommended") else "",
+    ]
+    sentences = (
+        *_on_test(study),
+        *(about_winner if study.is_done else []),
+        f"{HEAVY} {heavy.short}" if heavy.curve is not None else "",  # otherwise it is in `open_questions`
+        seed_spread(study) if study.finished else "",
+        best_in_words(study),
+        _trials(study),
     )
+    return [text for text in sentences if text]
+
+
+def open_questions(study: StudyFiles, law: Law) -> list[str]:
+    """Return a line for each question that this study cannot answer."""
+    heavy = heavy_tuning(study)
+    lines = [] if heavy.curve is not None else [f"{HEAVY} {heavy.answer}"]
+    return lines if law.points else [*lines, f"{SCALING} {law_in_words(law)}"]
 
 
 def _on_test(study: StudyFiles) -> list[str]:
     """Compare the best settings with the baselines on images that the search did not see."""
-    found = study.entry(BEST_FOUND)
+    found, news = study.winner, winner_news(study)
     if not study.is_done:
         text = "This search has not ended; test accuracy is measured at its end."
         return [text if study.best_trial is None else f"{text} The results so far are on validation."]
+    if not study.has_test:
+        return [f"{news} Expect slightly lower accuracy on new images.", estimate_in_words(study)]
     if found is None or f"test/{MAIN}" not in found[0]:
         return [
-            "This study has no test results. The validation results below are those that the search optimized: expect slightly "
-            "lower accuracy on new images."
+            f"{news} This study has no test results. The validation results below are those that the search optimized: expect "
+            "slightly lower accuracy on new images.".strip(),
+            estimate_in_words(study),
         ]
     others = [pair for pair in baselines(study) if f"test/{MAIN}" in pair[0]]
     gains = [f"{_points(_gain(found[0], theirs, MAIN))} {theirs['label']}" for theirs, _ in others]
     gains = gains[:1] + [text.replace(" points", "") for text in gains[1:]]
-    head = (
-        f"Test accuracy of the best settings: {_percent(found[0], MAIN)} (mean over classes, held out from the search)"
-    )
-    return [head + (f", {listed(gains)}." if gains else "."), _significance(found, others, study), _few(found, others)]
+    head = "Its test accuracy" if news else "Test accuracy of the best settings"
+    head = f"{news} {head}: {_percent(found[0], MAIN)} (mean over classes, held out from the search)".strip()
+    return [
+        head + (f", {listed(gains)}." if gains else "."),
+        _significance(found, others, study),
+        _few(found, others),
+        estimate_in_words(study),
+    ]
 
 
 def baselines(study: StudyFiles) -> list[Compared]:
-    """Return zero-shot, then the baselines by their test accuracy, the best last."""
+    """Return zero-shot, then the other baselines by their test accuracy, the best last."""
     known = zip(study.compared, study.predictions, strict=True)
-    others = [(f, a) for f, a in known if not f["label"].startswith(BEST_FOUND) and not f["label"].endswith(", TTE")]
-    return others[:1] + sorted(others[1:], key=lambda pair: pair[0].get(f"test/{MAIN}", 0.0))
+    ours = {BEST_FOUND, study.choice.baseline}
+    others = [
+        (f, a) for f, a in known if f["label"].split(", tau ")[0] not in ours and not f["label"].endswith(", TTE")
+    ]
+    return sorted(others, key=lambda pair: (pair[0]["label"] != ZERO_SHOT, pair[0].get(f"test/{MAIN}", 0.0)))
 
 
 def _significance(found: Compared, others: Sequence[Compared], study: StudyFiles) -> str:
@@ -102,11 +131,6 @@ def _points(gain: float) -> str:
 
 def _percent(figures: dict[str, Any], measure: str) -> str:
     return f"{100 * figures[f'test/{measure}']:.1f}%"
-
-
-def listed(words: Sequence[str]) -> str:
-    """Join words as `a, b and c`."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _trials(study: StudyFiles) -> str:
@@ -168,18 +192,41 @@ def accuracy_rows(study: StudyFiles) -> list[Row]:
             if predictions and study.class_counts and split == "test"
             else {}
         )
-        cells = {
-            WORDS[m]: Cell(f"{100 * figures[f'{split}/{m}']:.1f}", _ends(spread.get(m)))
-            for m in ORDER
-            if f"{split}/{m}" in figures
-        }
-        rows.append({"model": figures["label"], **cells, "parameters": short_count(figures.get(TRAINED_PARAMETERS, 0))})
+        values = {m: figures[name] for m in ORDER if (name := f"{split}/{m}") in figures}
+        rows.append(
+            {
+                "model": figures["label"],
+                **_accuracy_cells(values, spread),
+                "parameters": short_count(figures.get(TRAINED_PARAMETERS, 0)),
+            }
+        )
     return rows
+
+
+def estimate_rows(study: StudyFiles) -> list[Row]:
+    """Return the accuracy (%) of the best settings on the predictions that chose them and on test, with 95% intervals."""
+    found, tested = estimates(study), study.winner
+    if not found:
+        return []
+    values = {m: v.value if isinstance(v, Interval) else v for m, v in found.items()}
+    spread = {m: v for m, v in found.items() if isinstance(v, Interval)}
+    rows: list[Row] = [{"images": f"{study.estimate} estimate", **_accuracy_cells(values, spread)}]
+    if tested is not None and f"test/{MAIN}" in tested[0]:
+        figures, predictions = tested
+        spread = accuracy_intervals(predictions, study.groups) if predictions and study.class_counts else {}
+        tests = {m: figures[f"test/{m}"] for m in ORDER if f"test/{m}" in figures}
+        rows.append({"images": "test", **_accuracy_cells(tests, spread)})
+    columns = [name for name in ("images", *(WORDS[m] for m in ORDER)) if any(name in row for row in rows)]
+    return [{name: row.get(name, "-") for name in columns} for row in rows]
+
+
+def _accuracy_cells(values: Mapping[str, float], spread: Mapping[str, Interval]) -> dict[str, Cell]:
+    return {WORDS[m]: Cell(f"{100 * values[m]:.1f}", _ends(spread.get(m))) for m in ORDER if m in values}
 
 
 def gain_rows(study: StudyFiles) -> list[Row]:
     """Return the gain of the best settings over each baseline on test, in points with 95% intervals."""
-    found = study.entry(BEST_FOUND)
+    found = study.winner
     if found is None or found[1] is None or not study.class_counts:
         return []
     rows: list[Row] = []

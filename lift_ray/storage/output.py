@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import ArrowException, fs
 
 from lift_ray.errors import BadInput, RunFailed, one_line
@@ -131,6 +133,11 @@ class Output:
                 )
             )
             yield local
+
+    def table(self, name: str, columns: list[str]) -> pa.Table:
+        """Return columns of an existing Parquet file; of a remote one, only these are read. Raises RunFailed if that fails."""
+        filesystem, path = self._remote or (fs.LocalFileSystem(), str(self.folder))
+        return self._tried(lambda: pq.read_table(f"{path}/{name}", columns=columns, filesystem=filesystem))
 
     def remove(self, name: str) -> None:
         """Delete a folder if it exists. Raises RunFailed when the storage cannot be reached."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.table
+from rich.markup import escape
 
 from lift_ray.epoch_metrics import ACCURACIES, FURTHER, GROUPS, LOSSES
 from lift_ray.evaluation.metrics import ANY
@@ -43,6 +44,18 @@ def together_table(found: Sequence[Mapping[str, Any]]) -> rich.table.Table:
             f"{100 * sum(differ) / len(differ):.0f}",
             f"{report['cost']['train_s']:.0f}",
         )
+    return table
+
+
+def confused_table(pairs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+    """Return a table of the most confused pairs of classes (rows of `Confusions.most_confused`)."""
+    table = titled("Most confused classes: images, and their fraction of the true class (%)")
+    for heading in ("true class", "predicted as"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("images", "fraction"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for pair in pairs:
+        table.add_row(escape(pair["true"]), escape(pair["predicted"]), f"{pair['count']:,}", percent(pair["fraction"]))
     return table
 
 

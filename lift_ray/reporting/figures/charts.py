@@ -23,7 +23,14 @@ from lift_ray.epoch_metrics import (
     POSTHOC_TAU,
     TRAINED_PARAMETERS,
 )
-from lift_ray.reporting.confidence import heavy_tuning, is_grid, sized
+from lift_ray.reporting.confidence import (
+    FEWEST_POINTS,
+    FEWEST_SIZES,
+    heavy_tuning,
+    is_grid,
+    regression_intervals,
+    sized,
+)
 from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
 from lift_ray.terminal.tables import HEADINGS, describe
 
@@ -57,6 +64,7 @@ class Figure:
         note: description below the heading.
         traces, layout: Plotly's data and layout.
         rows: data behind the figure, all rows with the same keys.
+        table, caption: rows that are always shown below the figure, and their caption.
     """
 
     name: str
@@ -65,6 +73,8 @@ class Figure:
     traces: list[dict[str, Any]]
     layout: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
+    caption: str = ""
 
 
 SETTINGS = {
@@ -167,7 +177,7 @@ def measures_of(trials: Sequence[Trial], wanted: Sequence[str] = (*GROUPS, MAIN)
 
 def size_figure(study: StudyFiles) -> Figure | None:
     """Accuracy against trained parameters, with the Pareto front."""
-    trials = [t for t in study.finished if t.get(TRAINED_PARAMETERS)]
+    trials = [t for t in study.finished if t.get(TRAINED_PARAMETERS) and t.get(MAIN_METRIC) is not None]
     if len({t[TRAINED_PARAMETERS] for t in trials}) < 2:
         return None
     x = [t[TRAINED_PARAMETERS] for t in trials]
@@ -277,11 +287,26 @@ def width_figures(study: StudyFiles) -> list[Figure]:
 
 def tau_figure(study: StudyFiles) -> Figure | None:
     """Accuracy against the strength of the logit adjustment in training."""
-    note = (
-        "A larger tau in training shifts accuracy from the many-shot to the few-shot classes. Finished trials on validation; "
-        "other settings vary too."
-    )
+    note = f"{tau_effect(study.finished)} Finished trials on validation; other settings vary too."
     return curve(study, "loss.tau", "tau", "Logit adjustment in training (tau)", note)
+
+
+def tau_effect(trials: Sequence[Trial]) -> str:
+    """Describe how many-shot and few-shot accuracy change with tau in training, from lines through the trials."""
+    found = []
+    for group in ("few", "many"):
+        known = [t for t in trials if t.get("loss.tau") is not None and t.get(f"validation/{group}") is not None]
+        tau, accuracy = numbers(known, "loss.tau"), numbers(known, f"validation/{group}")
+        if len(known) < FEWEST_POINTS or len(np.unique(tau)) < FEWEST_SIZES:
+            continue
+        design = np.column_stack([np.ones(len(tau)), tau])
+        slope = regression_intervals(design, accuracy, np.array([[0.0, 1.0]]))[0]
+        change = f"{'rises' if slope.value > 0 else 'falls'} by {100 * abs(slope.value):.1f} points per unit of tau"
+        found.append(f"{group}-shot accuracy {change if slope.excludes_zero else 'has no clear trend'}")
+    meant = "Tau in training is meant to shift accuracy from the many-shot to the few-shot classes. "
+    return meant + (
+        f"Here {' and '.join(found)}." if found else "There are too few trials to tell whether it does here."
+    )
 
 
 def posthoc_figure(study: StudyFiles) -> Figure | None:
@@ -290,7 +315,7 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
     if len(points) < 2:
         return None
     traces = []
-    for measure in [m for m in (*GROUPS, MAIN) if f"validation/{m}" in points[0]]:
+    for measure in [m for m in (*GROUPS, MAIN) if all(p.get(f"validation/{m}") is not None for p in points)]:
         color, symbol, dash = STYLES[measure]
         traces.append(
             scatter(
@@ -303,23 +328,49 @@ def posthoc_figure(study: StudyFiles) -> Figure | None:
                 hovertemplate="tau %{x}: %{y:.1f}%<extra>%{fullData.name}</extra>",
             )
         )
-    top = max(points, key=lambda p: p[MAIN_METRIC])
-    note = "The logits of the best trial are adjusted after training. "
-    if top is points[0]:
-        note += f"On validation, no post-hoc tau improves the mean class accuracy of {value_of(top)}."
-    else:
-        note += (
-            f"Best post-hoc tau on validation: {top['tau']:g} (mean class accuracy {value_of(top)}{_bias(study, top['tau'])}; "
-            f"{value_of(points[0])} without adjustment)."
-        )
     rows = [{"tau": p["tau"], **{m: p.get(f"validation/{m}") for m in ACCURACIES}} for p in points]
     return Figure(
         "posthoc-tau",
         "Post-hoc logit adjustment (tau)",
-        note,
+        f"The logits of the best trial are adjusted after training. {posthoc_advice(study) or _best_tau(study)}",
         traces,
-        {"xaxis": axis("post-hoc tau"), "yaxis": axis(f"validation {ACCURACY}")},
+        {"xaxis": axis("post-hoc tau"), "yaxis": axis(f"{study.estimate} {ACCURACY}")},
         rows,
+    )
+
+
+def posthoc_advice(study: StudyFiles) -> str:
+    """Say whether a post-hoc tau is recommended, with its gain and the bias of the gain; "" for a study that does not know it."""
+    found = study.about.get("posthoc", {})
+    if "recommended" not in found:
+        return ""
+    scale, title = scale_of(found.get("metric", study.choice.metric))
+    measure, digits = title.removesuffix(PERCENT), ".1f" if scale == 100 else ".2g"
+    points = f"{{:{digits}}} points" if scale == 100 else f"{{:{digits}}}"
+    gain, bias = (scale * found.get(name, missing) for name, missing in (("gain", 0.0), ("bias", math.inf)))
+    luck = "its selection bias" + (f" (about {bias:{digits}})" if math.isfinite(bias) else ", which is unknown")
+    images = f"{study.estimate} predictions"
+    if found["recommended"]:
+        return (
+            f"Post-hoc tau {found.get('tau', 0):g} is recommended: on {images} it gains {points.format(gain)} of {measure}, "
+            f"more than {luck}."
+        )
+    if gain <= 0:
+        return f"No post-hoc tau improves the {measure} on {images}."
+    return f"No post-hoc tau is recommended: the best one gains {points.format(gain)} of {measure} on {images}, not more than {luck}."
+
+
+def _best_tau(study: StudyFiles) -> str:
+    """Return the best post-hoc tau of a study that does not say whether it is recommended."""
+    points = [p for p in study.posthoc if p.get(MAIN_METRIC) is not None]
+    if not points:
+        return ""
+    top = max(points, key=lambda p: p[MAIN_METRIC])
+    if top is points[0]:
+        return f"On validation, no post-hoc tau improves the mean class accuracy of {value_of(top)}."
+    return (
+        f"Best post-hoc tau on validation: {top['tau']:g} (mean class accuracy {value_of(top)}{_bias(study, top['tau'])}; "
+        f"{value_of(points[0])} without adjustment)."
     )
 
 

@@ -1,12 +1,10 @@
-"""Figures on the test split: comparison of models with intervals, accuracy by class, calibration."""
+"""Figures that compare models: accuracy with intervals, calibration."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from lift_ray.epoch_metrics import GROUPS, MAIN
 from lift_ray.reporting.confidence import Interval, accuracy_intervals, reliability
@@ -19,7 +17,6 @@ from lift_ray.reporting.figures.charts import (
     Figure,
     axis,
     diagonal,
-    log_axis,
     percents,
     scatter,
 )
@@ -39,17 +36,14 @@ def compared_figure(study: StudyFiles) -> Figure | None:
         for row in _rows(study, "model", figures["label"], figures, predictions)
     ]
     note = "Test accuracy, held out from the search. Bars: 95% bootstrap intervals over test images."
+    if study.choice.baseline:
+        note = f"The baseline {study.choice.baseline} is best. {note}"
     return _dots("compared", "Best settings compared with the baselines", note, "model", rows)
 
 
 def studies_figure(studies: Sequence[StudyFiles]) -> Figure | None:
     """Test accuracy of the best settings of each study."""
-    rows = [
-        row
-        for study in studies
-        if (found := study.entry(BEST_FOUND))
-        for row in _rows(study, "study", study.name, *found)
-    ]
+    rows = [row for study in studies if (found := study.winner) for row in _rows(study, "study", study.name, *found)]
     note = "Test accuracy, held out from each search. Bars: 95% bootstrap intervals over test images."
     return _dots("studies", "Best settings of each study", note, "study", rows)
 
@@ -119,62 +113,16 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
     return Figure(name, title, note, traces, layout, rows)
 
 
-def classes_figure(study: StudyFiles) -> Figure | None:
-    """Test accuracy of each class against its number of training images."""
-    found = study.entry(BEST_FOUND)
-    if found is None or found[1] is None or not study.class_counts:
-        return None
-    predictions, counts, groups = found[1], np.array(study.class_counts), study.groups
-    total = np.bincount(predictions.label, minlength=len(counts))
-    correct = np.bincount(predictions.label[predictions.hits], minlength=len(counts))
-    seen = np.flatnonzero(total)
-    traces = []
-    for group in [g for g in GROUPS if (groups[seen] == g).any()]:
-        here = seen[groups[seen] == group]
-        color, symbol, _ = STYLES[group]
-        traces.append(
-            scatter(
-                "markers",
-                name=group,
-                x=counts[here].tolist(),
-                y=percents(correct[here] / total[here]),
-                text=[study.class_names[k] for k in here],
-                marker={"color": color, "symbol": symbol, "size": 7, "opacity": 0.75},
-                hovertemplate="%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
-            )
-        )
-    never = int((correct[seen] == 0).sum())
-    rules = ", ".join(f"{group} {rule}" for group, rule in study.class_groups.rules.items())
-    note = (
-        f"Each point is a class; test accuracy of the best settings. Classes with zero accuracy: {never} of {len(seen)}. "
-        f"Groups by number of training images: {rules}."
-    )
-    rows = [
-        {
-            "class": study.class_names[k],
-            "group": str(groups[k]),
-            "train_images": int(counts[k]),
-            "test_images": int(total[k]),
-            "correct": int(correct[k]),
-        }
-        for k in seen
-    ]
-    layout = {
-        "xaxis": log_axis("training images of the class", counts[seen].tolist()),
-        "yaxis": axis(f"test {ACCURACY}", range=[-4, 104]),
-    }
-    return Figure("classes", "Accuracy by class frequency", note, traces, layout, rows)
-
-
 def calibration_figure(study: StudyFiles) -> Figure | None:
     """Reliability diagram of the best settings and of zero-shot."""
     traces = [diagonal("perfect", [0, 100])]
     rows, errors = [], []
-    for label, place in ((BEST_FOUND, 0), ("zero-shot", 2)):
-        found = study.entry(label)
-        if found is None or found[1] is None:
+    split, best = study.measured or ("test", None)
+    zero_shot = study.entry("zero-shot") if split == "test" else None
+    for label, place, predictions in ((BEST_FOUND, 0, best), ("zero-shot", 2, zero_shot[1] if zero_shot else None)):
+        if predictions is None:
             continue
-        bins = reliability(found[1])
+        bins = reliability(predictions)
         traces.append(
             scatter(
                 "lines+markers",
@@ -188,12 +136,12 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
             )
         )
         rows += [{"model": label, "confidence": b[0], "accuracy": b[1], "images": b[2]} for b in bins]
-        errors.append(f"{label} {100 * sum(abs(b[0] - b[1]) * b[2] for b in bins) / len(found[1].label):.1f}%")
+        errors.append(f"{label} {100 * sum(abs(b[0] - b[1]) * b[2] for b in bins) / len(predictions.label):.1f}%")
     if not rows:
         return None
     note = (
-        "Test accuracy of predictions at each level of confidence; below the dotted line the model is overconfident. "
+        f"{split.capitalize()} accuracy of predictions at each level of confidence; below the dotted line the model is overconfident. "
         f"Expected calibration error: {', '.join(errors)}."
     )
-    layout = {"xaxis": axis("confidence (%)", range=[0, 100]), "yaxis": axis(f"test {ACCURACY}", range=[0, 100])}
+    layout = {"xaxis": axis("confidence (%)", range=[0, 100]), "yaxis": axis(f"{split} {ACCURACY}", range=[0, 100])}
     return Figure("calibration", "Calibration: can the confidence be trusted?", note, traces, layout, rows)

@@ -68,7 +68,9 @@ def history_figure(study: StudyFiles) -> Figure | None:
         )
     )
     note = "Last validation value of each trial, in order of start."
-    if best := study.best_trial:
+    if (best := study.best_trial) and not study.is_best_on_top:
+        note += f" Trial {best['number']} won on all folds."
+    elif best:
         after = sum(t["number"] > best["number"] for t in study.trials)
         later = "; the trial after it is not better" if after == 1 else f"; none of the {after} later trials is better"
         note += f" Trial {best['number']} is the best{later if after else ''}."
@@ -359,7 +361,7 @@ def cost_in_words(study: StudyFiles) -> str:
         words += f" Median training speed of a trial: {np.nanmedian(speed):,.0f} images/s."
     times = study.about.get("time_s", {})
     if "total" in times:
-        total, last = (times[name] / 60 for name in ("total", "final comparison"))
+        total, last = (times.get(name, 0.0) / 60 for name in ("total", "final comparison"))
         apart = max(clock.values(), default=0.0)
         if apart > total:  # the search was resumed: `times` covers its last start only
             words += f" The last trial ended {apart:.1f} minutes after the first began; the final comparison took {last:.1f} minutes."
