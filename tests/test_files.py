@@ -15,7 +15,9 @@ from lift_ray.settings.run_file import RunFile, read_run
 from lift_ray.settings.yaml_file import SettingsFile, dump_yaml
 
 D = "dataset: d\n"
-SECTIONS = "augment, backbone, dataset, evaluation, extra_tuner, head, loss, method, name, optim, out, seed, tuner"
+SECTIONS = (
+    "augment, backbone, dataset, evaluation, extra_tuner, head, loss, method, name, optim, out, seed, train_on, tuner"
+)
 
 
 def check(text: str) -> RunFile:

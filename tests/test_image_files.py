@@ -29,7 +29,7 @@ def test_every_figure_is_an_image_that_shows_something_and_a_table(tmp_path: Pat
     assert not report.main([str(folder), "--png"])
     page = (folder / "report" / "index.html").read_text()
     names = re.findall(r'data-figure="([^"]+)"', page)
-    assert len(names) == 14
+    assert len(names) == 16
     for name in names:
         assert (folder / "report" / f"{name}.csv").stat().st_size > 0
         pixels = np.asarray(Image.open(folder / "report" / f"{name}.png").convert("RGB")).astype(int)

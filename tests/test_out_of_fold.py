@@ -25,6 +25,7 @@ from lift_ray.search.predictions import read_fold, read_out_of_fold
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.layout import OUT_OF_FOLD_FILE
 from lift_ray.storage.output import Output
+from lift_ray.training.checkpoint import read_record
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -112,6 +113,7 @@ def test_a_run_on_everything_validates_nothing(workspace: Workspace, small_clip:
     again = Run(config(small_clip), workspace.on(view))
     again.load(tmp_path / "checkpoint")
     assert again.history == run.history
+    assert read_record(tmp_path / "checkpoint").train_on == "train+validation"
 
 
 def test_the_temperature_is_fitted_on_out_of_fold_logits_if_they_are_there(run: Run, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import optuna
 import pyarrow.parquet as pq
 import pytest
+import torch
 from browser import seen_in_browser
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from pyarrow import fs
+from safetensors.torch import load_file
 
 from lift_ray import evaluate, train, tune
 from lift_ray.errors import BadInput
@@ -136,6 +138,38 @@ def test_a_search_with_two_workers_per_trial_finds_what_one_worker_finds(
     assert together["optim.lr"] == alone["optim.lr"] == 0.02
     assert together["train/loss"] == pytest.approx(alone["train/loss"], abs=1e-4)
     assert together["validation/loss"] == pytest.approx(alone["validation/loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_refit_on_ray_train_workers_gives_the_model_of_a_refit_in_a_slot(
+    space_file: Path, tmp_path: Path, ray_session: None
+) -> None:
+    words = ["search.trials=2", "search.scheduler.kind=none", "search.tte_best=0", "search.refit=true"]
+    for workers in (1, 2):
+        out = ["--out", str(tmp_path / str(workers))]
+        assert not tune.main([str(space_file), *words, f"scale.refit_workers={workers}", *out])
+    studies = [json.loads((tmp_path / name / "study.json").read_text()) for name in ("1", "2")]
+    for study in studies:
+        assert study["refit"] == {"data": "train+validation", "retrained": True, "images": 96 + 24}
+    slot, together = (study["compared"][-1] for study in studies)
+    assert together["label"] == "best found"
+    assert together["test/loss"] == pytest.approx(slot["test/loss"], abs=1e-3)
+    one, other = (load_file(tmp_path / name / "best" / "weights.safetensors") for name in ("1", "2"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
+    run = read_run(tmp_path / "2" / "best.yaml")
+    assert run.train_on == "train+validation"
+
+
+@pytest.mark.slow
+def test_best_yaml_of_a_refit_trains_the_model_in_best(space_file: Path, tmp_path: Path, ray_session: None) -> None:
+    out = tmp_path / "out"
+    words = ["search.trials=2", "search.scheduler.kind=none", "search.tte_best=0", "search.refit=true"]
+    assert not tune.main([str(space_file), *words, "--out", str(out)])
+    assert not train.main([str(out / "best.yaml"), "--no-ray", "--out", str(tmp_path / "again")])
+    one = load_file(out / "best" / "weights.safetensors")
+    other = load_file(tmp_path / "again" / "checkpoint" / "weights.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_search_in_object_storage_is_complete_and_continues_where_it_stopped(

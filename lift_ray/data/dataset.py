@@ -157,6 +157,11 @@ class Dataset:
         """Number of classes K."""
         return len(self.class_names)
 
+    @property
+    def train_on(self) -> str:
+        """The splits that the training images come from, as in a run file: `train` or `train+validation`."""
+        return "+".join(dict.fromkeys(part.name for part, _ in self.splits["train"].parts)) or "train"
+
     def split(self, name: str) -> Split:
         """Return a split by name. Raises BadInput, with the option of `convert` that makes it, if it does not exist."""
         if name not in self.splits:

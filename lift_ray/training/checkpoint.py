@@ -48,6 +48,7 @@ class Record:
         class_counts: (K,), training images of each class.
         labelled_counts: (K,), labeled images of each class before any were held out, which define many, medium and few; None in
             checkpoints of earlier versions.
+        train_on: splits that the training images come from, as in a run file.
         epoch: number of finished epochs, evaluation included.
         step: number of finished steps since the start of the run, including those of an unfinished epoch.
         metrics: validation metrics of the last finished epoch, by `validation/name`.
@@ -68,6 +69,7 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     labelled_counts: list[int] | None = None
+    train_on: str = "train"
     format_version: int = FORMAT_VERSION
     lift_ray_version: str = lift_ray.__version__
 
@@ -94,6 +96,7 @@ def record_of(
         class_names=list(dataset.class_names),
         class_counts=class_counts.tolist(),
         labelled_counts=labelled_counts(dataset).tolist(),
+        train_on=dataset.train_on,
         epoch=epoch,
         metrics=named("validation", {name: last[name] for name in last if name not in POSTHOC}),
         history=[metrics.flat() for metrics in history],
