@@ -137,9 +137,7 @@ def test_a_model_that_was_trained_on_everything_is_not_calibrated_on_its_trainin
     run.save(tmp_path / "checkpoint")
     found = calibrated(tmp_path / "checkpoint", Classifier(tmp_path / "checkpoint", Ranks.alone()))
     assert found.temperature == 1.0
-    assert str(found) == (
-        "not calibrated: the model was trained on all labeled images; train with train_on=train to calibrate it"
-    )
+    assert str(found) == "not calibrated: no labeled image was held out from training (temperature 1)"
 
 
 def test_the_paths_of_images_are_those_in_the_shards(small_data: str) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lift_ray.data.batches import evaluation_batches
+from lift_ray.data.dataset import Dataset, Split
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, one_line
@@ -24,7 +25,7 @@ from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.classifier import Classifier
 from lift_ray.storage.layout import CALIBRATION, OUT_OF_FOLD_FILE
-from lift_ray.training.checkpoint import difference
+from lift_ray.training.checkpoint import Record, difference
 
 COLDEST, HOTTEST = 0.01, 100.0
 
@@ -36,7 +37,7 @@ class Calibration:
     Attributes:
         temperature: 1 leaves the logits unchanged.
         dataset: dataset of these images; "" if the user set the temperature.
-        num_images: their number; 0 if there are none, because the model was trained on all labeled images.
+        num_images: their number; 0 if no labeled image was held out from training.
         error_before, error_after: expected calibration error on them, in [0, 1]. `error_after` is optimistic: it is measured on
             the images that the temperature was fitted on.
         images: what they are: validation images, or out-of-fold images.
@@ -53,9 +54,7 @@ class Calibration:
         if not self.dataset:
             return f"temperature {self.temperature:g}, set by the user"
         if not self.num_images:
-            return (
-                "not calibrated: the model was trained on all labeled images; train with train_on=train to calibrate it"
-            )
+            return "not calibrated: no labeled image was held out from training (temperature 1)"
         return (
             f"temperature {self.temperature:.3f}, fitted on {self.num_images:,} {self.images} of {self.dataset}: calibration "
             f"error {100 * (self.error_before or 0):.1f}% before, {100 * (self.error_after or 0):.1f}% after"
@@ -96,12 +95,11 @@ def _fitted(folder: Path, classifier: Classifier) -> Calibration:
     if (folder / OUT_OF_FOLD_FILE).exists():
         logits, labels = _out_of_fold(folder / OUT_OF_FOLD_FILE)
         logits, images = logits - classifier.offset.cpu(), "out-of-fold images"
-    elif (
-        record.epoch and not record.metrics
-    ):  # trained without validation, so these images may be among the training images
-        return Calibration(1.0, record.dataset)
     else:
-        logits, labels = _on_validation(classifier)
+        dataset = _dataset(record)
+        if record.train_on != "train" or "validation" not in dataset.splits:
+            return Calibration(1.0, record.dataset)
+        logits, labels = _on_validation(classifier, dataset.split("validation"))
     temperature = fit_temperature(logits, labels)
     before, after = (_error(z, labels, record.groups.names) for z in (logits, logits / temperature))
     return Calibration(temperature, record.dataset, len(labels), before, after, images)
@@ -118,18 +116,22 @@ def _out_of_fold(path: Path) -> tuple[Tensor, Tensor]:
     return torch.tensor(logits.reshape(len(labels), -1)), torch.tensor(labels)
 
 
-def _on_validation(classifier: Classifier) -> tuple[Tensor, Tensor]:
-    """Return adjusted logits (N, K) and labels (N,) of the validation split. Raises BadInput if it cannot be read."""
-    record, ranks = classifier.record, classifier.ranks
+def _dataset(record: Record) -> Dataset:
+    """Return the dataset of a checkpoint. Raises BadInput if it cannot be read, or has other classes."""
     try:
         dataset = open_dataset(record.dataset)
-        split = dataset.split("validation")
         if list(dataset.class_names) != record.class_names:
             different = difference(record.class_names, dataset.class_names)
             raise BadInput(dataset.uri, "must have the classes of the checkpoint", but=different)
     except BadInput as error:
         remedy = "or pass --temperature 1 for uncalibrated probabilities"
         raise BadInput("", str(error), remedy=remedy) from None
+    return dataset
+
+
+def _on_validation(classifier: Classifier, split: Split) -> tuple[Tensor, Tensor]:
+    """Return adjusted logits (N, K) and labels (N,) of the validation split. Raises BadInput if it cannot be read."""
+    ranks = classifier.ranks
     with RowReader(split) as reader:
         batches = evaluation_batches(
             reader,
