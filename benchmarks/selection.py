@@ -401,7 +401,7 @@ def ranks(values: Sequence[float]) -> list[float]:
     return [float(rank) for rank in below]
 
 
-def correlations(row: Row, estimate: str, metric: str, how: Callable[..., float]) -> float:
+def correlation(row: Row, estimate: str, metric: str, how: Callable[..., float]) -> float:
     """Return the correlation of a validation estimate with the test split over the trials of a search."""
     pairs = [
         (trial[estimate][metric], trial["test"][metric])
@@ -417,46 +417,45 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     Returns by rule: mean test accuracies, and for each metric the paired difference to today's rule (`mean_error`); the correlations
     of each estimate, within a search; what post-hoc tau brings where it is recommended and where not; and the trainings of a search.
     """
-    rules = {
-        rule: {
-            metric: {
-                "mean": statistics.fmean(row["test"][rule][metric] for row in rows),
-                "difference": mean_error([difference(row, rule, metric) for row in rows]),
-            }
-            for metric in SHOWN
-        }
-        for rule in rows[0]["test"]
+    in_all = [rule for rule in rows[0]["test"] if all(rule in row["test"] for row in rows)]
+    chosen = {True: "recommended", False: "not recommended"}
+    posthoc = {
+        name: [row["posthoc"] for row in rows if row["posthoc"]["recommended"] is is_so]
+        for is_so, name in chosen.items()
     }
-    related = {
-        estimate: {
-            metric: {
-                how.__name__: mean_error(
-                    [x for row in rows if np.isfinite(x := correlations(row, estimate, metric, how))]
-                )
-                for how in (pearson, spearman)
-            }
-            for metric in SHOWN
-        }
-        for estimate in ESTIMATES
-    }
-    taus = {
-        name: {metric: mean_error([one["with"][metric] - one["without"][metric] for one in chosen]) for metric in SHOWN}
-        for name, chosen in (
-            ("recommended", [row["posthoc"] for row in rows if row["posthoc"]["recommended"]]),
-            ("not recommended", [row["posthoc"] for row in rows if not row["posthoc"]["recommended"]]),
-        )
-        if chosen
-    }
+    trainings = {name: statistics.fmean(row["trainings"][name] for row in rows) for name in rows[0]["trainings"]}
     return {
-        "rules": rules,
-        "correlation": related,
-        "posthoc": taus,
-        "same_winner": sum(row["winners"][TODAY] == row["winners"][CONFIRMED] for row in rows),
+        "rules": {rule: {metric: compared(rows, rule, metric) for metric in SHOWN} for rule in in_all},
+        "correlation": {estimate: related(rows, estimate) for estimate in ESTIMATES},
+        "posthoc": {name: tau_gains(found) for name, found in posthoc.items() if found},
+        "kept": sum(row["winners"][TODAY] == row["winners"][CONFIRMED] for row in rows),
         "images": rows[0]["images"],
-        "trainings": {name: statistics.fmean(row["trainings"][name] for row in rows) for name in rows[0]["trainings"]},
+        "trainings": trainings,
         "search_s": statistics.median(row["search_s"] for row in rows),
         "all_s": statistics.median(row["all_s"] for row in rows),
     }
+
+
+def compared(rows: Sequence[Row], rule: str, metric: str) -> dict[str, Any]:
+    """Return the mean test accuracy of a rule, and its paired difference to today's rule."""
+    mean = statistics.fmean(row["test"][rule][metric] for row in rows)
+    return {"mean": mean, "difference": mean_error([difference(row, rule, metric) for row in rows])}
+
+
+def related(rows: Sequence[Row], estimate: str) -> dict[str, Any]:
+    """Return the correlations of an estimate with test by metric and kind, without searches in which one of the two is constant."""
+    return {
+        metric: {
+            how.__name__: mean_error([x for row in rows if np.isfinite(x := correlation(row, estimate, metric, how))])
+            for how in (pearson, spearman)
+        }
+        for metric in SHOWN
+    }
+
+
+def tau_gains(chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return by metric the test accuracy with the best post-hoc tau minus that without it."""
+    return {metric: mean_error([one["with"][metric] - one["without"][metric] for one in chosen]) for metric in SHOWN}
 
 
 def points(value: Mapping[str, float]) -> str:
@@ -509,10 +508,11 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             out.append(
                 f"Post-hoc tau was {name} in {by_metric[MAIN]['number']} of {number} searches; with it: {gained}."
             )
+    further = trainings["confirm"] + trainings["refit"]
     out.append(
         f"A search trains {trainings['search']:.0f} trials; confirmation adds {trainings['confirm']:.1f} trainings, refit"
-        f" {trainings['refit']:.1f}, those of the baselines included. It confirmed the winner of {TODAY} in"
-        f" {found['same_winner']} of {number} searches."
+        f" {trainings['refit']:.1f}, those of the baselines included: {1 + further / trainings['search']:.2f} times the trainings."
+        f" Confirmation kept the winner of {TODAY} in {found['kept']} of {number} searches."
     )
     return out
 

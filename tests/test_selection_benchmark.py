@@ -125,7 +125,7 @@ def test_the_summary_is_that_of_a_computation_by_hand() -> None:
     assert found["correlation"]["out_of_fold"]["few"]["spearman"]["mean"] == pytest.approx(1)
     assert found["posthoc"]["recommended"]["few"]["mean"] == pytest.approx(0.01)
     assert found["posthoc"]["not recommended"]["few"]["number"] == 2
-    assert (found["same_winner"], found["trainings"]["confirm"]) == (1, 13)
+    assert (found["kept"], found["trainings"]["confirm"]) == (1, 13)
     text = " ".join(selection.sentences(found))
     assert "mean class +4.0 ± 3.5 (more than the standard error)" in text
     rows[0]["test"][selection.WINNER] = {"mean_class_accuracy": 0.5, "few": 0.5}
