@@ -148,10 +148,14 @@ def open_set(name: str, classes: int, largest: int, imbalance: float) -> Dataset
     whole = open_dataset(EMBEDDED if name == DRAWN else name)
     if name.startswith("embedded:"):
         return whole
-    splits = {split: whole.splits[split] for split in ("train", "test") if split in whole.splits}
-    splits.setdefault("test", replace(whole.split("validation"), name="test"))
-    whole = replace(whole, splits=splits)
+    whole = train_and_test(whole)
     return whole if name == DRAWN else long_tailed(whole, classes, largest, imbalance)
+
+
+def train_and_test(whole: Dataset) -> Dataset:
+    """Return the dataset without its validation split, which becomes the test split if there is none."""
+    test = whole.splits["test" if "test" in whole.splits else "validation"]
+    return replace(whole, splits={"train": whole.split("train"), "test": replace(test, name="test")})
 
 
 def long_tailed(whole: Dataset, classes: int, largest: int, imbalance: float) -> Dataset:

@@ -28,8 +28,7 @@ def setup(small_clip: str) -> selection.Setup:
 @pytest.fixture(scope="module")
 def whole(small_data: str) -> Dataset:
     """The small data without a validation split, so that it is drawn."""
-    found = open_dataset(small_data)
-    return replace(found, splits={name: found.split(name) for name in ("train", "test")})
+    return selection.train_and_test(open_dataset(small_data))
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +146,15 @@ def test_the_tables_fit_a_terminal(lines: Path) -> None:
     assert "…" not in text
 
 
-def test_a_folder_is_cut_to_its_largest_classes_and_tested_on_its_validation_split(small_data: str) -> None:
+def test_a_folder_is_cut_to_its_largest_classes_and_its_validation_split_may_be_the_test_split(small_data: str) -> None:
     """Classes of 24, 18, 14, 12, 10 ... training images; the profile of 12 to 3 images of the first four."""
     source = open_dataset(small_data)
-    found = selection.long_tailed(replace(source, splits={n: source.split(n) for n in ("train", "test")}), 4, 12, 4)
+    found = selection.open_set(small_data, 4, 12, 4)
+    assert set(found.splits) == {"train", "test"}
     assert sorted(found.split("train").class_counts(4).tolist()) == [3, 5, 8, 12]
     assert found.split("test").class_counts(4).tolist() == [3, 3, 3, 3]
     names = {source.class_names[source.split("train").labels[row]] for row in found.split("train").rows}
     assert names == set(found.class_names)
+    without = replace(source, splits={name: source.split(name) for name in ("train", "validation")})
+    test = selection.train_and_test(without).split("test")
+    assert (test.name, test.key) == ("test", source.split("validation").key)
