@@ -280,6 +280,59 @@ class Finished:
         predictions = read_out_of_fold(search.out, row.number, parts, taus_of(config))
         return accuracies(all_metrics(predictions.at(config.evaluation.posthoc_tau), search.data.groups.names))
 
+    @property
+    def best(self) -> TrialRow:
+        """The winner by today's rule."""
+        best = best_of(self.rows, self.search.space.objectives)
+        assert best is not None, "no trial has finished"
+        return best
+
+    @property
+    def oracle(self) -> TrialRow:
+        """The trial whose own model is best on the test split."""
+        return max(self.rows, key=lambda row: self.test(self.own(row))[MAIN])
+
+    def trials(self) -> list[dict[str, Any]]:
+        """Return both estimates and the test accuracies of the own model of each trial."""
+        return [
+            {
+                "trial": row.number,
+                "values": row.values,
+                "hold_out": accuracies(row.last.flat("validation"), "validation/"),
+                "out_of_fold": self.out_of_fold(row),
+                "test": self.test(self.own(row)),
+            }
+            for row in self.rows
+        ]
+
+    def rules(self) -> dict[str, dict[str, float]]:
+        """Return the test accuracies of each rule, of the baselines, and of the oracle."""
+        labels, tau = self.search.space.baseline_labels(), self.choice.posthoc.tau
+        return {
+            TODAY: self.test(self.own(self.best)),
+            TODAY_REFIT: self.test(self.refit(self.best)),
+            CONFIRMED: self.test(self.own(self.choice.row), tau),
+            WINNER: self.test(self.refit(self.choice.row), tau),
+            **{
+                f"{labels[row.baseline]}, refit": self.test(self.refit(row))
+                for row in self.rows
+                if row.baseline is not None
+            },
+            ORACLE: self.test(self.own(self.oracle)),
+        }
+
+    def posthoc(self) -> dict[str, Any]:
+        """Return the best post-hoc tau of the winner, and the test accuracies of its final model without and with it."""
+        posthoc, model = self.choice.posthoc, self.refit(self.choice.row)
+        return {
+            "tau": posthoc.best,
+            "gain": posthoc.gain,
+            "bias": posthoc.bias,
+            "recommended": posthoc.is_recommended,
+            "without": self.test(model),
+            "with": self.test(model, posthoc.best),
+        }
+
 
 def accuracies(metrics: Metrics, prefix: str = "") -> dict[str, float]:
     """Return the accuracies among the metrics of a split, by their plain names."""
@@ -295,53 +348,23 @@ def measure(setup: Setup, whole: Dataset, slot: LocalSlot, seed: int) -> Row:
         slot.take_up(dataset, data.folds, folder)
         found = Finished.of(Search(Study(space, dataset.uri, InMemoryStorage()), Output(folder), data), slot)
         search_s = time.monotonic() - began
-        choice, best = found.choice, best_of(found.rows, space.objectives)
-        assert best is not None
-        trials = [
-            {
-                "trial": row.number,
-                "values": row.values,
-                "hold_out": accuracies(row.last.flat("validation"), "validation/"),
-                "out_of_fold": found.out_of_fold(row),
-                "test": found.test(found.own(row)),
-            }
-            for row in found.rows
-        ]
-        oracle = max(found.rows, key=lambda row: found.test(found.own(row))[MAIN])
-        labels = space.baseline_labels()
-        rules = {
-            TODAY: found.test(found.own(best)),
-            TODAY_REFIT: found.test(found.refit(best)),
-            CONFIRMED: found.test(found.own(choice.row), choice.posthoc.tau),
-            WINNER: found.test(found.refit(choice.row), choice.posthoc.tau),
-            **{
-                f"{labels[row.baseline]}, refit": found.test(found.refit(row))
-                for row in found.rows
-                if row.baseline is not None
+        return {
+            "set": setup.name,
+            "digest": setup.digest(),
+            "seed": seed,
+            "images": {name: split.num_samples for name, split in dataset.splits.items()},
+            "winners": {
+                TODAY: found.best.number,
+                CONFIRMED: found.choice.row.number,
+                ORACLE: found.oracle.number,
             },
-            ORACLE: found.test(found.own(oracle)),
+            "test": found.rules(),
+            "trials": found.trials(),
+            "posthoc": found.posthoc(),
+            "trainings": found.trainings,
+            "search_s": round(search_s, 1),
+            "all_s": round(time.monotonic() - began, 1),
         }
-        posthoc = {
-            "tau": choice.posthoc.best,
-            "gain": choice.posthoc.gain,
-            "bias": choice.posthoc.bias,
-            "recommended": choice.posthoc.is_recommended,
-            "without": found.test(found.refit(choice.row)),
-            "with": found.test(found.refit(choice.row), choice.posthoc.best),
-        }
-    return {
-        "set": setup.name,
-        "digest": setup.digest(),
-        "seed": seed,
-        "images": {name: split.num_samples for name, split in dataset.splits.items()},
-        "winners": {TODAY: best.number, CONFIRMED: choice.row.number, ORACLE: oracle.number},
-        "test": rules,
-        "trials": trials,
-        "posthoc": posthoc,
-        "trainings": found.trainings,
-        "search_s": round(search_s, 1),
-        "all_s": round(time.monotonic() - began, 1),
-    }
 
 
 def measured(setup: Setup, whole: Dataset, seeds: Sequence[int], path: Path, cores: int, minutes: float) -> list[Row]:
@@ -517,6 +540,10 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         f"A search trains {trainings['search']:.0f} trials; confirmation adds {trainings['confirm']:.1f} trainings, refit"
         f" {trainings['refit']:.1f}, those of the baselines included: {1 + further / trainings['search']:.2f} times the trainings."
         f" Confirmation kept the winner of {TODAY} in {found['kept']} of {number} searches."
+    )
+    out.append(
+        f"A seed takes {found['all_s']:.0f} s (median), {found['all_s'] - found['search_s']:.0f} of them for this benchmark alone:"
+        f" the out-of-fold estimates of the other trials, and the other models on the test split."
     )
     return out
 
