@@ -100,7 +100,7 @@ class Setup:
     def space(self, seed: int, *, refit: bool | str = "auto") -> SpaceFile:
         """Return the space of the search with this seed, which is that of the trainings too."""
         adaptformer = {"tuner.kind": "adaptformer", "tuner.bottleneck": 8}
-        defaults = {"loss.tau": 1.0, "optim.lr": 0.02}
+        defaults = {"loss.tau": 1.0, "optim.lr": 0.1}
         return SpaceFile.model_validate(
             {
                 "name": "selection",
@@ -402,10 +402,10 @@ def difference(row: Row, rule: str, metric: str) -> float:
 
 
 def mean_error(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean, its standard error (NaN for fewer than two values), and how many there are and are above zero."""
+    """Return the mean, its standard error (0 for fewer than two values), and how many there are and are above zero."""
     number = len(values)
-    error = statistics.stdev(values) / number**0.5 if number > 1 else float("nan")
-    mean = statistics.fmean(values) if values else float("nan")
+    error = statistics.stdev(values) / number**0.5 if number > 1 else 0.0
+    mean = statistics.fmean(values) if values else 0.0
     return {"mean": mean, "error": error, "number": number, "above": sum(value > 0 for value in values)}
 
 
@@ -486,8 +486,8 @@ def tau_gains(chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def points(value: Mapping[str, float]) -> str:
-    """Format a difference in percentage points with its standard error: `+3.6 ± 0.4`."""
-    return f"{100 * value['mean']:+.1f} ± {100 * value['error']:.1f}"
+    """Format a difference in percentage points with its standard error: `+3.6 ± 0.4`, or of a single search `+3.6`."""
+    return f"{100 * value['mean']:+.1f}" + (f" ± {100 * value['error']:.1f}" if value["number"] > 1 else "")
 
 
 def rules_table(found: Mapping[str, Any], title: str) -> Table:
@@ -516,17 +516,22 @@ def correlation_table(found: Mapping[str, Any]) -> Table:
             out.add_column(f"{heading}, {how}", justify="right", no_wrap=True)
     for estimate, label in ESTIMATES.items():
         values = [value for by_how in found["correlation"][estimate].values() for value in by_how.values()]
-        out.add_row(label, *(f"{value['mean']:.2f} ± {value['error']:.2f}" for value in values))
+        errors = [f" ± {value['error']:.2f}" if value["number"] > 1 else "" for value in values]
+        out.add_row(label, *(f"{value['mean']:.2f}{error}" for value, error in zip(values, errors, strict=True)))
     return out
+
+
+def beyond(gain: Mapping[str, float]) -> str:
+    """Say whether a gain is larger than its standard error."""
+    if gain["number"] < 2:
+        return "one search tells no error"
+    return f"{'more' if gain['mean'] > gain['error'] else 'not more'} than the standard error"
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
     """Say what the figures mean: the verdict, post-hoc tau, and the cost."""
     gains = {metric: found["rules"][WINNER][metric]["difference"] for metric in SHOWN}
-    words = [
-        f"{SHOWN[metric]} {points(gain)} ({'more' if gain['mean'] > gain['error'] else 'not more'} than the standard error)"
-        for metric, gain in gains.items()
-    ]
+    words = [f"{SHOWN[metric]} {points(gain)} ({beyond(gain)})" for metric, gain in gains.items()]
     number, trainings = gains[MAIN]["number"], found["trainings"]
     out = [f"{WINNER} minus {TODAY}: {', '.join(words)}."]
     for name, by_metric in found["posthoc"].items():

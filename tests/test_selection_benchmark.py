@@ -158,3 +158,8 @@ def test_a_folder_is_cut_to_its_largest_classes_and_its_validation_split_may_be_
     without = replace(source, splits={name: source.split(name) for name in ("train", "validation")})
     test = selection.train_and_test(without).split("test")
     assert (test.name, test.key) == ("test", source.split("validation").key)
+
+
+def test_a_single_search_tells_no_error() -> None:
+    text = " ".join(selection.sentences(selection.summary([made(0, 0.5, 0.6, recommended=False)])))
+    assert "mean class +10.0 (one search tells no error)" in text
