@@ -352,6 +352,7 @@ def measure(setup: Setup, whole: Dataset, slot: LocalSlot, seed: int) -> Row:
             "set": setup.name,
             "digest": setup.digest(),
             "seed": seed,
+            "validation": dataset.validation,
             "images": {name: split.num_samples for name, split in dataset.splits.items()},
             "winners": {
                 TODAY: found.best.number,
@@ -456,6 +457,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "correlation": {estimate: related(rows, estimate) for estimate in ESTIMATES},
         "posthoc": {name: tau_gains(found) for name, found in posthoc.items() if found},
         "kept": sum(row["winners"][TODAY] == row["winners"][CONFIRMED] for row in rows),
+        "validation": rows[0]["validation"],
         "images": rows[0]["images"],
         "trainings": trainings,
         "search_s": statistics.median(row["search_s"] for row in rows),
@@ -490,6 +492,13 @@ def points(value: Mapping[str, float]) -> str:
     return f"{100 * value['mean']:+.1f}" + (f" ± {100 * value['error']:.1f}" if value["number"] > 1 else "")
 
 
+def coefficient(value: Mapping[str, float]) -> str:
+    """Format a correlation with its standard error: `0.92 ± 0.02`, of a single search `0.92`, and of none `-`."""
+    if not value["number"]:
+        return "-"
+    return f"{value['mean']:.2f}" + (f" ± {value['error']:.2f}" if value["number"] > 1 else "")
+
+
 def rules_table(found: Mapping[str, Any], title: str) -> Table:
     """Return the table of the rules."""
     out = titled(title)
@@ -516,8 +525,7 @@ def correlation_table(found: Mapping[str, Any]) -> Table:
             out.add_column(f"{heading}, {how}", justify="right", no_wrap=True)
     for estimate, label in ESTIMATES.items():
         values = [value for by_how in found["correlation"][estimate].values() for value in by_how.values()]
-        errors = [f" ± {value['error']:.2f}" if value["number"] > 1 else "" for value in values]
-        out.add_row(label, *(f"{value['mean']:.2f}{error}" for value, error in zip(values, errors, strict=True)))
+        out.add_row(label, *map(coefficient, values))
     return out
 
 
@@ -534,12 +542,13 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     words = [f"{SHOWN[metric]} {points(gain)} ({beyond(gain)})" for metric, gain in gains.items()]
     number, trainings = gains[MAIN]["number"], found["trainings"]
     out = [f"{WINNER} minus {TODAY}: {', '.join(words)}."]
+    if found["validation"] == "separate":
+        out.append(
+            f"Refit: on training and validation images (search.refit: true); with auto, best/ is that of `{CONFIRMED}`."
+        )
     for name, by_metric in found["posthoc"].items():
-        if by_metric[MAIN]["number"]:
-            gained = ", ".join(f"{SHOWN[metric]} {points(value)}" for metric, value in by_metric.items())
-            out.append(
-                f"Post-hoc tau was {name} in {by_metric[MAIN]['number']} of {number} searches; with it: {gained}."
-            )
+        gained = ", ".join(f"{SHOWN[metric]} {points(value)}" for metric, value in by_metric.items())
+        out.append(f"Post-hoc tau was {name} in {by_metric[MAIN]['number']} of {number} searches; with it: {gained}.")
     further = trainings["confirm"] + trainings["refit"]
     out.append(
         f"A search trains {trainings['search']:.0f} trials; confirmation adds {trainings['confirm']:.1f} trainings, refit"

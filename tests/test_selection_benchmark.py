@@ -92,6 +92,7 @@ def made(seed: int, today: float, winner: float, *, recommended: bool) -> dict[s
     ]
     return {
         "seed": seed,
+        "validation": "drawn",
         "images": {"train": 8, "validation": 2, "test": 5},
         "winners": {selection.TODAY: 1, selection.CONFIRMED: 1 + seed},
         "test": {selection.TODAY: dict.fromkeys(both, today), selection.WINNER: dict.fromkeys(both, winner)},
@@ -163,3 +164,16 @@ def test_a_folder_is_cut_to_its_largest_classes_and_its_validation_split_may_be_
 def test_a_single_search_tells_no_error() -> None:
     text = " ".join(selection.sentences(selection.summary([made(0, 0.5, 0.6, recommended=False)])))
     assert "mean class +10.0 (one search tells no error)" in text
+    assert selection.coefficient(selection.mean_error([])) == "-"
+    assert selection.coefficient(selection.mean_error([0.5])) == "0.50"
+
+
+def test_a_validation_split_of_its_own_is_trained_on_in_a_refit_and_the_sentences_say_so(
+    setup: selection.Setup, small_data: str, tmp_path: Path
+) -> None:
+    whole = open_dataset(small_data)
+    rows = selection.measured(setup, whole, [0], tmp_path / "selection.jsonl", 1, 60)
+    (row,) = rows
+    assert row["trainings"]["refit"] == len({0, 1, row["winners"][selection.CONFIRMED]})
+    assert row["test"][selection.CONFIRMED] != row["test"][selection.WINNER]
+    assert "search.refit: true" in " ".join(selection.sentences(selection.summary(rows)))
