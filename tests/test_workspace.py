@@ -13,6 +13,7 @@ import torch
 from made_run import run_config
 
 from lift_ray.data.augment import any_crop, five_crops, growing_px, training_image
+from lift_ray.data.folds import Folds
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.evaluator import evaluate
@@ -262,3 +263,27 @@ def test_the_cache_computes_an_entry_once_and_counts_all_of_them() -> None:
 
 def _refuse() -> torch.Tensor:
     raise BadInput("head.init")
+
+
+def test_folds_share_the_pass_that_starts_their_classifiers(
+    workspace: Workspace, small_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[str] = []
+    frozen = Workspace.frozen
+
+    def counted(self: Workspace, config: RunConfig, model: Any, split: Any, samples: Any) -> torch.Tensor:
+        passes.append(split.name)
+        return frozen(self, config, model, split, samples)
+
+    config = settings(small_clip, head__init="class_mean")
+    views = [workspace.on(Folds(3).view(workspace.dataset, fold)) for fold in (2, 3)]
+    alone = [Workspace(view.dataset, Ranks.alone()) for view in views]
+    for one in alone:
+        one.cache.fits = lambda *_: False  # type: ignore[method-assign]
+    expected = [one.build(one.resolve(config)).head.state_dict() for one in alone]
+    monkeypatch.setattr(Workspace, "frozen", counted)
+    heads = [view.build(view.resolve(config)).head.state_dict() for view in views]
+    assert passes == ["train"]
+    for head, other in zip(heads, expected, strict=True):
+        torch.testing.assert_close(head, other, atol=1e-5, rtol=0)
+    assert not torch.equal(heads[0]["weight"], heads[1]["weight"])

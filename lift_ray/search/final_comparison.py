@@ -165,14 +165,16 @@ def final_jobs(
         fold = final_fold(data)
         repeats = repeated(space, rows, choice)
         jobs |= {job.key: job for _, row, tau in repeats for job in repeat_jobs(space, row, tau, fold)}
-    evaluations = [
-        EvaluationJob(model.name, model.config, model.checkpoint, split, own_last(model, taus))
-        for (_, split), (model, taus) in wanted.items()
-        if taus
-    ]
+    evaluations = [evaluation_job(model, split, taus) for (_, split), (model, taus) in wanted.items() if taus]
     left = [job for key, job in jobs.items() if key not in results]
     # the long ones first, so that the slots end together
     return [*left, *sorted(evaluations, key=lambda job: not job.model.endswith(TTE))]
+
+
+def evaluation_job(model: Model, split: str, taus: Sequence[float]) -> EvaluationJob:
+    """Return the job that evaluates a model on a split, for each strength of the post-hoc adjustment."""
+    fold = SEARCHED if model.refit is None else EVERYTHING
+    return EvaluationJob(model.name, model.config, model.checkpoint, split, own_last(model, taus), fold=fold)
 
 
 def final_fold(data: SearchData) -> int:

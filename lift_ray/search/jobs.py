@@ -85,6 +85,8 @@ class EvaluationJob:
         split: validation or test.
         taus: post-hoc adjustment of each result; an ensemble reports on the last one.
         out_of_fold: number of the trial, to write the predictions on the validation split as those of its first fold.
+        fold: the fold that the model was trained on; EVERYTHING for all labeled images. Post-hoc adjustment requires the prior of
+            its training images.
     """
 
     model: str
@@ -93,6 +95,7 @@ class EvaluationJob:
     split: str
     taus: tuple[float, ...]
     out_of_fold: int | None = None
+    fold: int = SEARCHED
 
     @property
     def key(self) -> str:

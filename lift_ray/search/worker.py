@@ -88,13 +88,13 @@ class Worker:
 
     def _run(self, job: Job) -> Iterator[Reply]:
         try:
-            searched = self._view(SEARCHED)
+            workspace = self._view(SEARCHED if isinstance(job, IdleJob) else job.fold)
             if isinstance(job, IdleJob):
                 yield from self._idle()
             elif isinstance(job, TrainJob):
-                yield from self._train(job, self._view(job.fold))
+                yield from self._train(job, workspace)
             else:
-                yield from self._evaluate(job, searched)
+                yield from self._evaluate(job, workspace)
         except StopAsked:
             yield self._progress
         except (BadInput, RunFailed) as error:

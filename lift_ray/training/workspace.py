@@ -167,7 +167,10 @@ class Workspace:
         def compute() -> torch.Tensor:
             samples = first_of_each_class(split.labels, MEAN_OF)
             probe = Lift(self.backbone(config).tower, {"linear_probe": {}}, torch.nn.Identity())
-            features = self.frozen(config, probe, split, samples).float().cpu()
+            # Folds overlap: one pass over all their images is cheaper than a pass over these samples for each fold.
+            whole = self.cached_features(config, probe, split) if split.parts else None
+            found = self.frozen(config, probe, split, samples) if whole is None else whole.cpu()[samples]
+            features = found.float().cpu()
             make = class_means if config.head.init == "class_mean" else probe_weights
             try:
                 weights = make(features, torch.from_numpy(split.labels[samples]), self.dataset.num_classes)
