@@ -389,11 +389,11 @@ def measured(setup: Setup, whole: Dataset, seeds: Sequence[int], path: Path, cor
         gained = difference(row, WINNER, MAIN)
         print(
             f"seed {row['seed']}: {row['all_s']:.0f} s, {WINNER} {100 * gained:+.1f} points of mean class accuracy;"
-            f" {len(left)} seeds left, about {to_go_min:.0f} min",
+            f" seeds left: {len(left)}, about {to_go_min:.0f} min",
             flush=True,
         )
     if left:
-        print(f"{minutes:g} minutes are over and {len(left)} seeds are left: run the same command again to continue")
+        print(f"{minutes:g} minutes are over; seeds left: {len(left)}; run the same command again to continue")
     return sorted(rows, key=lambda row: row["seed"])
 
 
@@ -569,7 +569,9 @@ def command(args: argparse.Namespace) -> str:
         words.append(f"--vits {args.vits.name}")
     if is_folder(args.set):
         words.append(f"--classes {args.classes} --largest {args.largest} --imbalance {args.imbalance:g}")
-    words.append(f"--trials {args.trials} --folds {args.folds} --best {args.best} --epochs {args.epochs}")
+    words.append(
+        f"--trials {args.trials} --folds {args.folds} --best {args.best} --epochs {args.epochs} --batch {args.batch}"
+    )
     return " ".join([*words, f"--seeds {' '.join(map(str, args.seeds))} --record"])
 
 
@@ -588,6 +590,7 @@ def options() -> argparse.ArgumentParser:
     out.add_argument("--folds", type=int, default=Setup.folds)
     out.add_argument("--best", type=int, default=Setup.best, help="trials that are confirmed (default %(default)s)")
     out.add_argument("--epochs", type=int, default=Setup.epochs)
+    out.add_argument("--batch", type=int, default=Setup.batch, help="images of a step (default %(default)s)")
     out.add_argument("--classes", type=int, default=60, help="of a folder (default %(default)s)")
     out.add_argument("--largest", type=int, default=150, help="images of its largest class (default %(default)s)")
     out.add_argument("--imbalance", type=float, default=50.0, help="largest to smallest class (default %(default)g)")
@@ -607,7 +610,8 @@ def main(words: Sequence[str] | None = None) -> None:
     name = Path(args.set).name
     if is_folder(args.set):
         name += f", {args.classes} classes, {args.largest} images, imbalance {args.imbalance:g}"
-    setup = Setup(name, backbone, 11 if args.vits else 5, args.trials, args.folds, args.best, args.epochs)
+    block = 11 if args.vits else 5
+    setup = Setup(name, backbone, block, args.trials, args.folds, args.best, args.epochs, args.batch)
     rows = measured(setup, whole, args.seeds, args.out / "selection.jsonl", args.cores, args.minutes)
     if not rows:
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import record
 import selection
 from rich.console import Console
 
@@ -177,3 +178,20 @@ def test_a_validation_split_of_its_own_is_trained_on_in_a_refit_and_the_sentence
     assert row["trainings"]["refit"] == len({0, 1, row["winners"][selection.CONFIRMED]})
     assert row["test"][selection.CONFIRMED] != row["test"][selection.WINNER]
     assert "search.refit: true" in " ".join(selection.sentences(selection.summary(rows)))
+
+
+def test_the_command_prints_both_tables_and_records_a_row_without_folders_of_this_machine(
+    small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    words = "--classes 8 --largest 12 --imbalance 3 --trials 3 --folds 3 --best 1 --epochs 1 --batch 16 --seeds 0 1"
+    selection.main(["--set", small_data, *words.split(), "--cores", "1", "--out", str(tmp_path / "out"), "--record"])
+    printed = capsys.readouterr().out
+    assert "seed 0: " in printed
+    assert "seeds left: 1, about" in printed
+    assert "Test accuracy over 2 searches" in printed
+    assert "Correlation with test" in printed
+    row = json.loads((tmp_path / "selection.jsonl").read_text())
+    assert row["command"] == f"python benchmarks/selection.py --set data {words} --record"
+    assert row["seeds"] == [0, 1]
+    assert row["figures"]["rules"]["confirmed, refit"]["few"]["difference"]["number"] == 2
