@@ -71,3 +71,9 @@ def test_without_an_adjustment_a_class_without_training_images_changes_nothing()
 def test_each_class_is_split_evenly() -> None:
     labels = np.array([2, 0, 2, 1, 2, 0, 2, 2])
     assert halves_of(labels).tolist() == [0, 0, 1, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_with_one_image_of_each_class_the_optimism_is_not_known() -> None:
+    found = counted(torch.eye(3), torch.tensor([0, 1, 2]), 3)
+    assert found.keys() == {"posthoc_tau", "posthoc_mean_class_accuracy"}

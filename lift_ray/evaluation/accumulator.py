@@ -130,15 +130,18 @@ class TauGrid:
             posthoc_tau: the tau with the best mean class accuracy.
             posthoc_mean_class_accuracy: the mean class accuracy with it.
             posthoc_optimism: mean over both halves of (best accuracy on the half) - (its accuracy with the tau chosen on the other
-            half), at least 0.
+            half), at least 0; left out if a half has no image, as with one image of each class.
         """
         correct, total = (t.cpu().numpy().astype(float) for t in self.tensors())
         by_half, counts = correct.reshape(len(self.taus), 2, -1), total.reshape(2, -1)
         both = _mean_class_accuracy(by_half.sum(1), counts.sum(0))
-        first, second = (_mean_class_accuracy(by_half[:, half], counts[half]) for half in (0, 1))
         best = int(both.argmax())
+        found = {POSTHOC_TAU: self.taus[best], POSTHOC_ACCURACY: float(both[best])}
+        if not counts.any(1).all():
+            return found
+        first, second = (_mean_class_accuracy(by_half[:, half], counts[half]) for half in (0, 1))
         optimism = (first.max() - first[second.argmax()] + second.max() - second[first.argmax()]) / 2
-        return {POSTHOC_TAU: self.taus[best], POSTHOC_ACCURACY: float(both[best]), POSTHOC_OPTIMISM: float(optimism)}
+        return {**found, POSTHOC_OPTIMISM: float(optimism)}
 
 
 def _mean_class_accuracy(correct: NDArray[np.float64], total: NDArray[np.float64]) -> NDArray[np.float64]:
