@@ -325,13 +325,13 @@ def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[
     gain, bias = (points(value, choice.metric) for value in (posthoc.gain, posthoc.bias))
     if posthoc.is_recommended:
         yield (
-            f"Post-hoc tau {posthoc.tau:g} is used: out-of-fold {measure(choice.metric)} changes by {gain} from tau "
-            f"{posthoc.own:g}, of which about {bias} is selection bias"
+            f"Post-hoc tau {posthoc.tau:g} is used: it improves out-of-fold {measure(choice.metric)} by {gain}, about {bias} of it "
+            "selection bias"
         )
     elif posthoc.gain > 0:
         yield (
-            f"No post-hoc tau is used: the best one, {posthoc.best:g}, changes {measure(choice.metric)} by {gain}, and the "
-            f"selection bias of that is about {bias}"
+            f"No post-hoc tau is used: the best one, {posthoc.best:g}, improves out-of-fold {measure(choice.metric)} by {gain}, "
+            f"but the selection bias is about {bias}"
         )
     if found.final.refit is not None:
         yield f"best/ was trained again on {data.final_images:,} images ({data.train_on.replace('+', ' and ')})"
