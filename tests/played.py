@@ -61,7 +61,7 @@ def write_out_of_fold(out: Output, number: int, fold: int, accuracy: float, taus
     label = np.arange(HELD_OUT) % 3
     predicted = np.where(np.arange(HELD_OUT) < round(HELD_OUT * accuracy), label, (label + 1) % 3)
     lists = {"predicted": predicted, "confidence": np.full(HELD_OUT, 0.5), "loss": np.ones(HELD_OUT)}
-    columns = {"label": label.astype(np.int32), "logits": list(np.eye(3, dtype=np.float32)[predicted])}
+    columns = {"label": label.astype(np.int32)}
     columns |= {name: list(np.repeat(values[:, None], len(taus), 1)) for name, values in lists.items()}
     write_predictions(pa.table(columns), out, out_of_fold_folder(number, fold), part_name(0, 1))
     return {"parts": 1, "images": HELD_OUT}

@@ -21,7 +21,7 @@ from lift_ray.inference.calibration import calibrated, fit_temperature
 from lift_ray.inference.classifier import Classifier
 from lift_ray.methods.world import Ranks
 from lift_ray.search import logit_writer
-from lift_ray.search.predictions import read_fold, read_out_of_fold
+from lift_ray.search.predictions import files_of, logits_name, read_out_of_fold
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.layout import OUT_OF_FOLD_FILE
 from lift_ray.storage.output import Output
@@ -55,7 +55,8 @@ def test_the_written_predictions_give_the_metrics_of_an_evaluation_for_each_tau(
     assert read.label.tolist() == split.labels.tolist()
     for tau, at_tau in zip(TAUS, found.at_tau, strict=True):
         assert all_metrics(read.at(tau), model.groups.names) == pytest.approx(at_tau.metrics, abs=1e-6)
-    [table] = read_fold(out, 3, 1, 1)
+    [(_, _, name)] = files_of(3, [1], logits_name)
+    table = pq.read_table(tmp_path / name)
     logits = torch.cat([batch.logits for batch in model.logits(split)]).detach()
     assert np.allclose(np.array(table["logits"].to_pylist()), logits.numpy(), atol=1e-6)
 

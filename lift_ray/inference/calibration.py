@@ -28,6 +28,7 @@ from lift_ray.storage.layout import CALIBRATION, OUT_OF_FOLD_FILE
 from lift_ray.training.checkpoint import Record, difference
 
 COLDEST, HOTTEST = 0.01, 100.0
+ROWS, MOST_LOGITS = 1024, 2 * 10**8  # images read at a time, and numbers kept for the fit of the temperature
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,22 @@ def _fitted(folder: Path, classifier: Classifier) -> Calibration:
 
 
 def _out_of_fold(path: Path) -> tuple[Tensor, Tensor]:
-    """Return raw logits (N, K) and labels (N,) of the models of other folds. Raises BadInput if the file cannot be read."""
+    """Return raw logits (N, K) and labels (N,) of the models of other folds, or of every so many images if they are very many.
+
+    Raises BadInput if the file cannot be read.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
     try:
-        table = pq.read_table(path, columns=["label", "logits"]).combine_chunks()
-    except (OSError, pa.ArrowException) as error:
+        file = pq.ParquetFile(path)
+        step = 1
+        for batch in file.iter_batches(ROWS, columns=["label", "logits"]):
+            labels = batch["label"].to_numpy().astype(np.int64)
+            logits = batch["logits"].flatten().to_numpy(zero_copy_only=False).reshape(len(labels), -1)
+            step = step if parts else math.ceil(file.metadata.num_rows * logits.shape[1] / MOST_LOGITS)
+            parts.append((torch.tensor(logits[::step]), torch.tensor(labels[::step])))
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise BadInput(str(path), "must be a table of predictions", one_line(error), "copy the folder again") from None
-    logits = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    labels = table["label"].to_numpy().astype(np.int64)
-    return torch.tensor(logits.reshape(len(labels), -1)), torch.tensor(labels)
+    return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
 def _dataset(record: Record) -> Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,13 @@ def out_of_fold_folder(number: int, fold: int) -> str:
 
 
 def part_name(rank: int, world_size: int) -> str:
-    """Return the name of the file that a rank writes."""
+    """Return the name of the file that a rank writes, with a few numbers for each image."""
     return f"part-{rank}-of-{world_size}.parquet"
+
+
+def logits_name(rank: int, world_size: int) -> str:
+    """Return the name of the file with the logits of the same images, which are read for the winner only."""
+    return f"logits-{rank}-of-{world_size}.parquet"
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,11 @@ def read_out_of_fold(out: Output, number: int, parts: Sequence[int], taus: Seque
 
     Raises RunFailed if the storage cannot be read.
     """
-    tables = [
-        table.drop_columns("logits").append_column("fold", pa.array([fold] * len(table), pa.int32()))
-        for fold, number_of_parts in enumerate(parts, 1)
-        for table in read_fold(out, number, fold, number_of_parts)
-    ]
+    tables = []
+    for fold, _, name in files_of(number, parts, part_name):
+        with out.fetched(name) as path:
+            part = pq.read_table(path)
+        tables.append(part.append_column("fold", pa.array(np.full(len(part), fold, np.int32))))
     table = pa.concat_tables(tables)
     shape = (len(table), len(taus))
     predicted, confidence, loss = (
@@ -95,9 +100,12 @@ def read_out_of_fold(out: Output, number: int, parts: Sequence[int], taus: Seque
     return OutOfFold(taus, label, fold, predicted.astype(np.int64), confidence.astype(float), loss.astype(float))
 
 
-def read_fold(out: Output, number: int, fold: int, parts: int) -> list[pa.Table]:
-    """Read the files of one fold, in the order of its images. Raises RunFailed if the storage cannot be read."""
-    if not parts:
-        return []
-    with out.fetched(out_of_fold_folder(number, fold)) as folder:
-        return [pq.read_table(folder / part_name(rank, parts)) for rank in range(parts)]
+def files_of(number: int, parts: Sequence[int], name: Callable[[int, int], str]) -> Iterator[tuple[int, int, str]]:
+    """Yield fold, rank and path in OUT of each file of a trial's out-of-fold predictions, in the order of the images.
+
+    Args:
+        name: part_name or logits_name.
+    """
+    for fold, world_size in enumerate(parts, 1):
+        for rank in range(world_size):
+            yield fold, rank, f"{out_of_fold_folder(number, fold)}/{name(rank, world_size)}"

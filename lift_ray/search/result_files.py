@@ -26,7 +26,7 @@ from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow, write_json
 from lift_ray.search.confirmation import Choice
 from lift_ray.search.final_comparison import Model, SearchResult, trained
-from lift_ray.search.predictions import read_fold, read_out_of_fold
+from lift_ray.search.predictions import files_of, logits_name, read_out_of_fold
 from lift_ray.search.search_data import SearchData
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
@@ -36,6 +36,8 @@ from lift_ray.storage.atomic import replacing
 from lift_ray.storage.layout import BEST, BEST_METRICS, BEST_SETTINGS, OUT_OF_FOLD_FILE, PER_CLASS, RECORD, STUDY
 from lift_ray.storage.output import Output
 from lift_ray.training.checkpoint import Record, read_record
+
+ROWS = 1024  # images that are copied at a time
 
 
 def write_result(space: SpaceFile, dataset: Dataset, data: SearchData, found: SearchResult, out: Output) -> None:
@@ -198,24 +200,24 @@ def write_out_of_fold(path: Path, choice: Choice, dataset: Dataset, data: Search
         }
     )
     place = choice.taus.index(choice.posthoc.tau)
+    measured = read_out_of_fold(out, choice.row.number, choice.parts, choice.taus)
+    splits = [data.folds.view(dataset, fold).splits["validation"] for fold in range(1, len(choice.parts) + 1)]
+    paths = [path for split, parts in zip(splits, choice.parts, strict=True) if parts for path in image_paths(split)]
+    at = 0
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for fold, parts in enumerate(choice.parts, 1):
-            paths = image_paths(data.folds.view(dataset, fold).splits["validation"])
-            at = 0
-            for table in read_fold(out, choice.row.number, fold, parts):
-                columns = {
-                    "path": paths[at : at + len(table)],
-                    "label": table["label"],
-                    "fold": pa.array(np.full(len(table), fold, np.int32)),
-                    "predicted": _column(table, "predicted", place),
-                    "confidence": _column(table, "confidence", place),
-                    "logits": table["logits"].cast(schema.field("logits").type),
-                }
-                writer.write_table(pa.table(columns, schema=schema))
-                at += len(table)
-
-
-def _column(table: pa.Table, name: str, place: int) -> pa.Array:
-    """Return one element of each list of a column, as a column."""
-    lists = table[name].combine_chunks()
-    return lists.flatten().take(pa.array(np.arange(len(lists)) * lists.type.list_size + place))
+        for _, _, name in files_of(choice.row.number, choice.parts, logits_name):
+            with out.fetched(name) as file:
+                for batch in pq.ParquetFile(file).iter_batches(
+                    ROWS
+                ):  # not at once: for thousands of classes they are many GB
+                    here = slice(at, at + len(batch))
+                    columns = {
+                        "path": paths[here],
+                        "label": measured.label[here],
+                        "fold": measured.fold[here],
+                        "predicted": measured.predicted[here, place],
+                        "confidence": measured.confidence[here, place],
+                        "logits": batch["logits"].cast(schema.field("logits").type),
+                    }
+                    writer.write_table(pa.table({key: pa.array(value) for key, value in columns.items()}).cast(schema))
+                    at = here.stop
