@@ -159,6 +159,9 @@ def _search(
 
         interrupts.listen()
         need, slots = num_slots(space.scale, nodes)
+        num_slots(
+            space.scale.model_copy(update={"workers_per_trial": space.scale.refit_workers}), nodes
+        )  # must fit too
         started_s = time.monotonic() - began
         _print_started(study, resume, min(slots, space.num_trials), need, target)
         if page:
@@ -220,9 +223,36 @@ def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
     check_splits(space.config({}).method, data.uri, data.splits)
     folds = Folds(space.search.folds, space.search.seed)
     views = [folds.view(data, fold) for fold in range(1, folds.number + 1)]
+    if empty := [fold for fold, view in enumerate(views, 1) if not view.split("validation").num_samples]:
+        raise BadInput(
+            "search.folds", "must leave images or groups for each fold", f"none in fold {empty[0]}", "lower it"
+        )
+    _check_method(space)
     _check_objectives(space, views[0])
-    _check_batch(space, min(view.split("train").num_samples for view in views))
+    frac = min(float(str(value)) for value in _values(space, "optim.data_frac", space.config({}).optim.data_frac))
+    _check_batch(space, min(view.split("train").subset(frac).num_samples for view in views))
     return data.uri, data
+
+
+def _check_method(space: SpaceFile) -> None:
+    """Raise BadInput for folds with a method whose unlabeled images include the labeled ones, also those of a fold."""
+    from lift_ray.settings.methods import HalfLabelledConfig
+
+    method = space.config({}).method
+    if space.search.folds > 1 and isinstance(method, HalfLabelledConfig):
+        raise BadInput(
+            "search.folds",
+            f"must be 1 with method {method.kind}, whose unlabeled images include those that a fold holds out",
+            space.search.folds,
+            "remove it",
+        )
+
+
+def _values(space: SpaceFile, name: str, default: object) -> list[object]:
+    """Return the values that bound a setting of the trials: all choices, or both ends, and those of the baselines."""
+    searched = space.space.get(name)
+    values = [default] if searched is None else list(searched.choices or searched.bounds or ())
+    return [*values, *(point[name] for point in space.baseline_values() if name in point)]
 
 
 def _check_objectives(space: SpaceFile, data: Dataset) -> None:
@@ -253,11 +283,7 @@ def _check_objectives(space: SpaceFile, data: Dataset) -> None:
 def _check_batch(space: SpaceFile, num_images: int) -> None:
     """Raise BadInput if a batch can be larger than the training split, because such a trial would have no step."""
     name = "optim.global_batch_size"
-    searched = space.space.get(name)
-    sizes = (
-        [space.config({}).optim.global_batch_size] if searched is None else searched.choices or searched.bounds or ()
-    )
-    sizes = [*sizes, *(point[name] for point in space.baseline_values() if name in point)]
+    sizes = _values(space, name, space.config({}).optim.global_batch_size)
     kinds = space.space["tuner.kind"].choices if "tuner.kind" in space.space else [space.config({}).tuner.kind]
     if kinds != ["zero_shot"] and (largest := max(int(str(size)) for size in sizes)) > num_images:
         raise BadInput(name, f"must be at most the {num_images:,} training images", f"{largest:,}", "lower it")
@@ -284,13 +310,14 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
 
     screen = console()
     states, best = [row.state for row in found.rows], found.choice.row
+    print()
+    if best.baseline is not None:
+        print(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
     screen.print(
-        f"\n{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
+        f"{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
         + (f"{states.count('infeasible')} outside the constraints, " if space.constraints else "")
         + f"{states.count('failed')} failed"
     )
-    if best.baseline is not None:
-        print(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
     if space.search.sampler == "grid":
         screen.print(curve_table(found.rows, list(space.space)))
     if found.front:

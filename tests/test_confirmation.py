@@ -9,19 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from optuna.storages import InMemoryStorage
 from played import DATA, HELD_OUT, Played, accuracy_of, play, space, write_out_of_fold
 
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.confirmation import Choice, candidates, choose, decides_by, fold_jobs, posthoc_choice
-from lift_ray.search.final_comparison import SearchResult
+from lift_ray.search.confirmation import (
+    Choice,
+    PosthocChoice,
+    candidates,
+    choose,
+    decides_by,
+    fold_jobs,
+    posthoc_choice,
+)
+from lift_ray.search.final_comparison import SearchResult, comparison, final, trained
 from lift_ray.search.jobs import EvaluationJob, TrainJob
 from lift_ray.search.predictions import OutOfFold
 from lift_ray.search.state import Search
 from lift_ray.search.study import Study
-from lift_ray.settings.search import TAUS
+from lift_ray.settings.search import TAUS, ScaleConfig
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
 
@@ -223,3 +233,46 @@ def test_the_played_accuracy_decides(tmp_path: Path) -> None:
     best = max(accuracy_of(wanted.config(row.values).to_dict()) for row in result.rows)
     assert result.choice.candidates[0].value == pytest.approx(best, abs=0.02)
     assert json.dumps(result.choice.curve)
+
+
+def test_a_refit_by_ray_train_is_found_although_a_resumed_search_refits_in_slots(tmp_path: Path) -> None:
+    row, data = trial(3, 0.5), replace(DATA, retrains=True)
+    wanted, elsewhere = confirmed(), confirmed().model_copy(update={"scale": ScaleConfig(refit_workers=4)})
+    for space_file in (wanted, elsewhere):
+        by_train = final(space_file, row, {"train 3 refit": {"workers": 4}}, data)
+        in_slot = final(space_file, row, {"train 3 refit": {"trained_parameters": 8}}, data)
+        assert by_train.checkpoint == "checkpoints/0003-refit/checkpoint"
+        assert in_slot.checkpoint == "checkpoints/0003-refit/epoch-0001"
+        assert final(space_file, row, {"train 3 refit": {}}, data) == trained(space_file, row)
+
+
+def test_a_candidate_whose_losses_are_not_finite_never_wins(tmp_path: Path) -> None:
+    wanted = confirmed().model_copy(update={"objectives": {"validation/loss": "min"}})
+    rows = [trial(0, 0.1, baseline=0), trial(1, 0.9)]
+    for row in rows:
+        row.history = [replace(row.last, validation={"loss": 1.0 - 0.1 * row.number})]
+    chosen(wanted, tmp_path, rows, [0.5, 0.5])
+    for fold in (1, 2, 3):
+        path = tmp_path / "out_of_fold" / f"0001-fold-{fold}" / "part-0-of-1.parquet"
+        table = pq.read_table(path)
+        bad = pa.array([[float("nan")] * len(TAUS)] * len(table), table["loss"].type)
+        pq.write_table(table.set_column(table.column_names.index("loss"), "loss", bad), path)
+    results: dict[str, dict[str, Any]] = {job.key: {"parts": 1} for row in rows for job in fold_jobs(wanted, row)}
+    choice = choose(wanted, rows, results, DATA, Output(str(tmp_path)))
+    assert [one.row.number for one in choice.candidates] == [0, 1]
+
+
+def test_baselines_are_tested_with_the_tau_that_is_recommended_for_them_too(tmp_path: Path) -> None:
+    rows = [trial(0, 0.1, baseline=0), trial(1, 0.9)]
+    choice = chosen(confirmed(), tmp_path, rows, [0.3, 0.6])
+    winner, other = choice.candidates
+    with_tau = replace(other, posthoc=PosthocChoice(0.0, 0.5, 0.2, 0.1))
+    both = replace(choice, candidates=[winner, with_tau])
+    labels = [entry.label for entry in comparison(confirmed(), rows, {}, DATA, both)]
+    assert labels == ["zero-shot", "baseline 1", "baseline 1, tau 0.5", "best found"]
+
+
+def test_without_a_test_split_only_the_winner_is_trained_again(tmp_path: Path) -> None:
+    wanted = confirmed().model_copy(update={"test": "none"})
+    result, worker = found(wanted, tmp_path, retrains=True)
+    assert [key for key in worker.began if "refit" in key] == [f"train {result.choice.row.number} refit"]

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from lift_ray.data import folds
 from lift_ray.data.dataset import Dataset, Shard, Split
 from lift_ray.data.folds import EVERYTHING, SEARCHED, Folds, training_view, unseen_classes
 from lift_ray.errors import BadInput
@@ -46,8 +47,8 @@ def images(one: Split) -> set[tuple[str, int]]:
 def test_each_image_outside_the_test_split_is_held_out_once_from_a_model_that_does_not_train_on_it(
     kind: Literal["drawn", "separate"],
 ) -> None:
-    data, folds = dataset(kind=kind), Folds(4)
-    views = [folds.view(data, fold) for fold in (1, 2, 3, 4)]
+    data, four = dataset(kind=kind), Folds(4)
+    views = [four.view(data, fold) for fold in (1, 2, 3, 4)]
     held = [images(view.split("validation")) for view in views]
     whole = images(data.split("train")) | images(data.split("validation"))
     single = {("train.parquet", int(row)) for row in np.flatnonzero(data.split("train").labels == 7)}
@@ -163,3 +164,27 @@ def test_a_group_is_never_divided() -> None:
     alone = replace(data, splits={"train": replace(train, groups=groups)}, validation="separate")
     view = Folds(3).view(alone, SEARCHED)
     assert not set(groups[view.split("validation").rows].tolist()) & set(groups[view.split("train").rows].tolist())
+
+
+def test_a_group_of_several_classes_stays_together_where_one_of_them_is_nowhere_else() -> None:
+    labels = np.array([0, 0, 0, 0, 0, 0, 1, 1])
+    groups = np.array([1, 1, 2, 2, 3, 3, 3, 3])  # class 1 is at the third location only
+    train = replace(split("train", (6, 2)), labels=labels, groups=groups)
+    for held in (None, (1, 0)):
+        splits = {"train": train} | ({} if held is None else {"validation": split("validation", held)})
+        data = Dataset("d", ("a", "b"), splits, "separate")
+        for fold in (1, 2, 3):
+            view = Folds(3).view(data, fold)
+            out, trained = view.split("validation"), view.split("train")
+            assert 1 in trained.labels
+            if out.groups is not None and trained.groups is not None:
+                assert not set(out.groups.tolist()) & set(trained.groups.tolist())
+
+
+def test_a_view_is_divided_once_however_often_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, calls = dataset(), []
+    by_class = folds._by_class
+    monkeypatch.setattr(folds, "_by_class", lambda *args: calls.append(args) or by_class(*args))
+    for fold in (2, 3, 2, EVERYTHING, 3):
+        Folds(3, seed=77).view(data, fold)
+    assert len(calls) == 1

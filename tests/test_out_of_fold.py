@@ -152,3 +152,14 @@ def test_the_paths_of_images_are_those_in_the_shards(small_data: str) -> None:
     for file in sorted(Path(small_data).glob("train-*.parquet")):
         stored |= {cell["path"]: cell["bytes"] for cell in pq.read_table(file)["image"].to_pylist()}
     assert images == [stored[path] for path in paths]
+
+
+def test_images_without_a_path_are_named_by_file_and_row(tmp_path: Path, small_data: str) -> None:
+    for file in sorted(Path(small_data).glob("*.parquet")):
+        table = pq.read_table(file)
+        image = pa.array([{"bytes": cell["bytes"]} for cell in table["image"].to_pylist()])
+        stripped = pa.table({"image": image, "label": table["label"]}).replace_schema_metadata(table.schema.metadata)
+        pq.write_table(stripped, tmp_path / file.name)
+    split = open_dataset(str(tmp_path)).split("validation")
+    file = split.shards[0].url.rsplit("/", 1)[-1]
+    assert image_paths(split)[:2] == [f"{file}:0", f"{file}:1"]

@@ -271,3 +271,44 @@ def test_an_objective_over_an_empty_group_is_refused(space_file: Path, tmp_path:
         BadInput, match=r"objectives: validation/many requires classes with over 100 training images, but"
     ):
         tune.main([str(space), "base.evaluation.group_bounds=[20, 100]", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["search.folds=4", "base.optim.global_batch_size=80"],
+            "optim.global_batch_size: must be at most the 64 training images, but got 80; lower it",
+        ),
+        (
+            ["base.optim.data_frac=0.5", "base.optim.global_batch_size=80"],
+            "optim.global_batch_size: must be at most the 48 training images, but got 80; lower it",
+        ),
+        (
+            ["search.folds=99"],
+            "search.folds: must leave images or groups for each fold, but got none in fold 98; lower it",
+        ),
+        (["search.folds=2"], "search: folds must be 1 or at least 3, but got 2"),
+        (["search.confirm.best=2"], "search: confirm requires folds of at least 3, but got 1; set search.folds: 4"),
+    ],
+)
+def test_folds_that_cannot_be_trained_are_refused_before_anything_starts(
+    settings: list[str], message: str, space_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        tune.main([str(space_file), *settings, "--out", str(tmp_path / "out"), "--dry-run"])
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_states_the_folds_the_further_trainings_and_the_groups(
+    space_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["search.folds=3", "search.confirm.best=2", "search.refit=true", "search.seeds_best=2"]
+    tune.main([str(space_file), *settings, "--dry-run"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "validation 24 images; folds 2 to 3 divide the 96 training images" in printed
+    assert "best/ trained on 120 images (train and validation)" in printed
+    assert (
+        "after the trials 10 more trainings, up to 30 epochs: the best 2 and the baselines on folds 2 to 3" in printed
+    )

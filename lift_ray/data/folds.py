@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,8 @@ from lift_ray.data.dataset import Dataset, Split, joined
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.stratify import assign_groups
 from lift_ray.errors import BadInput
+
+Mask = npt.NDArray[np.bool_]
 
 SEARCHED = 1  # the fold on which trials are searched
 EVERYTHING = 0  # number of the view that trains on all labeled images and holds none out
@@ -42,15 +45,12 @@ class Folds:
         """
         if "train" not in dataset.splits or (fold == EVERYTHING and "validation" not in dataset.splits):
             return dataset
-        if dataset.labelled_counts is None:
-            counts = dataset.splits["train"].class_counts(dataset.num_classes)
-            dataset = replace(dataset, labelled_counts=counts)
-        dataset = self._with_validation(dataset)
+        dataset = _with_validation(self, dataset)
         train, validation = dataset.splits["train"], dataset.splits["validation"]
         if fold == SEARCHED:
             return dataset
         trains_on_both = dataset.validation == "drawn" or (fold == EVERYTHING and self.train_on_separate)
-        held = self._fold_of(dataset) == fold if fold else np.zeros(train.num_samples, bool)
+        held = _fold_of(self, dataset) == fold if fold else np.zeros(train.num_samples, bool)
         parts = [(train, np.flatnonzero(~held))]
         if trains_on_both:
             parts.append((validation, np.arange(validation.num_samples)))
@@ -60,40 +60,51 @@ class Folds:
             splits["validation"] = joined("validation", [(train, np.flatnonzero(held))])
         return replace(dataset, splits=splits)
 
-    def _with_validation(self, dataset: Dataset) -> Dataset:
-        """Return the dataset, with a validation split drawn from its training images if it has none."""
-        if "validation" in dataset.splits:
-            return dataset
-        whole = dataset.splits["train"]
-        held = _drawn(whole, 1 / self.number if self.number > 1 else VALIDATION_FRAC, self.seed)
-        if not held.any():
-            raise BadInput(
-                dataset.uri,
-                "must have a class with two training images",
-                but="no validation image can be drawn",
-                remedy="add images",
-            )
-        train = joined("train", [(whole, np.flatnonzero(~held))])
-        drawn = joined("validation", [(whole, np.flatnonzero(held))])
-        return replace(dataset, splits={**dataset.splits, "train": train, "validation": drawn}, validation="drawn")
 
-    def _fold_of(self, dataset: Dataset) -> Int64s:
-        """Return the fold of each sample of the training split, (N,), from 2 to K; 0 if it is never held out."""
-        train, others = dataset.splits["train"], np.zeros(dataset.num_classes, np.int64)
-        if dataset.validation == "drawn":
-            others = dataset.splits["validation"].class_counts(dataset.num_classes)
-        if train.groups is not None:
-            fractions = [1 / (self.number - 1)] * (self.number - 1)
-            folds = 2 + assign_groups(train.labels, train.groups, fractions, self.seed)
-        else:
-            order = _by_class(train.labels, self.seed)
-            folds = np.empty(train.num_samples, np.int64)
-            folds[order] = 2 + np.arange(train.num_samples) % (self.number - 1)
-        # A class whose training images are all in one fold, with none elsewhere, would have no training image in that fold.
-        counts = np.zeros((self.number + 1, dataset.num_classes), np.int64)
-        np.add.at(counts, (folds, train.labels), 1)
-        alone = (counts == counts.sum(0)) & (others == 0)
-        return np.where(alone[folds, train.labels], 0, folds)
+@lru_cache(maxsize=8)
+def _with_validation(folds: Folds, dataset: Dataset) -> Dataset:
+    """Return the dataset with its labeled counts, and a validation split drawn from its training images if it has none."""
+    whole = dataset.splits["train"]
+    if dataset.labelled_counts is None:
+        dataset = replace(dataset, labelled_counts=whole.class_counts(dataset.num_classes))
+    if "validation" in dataset.splits:
+        return dataset
+    held = _drawn(whole, 1 / folds.number if folds.number > 1 else VALIDATION_FRAC, folds.seed)
+    if not held.any():
+        raise BadInput(
+            dataset.uri,
+            "must have a class with two training images",
+            but="no validation image can be drawn",
+            remedy="add images",
+        )
+    train = joined("train", [(whole, np.flatnonzero(~held))])
+    drawn = joined("validation", [(whole, np.flatnonzero(held))])
+    return replace(dataset, splits={**dataset.splits, "train": train, "validation": drawn}, validation="drawn")
+
+
+@lru_cache(maxsize=8)
+def _fold_of(folds: Folds, dataset: Dataset) -> Int64s:
+    """Return the fold of each sample of the training split, (N,), from 2 to K; 0 if it is never held out."""
+    train, others = dataset.splits["train"], np.zeros(dataset.num_classes, np.int64)
+    if dataset.validation == "drawn":
+        others = dataset.splits["validation"].class_counts(dataset.num_classes)
+    number = folds.number - 1
+    if train.groups is not None:
+        fold_of = 2 + assign_groups(train.labels, train.groups, [1 / number] * number, folds.seed)
+    else:
+        order = _by_class(train.labels, folds.seed)
+        fold_of = np.empty(train.num_samples, np.int64)
+        fold_of[order] = 2 + np.arange(train.num_samples) % number
+    # A class whose training images are all in one fold, with none elsewhere, would have no training image in that fold.
+    counts = np.zeros((folds.number + 1, dataset.num_classes), np.int64)
+    np.add.at(counts, (fold_of, train.labels), 1)
+    alone = (counts == counts.sum(0)) & (others == 0)
+    return np.where(_with_their_groups(train, alone[fold_of, train.labels]), 0, fold_of)
+
+
+def _with_their_groups(split: Split, samples: Mask) -> Mask:
+    """Return the mask of samples, (N,), with all others of their groups."""
+    return samples if split.groups is None else np.isin(split.groups, split.groups[samples])
 
 
 def training_view(dataset: Dataset, train_on: str) -> Dataset:
@@ -101,13 +112,13 @@ def training_view(dataset: Dataset, train_on: str) -> Dataset:
     return dataset if train_on == "train" else Folds(train_on_separate=True).view(dataset, EVERYTHING)
 
 
-def _drawn(split: Split, frac: float, seed: int) -> npt.NDArray[np.bool_]:
+def _drawn(split: Split, frac: float, seed: int) -> Mask:
     """Return a mask, (N,), of the given fraction of each class with two images or more: at least one, and never all."""
     if split.groups is not None:
         apart = assign_groups(split.labels, split.groups, [1 - frac, frac], seed, in_order=True)
         kept = np.bincount(split.labels[apart == 0], minlength=int(split.labels.max()) + 1)
-        mask: npt.NDArray[np.bool_] = (apart == 1) & (kept[split.labels] > 0)
-        return mask
+        held: Mask = (apart == 1) & ~_with_their_groups(split, kept[split.labels] == 0)
+        return held
     order = _by_class(split.labels, seed)
     counts = np.bincount(split.labels)
     wanted = np.minimum(np.maximum(1, np.round(frac * counts)), counts - 1).astype(np.int64)

@@ -27,7 +27,10 @@ def image_paths(split: Split, patience_s: float = PATIENCE_S) -> list[str]:
 
 
 def _of_shard(shard: Shard, column: str, patience_s: float) -> list[str | None]:
-    groups = range(len(shard.row_groups))
-    table = read_columns(shard.url, read_footer(shard.url, patience_s), groups, f"{column}.path", patience_s)
+    metadata = read_footer(shard.url, patience_s)
+    leaves = {metadata.schema.column(number).path for number in range(metadata.num_columns)}
+    if f"{column}.path" not in leaves:
+        return [None] * shard.num_rows
+    table = read_columns(shard.url, metadata, range(len(shard.row_groups)), f"{column}.path", patience_s)
     found: list[str | None] = pc.struct_field(table.column(column), "path").to_pylist()
     return found

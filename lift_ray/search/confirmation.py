@@ -153,7 +153,7 @@ def choose(space: SpaceFile, rows: Sequence[TrialRow], results: Results, data: S
         value = _value(predictions.at(posthoc.tau), metric, data.groups.names)
         found.append((Candidate(row, posthoc, value), predictions))
     sign = 1 if mode == "max" else -1
-    found.sort(key=lambda pair: (-sign * pair[0].value, pair[0].row.number))
+    found.sort(key=lambda pair: (not np.isfinite(pair[0].value), -sign * pair[0].value, pair[0].row.number))
     if space.search.confirm is not None and space.search.confirm.prefer == "smaller":
         found.insert(0, found.pop(_smallest(found, metric, data.groups.names)))
     winner, predictions = found[0]
@@ -203,6 +203,8 @@ def posthoc_choice(
         return sign * np.array([_value(one, metric, groups) for one in parts])
 
     whole = values()
+    if not np.isfinite(whole).any():
+        return PosthocChoice(own, own, 0.0, float("inf"))
     best, place = int(np.nanargmax(whole)), predictions.taus.index(own)
     random, biases = np.random.default_rng(0), []
     for _ in range(HALVINGS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ def run_search(
     out: Output,
     interrupts: Interrupts,
     *,
-    data: SearchData | None = None,
+    data: SearchData,
     show: Callable[[str], None] = lambda text: None,
     watchers: Sequence[Watcher] = (),
     callbacks: Sequence[Callback] = (),
@@ -103,10 +104,15 @@ def run_search(
         engine.put_all_back()  # the slots have ended, and their resources are free for Ray Train
         for job in search.refits:
             try:
-                result = refit_on_workers(job, study.space.name, dataset, search.data, out, refit_need, interrupts)
-            except Stopped as stopped:
-                raise Stopped(best_so_far(), stopped.exit_code) from None
+                if interrupts.came:
+                    raise Stopped("")
+                result = refit_on_workers(
+                    job, study.space.name, dataset, search.data, out, refit_need, interrupts, on_step
+                )
+            except Stopped:
+                raise Stopped(best_so_far(), 128 + (interrupts.signum or signal.SIGTERM)) from None
             search.refitted(job, result)
+            out.publish()
     if not search.is_over:  # a signal arrived, or something else ended Tune
         raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
     times = time_breakdown(search.rows(), monitor, max(1, engine.num_slots), time.monotonic() - began)
@@ -117,7 +123,7 @@ def run_search(
 
 def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
     """Write OUT/best and OUT/best.yaml, and return the line that summarizes the stopped search."""
-    best = best_of(search.rows(), search.space.objectives)
+    best = choice.row if (choice := search.choice()) else best_of(search.rows(), search.space.objectives)
     found = "no trial has finished yet"
     if best is not None:
         found = f"the best so far is trial {best.number} ({describe(best.values)}), in {out}/best and {out}/best.yaml"

@@ -24,6 +24,7 @@ from lift_ray.storage.output import Output
 
 CROPS, TTE = 5, "-tte"  # test-time ensembling: crops per image, and the suffix of the model's name
 REFIT = "-refit"  # suffix of the name of a model that was trained again
+WORKERS = "workers"  # in the result of a refit that Ray Train ran, which has its model where `train` writes it
 Results = Mapping[str, dict[str, Any]]
 
 
@@ -116,7 +117,7 @@ def final(space: SpaceFile, row: TrialRow, results: Results, data: SearchData, *
     if not data.retrains or not row.last.epoch or results.get(job.key) == {}:
         return model
     path = trial_checkpoint_path(row.number, row.last.epoch, EVERYTHING)
-    if space.scale.refit_workers > 1:  # `train` writes its model there
+    if WORKERS in results.get(job.key, {}):
         path = f"{trial_checkpoints(row.number, EVERYTHING)}/{FINAL_CHECKPOINT}"
     name = f"trial-{row.number:04d}{REFIT}{TTE if tte else ''}"
     return replace(model, name=name, checkpoint=path, refit=job)
@@ -152,7 +153,7 @@ def final_jobs(
 
     for entry in comparison(space, rows, results, data, choice):
         refit = entry.model.refit
-        if refit is not None:
+        if refit is not None and (space.test == "split" or entry.label == BEST_FOUND):
             jobs[refit.key] = refit
         if space.test == "split" and (refit is None or refit.key in results):
             want(entry.model, "test", entry.tau)
@@ -162,7 +163,7 @@ def final_jobs(
         for row in ensembles(space, rows):
             want(trained(space, row), "test", trained(space, row).tau)
     if choice is not None:
-        fold = final_fold(data)
+        fold = final_fold(space, data)
         repeats = repeated(space, rows, choice)
         jobs |= {job.key: job for _, row, tau in repeats for job in repeat_jobs(space, row, tau, fold)}
     evaluations = [evaluation_job(model, split, taus) for (_, split), (model, taus) in wanted.items() if taus]
@@ -177,9 +178,9 @@ def evaluation_job(model: Model, split: str, taus: Sequence[float]) -> Evaluatio
     return EvaluationJob(model.name, model.config, model.checkpoint, split, own_last(model, taus), fold=fold)
 
 
-def final_fold(data: SearchData) -> int:
-    """Return the number of the view that final models are trained on."""
-    return EVERYTHING if data.retrains else SEARCHED
+def final_fold(space: SpaceFile, data: SearchData) -> int:
+    """Return the number of the view that repeats with other seeds are trained on: that of the final models, if they are tested."""
+    return EVERYTHING if data.retrains and space.test == "split" else SEARCHED
 
 
 def comparison_seconds(
@@ -252,6 +253,10 @@ def comparison(
             out.append(Entry(labels[row.baseline], final(space, row, results, data), searched, searched.tau, row))
     if choice is None:
         return out
+    for one in choice.candidates[1:]:  # the winner has a tau of its choice, so the baselines have theirs too
+        if one.row.baseline is not None and one.posthoc.is_recommended:
+            model, searched = final(space, one.row, results, data), trained(space, one.row)
+            out.append(Entry(f"{labels[one.row.baseline]}, tau {one.posthoc.tau:g}", model, searched, one.posthoc.tau))
     best, posthoc = choice.row, choice.posthoc
     model, searched = final(space, best, results, data), trained(space, best)
     if posthoc.is_recommended:
@@ -335,7 +340,7 @@ def conclude(
 ) -> SearchResult:
     """Build the result from the trials and the final comparison."""
     table = compared(space, comparison(space, rows, results, data, choice), results)
-    seeds = seed_results(space, repeated(space, rows, choice), results, table, final_fold(data))
+    seeds = seed_results(space, repeated(space, rows, choice), results, table, final_fold(space, data))
     front = pareto_front(rows, space.objectives) if len(space.objectives) > 1 else []
     together = ensemble_results(space, rows, results) if space.test == "split" else []
     model = final(space, choice.row, results, data)

@@ -54,7 +54,9 @@ class TrainJob:
     @property
     def key(self) -> str:
         """Name of the job, and of its stored result."""
-        fold, tau = f" {self._of_fold}" if self.fold != SEARCHED else "", f" tau {self.tau:g}" if self.tau else ""
+        fold, tau = f" {self._of_fold}" if self.fold != SEARCHED else "", ""
+        if self.tau is not None:
+            tau = f" tau {self.tau:g}"
         return f"train {self.number}{fold}{tau}"
 
     @property

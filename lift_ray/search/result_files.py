@@ -62,7 +62,7 @@ def write_result(space: SpaceFile, dataset: Dataset, data: SearchData, found: Se
         "refit": {
             "data": data.train_on if found.final.refit else "train",
             "retrained": found.final.refit is not None,
-            "images": data.final_images,
+            "images": data.final_images if found.final.refit else data.num_images["train"],
         },
         "unseen": list(data.unseen),
         "groups": {

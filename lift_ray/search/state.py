@@ -49,8 +49,8 @@ class Search:
             search is over.
     """
 
-    def __init__(self, study: Study, out: Output, data: SearchData | None = None) -> None:
-        self.study, self.space, self.out, self.data = study, study.space, out, data or SearchData()
+    def __init__(self, study: Study, out: Output, data: SearchData) -> None:
+        self.study, self.space, self.out, self.data = study, study.space, out, data
         self.watchers: list[Watcher] = []
         self.running: dict[str, Job] = {}
         self.progress: dict[str, StepsDone] = {}

@@ -62,6 +62,7 @@ class Worker:
         self._progress = NOWHERE
         self._stop = threading.Event()
         self._views: dict[int, Workspace] = {}  # by fold
+        self._fold = SEARCHED  # of the last job
 
     def begin(self, job: Job) -> None:
         """Set the next job, which `next` starts. The previous job must have replied, and is dropped."""
@@ -106,6 +107,9 @@ class Worker:
             self._whole = self._open()
         if fold not in self._views:
             self._views[fold] = self._whole.on(self.slot.folds.view(self._whole.dataset, fold))
+        if fold != self._fold:
+            self._whole.release()
+            self._fold = fold
         return self._views[fold]
 
     def _open(self) -> Workspace:

@@ -89,6 +89,7 @@ class RunAborted:
 
     line: str
     is_bad_input: bool
+    diverged: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import torch
 
 from lift_ray.errors import BadInput
 from lift_ray.methods.prior import Prior, fit
+from lift_ray.model.heads import MEAN_OF
 from lift_ray.model.losses import Loss
 from lift_ray.registry import LOSSES
 from lift_ray.settings.run import RunConfig
-from lift_ray.training.workspace import Workspace
+from lift_ray.training.workspace import Workspace, first_of_each_class
 
 
 def zero_shot(config: RunConfig) -> RunConfig:
@@ -25,8 +26,8 @@ def zero_shot(config: RunConfig) -> RunConfig:
 def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
     """Fit the label prior to the zero-shot logits of the validation split (methods.prior.fit); the same on every rank.
 
-    A run that trains on all labeled images has no validation split. The training images then take its place: the zero-shot model
-    has seen neither.
+    Training images take its place on a further fold, whose validation images are held out from everything, and if there is no
+    validation split: the zero-shot model has seen neither.
 
     Raises BadInput if there is no text tower, if a class has no validation image, or if no prior can be fitted.
     """
@@ -37,7 +38,10 @@ def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
             but=f"{backbone.name} has none",
             remedy="leave GLA out, or use another backbone",
         )
-    split = workspace.dataset.splits.get("validation") or workspace.training(config)
+    split = workspace.dataset.splits.get("validation")
+    if split is None or split.parts:
+        training = workspace.training(config)
+        split = training.take(first_of_each_class(training.labels, MEAN_OF))
     plain = workspace.resolve(zero_shot(config))
     model = workspace.build(plain)
     features = workspace.cached_features(plain, model, split)

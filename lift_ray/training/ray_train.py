@@ -117,6 +117,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     from lift_ray.methods.world import Ranks
     from lift_ray.training.loop import StopAsked, told_to_stop
+    from lift_ray.training.run import Diverged
 
     job, channel = settings["job"], settings["channel"]
     me = ray.get_runtime_context().current_actor
@@ -138,7 +139,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             return
         raise RunFailed(f"stopped by {asked} after writing {asked.checkpoint}") from None
     except (BadInput, RunFailed) as error:
-        ray.get(channel.tell.remote(RunAborted(str(error), isinstance(error, BadInput))))
+        diverged = isinstance(error, Diverged)
+        ray.get(channel.tell.remote(RunAborted(str(error), isinstance(error, BadInput), diverged)))
         if ranks.world_size > 1:
             # Other ranks may wait for this one, so Ray Train must end them. The workers that it starts next find the run aborted
             # (RunChannel.join) and return at once.

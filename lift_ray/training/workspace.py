@@ -65,6 +65,11 @@ class Workspace:
         view.dataset, view._subsets = dataset, {}
         return view
 
+    def release(self) -> None:
+        """Drop the encoded images that open files keep in memory; they are read again when they are needed."""
+        for reader in self._readers.values():
+            reader.close()
+
     def backbone(self, config: RunConfig) -> Backbone:
         """Return the frozen backbone of a run, loaded once. Raises BadInput."""
         wanted, key = config.backbone, _key(config)
@@ -225,7 +230,9 @@ class Workspace:
                 for features, samples in whole
                 if features is not None
             ]
-            return torch.cat(parts) if len(parts) == len(whole) else None
+            if len(parts) < len(whole):
+                return None
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
         key = (*_key(config), split.key, model.first_tuned)
         num_bytes = 4 * split.num_samples * int(np.prod(self._frozen_shape(config, model)))
         # `frozen` is a collective call: sizes follow from settings and data alone, so all ranks decide the same.
