@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,6 +87,8 @@ def evaluate(
             but=difference(records[0].class_names, dataset.class_names),
             remedy="give the dataset it was trained on",
         )
+    if any(record.train_on != "train" and record.dataset == dataset.uri for record in records):
+        _check_held_out(checkpoints[0], split, gla)
     taus = _taus(checkpoints, records, tau, gla)
     _check_together(records, combine, weights)
     from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here, evaluate_on_workers
@@ -144,6 +147,19 @@ def _records(checkpoints: list[str]) -> list[Record]:
                 remedy="combine models of one dataset",
             )
     return records
+
+
+def _check_held_out(checkpoint: str, split: str, gla: bool) -> None:
+    """Say that a model was trained on the validation images. Raises BadInput if they would be used to combine models."""
+    if gla:
+        raise BadInput(
+            "--gla",
+            "requires validation images that the models have not seen",
+            but=f"{checkpoint} was trained on them",
+            remedy="train with train_on=train",
+        )
+    if split == "validation":
+        print("note: the model was trained on these images, so this accuracy is not held out", file=sys.stderr)
 
 
 def _taus(checkpoints: list[str], records: list[Record], tau: list[float] | None, gla: bool) -> tuple[float, ...]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from made_run import run_config
 
+from lift_ray import evaluate as evaluate_verb
 from lift_ray.data.folds import EVERYTHING, Folds, training_view
 from lift_ray.data.open import open_dataset
 from lift_ray.data.paths import image_paths
 from lift_ray.data.reader import RowReader
+from lift_ray.errors import BadInput
 from lift_ray.evaluation.evaluator import LogitBatch, evaluate
 from lift_ray.evaluation.resampling import all_metrics
 from lift_ray.inference.calibration import calibrated, fit_temperature
@@ -128,6 +130,20 @@ def test_the_temperature_is_fitted_on_out_of_fold_logits_if_they_are_there(run: 
     assert found.num_images == 50
     assert found.temperature == pytest.approx(fit_temperature(torch.tensor(logits), torch.tensor(labels)), rel=1e-4)
     assert str(found).startswith(f"temperature {found.temperature:.3f}, fitted on 50 out-of-fold images of ")
+
+
+def test_an_evaluation_says_that_the_model_was_trained_on_these_images(
+    workspace: Workspace, small_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(config(small_clip), workspace.on(training_view(workspace.dataset, "train+validation")))
+    list(run.epochs())
+    run.save(tmp_path / "checkpoint")
+    evaluate_verb.main([str(tmp_path / "checkpoint"), "--split", "validation"])
+    assert "note: the model was trained on these images, so this accuracy is not held out\n" in capsys.readouterr().err
+    evaluate_verb.main([str(tmp_path / "checkpoint")])
+    assert "note:" not in capsys.readouterr().err
+    with pytest.raises(BadInput, match=r"^--gla: requires validation images that the models have not seen, but "):
+        evaluate_verb.main([str(tmp_path / "checkpoint"), "--gla"])
 
 
 def test_a_model_that_was_trained_on_everything_is_not_calibrated_on_its_training_images(
