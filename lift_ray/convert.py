@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lift_ray import cli
-from lift_ray.errors import BadInput, run_and_exit
+from lift_ray.errors import BadInput, first_few, run_and_exit
 
 if TYPE_CHECKING:
     from lift_ray.data.convert.conversion import Converted
@@ -399,7 +399,7 @@ def _unseen(converted: Converted) -> str:
     why = ""
     if converted.validation == "drawn" and (alone or converted.has_groups):
         why = " (a single image, or a single group)" if converted.has_groups else " (a single image)"
-    names = ", ".join(repr(converted.class_names[label]) for label in unseen[:3]) + (", ..." if len(unseen) > 3 else "")
+    names = first_few([repr(converted.class_names[label]) for label in unseen])
     have = (
         f"{len(unseen):,} of {num_classes:,} classes have" if len(unseen) > 1 else f"1 of {num_classes:,} classes has"
     )

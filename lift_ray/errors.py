@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 
@@ -39,6 +39,11 @@ class BadInput(Exception):
         whole = cls("\n".join(map(str, found)))
         whole.faults = found
         return whole
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """Join at most `most` names with commas, and "..." if there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 class RunFailed(Exception):

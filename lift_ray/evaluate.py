@@ -14,6 +14,10 @@ from lift_ray import cli
 from lift_ray.errors import BadInput, did_you_mean, run_and_exit
 
 if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from lift_ray.data.dataset import Dataset
+    from lift_ray.inference.evaluate import Evaluated
     from lift_ray.training.checkpoint import Record
 
 COMBINE = ("logits", "probabilities")
@@ -101,18 +105,12 @@ def evaluate(
         from lift_ray.evaluation.metrics import write_per_class
 
         write_per_class(found.rows, per_class)
-    confusions = None
-    if confusion is not None and found.predicted is not None:
-        from lift_ray.reporting.confusion import Confusions
-        from lift_ray.reporting.csv_files import write_csv
-
-        confusions = Confusions.of(dataset.split(split).labels, found.predicted, dataset.class_names)
-        write_csv(confusions.rows(), confusion)
+    confused = None if confusion is None else _write_confusions(found, dataset, split, confusion)
     if as_json:
         every = [figures | found.report for figures in found.figures]
         print(json.dumps(every if len(every) > 1 else every[0], indent=1))
         return
-    from lift_ray.terminal.evaluation_tables import confused_table, print_found
+    from lift_ray.terminal.evaluation_tables import print_found
     from lift_ray.terminal.tables import console
 
     name = "ensemble" if found.report else checkpoints[0]
@@ -122,8 +120,20 @@ def evaluate(
     )
     if note := records[0].groups.note:
         print(note)
-    if confusions is not None:
-        console().print(confused_table(confusions.most_confused(MOST_CONFUSED)))
+    if confused is not None:
+        console().print(confused)
+
+
+def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path) -> RichTable:
+    """Write how often each class is predicted as another as CSV, and return the table of the most confused pairs."""
+    from lift_ray.reporting.confusion import Confusions
+    from lift_ray.reporting.csv_files import write_csv
+    from lift_ray.terminal.evaluation_tables import confused_table
+
+    assert found.predicted is not None
+    confusions = Confusions.of(dataset.split(split).labels, found.predicted, dataset.class_names)
+    write_csv(confusions.rows(), path)
+    return confused_table(confusions.most_confused(MOST_CONFUSED))
 
 
 def _records(checkpoints: list[str]) -> list[Record]:

@@ -19,7 +19,7 @@ from lift_ray.data.dataset import Dataset, Shard, Split
 from lift_ray.data.footers import Content, read_content
 from lift_ray.data.layout import MANIFEST, RECONVERT, SPLITS, Listing, find_shards
 from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
-from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.errors import BadInput, did_you_mean, first_few
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, join, locate, reached
 
 FORMAT_VERSION = 1
@@ -304,12 +304,11 @@ def _check_training(dataset: Dataset) -> None:
         return
     missing = np.flatnonzero(dataset.splits["train"].class_counts(dataset.num_classes) == 0)
     if len(missing):
-        names = ", ".join(repr(dataset.class_names[index]) for index in missing[:3])
-        more = ", ..." if len(missing) > 3 else ""
+        names = first_few([repr(dataset.class_names[index]) for index in missing])
         raise BadInput(
             join(dataset.uri, "train"),
             "every class must have an image",
-            but=f"{len(missing)} of {dataset.num_classes} have none ({names}{more})",
+            but=f"{len(missing)} of {dataset.num_classes} have none ({names})",
             remedy="add images or remove these class names",
         )
 

@@ -45,10 +45,10 @@ def metric_values(results: ImageResults, metric: str, groups: NDArray[np.str_], 
 
     Returns the values; NaN for a resample without an image that the metric is about.
     """
-    weights, total = np.asarray(class_weights, float), _by_class(results, len(groups))
+    weights, total = np.asarray(class_weights, float), _class_sums(results, len(groups))
     if metric == "calibration_error":
         return _ratio(np.abs(weights @ _gaps(results, len(groups))).sum(1), weights @ total)
-    sums = _by_class(results, len(groups), results.loss if metric in LOSSES else _hits(results))
+    sums = _class_sums(results, len(groups), results.loss if metric in LOSSES else _hits(results))
     if metric in ("accuracy", "loss"):
         return _ratio(weights @ sums, weights @ total)
     weights = weights * counted(results, metric, groups)
@@ -90,7 +90,7 @@ MEANS = {"worst_class": _worst, "harmonic_mean": _harmonic, "geometric_mean": _g
 
 def counted(results: ImageResults, metric: str, groups: NDArray[np.str_]) -> NDArray[np.bool_]:
     """Return the classes that a metric is about, (K,): those with an image, and of the group if the metric is one of a group."""
-    members: NDArray[np.bool_] = _by_class(results, len(groups)) > 0
+    members: NDArray[np.bool_] = _class_sums(results, len(groups)) > 0
     return members & (groups == metric) if metric in GROUPS else members
 
 
@@ -123,7 +123,7 @@ def paired_difference(
     return difference, float(np.concatenate(drawn).std(ddof=1) * np.sqrt(number / (number - 1)))
 
 
-def _by_class(results: ImageResults, num_classes: int, values: Floats | None = None) -> Floats:
+def _class_sums(results: ImageResults, num_classes: int, values: Floats | None = None) -> Floats:
     """Return the sum of values (N,) over the images of each class, (K,); without values the number of images."""
     sums: Floats = np.bincount(results.label, values, minlength=num_classes).astype(float)
     return sums
@@ -153,6 +153,6 @@ def _f1(results: ImageResults, weights: Floats, total: Floats) -> Floats:
     pairs, images = np.unique(results.label * num_classes + results.predicted, return_counts=True)
     label, guess = np.divmod(pairs, num_classes)
     predicted = np.array([np.bincount(guess, images * row[label], minlength=num_classes) for row in weights])
-    correct = weights * _by_class(results, num_classes, _hits(results))
+    correct = weights * _class_sums(results, num_classes, _hits(results))
     both: Floats = weights * total + predicted
     return np.divide(2 * correct, both, out=np.zeros_like(both), where=weights > 0)

@@ -107,7 +107,7 @@ def _fitted(folder: Path, classifier: Classifier) -> Calibration:
 
 
 def _out_of_fold(path: Path) -> tuple[Tensor, Tensor]:
-    """Return raw logits (N, K) and labels (N,) of the models of other folds, or of every so many images if they are very many.
+    """Return raw logits (N, K) and labels (N,) of the models of other folds; of a large dataset, those of every n-th image.
 
     Raises BadInput if the file cannot be read.
     """

@@ -77,24 +77,28 @@ class Choice:
     Args:
         metric: metric of the validation split that decided, without its prefix.
         candidates: the winner first, then the others by their value.
-        figures: metrics of the winner on its out-of-fold predictions.
-        curve: the same for each tau, with the tau.
-        num_images: number of out-of-fold images.
-        parts: number of files with the winner's predictions, for each fold.
+        predictions: the winner's out-of-fold predictions.
+        parts: number of files with them, for each fold.
+        curve: metrics of the winner on them for each tau, with the tau.
     """
 
     metric: str
     mode: str
     candidates: list[Candidate]
-    figures: dict[str, float]
-    curve: list[dict[str, float]]
-    num_images: int
+    predictions: OutOfFold
     parts: list[int]
+    curve: list[dict[str, float]]
 
     @property
-    def taus(self) -> list[float]:
-        """The strengths of the post-hoc adjustment that were tried."""
-        return [at["tau"] for at in self.curve]
+    def figures(self) -> dict[str, float]:
+        """Metrics of the winner with its tau."""
+        place = self.predictions.taus.index(self.posthoc.tau)
+        return {name: value for name, value in self.curve[place].items() if name != "tau"}
+
+    @property
+    def num_images(self) -> int:
+        """Number of out-of-fold images."""
+        return len(self.predictions.label)
 
     @property
     def row(self) -> TrialRow:
@@ -119,12 +123,16 @@ def candidates(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
     best = best_of(rows, space.objectives)
     if best is None or space.search.confirm is None:
         return [] if best is None else [best]
+    finished, number = ranked(space, rows, best), space.search.confirm.best
+    return [*finished[:number], *(row for row in finished[number:] if row.baseline is not None)]
+
+
+def ranked(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[TrialRow]:
+    """Return the finished trials, the best or winning one first and the others sorted by the first objective."""
     metric, mode = space.objective
     sign = -1 if mode == "max" else 1
     finished = [row for row in rows if row.state == "finished" and metric in row.last]
-    ranked = sorted(finished, key=lambda row: (row is not best, sign * row.last[metric], row.number))
-    number = space.search.confirm.best
-    return [*ranked[:number], *(row for row in ranked[number:] if row.baseline is not None)]
+    return sorted(finished, key=lambda row: (row is not best, sign * row.last[metric], row.number))
 
 
 def fold_jobs(space: SpaceFile, row: TrialRow) -> list[Job]:
@@ -163,9 +171,7 @@ def choose(space: SpaceFile, rows: Sequence[TrialRow], results: Results, data: S
         difference, error = paired_difference(theirs.at(candidate.posthoc.tau), best, metric, data.groups.names)
         others.append(Candidate(candidate.row, candidate.posthoc, candidate.value, difference, error))
     curve = [{"tau": tau, **all_metrics(predictions.at(tau), data.groups.names)} for tau in predictions.taus]
-    parts = _parts(space, winner.row, results)
-    figures = all_metrics(best, data.groups.names)
-    return Choice(metric, mode, [winner, *others], figures, curve, len(predictions.label), parts)
+    return Choice(metric, mode, [winner, *others], predictions, _parts(space, winner.row, results), curve)
 
 
 def _parts(space: SpaceFile, row: TrialRow, results: Results) -> list[int]:

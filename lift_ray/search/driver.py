@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from lift_ray.search.final_comparison import SearchResult, none_finished
 from lift_ray.search.interrupts import Interrupts
 from lift_ray.search.jobs import SlotSettings
 from lift_ray.search.progress_table import Monitor, time_breakdown
-from lift_ray.search.refit import refit_on_workers
+from lift_ray.search.refit import refit_all
 from lift_ray.search.result_files import write_best_so_far
 from lift_ray.search.search_data import SearchData
 from lift_ray.search.slot import Slot
@@ -85,7 +84,6 @@ def run_search(
         monitor.tick(engine.num_slots)
         metrics.tick()
 
-    refit_need = replace(need, workers=study.space.scale.refit_workers)
     slot = SlotSettings(dataset, need, out.url, study.space.name, folds=search.data.folds)
     keeps_slots = not autoscaler_config()
     engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)
@@ -102,17 +100,10 @@ def run_search(
         if not (search.is_over and search.refits):
             break
         engine.put_all_back()  # the slots have ended, and their resources are free for Ray Train
-        for job in search.refits:
-            try:
-                if interrupts.came:
-                    raise Stopped("")
-                result = refit_on_workers(
-                    job, study.space.name, dataset, search.data, out, refit_need, interrupts, on_step
-                )
-            except Stopped:
-                raise Stopped(best_so_far(), 128 + (interrupts.signum or signal.SIGTERM)) from None
-            search.refitted(job, result)
-            out.publish()
+        try:
+            refit_all(search, dataset, need, interrupts, on_step)
+        except Stopped:
+            raise Stopped(best_so_far(), 128 + (interrupts.signum or signal.SIGTERM)) from None
     if not search.is_over:  # a signal arrived, or something else ended Tune
         raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
     times = time_breakdown(search.rows(), monitor, max(1, engine.num_slots), time.monotonic() - began)

@@ -12,7 +12,7 @@ from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.study_files import BEST_FOUND, predictions_of
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
-from lift_ray.search.confirmation import Choice, candidates, fold_jobs
+from lift_ray.search.confirmation import Choice, Results, candidates, fold_jobs, ranked
 from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path, trial_checkpoints
 from lift_ray.search.search_data import SearchData
 from lift_ray.search.seed_repeats import repeat_jobs, repeated, seed_results
@@ -25,7 +25,6 @@ from lift_ray.storage.output import Output
 CROPS, TTE = 5, "-tte"  # test-time ensembling: crops per image, and the suffix of the model's name
 REFIT = "-refit"  # suffix of the name of a model that was trained again
 WORKERS = "workers"  # in the result of a refit that Ray Train ran, which has its model where `train` writes it
-Results = Mapping[str, dict[str, Any]]
 
 
 @dataclass
@@ -264,7 +263,7 @@ def comparison(
         out.append(Entry(BEST_FOUND, model, searched, posthoc.tau))
     else:
         out.append(Entry(BEST_FOUND, model, searched, posthoc.own, best))
-    for row in _ranked(space, rows, best)[: space.search.tte_best]:
+    for row in ranked(space, rows, best)[: space.search.tte_best]:
         label = f"{BEST_FOUND}, TTE" if row is best else f"trial {row.number}, TTE"
         model, searched = final(space, row, results, data, tte=True), trained(space, row, tte=True)
         out.append(Entry(label, model, searched, posthoc.tau if row is best else model.tau))
@@ -291,14 +290,6 @@ def none_finished(rows: Sequence[TrialRow], out: Output) -> RunFailed:
     """Return the error of a search without a finished trial."""
     errors = [f"; the last error: {row.error}" for row in rows if row.error]
     return RunFailed(f"{out}: none of {len(rows)} trials finished{''.join(errors[-1:])}; see trials.csv")
-
-
-def _ranked(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[TrialRow]:
-    """Return the finished trials, the winner first and the others sorted by the first objective."""
-    metric, mode = space.objective
-    sign = -1 if mode == "max" else 1
-    finished = [row for row in rows if row.state == "finished" and metric in row.last]
-    return sorted(finished, key=lambda row: (row is not best, sign * row.last[metric], row.number))
 
 
 def ensembles(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:

@@ -54,10 +54,8 @@ class TrainJob:
     @property
     def key(self) -> str:
         """Name of the job, and of its stored result."""
-        fold, tau = f" {self._of_fold}" if self.fold != SEARCHED else "", ""
-        if self.tau is not None:
-            tau = f" tau {self.tau:g}"
-        return f"train {self.number}{fold}{tau}"
+        fold = "" if self.fold == SEARCHED else f" {self._of_fold}"
+        return f"train {self.number}{fold}" + ("" if self.tau is None else f" tau {self.tau:g}")
 
     @property
     def is_refit(self) -> bool:
@@ -70,7 +68,7 @@ class TrainJob:
 
     @property
     def title(self) -> str:
-        """What is trained, for the display of progress."""
+        """The job in words, for the display of progress."""
         if self.number >= FIRST_REPEAT:
             return "another seed"
         return f"trial {self.number}{'' if self.fold == SEARCHED else f', {self._of_fold}'}"
@@ -106,7 +104,7 @@ class EvaluationJob:
 
     @property
     def title(self) -> str:
-        """What is evaluated, for the display of progress."""
+        """The job in words, for the display of progress."""
         return f"{self.model} on {self.split}"
 
 
@@ -119,6 +117,7 @@ class IdleJob:
     """
 
     key: str = "idle"
+    fold: int = SEARCHED
 
 
 Job = TrainJob | EvaluationJob | IdleJob

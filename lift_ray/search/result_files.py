@@ -26,7 +26,7 @@ from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow, write_json
 from lift_ray.search.confirmation import Choice
 from lift_ray.search.final_comparison import Model, SearchResult, trained
-from lift_ray.search.predictions import files_of, logits_name, read_out_of_fold
+from lift_ray.search.predictions import files_of, logits_name
 from lift_ray.search.search_data import SearchData
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
@@ -45,7 +45,7 @@ def write_result(space: SpaceFile, dataset: Dataset, data: SearchData, found: Se
     choice, figures = found.choice, dict(found.compared)[BEST_FOUND]
     with _best_folder(out, found.final, choice.posthoc.tau, figures) as folder:
         write_out_of_fold(folder / OUT_OF_FOLD_FILE, choice, dataset, data, out)
-        write_per_class(_per_class(folder, choice, out), folder / PER_CLASS)
+        write_per_class(_per_class(folder, choice), folder / PER_CLASS)
     record = _write_best_settings(space, dataset.uri, data.train_on if found.final.refit else "train", out)
     about: dict[str, Any] = {
         "name": space.name,
@@ -103,10 +103,10 @@ def write_result(space: SpaceFile, dataset: Dataset, data: SearchData, found: Se
     out.publish()
 
 
-def _per_class(folder: Path, choice: Choice, out: Output) -> list[dict[str, Any]]:
+def _per_class(folder: Path, choice: Choice) -> list[dict[str, Any]]:
     """Return the row of each class in a table of the winner's out-of-fold predictions."""
     record = read_record(folder)
-    found = read_out_of_fold(out, choice.row.number, choice.parts, choice.taus).at(choice.posthoc.tau)
+    found = choice.predictions.at(choice.posthoc.tau)
     hits = found.label[found.label == found.predicted]
     counts = [
         np.bincount(classes, minlength=len(record.class_names)) for classes in (hits, found.label, found.predicted)
@@ -199,24 +199,22 @@ def write_out_of_fold(path: Path, choice: Choice, dataset: Dataset, data: Search
             "logits": pa.list_(pa.float32()),
         }
     )
-    place = choice.taus.index(choice.posthoc.tau)
-    measured = read_out_of_fold(out, choice.row.number, choice.parts, choice.taus)
+    measured = choice.predictions.at(choice.posthoc.tau)
     splits = [data.folds.view(dataset, fold).splits["validation"] for fold in range(1, len(choice.parts) + 1)]
     paths = [path for split, parts in zip(splits, choice.parts, strict=True) if parts for path in image_paths(split)]
     at = 0
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for _, _, name in files_of(choice.row.number, choice.parts, logits_name):
             with out.fetched(name) as file:
-                for batch in pq.ParquetFile(file).iter_batches(
-                    ROWS
-                ):  # not at once: for thousands of classes they are many GB
+                # Not at once: the logits of thousands of classes are many GB.
+                for batch in pq.ParquetFile(file).iter_batches(ROWS):
                     here = slice(at, at + len(batch))
                     columns = {
                         "path": paths[here],
                         "label": measured.label[here],
-                        "fold": measured.fold[here],
-                        "predicted": measured.predicted[here, place],
-                        "confidence": measured.confidence[here, place],
+                        "fold": choice.predictions.fold[here],
+                        "predicted": measured.predicted[here],
+                        "confidence": measured.confidence[here],
                         "logits": batch["logits"].cast(schema.field("logits").type),
                     }
                     writer.write_table(pa.table({key: pa.array(value) for key, value in columns.items()}).cast(schema))

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 from lift_ray.data.dataset import Dataset
 from lift_ray.data.folds import EVERYTHING, SEARCHED, Folds, unseen_classes
+from lift_ray.errors import first_few
 from lift_ray.evaluation.metrics import ClassGroups, groups_of
 from lift_ray.settings.space import SpaceFile
 
 
 def unseen_line(unseen: Sequence[str], num_classes: int) -> str:
     """Say how many classes have no held-out image, and name up to three."""
-    names = ", ".join(unseen[:3]) + (", ..." if len(unseen) > 3 else "")
     have = "classes has" if len(unseen) == 1 else "classes have"
-    return f"{len(unseen)} of {num_classes} {have} no held-out image, so the search does not see {names}"
+    return f"{len(unseen)} of {num_classes} {have} no held-out image, so the search does not see {first_few(unseen)}"
 
 
 @dataclass(frozen=True)
 class SearchData:
-    """What the driver of a search knows about its dataset.
+    """Facts about a dataset that the driver of its search needs.
 
     Args:
         folds: division of the labeled images.

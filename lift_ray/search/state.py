@@ -44,7 +44,6 @@ class Search:
         progress: the last progress of each running job.
         began: the first reply of each running job that trains.
         done: the finished jobs of the final comparison, in order.
-        refits: jobs of the final comparison that Ray Train runs and not a slot (scale.refit_workers), as of `final_jobs`.
         num_ended: number of trials that have ended. Counted as they end, because Tune asks at each of its steps whether the
             search is over.
     """
@@ -56,7 +55,6 @@ class Search:
         self.progress: dict[str, StepsDone] = {}
         self.began: dict[str, RunStarted] = {}
         self.done: list[Job] = []
-        self.refits: list[TrainJob] = []
         self._told: set[int] = set()  # trials whose start the watchers know about
         self._final: list[Job] | None = None  # cache of final_jobs; None when outdated
         self._choice: Choice | None = None
@@ -154,11 +152,18 @@ class Search:
         """Return the known jobs of the final comparison for slots that are not done; determined again when a job has ended."""
         if self._final is None:
             is_over, rows, results = self.trials_are_over, self.rows(), self.study.results
-            jobs = final_comparison.final_jobs(self.space, rows, results, self.data, self.choice(), is_over=is_over)
-            elsewhere = self.space.scale.refit_workers > 1
-            self.refits = [job for job in jobs if elsewhere and isinstance(job, TrainJob) and job.is_refit]
-            self._final = [job for job in jobs if job not in self.refits]
-        return self._final
+            self._final = final_comparison.final_jobs(
+                self.space, rows, results, self.data, self.choice(), is_over=is_over
+            )
+        refits = self.refits
+        return [job for job in self._final if job not in refits]
+
+    @property
+    def refits(self) -> list[TrainJob]:
+        """The jobs of the final comparison that Ray Train runs and not a slot (scale.refit_workers), as `final_jobs` knows them."""
+        if self.space.scale.refit_workers == 1:
+            return []
+        return [job for job in self._final or [] if isinstance(job, TrainJob) and job.is_refit]
 
     def refitted(self, job: TrainJob, result: dict[str, Any]) -> None:
         """Store the result of a job that Ray Train ran."""

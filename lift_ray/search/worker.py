@@ -89,7 +89,7 @@ class Worker:
 
     def _run(self, job: Job) -> Iterator[Reply]:
         try:
-            workspace = self._view(SEARCHED if isinstance(job, IdleJob) else job.fold)
+            workspace = self._view(job.fold)
             if isinstance(job, IdleJob):
                 yield from self._idle()
             elif isinstance(job, TrainJob):

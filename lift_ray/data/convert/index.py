@@ -10,7 +10,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, first_few
 from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
 
 PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
@@ -113,7 +113,7 @@ def check_trained(source: str, class_names: Sequence[str], splits: dict[str, lis
     """Raise BadInput unless every class has a training image."""
     found = {label for _, label in splits.get("train", [])}
     if bare := [name for label, name in enumerate(class_names) if label not in found]:
-        shown = ", ".join(map(repr, bare[:3])) + (", ..." if len(bare) > 3 else "")
+        shown = first_few(list(map(repr, bare)))
         raise BadInput(
             source,
             "every class must have an image",
@@ -137,7 +137,7 @@ def distinct(class_names: Iterable[str], where: str) -> tuple[tuple[str, ...], t
         if copy > 1:
             changed.append(f"class {label} is called {name!r}")
         names[name] = None
-    shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+    shown = first_few(changed)
     return tuple(names), (f"{where}: repeated class names ({len(changed)}): {shown}",) if changed else ()
 
 
