@@ -186,17 +186,20 @@ def test_opening_survives_failures_too(store: Store, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "got"),
+    ("kind", "patience_s", "got"),
     [
-        ("500", r"'.*We encountered an internal error' \(\d+ tries in \d+ s\); check the store and the network"),
-        ("drop", r"'.*' \(\d+ tr(y|ies) in \d+ s\); check the store and the network"),
-        ("hang", r"'no answer in time' \(1 try in \d+ s\); check the store and the network"),
-        ("short", r"'\d+ of \d+ bytes' \(\d+ tries in \d+ s\); check the store and the network"),
+        # s3fs repeats a request that got a 500 for a second by itself before it fails: that is one try of ours
+        ("500", 4.0, r"'.*We encountered an internal error' \(\d+ tries in \d+ s\); check the store and the network"),
+        ("drop", 1.0, r"'.*' \(\d+ tr(y|ies) in \d+ s\); check the store and the network"),
+        ("hang", 1.0, r"'no answer in time' \(1 try in \d+ s\); check the store and the network"),
+        ("short", 1.0, r"'\d+ of \d+ bytes' \(\d+ tries in \d+ s\); check the store and the network"),
     ],
 )
-def test_a_store_that_never_answers_well_is_bad_input_in_bounded_time(store: Store, kind: str, got: str) -> None:
+def test_a_store_that_never_answers_well_is_bad_input_in_bounded_time(
+    store: Store, kind: str, patience_s: float, got: str
+) -> None:
     split = opened()
-    reader = RowReader(split, patience_s=1.0)
+    reader = RowReader(split, patience_s=patience_s)
     reader.read(np.array([0]))
     store.always = kind
     with pytest.raises(BadInput) as caught:
