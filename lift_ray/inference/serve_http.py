@@ -93,13 +93,12 @@ class HttpFront:
         """Handle GET / and /health, and POST /predict[?top=N] with an encoded image as the body."""
         # Starlette's router would also answer HEAD, redirect /health/ to /health, and describe errors as plain text instead of JSON.
         routes = {"/": ("GET", self._show), "/health": ("GET", self._health), "/predict": ("POST", self._predict)}
-        if request.url.path not in routes:
-            return _error(404, f"path: must be {', '.join(routes)}, but got {request.url.path}")
-        method, handler = routes[request.url.path]
+        path = request.scope["path"]  # request.url raises UnicodeDecodeError for some query strings
+        if path not in routes:
+            return _error(404, f"path: must be {', '.join(routes)}, but got {path}")
+        method, handler = routes[path]
         if request.method != method:
-            return _error(
-                405, f"method: must be {method} for {request.url.path}, but got {request.method}", Allow=method
-            )
+            return _error(405, f"method: must be {method} for {path}, but got {request.method}", Allow=method)
         return await handler(request)
 
     async def _show(self, request: Request) -> Response:
