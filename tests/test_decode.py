@@ -14,7 +14,7 @@ import torch
 from embedded import jpegs
 from PIL import Image, ImageOps
 
-from lift_ray.data.decode import decode, decode_on, jpeg_size
+from lift_ray.data.decode import BadImage, JpegHeader, decode, decode_on
 
 
 def photos() -> list[bytes]:
@@ -74,8 +74,10 @@ def test_real_images_are_decoded_to_the_last_bit() -> None:
 
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "gray jpeg", "cmyk", "exif 6"])
 def test_the_size_of_a_jpeg_is_read_from_its_header(kind: str) -> None:
-    assert jpeg_size(photo_as(kind)) == photo().size
-    assert jpeg_size(photo_as(kind)[:20]) == jpeg_size(b"") == (0, 0)
+    header = JpegHeader.of(photo_as(kind))
+    assert header is not None
+    assert (header.width, header.height) == photo().size
+    assert JpegHeader.of(photo_as(kind)[:20]) is JpegHeader.of(b"") is None
 
 
 @pytest.mark.parametrize(("factor", "divisor"), [(1.0, 1), (1.9, 1), (2.0, 2), (5.0, 4), (40.0, 8)])
@@ -99,9 +101,9 @@ def test_a_jpeg_is_decoded_smaller_but_never_smaller_than_asked(factor: float, d
 )
 def test_a_broken_image_is_an_error_here_and_on_a_device(broken: Callable[[], bytes]) -> None:
     data = broken()
-    with pytest.raises((OSError, ValueError, SyntaxError)):
+    with pytest.raises(BadImage):
         decode(data)
-    with pytest.raises((OSError, ValueError, SyntaxError)):
+    with pytest.raises(BadImage):
         decode_on(torch.device("cpu"), [photos()[1], data])
 
 
@@ -122,5 +124,5 @@ def test_an_image_bomb_is_refused_before_it_is_decoded(kind: str) -> None:
         lambda: decode(data, lambda w, h: 8.0),
         lambda: decode_on(torch.device("cpu"), [data]),
     ):
-        with pytest.raises((ValueError, Image.DecompressionBombError), match="pixels"):
+        with pytest.raises(BadImage, match="pixels"):
             attempt()

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lift_ray.data.convert.folder import IMAGE_SUFFIXES
 from lift_ray.data.convert.index import absolute
+from lift_ray.data.decode import IMAGE_SUFFIXES
 from lift_ray.data.footers import read_columns, read_footer
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, locate, reached

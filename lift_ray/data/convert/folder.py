@@ -7,10 +7,10 @@ from pathlib import PurePosixPath
 
 from lift_ray.data.convert.groups import group_by_folder
 from lift_ray.data.convert.index import FilesIn, ImageIndex, absolute, check_trained, readable
+from lift_ray.data.decode import IMAGE_SUFFIXES
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import locate, reached
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 SPLIT_DIRECTORIES = {
     "train": "train",
     "training": "train",
