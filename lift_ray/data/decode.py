@@ -66,6 +66,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}
 STRIPS, TILES, TILE_WIDTH, TILE_HEIGHT = (
     279,
     325,
@@ -95,13 +96,13 @@ class RequiresExtra(UnknownFormat):
 
 def _readable() -> tuple[str, ...]:
     """Return the formats whose decoders are installed. The plugins are named here, so that Pillow never loads all of its own."""
-    loaded = (AvifImagePlugin.AvifImageFile, TiffImagePlugin.TiffImageFile, WebPImagePlugin.WebPImageFile)
-    assert all(plugin.format in FORMATS for plugin in loaded)
+    plugins = {"TIFF": TiffImagePlugin, "WEBP": WebPImagePlugin, "AVIF": AvifImagePlugin}
+    missing = {name for name, plugin in plugins.items() if not getattr(plugin, "SUPPORTED", True)}
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError:
-        return tuple(name for name in FORMATS if name != "HEIF")
-    return tuple(FORMATS)
+        missing.add("HEIF")
+    return tuple(name for name in FORMATS if name not in missing)
 
 
 READABLE = _readable()
@@ -335,9 +336,12 @@ def _check_scans(encoded: bytes, pixels: int, start: int = 0) -> None:
         raise BadImage(f"{scans:,} scans of {pixels:,} pixels, more than {MAX_SCANS} of {MAX_PIXELS:,}")
 
 
-def _unknown(encoded: bytes) -> UnknownFormat:
-    if encoded[4:8] == b"ftyp" and encoded[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis"):
-        return RequiresExtra("a HEIC or AVIF image, which requires pip install 'lift_ray[heif]'")
+def _unknown(encoded: bytes) -> BadImage:
+    if encoded[4:8] == b"ftyp" and (brands := set(struct.unpack("4s" * 8, encoded[8:40].ljust(32)))) & HEIC_BRANDS:
+        kind, format = ("AVIF", "AVIF") if brands & {b"avif", b"avis"} else ("HEIC", "HEIF")
+        if format in READABLE:
+            return BadImage(f"a broken {kind} image")
+        return RequiresExtra(f"{kind}, which requires pip install 'lift_ray[heif]'")
     return UnknownFormat("bytes of no known format" if encoded else "0 bytes")
 
 
