@@ -262,6 +262,8 @@ def test_pixels_are_those_of_the_whole_resized_image_and_only_of_long_strips_up_
         (1000, 7),
         (2600, 90),
         (3000, 200),
+        (4000, 30),
+        (5000, 100),
     ):
         noise = random.integers(0, 256, (short, long, 3), dtype=np.uint8)
         for image in (noise, noise.transpose(1, 0, 2), np.where(noise > 127, 255, 0).astype(np.uint8)):
