@@ -272,6 +272,8 @@ def _check_same_job(job: Job, parts: Path) -> None:
             )
         weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     fields = asdict(job) | {"where": ""}
+    for unrelated in ("left_out", "num_links"):
+        del fields["images"][unrelated]
     fields["pictures"] = fields.pop("images")  # its name in the plans of earlier versions, whose parts are still reused
     about = json.dumps([fields, record.digest, weights], sort_keys=True)
     digest = hashlib.sha256(about.encode()).hexdigest()
