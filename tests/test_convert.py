@@ -369,7 +369,8 @@ BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
     (no_classes, "{0}/none: must be a folder of class directories, but got none; give each class a directory"),
     (
         no_images,
-        "{0}/none: must contain images (.avif .bmp .gif .heic .heif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp), but got none; check the path",
+        "{0}/none: must contain images (.avif .bmp .gif .heic .heif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp), "
+        "but got none; check the path",
     ),
     (
         one_empty_class,
