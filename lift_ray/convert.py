@@ -343,7 +343,7 @@ def _convert(index: ImageIndex, destination: str, options: Options) -> None:
             progress=progress,
             run_tasks=run_tasks,
         )
-    _report(destination, converted, index.num_ignored, options)
+    _report(destination, converted, index, options)
 
 
 @contextmanager
@@ -360,13 +360,14 @@ def _engine(options: Options) -> Iterator[RunTasks | None]:
         yield partial(on_cluster, at_once=options.workers)
 
 
-def _report(destination: str, converted: Converted, num_ignored: int, options: Options) -> None:
+def _report(destination: str, converted: Converted, index: ImageIndex, options: Options) -> None:
     import numpy as np
     from rich.console import Console
     from rich.table import Table
 
-    from lift_ray.data.convert.conversion import SKIPPED
+    from lift_ray.data.convert.conversion import LEFT_OUT, SKIPPED
     from lift_ray.data.longtail import plot, summary
+    from lift_ray.data.walk import counted, links_line
     from lift_ray.evaluation.metrics import ClassGroups
     from lift_ray.storage.store import join
 
@@ -385,8 +386,10 @@ def _report(destination: str, converted: Converted, num_ignored: int, options: O
     for split, frac in (("validation", options.validation_frac), ("test", options.test_frac)):
         if split not in converted.splits and frac != 0 and (split != "test" or options.labelled is None):
             print(f"no {split} split: there are no images or groups to draw it from")
-    if num_ignored:
-        print(f"skipped files without an image suffix: {num_ignored}")
+    if index.num_links:
+        print(links_line(index.num_links))
+    if index.left_out:
+        print(f"left out {counted(index.left_out)}: {join(destination, LEFT_OUT)}")
     if converted.skipped:
         print(f"{len(converted.skipped)} bad images were skipped: {join(destination, SKIPPED)}")
     print(f"dataset: {destination}")

@@ -57,7 +57,7 @@ def predict(
       python -m lift_ray.predict runs/mine 's3://bucket/shards/*.parquet' --out found.parquet --top 3 --workers 8
     """
     from lift_ray.data.convert.index import absolute
-    from lift_ray.inference.image_files import find_images
+    from lift_ray.inference.image_files import find_images, left_out_lines
 
     if "://" in str(out) or out.suffix not in (".parquet", ".csv"):
         raise BadInput("--out", "must be a local .parquet or .csv file", out, "choose such a name")
@@ -74,7 +74,7 @@ def predict(
         done = run(job, out, advance, workers=workers, cpus_per_worker=cpus_per_worker)
     bad = f", {done.num_bad:,} of them unreadable (see column error)" if done.num_bad else ""
     print(f"{out}: {done.num_images:,} images{bad}, in {time.monotonic() - began:.0f} s")
-    print(done.calibration)
+    print(*left_out_lines(found, out), done.calibration, sep="\n")
 
 
 main = partial(cli.run, "lift_ray.predict")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import tracemalloc
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from embedded import jpegs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,11 +20,15 @@ from torchvision.transforms.v2 import functional as tv
 
 from lift_ray.data.augment import (
     GROWTH,
+    MOST_RESIZED,
     SMALLEST_AREA,
     Crop,
     FindCrop,
     any_crop,
+    centre_crop,
+    corners_and_centre,
     evaluation_image,
+    five_crops,
     smallest_area,
     square_crop,
     training_image,
@@ -225,3 +231,74 @@ def test_images_made_on_a_device_are_the_same_but_for_rounding() -> None:
         difference = np.abs(training_image(data, 48, find).astype(int) - image.permute(1, 2, 0).numpy())
         assert difference.max() <= 6
         assert difference.mean() < 0.5
+
+
+def cut_from_the_whole(image: np.ndarray, short_px: int, size_px: int, *, five: bool) -> tuple[np.ndarray, int]:
+    """The crops of the whole resized image, (n, size, size, 3), and its number of pixels: how all images were made at first."""
+    height, width = image.shape[:2]
+    shape = (int(short_px * height / width), short_px) if width < height else (short_px, int(short_px * width / height))
+    planar = torch.from_numpy(image).permute(2, 0, 1)[None]
+    if shape != (height, width):
+        planar = F.interpolate(planar, size=shape, mode="bicubic", antialias=True)
+    whole = planar[0].permute(1, 2, 0).numpy()
+    down, right = shape[0] - size_px, shape[1] - size_px
+    centre = [(round(down / 2), round(right / 2))]
+    places = [(0, 0), (0, right), (down, 0), (down, right), *centre] if five else centre
+    return np.stack([whole[top : top + size_px, left : left + size_px] for top, left in places]), math.prod(shape)
+
+
+@pytest.mark.parametrize("five", [False, True], ids=["center crop", "five crops"])
+def test_pixels_are_those_of_the_whole_resized_image_and_only_of_long_strips_up_to_a_level_off(five: bool) -> None:
+    short_px, size_px = 55, 50 if five else 48
+    make = corners_and_centre if five else lambda image, size_px: centre_crop(image, size_px)[None]
+    random, strips = np.random.default_rng(0), 0
+    for long, short in (
+        (61, 60),
+        (500, 400),
+        (56, 55),
+        (90, 30),
+        (320, 40),
+        (700, 40),
+        (1000, 7),
+        (2600, 90),
+        (3000, 200),
+        (4000, 30),
+        (5000, 100),
+    ):
+        noise = random.integers(0, 256, (short, long, 3), dtype=np.uint8)
+        for image in (noise, noise.transpose(1, 0, 2), np.where(noise > 127, 255, 0).astype(np.uint8)):
+            expected, pixels = cut_from_the_whole(image, short_px, size_px, five=five)
+            difference = np.abs(make(image, size_px).astype(int) - expected)
+            if pixels <= MOST_RESIZED * len(expected) * size_px**2:
+                assert not difference.any(), image.shape
+            else:
+                strips += 1
+                assert difference.max() <= 1, image.shape
+                assert difference.mean() < 0.01
+    assert strips >= 9
+
+
+@pytest.mark.parametrize("size", [(1, 1_000_000), (20_000, 5)])
+def test_the_memory_for_a_line_follows_the_output(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    Image.new("1", size, 1).save(out, "PNG")
+    largest, interpolate = 0, F.interpolate
+
+    def counted(image: torch.Tensor, size: tuple[int, int], **options: object) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, math.prod(size))
+        return interpolate(image, size=size, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "interpolate", counted)
+    tracemalloc.start()
+    try:
+        assert (evaluation_image(out.getvalue(), 224) == 255).all()
+        assert (five_crops(out.getvalue(), 224) == 255).all()
+        for draw in ((0.0, 0.0, 0.0), (0.9, 0.9, 0.9)):
+            assert (training_image(out.getvalue(), 224, square(*draw)) == 255).all()
+            assert (training_image(out.getvalue(), 224, partial(any_crop, draw=np.array(draw))) == 255).all()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert largest <= 224 * 224
+    assert peak < 30e6, "bytes of numpy; the decoded line has 3 million"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from embedded import embedded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from lift_ray.data import augment, order
 from lift_ray.data import batches as data_batches
@@ -20,9 +22,11 @@ from lift_ray.data.augment import SMALLEST_AREA, Augmentation, evaluation_image,
 from lift_ray.data.batches import Batch, evaluation_batches, training_batches
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Shard, Split
+from lift_ray.data.decode import READABLE
 from lift_ray.data.open import open_dataset
 from lift_ray.data.order import Sampling, epoch_order, rank_positions, rank_slice, steps_per_epoch
 from lift_ray.data.reader import RowReader
+from lift_ray.data.resolutions import View, view_batches
 from lift_ray.errors import BadInput
 
 
@@ -299,7 +303,21 @@ def test_a_broken_image_gives_a_one_line_error_that_names_row_and_split(tmp_path
         train(split, batch=8)
     with RowReader(split) as reader, pytest.raises(BadInput, match=message):
         list(evaluation_batches(reader, split, size_px=16))
-    samples[5] = (b"not an image", "5.jpg", 1)
-    publish(folder, ["a", "b"], {"train": write_split(folder, "train", samples, ["a", "b"], rows_per_shard=4)})
-    with pytest.raises(BadInput, match=message):
-        train(open_dataset(folder).split("train"), batch=8)
+    huge = Image.new("1", (20_000, 20_000))
+    bomb, avif = io.BytesIO(), io.BytesIO()
+    huge.save(bomb, "PNG")
+    Image.effect_noise((64, 64), 90).save(avif, "AVIF")
+    cut_avif = avif.getvalue()[:-900]
+    heic = b"\0\0\0\x18ftypheic" + bytes(200)
+    for broken in (b"not an image", bomb.getvalue(), cut_avif, heic):
+        samples[5] = (broken, "5.jpg", 1)
+        publish(folder, ["a", "b"], {"train": write_split(folder, "train", samples, ["a", "b"], rows_per_shard=4)})
+        split = open_dataset(folder).split("train")
+        missing = broken is heic and "HEIF" not in READABLE  # skipping would not be asked of who only lacks the decoder
+        expected = message.replace("convert again with --skip-bad", "install it") if missing else message
+        with pytest.raises(BadInput, match=expected):
+            train(split, batch=8)
+        with RowReader(split) as reader, pytest.raises(BadInput, match=expected):
+            list(evaluation_batches(reader, split, size_px=16, crops=True))
+        with RowReader(split) as reader, pytest.raises(BadInput, match=expected):
+            list(view_batches(reader, split, [View(16)], batch_size=4))

@@ -208,7 +208,8 @@ def test_a_bad_image_stops_with_its_path_unless_it_is_to_be_skipped(
     assert len(lines) == 2
     printed = capsys.readouterr().out
     assert f"2 bad images were skipped: {out}/skipped.txt" in printed
-    assert "skipped files without an image suffix: 1" in printed
+    assert f"left out 1 file (1 .txt): {out}/left_out.txt\n" in printed
+    assert (out / "left_out.txt").read_text() == "car_side/notes.txt: no image suffix\n"
     assert sum(map(len, contents(str(out)).values())) == 21
 
 
@@ -368,7 +369,8 @@ BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
     (no_classes, "{0}/none: must be a folder of class directories, but got none; give each class a directory"),
     (
         no_images,
-        "{0}/none: must contain images (.bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp), but got none; check the path",
+        "{0}/none: must contain images (.avif .bmp .gif .heic .heif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp), "
+        "but got none; check the path",
     ),
     (
         one_empty_class,

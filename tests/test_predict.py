@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from made_run import predicted_by
+from PIL import Image
 from processes import stopping_itself, wait_until_it_stops
 
 from lift_ray import evaluate, export, predict, serve
@@ -93,6 +95,33 @@ def test_a_folder_gives_the_predictions_of_the_evaluation_and_a_broken_image_sti
             assert float(row["probability_1"]) == pytest.approx(confidences[n], abs=1e-4)
             assert float(row["probability_1"]) >= float(row["probability_2"]) >= float(row["probability_3"])
     assert json.loads((tmp_path / "o.csv.json").read_text())["calibration"]["temperature"] == 1
+
+
+def test_an_image_that_cannot_be_decoded_is_a_row_with_its_reason_whatever_is_wrong_with_it(
+    trained: tuple[Path, np.ndarray], photos: Path, tmp_path: Path
+) -> None:
+    good, bomb, avif, line = (photos / "00.jpg").read_bytes(), io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    Image.effect_noise((64, 64), 90).save(avif, "AVIF")
+    Image.new("1", (1, 1_000_000), 1).save(line, "PNG")
+    reasons = {
+        "a.jpg": (good, ""),
+        "b.png": (bomb.getvalue(), "Image size (400000000 pixels) exceeds limit"),
+        "c.jpg": (avif.getvalue()[:-900], "a broken AVIF image"),
+        "d.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "bytes of no known format"),
+        "e.png": (line.getvalue(), ""),
+        "f.jpg": (b"", "no image"),
+        "g.jpg": (good[:-300], "image file is truncated"),
+        "h.heic": (good, ""),
+    }
+    for name, (data, _) in reasons.items():
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / name).write_bytes(data)
+    predict.main([str(trained[0]), str(tmp_path / "odd"), "--out", str(tmp_path / "o.csv"), "--temperature", "1"])
+    for row, (name, (_, reason)) in zip(rows_of(tmp_path / "o.csv"), reasons.items(), strict=True):
+        assert Path(row["file"]).name == name
+        assert row["error"].startswith(reason)
+        assert bool(row["error"]) == bool(reason) == (not row["class_1"])
 
 
 def test_shards_in_parts_give_the_same_rows_with_the_fitted_temperature(

@@ -23,6 +23,7 @@ Draws = NDArray[np.float64]  # random numbers in [0, 1)
 
 SMALLEST_AREA = 0.08
 CROP_DRAWS = 3
+MOST_RESIZED = 8  # pixels of a whole resized image, as a multiple of the pixels of its crops
 GROWTH: dict[str, Callable[[float], float]] = {
     "convex": lambda t: 1 - math.sqrt(1 - t * t),
     "linear": lambda t: t,
@@ -170,9 +171,9 @@ def evaluation_image(encoded: bytes, size_px: int) -> Pixels:
 
 def centre_crop(image: Pixels, size_px: int) -> Pixels:
     """Return the evaluation crop of a decoded image, (size, size, 3)."""
-    image = _short_side(image, round(size_px * 8 / 7))
-    left, top = (round((side - size_px) / 2) for side in (image.shape[1], image.shape[0]))
-    return image[top : top + size_px, left : left + size_px]
+    return _crops(
+        image, round(size_px * 8 / 7), size_px, lambda right, bottom: [(round(right / 2), round(bottom / 2))]
+    )[0]
 
 
 def five_crops(encoded: bytes, size_px: int) -> Pixels:
@@ -185,10 +186,11 @@ def five_crops(encoded: bytes, size_px: int) -> Pixels:
 
 def corners_and_centre(image: Pixels, size_px: int) -> Pixels:
     """Return the five crops of a decoded image, (5, size, size, 3)."""
-    image = _short_side(image, size_px + min(24, round(size_px * 24 / 224)))
-    bottom, right = image.shape[0] - size_px, image.shape[1] - size_px
-    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-    return np.stack([image[top : top + size_px, left : left + size_px] for top, left in corners])
+
+    def places(right: int, bottom: int) -> list[tuple[int, int]]:
+        return [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
+
+    return np.stack(_crops(image, size_px + min(24, round(size_px * 24 / 224)), size_px, places))
 
 
 def resized(image: Pixels, width: int, height: int, mode: str = "bicubic") -> Pixels:
@@ -207,8 +209,62 @@ def growing_px(start_px: int, full_px: int, patch_px: int, epoch: int, epochs: i
     return max(1, round((start_px + (full_px - start_px) * t) / patch_px)) * patch_px
 
 
-def _short_side(image: Pixels, side_px: int) -> Pixels:
+def _crops(
+    image: Pixels, short_px: int, size_px: int, places: Callable[[int, int], list[tuple[int, int]]]
+) -> list[Pixels]:
+    """Return square crops of the image whose short side is resized, each (size, size, 3).
+
+    A long strip would take far more memory as a whole than its crops do: then only the pixels of the crops are computed.
+
+    Args:
+        short_px: short side after resizing.
+        places: returns left and top of the crops for the largest left and top.
+    """
     height, width = image.shape[:2]
     if width < height:
-        return resized(image, side_px, int(side_px * height / width))
-    return resized(image, int(side_px * width / height), side_px)
+        width, height = short_px, int(short_px * height / width)
+    else:
+        width, height = int(short_px * width / height), short_px
+    wanted = places(width - size_px, height - size_px)
+    if width * height > MOST_RESIZED * len(wanted) * size_px**2:
+        return [resized_part(image, width, height, left, top, size_px) for left, top in wanted]
+    whole = resized(image, width, height)
+    return [whole[top : top + size_px, left : left + size_px] for left, top in wanted]
+
+
+def resized_part(image: Pixels, width: int, height: int, left: int, top: int, size_px: int) -> Pixels:
+    """Return a square of `resized(image, width, height)` from the pixels that it depends on, (size, size, 3).
+
+    It repeats the arithmetic of torch's code for uint8: columns first, then rows, each with weights of 16 bits, rounded to uint8.
+    Other code of torch (for processors without AVX2) may differ by one level.
+    """
+    columns = _weights(image.shape[1], width, left, size_px)
+    rows = _weights(image.shape[0], height, top, size_px)
+    first, last = rows[0][0], rows[-1][0] + len(rows[-1][1])
+    narrow = _filtered(image[first:last].transpose(1, 0, 2), columns).transpose(1, 0, 2)
+    return _filtered(narrow, [(start - first, weights) for start, weights in rows])
+
+
+def _weights(source: int, target: int, start: int, number: int) -> list[tuple[int, NDArray[np.float64]]]:
+    """Return the first pixel and the weights of pixels [start, start + number) when a side is resized, bicubic with antialiasing."""
+    scale = source / target
+    stretch = max(scale, 1.0)
+    found = []
+    for centre in scale * (np.arange(start, start + number) + 0.5):
+        first, stop = max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), source)
+        x = np.abs((np.arange(first, stop) - centre + 0.5) / stretch)
+        weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
+        found.append((first, weights / weights.sum()))
+    return found
+
+
+def _filtered(image: Pixels, places: list[tuple[int, NDArray[np.float64]]]) -> Pixels:
+    """Return weighted sums of rows, (n, W, 3). The weights are integers below 2^15, as in torch, so the sums are exact."""
+    largest = max(float(weights.max()) for _, weights in places)
+    bits = next(bits for bits in range(22) if int(0.5 + largest * 2 ** (bits + 1)) >= 2**15)
+    out = np.empty((len(places), *image.shape[1:]), np.uint8)
+    for row, (first, weights) in zip(out, places, strict=True):
+        whole = np.trunc(weights * 2**bits + np.copysign(0.5, weights))
+        sums = np.tensordot(whole, image[first : first + len(whole)].astype(np.float64), 1)
+        row[...] = np.clip(np.floor(sums / 2**bits + 0.5), 0, 255)
+    return out

@@ -28,7 +28,7 @@ from lift_ray.data.augment import (
     training_images_on,
 )
 from lift_ray.data.dataset import Split
-from lift_ray.data.decode import Pixels
+from lift_ray.data.decode import BadImage, Pixels, RequiresExtra
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.order import READ_AHEAD_SAMPLES, Sampling, rank_slice, steps_per_epoch
 from lift_ray.data.reader import RowReader
@@ -186,7 +186,7 @@ def _batch(
     def planar(place: int) -> Pixels:
         try:
             return np.moveaxis(image(encoded[place], place), -1, -3)
-        except IMAGE_ERRORS as error:
+        except BadImage as error:
             raise broken_image(split, samples[place], error) from None
 
     def fill(places: range) -> None:
@@ -207,23 +207,24 @@ def _batch_on(
     encoded = reader.read(samples)
     try:
         images = training_images_on(device, encoded, size_px, finds)
-    except IMAGE_ERRORS:
+    except BadImage:
         for sample, data in zip(samples, encoded, strict=True):
             try:
                 evaluation_image(data, size_px)
-            except IMAGE_ERRORS as error:
+            except BadImage as error:
                 raise broken_image(split, sample, error) from None
         raise
     return Batch(images, torch.from_numpy(split.labels[samples]))
 
 
-def broken_image(split: Split, sample: int, error: Exception) -> BadInput:
-    """Return the error for a sample that cannot be decoded."""
+def broken_image(split: Split, sample: int, error: BadImage) -> BadInput:
+    """Return the error for a sample that cannot be decoded. `convert` decodes with the same code and would refuse it too."""
+    remedy = "install it" if isinstance(error, RequiresExtra) else "convert again with --skip-bad"
     return BadInput(
         split.shards[0].url.rsplit("/", 1)[0],
         f"row {split.rows[sample]} of {split.name} must be a readable image",
         one_line(error),
-        "convert again with --skip-bad",
+        remedy,
     )
 
 
@@ -277,7 +278,3 @@ def in_order(
     finally:
         for future in waiting:
             future.cancel()
-
-
-# exceptions that Pillow raises for broken images
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError)

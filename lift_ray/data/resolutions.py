@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lift_ray.data.augment import centre_crop, corners_and_centre
-from lift_ray.data.batches import IMAGE_ERRORS, broken_image, made_ahead
+from lift_ray.data.batches import broken_image, made_ahead
 from lift_ray.data.dataset import Split
-from lift_ray.data.decode import Pixels, decode
+from lift_ray.data.decode import BadImage, Pixels, decode
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.order import READ_AHEAD_SAMPLES, rank_slice
 from lift_ray.data.reader import RowReader
@@ -58,7 +58,7 @@ def view_batches(
                 image = decode(data)
                 for view, made in rows.items():
                     made.append(np.moveaxis(view.of(image), -1, -3))
-            except IMAGE_ERRORS as error:
+            except BadImage as error:
                 raise broken_image(split, sample, error) from None
         images = {view: torch.from_numpy(np.stack(made)) for view, made in rows.items()}
         return images, torch.from_numpy(split.labels[samples(step)])

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lift_ray.data.convert.folder import IMAGE_SUFFIXES
 from lift_ray.data.convert.index import absolute
+from lift_ray.data.decode import IMAGE_SUFFIXES
 from lift_ray.data.footers import read_columns, read_footer
+from lift_ray.data.walk import LeftOut, counted, links_line, walk
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, locate, reached
 
@@ -33,11 +35,15 @@ class ImageFiles:
         files: URLs of the images, or of the shards.
         row_groups: for each shard, the number of rows in each of its row groups; () for image files.
         column: leaf column of the shards that holds encoded images; "" for image files.
+        left_out: files in the folders that are not used, with the reasons.
+        num_links: number of symbolic links in the folders that were followed.
     """
 
     files: tuple[str, ...]
     row_groups: tuple[tuple[int, ...], ...] = ()
     column: str = ""
+    left_out: tuple[LeftOut, ...] = ()
+    num_links: int = 0
 
     def __len__(self) -> int:
         return sum(map(sum, self.row_groups)) if self.column else len(self.files)
@@ -56,8 +62,8 @@ class ImageFiles:
 def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
     """Find the images that paths, folders and patterns name, in the order given, with the files of a folder sorted by name.
 
-    In a folder and its subfolders, *.parquet files are used if there are any, otherwise images (by suffix). Hidden files are
-    skipped.
+    In a folder and its subfolders, *.parquet files are used if there are any, otherwise images (by suffix). Symbolic links are
+    followed; hidden files and system folders are ignored (`walk`).
 
     Args:
         where: paths or fsspec URLs, either all images or all Parquet shards.
@@ -65,12 +71,17 @@ def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
 
     Raises BadInput if nothing is found, images and shards are mixed, or a shard has no such column.
     """
-    files = [url for each in where for url in _files(absolute(each))]
+    found = [_found(absolute(each)) for each in where]
+    files = [url for each in found for url in each.files]
+    left_out, num_links = (
+        tuple(entry for each in found for entry in each.left_out),
+        sum(each.num_links for each in found),
+    )
     shards = [url for url in files if url.endswith(".parquet")]
     if not shards:
         if column is not None:
             raise BadInput("--column", "requires Parquet shards", f"images ({files[0]})", "leave it out")
-        return ImageFiles(tuple(files))
+        return ImageFiles(tuple(files), left_out=left_out, num_links=num_links)
     if len(shards) < len(files):
         other = next(url for url in files if url not in shards)
         rule = f"must be a Parquet shard, because {shards[0]} is one"
@@ -88,32 +99,50 @@ def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
     rows = tuple(tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups)) for footer in footers)
     if not sum(map(sum, rows)):
         raise BadInput(shards[0], "must contain images", "0 rows", "check the path")
-    return ImageFiles(tuple(shards), rows, columns.pop())
+    return ImageFiles(tuple(shards), rows, columns.pop(), left_out, num_links)
 
 
-def _files(url: str) -> list[str]:
+def left_out_lines(images: ImageFiles, out: Path) -> list[str]:
+    """Return the lines that say what was left out and followed; the names of what was left out are written beside `out`."""
+    lines = [links_line(images.num_links)] if images.num_links else []
+    if images.left_out:
+        listed = out.with_name(f"{out.name}.left_out.txt")
+        names = "".join(f"{name}: {reason}\n" for name, reason in images.left_out)
+        listed.write_bytes(names.encode(errors="surrogateescape"))
+        lines.append(f"left out {counted(images.left_out)}: {listed}")
+    return lines
+
+
+def _found(url: str) -> ImageFiles:
     """Return the files that a path, folder or pattern names."""
     file_system, path = locate(url)
+
+    def full(name: str) -> str:
+        return str(file_system.unstrip_protocol(name)) if "://" in url else name
+
     with reached(url, RULE, "check the path"):
         if any(letter in path for letter in "*?["):
-            found = [name for name in sorted(file_system.glob(path)) if not file_system.isdir(name)]
+            found = ImageFiles(
+                tuple(full(name) for name in sorted(file_system.glob(path)) if not file_system.isdir(name))
+            )
         elif file_system.isdir(path):
-            inside = path.rstrip("/") + "/"
-            names = [
-                name
-                for name in sorted(file_system.find(path))
-                if not any(part.startswith(".") for part in name.removeprefix(inside).split("/"))
-            ]
-            found = [name for name in names if name.endswith(".parquet")] or [
-                name for name in names if f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
-            ]
+            walked, inside = walk(file_system, path), path.rstrip("/") + "/"
+            used = [name for name in walked.files if name.endswith(".parquet")]
+            reason = "not a Parquet file" if used else "no image suffix"
+            used = used or [name for name in walked.files if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+            others = [(name, reason) for name in sorted({*walked.files} - {*used})]
+            found = ImageFiles(
+                tuple(full(inside + name) for name in used),
+                left_out=tuple((full(inside + name), why) for name, why in sorted([*walked.left_out, *others])),
+                num_links=walked.num_links,
+            )
         elif file_system.exists(path):
-            return [url]
+            return ImageFiles((url,))
         else:
             raise FileNotFoundError(path)
-    if not found:
+    if not found.files:
         raise BadInput(url, RULE, "none", "check the path")
-    return [str(file_system.unstrip_protocol(name)) if "://" in url else name for name in found]
+    return found
 
 
 def _leaf(url: str, footer: Any, column: str) -> str:

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import torch
 
 from lift_ray.data.augment import evaluation_image, five_crops
-from lift_ray.data.batches import IMAGE_ERRORS, made_ahead
+from lift_ray.data.batches import made_ahead
+from lift_ray.data.decode import BadImage
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.calibration import Calibration, calibrated
@@ -129,8 +130,8 @@ class Predictor:
                 images[good] = np.moveaxis(decode(encoded or b"", size_px), -1, -3)
                 good += 1
                 errors.append(None)
-            except IMAGE_ERRORS as error:
-                errors.append("no image" if not encoded else one_line(error).replace("<_io.BytesIO object", "<bytes"))
+            except BadImage as error:
+                errors.append(str(error) if encoded else "no image")
         return torch.from_numpy(images[:good]), errors
 
     def _table(
@@ -271,6 +272,8 @@ def _check_same_job(job: Job, parts: Path) -> None:
             )
         weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     fields = asdict(job) | {"where": ""}
+    for unrelated in ("left_out", "num_links"):
+        del fields["images"][unrelated]
     fields["pictures"] = fields.pop("images")  # its name in the plans of earlier versions, whose parts are still reused
     about = json.dumps([fields, record.digest, weights], sort_keys=True)
     digest = hashlib.sha256(about.encode()).hexdigest()

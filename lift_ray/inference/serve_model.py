@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from ray import serve
 
 from lift_ray.data.augment import evaluation_image, five_crops
-from lift_ray.data.batches import IMAGE_ERRORS
-from lift_ray.data.convert.images import FORMATS
-from lift_ray.errors import one_line
+from lift_ray.data.decode import READABLE, BadImage, TooManyPixels, UnknownFormat, opened
 from lift_ray.inference.calibration import Calibration, calibrated
 from lift_ray.inference.classifier import Classifier
 from lift_ray.inference.serve_http import HttpFront, Options
@@ -58,17 +54,17 @@ class ModelReplica:
         """Return 200 and the image, (3, H, W) or (5, 3, H, W) uint8; or another status and an error message."""
         make = five_crops if self._classifier.five_crops else evaluation_image
         try:
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
-                width, height = opened.size
+            with opened(encoded) as image:
+                width, height = image.size
             if width * height > self._max_pixels:
                 return 413, f"image: must have at most {self._max_pixels:,} pixels, but got {width} x {height}"
             return 200, np.ascontiguousarray(np.moveaxis(make(encoded, self._classifier.size_px), -1, -3))
-        except Image.DecompressionBombError:
+        except TooManyPixels:
             return 413, f"image: must have at most {self._max_pixels:,} pixels, but got more"
-        except UnidentifiedImageError:
-            return 400, f"image: must be {', '.join(FORMATS)}, but got something else"
-        except IMAGE_ERRORS as error:
-            return 400, f"image: must be complete and readable, but got: {one_line(error)}"
+        except UnknownFormat as error:
+            return 400, f"image: must be {', '.join(READABLE)}, but got {error}"
+        except BadImage as error:
+            return 400, f"image: must be complete and readable, but got: {error}"
 
     @serve.batch(max_batch_size=LARGEST_BATCH, batch_wait_timeout_s=WAIT_S)  # type: ignore[untyped-decorator]
     async def _probabilities(self, images: list[Any]) -> list[Any]:

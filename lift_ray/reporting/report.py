@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from lift_ray.data.decode import BadImage, upright
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, one_line
@@ -112,7 +113,7 @@ def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
         with RowReader(split, patience_s=10.0) as reader:
             images = reader.read(np.concatenate(list(wrong.values())))
         thumbnails = iter([thumbnail(image) for image in images])
-    except (BadInput, OSError, ValueError, SyntaxError) as error:  # Pillow raises the last three for a broken image
+    except (BadInput, BadImage) as error:
         return [], one_line(error)
     return [
         Example(
@@ -128,11 +129,8 @@ def worst_classes(study: StudyFiles) -> tuple[list[Example], str]:
 
 
 def thumbnail(image: bytes) -> str:
-    """Return an encoded image as the data URI of a small JPEG. Raises OSError for a broken image."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(image)) as opened:
-        small = opened.convert("RGB")
+    """Return an encoded image as the data URI of a small JPEG. Raises BadImage."""
+    small = upright(image)
     small.thumbnail((EXAMPLE_PX, EXAMPLE_PX))
     out = io.BytesIO()
     small.save(out, "JPEG", quality=75)

@@ -35,7 +35,7 @@ from lift_ray.data.open import FORMAT_VERSION
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import join, locate, reached
 
-SKIPPED = "skipped.txt"
+SKIPPED, LEFT_OUT = "skipped.txt", "left_out.txt"
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ def convert(
         except BaseException:
             _leave(destination, tasks)
             raise
+        _write_list(destination, LEFT_OUT, [f"{name}: {reason}" for name, reason in index.left_out])
         return _finish(job, divided, [*records.values(), *new])
 
 
@@ -253,7 +254,7 @@ def _finish(job: Job, divided: Divided, shards: Sequence[ShardRecord]) -> Conver
         raise BadInput(
             job.source, "every class must keep a training image", but=f"{name!r} has no readable one", remedy="add one"
         )
-    _list_skipped(job.destination, skipped)
+    _write_list(job.destination, SKIPPED, skipped)
     labelled = (records[split].class_counts for split in divided.from_training if split in records)
     drawn: Literal["drawn", "separate"] = "drawn" if "validation" in divided.from_training else "separate"
     validation = drawn if "validation" in records else None
@@ -272,11 +273,12 @@ def _about(converted: Converted) -> dict[str, object]:
     return about | ({"groups": True} if converted.has_groups else {})
 
 
-def _list_skipped(destination: str, skipped: Sequence[str]) -> None:
-    if skipped:
-        write_file(destination, SKIPPED, "".join(f"{line}\n" for line in skipped).encode())
+def _write_list(destination: str, name: str, lines: Sequence[str]) -> None:
+    """Write lines to a file beside the dataset, or remove the file of an earlier conversion if there are none."""
+    if lines:
+        write_file(destination, name, "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
         return
     file_system, folder = locate(destination)
     with reached(destination, RULE, "check the disk and your permissions"):
-        if file_system.exists(join(folder, SKIPPED)):
-            file_system.rm_file(join(folder, SKIPPED))
+        if file_system.exists(join(folder, name)):
+            file_system.rm_file(join(folder, name))

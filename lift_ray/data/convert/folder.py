@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from lift_ray.data.convert.groups import group_by_folder
 from lift_ray.data.convert.index import FilesIn, ImageIndex, absolute, check_trained, readable
+from lift_ray.data.decode import IMAGE_SUFFIXES
+from lift_ray.data.walk import Walked, walk
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import locate, reached
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 SPLIT_DIRECTORIES = {
     "train": "train",
     "training": "train",
@@ -25,7 +25,7 @@ def scan_folder(source: str, *, group: str | None = None) -> ImageIndex:
     """List the images in class directories, either directly in `source` or in its train, val(idation) and test directories.
 
     A class has the name of its directory, with spaces for underscores; labels follow the sorted directory names. Subdirectories
-    belong to their class; hidden files and directories are ignored.
+    belong to their class. Symbolic links are followed; hidden files and system directories are ignored (`walk`).
 
     Args:
         source: the folder, any fsspec URL.
@@ -39,13 +39,13 @@ def scan_folder(source: str, *, group: str | None = None) -> ImageIndex:
     with reached(source, "must be a folder of class directories", "check the path"):
         if not file_system.exists(root):
             raise FileNotFoundError(root)
-        top = _directories(file_system.ls(root, detail=True))
-        inner = {name: _directories(file_system.ls(f"{root}/{name}", detail=True)) for name in top if _is_split(name)}
-        names = [name[len(root) :].lstrip("/") for name in file_system.find(root)]
+        walked = walk(file_system, root)
+    top = [name for name in walked.folders if "/" not in name]
+    inner = {split: _inside(split, walked.folders) for split in top if _is_split(split)}
     if not top:
         raise BadInput(source, "must be a folder of class directories", "none", "give each class a directory")
     has_splits = bool(inner) and all(inner.values())
-    index = _index(source, _split_directories(source, top, inner) if has_splits else {"": top}, names)
+    index = _index(source, _split_directories(source, top, inner) if has_splits else {"": top}, walked)
     return index if group is None else group_by_folder(index, group, first=2 if has_splits else 1)
 
 
@@ -63,7 +63,7 @@ def _split_directories(source: str, top: list[str], inner: dict[str, list[str]])
     return inner
 
 
-def _index(source: str, directories: dict[str, list[str]], names: Iterable[str]) -> ImageIndex:
+def _index(source: str, directories: dict[str, list[str]], walked: Walked) -> ImageIndex:
     """Index the images. `directories` maps split directories, or "" if there are none, to their class directories."""
     train = next((split for split in directories if SPLIT_DIRECTORIES.get(split.lower()) == "train"), "")
     classes = sorted(directories[train])
@@ -77,26 +77,26 @@ def _index(source: str, directories: dict[str, list[str]], names: Iterable[str])
     if twice := [name for name in class_names if class_names.count(name) > 1]:
         raise BadInput(source, "class names must be unique", f"{twice[0]!r} twice", "rename a directory")
     splits: dict[str, list[tuple[str, int]]] = {_split_name(split): [] for split in directories}
-    num_ignored = 0
-    for name in sorted(names):
+    left_out = list(walked.left_out)
+    for name in walked.files:
         parts = PurePosixPath(name).parts
         split, inside = (parts[0], parts[1:]) if "" not in directories else ("", parts)
-        if split not in directories or len(inside) < 2 or any(part.startswith(".") for part in parts):
-            continue
-        if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-            splits[_split_name(split)].append((name, labels[inside[0]]))
+        if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+            left_out.append((name, "no image suffix"))
+        elif split not in directories or len(inside) < 2:
+            left_out.append((name, "in no class directory"))
         else:
-            num_ignored += 1
+            splits[_split_name(split)].append((name, labels[inside[0]]))
     if not any(splits.values()):
         raise BadInput(source, f"must contain images ({' '.join(sorted(IMAGE_SUFFIXES))})", "none", "check the path")
     check_trained(source, class_names, splits)
     held = {name: rows for name, rows in splits.items() if rows}
-    return ImageIndex(source, class_names, held, FilesIn(absolute(source)), num_ignored)
+    return ImageIndex(source, class_names, held, FilesIn(absolute(source)), sorted(left_out), walked.num_links)
 
 
-def _directories(entries: list[dict[str, str]]) -> list[str]:
-    names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"]
-    return sorted(name for name in names if not name.startswith("."))
+def _inside(split: str, folders: list[str]) -> list[str]:
+    inner = [name.removeprefix(f"{split}/") for name in folders if name.startswith(f"{split}/")]
+    return [name for name in inner if "/" not in name]
 
 
 def _is_split(name: str) -> bool:

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from lift_ray.errors import one_line
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not all that Pillow reads: EPS would run Ghostscript
-MAX_PIXELS = 178_956_970  # above this, Pillow and therefore training refuse an image
-ORIENTATION = 0x0112
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `max_pixels` is the only limit here
+from lift_ray.data.decode import MAX_PIXELS, opened, orientation, upright
 
 
 @dataclass(frozen=True)
@@ -32,29 +25,22 @@ class Encoding:
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, data: bytes) -> bytes:
-        """Return the bytes to store, after one full decode. Raises ValueError with the reason if the image is bad."""
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > self.max_pixels:
-                    raise ValueError(f"{image.width} x {image.height} pixels, more than {self.max_pixels:,}")
-                image.load()
-                return data if self.short_side_px is None else self._shrunk(data, image, self.short_side_px)
-        except MemoryError:
-            raise
-        except UnidentifiedImageError:
-            raise ValueError("bytes of no known format" if data else "0 bytes") from None
-        except Exception as error:  # decoders raise many types for broken input
-            raise ValueError(one_line(error)) from None
+        """Return the bytes to store, after one full decode. Raises BadImage with the reason, as training would later."""
+        image = upright(data, max_pixels=self.max_pixels)
+        return data if self.short_side_px is None else self._shrunk(data, image, self.short_side_px)
 
     def _shrunk(self, data: bytes, image: Image.Image, short_side_px: int) -> bytes:
         scale = short_side_px / min(image.size)
-        as_it_is = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
-        if scale >= 1 and as_it_is:
+        if scale >= 1 and _is_plain_jpeg(data):
             return data  # encoding it again would only lose quality
-        upright = ImageOps.exif_transpose(image).convert("RGB")
         if scale < 1:
-            width, height = (max(1, round(scale * side)) for side in upright.size)
-            upright = upright.resize((width, height), Image.Resampling.LANCZOS)
+            width, height = (max(1, round(scale * side)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
         encoded = io.BytesIO()
-        upright.save(encoded, "JPEG", quality=self.quality)
+        image.save(encoded, "JPEG", quality=self.quality)
         return encoded.getvalue()
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    with opened(data) as image:
+        return image.format == "JPEG" and image.mode == "RGB" and orientation(image) == 1

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from lift_ray.data.walk import LeftOut
 from lift_ray.errors import BadInput, first_few
 from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
 
@@ -50,7 +51,8 @@ class ImageIndex:
         splits: (reference, label) pairs of each split that the source defines, by split name. References that are
             cheap to read together are next to each other.
         read: returns the encoded image of a reference.
-        num_ignored: number of files without an image suffix.
+        left_out: files in the source that are not used, with the reasons.
+        num_links: number of symbolic links that were followed.
         notes: messages to the user about the source.
         discarded: training images that the long-tailed cut of the literature leaves out; None if there is no cut.
         groups: name of the group of each reference, which no split may divide; an image without a name is a group of its own.
@@ -61,7 +63,8 @@ class ImageIndex:
     class_names: tuple[str, ...]
     splits: dict[str, list[tuple[str, int]]]
     read: ReadImage
-    num_ignored: int = 0
+    left_out: Sequence[LeftOut] = ()
+    num_links: int = 0
     notes: tuple[str, ...] = ()
     discarded: Sequence[tuple[str, int]] | None = None
     groups: Mapping[str, str] | None = None
