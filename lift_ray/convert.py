@@ -303,6 +303,24 @@ def parquet_table(
     _convert(scan_table(source, kind="parquet", **asdict(columns)), destination, options)
 
 
+@kind("arrow")
+def arrow_table(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder that datasets wrote with save_to_disk.")],
+    destination: Destination,
+    columns: Columns,
+    options: Options,
+) -> None:
+    """Convert a Dataset or DatasetDict that the library `datasets` saved with save_to_disk.
+
+    \b
+    Example:
+      python -m lift_ray.convert arrow saved/ data/mine --label-column species
+    """
+    from lift_ray.data.convert.tables import scan_table
+
+    _convert(scan_table(source, kind="arrow", **asdict(columns)), destination, options)
+
+
 @kind("torchvision")
 def torchvision(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A class of torchvision.datasets, such as Food101.")],

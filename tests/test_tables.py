@@ -238,14 +238,13 @@ def test_a_split_column_goes_before_file_names_and_a_store_is_as_good_as_a_disk(
 
 
 def test_row_groups_are_read_once_while_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-    real: Callable[[str], Any] = tables._opened
-    monkeypatch.setattr(tables, "_opened", lambda url: (opened.append(url), real(url))[1])
+    groups = []
+    real: Callable[[str, str, int], Any] = tables._row_group
+    monkeypatch.setattr(tables, "_row_group", lambda *given: (groups.append(given[2]), real(*given))[1])
     index = scan_table(write_parquet(tmp_path), kind="parquet")
-    opened.clear()
     order = [0, 2, 4, 1, 3, 5]
     assert [index.read(index.splits["train"][row][0]) for row in order] == [jpegs()[row] for row in order]
-    assert len(opened) == 3
+    assert groups == [0, 1, 2]
     group_bytes = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).total_byte_size
     monkeypatch.setattr(tables, "CACHE_BYTES", group_bytes // 2)
     assert scan_table(write_parquet(tmp_path), kind="parquet").read.num_kept == 1  # type: ignore[attr-defined]

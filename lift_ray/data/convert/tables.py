@@ -8,14 +8,11 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lift_ray.data.convert.folder import SPLIT_DIRECTORIES
 from lift_ray.data.convert.groups import folder_level, group_by_folder, with_groups
@@ -31,6 +28,10 @@ from lift_ray.data.convert.index import (
     readable,
 )
 from lift_ray.data.convert.lists import read_class_names
+from lift_ray.data.convert.table_files import TableFile, open_table, reading, saved_files
+from lift_ray.data.footers import is_bytes, is_text
+from lift_ray.data.layout import is_saved
+from lift_ray.data.local_files import named_file
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.storage.store import join, locate, reached
 
@@ -65,25 +66,44 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class ImagesInParquet:
-    """Reader of images in cells of Parquet files; a reference is `file:row group:row of the group`.
+class ImagesInTables:
+    """Reader of images in cells of Parquet or Arrow files; a reference is `file:row group:row of the group`.
 
-    Row groups are read as a whole, and each process caches the last `num_kept`.
+    Row groups are read as a whole, and each process caches the last `num_kept`. A row may name a file instead of holding its bytes.
+
+    Attributes:
+        base: folder of the table files.
+        leaf: column of bytes.
+        paths: column of paths, for rows without bytes; "" if there is none.
+        root: folder that these paths are relative to; "" for the folder of the table file.
+        num_kept: number of row groups to cache.
     """
 
     base: str
     leaf: str
+    paths: str
+    root: str
     num_kept: int
 
     def __call__(self, reference: str) -> bytes:
-        """Return the bytes in the cell. Raises ValueError for an empty cell."""
+        """Return the image of a row. Raises ValueError for a row without one."""
         file, group, row = reference.rsplit(":", 2)
-        with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
-            cell = _row_groups(self.num_kept)(join(self.base, file), self.leaf, int(group))[int(row)]
-        if not cell.is_valid:
+        url = join(self.base, file)
+        cell = self._cell(url, self.leaf, int(group), int(row))
+        if cell is not None:
+            return bytes(cell)
+        path = self._cell(url, self.paths, int(group), int(row)) if self.paths else None
+        if path is None:
             raise ValueError("no image in this row")
-        data: bytes = cell.as_py()
-        return data
+        file_system, path = locate(named_file(self.root or _folder_of(url), path))
+        try:
+            return bytes(file_system.cat_file(path))
+        except FileNotFoundError:
+            raise ValueError(f"no image in this row, and no file {path}") from None
+
+    def _cell(self, url: str, leaf: str, group: int, row: int) -> Any:
+        with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
+            return _row_groups(self.num_kept)(url, leaf, group)[row].as_py()
 
 
 def scan_table(
@@ -172,23 +192,43 @@ def _scan_parquet(
     source: str, given: Columns, root: str | None, names: tuple[str, ...] | None, notes: tuple[str, ...]
 ) -> tuple[ImageIndex, list[Told]]:
     base, files = _parquet_files(source)
+    return _scan_files(source, base, files, given, root, names, notes)
+
+
+def _scan_arrow(
+    source: str, given: Columns, root: str | None, names: tuple[str, ...] | None, notes: tuple[str, ...]
+) -> tuple[ImageIndex, list[Told]]:
+    return _scan_files(source, source, saved_files(source), given, root, names, notes)
+
+
+def _scan_files(
+    source: str,
+    base: str,
+    files: list[str],
+    given: Columns,
+    root: str | None,
+    names: tuple[str, ...] | None,
+    notes: tuple[str, ...],
+) -> tuple[ImageIndex, list[Told]]:
+    open_table.cache_clear()  # files may have been written again since an earlier scan by this process
+    _row_groups.cache_clear()
     split_of = _splits_by_name(source, files)
-    with _readable(join(base, files[0])), _opened(join(base, files[0])) as parquet:
-        schema = parquet.schema_arrow
+    schema = open_table(join(base, files[0])).schema
     columns = _columns(source, schema.names, given)
-    leaf = _leaf(source, schema, columns.image)
+    leaf, paths = _leaves(source, schema, columns.image)
     _check_type(source, schema, columns.label, "pass --label-column")
     if columns.group is not None:
         _check_type(source, schema, columns.group, "choose another --group")
     told: list[Told] = []
     most_bytes = 1
     for file in files:
-        with _readable(join(base, file)), _opened(join(base, file)) as parquet:
-            if _used(parquet.schema_arrow, columns) != _used(schema, columns):
+        url = join(base, file)
+        table = open_table(url)
+        with reading(url):
+            if _used(table.schema, columns) != _used(schema, columns):
                 raise ValueError(f"columns or class names that differ from those of {files[0]}")
-            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-            most_bytes = max([most_bytes, *(group.total_byte_size for group in groups)])
-            told += _parquet_rows(parquet, groups, join(base, file), file, split_of.get(file, "train"), columns, leaf)
+            most_bytes = max([most_bytes, *table.group_bytes])
+            told += _rows_of(table, url, file, split_of.get(file, "train"), columns, leaf)
     if names is None and (named := _class_label_names(schema.metadata or {}, columns.label)):
         names, notes = distinct(named, source)
     names, labels = _labelled(source, told, names)
@@ -199,22 +239,21 @@ def _scan_parquet(
     for _, split, reference, label in rows:
         splits.setdefault(split, []).append((reference, label))
     check_trained(source, names, splits)
-    read = ImagesInParquet(absolute(base), leaf, max(1, CACHE_BYTES // most_bytes))
+    named_in = "" if root is None else absolute(root)
+    read = ImagesInTables(absolute(base), leaf, paths, named_in, max(1, CACHE_BYTES // most_bytes))
     return ImageIndex(source, names, splits, read, notes=notes), told
 
 
-def _parquet_rows(
-    parquet: Any, groups: list[Any], url: str, file: str, split: str, columns: Columns, leaf: str | None
-) -> Iterator[Told]:
-    wanted = [columns.label, columns.split, columns.group, None if leaf else columns.image]
-    table = parquet.read(columns=[name for name in wanted if name])
-    labels = table.column(columns.label).to_pylist()
-    splits = table.column(columns.split).to_pylist() if columns.split else None
-    owners = table.column(columns.group).to_pylist() if columns.group else [None] * len(labels)
+def _rows_of(table: TableFile, url: str, file: str, split: str, columns: Columns, leaf: str | None) -> Iterator[Told]:
+    groups = range(len(table.rows))
+    labels = table.cells(columns.label, groups).to_pylist()
+    splits = table.cells(columns.split, groups).to_pylist() if columns.split else None
+    owners = table.cells(columns.group, groups).to_pylist() if columns.group else [None] * len(labels)
     if leaf:
-        images = [f"{file}:{number}:{row}" for number, group in enumerate(groups) for row in range(group.num_rows)]
+        table.check(leaf)
+        images = [f"{file}:{number}:{row}" for number, rows in enumerate(table.rows) for row in range(rows)]
     else:
-        images = table.column(columns.image).to_pylist()
+        images = table.cells(columns.image, groups).to_pylist()
     for number, (image, label, owner) in enumerate(zip(images, labels, owners, strict=True)):
         where = f"{url} row {number}"
         part = split if splits is None else _split_named(str(splits[number]), where)
@@ -291,6 +330,8 @@ def _parquet_files(source: str) -> tuple[str, list[str]]:
             found = file_system.glob(path)
         elif file_system.isdir(path):
             base, found = source, [name for name in file_system.find(path) if name.endswith(".parquet")]
+            if not found and is_saved({name.rsplit("/", 1)[-1] for name in file_system.ls(path, detail=False)}):
+                raise BadInput(source, "must contain Parquet files", "Arrow files of save_to_disk", "use convert arrow")
         else:
             found = [file_system.info(path)["name"]]
     if not found:
@@ -316,14 +357,16 @@ def _splits_by_name(source: str, files: Iterable[str]) -> dict[str, str]:
     return splits
 
 
-def _leaf(source: str, schema: Any, image: str) -> str | None:
-    """Return the Parquet column with the bytes of the images, or None if the column contains paths."""
-    kind = _plain_type(schema.field(image).type)
+def _leaves(source: str, schema: Any, image: str) -> tuple[str | None, str]:
+    """Return the leaf column of the bytes of images, None if the column contains paths, and the one of paths beside the bytes."""
+    kind = schema.field(image).type
+    if is_text(kind):
+        return None, ""
+    if is_bytes(kind):
+        return image, ""
     inner = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    if _is_text(kind):
-        return None
-    if _is_bytes(kind) or ("bytes" in inner and _is_bytes(inner["bytes"])):
-        return f"{image}.bytes" if inner else image
+    if "bytes" in inner and is_bytes(inner["bytes"]):
+        return f"{image}.bytes", f"{image}.path" if "path" in inner and is_text(inner["path"]) else ""
     raise BadInput(
         source, f"the column {image!r} must contain paths, bytes or struct<bytes, path>", kind, "pass --image-column"
     )
@@ -336,21 +379,10 @@ def _used(schema: Any, columns: Columns) -> Any:
 
 
 def _check_type(source: str, schema: Any, column: str, remedy: str) -> None:
-    kind = _plain_type(schema.field(column).type)
-    if not (pa.types.is_integer(kind) or _is_text(kind)):
+    kind = schema.field(column).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(values) or is_text(kind)):
         raise BadInput(source, f"the column {column!r} must contain integers or text", kind, remedy)
-
-
-def _plain_type(kind: Any) -> Any:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_bytes(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _class_label_names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
@@ -361,27 +393,14 @@ def _class_label_names(metadata: dict[bytes, bytes], label: str) -> list[str] | 
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _readable(url: str) -> AbstractContextManager[None]:
-    return reached(url, "must be readable Parquet", "check the file")
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[Any]:
-    file_system, path = locate(url)
-    with file_system.open(path, "rb") as file:
-        yield pq.ParquetFile(file)
-
-
 @cache
 def _row_groups(num_kept: int) -> Callable[[str, str, int], Any]:
     return lru_cache(maxsize=num_kept)(_row_group)
 
 
 def _row_group(url: str, leaf: str, group: int) -> Any:
-    """Return the cells of a column of bytes, (rows,)."""
-    with _opened(url) as parquet:
-        column = parquet.read_row_group(group, columns=[leaf]).column(0)
-    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    """Return the cells of a column of a row group, (rows,)."""
+    return open_table(url).cells(leaf, [group])
 
 
-KINDS = {"csv": _scan_csv, "parquet": _scan_parquet}
+KINDS = {"csv": _scan_csv, "parquet": _scan_parquet, "arrow": _scan_arrow}
