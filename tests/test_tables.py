@@ -158,7 +158,7 @@ CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
         ": each group must be in one split, but got 'x' in train and validation; move its images to one split, "
         "or leave out --group",
     ),
-    ('image,label\n"a,b\n', {}, ": must be CSV with a header, but got 'unexpected end of data'; check the file"),
+    ('image,label\n"a,b\n', {}, ":2: must be CSV with a header, but got 'unexpected end of data'; check the file"),
 ]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from lift_ray.data.convert.folder import IMAGE_SUFFIXES
-from lift_ray.data.convert.index import absolute
+from lift_ray.data.convert.index import absolute, valid_text
 from lift_ray.data.footers import Footer, column_chunk, is_bytes, read_cells, read_footer
 from lift_ray.data.local_files import named_file
 from lift_ray.errors import BadInput
@@ -45,12 +45,12 @@ class ImageFiles:
     def places(self, start: int, stop: int) -> tuple[list[str], list[int | None]]:
         """Return the file and the row in that file of the images [start, stop); the row is None for image files."""
         if not self.column:
-            return list(self.files[start:stop]), [None] * (stop - start)
+            return list(map(valid_text, self.files[start:stop])), [None] * (stop - start)
         ends = np.cumsum([sum(rows) for rows in self.row_groups])
         numbers = np.arange(start, stop)
         shards = np.searchsorted(ends, numbers, side="right")
         rows = numbers - np.concatenate([[0], ends])[shards]
-        return [self.files[shard] for shard in shards], [int(row) for row in rows]
+        return [valid_text(self.files[shard]) for shard in shards], [int(row) for row in rows]
 
 
 def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:

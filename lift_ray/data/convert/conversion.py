@@ -16,7 +16,7 @@ from filelock import lock_descriptor
 from fsspec.implementations.local import LocalFileSystem
 
 from lift_ray.data.convert.images import Encoding
-from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.convert.index import ImageIndex, valid_text
 from lift_ray.data.convert.shards import (
     PLAN,
     RULE,
@@ -274,7 +274,7 @@ def _about(converted: Converted) -> dict[str, object]:
 
 def _list_skipped(destination: str, skipped: Sequence[str]) -> None:
     if skipped:
-        write_file(destination, SKIPPED, "".join(f"{line}\n" for line in skipped).encode())
+        write_file(destination, SKIPPED, valid_text("".join(f"{line}\n" for line in skipped)).encode())
         return
     file_system, folder = locate(destination)
     with reached(destination, RULE, "check the disk and your permissions"):
