@@ -14,7 +14,7 @@ from typing import Protocol
 from PIL import Image
 
 from lift_ray.errors import BadInput, first_few
-from lift_ray.storage.store import PATIENCE_S, fetch, join, locate
+from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
 
 PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
@@ -165,7 +165,7 @@ def one_spelling(names: Iterable[str], source: str, similar: str | None) -> dict
     spellings: dict[str, list[str]] = {}
     for name in sorted(set(names)):
         if name != valid_text(name):
-            raise BadInput(source, "class names must be UTF-8", f"{valid_text(name)!r}", "rename it")
+            raise BadInput(source, "class names must be UTF-8", f"'{valid_text(name)}'", "rename it")
         found = spellings.setdefault(" ".join(readable(name).split()).casefold(), [])
         if readable(name) not in found:
             found.append(readable(name))
@@ -199,16 +199,18 @@ def read_lines(url: str) -> list[str]:
     Raises BadInput, with the line, when it is other text or cannot be read.
     """
     data = fetch(url, 0, None, PATIENCE_S)
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     rule, remedy = "must be a text file in UTF-8", "save it as UTF-8"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # from Excel and PowerShell
+        with reached(url, rule, remedy):
+            data = data.decode("utf-16").encode()
+    if b"\0" in data:  # UTF-16 without its mark, or no text
+        line = 1 + data.count(b"\n", 0, data.index(b"\0"))
+        raise BadInput(f"{url}:{line}", rule, "a NUL byte", remedy)
     try:
-        text = data.decode(encoding)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
         raise BadInput(f"{url}:{line}", rule, f"the byte 0x{data[error.start]:02x}", remedy) from None
-    if "\0" in text:
-        line = 1 + text.count("\n", 0, text.index("\0"))
-        raise BadInput(f"{url}:{line}", rule, "a NUL byte", remedy)
     lines = re.split(r"\r\n|\n|\r", text)
     return lines if lines[-1] else lines[:-1]
 
