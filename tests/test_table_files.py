@@ -408,6 +408,12 @@ def test_only_convert_arrow_takes_a_saved_folder_and_the_others_say_so(tmp_path:
     assert str(caught.value) == (
         f"{source}: must contain Parquet files, but got Arrow files of save_to_disk; use convert arrow"
     )
+    with pytest.raises(BadInput) as caught:
+        find_images([str(source)])
+    assert str(caught.value) == (
+        f"{source}: must be images, a folder of images, or Parquet shards, but got Arrow files, as save_to_disk writes them; "
+        "convert them with python -m lift_ray.convert arrow"
+    )
 
 
 RULE = "must be a folder that datasets wrote with save_to_disk"

@@ -85,18 +85,19 @@ def test_a_class_name_file_orders_labels_that_are_names(tmp_path: Path) -> None:
     ]
 
 
-GROUPED = "image,label,site\nphotos/0.jpg,a,north\n./photos/1.jpg,b, north \nphotos/2.jpg,a,\nphotos/3.jpg,b,south\n"
+GROUPED = "image,label,site\nphotos/0.jpg,a,north\n"
+GROUPED += "./photos/1.jpg,b, north \nphotos/2.jpg,a,\nphotos/3.jpg,b,south\nphotos/4.jpg,a,nan\n"
 
 
 def test_a_column_of_a_csv_names_groups_and_rows_without_a_value_are_alone(tmp_path: Path) -> None:
     index = scan_table(write_csv(tmp_path, GROUPED), kind="csv", group="site")
     assert index.groups == {"photos/0.jpg": "north", "photos/1.jpg": "north", "photos/3.jpg": "south"}
-    assert index.notes == ("images without a group: 1; each is a group of its own",)
+    assert index.notes == ("images without a group: 2; each is a group of its own",)
 
 
 def test_a_directory_of_the_paths_in_a_csv_is_a_group_too(tmp_path: Path) -> None:
     index = scan_table(write_csv(tmp_path, GROUPED), kind="csv", group="folder:1")
-    assert index.groups == {f"photos/{number}.jpg": "photos" for number in range(4)}
+    assert index.groups == {f"photos/{number}.jpg": "photos" for number in range(5)}
 
 
 def test_a_table_without_group_has_none(tmp_path: Path) -> None:

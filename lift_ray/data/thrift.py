@@ -15,9 +15,9 @@ META_DATA: dict[int, Any] = {3: None, 5: None, 6: None, 7: None, 9: None, 11: No
 COLUMN_CHUNK: dict[int, Any] = {3: META_DATA, 8: {}}
 ROW_GROUP: dict[int, Any] = {1: COLUMN_CHUNK, 2: None, 3: None}
 FILE_META_DATA: dict[int, Any] = {4: ROW_GROUP}
-STOP, TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT, UUID = 0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 13
-NUM_BYTES = {BYTE: 1, DOUBLE: 8, UUID: 16}
-LONGEST_SHIFT = 63  # of a varint of 64 bits
+TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT, UUID = 1, 2, 3, 7, 8, 9, 10, 11, 12, 13
+INTEGERS = (4, 5, 6)  # of 16, 32 and 64 bits
+NUM_BYTES = {TRUE: 1, FALSE: 1, BYTE: 1, DOUBLE: 8, UUID: 16}  # of an element of a list; a boolean field has none
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RowGroup:
 def row_groups(footer: bytes) -> tuple[RowGroup, ...]:
     """Return the row groups of a footer (Thrift compact protocol). Raises ValueError if it is damaged."""
     try:
-        return tuple(map(_row_group, _Compact(footer).struct(FILE_META_DATA)[4]))
+        return tuple(map(_row_group, _struct(footer, 0, FILE_META_DATA)[0][4]))
     except (LookupError, TypeError, AttributeError, RecursionError, UnicodeDecodeError):
         raise ValueError("a damaged footer") from None
 
@@ -76,63 +76,79 @@ def _column_chunk(fields: Mapping[int, Any]) -> tuple[str, ColumnChunk | None]:
     return path, ColumnChunk(start, end, about[5], about[6], about.get(12, {}).get(3))
 
 
-class _Compact:
-    """Reader of the Thrift compact protocol. IndexError and LookupError mean damaged bytes."""
+def _struct(data: bytes, at: int, wanted: Mapping[int, Any]) -> tuple[dict[int, Any], int]:
+    """Return the wanted fields of the struct at `at` by id, and where it ends. Integers are read here: most fields are."""
+    found: dict[int, Any] = {}
+    number = 0
+    while head := data[at]:
+        at += 1
+        kind = head & 15
+        if head >> 4:
+            number += head >> 4
+        else:
+            number, at = _integer(data, at)
+        value: Any
+        if kind in INTEGERS:
+            value = data[at]
+            if value < 128:
+                value, at = (value >> 1) ^ -(value & 1), at + 1
+            else:
+                value, at = _integer(data, at)
+        elif kind in (TRUE, FALSE):
+            value = kind == TRUE
+        else:
+            value, at = _value(data, at, kind, wanted.get(number))
+        if number in wanted:
+            found[number] = value
+    return found, at + 1
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
 
-    def struct(self, wanted: Mapping[int, Any]) -> dict[int, Any]:
-        """Return the wanted fields of a struct by id."""
-        found: dict[int, Any] = {}
-        number = 0
-        while head := self._byte():
-            number = number + (head >> 4) if head >> 4 else self._integer()
-            kind = head & 15
-            value = (kind == TRUE) if kind in (TRUE, FALSE) else self._value(kind, wanted.get(number, {}))
-            if number in wanted:
-                found[number] = value
-        return found
-
-    def _value(self, kind: int, wanted: Mapping[int, Any] | None) -> Any:
-        if kind == STRUCT:
-            return self.struct(wanted or {})
-        if kind in (LIST, SET):
-            head = self._byte()
-            size = self._varint() if head >> 4 == 15 else head >> 4
-            return [self._value(head & 15 if head & 15 != FALSE else TRUE, wanted) for _ in range(size)]
-        if kind == MAP:
-            size = self._varint()
-            kinds = self._byte() if size else 0
-            return [(self._value(kinds >> 4, None), self._value(kinds & 15, None)) for _ in range(size)]
-        if kind == BINARY:
-            return self._bytes(self._varint())
-        if kind in (TRUE, *NUM_BYTES):
-            return self._bytes(NUM_BYTES.get(kind, 1))
-        if kind in (4, 5, 6):  # i16, i32, i64
-            return self._integer()
+def _value(data: bytes, at: int, kind: int, wanted: Mapping[int, Any] | None) -> tuple[Any, int]:
+    """Return the value at `at`, and where it ends."""
+    if kind == BINARY:
+        size, at = _varint(data, at)
+        return _piece(data, at, size)
+    if kind == STRUCT:
+        return _struct(data, at, wanted or {})
+    if kind in INTEGERS:
+        return _integer(data, at)
+    if kind in NUM_BYTES:
+        return _piece(data, at, NUM_BYTES[kind])
+    kinds: tuple[int, ...] = ()
+    if kind in (LIST, SET):
+        kinds, size, at = (data[at] & 15,), data[at] >> 4, at + 1
+        if size == 15:
+            size, at = _varint(data, at)
+    elif kind == MAP:
+        size, at = _varint(data, at)
+        if size:
+            kinds, at = (data[at] >> 4, data[at] & 15), at + 1
+    else:
         raise LookupError(kind)
+    values = []
+    for _ in range(size):
+        for each in kinds:
+            value, at = _value(data, at, each, wanted)
+            values.append(value)
+    return values, at
 
-    def _byte(self) -> int:
-        self._at += 1
-        return self._data[self._at - 1]
 
-    def _bytes(self, number: int) -> bytes:
-        if number > len(self._data) - self._at:
-            raise LookupError(number)
-        self._at += number
-        return self._data[self._at - number : self._at]
+def _piece(data: bytes, at: int, size: int) -> tuple[bytes, int]:
+    if size > len(data) - at:
+        raise LookupError(size)
+    return data[at : at + size], at + size
 
-    def _varint(self) -> int:
-        value = shift = 0
-        while shift <= LONGEST_SHIFT:
-            byte = self._byte()
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-        raise LookupError
 
-    def _integer(self) -> int:
-        value = self._varint()
-        return (value >> 1) ^ -(value & 1)
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):  # 64 bits
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+    raise LookupError
+
+
+def _integer(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at

@@ -107,6 +107,9 @@ def _files(url: str) -> list[str]:
             found = [name for name in names if name.endswith(".parquet")] or [
                 name for name in names if f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
             ]
+            if not found and any(name.endswith(".arrow") for name in names):
+                remedy = "convert them with python -m lift_ray.convert arrow"
+                raise BadInput(url, RULE, "Arrow files, as save_to_disk writes them", remedy)
         elif file_system.exists(path):
             return [url]
         else:

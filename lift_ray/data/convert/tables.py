@@ -117,7 +117,8 @@ class ImagesInTables:
 
     def _cell(self, url: str, leaf: str, group: int, row: int) -> Any:
         with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
-            return _row_groups(self.num_kept)(url, leaf, group)[row].as_py()
+            cell = _row_groups(self.num_kept)(url, leaf, group)[row]
+        return cell.as_py()
 
 
 def scan_table(
@@ -171,7 +172,7 @@ def scan_table(
 def _groups(index: ImageIndex, told: list[Told]) -> dict[str, str]:
     """Return the group of each reference that has one."""
     is_path = isinstance(index.read, FilesIn)
-    return {inside(row.image, row.where) if is_path else row.image: row.group for row in told if row.group}
+    return {inside(row.image, row.where) if is_path else row.image: row.group for row in told if row.group not in EMPTY}
 
 
 def _scan_csv(source: str, given: Columns, root: str | None, naming: Naming) -> tuple[ImageIndex, list[Told]]:
