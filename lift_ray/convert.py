@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -43,6 +43,19 @@ Destination = Annotated[str, typer.Argument(metavar="DEST", help="Folder for the
 FolderGroup = Annotated[
     str | None,
     typer.Option(metavar="folder:N", help="Never divide the images of a directory N levels down between splits."),
+]
+ClassNames = Annotated[
+    str | None,
+    typer.Option(
+        "--class-names",
+        "--names",
+        metavar="FILE",
+        help="Class names, one per line, for directories or labels that are numbers.",
+    ),
+]
+SimilarNames = Annotated[
+    Literal["merge", "keep"] | None,
+    typer.Option(help="Names of directories or labels that differ only in case or spaces: one class, or several."),
 ]
 
 
@@ -154,6 +167,8 @@ def folder(
     destination: Destination,
     options: Options,
     group: FolderGroup = None,
+    class_names: ClassNames = None,
+    similar_names: SimilarNames = None,
 ) -> None:
     """Convert class directories of images: SRC/<class>/... or SRC/<train|val|test>/<class>/...
 
@@ -166,7 +181,8 @@ def folder(
     """
     from lift_ray.data.convert.folder import scan_folder
 
-    _convert(scan_folder(source, group=group), destination, options)
+    index = scan_folder(source, group=group, class_names=class_names, similar_names=similar_names)
+    _convert(index, destination, options)
 
 
 @kind("list")
@@ -255,9 +271,8 @@ class Columns:
     root: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Folder that paths are relative to.  [the table's]")
     ] = None
-    class_names: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Class names, one per line, for integer labels.")
-    ] = None
+    class_names: ClassNames = None
+    similar_names: SimilarNames = None
     group: Annotated[
         str | None,
         typer.Option(
@@ -301,6 +316,24 @@ def parquet_table(
     from lift_ray.data.convert.tables import scan_table
 
     _convert(scan_table(source, kind="parquet", **asdict(columns)), destination, options)
+
+
+@kind("arrow")
+def arrow_table(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder that datasets wrote with save_to_disk.")],
+    destination: Destination,
+    columns: Columns,
+    options: Options,
+) -> None:
+    """Convert a Dataset or DatasetDict that the library `datasets` saved with save_to_disk.
+
+    \b
+    Example:
+      python -m lift_ray.convert arrow saved/ data/mine --label-column species
+    """
+    from lift_ray.data.convert.tables import scan_table
+
+    _convert(scan_table(source, kind="arrow", **asdict(columns)), destination, options)
 
 
 @kind("torchvision")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.settings.checks import read_space
 from lift_ray.settings.overrides import parse_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import RunFile, read_run
+from lift_ray.settings.space import SpaceFile
 from lift_ray.settings.yaml_file import SettingsFile, dump_yaml
 
 D = "dataset: d\n"
@@ -409,3 +412,49 @@ def test_of_very_many_names_only_the_nearest_are_listed() -> None:
     assert line.endswith(" and 192 more")
     assert did_you_mean("zzz", names[:3]) == "known: tower_000, tower_001, tower_002"
     assert did_you_mean("towr_015", names) == "did you mean 'tower_015'?"
+
+
+@pytest.mark.parametrize("read", [read_run, read_space], ids=["run file", "space file"])
+@pytest.mark.parametrize(
+    ("beside", "here", "used", "line"),
+    [
+        (True, True, "{0}/files/data/d", "{0}/files/data/d (relative to the file), not {0}/data/d"),
+        (True, False, "{0}/files/data/d", "{0}/files/data/d (relative to the file)"),
+        (False, True, "data/d", "{0}/data/d (relative to the shell)"),
+        (False, False, "data/d", ""),
+    ],
+)
+def test_a_dataset_is_relative_to_its_file_then_to_the_shell_and_the_output_says_which(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    read: Callable[[str], RunFile | SpaceFile],
+    beside: bool,
+    here: bool,
+    used: str,
+    line: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, is_there in (("files/data/d", beside), ("data/d", here)):
+        (tmp_path / folder).mkdir(parents=True) if is_there else None
+    (tmp_path / "files").mkdir(exist_ok=True)
+    text = "dataset: data/d\n" + ("" if read is read_run else "name: a\nspace:\n  optim.lr: {float: [0.1, 1]}\n")
+    (tmp_path / "files" / "a.yaml").write_text(text)
+    assert read("files/a.yaml").dataset == used.format(tmp_path)
+    expected = f"files/a.yaml:1 dataset: using {line.format(tmp_path)}\n" if line else ""
+    assert capsys.readouterr().err == expected
+
+
+def test_other_datasets_are_taken_as_they_are_and_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("files/d", "d", "e"):
+        (tmp_path / folder).mkdir(parents=True)
+    for dataset in ("embedded:caltech101", "s3://bucket/d", f"{tmp_path}/d"):
+        (tmp_path / "files" / "a.yaml").write_text(f"dataset: {dataset}\n")
+        assert read_run("files/a.yaml").dataset == dataset
+    assert read_run("files/a.yaml", {"dataset": "d"}).dataset == "d"  # from the command line: relative to the shell
+    (tmp_path / "a.yaml").write_text("dataset: d\n")
+    assert read_run("a.yaml").dataset == "d"
+    assert capsys.readouterr().err == ""

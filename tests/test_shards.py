@@ -123,20 +123,24 @@ def test_a_shard_that_changed_or_went_bad_under_the_reader_is_bad_input(tmp_path
     )
 
 
-def test_a_row_without_image_bytes_is_bad_input(tmp_path: Path) -> None:
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_row_without_image_bytes_is_bad_input(tmp_path: Path, statistics: bool) -> None:
     url = str(tmp_path)
     record = write_split(url, "train", [(b"x", "a", 0), (b"y", "b", 0)], ("cat",))
     publish(url, ("cat",), {"train": record})
     table = pq.read_table(tmp_path / "train-00000-of-00001.parquet")
     images = pa.array([{"bytes": b"x", "path": "a"}, {"bytes": None, "path": "b"}], table.schema.field("image").type)
-    pq.write_table(table.set_column(0, "image", images), tmp_path / "train-00000-of-00001.parquet")
+    file = tmp_path / "train-00000-of-00001.parquet"
+    pq.write_table(table.set_column(0, "image", images), file, write_statistics=statistics)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(BadInput) as caught:
         RowReader(open_dataset(url).split("train")).read(np.array([0, 1]))
-    shard = f"{url}/train-00000-of-00001.parquet"
-    assert str(caught.value) == (
-        f"{shard}: every row must contain an image, but got none in row 1 of row group 0; run convert again"
+    when_opened = (
+        "every row must contain the bytes of its image, but got 1 without them, perhaps with a path only; "
+        "make it with python -m lift_ray.convert parquet"
     )
+    when_read = "every row must contain an image, but got none in row 1 of row group 0; run convert again"
+    assert str(caught.value) == f"{file}: {when_opened if statistics else when_read}"
 
 
 @pytest.mark.parametrize("url", ["memory://shards-round-trip", "{tmp}/deep/er"])

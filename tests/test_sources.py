@@ -174,7 +174,10 @@ LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
         "val.txt:1: each image must be listed once, but 'val/3.jpg' is in {0}/train.txt:2 too; ",
     ),
     ({"train.txt": "a.jpg 0\n"}, "photos: every class must have an image, but 'crane, bird' have none; "),
-    ({"train.txt": b"\xff\xfe"}, "train.txt: must be a text file, but got "),
+    (
+        {"train.txt": b"a.jpg 0\ncaf\xe9.jpg 1\n"},
+        "train.txt:2: must be a text file in UTF-8, but got the byte 0xe9; save it as UTF-8",
+    ),
     ({"names.txt": "\n"}, "names.txt: must contain one class name per line, but got none; "),
     ({"names.txt": "a\n\nb\n"}, "names.txt:2: must be a class name, but got an empty line; "),
 ]

@@ -85,18 +85,19 @@ def test_a_class_name_file_orders_labels_that_are_names(tmp_path: Path) -> None:
     ]
 
 
-GROUPED = "image,label,site\nphotos/0.jpg,a,north\n./photos/1.jpg,b, north \nphotos/2.jpg,a,\nphotos/3.jpg,b,south\n"
+GROUPED = "image,label,site\nphotos/0.jpg,a,north\n"
+GROUPED += "./photos/1.jpg,b, north \nphotos/2.jpg,a,\nphotos/3.jpg,b,south\nphotos/4.jpg,a,nan\n"
 
 
 def test_a_column_of_a_csv_names_groups_and_rows_without_a_value_are_alone(tmp_path: Path) -> None:
     index = scan_table(write_csv(tmp_path, GROUPED), kind="csv", group="site")
     assert index.groups == {"photos/0.jpg": "north", "photos/1.jpg": "north", "photos/3.jpg": "south"}
-    assert index.notes == ("images without a group: 1; each is a group of its own",)
+    assert index.notes == ("images without a group: 2; each is a group of its own",)
 
 
 def test_a_directory_of_the_paths_in_a_csv_is_a_group_too(tmp_path: Path) -> None:
     index = scan_table(write_csv(tmp_path, GROUPED), kind="csv", group="folder:1")
-    assert index.groups == {f"photos/{number}.jpg": "photos" for number in range(4)}
+    assert index.groups == {f"photos/{number}.jpg": "photos" for number in range(5)}
 
 
 def test_a_table_without_group_has_none(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
         ": each group must be in one split, but got 'x' in train and validation; move its images to one split, "
         "or leave out --group",
     ),
-    ('image,label\n"a,b\n', {}, ": must be CSV with a header, but got 'unexpected end of data'; check the file"),
+    ('image,label\n"a,b\n', {}, ":2: must be CSV with a header, but got 'unexpected end of data'; check the file"),
 ]
 
 
@@ -238,14 +239,13 @@ def test_a_split_column_goes_before_file_names_and_a_store_is_as_good_as_a_disk(
 
 
 def test_row_groups_are_read_once_while_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-    real: Callable[[str], Any] = tables._opened
-    monkeypatch.setattr(tables, "_opened", lambda url: (opened.append(url), real(url))[1])
+    groups = []
+    real: Callable[[str, str, int], Any] = tables._row_group
+    monkeypatch.setattr(tables, "_row_group", lambda *given: (groups.append(given[2]), real(*given))[1])
     index = scan_table(write_parquet(tmp_path), kind="parquet")
-    opened.clear()
     order = [0, 2, 4, 1, 3, 5]
     assert [index.read(index.splits["train"][row][0]) for row in order] == [jpegs()[row] for row in order]
-    assert len(opened) == 3
+    assert groups == [0, 1, 2]
     group_bytes = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).total_byte_size
     monkeypatch.setattr(tables, "CACHE_BYTES", group_bytes // 2)
     assert scan_table(write_parquet(tmp_path), kind="parquet").read.num_kept == 1  # type: ignore[attr-defined]

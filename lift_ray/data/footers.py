@@ -15,11 +15,36 @@ import pyarrow.parquet as pq
 
 from lift_ray.data.layout import CONVERT, RECONVERT
 from lift_ray.data.longtail import Int64s
+from lift_ray.data.thrift import ColumnChunk, RowGroup, row_groups
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import fetch, is_remote, locate, reached, retried
 
 TAIL_BYTES = 2**16  # most footers fit; larger ones take a second request
+LARGEST_FOOTER = 2**28
 RULE, REMEDY = "must be readable Parquet", f"copy it again, or {RECONVERT}"
+
+
+@dataclass(frozen=True, eq=False)
+class Footer:
+    """Footer of a Parquet file: Arrow's `FileMetaData`, for the schema and for reading, and the row groups with their column chunks."""
+
+    metadata: Any
+    row_groups: tuple[RowGroup, ...]
+
+    @property
+    def schema(self) -> Any:
+        """Arrow schema of the file."""
+        return self.metadata.schema.to_arrow_schema()
+
+    @property
+    def leaves(self) -> set[str]:
+        """Paths of all leaf columns, such as `image.bytes`."""
+        return {self.metadata.schema.column(number).path for number in range(self.metadata.num_columns)}
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Number of rows of each row group."""
+        return tuple(group.num_rows for group in self.row_groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +80,13 @@ def read_content(url: str, num_bytes: int | None, patience_s: float, has_groups:
     Raises:
         BadInput: the shard cannot be read, is shorter than its footer says, or does not contain images with class labels.
     """
-    metadata = read_footer(url, patience_s)
-    _check_length(url, metadata, num_bytes)
-    schema = metadata.schema.to_arrow_schema()
+    footer = read_footer(url, patience_s)
+    _check_length(url, footer, num_bytes)
+    schema = footer.schema
     image, label = _columns(url, schema)
     class_names = _class_names(url, schema, label)
-    labels = _integers(url, metadata, label, "label", patience_s)
+    _check_images(url, footer, image)
+    labels = _integers(url, footer, label, "label", patience_s)
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if len(wrong):
         raise BadInput(
@@ -71,56 +97,126 @@ def read_content(url: str, num_bytes: int | None, patience_s: float, has_groups:
         )
     if has_groups and ("group" not in schema.names or not pa.types.is_integer(schema.field("group").type)):
         raise BadInput(url, "must have the int64 column group, as the manifest says", but="has none", remedy=RECONVERT)
-    groups = _integers(url, metadata, "group", "group", patience_s) if has_groups else None
-    rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+    groups = _integers(url, footer, "group", "group", patience_s) if has_groups else None
     columns = schema.remove_metadata().to_string(show_field_metadata=False)
-    return Content(columns, image, class_names, rows, image_bytes(metadata, image), labels, groups)
+    return Content(columns, image, class_names, footer.rows, image_bytes(url, footer, image), labels, groups)
 
 
-def _integers(url: str, metadata: Any, column: str, what: str, patience_s: float) -> Int64s:
+def _integers(url: str, footer: Footer, column: str, what: str, patience_s: float) -> Int64s:
     """Return a column of integers without missing values, (N,)."""
-    cells = read_columns(url, metadata, range(metadata.num_row_groups), column, patience_s).column(column)
+    cells = read_cells(url, footer, range(len(footer.row_groups)), column, patience_s)
     if cells.null_count:
         raise BadInput(url, f"every row must have a {what}", f"{cells.null_count} without one", RECONVERT)
     return np.from_dlpack(cells.combine_chunks()).astype(np.int64)  # to_numpy imports pandas
 
 
-def read_footer(url: str, patience_s: float) -> Any:
-    """Return the `FileMetaData` of a Parquet file, in one or two requests. Raises BadInput for other files."""
+def read_footer(url: str, patience_s: float, remedy: str = REMEDY) -> Footer:
+    """Return the footer of a Parquet file, in one or two requests. Raises BadInput for other files, and for an encrypted footer."""
     tail = fetch(url, -TAIL_BYTES, None, patience_s)
-    needed = int.from_bytes(tail[-8:-4], "little") + 8
-    if needed > len(tail) and tail[-4:] == b"PAR1":
+    magic, needed = tail[-4:], int.from_bytes(tail[-8:-4], "little") + 8
+    if magic == b"PARE":
+        raise _encrypted(url, "footer")
+    if magic == b"PAR1" and needed > LARGEST_FOOTER:
+        raise BadInput(url, f"{RULE}, with a footer of at most {LARGEST_FOOTER >> 20} MiB", f"{needed} bytes", remedy)
+    if needed > len(tail) and magic == b"PAR1":
         tail = fetch(url, -needed, None, patience_s)
-    with reached(url, RULE, REMEDY):
-        return pq.read_metadata(pa.BufferReader(tail))
+    with reached(url, RULE, remedy):
+        return Footer(pq.read_metadata(pa.BufferReader(tail)), row_groups(tail[-needed:-8]))
 
 
-def read_images(url: str, metadata: Any, group: int, column: str, patience_s: float) -> Any:
+def read_images(url: str, footer: Footer, group: int, column: str, patience_s: float) -> Any:
     """Return the encoded images of a row group as a binary array, in one request. Raises BadInput."""
-    table = read_columns(url, metadata, [group], f"{column}.bytes", patience_s)
-    images = pc.struct_field(table.column(column), "bytes")
+    images = read_cells(url, footer, [group], f"{column}.bytes", patience_s)
     return images.chunk(0) if images.num_chunks == 1 else images
 
 
-def read_columns(url: str, metadata: Any, groups: Sequence[int], leaf: str, patience_s: float) -> Any:
-    """Return a table of one leaf column of some row groups: one request per row group, for exactly its bytes, checksums verified.
+def read_cells(
+    url: str, footer: Footer, groups: Sequence[int], leaf: str, patience_s: float, remedy: str = REMEDY
+) -> Any:
+    """Return the values of one leaf column of some row groups, (rows,): one request per row group, for exactly its bytes.
 
-    Raises BadInput when it cannot be read, or a remote store keeps delivering broken data for `patience_s`.
+    Page checksums are verified. Bytes and text that Arrow stores as views, dictionaries or with a fixed size become plain arrays.
+
+    Raises BadInput when it cannot be read, is encrypted, or a remote store keeps delivering broken data for `patience_s`.
     """
+    chunks = [column_chunk(url, footer, group, leaf) for group in groups]
 
     def work(left_s: float) -> Any:
-        spans = [_span(_chunk(metadata, group, leaf)) for group in groups]
-        file = pa.PythonFile(_Pieces({start: fetch(url, start, end, patience_s) for start, end in spans}), mode="r")
-        parquet = pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
-        return parquet.read_row_groups(list(groups), columns=[leaf], use_threads=False)
+        pieces = {chunk.start: fetch(url, chunk.start, chunk.end, patience_s) for chunk in chunks}
+        file = pa.PythonFile(_Pieces(pieces), mode="r")
+        parquet = pq.ParquetFile(file, metadata=footer.metadata, page_checksum_verification=True, pre_buffer=False)
+        column = parquet.read_row_groups(list(groups), columns=[leaf], use_threads=False).column(0)
+        if len(column) != sum(footer.rows[group] for group in groups):
+            raise ValueError(f"{len(column)} values in the column {leaf}, not one per row")
+        return column
 
-    return retried(work, url, RULE, REMEDY, patience_s if is_remote(locate(url)[0]) else 0.0)
+    column = retried(work, url, RULE, remedy, patience_s if is_remote(locate(url)[0]) else 0.0)
+    return inner_values(column)
 
 
-def image_bytes(metadata: Any, column: str) -> tuple[int, ...]:
-    """Return the image bytes of each row group: the uncompressed size of the column chunk, close to the memory that reading takes."""
-    groups = range(metadata.num_row_groups)
-    return tuple(_chunk(metadata, group, f"{column}.bytes").total_uncompressed_size for group in groups)
+def inner_values(column: Any) -> Any:
+    """Return the values inside structs of a single field, as plain text or bytes if they are views or dictionaries."""
+    while pa.types.is_struct(column.type):
+        column = pc.struct_field(column, [0])
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        chunks = [_plain(chunk.dictionary).take(chunk.indices) for chunk in column.chunks]
+        return pa.chunked_array(chunks, _plain(pa.array([], kind.value_type)).type)
+    return _plain(column)
+
+
+def _plain(values: Any) -> Any:
+    """Return views as plain text or bytes, which all functions of Arrow support."""
+    if pa.types.is_string_view(values.type):
+        return values.cast(pa.large_string())
+    if pa.types.is_binary_view(values.type) or pa.types.is_fixed_size_binary(values.type):
+        return values.cast(pa.large_binary())
+    return values
+
+
+def is_text(kind: Any) -> bool:
+    """Return True for an Arrow type of text, of any layout."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_bytes(kind: Any) -> bool:
+    """Return True for an Arrow type of bytes, of any layout."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    sized = pa.types.is_fixed_size_binary(kind)
+    return bool(sized or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def image_bytes(url: str, footer: Footer, column: str) -> tuple[int, ...]:
+    """Return the image bytes of each row group: the uncompressed size of the column chunk, close to the memory that reading takes.
+
+    Raises BadInput if they are encrypted.
+    """
+    groups = range(len(footer.row_groups))
+    return tuple(column_chunk(url, footer, group, f"{column}.bytes").uncompressed_bytes for group in groups)
+
+
+def column_chunk(url: str, footer: Footer, group: int, leaf: str) -> ColumnChunk:
+    """Return a column chunk by the path of its leaf column. Raises BadInput if it is encrypted, or missing."""
+    columns = footer.row_groups[group].columns
+    chunk = columns.get(leaf)
+    if chunk is None and (leaf in columns or "" in columns):
+        raise _encrypted(url, f"column {leaf}")
+    if chunk is None:
+        raise BadInput(url, RULE, f"no column {leaf} in row group {group}", REMEDY)
+    return chunk
+
+
+def _encrypted(url: str, what: str) -> BadInput:
+    return BadInput(url, f"{RULE} without encryption", f"an encrypted {what}", "write it again without encryption")
+
+
+def _check_images(url: str, footer: Footer, image: str) -> None:
+    """Raise BadInput for images that are encrypted, or that are only named, as `datasets` does with files of the own machine."""
+    chunks = [column_chunk(url, footer, group, f"{image}.bytes") for group in range(len(footer.row_groups))]
+    if missing := sum(chunk.num_missing or 0 for chunk in chunks):
+        rule = "every row must contain the bytes of its image"
+        raise BadInput(url, rule, f"{missing} without them, perhaps with a path only", f"{CONVERT} parquet")
 
 
 class _Pieces:
@@ -146,24 +242,9 @@ class _Pieces:
         self.closed = True
 
 
-def _chunk(metadata: Any, group: int, leaf: str) -> Any:
-    row_group = metadata.row_group(group)
-    return next(chunk for chunk in map(row_group.column, range(row_group.num_columns)) if chunk.path_in_schema == leaf)
-
-
-def _span(chunk: Any) -> tuple[int, int]:
-    """Return the start and end of a column chunk in the file."""
-    start: int = chunk.data_page_offset
-    if chunk.dictionary_page_offset:  # None or 0 when there is no dictionary
-        start = min(start, chunk.dictionary_page_offset)
-    return start, start + chunk.total_compressed_size
-
-
-def _check_length(url: str, metadata: Any, num_bytes: int | None) -> None:
-    ends = [0]
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        ends += [_span(group.column(column))[1] for column in range(group.num_columns)]
-    needed = max(ends) + metadata.serialized_size + 8
+def _check_length(url: str, footer: Footer, num_bytes: int | None) -> None:
+    ends = [chunk.end for group in footer.row_groups for chunk in group.columns.values() if chunk]
+    needed = max(ends, default=0) + footer.metadata.serialized_size + 8
     if num_bytes is not None and needed > num_bytes:
         raise BadInput(url, f"must be {needed} bytes long according to its footer", num_bytes, REMEDY)
 
@@ -179,7 +260,7 @@ def _columns(url: str, schema: Any) -> tuple[str, str]:
         raise BadInput(url, "must have the columns image and label", got, f"rename them, or {RECONVERT}")
     parts = {field.name: field.type for field in types[image]} if pa.types.is_struct(types[image]) else {}
     data = parts.get("bytes", pa.null())
-    if not (pa.types.is_binary(data) or pa.types.is_large_binary(data)):
+    if not is_bytes(data):
         wanted = "struct<bytes: binary, path: string>"
         raise BadInput(url, f"the {image} column must be {wanted}", types[image], RECONVERT)
     if not pa.types.is_integer(types[label]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from lift_ray.errors import BadInput
@@ -22,6 +22,7 @@ SPLIT_NAMES = {
     "unlabelled": "unlabelled",
 }
 MANIFEST = "manifest.json"
+SAVED_DICT, SAVED_STATE = "dataset_dict.json", "state.json"  # written by save_to_disk of `datasets`
 SHARD_NAME = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:-(\d{{5,}})-of-(\d{{5,}})(?:-[0-9a-f]+)?)?\.parquet")
 PART_NAME = re.compile(r"(\d{4,})\.parquet")
 
@@ -60,6 +61,11 @@ def shard_names(names: Iterable[str]) -> dict[str, list[str]]:
     return {split: here for split in SPLITS if (here := [m[0] for m in matches if SPLIT_NAMES[m[1]] == split])}
 
 
+def is_saved(names: Collection[str]) -> bool:
+    """Return True for the names in a folder that `datasets` wrote with save_to_disk (a DatasetDict or a Dataset)."""
+    return SAVED_DICT in names or {SAVED_STATE, "dataset_info.json"} <= set(names)
+
+
 def find_shards(uri: str, url: str, patience_s: float) -> Listing:
     """List the shards of a dataset by file name.
 
@@ -76,6 +82,9 @@ def find_shards(uri: str, url: str, patience_s: float) -> Listing:
     here = {entry.name: entry for entry in entries(url, uri, RULE, patience_s)}
     names = list(here)
     shards = _flat(uri, here) or _folders(uri, url, here, patience_s)
+    if not shards and is_saved(here):
+        got = "one that datasets wrote with save_to_disk"
+        raise BadInput(uri, RULE, got, "convert it with python -m lift_ray.convert arrow")
     if not shards and "data" in here:
         url = join(url, "data")
         here = {entry.name: entry for entry in entries(url, uri, RULE, patience_s)}

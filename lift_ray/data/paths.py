@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 import numpy as np
-import pyarrow.compute as pc
 
 from lift_ray.data.dataset import Shard, Split
-from lift_ray.data.footers import read_columns, read_footer
+from lift_ray.data.footers import read_cells, read_footer
 from lift_ray.storage.store import PATIENCE_S
 
 
@@ -27,10 +26,8 @@ def image_paths(split: Split, patience_s: float = PATIENCE_S) -> list[str]:
 
 
 def _of_shard(shard: Shard, column: str, patience_s: float) -> list[str | None]:
-    metadata = read_footer(shard.url, patience_s)
-    leaves = {metadata.schema.column(number).path for number in range(metadata.num_columns)}
-    if f"{column}.path" not in leaves:
+    footer, leaf = read_footer(shard.url, patience_s), f"{column}.path"
+    if leaf not in footer.leaves:
         return [None] * shard.num_rows
-    table = read_columns(shard.url, metadata, range(len(shard.row_groups)), f"{column}.path", patience_s)
-    found: list[str | None] = pc.struct_field(table.column(column), "path").to_pylist()
+    found: list[str | None] = read_cells(shard.url, footer, range(len(shard.row_groups)), leaf, patience_s).to_pylist()
     return found

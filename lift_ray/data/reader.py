@@ -199,17 +199,17 @@ class RowReader:
 
     def _checked_footer(self, number: int, url: str) -> Any:
         shard = self._split.shards[number]
-        metadata = read_footer(url, self._patience_s)
-        if metadata.num_rows != shard.num_rows:
+        footer = read_footer(url, self._patience_s)
+        if sum(footer.rows) != shard.num_rows:
             raise BadInput(
                 shard.url,
                 f"must not change after opening ({shard.num_rows} rows)",
-                f"{metadata.num_rows} rows",
+                f"{sum(footer.rows)} rows",
                 "start again",
             )
-        if shard.row_group_bytes and image_bytes(metadata, self._split.image_column) != shard.row_group_bytes:
+        if shard.row_group_bytes and image_bytes(url, footer, self._split.image_column) != shard.row_group_bytes:
             raise BadInput(shard.url, "must not change after opening", "other row groups", "start again")
-        return metadata
+        return footer
 
 
 def _nothing() -> None:

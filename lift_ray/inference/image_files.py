@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from lift_ray.data.convert.index import absolute
+from lift_ray.data.convert.index import absolute, valid_text
 from lift_ray.data.decode import IMAGE_SUFFIXES
-from lift_ray.data.footers import read_columns, read_footer
+from lift_ray.data.footers import Footer, column_chunk, is_bytes, read_cells, read_footer
+from lift_ray.data.local_files import named_file
 from lift_ray.data.walk import LeftOut, counted, links_line, walk
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, locate, reached
@@ -51,12 +51,12 @@ class ImageFiles:
     def places(self, start: int, stop: int) -> tuple[list[str], list[int | None]]:
         """Return the file and the row in that file of the images [start, stop); the row is None for image files."""
         if not self.column:
-            return list(self.files[start:stop]), [None] * (stop - start)
+            return list(map(valid_text, self.files[start:stop])), [None] * (stop - start)
         ends = np.cumsum([sum(rows) for rows in self.row_groups])
         numbers = np.arange(start, stop)
         shards = np.searchsorted(ends, numbers, side="right")
         rows = numbers - np.concatenate([[0], ends])[shards]
-        return [self.files[shard] for shard in shards], [int(row) for row in rows]
+        return [valid_text(self.files[shard]) for shard in shards], [int(row) for row in rows]
 
 
 def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
@@ -96,7 +96,7 @@ def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
             " and ".join(sorted(columns)),
             "run predict on each kind of shard separately",
         )
-    rows = tuple(tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups)) for footer in footers)
+    rows = tuple(footer.rows for footer in footers)
     if not sum(map(sum, rows)):
         raise BadInput(shards[0], "must contain images", "0 rows", "check the path")
     return ImageFiles(tuple(shards), rows, columns.pop(), left_out, num_links)
@@ -108,7 +108,7 @@ def left_out_lines(images: ImageFiles, out: Path) -> list[str]:
     if images.left_out:
         listed = out.with_name(f"{out.name}.left_out.txt")
         names = "".join(f"{name}: {reason}\n" for name, reason in images.left_out)
-        listed.write_bytes(names.encode(errors="surrogateescape"))
+        listed.write_text(valid_text(names), encoding="utf-8")
         lines.append(f"left out {counted(images.left_out)}: {listed}")
     return lines
 
@@ -130,6 +130,9 @@ def _found(url: str) -> ImageFiles:
             used = [name for name in walked.files if name.endswith(".parquet")]
             reason = "not a Parquet file" if used else "no image suffix"
             used = used or [name for name in walked.files if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+            if not used and any(name.endswith(".arrow") for name in walked.files):
+                remedy = "convert them with python -m lift_ray.convert arrow"
+                raise BadInput(url, RULE, "Arrow files, as save_to_disk writes them", remedy)
             others = [(name, reason) for name in sorted({*walked.files} - {*used})]
             found = ImageFiles(
                 tuple(full(inside + name) for name in used),
@@ -145,8 +148,8 @@ def _found(url: str) -> ImageFiles:
     return found
 
 
-def _leaf(url: str, footer: Any, column: str) -> str:
-    schema = footer.schema.to_arrow_schema()
+def _leaf(url: str, footer: Footer, column: str) -> str:
+    schema = footer.schema
     if column not in schema.names:
         raise BadInput(
             url,
@@ -156,14 +159,17 @@ def _leaf(url: str, footer: Any, column: str) -> str:
         )
     kind = schema.field(column).type
     inner = {field.name: field.type for field in kind}.get("bytes", pa.null()) if pa.types.is_struct(kind) else kind
-    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
+    if not is_bytes(inner):
         raise BadInput(
             url,
             f"the column {column} must hold encoded images (binary, or struct<bytes: binary>)",
             kind,
             "choose another column with --column",
         )
-    return f"{column}.bytes" if inner is not kind else column
+    leaf = f"{column}.bytes" if inner is not kind else column
+    for group in range(len(footer.row_groups)):
+        column_chunk(url, footer, group, leaf)  # raises BadInput for encrypted images
+    return leaf
 
 
 class ImageReader:
@@ -194,9 +200,10 @@ class ImageReader:
             return
         for number in range(*self._span(start, stop)):
             before = self._ends[number - 1] if number else 0
-            column = self._started(number).result()
-            part = column.slice(max(0, start - before), min(stop, self._ends[number]) - max(start, before))
-            yield from part.to_pylist()
+            cells, paths = self._started(number).result()
+            for row in range(max(0, start - before), min(stop, self._ends[number]) - before):
+                image = cells[row].as_py()
+                yield self._named(number, paths[row].as_py()) if image is None and paths is not None else image
 
     def prefetch(self, start: int, stop: int) -> None:
         """Start reading the row groups of the images [start, stop)."""
@@ -222,12 +229,26 @@ class ImageReader:
                 del self._groups[old]
             return self._groups[number]
 
-    def _load(self, number: int) -> Any:
+    def _load(self, number: int) -> tuple[Any, Any]:
+        """Return the images of a row group, (rows,), and their paths if some have no bytes, else None."""
         shard, group = self._homes[number]
-        url, leaf = self._images.files[shard], self._images.column
-        name, _, inner = leaf.rpartition(".")
-        column = read_columns(url, self._footer(shard), [group], leaf, PATIENCE_S).column(name or leaf)
-        return pc.struct_field(column, inner) if name else column
+        url, leaf, footer = self._images.files[shard], self._images.column, self._footer(shard)
+        cells = read_cells(url, footer, [group], leaf, PATIENCE_S)
+        path = f"{leaf.removesuffix('.bytes')}.path"
+        if not cells.null_count or path not in footer.leaves:
+            return cells, None
+        return cells, read_cells(url, footer, [group], path, PATIENCE_S)
+
+    def _named(self, number: int, path: str | None) -> bytes | None:
+        """Return the image file that a row without bytes names, as `datasets` stores local files; None if there is none."""
+        folder = self._images.files[self._homes[number][0]].rpartition("/")[0]
+        if not path:
+            return None
+        try:
+            file_system, place = locate(named_file(folder, path))
+            return bytes(file_system.cat_file(place))
+        except (ValueError, OSError):
+            return None
 
 
 def _bytes(url: str) -> bytes:

@@ -257,6 +257,7 @@ def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> Spa
         file.rename(old, new)
     apply_file_overrides(file, {RENAMED.get(key, key): value for key, value in (overrides or {}).items()}, SpaceFile)
     file.expand("dataset", "out")
+    file.resolve("dataset")
     space = file.validate(SpaceFile)
     if problems := problems_of(file, space):
         raise BadInput.of(problems)

@@ -42,4 +42,5 @@ def read_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunFi
     file = SettingsFile.read(path)
     apply_file_overrides(file, overrides or {}, RunFile)
     file.expand("dataset", "out")
+    file.resolve("dataset")
     return file.validate(RunFile)

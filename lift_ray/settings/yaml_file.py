@@ -132,6 +132,24 @@ class SettingsFile:
             )
         return value
 
+    def resolve(self, name: str) -> None:
+        """Take a relative path from the folder of this file if something is there, else from the working directory.
+
+        If the two differ, a line on stderr says which is used. Absolute paths, URLs, and paths from the command line stay as they are.
+        """
+        value = self.data.get(name)
+        if not isinstance(value, str) or not value or ":" in value or (name,) in self.overridden:
+            return
+        path = Path(value).expanduser()
+        beside, here = (Path(os.path.abspath(folder / path)) for folder in (Path(self.source).parent, Path.cwd()))
+        if beside == here or not (beside.exists() or here.exists()):
+            return
+        used, other = f"{here} (relative to the shell)", beside
+        if beside.exists():
+            self.data[name], used, other = str(beside), f"{beside} (relative to the file)", here
+        more = f", not {other}" if other.exists() else ""
+        print(f"{self.where((name,))}: using {used}{more}", file=sys.stderr)
+
 
 def dump_yaml(data: Mapping[str, Any], path: Path, header: str = "") -> None:
     """Write a mapping as YAML, whole or not at all."""

@@ -196,7 +196,7 @@ def _read(file_system: Any, path: str, start: int | None, end: int | None, limit
             size = file.seek(0, 2)
             start = start or 0
             start = file.seek(start if start >= 0 else max(0, size + start))
-            data = file.read((size if end is None else end) - start)
+            data = file.read(max(0, (size if end is None else min(end, size)) - start))
     return data
 
 

@@ -16,7 +16,7 @@ from filelock import lock_descriptor
 from fsspec.implementations.local import LocalFileSystem
 
 from lift_ray.data.convert.images import Encoding
-from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.convert.index import ImageIndex, valid_text
 from lift_ray.data.convert.shards import (
     PLAN,
     RULE,
@@ -276,7 +276,7 @@ def _about(converted: Converted) -> dict[str, object]:
 def _write_list(destination: str, name: str, lines: Sequence[str]) -> None:
     """Write lines to a file beside the dataset, or remove the file of an earlier conversion if there are none."""
     if lines:
-        write_file(destination, name, "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+        write_file(destination, name, valid_text("".join(f"{line}\n" for line in lines)).encode())
         return
     file_system, folder = locate(destination)
     with reached(destination, RULE, "check the disk and your permissions"):

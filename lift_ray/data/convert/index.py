@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -145,16 +148,74 @@ def distinct(class_names: Iterable[str], where: str) -> tuple[tuple[str, ...], t
 
 
 def readable(name: str) -> str:
-    """Return a class name as the text tower should see it: with spaces for underscores."""
-    return name.replace("_", " ").strip()
+    """Return a class name as the text tower should see it: with spaces for underscores, and letters in one form of Unicode.
+
+    macOS stores an accented letter as two characters (NFD), others as one (NFC).
+    """
+    return unicodedata.normalize("NFC", name).replace("_", " ").strip()
+
+
+def one_spelling(names: Iterable[str], source: str, similar: str | None) -> dict[str, str]:
+    """Return the class name of each given name, for classes that have no names but those of their directories or labels.
+
+    Args:
+        names: names as they are in the source; order does not matter.
+        source: URL of the source in messages.
+        similar: for names that differ only in case or spaces: "merge" them, "keep" them apart, or None to refuse them.
+
+    Raises BadInput for such names if `similar` is None, and for a name that is not UTF-8.
+    """
+    spellings: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        if name != valid_text(name):
+            raise BadInput(source, "class names must be UTF-8", f"'{valid_text(name)}'", "rename it")
+        found = spellings.setdefault(" ".join(readable(name).split()).casefold(), [])
+        if readable(name) not in found:
+            found.append(readable(name))
+    if similar is None and (unclear := [found for found in spellings.values() if len(found) > 1]):
+        more = f", and {len(unclear) - 1} more" if len(unclear) > 1 else ""
+        got = " and ".join(map(repr, unclear[0][:2])) + more
+        rule = "class names must differ in more than case and spaces"
+        raise BadInput(source, rule, got, "pass --similar-names merge (they are one class) or keep (they are two)")
+    first = {spelling: found[0] for found in spellings.values() for spelling in found}
+    return {name: first[readable(name)] if similar == "merge" else readable(name) for name in set(names)}
+
+
+def notes_on_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Return a note if class names are numbers, which tell the text tower nothing."""
+    numbers = [name for name in class_names if not any(map(str.isalpha, name))]
+    if not numbers:
+        return ()
+    prompt = f'the prompt will be "a photo of a {numbers[0]}."'
+    remedy = "pass --class-names FILE, one name per line in this order"
+    return (f"class names that are numbers: {len(numbers)} ({first_few(numbers)}); {prompt}; {remedy}",)
+
+
+def valid_text(text: str) -> str:
+    """Return text that can be written as UTF-8, with escapes for the bytes of a file name that is not."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_lines(url: str) -> list[str]:
-    """Return the lines of a UTF-8 text file without line ends. Raises BadInput when it cannot be read."""
+    """Return the lines of a text file (UTF-8, or UTF-16 with its mark) without line ends.
+
+    Raises BadInput, with the line, when it is other text or cannot be read.
+    """
     data = fetch(url, 0, None, PATIENCE_S)
-    with reached(url, "must be a text file", "check the file"):
-        lines = data.decode("utf-8-sig").split("\n")
-    return [line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1])]
+    rule, remedy = "must be a text file in UTF-8", "save it as UTF-8"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # from Excel and PowerShell
+        with reached(url, rule, remedy):
+            data = data.decode("utf-16").encode()
+    if b"\0" in data:  # UTF-16 without its mark, or no text
+        line = 1 + data.count(b"\n", 0, data.index(b"\0"))
+        raise BadInput(f"{url}:{line}", rule, "a NUL byte", remedy)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise BadInput(f"{url}:{line}", rule, f"the byte 0x{data[error.start]:02x}", remedy) from None
+    lines = re.split(r"\r\n|\n|\r", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lift_ray.data.convert.index import valid_text
 from lift_ray.data.layout import MANIFEST, SHARD_NAME
 from lift_ray.data.open import FORMAT_VERSION, schema_metadata
 from lift_ray.errors import BadInput
@@ -287,7 +288,9 @@ def _schema(class_names: Sequence[str], has_groups: bool) -> Any:
 
 def _table(group: list[Sample], schema: Any) -> Any:
     images, paths, *numbers = zip(*group, strict=True)
-    image = pa.StructArray.from_arrays([pa.array(images, pa.binary()), pa.array(paths, pa.string())], ["bytes", "path"])
+    image = pa.StructArray.from_arrays(
+        [pa.array(images, pa.binary()), pa.array(map(valid_text, paths), pa.string())], ["bytes", "path"]
+    )
     return pa.Table.from_arrays([image, *(pa.array(column, pa.int64()) for column in numbers)], schema=schema)
 
 

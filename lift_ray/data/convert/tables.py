@@ -6,16 +6,14 @@ import csv
 import io
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lift_ray.data.convert.folder import SPLIT_DIRECTORIES
 from lift_ray.data.convert.groups import folder_level, group_by_folder, with_groups
@@ -27,11 +25,17 @@ from lift_ray.data.convert.index import (
     distinct,
     index_of_files,
     inside,
+    notes_on_names,
+    one_spelling,
     read_lines,
     readable,
 )
 from lift_ray.data.convert.lists import read_class_names
-from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.data.convert.table_files import TableFile, open_table, reading, saved_files
+from lift_ray.data.footers import is_bytes, is_text
+from lift_ray.data.layout import is_saved
+from lift_ray.data.local_files import named_file
+from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.storage.store import join, locate, reached
 
 IMAGE_COLUMNS = frozenset(
@@ -39,7 +43,9 @@ IMAGE_COLUMNS = frozenset(
 )
 LABEL_COLUMNS = frozenset({"label", "class", "category", "target", "label_name", "class_name", "category_name"})
 SPLIT_COLUMNS = frozenset({"split"})
-NUMBER = re.compile(r"-?[0-9]+")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+BOOLEANS = {"false": 0.0, "true": 1.0}
+EMPTY = frozenset({"", "nan", "NaN", "<NA>"})  # pandas writes missing values as these
 CACHE_BYTES = 512 * 2**20
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -65,25 +71,54 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class ImagesInParquet:
-    """Reader of images in cells of Parquet files; a reference is `file:row group:row of the group`.
+class Naming:
+    """Class names if a file gives them, notes on them, and the choice for names that differ only in case or spaces."""
 
-    Row groups are read as a whole, and each process caches the last `num_kept`.
+    names: tuple[str, ...] | None
+    notes: tuple[str, ...]
+    similar: str | None
+
+
+@dataclass(frozen=True)
+class ImagesInTables:
+    """Reader of images in cells of Parquet or Arrow files; a reference is `file:row group:row of the group`.
+
+    Row groups are read as a whole, and each process caches the last `num_kept`. A row may name a file instead of holding its bytes.
+
+    Attributes:
+        base: folder of the table files.
+        leaf: column of bytes.
+        paths: column of paths, for rows without bytes; "" if there is none.
+        root: folder that these paths are relative to; "" for the folder of the table file.
+        num_kept: number of row groups to cache.
     """
 
     base: str
     leaf: str
+    paths: str
+    root: str
     num_kept: int
 
     def __call__(self, reference: str) -> bytes:
-        """Return the bytes in the cell. Raises ValueError for an empty cell."""
+        """Return the image of a row. Raises ValueError for a row without one."""
         file, group, row = reference.rsplit(":", 2)
-        with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
-            cell = _row_groups(self.num_kept)(join(self.base, file), self.leaf, int(group))[int(row)]
-        if not cell.is_valid:
+        url = join(self.base, file)
+        cell = self._cell(url, self.leaf, int(group), int(row))
+        if cell is not None:
+            return bytes(cell)
+        path = self._cell(url, self.paths, int(group), int(row)) if self.paths else None
+        if path is None:
             raise ValueError("no image in this row")
-        data: bytes = cell.as_py()
-        return data
+        file_system, path = locate(named_file(self.root or _folder_of(url), path))
+        try:
+            return bytes(file_system.cat_file(path))
+        except FileNotFoundError:
+            raise ValueError(f"no image in this row, and no file {path}") from None
+
+    def _cell(self, url: str, leaf: str, group: int, row: int) -> Any:
+        with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
+            cell = _row_groups(self.num_kept)(url, leaf, group)[row]
+        return cell.as_py()
 
 
 def scan_table(
@@ -96,17 +131,19 @@ def scan_table(
     root: str | None = None,
     class_names: str | None = None,
     group: str | None = None,
+    similar_names: str | None = None,
 ) -> ImageIndex:
     """List the images in the rows of a table.
 
-    Labels are class names, or integers from 0 that index `class_names` or the ClassLabel that Hugging Face stores in Parquet.
-    Without such a list, the class names are sorted. Underscores in names become spaces.
+    Labels are class names, or integers from 0 that index `class_names` or the ClassLabel that Hugging Face stores. 1.0, 1e0 and
+    True are the integer 1. Without such a list, the class names are sorted. Underscores in names become spaces.
 
     Args:
         source: for "csv" a file with a header, separated by commas, semicolons or tabs; for "parquet" a file, a folder
-            or a pattern with `*`. Any fsspec URL.
-        kind: "csv" or "parquet".
-        image_column: column of paths; in Parquet also of bytes, or of the Hugging Face struct {bytes, path}. None finds it by name.
+            or a pattern with `*`, any fsspec URL; for "arrow" a folder of this machine that `datasets` wrote with save_to_disk.
+        kind: "csv", "parquet" or "arrow".
+        image_column: column of paths; in Parquet and Arrow also of bytes, or of the Hugging Face struct {bytes, path}, whose
+            path counts if there are no bytes. None finds it by name.
         label_column: column of labels. None finds it by name.
         split_column: column of train, val or test, with the same synonyms as split folders. None uses the column `split`, else
             the file names of Parquet (train-00000-of-00002.parquet, test/0.parquet), else all rows are for training.
@@ -114,6 +151,7 @@ def scan_table(
         class_names: file with one class name per line, in label order.
         group: column of groups (text or integers; rows without a value are groups of their own), or `folder:N` for the N-th
             directory of the paths.
+        similar_names: labels that differ only in case or spaces: "merge" them, "keep" them apart, or None to refuse them.
 
     Raises BadInput, with the line or row, for ambiguous columns, a row without an image or a label, an unknown
     label or split, a path outside the root, an image listed twice, a class without a training image, or groups in several splits.
@@ -121,7 +159,7 @@ def scan_table(
     by_folder = group is not None and folder_level(group) is not None
     given = Columns(image_column or "", label_column or "", split_column, None if by_folder else group)
     names, notes = read_class_names(class_names) if class_names is not None else (None, ())
-    index, told = KINDS[kind](source, given, root, names, notes)
+    index, told = KINDS[kind](source, given, root, Naming(names, notes, similar_names))
     if group is None:
         return index
     if not by_folder:
@@ -134,14 +172,12 @@ def scan_table(
 def _groups(index: ImageIndex, told: list[Told]) -> dict[str, str]:
     """Return the group of each reference that has one."""
     is_path = isinstance(index.read, FilesIn)
-    return {inside(row.image, row.where) if is_path else row.image: row.group for row in told if row.group}
+    return {inside(row.image, row.where) if is_path else row.image: row.group for row in told if row.group not in EMPTY}
 
 
-def _scan_csv(
-    source: str, given: Columns, root: str | None, names: tuple[str, ...] | None, notes: tuple[str, ...]
-) -> tuple[ImageIndex, list[Told]]:
+def _scan_csv(source: str, given: Columns, root: str | None, naming: Naming) -> tuple[ImageIndex, list[Told]]:
     told = list(_csv_rows(source, given))
-    names, labels = _labelled(source, told, names)
+    names, labels, notes = _labelled(source, told, naming)
     rows = ((*row[:3], label) for row, label in zip(told, labels, strict=True))
     return index_of_files(source, _folder_of(source) if root is None else root, names, rows, notes), told
 
@@ -149,49 +185,73 @@ def _scan_csv(
 def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
     """Read CSV rows with the standard library, which reports the line of each row even if cells contain line breaks."""
     text = "\n".join(read_lines(source))
+    csv.field_size_limit(sys.maxsize)  # the file is in memory already; other columns may hold long texts
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    with reached(source, "must be CSV with a header", "check the file"):
-        header = [name.strip() for name in next(reader, [])]
-        columns = _columns(source, header, given)
-        image, label = header.index(columns.image), header.index(columns.label)
-        split = None if columns.split is None else header.index(columns.split)
-        group = None if columns.group is None else header.index(columns.group)
-        for cells in reader:
-            where = f"{source}:{reader.line_num}"
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise BadInput(where, f"must have {len(header)} cells, like the header", len(cells), "fix it")
-            part = "train" if split is None else _split_named(cells[split], where)
-            own = "" if group is None else cells[group].strip()
-            yield _checked(Told(where, part, cells[image].strip(), cells[label].strip(), own), columns)
+    try:
+        yield from _csv_told(source, reader, given)
+    except csv.Error as error:
+        where = f"{source}:{reader.line_num}"
+        raise BadInput(where, "must be CSV with a header", f"{one_line(error)!r}", "check the file") from None
 
 
-def _scan_parquet(
-    source: str, given: Columns, root: str | None, names: tuple[str, ...] | None, notes: tuple[str, ...]
-) -> tuple[ImageIndex, list[Told]]:
+def _csv_told(source: str, reader: Any, given: Columns) -> Iterator[Told]:
+    header = [name.strip() for name in next(reader, [])]
+    columns = _columns(source, header, given)
+    image, label = header.index(columns.image), header.index(columns.label)
+    split = None if columns.split is None else header.index(columns.split)
+    group = None if columns.group is None else header.index(columns.group)
+    for cells in reader:
+        where = f"{source}:{reader.line_num}"
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            raise BadInput(where, f"must have {len(header)} cells, like the header", len(cells), "fix it")
+        part = "train" if split is None else _split_named(cells[split], where)
+        own = "" if group is None else cells[group].strip()
+        yield _checked(Told(where, part, cells[image].strip(), cells[label].strip(), own), columns)
+
+
+def _scan_parquet(source: str, given: Columns, root: str | None, naming: Naming) -> tuple[ImageIndex, list[Told]]:
     base, files = _parquet_files(source)
+    return _scan_files(source, base, files, given, root, naming)
+
+
+def _scan_arrow(source: str, given: Columns, root: str | None, naming: Naming) -> tuple[ImageIndex, list[Told]]:
+    return _scan_files(source, source, saved_files(source), given, root, naming)
+
+
+def _scan_files(
+    source: str,
+    base: str,
+    files: list[str],
+    given: Columns,
+    root: str | None,
+    naming: Naming,
+) -> tuple[ImageIndex, list[Told]]:
+    open_table.cache_clear()  # files may have been written again since an earlier scan by this process
+    _row_groups.cache_clear()
     split_of = _splits_by_name(source, files)
-    with _readable(join(base, files[0])), _opened(join(base, files[0])) as parquet:
-        schema = parquet.schema_arrow
+    schema = open_table(join(base, files[0])).schema
     columns = _columns(source, schema.names, given)
-    leaf = _leaf(source, schema, columns.image)
+    leaf, paths = _leaves(source, schema, columns.image)
     _check_type(source, schema, columns.label, "pass --label-column")
     if columns.group is not None:
         _check_type(source, schema, columns.group, "choose another --group")
     told: list[Told] = []
     most_bytes = 1
     for file in files:
-        with _readable(join(base, file)), _opened(join(base, file)) as parquet:
-            if _used(parquet.schema_arrow, columns) != _used(schema, columns):
+        url = join(base, file)
+        table = open_table(url)
+        with reading(url):
+            if _used(table.schema, columns) != _used(schema, columns):
                 raise ValueError(f"columns or class names that differ from those of {files[0]}")
-            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-            most_bytes = max([most_bytes, *(group.total_byte_size for group in groups)])
-            told += _parquet_rows(parquet, groups, join(base, file), file, split_of.get(file, "train"), columns, leaf)
-    if names is None and (named := _class_label_names(schema.metadata or {}, columns.label)):
+            most_bytes = max([most_bytes, *table.group_bytes])
+            told += _rows_of(table, url, file, split_of.get(file, "train"), columns, leaf)
+    if naming.names is None and (named := _class_label_names(schema.metadata or {}, columns.label)):
         names, notes = distinct(named, source)
-    names, labels = _labelled(source, told, names)
+        naming = replace(naming, names=names, notes=(*notes, *notes_on_names(names)))
+    names, labels, notes = _labelled(source, told, naming)
     rows = [(*row[:3], label) for row, label in zip(told, labels, strict=True)]
     if leaf is None:
         return index_of_files(source, base if root is None else root, names, rows, notes), told
@@ -199,22 +259,21 @@ def _scan_parquet(
     for _, split, reference, label in rows:
         splits.setdefault(split, []).append((reference, label))
     check_trained(source, names, splits)
-    read = ImagesInParquet(absolute(base), leaf, max(1, CACHE_BYTES // most_bytes))
+    named_in = "" if root is None else absolute(root)
+    read = ImagesInTables(absolute(base), leaf, paths, named_in, max(1, CACHE_BYTES // most_bytes))
     return ImageIndex(source, names, splits, read, notes=notes), told
 
 
-def _parquet_rows(
-    parquet: Any, groups: list[Any], url: str, file: str, split: str, columns: Columns, leaf: str | None
-) -> Iterator[Told]:
-    wanted = [columns.label, columns.split, columns.group, None if leaf else columns.image]
-    table = parquet.read(columns=[name for name in wanted if name])
-    labels = table.column(columns.label).to_pylist()
-    splits = table.column(columns.split).to_pylist() if columns.split else None
-    owners = table.column(columns.group).to_pylist() if columns.group else [None] * len(labels)
+def _rows_of(table: TableFile, url: str, file: str, split: str, columns: Columns, leaf: str | None) -> Iterator[Told]:
+    groups = range(len(table.rows))
+    labels = table.cells(columns.label, groups).to_pylist()
+    splits = table.cells(columns.split, groups).to_pylist() if columns.split else None
+    owners = table.cells(columns.group, groups).to_pylist() if columns.group else [None] * len(labels)
     if leaf:
-        images = [f"{file}:{number}:{row}" for number, group in enumerate(groups) for row in range(group.num_rows)]
+        table.check(leaf)
+        images = [f"{file}:{number}:{row}" for number, rows in enumerate(table.rows) for row in range(rows)]
     else:
-        images = table.column(columns.image).to_pylist()
+        images = table.cells(columns.image, groups).to_pylist()
     for number, (image, label, owner) in enumerate(zip(images, labels, owners, strict=True)):
         where = f"{url} row {number}"
         part = split if splits is None else _split_named(str(splits[number]), where)
@@ -227,10 +286,9 @@ def _text(cell: object) -> str:
 
 def _checked(row: Told, columns: Columns) -> Told:
     for cell, column in ((row.image, columns.image), (row.label, columns.label)):
-        if not cell:
-            raise BadInput(
-                row.where, f"must have a value in the column {column!r}", "none", "fill it or remove the row"
-            )
+        if cell in EMPTY:
+            rule, remedy = f"must have a value in the column {column!r}", "fill it or remove the row"
+            raise BadInput(row.where, rule, f"{cell!r}" if cell else "none", remedy)
     return row
 
 
@@ -257,6 +315,8 @@ def _column(source: str, columns: list[str], given: str, what: str, known: froze
             raise BadInput(
                 source, f"must have the column {given!r}", but="it is missing", remedy=did_you_mean(given, columns)
             )
+        if columns.count(given) > 1:
+            raise BadInput(source, f"must have one column {given!r}", columns.count(given), "rename the others")
         return given
     found = [name for name in columns if name.lower() in known]
     if len(found) != 1 and (found or what != "split"):
@@ -265,21 +325,63 @@ def _column(source: str, columns: list[str], given: str, what: str, known: froze
     return found[0] if found else ""
 
 
-def _labelled(source: str, told: list[Told], names: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[int]]:
-    """Return the class names, and the label of each row."""
+def _labelled(source: str, told: list[Told], naming: Naming) -> tuple[tuple[str, ...], list[int], tuple[str, ...]]:
+    """Return the class names, the label of each row, and notes on the names."""
     if not told:
         raise BadInput(source, "must contain images", "no rows", "check the file")
-    numbers = all(NUMBER.fullmatch(row.label) for row in told)
-    if numbers and names is None:
-        raise BadInput(source, "numeric labels require class names", "none", "pass --class-names FILE")
-    names = names or tuple(sorted({readable(row.label) for row in told}))
-    labels = {str(label) if numbers else name: label for label, name in enumerate(names)}
-    rows = [labels.get(row.label if numbers else readable(row.label)) for row in told]
+    numbers = [_number(row.label) for row in told]
+    if None not in numbers:
+        return *_numbered(
+            source, told, [number for number in numbers if number is not None], naming.names
+        ), naming.notes
+    if decimal := next((row for row in told if NUMBER.fullmatch(row.label) and not _is_integer(row.label)), None):
+        got = f"{decimal.label!r} and {told[numbers.index(None)].label!r}"
+        raise BadInput(decimal.where, "labels must be all numbers or all names", got, "fix one of them")
+    spelled = {row.label for row in told}
+    if naming.names is None:
+        name_of = one_spelling(spelled, source, naming.similar)
+        names = tuple(sorted(set(name_of.values())))
+        notes = notes_on_names(names)
+    else:
+        name_of, names, notes = {label: readable(label) for label in spelled}, naming.names, naming.notes
+    labels = {name: label for label, name in enumerate(names)}
+    rows = [labels.get(name_of[row.label]) for row in told]
     if None in rows:
         first = told[rows.index(None)]
-        rule = f"the label must be 0 to {len(names) - 1}" if numbers else "the label must be a class name"
-        raise BadInput(first.where, rule, f"{first.label!r}", f"check the {len(names)} class names")
-    return names, [label for label in rows if label is not None]
+        rule, remedy = "the label must be a class name", f"check the {len(names)} class names"
+        raise BadInput(first.where, rule, f"{first.label!r}", remedy)
+    return names, [label for label in rows if label is not None], notes
+
+
+def _numbered(
+    source: str, told: list[Told], numbers: list[float], names: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], list[int]]:
+    """Return the class names, and the label of each row. Raises BadInput unless all labels are integers that index the names."""
+    if broken := next((row for row, number in zip(told, numbers, strict=True) if not number.is_integer()), None):
+        raise BadInput(
+            broken.where,
+            "the label must be an integer or a name",
+            f"{broken.label!r}",
+            "fix it, or pass --label-column",
+        )
+    if names is None:
+        raise BadInput(source, "numeric labels require class names", "none", "pass --class-names FILE")
+    for row, number in zip(told, numbers, strict=True):
+        if not 0 <= number < len(names):
+            rule, remedy = f"the label must be 0 to {len(names) - 1}", f"check the {len(names)} class names"
+            raise BadInput(row.where, rule, f"{row.label!r}", remedy)
+    return names, [int(number) for number in numbers]
+
+
+def _number(label: str) -> float | None:
+    """Return the value of a label that is a number (1, 1.0, 1e0) or a boolean; None for a name."""
+    if label.lower() in BOOLEANS:
+        return BOOLEANS[label.lower()]
+    return float(label) if NUMBER.fullmatch(label) else None
+
+
+def _is_integer(label: str) -> bool:
+    return label.lstrip("+-").isdecimal()
 
 
 def _parquet_files(source: str) -> tuple[str, list[str]]:
@@ -291,6 +393,8 @@ def _parquet_files(source: str) -> tuple[str, list[str]]:
             found = file_system.glob(path)
         elif file_system.isdir(path):
             base, found = source, [name for name in file_system.find(path) if name.endswith(".parquet")]
+            if not found and is_saved({name.rsplit("/", 1)[-1] for name in file_system.ls(path, detail=False)}):
+                raise BadInput(source, "must contain Parquet files", "Arrow files of save_to_disk", "use convert arrow")
         else:
             found = [file_system.info(path)["name"]]
     if not found:
@@ -316,14 +420,16 @@ def _splits_by_name(source: str, files: Iterable[str]) -> dict[str, str]:
     return splits
 
 
-def _leaf(source: str, schema: Any, image: str) -> str | None:
-    """Return the Parquet column with the bytes of the images, or None if the column contains paths."""
-    kind = _plain_type(schema.field(image).type)
+def _leaves(source: str, schema: Any, image: str) -> tuple[str | None, str]:
+    """Return the leaf column of the bytes of images, None if the column contains paths, and the one of paths beside the bytes."""
+    kind = schema.field(image).type
+    if is_text(kind):
+        return None, ""
+    if is_bytes(kind):
+        return image, ""
     inner = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    if _is_text(kind):
-        return None
-    if _is_bytes(kind) or ("bytes" in inner and _is_bytes(inner["bytes"])):
-        return f"{image}.bytes" if inner else image
+    if "bytes" in inner and is_bytes(inner["bytes"]):
+        return f"{image}.bytes", f"{image}.path" if "path" in inner and is_text(inner["path"]) else ""
     raise BadInput(
         source, f"the column {image!r} must contain paths, bytes or struct<bytes, path>", kind, "pass --image-column"
     )
@@ -336,21 +442,10 @@ def _used(schema: Any, columns: Columns) -> Any:
 
 
 def _check_type(source: str, schema: Any, column: str, remedy: str) -> None:
-    kind = _plain_type(schema.field(column).type)
-    if not (pa.types.is_integer(kind) or _is_text(kind)):
+    kind = schema.field(column).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(values) or is_text(kind)):
         raise BadInput(source, f"the column {column!r} must contain integers or text", kind, remedy)
-
-
-def _plain_type(kind: Any) -> Any:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_bytes(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _class_label_names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
@@ -361,27 +456,14 @@ def _class_label_names(metadata: dict[bytes, bytes], label: str) -> list[str] | 
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _readable(url: str) -> AbstractContextManager[None]:
-    return reached(url, "must be readable Parquet", "check the file")
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[Any]:
-    file_system, path = locate(url)
-    with file_system.open(path, "rb") as file:
-        yield pq.ParquetFile(file)
-
-
 @cache
 def _row_groups(num_kept: int) -> Callable[[str, str, int], Any]:
     return lru_cache(maxsize=num_kept)(_row_group)
 
 
 def _row_group(url: str, leaf: str, group: int) -> Any:
-    """Return the cells of a column of bytes, (rows,)."""
-    with _opened(url) as parquet:
-        column = parquet.read_row_group(group, columns=[leaf]).column(0)
-    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    """Return the cells of a column of a row group, (rows,)."""
+    return open_table(url).cells(leaf, [group])
 
 
-KINDS = {"csv": _scan_csv, "parquet": _scan_parquet}
+KINDS = {"csv": _scan_csv, "parquet": _scan_parquet, "arrow": _scan_arrow}
