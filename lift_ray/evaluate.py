@@ -131,8 +131,8 @@ def evaluate(
         dataset, split, is_new = images.dataset, images.split, data is not None and images.dataset.uri != record.dataset
         if any(one.train_on != "train" and one.dataset == dataset.uri for one in records):
             _check_held_out(checkpoints[0], split, gla)
-        if gla:
-            dataset.split("validation")
+        if gla and images.is_temporary:
+            raise BadInput("--gla", "requires a dataset with validation images", data, "leave it out")
         if old_test and not is_new:
             raise BadInput(
                 "--old-test", "requires other images", dataset.uri, "leave it out: these have the test split"

@@ -291,6 +291,9 @@ def test_sources_that_cannot_be_evaluated_are_refused_in_one_line(
             asked("--data", *words)
         assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
+    pq.write_table(pa.table({"image": [b""], "label": ["a"]}), empty / "test-00000-of-00002.parquet")
+    with pytest.raises(BadInput, match="empty/test: the names say 2 shards, but 1 are there"):
+        asked("--data", empty, "--skip-bad")
     for option in ("--skip-bad", "--old-test"):
         with pytest.raises(BadInput, match=f"^{option}: requires --data, but it is missing; add --data$"):
             asked(option)
@@ -299,6 +302,44 @@ def test_sources_that_cannot_be_evaluated_are_refused_in_one_line(
         BadInput, match=r"^--workers: must be 1 on a cluster for images that are not converted, but got 2"
     ):
         asked("--data", in_folders(photos, tmp_path / "photos"), "--workers", 2)
+    with pytest.raises(BadInput, match=r"^--gla: requires a dataset with validation images, but got .*; leave it out$"):
+        asked("--data", tmp_path / "photos", "--gla")
+
+
+def test_labels_that_are_numbers_require_the_names_they_stand_for(
+    asked: Evaluate, photos: Photos, names: list[str], tmp_path: Path
+) -> None:
+    reverse = names[::-1]
+    table = in_table([(f, str(reverse.index(n)), data) for f, n, data in photos], tmp_path / "table")
+    words = ("--data", table, "--label-column", "species")
+    with pytest.raises(BadInput, match="numeric labels require class names, but got none; pass --class-names FILE"):
+        asked(*words)
+    (tmp_path / "names.txt").write_text("\n".join(reverse))
+    found, _ = asked(*words, "--class-names", tmp_path / "names.txt")
+    expected, _ = asked("--data", in_folders(photos, tmp_path / "photos"))
+    assert figures(found) == pytest.approx(figures(expected), abs=1e-6)
+
+
+def test_an_old_test_split_of_the_same_data_is_refused(asked: Evaluate, small_data: str) -> None:
+    with pytest.raises(BadInput, match=r"^--old-test: requires other images, but got .*; leave it out"):
+        asked("--data", small_data, "--old-test")
+
+
+def test_several_models_are_evaluated_together_and_say_that_no_results_of_theirs_are_stored(
+    asked: Evaluate, run: Path, photos: Photos, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    folder = in_folders(photos, tmp_path / "photos")
+    alone, _ = asked("--data", folder)
+    found, _ = asked(tmp_path / "copy", "--data", folder)
+    assert figures(found)["test/accuracy"] == pytest.approx(alone["test/accuracy"])
+    assert list(found["members"]) == [str(run), str(tmp_path / "copy")]
+    assert found["old_test_note"] == (
+        "no comparison with the old test split: results are stored for the settings of the run only; add --old-test to "
+        "evaluate it now"
+    )
+    found, _ = asked(tmp_path / "copy", "--data", folder, "--old-test")
+    assert [row["difference"] for row in found["old_test"]["rows"]] == pytest.approx([0.0] * 3)
 
 
 def test_nothing_is_left_in_the_temporary_folder(

@@ -22,7 +22,7 @@ from lift_ray.data.convert.splitting import Row
 from lift_ray.data.convert.tables import scan_table
 from lift_ray.data.convert.tasks import Job, ShardTask, run_here
 from lift_ray.data.dataset import Dataset
-from lift_ray.data.layout import MANIFEST, find_shards
+from lift_ray.data.layout import MANIFEST, find_shards, shard_names
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.open import open_dataset
 from lift_ray.errors import BadInput, first_few
@@ -170,7 +170,8 @@ def opened_images(
     name = _chosen(data, list(index.splits), split)
     matches = match_classes(index.class_names, class_names, data)
     unknown = _unknown(data, index.class_names, matches, Counter(label for _, label in index.splits[name]))
-    rows = [(image, int(known)) for image, label in index.splits[name] if (known := matches.labels[label]) >= 0]
+    label_of = matches.labels.tolist()
+    rows = [(image, label_of[label]) for image, label in index.splits[name] if label_of[label] >= 0]
     with tempfile.TemporaryDirectory(prefix="lift_ray-") as folder:
         skipped = _copy(index, rows, class_names, folder, skip_bad, progress)
         copied = open_dataset(folder).split(SPLIT)
@@ -290,9 +291,12 @@ def _existing(data: str, options: SourceOptions, skip_bad: bool) -> Dataset | No
     if _kind_of_file(data):
         return None
     url = absolute(data)
-    if MANIFEST in {entry.name for entry in entries(url, data, RULE, PATIENCE_S)}:
+    there = {entry.name for entry in entries(url, data, RULE, PATIENCE_S)}
+    if MANIFEST in there:
         options.check(data, "folder")
         return open_dataset(data)
+    if shard_names(there):
+        find_shards(data, url, PATIENCE_S)  # a missing shard must not go unnoticed
     try:
         return open_dataset(data) if not (skip_bad or options.given) and _has_shards(data) else None
     except BadInput:
