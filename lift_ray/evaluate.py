@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
     from lift_ray.inference.evaluate import Evaluated, EvaluationRequest
     from lift_ray.inference.new_images import NewImages, SourceOptions
-    from lift_ray.reporting.old_test import OldTest
+    from lift_ray.reporting.old_test import NewResults, OldTest
     from lift_ray.reporting.study_files import Predictions
     from lift_ray.training.checkpoint import Record
 
@@ -141,16 +142,17 @@ def evaluate(
         old_dataset = _trained_on(record) if old_test else None
         for note in images.notes(absent=is_new):
             print(f"note: {note}", file=sys.stderr)
-
-        def ask(dataset: Dataset, split: str) -> tuple[EvaluationRequest, Evaluated]:
-            with_predictions = is_new or confusion is not None
-            request = EvaluationRequest(
-                tuple(checkpoints), dataset, split, taus, tte, combine, _numbers(weights), gla, with_predictions
+        with_predictions = is_new or confusion is not None
+        request = EvaluationRequest(
+            tuple(checkpoints), dataset, split, taus, tte, combine, _numbers(weights), gla, with_predictions
+        )
+        found = _evaluated(request, dataset, workers, cpus_per_worker)
+        old = None
+        if old_dataset is not None:
+            on_old = _evaluated(
+                replace(request, dataset=old_dataset, split="test"), old_dataset, workers, cpus_per_worker
             )
-            return request, _evaluated(request, dataset.split(split).num_samples, workers, cpus_per_worker)
-
-        request, found = ask(dataset, split)
-        old = None if old_dataset is None else _predictions(old_dataset, "test", ask(old_dataset, "test")[1])
+            old = _predictions(old_dataset, "test", on_old)
     if per_class is not None:
         from lift_ray.evaluation.metrics import write_per_class
 
@@ -167,29 +169,36 @@ def evaluate(
         every[-1] |= {} if new is None else images.for_json() | new.for_json()
         print(json.dumps(every if len(every) > 1 else every[0], indent=1))
         return
-    from lift_ray.terminal.evaluation_tables import print_found
-    from lift_ray.terminal.tables import console
+    _print(request, dataset, found, new)
+    if note := record.groups.note:
+        print(note)
+    if confused is not None:
+        from lift_ray.terminal.tables import console
 
-    name = "ensemble" if found.report else checkpoints[0]
+        console().print(confused)
+
+
+def _print(request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: NewResults | None) -> None:
+    """Print the table of an evaluation, and what new images have beside it."""
+    from lift_ray.terminal.evaluation_tables import print_found
+
+    name, split, taus = "ensemble" if found.report else request.checkpoints[0], request.split, request.taus
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
     print_found(
         f"{dataset.uri} {split}, {dataset.split(split).num_samples:,} images, accuracy (%)", split, shown, found.report
     )
     if new is not None:
         new.print(f"tau {taus[-1]:g}: " if len(taus) > 1 else "")
-    if note := record.groups.note:
-        print(note)
-    if confused is not None:
-        console().print(confused)
 
 
-def _evaluated(request: EvaluationRequest, num_images: int, workers: int, cpus_per_worker: int) -> Evaluated:
-    """Evaluate in this process, with its progress, or on Ray workers."""
+def _evaluated(request: EvaluationRequest, dataset: Dataset, workers: int, cpus_per_worker: int) -> Evaluated:
+    """Evaluate a request for an open dataset in this process, with its progress, or on Ray workers."""
     from lift_ray.inference.evaluate import evaluate_here, evaluate_on_workers
     from lift_ray.terminal.image_progress import image_progress
 
     if workers > 1:
         return evaluate_on_workers(request, workers, cpus_per_worker)
+    num_images = dataset.split(request.split).num_samples
     with image_progress() as show:
         show(0, num_images)
         return evaluate_here(request, lambda fraction: show(round(fraction * num_images), num_images))
