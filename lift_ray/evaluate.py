@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +21,10 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
     from lift_ray.data.dataset import Dataset
-    from lift_ray.inference.evaluate import Evaluated
+    from lift_ray.inference.evaluate import Evaluated, EvaluationRequest
+    from lift_ray.inference.new_images import NewImages, SourceOptions
+    from lift_ray.reporting.old_test import NewResults, OldTest
+    from lift_ray.reporting.study_files import Predictions
     from lift_ray.training.checkpoint import Record
 
 COMBINE = ("logits", "probabilities")
@@ -33,8 +40,16 @@ def evaluate(
             help="Checkpoints, or results of tune or train: folders or URLs. Several form an ensemble.",
         ),
     ],
-    data: Annotated[str | None, typer.Option(help="Dataset; any fsspec URL.  [the one it was trained on]")] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|CSV|PARQUET|URL",
+            help="Labeled images: a dataset, class folders, a CSV or Parquet table, or a .txt list.  [what it was trained on]",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test.  [test, or all images if the data has no splits]")
+    ] = None,
     tau: Annotated[
         list[float] | None,
         typer.Option(
@@ -63,11 +78,36 @@ def evaluate(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of Ray workers that share the images.")] = 1,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores of each worker; a single one uses all.")] = 1,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images of --data that cannot be decoded, and count them.")
+    ] = False,
+    old_test: Annotated[
+        bool,
+        typer.Option("--old-test", help="Also evaluate the test split that the model was trained with, to compare."),
+    ] = False,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of a table: image paths, in Parquet also bytes.  [by name]")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of a table: class names, or integers.  [by name]")
+    ] = None,
+    split_column: Annotated[
+        str | None, typer.Option(help="Column of a table: train, val or test.  [split, if it exists]")
+    ] = None,
+    root: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder that the paths of a table are relative to.  [its own]")
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Class names, one per line, for labels that are integers.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print overall, mean class, many, medium and few accuracy. The groups are those of the (first) checkpoint.
 
     Several checkpoints of the same classes form an ensemble (backdoor adjustment, arXiv 2501.15955); each image is read once.
+
+    --data also takes new images that are not converted. Their classes are matched to those of the model by name; they may be a part of
+    these, and images of other classes are left out. The result is compared with that on the old test split.
 
     \b
     Examples:
@@ -77,51 +117,161 @@ def evaluate(
       python -m lift_ray.evaluate runs/openai runs/laion runs/metaclip --combine probabilities --weights 2,1,1
       python -m lift_ray.evaluate runs/mine --gla
       python -m lift_ray.evaluate runs/mine --confusion confusion.csv
+      python -m lift_ray.evaluate runs/mine --data photos/2026 --per-class classes.csv
+      python -m lift_ray.evaluate runs/mine --data season.csv --root photos/ --label-column species --skip-bad --old-test
     """
-    from lift_ray.data.open import open_dataset
-    from lift_ray.training.checkpoint import difference
+    from lift_ray.inference.evaluate import EvaluationRequest
+    from lift_ray.inference.new_images import SourceOptions
 
     records = _records(checkpoints)
-    dataset = open_dataset(data or records[0].dataset)
-    dataset.split(split)
-    if list(dataset.class_names) != records[0].class_names:
-        raise BadInput(
-            dataset.uri,
-            "must have the classes of the checkpoint",
-            but=difference(records[0].class_names, dataset.class_names),
-            remedy="give the dataset it was trained on",
-        )
-    if any(record.train_on != "train" and record.dataset == dataset.uri for record in records):
-        _check_held_out(checkpoints[0], split, gla)
-    taus = _taus(checkpoints, records, tau, gla)
+    record, taus = records[0], _taus(checkpoints, records, tau, gla)
     _check_together(records, combine, weights)
-    from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here, evaluate_on_workers
-
-    question = EvaluationRequest(
-        tuple(checkpoints), dataset.uri, split, taus, tte, combine, _numbers(weights), gla, confusion is not None
-    )
-    found = evaluate_here(question) if workers == 1 else evaluate_on_workers(question, workers, cpus_per_worker)
+    options = SourceOptions(image_column, label_column, split_column, root, class_names)
+    _check_data_options(data, {**options.given, "skip_bad": skip_bad, "old_test": old_test})
+    with _opened(data, record, split, options, skip_bad) as images:
+        dataset, split, is_new = images.dataset, images.split, data is not None and images.dataset.uri != record.dataset
+        if any(one.train_on != "train" and one.dataset == dataset.uri for one in records):
+            _check_held_out(checkpoints[0], split, gla)
+        if gla and images.is_temporary:
+            raise BadInput("--gla", "requires a dataset with validation images", data, "leave it out")
+        if old_test and not is_new:
+            raise BadInput(
+                "--old-test", "requires other images", dataset.uri, "leave it out: these have the test split"
+            )
+        _check_shared(images, workers)
+        old_dataset = _trained_on(record) if old_test else None
+        for note in images.notes(absent=is_new):
+            print(f"note: {note}", file=sys.stderr)
+        with_predictions = is_new or confusion is not None
+        request = EvaluationRequest(
+            tuple(checkpoints), dataset, split, taus, tte, combine, _numbers(weights), gla, with_predictions
+        )
+        found = _evaluated(request, dataset, workers, cpus_per_worker)
+        old = None
+        if old_dataset is not None:
+            on_old = _evaluated(
+                replace(request, dataset=old_dataset, split="test"), old_dataset, workers, cpus_per_worker
+            )
+            old = _predictions(old_dataset, "test", on_old)
     if per_class is not None:
         from lift_ray.evaluation.metrics import write_per_class
 
         write_per_class(found.rows, per_class)
     confused = None if confusion is None else _write_confusions(found, dataset, split, confusion)
+    new = None
+    if is_new:
+        from lift_ray.reporting.old_test import NewResults
+
+        results = _old_test(request, record, old)
+        new = NewResults.of(_predictions(dataset, split, found), record.groups.names, results)
     if as_json:
         every = [figures | found.report for figures in found.figures]
+        every[-1] |= {} if new is None else images.for_json() | new.for_json()
         print(json.dumps(every if len(every) > 1 else every[0], indent=1))
         return
-    from lift_ray.terminal.evaluation_tables import print_found
-    from lift_ray.terminal.tables import console
+    _print(request, dataset, found, new)
+    if note := record.groups.note:
+        print(note)
+    if confused is not None:
+        from lift_ray.terminal.tables import console
 
-    name = "ensemble" if found.report else checkpoints[0]
+        console().print(confused)
+
+
+def _print(request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: NewResults | None) -> None:
+    """Print the table of an evaluation, and what new images have beside it."""
+    from lift_ray.terminal.evaluation_tables import print_found
+
+    name, split, taus = "ensemble" if found.report else request.checkpoints[0], request.split, request.taus
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
     print_found(
         f"{dataset.uri} {split}, {dataset.split(split).num_samples:,} images, accuracy (%)", split, shown, found.report
     )
-    if note := records[0].groups.note:
-        print(note)
-    if confused is not None:
-        console().print(confused)
+    if new is not None:
+        new.print(f"tau {taus[-1]:g}: " if len(taus) > 1 else "")
+
+
+def _evaluated(request: EvaluationRequest, dataset: Dataset, workers: int, cpus_per_worker: int) -> Evaluated:
+    """Evaluate a request for an open dataset in this process, with its progress, or on Ray workers."""
+    from lift_ray.inference.evaluate import evaluate_here, evaluate_on_workers
+    from lift_ray.terminal.image_progress import image_progress
+
+    if workers > 1:
+        return evaluate_on_workers(request, workers, cpus_per_worker)
+    num_images = dataset.split(request.split).num_samples
+    with image_progress() as show:
+        show(0, num_images)
+        return evaluate_here(request, lambda fraction: show(round(fraction * num_images), num_images))
+
+
+@contextmanager
+def _opened(
+    data: str | None, record: Record, split: str | None, options: SourceOptions, skip_bad: bool
+) -> Iterator[NewImages]:
+    """Yield the images of --data, or of the dataset that a model was trained on. Raises BadInput."""
+    from lift_ray.data.open import open_dataset
+    from lift_ray.inference.new_images import of_dataset, opened_images
+    from lift_ray.terminal.image_progress import image_progress
+
+    if data is None:
+        yield of_dataset(open_dataset(record.dataset), record.class_names, split or "test")
+        return
+    with ExitStack() as stack:
+        with image_progress() as show:
+            images = stack.enter_context(
+                opened_images(data, record.class_names, split, options, skip_bad=skip_bad, progress=show)
+            )
+        yield images
+
+
+def _trained_on(record: Record) -> Dataset:
+    """Return the dataset that a model was trained on, which has a test split. Raises BadInput."""
+    from lift_ray.data.open import open_dataset
+    from lift_ray.inference.new_images import of_dataset
+
+    return of_dataset(open_dataset(record.dataset), record.class_names, "test").dataset
+
+
+def _check_data_options(data: str | None, given: Mapping[str, object]) -> None:
+    """Raise BadInput if an option is given that requires --data."""
+    if data is None and (names := [name for name, value in given.items() if value]):
+        raise BadInput(f"--{names[0].replace('_', '-')}", "requires --data", but="it is missing", remedy="add --data")
+
+
+def _check_shared(images: NewImages, workers: int) -> None:
+    """Raise BadInput if workers on other machines would have to read images in a temporary folder of this one."""
+    if workers > 1 and images.is_temporary and os.environ.get("RAY_ADDRESS"):
+        raise BadInput(
+            "--workers",
+            "must be 1 on a cluster for images that are not converted",
+            workers,
+            "leave it out, or convert them to a place that all nodes can read",
+        )
+
+
+def _old_test(request: EvaluationRequest, record: Record, old: Predictions | None) -> OldTest | str:
+    """Return the results on the old test split: these predictions, those that are stored, or the reason why there are none.
+
+    Stored are those with the settings of the run, which the request must not change (with its last tau).
+    """
+    from lift_ray.reporting.old_test import EVALUATE_IT, OldTest, read_old_test
+
+    if old is not None:
+        return OldTest({}, old)
+    settings, rule = record.config["evaluation"], "no comparison with the old test split: "
+    changed = request.with_gla or request.combine or request.weights or (request.tte and not settings["tte"])
+    if len(request.checkpoints) > 1 or changed or request.taus[-1] != settings["posthoc_tau"]:
+        return f"{rule}results are stored for the settings of the run only; {EVALUATE_IT}"
+    (checkpoint,) = request.checkpoints
+    return read_old_test(checkpoint) or f"{rule}no results on it are stored with {checkpoint}; {EVALUATE_IT}"
+
+
+def _predictions(dataset: Dataset, split: str, found: Evaluated) -> Predictions:
+    from lift_ray.reporting.study_files import Predictions
+
+    assert found.predicted is not None
+    assert found.confidence is not None
+    return Predictions(dataset.split(split).labels, found.predicted, found.confidence)
 
 
 def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path) -> RichTable:

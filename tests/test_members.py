@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from made_run import assert_same_tensors
@@ -16,6 +17,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lift_ray import evaluate, train
+from lift_ray.data.open import open_dataset
+from lift_ray.data.reader import RowReader
 from lift_ray.ensembles.ensemble import model_of
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.evaluation.evaluator import evaluate as evaluate_split
@@ -77,6 +80,25 @@ def test_members_are_ordinary_runs_and_their_checkpoint_answers_as_all_of_them(
     assert written["cost"]["train_s"] > 0
     train.main([str(run_file), "method.members={plain: {}, x: {seed: 3}}", "method.weights={}", "--dry-run"])
     assert capsys.readouterr().out.count("# trained parameters") == 2
+
+
+def test_an_ensemble_is_compared_with_its_old_test_on_images_that_are_not_converted(
+    trained: Path, small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = open_dataset(small_data).split("test")
+    with RowReader(split) as reader:
+        images = reader.read(np.arange(split.num_samples))
+    for number, (label, image) in enumerate(zip(split.labels, images, strict=True)):
+        folder = tmp_path / open_dataset(small_data).class_names[label]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(image)
+    evaluate.main([str(trained), "--data", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["members"]) == list(MEMBERS)
+    written = json.loads((trained / "together.json").read_text())
+    for row in found["old_test"]["rows"]:
+        assert row["old"] == written[f"test/{row['metric']}"]
+        assert row["difference"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_member_is_what_its_settings_alone_train(trained: Path, run_file: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lift_ray.data.dataset import Dataset
 from lift_ray.ensembles.ensemble import Ensemble, model_of
 from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, RunFailed, one_line
@@ -35,15 +36,15 @@ class EvaluationRequest:
 
     Args:
         checkpoints: folders or URLs; several form an ensemble.
-        dataset, split: images to evaluate on.
+        dataset, split: images to evaluate on; a dataset by its URI, or an open one.
         taus: strengths of the post-hoc adjustment, one result for each.
         tte: use test-time ensembling even if the run did not.
         combine, weights, with_gla: arguments of `Ensemble.set_combination`.
-        predictions: return the predicted class of each image.
+        predictions: return the predicted class of each image and its probability.
     """
 
     checkpoints: tuple[str, ...]
-    dataset: str
+    dataset: str | Dataset
     split: str
     taus: tuple[float, ...] = (0.0,)
     tte: bool = False
@@ -62,19 +63,24 @@ class Evaluated:
             pseudo-labels in its last epoch.
         rows: one row for each class, for the last tau.
         report: GroupGainTable.result and the costs for an ensemble, otherwise empty.
-        predicted: predicted class of each image of the split with the last tau, (N,), if requested.
+        predicted, confidence: predicted class of each image of the split with the last tau and its probability, (N,), if requested.
     """
 
     figures: list[dict[str, float]]
     rows: list[dict[str, Any]]
     report: dict[str, Any]
     predicted: NDArray[np.int64] | None = None
+    confidence: NDArray[np.float64] | None = None
 
 
-def evaluate_here(request: EvaluationRequest) -> Evaluated:
-    """Evaluate in this process; several models are spread over its GPUs, if any. Raises BadInput."""
+def evaluate_here(request: EvaluationRequest, callback: Callable[[float], None] = lambda fraction: None) -> Evaluated:
+    """Evaluate in this process; several models are spread over its GPUs, if any. Raises BadInput.
+
+    Args:
+        callback: called with the fraction of the images that are counted.
+    """
     ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
-    return _evaluate(request, ranks)
+    return _evaluate(request, ranks, callback)
 
 
 def evaluate_checkpoint(
@@ -92,7 +98,9 @@ def devices(ranks: Ranks) -> list[torch.device]:
     return [ranks.device, *(torch.device("cuda", number) for number in range(1, torch.cuda.device_count()))]
 
 
-def _evaluate(request: EvaluationRequest, ranks: Ranks) -> Evaluated:
+def _evaluate(
+    request: EvaluationRequest, ranks: Ranks, callback: Callable[[float], None] = lambda fraction: None
+) -> Evaluated:
     workspaces = [Workspace(request.dataset, replace(ranks, device=device)) for device in devices(ranks)]
     trained = [
         _trained(where, workspaces[number % len(workspaces) :] + workspaces[: number % len(workspaces)], request.tte)
@@ -103,7 +111,8 @@ def _evaluate(request: EvaluationRequest, ranks: Ranks) -> Evaluated:
     members = list(model.models.values()) if isinstance(model, Ensemble) else [model]
     table = model.gain_table(request.taus[-1]) if isinstance(model, Ensemble) else None
     split = workspaces[0].dataset.split(request.split)
-    found = evaluate(model, split, request.taus, predictions=request.predictions, counters=[table] if table else [])
+    counters = [table] if table else []
+    found = evaluate(model, split, request.taus, predictions=request.predictions, counters=counters, callback=callback)
     per_class, predictions = found.at_tau[-1].per_class, found.at_tau[-1].predictions
     shared: dict[str, float] = {"trained_parameters": model.num_trained}
     if len(members) == 1:
@@ -121,7 +130,7 @@ def _evaluate(request: EvaluationRequest, ranks: Ranks) -> Evaluated:
         }
         rows, report = model.per_class_rows(per_class), model.report(request.split, per_class, table) | {"cost": cost}
     figures = [named(request.split, one.metrics) | shared for one in found.at_tau]
-    return Evaluated(figures, rows, report, predictions[0] if predictions else None)
+    return Evaluated(figures, rows, report, *(predictions or (None, None)))
 
 
 def _trained(

@@ -19,6 +19,7 @@ from lift_ray.epoch_metrics import MAIN_METRIC, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import PUBLISHED, ClassGroups, stored_groups
 from lift_ray.storage.layout import BEST, OUT_OF_FOLD_FILE, PREDICTIONS, PREDICTIONS_FILE, RECORD, SPACE, STUDY, TRIALS
+from lift_ray.storage.output import Output
 
 FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}")
 OUT_OF_FOLD_PATH = f"{BEST}/{OUT_OF_FOLD_FILE}"
@@ -284,6 +285,27 @@ def read_study(folder: Path, shown: str) -> StudyFiles:
         raise BadInput(
             shown, f"unexpected value in study.json or trials.parquet: {one_line(error)}", remedy=COPY_AGAIN
         ) from None
+
+
+def read_winner(out: Output) -> tuple[dict[str, Any], Predictions | None] | None:
+    """Read the test metrics and test predictions of the best settings, without the rest of a study; None if it has no test yet.
+
+    Raises BadInput if a file cannot be read.
+    """
+    with out.fetched(STUDY) as path:
+        about = _json(path, out.shown)
+    compared = [one for one in about.get("compared", ()) if isinstance(one, dict)]
+    labels = [one.get("label") for one in compared]
+    baseline = Choice.of(about.get("choice", {})).baseline
+    wanted = next((label for label in (BEST_FOUND, baseline) if label in labels), None)
+    if wanted is None:
+        return None
+    figures = compared[index := labels.index(wanted)]
+    name = str(_predictions_path(Path(), figures, index))
+    if not out.holds(name):
+        return figures, None
+    with out.fetched(name) as path:
+        return figures, _predictions(path, out.shown)
 
 
 def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], folder: Path, shown: str) -> StudyFiles:

@@ -1,7 +1,7 @@
 """The names of the files in OUT.
 
 A search writes STUDY, SPACE, TRIALS, TRIALS_CSV, BEST_SETTINGS, BEST/, REPORT/, PREDICTIONS/, OUT_OF_FOLD/, CHECKPOINTS/, JOURNAL and
-LOCK; a training run SETTINGS and CHECKPOINTS/. A checkpoint is a folder with RECORD, WEIGHTS, PER_CLASS and, for resuming,
+LOCK; a training run SETTINGS, METRICS and CHECKPOINTS/. A checkpoint is a folder with RECORD, WEIGHTS, PER_CLASS and, for resuming,
 OPTIMIZER and STATE.
 """
 
@@ -17,6 +17,7 @@ OUT_OF_FOLD, OUT_OF_FOLD_FILE = "out_of_fold", "out_of_fold.parquet"  # the file
 JOURNAL, LOCK = "optuna.journal", "driver.lock"
 
 SETTINGS = "run.yaml"
+METRICS = "metrics.jsonl"  # of each epoch of a training run, and at the end of the test split
 TOGETHER = "together.json"
 CHECKPOINTS, FINAL_CHECKPOINT = "checkpoints", "checkpoint"
 

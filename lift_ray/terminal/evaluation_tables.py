@@ -59,6 +59,32 @@ def confused_table(pairs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     return table
 
 
+def intervals_line(intervals: Mapping[str, tuple[float, float]]) -> str:
+    """Describe 95% intervals in one line. `intervals` has (low, high) by accuracy (ACCURACIES)."""
+    words = [
+        f"{heading} {percent(intervals[name][0])} to {percent(intervals[name][1])}"
+        for name, heading in zip(ACCURACIES, HEADINGS, strict=True)
+        if name in intervals
+    ]
+    return f"95% intervals (%): {', '.join(words)}"
+
+
+def compared_table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
+    """Return a table of the accuracy (%) on new images and on the old test split (rows of `reporting.old_test.Comparison`)."""
+    table, by_name = titled(title), {row["metric"]: row for row in rows}
+    table.add_column("")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    there = [by_name.get(name) for name in ACCURACIES]
+    for label, name in (("new images", "new"), ("old test split", "old")):
+        table.add_row(label, *(percent(row[name]) if row else "-" for row in there))
+    table.add_row("new - old", *(f"{100 * row['difference']:+.1f}" if row else "-" for row in there))
+    if any(row and "low" in row for row in there):
+        ends = [f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}" if row else "-" for row in there]
+        table.add_row("95% interval", *ends)
+    return table
+
+
 def _cell(cell: dict[str, float]) -> str:
     return f"{percent(cell['mean'])} -> {percent(cell['together'])} ({100 * cell['gain']:+.1f})"
 

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 
 from lift_ray.epoch_metrics import FIELDS, MAIN, EpochMetrics
 from lift_ray.storage.atomic import replacing
+from lift_ray.storage.layout import METRICS
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import console
 from lift_ray.training.events import (
@@ -26,7 +27,7 @@ from lift_ray.training.events import (
     WorkersLost,
 )
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+TENSORBOARD = "tensorboard"
 STEP_FIGURES = {
     "loss": "training loss",
     "accuracy": "fraction of training images classified correctly",

@@ -7,7 +7,9 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +20,8 @@ from lift_ray.errors import BadInput, first_few
 from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
 
 PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+
+_FOR_TRAINING: ContextVar[bool] = ContextVar("for_training", default=True)
 
 Row = tuple[str, str, str, int]
 """An image: the place that lists it (for messages), its split, path and label."""
@@ -115,8 +119,20 @@ def absolute(url: str) -> str:
     return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))
 
 
+@contextmanager
+def for_evaluation() -> Iterator[None]:
+    """Let sources be listed whose classes have no training image, because a trained model is evaluated on them."""
+    token = _FOR_TRAINING.set(False)
+    try:
+        yield
+    finally:
+        _FOR_TRAINING.reset(token)
+
+
 def check_trained(source: str, class_names: Sequence[str], splits: dict[str, list[tuple[str, int]]]) -> None:
-    """Raise BadInput unless every class has a training image."""
+    """Raise BadInput unless every class has a training image, or the source is listed `for_evaluation`."""
+    if not _FOR_TRAINING.get():
+        return
     found = {label for _, label in splits.get("train", [])}
     if bare := [name for label, name in enumerate(class_names) if label not in found]:
         shown = first_few(list(map(repr, bare)))
