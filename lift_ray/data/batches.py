@@ -27,6 +27,7 @@ from lift_ray.data.augment import (
     five_crops,
     training_images_on,
 )
+from lift_ray.data.bit_depth import WINDOWS, NeedsWindow
 from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels
 from lift_ray.data.longtail import Int64s
@@ -219,12 +220,10 @@ def _batch_on(
 
 def broken_image(split: Split, sample: int, error: Exception) -> BadInput:
     """Return the error for a sample that cannot be decoded."""
-    return BadInput(
-        split.shards[0].url.rsplit("/", 1)[0],
-        f"row {split.rows[sample]} of {split.name} must be a readable image",
-        one_line(error),
-        "convert again with --skip-bad",
-    )
+    where, row = split.shards[0].url.rsplit("/", 1)[0], f"row {split.rows[sample]} of {split.name}"
+    if isinstance(error, NeedsWindow):
+        return BadInput(where, f"{row} must be an 8-bit image", error.seen, f"convert it with --window {WINDOWS}")
+    return BadInput(where, f"{row} must be a readable image", one_line(error), "convert again with --skip-bad")
 
 
 def made_ahead(

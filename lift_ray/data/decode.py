@@ -13,24 +13,31 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchcodec.decoders import decode_jpeg  # type: ignore[attr-defined]
 
+from lift_ray.data.bit_depth import AS_STORED, Rendering
+
 Pixels = NDArray[np.uint8]
 MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 JPEG = b"\xff\xd8\xff"
 
 
-def decode(encoded: bytes, spare: Callable[[int, int], float] | None = None) -> Pixels:
-    """Decode an image to (H, W, 3) uint8, RGB and upright; transparency is dropped.
+def decode(
+    encoded: bytes, spare: Callable[[int, int], float] | None = None, rendering: Rendering = AS_STORED
+) -> Pixels:
+    """Decode an image to (H, W, 3) uint8, RGB and upright.
 
     Args:
         encoded: JPEG, PNG, WebP or any other format that Pillow reads.
         spare: returns, for (width, height), by which factor the image may be smaller. A JPEG is then decoded at 1/2, 1/4
             or 1/8, which saves most of the work; a crop may shift by up to a pixel. None decodes exactly.
+        rendering: page, window for more than 8 bits per channel, and background of transparent pixels. The images of a dataset
+            were rendered when it was converted.
 
     Raises:
-        OSError, ValueError, SyntaxError: the image is broken (Pillow's exceptions); ValueError also above MAX_PIXELS.
+        OSError, ValueError, SyntaxError: the image is broken (Pillow's exceptions); ValueError also above MAX_PIXELS, and for an
+            image that the rendering refuses (NeedsWindow).
     """
     jpeg = encoded.startswith(JPEG)
-    if spare is None and jpeg:
+    if spare is None and jpeg and rendering.page == 1:
         width, height = jpeg_size(encoded)
         check_pixels(width, height)
         # Pillow reads more unusual files, and explains what is wrong with broken ones
@@ -42,7 +49,7 @@ def decode(encoded: bytes, spare: Callable[[int, int], float] | None = None) -> 
         if spare is not None and jpeg:
             factor = max(1.0, spare(*opened.size))
             opened.draft("RGB", (math.ceil(opened.width / factor), math.ceil(opened.height / factor)))
-        return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+        return np.array(ImageOps.exif_transpose(rendering.applied(opened)).convert("RGB"))
 
 
 def decode_on(device: torch.device, encoded: list[bytes]) -> list[torch.Tensor]:

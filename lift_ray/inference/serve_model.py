@@ -11,7 +11,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from ray import serve
 
-from lift_ray.data.augment import evaluation_image, five_crops
 from lift_ray.data.batches import IMAGE_ERRORS
 from lift_ray.data.convert.images import FORMATS
 from lift_ray.errors import one_line
@@ -56,13 +55,12 @@ class ModelReplica:
 
     def _decoded(self, encoded: bytes) -> tuple[int, Any]:
         """Return 200 and the image, (3, H, W) or (5, 3, H, W) uint8; or another status and an error message."""
-        make = five_crops if self._classifier.five_crops else evaluation_image
         try:
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
                 width, height = opened.size
             if width * height > self._max_pixels:
                 return 413, f"image: must have at most {self._max_pixels:,} pixels, but got {width} x {height}"
-            return 200, np.ascontiguousarray(np.moveaxis(make(encoded, self._classifier.size_px), -1, -3))
+            return 200, np.ascontiguousarray(np.moveaxis(self._classifier.image(encoded), -1, -3))
         except Image.DecompressionBombError:
             return 413, f"image: must have at most {self._max_pixels:,} pixels, but got more"
         except UnidentifiedImageError:

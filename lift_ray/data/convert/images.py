@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lift_ray.data.bit_depth import AS_STORED, NeedsWindow, Rendering
+from lift_ray.data.convert.index import encode_png
 from lift_ray.errors import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not all that Pillow reads: EPS would run Ghostscript
@@ -25,21 +27,30 @@ class Encoding:
         short_side_px: shrink larger images to this short side; all become upright RGB JPEGs. None keeps the bytes.
         quality: JPEG quality, 1 to 100.
         max_pixels: images with more pixels are bad; they are not decoded.
+        rendering: page, window and background. An image that they change becomes an upright 8-bit PNG, if not a JPEG.
     """
 
     short_side_px: int | None = None
     quality: int = 90
     max_pixels: int = MAX_PIXELS
+    rendering: Rendering = AS_STORED
 
     def __call__(self, data: bytes) -> bytes:
-        """Return the bytes to store, after one full decode. Raises ValueError with the reason if the image is bad."""
+        """Return the bytes to store, after one full decode.
+
+        Raises ValueError with the reason if the image is bad, or NeedsWindow.
+        """
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > self.max_pixels:
-                    raise ValueError(f"{image.width} x {image.height} pixels, more than {self.max_pixels:,}")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                if opened.width * opened.height > self.max_pixels:
+                    raise ValueError(f"{opened.width} x {opened.height} pixels, more than {self.max_pixels:,}")
+                image = self.rendering.applied(opened)
                 image.load()
-                return data if self.short_side_px is None else self._shrunk(data, image, self.short_side_px)
-        except MemoryError:
+                if self.short_side_px is not None:
+                    return self._shrunk(data, image, self.short_side_px)
+                as_it_is = image is opened and self.rendering.page == 1
+                return data if as_it_is else encode_png(ImageOps.exif_transpose(image))
+        except (MemoryError, NeedsWindow):
             raise
         except UnidentifiedImageError:
             raise ValueError("bytes of no known format" if data else "0 bytes") from None
