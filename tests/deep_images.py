@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,12 +38,14 @@ def tiff(
     extra: int | None = None,
     photometric: int | None = None,
     rows_per_strip: int | None = None,
+    tags: Mapping[int, int] = MappingProxyType({}),
 ) -> bytes:
     """A TIFF of (H, W) or (H, W, C) samples of any type.
 
     Args:
         order: < or >, the byte order.
         extra: meaning of the last channel: 0 unspecified, 1 premultiplied alpha, 2 alpha.
+        tags: further tags, or others.
     """
     height, width, channels = (*samples.shape, 1)[:3]
     bits, kind = 8 * samples.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[samples.dtype.kind]
@@ -53,7 +57,7 @@ def tiff(
         strips = [zlib.compress(strip) for strip in strips]
     offsets = np.cumsum([8, *map(len, strips)]).tolist()
     colors = channels - (extra is not None)
-    tags: dict[int, tuple[str, list[int]]] = {
+    directory: dict[int, tuple[str, list[int]]] = {
         256: ("I", [width]),
         257: ("I", [height]),
         258: ("H", [bits] * channels),
@@ -67,18 +71,19 @@ def tiff(
         339: ("H", [kind] * channels),
     }
     if extra is not None:
-        tags[338] = ("H", [extra])
+        directory[338] = ("H", [extra])
+    directory |= {tag: ("I", [value]) for tag, value in tags.items()}
     directory_at = offsets[-1] + offsets[-1] % 2
-    beyond = directory_at + 2 + 12 * len(tags) + 4
+    beyond = directory_at + 2 + 12 * len(directory) + 4
     entries, further = b"", b""
-    for tag, (form, values) in sorted(tags.items()):
+    for tag, (form, values) in sorted(directory.items()):
         data = struct.pack(f"{order}{len(values)}{form}", *values)
         entries += struct.pack(f"{order}HHI", tag, 3 if form == "H" else 4, len(values))
         entries += data.ljust(4, b"\0") if len(data) <= 4 else struct.pack(f"{order}I", beyond + len(further))
         further += data if len(data) > 4 else b""
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", directory_at)
     body = b"".join(strips).ljust(directory_at - 8, b"\0")
-    return head + body + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + further
+    return head + body + struct.pack(f"{order}H", len(directory)) + entries + bytes(4) + further
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

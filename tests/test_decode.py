@@ -47,7 +47,6 @@ KINDS: dict[str, Callable[[Image.Image], bytes]] = {
     "png": partial(encoded, kind="PNG"),
     "palette": lambda image: encoded(image.convert("P"), "PNG"),
     "gray and alpha": lambda image: encoded(image.convert("LA"), "PNG"),
-    "16 bit": lambda _: encoded(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16), "PNG"),
     "turned png": partial(encoded, kind="PNG", exif=turned(6)),
     "webp": partial(encoded, kind="WEBP", lossless=True),
     "gif": partial(encoded, kind="GIF"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from lift_ray.data.tiff import PHOTOMETRIC, has_deep_samples, tiff_samples
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, one_line
 
 Pixels = NDArray[np.uint8]
 Samples = NDArray[Any]
@@ -248,15 +249,10 @@ class Rendering:
             NeedsWindow: the image has more than 8 bits per channel, and there is no window for it.
             OSError, ValueError, SyntaxError: the image is broken, or it does not have the page.
         """
-        if self.page > 1:
+        with _broken():
             _seek(opened, self.page)
-        image = self._in_eight_bits(opened) if is_deep(opened) else opened
-        if self.background is None or not image.has_transparency_data:
-            return image
-        clear = image.convert("RGBA")
-        made = Image.alpha_composite(Image.new("RGBA", clear.size, (*self.background, 255)), clear).convert("RGB")
-        made.info = {name: value for name, value in image.info.items() if name != "transparency"}
-        return made
+            image = self._in_eight_bits(opened) if is_deep(opened) else opened
+            return image if self.background is None else _composed(image, self.background)
 
     def _in_eight_bits(self, opened: Image.Image) -> Image.Image:
         samples, alpha = deep_samples(opened)
@@ -291,6 +287,27 @@ def parse_color(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def _composed(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Return an image over a color; the image itself if it has no transparency."""
+    if not image.has_transparency_data:
+        return image
+    clear = image.convert("RGBA")
+    made = Image.alpha_composite(Image.new("RGBA", clear.size, (*color, 255)), clear).convert("RGB")
+    made.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return made
+
+
+@contextmanager
+def _broken() -> Iterator[None]:
+    """Raise ValueError for the further types of exceptions that decoders raise for broken files."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"broken image: {one_line(error)}") from None
+
+
 def _explained(window: Window) -> str:
     if window.kind in ("minmax", "percentile"):
         ends = "its smallest and largest value" if window.kind == "minmax" else "its 1st and 99th percentile"
@@ -320,16 +337,21 @@ def range_of(encoded: bytes, page: int, max_pixels: int) -> ValueRange | None:
     with Image.open(io.BytesIO(encoded)) as opened:
         if opened.width * opened.height > max_pixels:
             return None
-        if page > 1:
+        with _broken():
             _seek(opened, page)
-        return value_range(deep_samples(opened)[0]) if is_deep(opened) else None
+            return value_range(deep_samples(opened)[0]) if is_deep(opened) else None
+    return None
 
 
 def _seek(opened: Image.Image, page: int) -> None:
-    pages = getattr(opened, "n_frames", 1) if opened.format in PAGED_FORMATS else 1
-    if page > pages:
-        raise ValueError(f"{pages} page{'s' * (pages > 1)}, so there is no page {page} (--page)")
-    opened.seek(page - 1)
+    if page == 1:
+        return
+    try:
+        if opened.format not in PAGED_FORMATS:
+            raise EOFError
+        opened.seek(page - 1)
+    except EOFError:
+        raise ValueError(f"no page {page} (--page)") from None
 
 
 def is_deep(opened: Image.Image) -> bool:

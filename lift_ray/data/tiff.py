@@ -105,6 +105,8 @@ def _bytes_of_plane(
     """Return the decompressed bytes of a plane, (H, W * pixel_bytes), that Pillow reads as a gray image of 8 bits."""
     tags = opened.tag_v2
     kept: dict[int, Any] = {tag: tags[tag] for tag in KEPT if tag in tags}
+    if len(kept.get(STRIP_OFFSETS, kept.get(TILE_OFFSETS, ()))) < planes * _num_parts(tags):
+        raise OSError("image file is truncated: it has fewer strips than rows require")  # Pillow would show them black
     for tag in (STRIP_OFFSETS, STRIP_BYTES, TILE_OFFSETS, TILE_BYTES):
         if tag in kept:
             part = len(kept[tag]) // planes
@@ -115,6 +117,12 @@ def _bytes_of_plane(
     with TiffImagePlugin.TiffImageFile(io.BytesIO(_with_directory(data, _order(opened), kept))) as flat:
         flat.im = Image.core.new("L", flat.size)  # type: ignore[attr-defined]  # without Pillow's limit, which is for pixels and not for bytes
         return np.asarray(flat)
+
+
+def _num_parts(tags: TiffImagePlugin.ImageFileDirectory_v2) -> int:
+    """Return the number of strips or tiles of a plane."""
+    across = -(-tags[WIDTH] // tags.get(TILE_WIDTH, tags[WIDTH]))
+    return int(across * -(-tags[HEIGHT] // tags.get(TILE_HEIGHT, tags.get(ROWS_PER_STRIP, tags[HEIGHT]))))
 
 
 def _with_directory(data: bytes, order: str, tags: dict[int, Any]) -> bytes:
