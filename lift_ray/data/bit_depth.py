@@ -37,7 +37,11 @@ ORIENTATION = 0x0112
 ROWS_AT_ONCE = 256
 
 
-class NeedsWindow(ValueError):
+class BadImage(ValueError):
+    """An image that cannot be decoded; the message is the reason, on one line."""
+
+
+class NeedsWindow(BadImage):
     """An image has samples that no given window maps to 8 bits.
 
     Args:
@@ -254,6 +258,13 @@ class Rendering:
             image = self._in_eight_bits(opened) if is_deep(opened) else opened
             return image if self.background is None else _composed(image, self.background)
 
+    def value_range(self, opened: Image.Image) -> ValueRange | None:
+        """Return the range of the values of an opened image; None if it has at most 8 bits per channel. Raises what `applied` does."""
+        with _broken():
+            _seek(opened, self.page)
+            return value_range(deep_samples(opened)[0]) if is_deep(opened) else None
+        return None
+
     def _in_eight_bits(self, opened: Image.Image) -> Image.Image:
         samples, alpha = deep_samples(opened)
         if self.window is None:
@@ -299,13 +310,13 @@ def _composed(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
 
 @contextmanager
 def _broken() -> Iterator[None]:
-    """Raise ValueError for the further types of exceptions that decoders raise for broken files."""
+    """Raise BadImage for the further types of exceptions that decoders raise for broken files."""
     try:
         yield
     except (OSError, ValueError, SyntaxError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"broken image: {one_line(error)}") from None
+        raise BadImage(f"broken image: {one_line(error)}") from None
 
 
 def _explained(window: Window) -> str:
@@ -329,20 +340,6 @@ def has_pages(encoded: bytes) -> bool:
         return False
 
 
-def range_of(encoded: bytes, page: int, max_pixels: int) -> ValueRange | None:
-    """Return the range of the values of an image with more than 8 bits per channel; None for other and too large images.
-
-    Raises OSError, ValueError or SyntaxError for a broken image.
-    """
-    with Image.open(io.BytesIO(encoded)) as opened:
-        if opened.width * opened.height > max_pixels:
-            return None
-        with _broken():
-            _seek(opened, page)
-            return value_range(deep_samples(opened)[0]) if is_deep(opened) else None
-    return None
-
-
 def _seek(opened: Image.Image, page: int) -> None:
     if page == 1:
         return
@@ -351,7 +348,7 @@ def _seek(opened: Image.Image, page: int) -> None:
             raise EOFError
         opened.seek(page - 1)
     except EOFError:
-        raise ValueError(f"no page {page} (--page)") from None
+        raise BadImage(f"no page {page} (--page)") from None
 
 
 def is_deep(opened: Image.Image) -> bool:

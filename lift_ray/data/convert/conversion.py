@@ -16,7 +16,7 @@ from typing import Any, Literal
 from filelock import lock_descriptor
 from fsspec.implementations.local import LocalFileSystem
 
-from lift_ray.data.bit_depth import AS_STORED, Rendering, ValueRange, Window, nominal_range, range_of
+from lift_ray.data.bit_depth import AS_STORED, Rendering, ValueRange, Window, nominal_range
 from lift_ray.data.convert.images import Encoding
 from lift_ray.data.convert.index import ImageIndex
 from lift_ray.data.convert.shards import (
@@ -163,8 +163,8 @@ def _with_window(job: Job, references: Sequence[str], workers: int) -> Job:
         return job
 
     def look(reference: str) -> ValueRange | None:
-        with suppress(ValueError, LookupError, SyntaxError, OSError):  # bad images are reported when they are converted
-            return range_of(read_image(job, reference), encoding.rendering.page, encoding.max_pixels)
+        with suppress(ValueError, LookupError, OSError):  # bad images are reported when they are converted
+            return encoding.value_range(read_image(job, reference))
         return None
 
     chosen = references[:: -(-len(references) // LOOKED_AT)]

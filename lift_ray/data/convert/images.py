@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lift_ray.data.bit_depth import AS_STORED, NeedsWindow, Rendering
-from lift_ray.data.convert.index import encode_png
+from lift_ray.data.bit_depth import AS_STORED, NeedsWindow, Rendering, ValueRange
+from lift_ray.data.convert.index import encode_lossless
 from lift_ray.errors import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not all that Pillow reads: EPS would run Ghostscript
@@ -49,13 +50,21 @@ class Encoding:
                 if self.short_side_px is not None:
                     return self._shrunk(data, image, self.short_side_px)
                 as_it_is = image is opened and self.rendering.page == 1
-                return data if as_it_is else encode_png(ImageOps.exif_transpose(image))
+                return data if as_it_is else encode_lossless(ImageOps.exif_transpose(image))
         except (MemoryError, NeedsWindow):
             raise
         except UnidentifiedImageError:
             raise ValueError("bytes of no known format" if data else "0 bytes") from None
         except Exception as error:  # decoders raise many types for broken input
             raise ValueError(one_line(error)) from None
+
+    def value_range(self, data: bytes) -> ValueRange | None:
+        """Return the range of the values of an image with more than 8 bits per channel; None for other, too large and bad images."""
+        # decoders raise many types for broken input, which is reported when the image is converted
+        with suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if opened.width * opened.height <= self.max_pixels:
+                return self.rendering.value_range(opened)
+        return None
 
     def _shrunk(self, data: bytes, image: Image.Image, short_side_px: int) -> bytes:
         scale = short_side_px / min(image.size)

@@ -13,7 +13,8 @@ from PIL import Image
 from lift_ray.errors import BadInput, first_few
 from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
 
-PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+TIFF_MODES = frozenset({"I", "F"})
 
 Row = tuple[str, str, str, int]
 """An image: the place that lists it (for messages), its split, path and label."""
@@ -154,8 +155,11 @@ def read_lines(url: str) -> list[str]:
     return [line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Encode an image as PNG: lossless and deterministic."""
+def encode_lossless(image: Image.Image) -> bytes:
+    """Encode an image as PNG, or as TIFF if PNG has no such samples: lossless and deterministic."""
     encoded = io.BytesIO()
-    (image if image.mode in PNG_MODES else image.convert("RGB")).save(encoded, "PNG")
+    if image.mode in TIFF_MODES:
+        image.save(encoded, "TIFF")
+    else:
+        (image if image.mode in PNG_MODES else image.convert("RGB")).save(encoded, "PNG")
     return encoded.getvalue()
