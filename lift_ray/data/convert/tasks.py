@@ -26,6 +26,8 @@ from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass
 
 FEW_IMAGES = 2000  # below this, starting processes takes longer than it saves
 POLL_S = 0.2
+EIGHT_BIT, NEEDED = "must be an 8-bit image", f"convert with --window {WINDOWS}"
+LOOKED_AT = 64  # images of a shard, for the range of values in a message
 SUSPICIOUS = 100  # this many bad images without a good one mean that the source is gone
 
 
@@ -82,8 +84,10 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
                 yield image.stored, *row
             elif job.skip_bad:
                 bad.append(image)
+            elif image.rule == EIGHT_BIT:
+                raise BadInput(image.place, image.rule, f"{image.got}{_range_of_some(job, task, pool)}", NEEDED)
             else:
-                raise BadInput(image.place, image.rule, image.got, image.remedy or "remove it or pass --skip-bad")
+                raise BadInput(image.place, image.rule, image.got, "remove it or pass --skip-bad")
         if len(bad) == len(task.rows) >= SUSPICIOUS:
             first, got = bad[0], f"{bad[0].got}, like all {len(bad)} images of a shard"
             raise BadInput(first.place, first.rule, got, "check that every machine can access the source")
@@ -212,12 +216,22 @@ def _checked(job: Job, reference: str) -> _Checked | BadInput:
         data = read_image(job, reference)
         return _Checked(job.encoding(data), has_pages(data))
     except NeedsWindow as error:
-        return BadInput(where, "must be an 8-bit image", error.seen, f"convert with --window {WINDOWS}")
+        return BadInput(where, EIGHT_BIT, error.seen, NEEDED)
     except FileNotFoundError:
         reason = "no file"
     except (ValueError, LookupError, OSError) as error:
         reason = one_line(error)
     return BadInput(where, "must be an intact image", reason)
+
+
+def _range_of_some(job: Job, task: ShardTask, pool: ThreadPoolExecutor) -> str:
+    """Return, for a message, the range of the values of some images of a shard that have more than 8 bits; "" if it is one image."""
+    some = pool.map(lambda row: job.encoding.value_range(read_image(job, row[0])), task.rows[:LOOKED_AT])
+    found = [each for each in some if each is not None]
+    if len(found) < 2:
+        return ""
+    low, high = min(each.low for each in found), max(each.high for each in found)
+    return f" ({len(found)} such images have {low:.10g} to {high:.10g})"
 
 
 def read_image(job: Job, reference: str) -> bytes:
