@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from lift_ray.data.deep_samples import Samples, deep_samples, is_deep
-from lift_ray.data.tiff import PHOTOMETRIC
+from lift_ray.data.deep_samples import deep_samples, is_deep
+from lift_ray.data.tiff import PHOTOMETRIC, Samples
 from lift_ray.errors import BadInput, one_line
 
 Pixels = NDArray[np.uint8]
