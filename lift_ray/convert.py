@@ -17,6 +17,7 @@ from lift_ray import cli
 from lift_ray.errors import BadInput, first_few, run_and_exit
 
 if TYPE_CHECKING:
+    from lift_ray.data.bit_depth import Rendering
     from lift_ray.data.convert.conversion import Converted
     from lift_ray.data.convert.index import ImageIndex
     from lift_ray.data.convert.splitting import Division
@@ -70,6 +71,18 @@ class Options:
     max_pixels: Annotated[int, typer.Option(min=1, max=178_956_970, help="Images with more pixels count as bad.")] = (
         178_956_970
     )
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|minmax|percentile|LO,HI",
+            help="Map images with more than 8 bits per channel to 8 bits.  [they are refused]",
+        ),
+    ] = None
+    page: Annotated[int, typer.Option(min=1, help="Page of TIFFs, or frame of animations, with several.")] = 1
+    background: Annotated[
+        str | None,
+        typer.Option(metavar="white|black|#rrggbb", help="Color behind transparent pixels.  [transparency is dropped]"),
+    ] = None
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip images that cannot be decoded.")] = False
     validation_frac: Annotated[
         float | None, typer.Option(help="Fraction of each class for validation; 0 for none.  [0.1, if SRC has none]")
@@ -115,6 +128,13 @@ class Options:
         if self.quality is not None and self.short_side is None:
             raise BadInput("--quality", "requires --short-side", "none (the bytes are kept)", "add --short-side")
         self.division()
+        self.rendering()
+
+    def rendering(self) -> Rendering:
+        """Return the options for bit depth, pages and transparency. Raises BadInput."""
+        from lift_ray.data.bit_depth import Rendering
+
+        return Rendering.parse(self.window, self.page, self.background)
 
     def division(self) -> Division:
         """Return the options for splits. Raises BadInput for options that cannot be combined."""
@@ -367,7 +387,7 @@ def _convert(index: ImageIndex, destination: str, options: Options) -> None:
             index,
             destination,
             division=options.division(),
-            encoding=Encoding(options.short_side, options.quality or 90, options.max_pixels),
+            encoding=Encoding(options.short_side, options.quality or 90, options.max_pixels, options.rendering()),
             rows_per_shard=options.rows_per_shard,
             row_group_rows=options.row_group_rows,
             skip_bad=options.skip_bad,
@@ -423,6 +443,10 @@ def _report(destination: str, converted: Converted, index: ImageIndex, options: 
         print(links_line(index.num_links))
     if index.left_out:
         print(f"left out {counted(index.left_out)}: {join(destination, LEFT_OUT)}")
+    if converted.num_paged:
+        print(f"images with several pages: {converted.num_paged:,}; page {options.page} of each was taken (--page)")
+    if window := converted.rendering.window:
+        print(f"window of images with more than 8 bits per channel: {window}")
     if converted.skipped:
         print(f"{len(converted.skipped)} bad images were skipped: {join(destination, SKIPPED)}")
     print(f"dataset: {destination}")

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from lift_ray.data.bad_image import BadImage, UnknownFormat
 from lift_ray.data.convert.images import Encoding
-from lift_ray.data.decode import READABLE, BadImage, Pixels, UnknownFormat, decode
+from lift_ray.data.decode import READABLE, Pixels, decode
 
 FAULTS = ("crashed", "different", "accepted by convert only")
 

@@ -48,7 +48,7 @@ class Reply:
 def image(checkpoint: Path, data: bytes, folder: Path) -> None:
     """Decode an image as all verbs do. Those that `convert` accepts must be readable everywhere."""
     from lift_ray.data.augment import any_crop, evaluation_image, five_crops, training_image
-    from lift_ray.data.batches import IMAGE_ERRORS
+    from lift_ray.data.bad_image import BadImage
     from lift_ray.data.convert.images import Encoding
 
     draw = np.array([0.5, 0.2, 0.9])
@@ -56,7 +56,7 @@ def image(checkpoint: Path, data: bytes, folder: Path) -> None:
     def is_accepted(read: Callable[[bytes], object]) -> bool:
         try:
             read(data)
-        except IMAGE_ERRORS:
+        except BadImage:
             return False
         return True
 

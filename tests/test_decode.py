@@ -17,16 +17,10 @@ from embedded import jpegs
 from PIL import Image, ImageFile, ImageOps
 
 from lift_ray.data import decode as decoding
+from lift_ray.data.bad_image import BadImage, RequiresExtra, UnknownFormat
 from lift_ray.data.convert.images import Encoding
-from lift_ray.data.decode import (
-    BadImage,
-    JpegHeader,
-    RequiresExtra,
-    UnknownFormat,
-    decode,
-    decode_on,
-    upright,
-)
+from lift_ray.data.decode import decode, decode_on, upright
+from lift_ray.data.jpeg_header import JpegHeader
 
 
 def photos() -> list[bytes]:
@@ -59,7 +53,6 @@ KINDS: dict[str, Callable[[Image.Image], bytes]] = {
     "png": partial(encoded, kind="PNG"),
     "palette": lambda image: encoded(image.convert("P"), "PNG"),
     "gray and alpha": lambda image: encoded(image.convert("LA"), "PNG"),
-    "16 bit": lambda _: encoded(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16), "PNG"),
     "turned png": partial(encoded, kind="PNG", exif=turned(6)),
     "webp": partial(encoded, kind="WEBP", lossless=True),
     "gif": partial(encoded, kind="GIF"),

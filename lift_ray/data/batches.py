@@ -27,8 +27,10 @@ from lift_ray.data.augment import (
     five_crops,
     training_images_on,
 )
+from lift_ray.data.bad_image import BadImage, NeedsWindow, RequiresExtra
+from lift_ray.data.bit_depth import WINDOWS
 from lift_ray.data.dataset import Split
-from lift_ray.data.decode import BadImage, Pixels, RequiresExtra
+from lift_ray.data.decode import Pixels
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.order import READ_AHEAD_SAMPLES, Sampling, rank_slice, steps_per_epoch
 from lift_ray.data.reader import RowReader
@@ -219,13 +221,11 @@ def _batch_on(
 
 def broken_image(split: Split, sample: int, error: BadImage) -> BadInput:
     """Return the error for a sample that cannot be decoded. `convert` decodes with the same code and would refuse it too."""
+    where, row = split.shards[0].url.rsplit("/", 1)[0], f"row {split.rows[sample]} of {split.name}"
+    if isinstance(error, NeedsWindow):
+        return BadInput(where, f"{row} must be an 8-bit image", error.seen, f"convert it with --window {WINDOWS}")
     remedy = "install it" if isinstance(error, RequiresExtra) else "convert again with --skip-bad"
-    return BadInput(
-        split.shards[0].url.rsplit("/", 1)[0],
-        f"row {split.rows[sample]} of {split.name} must be a readable image",
-        one_line(error),
-        remedy,
-    )
+    return BadInput(where, f"{row} must be a readable image", one_line(error), remedy)
 
 
 def made_ahead(

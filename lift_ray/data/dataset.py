@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from lift_ray.data.bit_depth import AS_STORED, Rendering
 from lift_ray.data.longtail import Int64s, keep_first
 from lift_ray.errors import BadInput
 
@@ -144,6 +145,8 @@ class Dataset:
             on both; `separate` if they are a set of their own, for example a published one.
         labelled_counts: labeled training images of each class before any were held out, (K,); they define many, medium and few.
             None for a dataset without a training split.
+        rendering: how the conversion made images with more than 8 bits, several pages or transparency 8-bit RGB; new images
+            must be rendered in the same way.
     """
 
     uri: str
@@ -151,6 +154,7 @@ class Dataset:
     splits: dict[str, Split]
     validation: Literal["drawn", "separate"] = "separate"
     labelled_counts: Int64s | None = None
+    rendering: Rendering = AS_STORED
 
     @property
     def num_classes(self) -> int:

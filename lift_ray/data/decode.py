@@ -16,12 +16,15 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
+from lift_ray.data.bad_image import MAX_PIXELS, BadImage, RequiresExtra, TooManyPixels, UnknownFormat, check_pixels
+from lift_ray.data.bit_depth import AS_STORED, Rendering
+from lift_ray.data.jpeg_header import TURNS, JpegHeader, check_scans, orientation
 from lift_ray.errors import one_line
 
 if TYPE_CHECKING:
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 Spare = Callable[[int, int], float]
 
-MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
-MAX_SCANS = 16  # of a JPEG with MAX_PIXELS; a smaller one may have proportionally more
 MAX_OPEN_READS = 20_000  # Pillow appends the comments of a GIF block by block, in quadratic time
 MAX_READS = 2_000_000
 MAX_OVERLAP = 8  # bytes of a TIFF's strips or tiles, as a multiple of its size
@@ -50,48 +51,12 @@ FORMATS = {
 """The formats, by Pillow's name, and the suffixes of their files. Not all that Pillow reads: EPS would run Ghostscript."""
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-JPEG = b"\xff\xd8\xff"
-START_OF_SCAN, APP1 = 0xDA, 0xE1
-FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-PLAIN_MARKERS = {0xC4, 0xCC, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # with a length, and without meaning for the size
-EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-ORIENTATION, SHORT = 0x0112, 3
-TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # of a value in EXIF
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}
-STRIPS, TILES, TILE_WIDTH, TILE_HEIGHT = (
-    279,
-    325,
-    322,
-    323,
-)  # tags of TIFF: bytes of each strip and tile, side of the tiles
+# tags of TIFF: bytes of each strip and tile, side of the tiles
+STRIPS, TILES, TILE_WIDTH, TILE_HEIGHT = 279, 325, 322, 323
 
 # Pillow warns about large images and broken metadata; the limits here are the only ones, and broken metadata is ignored
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-class BadImage(ValueError):
-    """An image that cannot be decoded; the message is the reason, on one line."""
-
-
-class TooManyPixels(BadImage):
-    """An image above the limit on pixels."""
-
-
-class UnknownFormat(BadImage):
-    """Bytes of no format that is read."""
-
-
-class RequiresExtra(UnknownFormat):
-    """An image of a format whose decoder is not installed."""
 
 
 def _readable() -> tuple[str, ...]:
@@ -108,17 +73,19 @@ def _readable() -> tuple[str, ...]:
 READABLE = _readable()
 
 
-def decode(encoded: bytes, spare: Spare | None = None) -> Pixels:
-    """Decode an image to (H, W, 3) uint8, RGB and upright; transparency is dropped.
+def decode(encoded: bytes, spare: Spare | None = None, rendering: Rendering = AS_STORED) -> Pixels:
+    """Decode an image to (H, W, 3) uint8, RGB and upright.
 
     Args:
         encoded: an image of one of `FORMATS`.
         spare: returns, for (width, height), by which factor the image may be smaller. A JPEG is then decoded at 1/2, 1/4
             or 1/8, which saves most of the work; a crop may shift by up to a pixel. None decodes exactly.
+        rendering: page, window for more than 8 bits per channel, and background of transparent pixels. The images of a dataset
+            were rendered when it was converted.
 
-    Raises BadImage with the reason if the image is broken or above a limit.
+    Raises BadImage with the reason if the image is broken, above a limit, or refused by the rendering (NeedsWindow).
     """
-    if spare is None and (jpeg := JpegHeader.of(encoded)):
+    if spare is None and rendering.page == 1 and (jpeg := JpegHeader.of(encoded)):
         jpeg.check(encoded)
         # Pillow reads more unusual files, and explains what is wrong with broken ones
         with suppress(RuntimeError):
@@ -126,27 +93,28 @@ def decode(encoded: bytes, spare: Spare | None = None) -> Pixels:
 
             image: Pixels = decode_jpeg(jpeg.without_metadata(encoded)).permute(1, 2, 0).numpy()  # type: ignore[union-attr]
             return image if jpeg.orientation == 1 else _turned(image, jpeg.orientation)
-    return np.array(upright(encoded, spare))
+    return np.array(upright(encoded, spare, rendering=rendering))
 
 
-def upright(encoded: bytes, spare: Spare | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def upright(
+    encoded: bytes, spare: Spare | None = None, max_pixels: int = MAX_PIXELS, rendering: Rendering = AS_STORED
+) -> Image.Image:
     """Decode an image with Pillow, RGB and upright by EXIF or XMP; with broken metadata, its pixels as they lie.
 
     Args:
-        spare: as in `decode`.
+        spare, rendering: as in `decode`.
         max_pixels: more pixels are refused.
 
-    Raises BadImage with the reason if the image is broken or above a limit.
+    Raises what `decode` raises.
     """
     with opened(encoded, max_pixels) as image:
         if spare is not None and image.format in ("JPEG", "MPO"):
             turned = orientation(image) >= 5
             factor = max(1.0, spare(*(image.size[::-1] if turned else image.size)))
             image.draft("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-        rgb = _rgb(image)
-        method = TURNS.get(
-            orientation(image)
-        )  # after decoding: metadata may follow the pixels, and Pillow turns a TIFF itself
+        rgb = rendering.applied(image).convert("RGB")
+        # after decoding: metadata may follow the pixels, and Pillow turns a TIFF itself
+        method = TURNS.get(orientation(image))
         return rgb if method is None else rgb.transpose(method)
 
 
@@ -173,20 +141,6 @@ def opened(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image
         raise BadImage(one_line(error)) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Return an opened image as RGB; this decodes it."""
-    return image.convert("RGB")
-
-
-def orientation(image: Image.Image) -> int:
-    """Return the orientation, 1 to 8, that Pillow reads from EXIF or XMP; 1 if there is none or the metadata is broken."""
-    with suppress(Exception):  # Pillow raises many types for broken metadata
-        found = image.getexif().get(ORIENTATION, 1)
-        if found in TURNS:  # also as a fraction
-            return int(found)
-    return 1
-
-
 def decode_on(device: torch.device, encoded: list[bytes]) -> list[torch.Tensor]:
     """Decode images to (3, H, W) uint8 on a device: JPEG there (nvJPEG on a GPU), others on the CPU and copied.
 
@@ -211,94 +165,6 @@ def decode_on(device: torch.device, encoded: list[bytes]) -> list[torch.Tensor]:
     return [images[index] for index in range(len(encoded))]
 
 
-class JpegHeader(NamedTuple):
-    """Header of an ordinary JPEG: one frame, and nothing between its segments.
-
-    Attributes:
-        width, height: size in pixels, before it is turned.
-        metadata: (start, stop) of each segment that may hold EXIF or XMP.
-        scan: position of the first scan.
-        orientation: 1 to 8, as Pillow reads it.
-    """
-
-    width: int
-    height: int
-    metadata: list[tuple[int, int]]
-    scan: int
-    orientation: int
-
-    @classmethod
-    def of(cls, encoded: bytes) -> JpegHeader | None:
-        """Return the header; None for another format, and for unusual headers, which readers may understand differently."""
-        if not encoded.startswith(JPEG):
-            return None
-        at, last, size, metadata = 2, len(encoded) - 4, None, []
-        while at <= last and encoded[at] == 0xFF:
-            marker = encoded[at + 1]
-            if marker == 0xFF:  # a fill byte
-                at += 1
-                continue
-            if marker == START_OF_SCAN:
-                return (
-                    cls(*size, metadata, at, _jpeg_orientation(encoded, metadata) if metadata else 1) if size else None
-                )
-            stop = at + 2 + (encoded[at + 2] << 8) + encoded[at + 3]
-            if marker in FRAMES and size is None:
-                size = int.from_bytes(encoded[at + 7 : at + 9]), int.from_bytes(encoded[at + 5 : at + 7])
-            elif marker == APP1:
-                metadata.append((at, stop))
-            elif marker not in PLAIN_MARKERS:
-                return None
-            at = stop
-        return None
-
-    def check(self, encoded: bytes) -> None:
-        """Raise BadImage for an image that would take gigabytes or minutes to decode."""
-        check_pixels(self.width, self.height)
-        _check_scans(encoded, self.width * self.height, self.scan)
-
-    def without_metadata(self, encoded: bytes) -> bytes:
-        """Return the JPEG without EXIF and XMP, by which a decoder might turn it where Pillow would not."""
-        starts, stops = [0, *(stop for _, stop in self.metadata)], [*(start for start, _ in self.metadata), None]
-        return b"".join(encoded[a:b] for a, b in zip(starts, stops, strict=True)) if self.metadata else encoded
-
-
-def _jpeg_orientation(encoded: bytes, metadata: list[tuple[int, int]]) -> int:
-    """Return the orientation that Pillow reads from the segments of metadata of a JPEG."""
-    contents = [encoded[start + 4 : stop] for start, stop in metadata]
-    exif = [content for content in contents if content.startswith(EXIF)]
-    if len(exif) == 1 and (found := _plain_orientation(exif[0])):
-        return found
-    image = Image.Image()
-    if exif:
-        image.info["exif"] = EXIF + b"".join(content[len(EXIF) :] for content in exif)
-    for content in contents:
-        if content.startswith(XMP):
-            image.info["xmp"] = content.split(b"\0", 1)[1]
-    return orientation(image) if image.info else 1
-
-
-def _plain_orientation(exif: bytes) -> int | None:
-    """Return the orientation from EXIF as cameras write it, 50 times faster than Pillow; None if Pillow is to read it."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[6:10])
-    with suppress(struct.error):
-        if order:
-            (start,) = struct.unpack_from(f"{order}L", exif, 10)
-            (entries,) = struct.unpack_from(f"{order}H", exif, 6 + start)
-            for number in range(entries):
-                tag, kind, count, value = struct.unpack_from(f"{order}HHLH", exif, 8 + start + 12 * number)
-                if tag == ORIENTATION:
-                    return value if kind == SHORT and count == 1 and 1 <= value <= 8 else None
-                # Pillow stops at an entry whose value is outside
-                size, (at,) = (
-                    TYPE_BYTES.get(kind, 0) * count,
-                    struct.unpack_from(f"{order}L", exif, 16 + start + 12 * number),
-                )
-                if tag > ORIENTATION or (size > 4 and 6 + at + size > len(exif)):
-                    return None
-    return None
-
-
 def _turned(image: Pixels, orientation: int) -> Pixels:
     """Return an image turned upright, as Pillow's `exif_transpose` does."""
     pixels = image.view("V3")[..., 0]  # copied whole, not byte by byte, which takes a quarter of the time
@@ -311,29 +177,16 @@ def _turned(image: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels).view(np.uint8).reshape(*pixels.shape, 3)
 
 
-def check_pixels(width: int, height: int, most: int = MAX_PIXELS) -> None:
-    """Raise TooManyPixels for an image that would take gigabytes to decode."""
-    if width * height > most:
-        raise TooManyPixels(f"{width} x {height} pixels, more than {most:,}")
-
-
 def _check_work(image: Image.Image, encoded: bytes) -> None:
     """Raise BadImage for a small file that would keep a decoder busy for long, or take memory that its size does not show."""
     if image.format in ("JPEG", "MPO"):
-        _check_scans(encoded, image.width * image.height)
+        check_scans(encoded, image.width * image.height)
     tags: Any = getattr(image, "tag_v2", {})
     if sum(min(part, len(encoded)) for tag in (STRIPS, TILES) for part in tags.get(tag, ())) > MAX_OVERLAP * len(
         encoded
     ):
         raise BadImage("the strips of the TIFF hold more bytes than the file")
     check_pixels(tags.get(TILE_WIDTH, 0), tags.get(TILE_HEIGHT, 0))
-
-
-def _check_scans(encoded: bytes, pixels: int, start: int = 0) -> None:
-    """Raise BadImage if the scans of a JPEG pass over too many pixels."""
-    scans = encoded.count(bytes([0xFF, START_OF_SCAN]), start)
-    if scans * pixels > MAX_SCANS * MAX_PIXELS:
-        raise BadImage(f"{scans:,} scans of {pixels:,} pixels, more than {MAX_SCANS} of {MAX_PIXELS:,}")
 
 
 def _unknown(encoded: bytes) -> BadImage:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lift_ray.data.bit_depth import AS_STORED, Rendering
 from lift_ray.data.cache import load_index, shard_limit_bytes, store_index
 from lift_ray.data.dataset import Dataset, Shard, Split
 from lift_ray.data.footers import Content, read_content
@@ -112,7 +113,12 @@ def _open_folder(uri: str, url: str, patience_s: float) -> Dataset:
     splits = {name: _split(name, listing, contents, manifest) for name in listing.shards}
     class_names = next(iter(contents.values())).class_names
     dataset = Dataset(
-        uri, class_names, splits, manifest.validation, _labelled_counts(splits, len(class_names), manifest)
+        uri,
+        class_names,
+        splits,
+        manifest.validation,
+        _labelled_counts(splits, len(class_names), manifest),
+        manifest.rendering,
     )
     if listing.manifest:
         _check_manifest(dataset, manifest)
@@ -168,8 +174,13 @@ def _to_arrays(dataset: Dataset) -> dict[str, Any]:
         name: {"image_column": split.image_column, "shards": [asdict(shard) for shard in split.shards]}
         for name, split in dataset.splits.items()
     }
-    text = json.dumps({"class_names": dataset.class_names, "splits": splits, "validation": dataset.validation})
-    arrays: dict[str, Any] = {"about": np.frombuffer(text.encode(), np.uint8)}
+    about = {
+        "class_names": dataset.class_names,
+        "splits": splits,
+        "validation": dataset.validation,
+        "rendering": dataset.rendering.to_dict(),
+    }
+    arrays: dict[str, Any] = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
     if dataset.labelled_counts is not None:
         arrays["labelled_counts"] = dataset.labelled_counts
     for name, split in dataset.splits.items():
@@ -197,7 +208,14 @@ def _from_arrays(uri: str, arrays: dict[str, Any]) -> Dataset:
         labels = arrays[f"labels_{name}"].astype(np.int64)
         rows = np.arange(len(labels), dtype=np.int64)
         splits[name] = Split(name, shards, labels, rows, about_split["image_column"], arrays.get(f"groups_{name}"))
-    return Dataset(uri, tuple(about["class_names"]), splits, about["validation"], arrays.get("labelled_counts"))
+    return Dataset(
+        uri,
+        tuple(about["class_names"]),
+        splits,
+        about["validation"],
+        arrays.get("labelled_counts"),
+        Rendering.of(about.get("rendering", {})),
+    )
 
 
 @dataclass(frozen=True)
@@ -219,6 +237,7 @@ class _Manifest:
         shards: shards by name; empty if it does not list them.
         validation, labelled_counts: as in Dataset, if it says so.
         has_groups: the shards have a column `group`. A column of that name in a dataset of others means something else.
+        rendering: as in Dataset.
     """
 
     class_names: tuple[str, ...] = ()
@@ -227,6 +246,7 @@ class _Manifest:
     validation: Literal["drawn", "separate"] = "separate"
     labelled_counts: tuple[int, ...] | None = None
     has_groups: bool = False
+    rendering: Rendering = AS_STORED
 
 
 def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
@@ -252,6 +272,7 @@ def _read_manifest(listing: Listing, patience_s: float) -> _Manifest:
             "drawn" if manifest.get("validation") == "drawn" else "separate",
             None if counts is None else tuple(map(int, counts)),
             bool(manifest.get("groups")),
+            Rendering.of(manifest.get("rendering", {})),
         )
     raise AssertionError("unreachable")
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lift_ray.data.augment import centre_crop, corners_and_centre
+from lift_ray.data.bad_image import BadImage
 from lift_ray.data.batches import broken_image, made_ahead
 from lift_ray.data.dataset import Split
-from lift_ray.data.decode import BadImage, Pixels, decode
+from lift_ray.data.decode import Pixels, decode
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.order import READ_AHEAD_SAMPLES, rank_slice
 from lift_ray.data.reader import RowReader

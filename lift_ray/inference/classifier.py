@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lift_ray.data.augment import evaluation_image, five_crops
+from lift_ray.data.bit_depth import Rendering
 from lift_ray.data.dataset import Dataset
+from lift_ray.data.decode import Pixels
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.accumulator import shift_of
 from lift_ray.evaluation.cpu_parallel import batch_size
@@ -56,6 +59,8 @@ class Classifier:
 
     def __init__(self, folder: Path, ranks: Ranks, posthoc_tau: float | None = None) -> None:
         self.record, self.ranks = single_record(folder), ranks
+        self.rendering = Rendering.of(self.record.rendering)
+        """How images with more than 8 bits, several pages or transparency become 8-bit RGB, as in training."""
         here: dict[str, Any] = {"backbone.precision": "fp32"} if ranks.device.type == "cpu" else {}
         if posthoc_tau is not None:
             here["evaluation.posthoc_tau"] = posthoc_tau
@@ -91,6 +96,10 @@ class Classifier:
     def batch_size(self) -> int:
         """Number of images to classify at a time."""
         return batch_size(self.ranks.device, self.backbone.tower, self.five_crops, BATCH)
+
+    def image(self, encoded: bytes) -> Pixels:
+        """Decode an image as an evaluation does: (H, W, 3) or, for five crops, (5, H, W, 3) uint8. Raises what `decode` raises."""
+        return (five_crops if self.five_crops else evaluation_image)(encoded, self.size_px, self.rendering)
 
     def logits(self, images: Tensor) -> Tensor:
         """Return adjusted logits (B, K) in fp32 on the device, for images (B, 3, H, W) or (B, 5, 3, H, W) in uint8."""

@@ -59,6 +59,7 @@ def model_card(classifier: Classifier, exported: Sequence[Exported], metrics: Ma
         license=licence(config["backbone"]["model"], config["backbone"]["pretrained"]),
         exported=exported,
         size_px=classifier.size_px,
+        rendering=classifier.rendering.sentences(),
         short_px=round(classifier.size_px * 8 / 7),
         counts=counts,
         groups=record.groups.names,

@@ -19,9 +19,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
-from lift_ray.data.augment import evaluation_image, five_crops
+from lift_ray.data.bad_image import BadImage
 from lift_ray.data.batches import made_ahead
-from lift_ray.data.decode import BadImage
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.calibration import Calibration, calibrated
@@ -121,13 +120,13 @@ class Predictor:
 
     def _decoded(self, reader: ImageReader, start: int, stop: int) -> tuple[torch.Tensor, list[str | None]]:
         """Return the readable images of [start, stop), (b, 3, H, W) or (b, 5, 3, H, W) uint8, and an error or None for each image."""
-        size_px, decode = self._classifier.size_px, five_crops if self._classifier.five_crops else evaluation_image
+        size_px = self._classifier.size_px
         shape = (5, 3, size_px, size_px) if self._classifier.five_crops else (3, size_px, size_px)
         images, good = np.empty((stop - start, *shape), np.uint8), 0
         errors: list[str | None] = []
         for encoded in reader.read(start, stop):
             try:
-                images[good] = np.moveaxis(decode(encoded or b"", size_px), -1, -3)
+                images[good] = np.moveaxis(self._classifier.image(encoded or b""), -1, -3)
                 good += 1
                 errors.append(None)
             except BadImage as error:

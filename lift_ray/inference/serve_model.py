@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from ray import serve
 
-from lift_ray.data.augment import evaluation_image, five_crops
-from lift_ray.data.decode import READABLE, BadImage, TooManyPixels, UnknownFormat, opened
+from lift_ray.data.bad_image import BadImage, TooManyPixels, UnknownFormat
+from lift_ray.data.decode import READABLE, opened
 from lift_ray.inference.calibration import Calibration, calibrated
 from lift_ray.inference.classifier import Classifier
 from lift_ray.inference.serve_http import HttpFront, Options
@@ -52,13 +52,12 @@ class ModelReplica:
 
     def _decoded(self, encoded: bytes) -> tuple[int, Any]:
         """Return 200 and the image, (3, H, W) or (5, 3, H, W) uint8; or another status and an error message."""
-        make = five_crops if self._classifier.five_crops else evaluation_image
         try:
             with opened(encoded) as image:
                 width, height = image.size
             if width * height > self._max_pixels:
                 return 413, f"image: must have at most {self._max_pixels:,} pixels, but got {width} x {height}"
-            return 200, np.ascontiguousarray(np.moveaxis(make(encoded, self._classifier.size_px), -1, -3))
+            return 200, np.ascontiguousarray(np.moveaxis(self._classifier.image(encoded), -1, -3))
         except TooManyPixels:
             return 413, f"image: must have at most {self._max_pixels:,} pixels, but got more"
         except UnknownFormat as error:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from lift_ray.data.decode import BadImage, upright
+from lift_ray.data.bad_image import BadImage
+from lift_ray.data.decode import upright
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, one_line

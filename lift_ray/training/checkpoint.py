@@ -49,6 +49,7 @@ class Record:
         labelled_counts: (K,), labeled images of each class before any were held out, which define many, medium and few; None in
             checkpoints of earlier versions.
         train_on: splits that the training images come from, as in a run file.
+        rendering: how new images become 8-bit RGB (`Rendering.to_dict`); empty in checkpoints of earlier versions.
         epoch: number of finished epochs, evaluation included.
         step: number of finished steps since the start of the run, including those of an unfinished epoch.
         metrics: validation metrics of the last finished epoch, by `validation/name`.
@@ -70,6 +71,7 @@ class Record:
     scaler: dict[str, Any] = field(default_factory=dict)
     labelled_counts: list[int] | None = None
     train_on: str = "train"
+    rendering: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     lift_ray_version: str = lift_ray.__version__
 
@@ -97,6 +99,7 @@ def record_of(
         class_counts=class_counts.tolist(),
         labelled_counts=labelled_counts(dataset).tolist(),
         train_on=dataset.train_on,
+        rendering=dataset.rendering.to_dict(),
         epoch=epoch,
         metrics=named("validation", {name: last[name] for name in last if name not in POSTHOC}),
         history=[metrics.flat() for metrics in history],

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lift_ray.data.convert.index import ImageIndex, absolute, distinct, encode_png
+from lift_ray.data.convert.index import ImageIndex, absolute, distinct, encode_lossless
 from lift_ray.data.longtail import Int64s
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, retried
@@ -40,7 +40,7 @@ class CifarImages:
         """Return the image as PNG."""
         file, row = reference.split("/")
         pixels = self.load()[file]["data"][int(row)].reshape(3, 32, 32)
-        return encode_png(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))))
+        return encode_lossless(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))))
 
     def load(self) -> dict[str, dict[str, Any]]:
         """Return the content of every file by name. Raises BadInput for a file that is not the published one."""

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from filelock import lock_descriptor
 from fsspec.implementations.local import LocalFileSystem
 
+from lift_ray.data.bit_depth import AS_STORED, Rendering, ValueRange, Window, nominal_range
 from lift_ray.data.convert.images import Encoding
 from lift_ray.data.convert.index import ImageIndex, valid_text
 from lift_ray.data.convert.shards import (
@@ -29,13 +31,14 @@ from lift_ray.data.convert.shards import (
     write_file,
 )
 from lift_ray.data.convert.splitting import Divided, Division, divide
-from lift_ray.data.convert.tasks import Job, RunTasks, ShardTask, in_memory, record_name, run_here
+from lift_ray.data.convert.tasks import Job, RunTasks, ShardTask, in_memory, read_image, record_name, run_here
 from lift_ray.data.layout import MANIFEST, SPLITS, shard_names
 from lift_ray.data.open import FORMAT_VERSION
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import join, locate, reached
 
 SKIPPED, LEFT_OUT = "skipped.txt", "left_out.txt"
+LOOKED_AT = 256  # images that `--window auto` looks at
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Converted:
         validation: `drawn` from the training images, `separate`, or None without a validation split.
         labelled_counts: labeled training images of each class before any were held out, (K,).
         has_groups: no group of images is in two splits.
+        rendering: how images with more than 8 bits, several pages or transparency were made 8-bit RGB.
     """
 
     splits: dict[str, SplitRecord]
@@ -57,6 +61,12 @@ class Converted:
     validation: Literal["drawn", "separate"] | None
     labelled_counts: tuple[int, ...]
     has_groups: bool
+    rendering: Rendering = AS_STORED
+
+    @property
+    def num_paged(self) -> int:
+        """Number of images whose source has several pages."""
+        return sum(shard.num_paged for record in self.splits.values() for shard in record.shards)
 
     @property
     def unseen(self) -> tuple[int, ...]:
@@ -127,6 +137,7 @@ def convert(
         progress(done, total)
 
     _check_outside(index.source, destination)
+    job = _with_window(job, [row[0] for rows in splits.values() for row in rows], workers or os.cpu_count() or 1)
     with _claimed(destination):
         records = _begin(job, tasks, _digest(job, tasks, divided), overwrite)
         missing = [task for task in tasks if record_name(task) not in records]
@@ -141,6 +152,29 @@ def convert(
             raise
         _write_list(destination, LEFT_OUT, [f"{name}: {reason}" for name, reason in index.left_out])
         return _finish(job, divided, [*records.values(), *new])
+
+
+def _with_window(job: Job, references: Sequence[str], workers: int) -> Job:
+    """Return the job with the range of `--window auto`: one for all images, found from some of them, evenly spread.
+
+    Raises BadInput if one range cannot hold their values, or the source fails.
+    """
+    encoding = job.encoding
+    if encoding.rendering.window is None or not encoding.rendering.window.is_open:
+        return job
+
+    def look(reference: str) -> ValueRange | None:
+        with suppress(ValueError, LookupError, OSError):  # bad images are reported when they are converted
+            return encoding.value_range(read_image(job, reference))
+        return None
+
+    chosen = references[:: -(-len(references) // LOOKED_AT)]
+    with ThreadPoolExecutor(workers) as pool:
+        found = nominal_range(each for each in pool.map(look, chosen) if each is not None)
+    if found is None:
+        return job
+    rendering = replace(encoding.rendering, window=Window("auto", *found))
+    return replace(job, encoding=replace(encoding, rendering=rendering))
 
 
 def _check_outside(source: str, destination: str) -> None:
@@ -259,7 +293,13 @@ def _finish(job: Job, divided: Divided, shards: Sequence[ShardRecord]) -> Conver
     drawn: Literal["drawn", "separate"] = "drawn" if "validation" in divided.from_training else "separate"
     validation = drawn if "validation" in records else None
     converted = Converted(
-        records, job.class_names, skipped, validation, tuple(map(sum, zip(*labelled, strict=True))), job.has_groups
+        records,
+        job.class_names,
+        skipped,
+        validation,
+        tuple(map(sum, zip(*labelled, strict=True))),
+        job.has_groups,
+        job.encoding.rendering,
     )
     publish(job.destination, job.class_names, records, _about(converted))
     return converted
@@ -270,6 +310,8 @@ def _about(converted: Converted) -> dict[str, object]:
     about: dict[str, object] = {"labelled_counts": converted.labelled_counts}
     if converted.validation:
         about["validation"] = converted.validation
+    if rendering := converted.rendering.to_dict():
+        about["rendering"] = rendering
     return about | ({"groups": True} if converted.has_groups else {})
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from dataclasses import dataclass
 
 from PIL import Image
 
-from lift_ray.data.decode import MAX_PIXELS, opened, orientation, upright
+from lift_ray.data.bad_image import MAX_PIXELS, BadImage
+from lift_ray.data.bit_depth import AS_STORED, Rendering, ValueRange
+from lift_ray.data.convert.index import encode_lossless
+from lift_ray.data.decode import opened, upright
+from lift_ray.data.jpeg_header import orientation
 
 
 @dataclass(frozen=True)
@@ -18,20 +23,37 @@ class Encoding:
         short_side_px: shrink larger images to this short side; all become upright RGB JPEGs. None keeps the bytes.
         quality: JPEG quality, 1 to 100.
         max_pixels: images with more pixels are bad; they are not decoded.
+        rendering: page, window and background. An image that they change becomes an upright 8-bit PNG, if not a JPEG.
     """
 
     short_side_px: int | None = None
     quality: int = 90
     max_pixels: int = MAX_PIXELS
+    rendering: Rendering = AS_STORED
 
     def __call__(self, data: bytes) -> bytes:
         """Return the bytes to store, after one full decode. Raises BadImage with the reason, as training would later."""
-        image = upright(data, max_pixels=self.max_pixels)
-        return data if self.short_side_px is None else self._shrunk(data, image, self.short_side_px)
+        image = upright(data, max_pixels=self.max_pixels, rendering=self.rendering)
+        if self.short_side_px is not None:
+            return self._shrunk(data, image, self.short_side_px)
+        return encode_lossless(image) if self._is_changed(data) else data
+
+    def _is_changed(self, data: bytes) -> bool:
+        """Return True if the rendering changes an image. Without one, deep images are refused and others stay as they are."""
+        if self.rendering == AS_STORED:
+            return False
+        with opened(data, self.max_pixels) as image:
+            return self.rendering.changes(image)
+
+    def value_range(self, data: bytes) -> ValueRange | None:
+        """Return the range of the values of an image with more than 8 bits per channel; None for other, too large and bad images."""
+        with suppress(BadImage), opened(data, self.max_pixels) as image:  # reported when it is converted
+            return self.rendering.value_range(image)
+        return None
 
     def _shrunk(self, data: bytes, image: Image.Image, short_side_px: int) -> bytes:
         scale = short_side_px / min(image.size)
-        if scale >= 1 and _is_plain_jpeg(data):
+        if scale >= 1 and not self._is_changed(data) and _is_plain_jpeg(data):
             return data  # encoding it again would only lose quality
         if scale < 1:
             width, height = (max(1, round(scale * side)) for side in image.size)

@@ -19,7 +19,8 @@ from lift_ray.data.walk import LeftOut
 from lift_ray.errors import BadInput, first_few
 from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
 
-PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+TIFF_MODES = frozenset({"I", "F"})
 
 _FOR_TRAINING: ContextVar[bool] = ContextVar("for_training", default=True)
 
@@ -234,8 +235,11 @@ def read_lines(url: str) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Encode an image as PNG: lossless and deterministic."""
+def encode_lossless(image: Image.Image) -> bytes:
+    """Encode an image as PNG, or as TIFF if PNG has no such samples: lossless and deterministic."""
     encoded = io.BytesIO()
-    (image if image.mode in PNG_MODES else image.convert("RGB")).save(encoded, "PNG")
+    if image.mode in TIFF_MODES:
+        image.save(encoded, "TIFF")
+    else:
+        (image if image.mode in PNG_MODES else image.convert("RGB")).save(encoded, "PNG")
     return encoded.getvalue()

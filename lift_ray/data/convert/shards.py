@@ -41,6 +41,7 @@ class ShardRecord:
         rows, bytes, sha256: rows, size and checksum of the file.
         class_counts: number of images of each class, (K,).
         skipped: one line for each skipped image.
+        num_paged: number of images whose source has several pages, of which one is stored or used.
     """
 
     split: str
@@ -51,6 +52,7 @@ class ShardRecord:
     sha256: str
     class_counts: tuple[int, ...]
     skipped: tuple[str, ...] = ()
+    num_paged: int = 0
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> ShardRecord:

@@ -16,6 +16,8 @@ from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
+from lift_ray.data.bad_image import NeedsWindow
+from lift_ray.data.bit_depth import WINDOWS, has_pages
 from lift_ray.data.convert.images import Encoding
 from lift_ray.data.convert.index import ReadImage
 from lift_ray.data.convert.shards import PARTIAL, Sample, ShardRecord, write_file, write_shard
@@ -25,6 +27,8 @@ from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass
 
 FEW_IMAGES = 2000  # below this, starting processes takes longer than it saves
 POLL_S = 0.2
+EIGHT_BIT, NEEDED = "must be an 8-bit image", f"convert with --window {WINDOWS}"
+LOOKED_AT = 64  # images of a shard, for the range of values in a message
 SUSPICIOUS = 100  # this many bad images without a good one mean that the source is gone
 
 
@@ -70,14 +74,19 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
     with only bad images also counts as a failing source.
     """
     bad: list[BadInput] = []
+    num_paged = 0
 
     def good(pool: ThreadPoolExecutor) -> Iterator[Sample]:
+        nonlocal num_paged
         for row, image in _in_order(pool, lambda row: _checked(job, row[0]), task.rows, 4 * num_threads):
             step()
-            if isinstance(image, bytes):
-                yield image, *row
+            if isinstance(image, _Checked):
+                num_paged += image.paged
+                yield image.stored, *row
             elif job.skip_bad:
                 bad.append(image)
+            elif image.rule == EIGHT_BIT:
+                raise BadInput(image.place, image.rule, f"{image.got}{_range_of_some(job, task, pool)}", NEEDED)
             else:
                 raise BadInput(image.place, image.rule, image.got, "remove it or pass --skip-bad")
         if len(bad) == len(task.rows) >= SUSPICIOUS:
@@ -94,7 +103,7 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
             row_group_rows=job.row_group_rows,
             has_groups=job.has_groups,
         )
-    record = replace(record, skipped=tuple(map(str, bad)))
+    record = replace(record, skipped=tuple(map(str, bad)), num_paged=num_paged)
     write_file(job.destination, record_name(task), json.dumps(asdict(record)).encode())
     return record
 
@@ -179,11 +188,11 @@ def _run(number: int, task: ShardTask) -> ShardRecord:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Row], bytes | BadInput], rows: Sequence[Row], ahead: int
-) -> Iterator[tuple[Row, bytes | BadInput]]:
+    pool: ThreadPoolExecutor, work: Callable[[Row], _Checked | BadInput], rows: Sequence[Row], ahead: int
+) -> Iterator[tuple[Row, _Checked | BadInput]]:
     """Yield results of `work` in the order of `rows`, with a bounded number of images in memory."""
     rest = iter(rows)
-    window: deque[tuple[Row, Future[bytes | BadInput]]] = deque()
+    window: deque[tuple[Row, Future[_Checked | BadInput]]] = deque()
     for row in islice(rest, ahead):
         window.append((row, pool.submit(work, row)))
     while window:
@@ -193,11 +202,22 @@ def _in_order(
             window.append((following, pool.submit(work, following)))
 
 
-def _checked(job: Job, reference: str) -> bytes | BadInput:
+@dataclass(frozen=True)
+class _Checked:
+    """The bytes to store of an intact image, and whether its source has several pages."""
+
+    stored: bytes
+    paged: bool
+
+
+def _checked(job: Job, reference: str) -> _Checked | BadInput:
     """Return the bytes to store, or the BadInput that says what is wrong with the image."""
     where = join(job.source, reference)
     try:
-        return job.encoding(_read(job, reference, where))
+        data = read_image(job, reference)
+        return _Checked(job.encoding(data), has_pages(data))
+    except NeedsWindow as error:
+        return BadInput(where, EIGHT_BIT, error.seen, NEEDED)
     except FileNotFoundError:
         reason = "no file"
     except (ValueError, LookupError, OSError) as error:
@@ -205,8 +225,19 @@ def _checked(job: Job, reference: str) -> bytes | BadInput:
     return BadInput(where, "must be an intact image", reason)
 
 
-def _read(job: Job, reference: str, where: str) -> bytes:
+def _range_of_some(job: Job, task: ShardTask, pool: ThreadPoolExecutor) -> str:
+    """Return, for a message, the range of the values of some images of a shard that have more than 8 bits; "" if it is one image."""
+    some = pool.map(lambda row: job.encoding.value_range(read_image(job, row[0])), task.rows[:LOOKED_AT])
+    found = [each for each in some if each is not None]
+    if len(found) < 2:
+        return ""
+    low, high = min(each.low for each in found), max(each.high for each in found)
+    return f" ({len(found)} such images have {low:.10g} to {high:.10g})"
+
+
+def read_image(job: Job, reference: str) -> bytes:
     """Return the bytes of an image. Raises BadInput if the source fails, because no image may be skipped for that."""
+    where = join(job.source, reference)
     rule, remedy = "must be readable", "check the source, and start again"
     try:
         return job.read(reference)

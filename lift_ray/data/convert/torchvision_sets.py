@@ -17,7 +17,7 @@ from lift_ray.data.convert.index import (
     absolute,
     check_trained,
     distinct,
-    encode_png,
+    encode_lossless,
     inside,
 )
 from lift_ray.errors import BadInput, did_you_mean, one_line
@@ -42,7 +42,7 @@ class TorchvisionImages:
         split, number = reference.split("/")
         with _ONE_AT_A_TIME:  # otherwise threads that start together would all open it
             dataset = _opened(self.name, self.root, split)
-        return encode_png(dataset[int(number)][0])
+        return encode_lossless(dataset[int(number)][0])
 
 
 def scan_torchvision(name: str, *, root: str, download: bool = False) -> ImageIndex:
