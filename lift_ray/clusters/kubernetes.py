@@ -82,17 +82,15 @@ def _resources(faults: Diagnostics, place: Place, amounts: Data) -> None:
     """Check requests against limits: at most as large, and for devices such as GPUs the same whole number in both."""
     requests, limits = (_amounts(faults, (*place, kind), amounts.get(kind)) for kind in ("requests", "limits"))
     for name, asked in requests.items():
-        here, most = (*place, "requests", name), limits.get(name)
-        shown = f"requests {amounts['requests'][name]}"
-        if _is_device(name) and most is None:
-            faults.add(here, f"{name} must be in limits too (Kubernetes)", f"{shown} and no limit", "add it to limits")
-        elif most is not None and (asked != most if _is_device(name) else asked > most):
-            rule = (
-                f"requests and limits of {name} must be equal"
-                if _is_device(name)
-                else "requests must not exceed limits"
-            )
-            faults.add(here, rule, f"{shown} and limits {amounts['limits'][name]}", "change one")
+        most, same = limits.get(name), _is_device(name)
+        rule, got = "", f"requests {amounts['requests'][name]}"
+        if most is None and same:
+            rule, got, remedy = f"{name} must be in limits too (Kubernetes)", f"{got} and no limit", "add it to limits"
+        elif most is not None and (asked != most if same else asked > most):
+            rule = f"requests and limits of {name} must be equal" if same else "requests must not exceed limits"
+            got, remedy = f"{got} and limits {amounts['limits'][name]}", "change one"
+        if rule:
+            faults.add((*place, "requests", name), rule, got, remedy)
 
 
 def _is_device(name: str) -> bool:
@@ -107,19 +105,19 @@ def _amounts(faults: Diagnostics, place: Place, amounts: Any) -> dict[str, Decim
     found = {}
     for name, amount in amounts.items() if isinstance(amounts, dict) else ():
         try:
-            found[name] = parse_quantity(amount)
+            quantity = parse_quantity(amount)
+            if not quantity.is_finite():
+                raise ValueError(quantity)
         except (ValueError, ArithmeticError):
             faults.add((*place, name), "must be a quantity", f"'{amount}'", 'write it as "8" or 32Gi')
             continue
+        found[name] = quantity
         if not _is_device(name) and name not in OWN_RESOURCES:
             faults.add((*place, name), f"unknown resource '{name}'", remedy=_meant(name))
-        elif found[name] < 0 or (_is_device(name) and found[name] % 1):
-            faults.add(
-                (*place, name),
-                "must be a whole number" if found[name] > 0 else "must be at least 0",
-                amount,
-                "change it",
-            )
+        elif quantity < 0:
+            faults.add((*place, name), "must be at least 0", amount, "change it")
+        elif _is_device(name) and quantity % 1:
+            faults.add((*place, name), "must be a whole number", amount, "change it")
     return found
 
 
