@@ -260,7 +260,7 @@ def described(space: SpaceFile, dataset: str) -> dict[str, Any]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> BadInput | None:
     """Return the error of a search that is resumed with other settings than it started with; None if they agree."""
     before = {RENAMED.get(name, name): value for name, value in before.items()}
-    was, given = ({path: value for path, value in dotted(tree) if _is_fixed(path)} for tree in (before, now))
+    was, given = _fixed(before), _fixed(now)
     changed = [path for path in dict.fromkeys((*was, *given)) if was.get(path) != given.get(path)]
     if not changed:
         return None
@@ -272,6 +272,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> BadInput |
         f"{', '.join(shown)}{more}",
         "restore them, or give another --out",
     )
+
+
+def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a search that a resume may not change, without those of `base` that the space replaces anyway."""
+    searched = {f"base.{name}" for name, param in tree.get("space", {}).items() if not param.get("when")}
+    return {path: value for path, value in dotted(tree) if _is_fixed(path) and path not in searched and value != {}}
 
 
 def _is_fixed(path: str) -> bool:

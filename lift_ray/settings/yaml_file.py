@@ -17,7 +17,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from lift_ray.errors import BadInput, one_line
+from lift_ray.errors import BadInput, first_few, one_line
 from lift_ray.settings.messages import Path_, _one_line, _short, _walk, dotted, explain
 from lift_ray.storage.atomic import replacing
 
@@ -51,6 +51,10 @@ class SettingsFile:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise BadInput(str(path), "must be a YAML file", but="there is none", remedy="check the path") from None
+        except IsADirectoryError:
+            files = sorted(found.name for found in Path(path).glob("*.yaml"))
+            remedy = f"give a file of it: {first_few(files)}" if files else f"give a file; {start}"
+            raise BadInput(str(path), "must be a YAML file", but="it is a folder", remedy=remedy) from None
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(str(path), "must be a readable YAML file", one_line(error), "check the path") from None
         return cls.parse_all(text, str(path), start)
