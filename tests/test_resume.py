@@ -179,14 +179,14 @@ def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Pat
     storage = Mortal()
     searched(space(), storage, tmp_path)
     for other, dataset, shown in (
-        (space(seed=1), "d", "search.seed 0 -> 1"),
-        (space(), "e", 'dataset "d" -> "e"'),
-        (space(epochs=3), "d", "base.optim.epochs 9 -> 3"),
+        (space(seed=1), "d", "search.seed: 0 -> 1"),
+        (space(), "e", 'dataset: "d" -> "e"'),
+        (space(epochs=3), "d", "base.optim.epochs: 9 -> 3"),
         (
             space(scheduler={"kind": "none"}),
             "d",
-            'search.scheduler.kind "asha" -> "none", search.scheduler.grace_epochs 1 -> '
-            "(not set), search.scheduler.reduction_factor 3 -> (not set)",
+            'search.scheduler.kind: "asha" -> "none", search.scheduler.grace_epochs: 1 -> '
+            "(not set), search.scheduler.reduction_factor: 3 -> (not set)",
         ),
     ):
         with pytest.raises(BadInput) as caught:
@@ -198,7 +198,7 @@ def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Pat
     was = {"space": {"optim.lr": {"float": [0, 1]}, "loss.tau": {"float": [0, 1], "when": {"seed": 1}}}}
     before = was | {"base": {"optim": {"lr": 0.1}, "loss": {"tau": 1.0}}}
     assert differences(before, was | {"base": {"loss": {"tau": 1.0}}}) is None, "the space replaces base.optim.lr"
-    assert "base.loss.tau 1.0 -> (not set)" in str(differences(before, was | {"base": {}}))
+    assert "base.loss.tau: 1.0 -> (not set)" in str(differences(before, was | {"base": {}}))
     with pytest.raises(BadInput) as caught:
         Study(space(), "d", storage)
     assert str(caught.value) == (
