@@ -76,6 +76,8 @@ def train(
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 2 --out runs/mine
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 8 --min-workers 4 --out s3://bucket/mine --resume
     """
+    if not dry_run:  # whose output is a run file
+        print(f"reading {run_file} ...", flush=True)  # the imports below take seconds on a slow machine
     from lift_ray.data.folds import training_view
     from lift_ray.data.open import open_dataset
     from lift_ray.settings.methods import check_splits

@@ -89,7 +89,7 @@ def run_file(small_data: str, tmp_path: Path) -> Path:
         ),
         (
             ["optim.data_frac=0.05", "optim.global_batch_size=96"],
-            "optim.global_batch_size: must be at most the 10 training images, but got 96; lower it",
+            "optim.global_batch_size: must be at most the 8 training images, but got 96; lower it",
         ),
         (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
         (
