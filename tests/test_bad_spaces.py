@@ -328,6 +328,14 @@ def test_a_value_of_base_that_only_some_trials_replace_is_accepted(tmp_path: Pat
     path = tmp_path / "space.yaml"
     path.write_text(KIND + "base: {tuner: {bottleneck: 2}}\n")
     assert read_space(path).base == {"tuner": {"bottleneck": 2}}
+    always = HEAD + "space:\n  tuner.kind: {choices: [lora, linear_probe]}\n"
+    path.write_text(always + "base: {tuner: {kind: lora, bottleneck: 2}}\n")
+    space = read_space(path)
+    used = [space.config({"tuner.kind": kind}).tuner for kind in ("lora", "linear_probe")]
+    assert [getattr(tuner, "bottleneck", None) for tuner in used] == [2, None], "the kind says whose bottleneck it is"
+    path.write_text(always + "base: {tuner: {kind: lora}}\n")
+    with pytest.raises(BadInput, match=r"base.tuner.kind: has no effect, because the space searches it"):
+        read_space(path)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from pydantic_core import ErrorDetails
 from lift_ray.epoch_metrics import MAIN_METRIC, METRICS, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.registry import SAMPLERS, imported
-from lift_ray.settings.base import dotted
 from lift_ray.settings.messages import Path_, explain, fault, setting_types
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
@@ -25,6 +24,7 @@ from lift_ray.settings.space import (
     is_active,
     listed,
     parents_first,
+    replaced,
     seeded_draws,
 )
 from lift_ray.settings.yaml_file import SettingsFile
@@ -150,8 +150,7 @@ def _overridden_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]
             "has no effect, because the space searches it",
             remedy="remove one of them",
         )
-        for name, _ in dotted(space.base)
-        if name in always
+        for name in sorted(replaced(space.base, always))
     ]
 
 
