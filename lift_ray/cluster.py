@@ -57,14 +57,13 @@ def check(
       python -m lift_ray.cluster check clusters/gcp.yaml --for search_spaces/inat.yaml plan.images_per_s=900
     """
     from lift_ray.clusters.monitoring import check_monitoring, is_monitoring
-    from lift_ray.clusters.read import read_cluster
-    from lift_ray.settings.yaml_file import SettingsFile
+    from lift_ray.clusters.read import read_cluster, read_documents
 
     if settings and space_file is None:
         raise BadInput(
             "command line", "settings require a search space", f"'{settings[0]}' without --for", "add --for SPACE"
         )
-    if not file.endswith(".sh") and is_monitoring((read := SettingsFile.read(file)).data):
+    if not file.endswith(".sh") and is_monitoring((read := read_documents(file)[0]).data):
         if space_file is not None or price:
             raise BadInput(
                 file,

@@ -86,8 +86,13 @@ MOST_NAMES = 60  # in one error message
 
 
 def did_you_mean(value: object, options: Iterable[object]) -> str:
-    """Return a remedy for an unknown name: the closest known name, or else all of them (the closest few if there are very many)."""
+    """Return a remedy for an unknown name: the closest known name, or else all of them (the closest few if there are very many).
+
+    Without known names, the remedy is to remove it.
+    """
     names = [str(option) for option in options]
+    if not names:
+        return "remove it"
     if near := difflib.get_close_matches(str(value), names, n=1):
         return f"did you mean '{near[0]}'?"
     if len(names) > MOST_NAMES:

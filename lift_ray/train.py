@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lift_ray import cli
-from lift_ray.errors import BadInput, run_and_exit
-from lift_ray.storage.layout import SETTINGS, TOGETHER
+from lift_ray.errors import BadInput, RunFailed, run_and_exit
+from lift_ray.storage.layout import CHECKPOINTS, FINAL_CHECKPOINT, SETTINGS, TOGETHER
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -76,11 +76,15 @@ def train(
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 2 --out runs/mine
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 8 --min-workers 4 --out s3://bucket/mine --resume
     """
+    if not dry_run:  # whose output is a run file
+        print(f"reading {run_file} ...", flush=True)  # the imports below take seconds on a slow machine
     from lift_ray.data.folds import training_view
     from lift_ray.data.open import open_dataset
     from lift_ray.settings.methods import check_splits
     from lift_ray.settings.overrides import parse_overrides
     from lift_ray.settings.run_file import read_run
+    from lift_ray.storage.output import Output
+    from lift_ray.tracking.services import check_service
 
     run = read_run(run_file, parse_overrides(settings or []))
     data = training_view(open_dataset(run.dataset), run.train_on)
@@ -94,22 +98,28 @@ def train(
         )
     if "tensorboard" in (log_to or []):
         raise BadInput("--log-to", "must be mlflow or wandb", "tensorboard", "leave it out, every run writes it")
+    for service in log_to or []:
+        check_service(service)
     for one in members.values() or [run]:
         _check_workers(one, workers, least, no_ray)
-        if dry_run:
-            _print_plan(one, data, workers, checkpoint_s)
-    if dry_run:
-        return
+        _check_batch(one, data)
+        _check_precision(one, no_ray)
+    out = out or run.out
     if resume and out is None:
         raise BadInput("--resume", "requires the run to continue", but="--out is missing", remedy="add --out FOLDER")
+    if dry_run:
+        if out and "://" not in out:
+            _check_out(Output(out), run, resume)
+        for one in members.values() or [run]:
+            _print_plan(one, data, workers, checkpoint_s)
+        return
     from lift_ray.ray_runtime.capacity import num_fitting, num_slots
     from lift_ray.ray_runtime.session import connected, dashboard_url
     from lift_ray.settings.search import ScaleConfig
-    from lift_ray.storage.output import Output
     from lift_ray.tracking.services import trackers
     from lift_ray.training.ray_train import Job, Patience, train_alone, train_on_workers
 
-    output = Output(out or run.out or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    output = Output(out or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_out(output, run, resume)
 
     def train_one(one: RunFile, target: Output, need: Need | None = None, others: bool = False) -> Progress:
@@ -177,9 +187,9 @@ def _train_all(
     from lift_ray.reporting.trial_rows import write_json
     from lift_ray.terminal.evaluation_tables import print_found
 
-    _write_settings(run, data.uri, output)
     places = {name: place_of(output, name) for name in members}
-    train_members(places, lambda name, place: train_one(members[name], place), at_once)
+    with _settings_written(run, data.uri, output, *places.values()):
+        train_members(places, lambda name, place: train_one(members[name], place), at_once)
     bind(run.config, places, output)
     split = "test" if "test" in data.splits else "validation"
     question = EvaluationRequest((output.url,), data.uri, split, (run.evaluation.posthoc_tau,))
@@ -194,9 +204,12 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
     """Print the settings as YAML, and the plan as comments below them; the output is a valid run file."""
     from ruamel.yaml import YAML
 
+    from lift_ray.ray_runtime.capacity import gpus_here
     from lift_ray.training.plan import plan
 
     config, lines = plan(run, data, workers, checkpoint_s)
+    if run.backbone.precision != "fp32" and not gpus_here():
+        lines["precision"] = f"{run.backbone.precision} requires a GPU, and this machine has none: run it on a cluster"
     YAML().dump(_as_file(run, data.uri, config), sys.stdout)
     for name, text in lines.items():
         print(f"# {name}: {text}")
@@ -208,6 +221,23 @@ def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
     output.folder.mkdir(parents=True, exist_ok=True)
     dump_yaml(_as_file(run, dataset, run.config), output.folder / SETTINGS)
     output.publish()
+
+
+@contextmanager
+def _settings_written(run: RunFile, dataset: str, *outputs: Output) -> Iterator[None]:
+    """Write run.yaml to the first of the folders, and remove it again if what follows fails before there is a checkpoint.
+
+    A folder with a run.yaml counts as taken, and without a checkpoint there is nothing in it to continue.
+    """
+    output = outputs[0]
+    _write_settings(run, dataset, output)
+    try:
+        yield
+    except BaseException:
+        with suppress(BadInput, RunFailed):  # the first error is the one to report
+            if not any(place.names(CHECKPOINTS) or place.holds(FINAL_CHECKPOINT) for place in outputs):
+                output.remove(SETTINGS)
+        raise
 
 
 def _as_file(run: RunFile, dataset: str, config: RunConfig) -> dict[str, Any]:
@@ -229,12 +259,12 @@ def _begun(
     from lift_ray.tracking.services import followed
     from lift_ray.training.progress import Progress
 
-    _write_settings(run, dataset, output)
-    print(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}", flush=True)
     with (
+        _settings_written(run, dataset, output),
         followed(services, run.name, run.config.to_dict()) as tell,
         MemberProgress(output, run.name) if others else Progress(output) as progress,
     ):
+        print(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}", flush=True)
         progress.listeners.append(tell)
         yield progress
     output.publish()
@@ -261,8 +291,30 @@ def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:
             raise fault
 
 
+def _check_batch(run: RunFile, data: Dataset) -> None:
+    """Raise BadInput if a batch is larger than the training split, because such a run would have no step."""
+    number, size = data.split("train").subset(run.optim.data_frac).num_samples, run.optim.global_batch_size
+    if run.tuner.kind != "zero_shot" and size > number:
+        rule = f"must be at most the {number:,} training images"
+        raise BadInput("optim.global_batch_size", rule, f"{size:,}", "lower it")
+
+
+def _check_precision(run: RunFile, no_ray: bool) -> None:
+    """Raise BadInput if this process would compute in another precision than fp32 without a GPU."""
+    from lift_ray.ray_runtime.capacity import gpus_here
+
+    if no_ray and run.backbone.precision != "fp32" and not gpus_here():
+        raise BadInput(
+            "backbone.precision",
+            f"{run.backbone.precision} requires a GPU",
+            but="this machine has none",
+            remedy="set backbone.precision=fp32, or leave out --no-ray and run on a cluster",
+        )
+
+
 def _check_out(output: Output, run: RunFile, resume: bool) -> None:
     """Refuse to overwrite a run, and to resume a run that has other settings."""
+    from lift_ray.settings.base import changes, dotted
     from lift_ray.settings.run_file import read_run
 
     holds_run = output.holds(SETTINGS)
@@ -284,16 +336,14 @@ def _check_out(output: Output, run: RunFile, resume: bool) -> None:
         )
     with output.fetched(SETTINGS) as path:
         stored = read_run(path)
-    before = {"train_on": stored.train_on, **stored.config.to_dict()}
-    now = {"train_on": run.train_on, **run.config.to_dict()}
-    for section, value in now.items():
-        if before[section] != value:
-            raise BadInput(
-                f"{output.shown}/{SETTINGS} {section}",
-                f"must stay as it was when the run started, {before[section]}",
-                value,
-                "use another --out, or the settings it started with",
-            )
+    was, given = (dict(dotted({"train_on": one.train_on, **one.config.to_dict()})) for one in (stored, run))
+    if changed := changes(was, given):
+        raise BadInput(
+            f"{output.shown}/{SETTINGS}",
+            "the settings must be those the run started with",
+            changed,
+            "restore them, or give another --out",
+        )
 
 
 main = partial(cli.run, "lift_ray.train")

@@ -82,6 +82,8 @@ def tune(
       python -m lift_ray.tune search_spaces/inat.yaml search.trials=24 --dry-run
       python -m lift_ray.tune search_spaces/inat.yaml --out s3://bucket/inat --resume
     """
+    if not dry_run:
+        print(f"reading {space_file} ...", flush=True)  # the imports below take seconds on a slow machine
     from lift_ray.settings.checks import read_space
     from lift_ray.settings.overrides import parse_overrides
 
@@ -313,10 +315,12 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
     print()
     if best.baseline is not None:
         print(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
+    ended = sum(row.has_ended for row in found.rows)
     screen.print(
-        f"{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
+        f"{ended} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
         + (f"{states.count('infeasible')} outside the constraints, " if space.constraints else "")
         + f"{states.count('failed')} failed"
+        + (f"; {len(states) - ended} begun and left out" if ended < len(states) else "")
     )
     if space.search.sampler == "grid":
         screen.print(curve_table(found.rows, list(space.space)))
@@ -360,6 +364,8 @@ def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[
             f"No post-hoc tau is used: the best one, {posthoc.best:g}, improves out-of-fold {measure(choice.metric)} by {gain}, "
             f"but the selection bias is about {bias}"
         )
+    if any(label.endswith(", TTE") for label, _ in found.compared):
+        yield "TTE: test-time ensembling, the mean over five crops of each image; best/ uses it only with evaluation.tte=true"
     if found.final.refit is not None:
         yield f"best/ was trained again on {data.final_images:,} images ({data.train_on.replace('+', ' and ')})"
     if data.unseen:

@@ -14,6 +14,7 @@ from lift_ray import tune
 from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.settings.checks import read_space
 from lift_ray.settings.overrides import parse_overrides
+from lift_ray.settings.run_file import read_run
 
 HEAD = "name: n\ndataset: embedded:caltech101-lt\n"
 LR = HEAD + "space:\n  optim.lr: {float: [0.1, 1]}\n"
@@ -255,7 +256,7 @@ def test_an_impossible_argument_gives_one_exact_line_and_leaves_nothing(
         ),
         (
             "space.loss.tau.itn=[1, 2]",
-            "command line space.loss.tau.itn: must be a mapping, but got [1, 2]; write {key: value}",
+            "command line space.loss.tau.itn: must be a mapping, but got [1, 2]; did you mean 'loss.tau'?",
         ),
         ("space=3", "command line space: must be a mapping, but got 3; write {key: value}"),
     ],
@@ -266,6 +267,112 @@ def test_a_wrong_value_for_a_searched_setting_gives_a_one_line_error(word: str, 
     with pytest.raises(BadInput) as caught:
         read_space(path, parse_overrides([word, "start=[]"]))
     assert str(caught.value).splitlines()[0] == message
+
+
+ALL_KEYS = "base, baselines, constraints, dataset, name, objectives, out, plan, scale, search, space, test"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.momentum=0.1", "command line optim.momentum: unknown key 'optim'; did you mean 'base.optim.momentum'?"),
+        (
+            "optim.lr.float=[1, 2]",
+            "command line optim.lr.float: unknown key 'optim'; did you mean 'space.optim.lr.float'?",
+        ),
+        ("tuner={kind: lora}", "command line tuner: unknown key 'tuner'; did you mean 'base.tuner'?"),
+        ("epochs=5", "command line epochs: unknown key 'epochs'; did you mean 'base.optim.epochs'?"),
+        ("trials=5", "command line trials: unknown key 'trials'; did you mean 'search.trials'?"),
+        ("kind=lora", f"command line kind: unknown key 'kind'; known: {ALL_KEYS}"),
+        ("nothing=5", f"command line nothing: unknown key 'nothing'; known: {ALL_KEYS}"),
+        (
+            "space.loss.tau=[0, 2]",
+            "command line space.loss.tau: must be a mapping, but got [0, 2]; write {float: [0, 2]}",
+        ),
+        (
+            "space.tuner.bottleneck=[2, 32]",
+            "command line space.tuner.bottleneck: must be a mapping, but got [2, 32]; write {int: [2, 32]}",
+        ),
+        (
+            "space.tuner.kind=[lora, ssf]",
+            "command line space.tuner.kind: must be a mapping, but got ['lora', 'ssf']; write {choices: [lora, ssf]}",
+        ),
+        (
+            "space.optim.lr=[0.1, 0.2, 0.3]",
+            "command line space.optim.lr: must be a mapping, but got [0.1, 0.2, 0.3]; write {choices: [0.1, 0.2, 0.3]}",
+        ),
+        (
+            "space.loss.tau=1",
+            "command line space.loss.tau: must be a mapping, but got 1; set base.loss.tau to keep it fixed, or write "
+            "{choices: [...]} or {float: [low, high]} to search it",
+        ),
+        (
+            "base.optim.lr=0.1",
+            "command line base.optim.lr: has no effect, because the space searches it; remove one of them",
+        ),
+        (
+            "base.tuner.kind=ssf",
+            "command line base.tuner.kind: has no effect, because the space searches it; remove one of them",
+        ),
+    ],
+)
+def test_the_remedy_is_what_was_probably_meant(word: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(QUICKSTART)
+    with pytest.raises(BadInput) as caught:
+        read_space(path, parse_overrides([word]))
+    assert str(caught.value) == message
+
+
+def test_a_value_of_base_that_only_some_trials_replace_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(KIND + "base: {tuner: {bottleneck: 2}}\n")
+    assert read_space(path).base == {"tuner": {"bottleneck": 2}}
+    always = HEAD + "space:\n  tuner.kind: {choices: [lora, linear_probe]}\n"
+    path.write_text(always + "base: {tuner: {kind: lora, bottleneck: 2}}\n")
+    space = read_space(path)
+    used = [space.config({"tuner.kind": kind}).tuner for kind in ("lora", "linear_probe")]
+    assert [getattr(tuner, "bottleneck", None) for tuner in used] == [2, None], "the kind says whose bottleneck it is"
+    path.write_text(always + "base: {tuner: {kind: lora}}\n")
+    with pytest.raises(BadInput, match=r"base.tuner.kind: has no effect, because the space searches it"):
+        read_space(path)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("base.optim.lr=0.1", "command line base.optim.lr: unknown key 'base'; did you mean 'optim.lr'?"),
+        ("lr=0.1", "command line lr: unknown key 'lr'; did you mean 'optim.lr'?"),
+        (
+            "bottleneck=4",
+            "command line bottleneck: unknown key 'bottleneck'; did you mean 'tuner.bottleneck' or 'extra_tuner.bottleneck'?",
+        ),
+    ],
+)
+def test_the_remedy_for_a_run_has_no_base(word: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(HEAD)
+    with pytest.raises(BadInput) as caught:
+        read_run(path, parse_overrides([word]))
+    assert str(caught.value) == message
+
+
+def test_the_file_of_a_search_and_of_a_run_are_told_apart(tmp_path: Path) -> None:
+    space, run = tmp_path / "space.yaml", tmp_path / "run.yaml"
+    space.write_text(LR)
+    run.write_text(HEAD + "optim: {lr: 0.1}\n")
+    with pytest.raises(BadInput) as caught:
+        read_run(space)
+    assert str(caught.value) == (
+        f"{space}:3 space: must not be in the file of a run, but this is that of a search; use python -m lift_ray.tune, or the "
+        "best.yaml that it writes"
+    )
+    with pytest.raises(BadInput) as caught:
+        read_space(run)
+    assert (
+        str(caught.value)
+        == f"{run}: must have a `space` to search, but it is the file of a run; use python -m lift_ray.train"
+    )
 
 
 def test_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

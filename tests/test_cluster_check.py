@@ -90,7 +90,8 @@ BROKEN = [
         "aws.yaml",
         "MarketType: spot",
         "MarketType: sport",
-        "available_node_types.gpu-spot.node_config.InstanceMarketOptions.MarketType: unknown value 'sport'; did you mean 'spot'?",
+        "available_node_types.gpu-spot.node_config.InstanceMarketOptions.MarketType: unknown value 'sport'; did "
+        "you mean 'spot'?",
     ),
     (
         "aws.yaml",
@@ -181,7 +182,8 @@ BROKEN = [
         "aws.yaml",
         "upscaling_speed: 2.0",
         "docker: {image: 'rayproject/ray:2.59.0-py312-gpu', container_name: ray}",
-        "docker.image: must contain Ray HERE, like all nodes, but got 'rayproject/ray:2.59.0-py312-gpu'; change the tag",
+        "docker.image: must contain Ray HERE, like all nodes, but got 'rayproject/ray:2.59.0-py312-gpu'; change "
+        "the tag",
     ),
     (
         "aws.yaml",
@@ -194,13 +196,15 @@ BROKEN = [
         "gcp.yaml",
         "ulimit -n 65536; ray start --head",
         "ulimit -n 65536; RAY_AUTH_MODE=disabled ray start --head",
-        "-1 head_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it",
+        "-1 head_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; "
+        "remove it",
     ),
     (
         "gcp.yaml",
         "ulimit -n 65536; ray start --address",
         "RAY_AUTH_MODE=disabled ray start --address",
-        "worker_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it",
+        "worker_start_ray_commands.1: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; "
+        "remove it",
     ),
     (
         "onprem.yaml",
@@ -262,7 +266,8 @@ BROKEN = [
         "aws.yaml",
         "export LIFT_DATA=",
         "export AWS_SECRET_ACCESS_KEY=abc LIFT_DATA=",
-        "setup_commands.1: must not contain a secret, but got what looks like one; remove it, revoke it and use a role instead",
+        "setup_commands.1: must not contain a secret, but got what looks like one; remove it, revoke it and use a "
+        "role instead",
     ),
     ("aws.yaml", "type: aws", "type: aws2", "provider.type: unknown value 'aws2'; did you mean 'aws'?"),
     (
@@ -275,7 +280,8 @@ BROKEN = [
         "gcp.yaml",
         "scheduling: {onHostMaintenance: TERMINATE}",
         "scheduling: [{preemptible: true}]",
-        "available_node_types.gpu-ondemand.node_config.scheduling: must be a mapping, but got [{'preemptible': True}]; change it",
+        "available_node_types.gpu-ondemand.node_config.scheduling: must be a mapping, but got [{'preemptible': "
+        "True}]; change it",
     ),
     (
         "gcp.yaml",
@@ -293,7 +299,8 @@ BROKEN = [
         "azure.yaml",
         "priority: Spot",
         "priority: Low",
-        "available_node_types.gpu-spot.node_config.azure_arm_parameters.priority: unknown value 'Low'; known: Regular, Spot",
+        "available_node_types.gpu-spot.node_config.azure_arm_parameters.priority: unknown value 'Low'; known: "
+        "Regular, Spot",
     ),
     (
         "onprem.yaml",
@@ -416,6 +423,199 @@ BROKEN = [
         '+1 invalid bash: syntax error near unexpected token `RAY_ADDRESS="$address"\'; fix the script',
     ),
     (
+        "aws.yaml",
+        "    ssh_user: ubuntu",
+        "    ssh_user: ubuntu\n    ssh_private_key: ~/.ssh/me.pem",
+        "+7 available_node_types.head.node_config: auth.ssh_private_key requires the name of its key pair in AWS, "
+        "but KeyName is missing; add it, or remove auth.ssh_private_key (Ray then makes a key)",
+    ),
+    (
+        "azure.yaml",
+        "    ssh_user: ubuntu",
+        "    ssh_user: ubuntu\n    ssh_private_key: ~/.ssh/me.pem",
+        "+1 auth.ssh_private_key: requires auth.ssh_public_key, but it is missing; add it, or remove both",
+    ),
+    (
+        "azure.yaml",
+        "    ssh_user: ubuntu",
+        "    ssh_user: ubuntu\n    ssh_public_key: ~/.ssh/me.pub",
+        "+1 auth.ssh_public_key: requires auth.ssh_private_key, but it is missing; add it, or remove both",
+    ),
+    (
+        "aws.yaml",
+        "ray start --address=$RAY_HEAD_IP:6379",
+        "ray start --address=$RAY_HEAD_IP:6380",
+        "worker_start_ray_commands.1: must join the head at its port, 6379, but got 6380; change one of the two",
+    ),
+    (
+        "onprem.yaml",
+        "ray start --address=$RAY_HEAD_IP:6379",
+        'ray start --address "$RAY_HEAD_IP:6380"',
+        "worker_start_ray_commands.1: must join the head at its port, 6379, but got 6380; change one of the two",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        'limits: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "1"}',
+        'limits: {cpu: "12", memory: 48Gi}',
+        "-1 spec.workerGroupSpecs.0.template.spec.containers.0.resources.requests.nvidia.com/gpu: nvidia.com/gpu "
+        "must be in limits too (Kubernetes), but got requests 1 and no limit; add it to limits",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        'limits: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "1"}',
+        'limits: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "2"}',
+        "-1 spec.workerGroupSpecs.0.template.spec.containers.0.resources.requests.nvidia.com/gpu: requests and "
+        "limits of nvidia.com/gpu must be equal, but got requests 1 and limits 2; change one",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        'limits: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "1"}',
+        'limits: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "0.5"}',
+        "spec.workerGroupSpecs.0.template.spec.containers.0.resources.limits.nvidia.com/gpu: must be a whole "
+        "number, but got 0.5; change it",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        'limits: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "1"}',
+        'limits: {cpu: 11500m, memory: 48Gi, nvidia.com/gpu: "1"}',
+        "-1 spec.workerGroupSpecs.0.template.spec.containers.0.resources.requests.cpu: requests must not exceed "
+        "limits, but got requests 12 and limits 11500m; change one",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        'limits: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "1"}',
+        'limits: {cpu: "12", memory: 48G, nvidia.com/gpu: "1"}',
+        "-1 spec.workerGroupSpecs.0.template.spec.containers.0.resources.requests.memory: requests must not "
+        "exceed limits, but got requests 48Gi and limits 48G; change one",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        'limits: {cpu: "12", memory: 48Gi, nvidia.com/gpu: "1"}',
+        'limits: {cpu: "12", memory: 48Gi, gpu: "1"}',
+        "spec.workerGroupSpecs.0.template.spec.containers.0.resources.limits.gpu: unknown resource 'gpu'; did you "
+        "mean 'nvidia.com/gpu'?",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "    version: v2\n",
+        "    version: v2\n    resources: {requests: {cpu: 2}, limits: {cpu: 1}}\n",
+        "+1 spec.autoscalerOptions.resources.requests.cpu: requests must not exceed limits, but got requests 2 "
+        "and limits 1; change one",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "volumes: &volumes [{name: shm, emptyDir: {medium: Memory, sizeLimit: 16Gi}}]",
+        "volumes: &volumes []",
+        "-1 spec.workerGroupSpecs.0.template.spec.containers.0.volumeMounts.0.name: no volume 'shm' in this pod; "
+        "add {name: shm, emptyDir: {}} to its volumes",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "volumes: &volumes [{name: shm,",
+        "volumes: &volumes [{name: smh,",
+        "-1 spec.workerGroupSpecs.0.template.spec.containers.0.volumeMounts.0.name: no volume 'shm' in this pod; "
+        "did you mean 'smh'?",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "volumes: &volumes [{name: shm,",
+        "volumes: &volumes [{name: shm}, {name: shm,",
+        "spec.workerGroupSpecs.0.template.spec.volumes.1.name: must be unique, but got 'shm' twice; rename one",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "    version: v2\n",
+        "    version: v2\n    volumeMounts: [{name: logs, mountPath: /tmp/ray}]\n",
+        "+1 spec.autoscalerOptions.volumeMounts.0: no volume 'logs' in this pod; add {name: logs, emptyDir: {}} "
+        "to its volumes",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "metadata: {name: lift}",
+        "metadata: {name: Lift}",
+        "metadata.name: must be at most 253 lower-case letters, digits and '-' (Kubernetes), but got 'Lift'; "
+        "write 'lift'",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "metadata: {name: lift}",
+        "metadata: {name: 2lift}",
+        "metadata.name: must be at most 53 lower-case letters, digits and '-', and start with a letter (KubeRay), "
+        "but got '2lift'; rename it",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "metadata: {name: lift-inat2018}",
+        "metadata: {name: liiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiii}",
+        "metadata.name: must be at most 47 lower-case letters, digits and '-', and start with a letter (KubeRay), "
+        "but got 'liiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiii'; rename it",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "groupName: gpu-spot",
+        "groupName: GPU_spot",
+        "spec.workerGroupSpecs.0.groupName: must be at most 63 lower-case letters, digits and '-' (Kubernetes), "
+        "but got 'GPU_spot'; write 'gpu-spot'",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "- name: ray-worker",
+        "- name: ray_worker",
+        "spec.workerGroupSpecs.0.template.spec.containers.0.name: must be at most 63 lower-case letters, digits "
+        "and '-' (Kubernetes), but got 'ray_worker'; write 'ray-worker'",
+    ),
+    (
+        "kuberay/raycluster.yaml",
+        "nodeSelector: {karpenter.sh/capacity-type: spot}",
+        "nodeSelector: {cloud.google.com/gke-spot: true}",
+        "spec.workerGroupSpecs.0.template.spec.nodeSelector.cloud.google.com/gke-spot: must be text, but got "
+        'True; write "true" in quotes',
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "    working_dir: https",
+        "    working_dir: [https",
+        "-1 spec.runtimeEnvYAML: invalid YAML 1.2: expected ',' or ']', but got '<stream end>' in line 2; fix the text",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "    working_dir: https",
+        "    - https",
+        "-1 spec.runtimeEnvYAML: must be a mapping of settings in line 1, but got a list; fix the text",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "    working_dir: https",
+        "    workingdir: https",
+        "-1 spec.runtimeEnvYAML: unknown key 'workingdir'; did you mean 'working_dir'?",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "    working_dir: https",
+        "    env_vars: {LIFT_EPOCHS: 5}\n    working_dir: https",
+        "-1 spec.runtimeEnvYAML: rejected by Ray: runtime_env['env_vars'] must be of type Dict[str, str], but the "
+        "value 5 is of type <class 'int'>; fix the text",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "    working_dir: https",
+        "    env_vars: {RAY_AUTH_MODE: disabled}\n    working_dir: https",
+        "-1 spec.runtimeEnvYAML: must keep Ray's token authentication on, but got 'RAY_AUTH_MODE=disabled'; remove it",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "    working_dir: https",
+        "    env_vars: {HF_API_KEY: abc}\n    working_dir: https",
+        "-1 spec.runtimeEnvYAML: HF_API_KEY does not belong in a file; take it from a secret (valueFrom: "
+        "{secretKeyRef: ...}), or give the pods a role",
+    ),
+    (
+        "kuberay/rayjob.yaml",
+        "entrypoint: bash -c 'python",
+        "entrypoint: bash -c python",
+        "spec.entrypoint: must be a shell command, but there is no closing quotation; fix its quotes",
+    ),
+    (
         "monitoring/prometheus.yml",
         "scrape_interval: 10s",
         "scrape_intervall: 10s",
@@ -450,6 +650,107 @@ def test_a_broken_file_is_refused_with_its_line(name: str, right: str, wrong: st
     away, fault = re.fullmatch(r"(?:([+-]\d+) )?(.*)", said.replace("HERE", version("ray"))).groups("0")  # type: ignore[union-attr]
     line = text[: text.index(right)].count("\n") + 1 + int(away)
     assert f"{path}:{line}{':' if name == 'slurm.sh' else ''} {fault}" in str(error.value).splitlines()
+
+
+SCRIPT = """#SBATCH --nodes=2
+#SBATCH --cpus-per-task=8
+pip install 'ray[default,train,tune]==HERE'
+export RAY_AUTH_MODE=token
+ray start --head --port=6400 --dashboard-host=127.0.0.1
+srun ray start --address=$head:PORT
+"""
+
+
+@pytest.mark.parametrize(("port", "refused"), [("6400", False), ("6379", True)])
+def test_a_script_whose_nodes_ask_another_port_is_refused(port: str, refused: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.sh"
+    path.write_text(SCRIPT.replace("HERE", version("ray")).replace("PORT", port))
+    if not refused:
+        assert read_cluster(path).most_workers == 2
+        return
+    with pytest.raises(BadInput) as error:
+        read_cluster(path)
+    assert str(error.value) == f"{path}:6: must join the head at its port, 6400, but got 6379; change one of the two"
+
+
+ACCOUNT = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: lift-ray}\n---\n"
+
+
+@pytest.fixture
+def cluster_file(tmp_path: Path) -> Path:
+    return tmp_path / "cluster.yaml"
+
+
+def refusal(path: Path, text: str) -> list[str]:
+    """Return the errors of a cluster file with this text, without the path."""
+    path.write_text(text)
+    with pytest.raises(BadInput) as error:
+        main(["check", str(path)])
+    return [line.removeprefix(str(path)) for line in str(error.value).splitlines()]
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_file_of_several_documents_is_checked_and_says_what_is_not(
+    cluster_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (CLUSTERS / "kuberay" / "raycluster.yaml").read_text()
+    cluster_file.write_text(ACCOUNT + text + "---\n")
+    main(["check", str(cluster_file)])
+    out = capsys.readouterr().out
+    assert "not checked: ServiceAccount, line 1 (kubectl apply --dry-run=server)" in out.splitlines()
+    assert out.endswith("checked: no errors found\n")
+
+
+def test_the_lines_of_errors_count_from_the_start_of_the_file_and_not_of_the_document(cluster_file: Path) -> None:
+    text = (CLUSTERS / "kuberay" / "raycluster.yaml").read_text()
+    (name,) = (i for i, line in enumerate(text.splitlines(), 1) if line == "metadata: {name: lift}")
+    both = ACCOUNT.replace("lift-ray", "Lift_Ray") + text.replace("metadata: {name: lift}", "metadata: {name: Lift}")
+    rule = "must be at most 253 lower-case letters, digits and '-' (Kubernetes), but got"
+    assert refusal(cluster_file, both) == [
+        f":3 metadata.name: {rule} 'Lift_Ray'; write 'lift-ray'",
+        f":{name + 4} metadata.name: {rule} 'Lift'; write 'lift'",
+    ]
+
+
+def test_a_secret_in_another_document_is_found(cluster_file: Path) -> None:
+    secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {password: abc}\n---\n"
+    said = refusal(cluster_file, secret + (CLUSTERS / "kuberay" / "raycluster.yaml").read_text())
+    assert said == [
+        ":4 stringData.password: must not contain a secret, but got what looks like one; remove it, revoke it and use a role instead"
+    ]
+
+
+def test_two_clusters_in_a_file_are_refused(cluster_file: Path) -> None:
+    text = (CLUSTERS / "kuberay" / "raycluster.yaml").read_text()
+    kind = text.splitlines().index("kind: RayCluster") + 1
+    line = len(text.splitlines()) + 1 + kind
+    assert refusal(cluster_file, f"{text}---\n{text}") == [
+        f":{line} kind: a file must describe one cluster, but got 2; write a file for each"
+    ]
+
+
+def test_a_second_document_of_a_file_for_ray_up_is_refused(cluster_file: Path) -> None:
+    assert refusal(cluster_file, "cluster_name: x\n---\ncluster_name: y\n") == [
+        ":3: must be one YAML document, but got 2; remove the others, and their ---"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [("", "nothing"), ("# aws\n", "nothing"), ("---\n", "nothing"), ("- head\n", "a list"), ("up", "'up'")],
+)
+def test_the_advice_for_a_file_without_settings_is_about_cluster_files(text: str, got: str, cluster_file: Path) -> None:
+    assert refusal(cluster_file, text) == [
+        f":1: must be a mapping of settings, but got {got}; start with `cluster_name: ...` or `apiVersion: ray.io/v1`, "
+        "as the files in clusters/ do"
+    ]
+
+
+def test_names_of_roles_and_descriptions_of_other_objects_are_left_alone(cluster_file: Path) -> None:
+    role = "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRole\nmetadata: {name: 'lift:reader'}\n---\n"
+    crd = "apiVersion: x/v1\nkind: X\nmetadata: {name: a.b}\nspec: {namespace: {type: string}, labels: {severity: 'a b'}}\n---\n"
+    cluster_file.write_text(role + crd + (CLUSTERS / "kuberay" / "rayjob.yaml").read_text())
+    assert [line.split(",")[0] for line in read_cluster(cluster_file).unchecked] == ["ClusterRole", "X"]
 
 
 def test_all_errors_in_a_file_are_reported_at_once_in_the_order_of_its_lines(tmp_path: Path) -> None:
@@ -551,7 +852,8 @@ def test_trials_that_fit_no_node_are_refused() -> None:
         ),
         (
             ["plan.images_per_s=2"],
-            "command line: settings require a search space, but got 'plan.images_per_s=2' without --for; add --for SPACE",
+            "command line: settings require a search space, but got 'plan.images_per_s=2' without --for; add --for "
+            "SPACE",
         ),
     ],
 )

@@ -181,8 +181,29 @@ def test_yaml_is_1_2() -> None:
     assert (run.dataset, run.name, run.optim.lr) == ("off", "no", 3e-4)
 
 
+def test_the_error_of_a_folder_names_the_files_in_it(tmp_path: Path) -> None:
+    for name in ("run.yaml", "best.yaml", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(BadInput) as caught:
+        SettingsFile.read(tmp_path)
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: must be a YAML file, but it is a folder; give a file of it: best.yaml, run.yaml"
+    )
+
+
+def test_a_second_document_is_refused_and_an_empty_one_is_not(tmp_path: Path) -> None:
+    assert check("dataset: a\nname: b\n---\n").dataset == "a"
+    with pytest.raises(BadInput) as caught:
+        check("dataset: a\n---\nname: b\n")
+    assert str(caught.value) == "run.yaml:3: must be one YAML document, but got 2; remove the others, and their ---"
+
+
 def test_a_file_that_is_missing_or_no_text_gives_a_one_line_error(tmp_path: Path) -> None:
-    for path, got in ((tmp_path / "none.yaml", "there is none"), (tmp_path, "Is a directory")):
+    for path, got in (
+        (tmp_path / "none.yaml", "there is none"),
+        (tmp_path, "it is a folder; give a file; start with `dataset: ...`"),
+    ):
         with pytest.raises(BadInput, match=got) as caught:
             SettingsFile.read(path)
         assert str(caught.value).startswith(f"{path}: must be a ")

@@ -80,7 +80,7 @@ def test_ctrl_c_and_sigterm_write_the_best_so_far_and_say_how_to_continue(
         best = json.loads((out / "best" / "metrics.json").read_text())["validation/mean_class_accuracy"]
         assert re.fullmatch(
             rf"stopped with {done} of 200 trials done; the best so far is trial \d+ \(.*\), in {out}/best and "
-            rf"{out}/best.yaml; add --resume to the command to continue",
+            rf"{out}/best.yaml; add --resume to the command to continue, or --resume search.trials={done} to compare the best of these",
             said[-1],
         ), said[-1]
         assert not [line for line in said if "Traceback" in line or "*** SIG" in line or "Check failed" in line]

@@ -58,7 +58,12 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
             *("lift_ray/inference/serve_http", "lift_ray/inference/serve_model"),
         },
         {
-            *("lift_ray/clusters/kuberay", "lift_ray/clusters/monitoring", "lift_ray/clusters/ray_up"),
+            *(
+                "lift_ray/clusters/kuberay",
+                "lift_ray/clusters/kubernetes",
+                "lift_ray/clusters/monitoring",
+                "lift_ray/clusters/ray_up",
+            ),
             *("lift_ray/clusters/schemas", "lift_ray/search/live_page"),
             *("lift_ray/inference/serve_run", "lift_ray/inference/evaluate", "lift_ray/inference/predict"),
         },

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lift_ray import tune
+from lift_ray import train, tune
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput
 from lift_ray.search.driver_lock import study_in
@@ -56,7 +56,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, space_file: Path, small_da
         ),
         (
             ["--out", "{started}", "--resume", "base.optim.epochs=5", "search.trials=80"],
-            "--resume: the settings must be those the search started with, but got base.optim.epochs 3 -> 5; "
+            "--resume: the settings must be those the search started with, but got base.optim.epochs: 3 -> 5; "
             "restore them, or give another --out",
         ),
     ],
@@ -71,3 +71,76 @@ def test_a_dry_run_finds_what_would_fail_later(
     assert str(caught.value).startswith(message.format(started=started))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def run_file(small_data: str, tmp_path: Path) -> Path:
+    """A run file whose folder is the working directory of a user."""
+    (tmp_path / "run.yaml").write_text(f"dataset: {small_data}\noptim: {{epochs: 1, global_batch_size: 8}}\n")
+    return tmp_path / "run.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["optim.global_batch_size=4096"],
+            "optim.global_batch_size: must be at most the 96 training images, but got 4,096; lower it",
+        ),
+        (
+            ["optim.data_frac=0.05", "optim.global_batch_size=96"],
+            "optim.global_batch_size: must be at most the 8 training images, but got 96; lower it",
+        ),
+        (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
+        (
+            ["backbone.precision=fp16", "--no-ray"],
+            "backbone.precision: fp16 requires a GPU, but this machine has none; set backbone.precision=fp32, or leave out --no-ray",
+        ),
+        (["backbone.model=ViT-B-61"], "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
+        (
+            ["--out", "{taken}"],
+            "{taken}: must be a new folder, but it already contains a run; add --resume, or use another --out",
+        ),
+        (
+            ["--out", "{taken}", "--resume", "optim.lr=0.5", "loss.tau=2", "tuner.kind=lora"],
+            "{taken}/run.yaml: the settings must be those the run started with, but got ",
+        ),
+        (["--resume"], "--resume: requires the run to continue, but --out is missing; add --out FOLDER"),
+    ],
+)
+def test_a_dry_run_of_train_finds_what_would_fail_later(
+    words: list[str], message: str, run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lift_ray.ray_runtime.capacity.gpus_here", lambda: 0)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "run.yaml").write_text(run_file.read_text())
+    with pytest.raises(BadInput) as caught:
+        train.main([str(run_file), *(word.format(taken=taken) for word in words), "--dry-run"])
+    assert str(caught.value).startswith(message.format(taken=taken))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml", "taken"]
+
+
+def test_a_resume_with_other_settings_shows_what_differs(run_file: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "run.yaml").write_text(run_file.read_text())
+    with pytest.raises(BadInput) as caught:
+        train.main([str(run_file), "--out", str(taken), "--resume", "--dry-run", "optim.lr=0.5", "loss.tau=2"])
+    assert str(caught.value) == (
+        f"{taken}/run.yaml: the settings must be those the run started with, but got loss.tau: 1.0 -> 2.0, "
+        "optim.lr: 0.02 -> 0.5; restore them, or give another --out"
+    )
+
+
+def test_the_folder_of_a_run_that_failed_before_its_first_checkpoint_is_not_taken(
+    run_file: Path, tmp_path: Path
+) -> None:
+    words = [str(run_file), "--no-ray", "--out", str(tmp_path / "out")]
+    with pytest.raises(BadInput, match="ViT-B-61"):
+        train.main([*words, "backbone.model=ViT-B-61"])
+    assert not (tmp_path / "out" / "run.yaml").exists()
+    train.main([*words, "tuner.kind=zero_shot"])
+    with pytest.raises(BadInput, match="already contains a run"):
+        train.main(words)

@@ -21,7 +21,7 @@ from lift_ray.reporting.trial_rows import best_row
 from lift_ray.search.driver_lock import study_in
 from lift_ray.search.jobs import EvaluationJob
 from lift_ray.search.state import Search
-from lift_ray.search.study import Study, open_storage, repaired, reports_in
+from lift_ray.search.study import Study, differences, open_storage, repaired, reports_in
 from lift_ray.settings.search import TAUS
 from lift_ray.storage.layout import JOURNAL, LOCK
 from lift_ray.storage.output import Output
@@ -179,14 +179,14 @@ def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Pat
     storage = Mortal()
     searched(space(), storage, tmp_path)
     for other, dataset, shown in (
-        (space(seed=1), "d", "search.seed 0 -> 1"),
-        (space(), "e", 'dataset "d" -> "e"'),
-        (space(epochs=3), "d", "base.optim.epochs 9 -> 3"),
+        (space(seed=1), "d", "search.seed: 0 -> 1"),
+        (space(), "e", 'dataset: "d" -> "e"'),
+        (space(epochs=3), "d", "base.optim.epochs: 9 -> 3"),
         (
             space(scheduler={"kind": "none"}),
             "d",
-            'search.scheduler.kind "asha" -> "none", search.scheduler.grace_epochs 1 -> '
-            "(not set), search.scheduler.reduction_factor 3 -> (not set)",
+            'search.scheduler.kind: "asha" -> "none", search.scheduler.grace_epochs: 1 -> '
+            "(not set), search.scheduler.reduction_factor: 3 -> (not set)",
         ),
     ):
         with pytest.raises(BadInput) as caught:
@@ -195,6 +195,10 @@ def test_other_settings_and_a_second_study_of_the_name_are_refused(tmp_path: Pat
             f"--resume: the settings must be those the search started with, but got {shown}; "
             "restore them, or give another --out"
         )
+    was = {"space": {"optim.lr": {"float": [0, 1]}, "loss.tau": {"float": [0, 1], "when": {"seed": 1}}}}
+    before = was | {"base": {"optim": {"lr": 0.1}, "loss": {"tau": 1.0}}}
+    assert differences(before, was | {"base": {"loss": {"tau": 1.0}}}) is None, "the space replaces base.optim.lr"
+    assert "base.loss.tau: 1.0 -> (not set)" in str(differences(before, was | {"base": {}}))
     with pytest.raises(BadInput) as caught:
         Study(space(), "d", storage)
     assert str(caught.value) == (

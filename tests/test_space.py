@@ -70,7 +70,8 @@ BROKEN = {
     ),
     "a setting that is a number": (
         param("optim.lr: 3"),
-        "4 space.optim.lr: must be a mapping, but got 3; write {key: value}",
+        "4 space.optim.lr: must be a mapping, but got 3; set base.optim.lr to keep it fixed, or write {choices: [...]} or "
+        "{float: [low, high]} to search it",
     ),
     "an unknown word of a setting": (
         param("optim.lr: {float: [0.1, 1], lgo: true}"),

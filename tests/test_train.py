@@ -272,8 +272,8 @@ def test_bad_input_gives_a_one_line_error_and_leaves_nothing(run_file: Path, tmp
         ),
         (
             [str(run_file), "seed=1", "--resume", "--out", str(held)],
-            f"{held / 'run.yaml'} seed: must stay as it was when the run started, 0, but got 1; "
-            "use another --out, or the settings it started with",
+            f"{held / 'run.yaml'}: the settings must be those the run started with, but got seed: 0 -> 1; "
+            "restore them, or give another --out",
         ),
         (
             [str(run_file), "dataset=/nowhere/at/all"],

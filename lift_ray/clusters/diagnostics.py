@@ -39,6 +39,10 @@ class Diagnostics:
         fault = BadInput(self.file.where(place), rule, got, remedy, but=but)
         self._found[(self.file.line(place), str(fault))] = fault
 
+    def include(self, other: Diagnostics) -> None:
+        """Add the faults of another document of the same file."""
+        self._found |= other._found
+
     def by_schema(self, schema: Schema, at: Place = ()) -> None:
         """Add a fault for every violation of a JSON schema by the data at this place."""
         from jsonschema import Draft7Validator  # type: ignore[import-untyped]
@@ -146,6 +150,17 @@ def loopback_only(faults: Diagnostics, commands: Mapping[Place, str]) -> None:
                     host,
                     "write 127.0.0.1 and connect through SSH, for example with `ray dashboard`",
                 )
+
+
+def one_port(faults: Diagnostics, heads: Mapping[Place, str], joins: Mapping[Place, str]) -> None:
+    """Require the commands that join a cluster to ask the port that the head's command listens on (6379 unless it says)."""
+    listens = {port for command in heads.values() for port in re.findall(r"--port[= ](\S+)", command) or ["6379"]}
+    if len(listens) != 1 or not min(listens).isdigit():
+        return  # a variable of the shell, or no head
+    for place, command in joins.items():
+        for port in re.findall(r"--address[= ]['\"]?[^\s:'\"]+:(\d+)", command):
+            if port not in listens:
+                faults.add(place, f"must join the head at its port, {min(listens)}", port, "change one of the two")
 
 
 AUTH_MODE = re.compile(r"\bRAY_AUTH_MODE=['\"]?(\w*)|\bunset\b[^;&|]*\bRAY_AUTH_MODE\b")

@@ -15,6 +15,7 @@ from lift_ray.clusters.diagnostics import (
     loopback_only,
     no_secrets,
     one_exact_ray,
+    one_port,
     one_ray_image,
     plain_values,
     token_stays_on,
@@ -39,6 +40,7 @@ def read_ray_up(file: SettingsFile) -> Cluster:
     else:
         _open_to_the_world(faults)
         unchecked = _node_types(faults)
+        _both_keys(faults)
     _commands(faults)
     plain_values(faults)
     no_secrets(faults)
@@ -107,6 +109,7 @@ def _node_types(faults: Diagnostics) -> tuple[str, ...]:
             )
         if machine is not None:
             faults.by_schema(machine, (*place, "node_config"))
+        _own_key(faults, place, kind["node_config"])
         role = ROLES.get((provider, name == head))
         if role is not None and role not in kind["node_config"]:
             faults.add(
@@ -129,6 +132,31 @@ def _node_types(faults: Diagnostics) -> tuple[str, ...]:
     if not any(kind.get("max_workers", ceiling) for name, kind in types.items() if name != head):
         faults.add(("available_node_types",), "must allow a worker", but="every max_workers is 0", remedy="raise one")
     return tuple(unchecked)
+
+
+def _own_key(faults: Diagnostics, place: Place, machine: Data) -> None:
+    """Require of AWS that a machine knows the public part of auth.ssh_private_key; without one Ray makes its own keys."""
+    data = faults.file.data
+    if (
+        data["provider"]["type"] == "aws"
+        and "ssh_private_key" in data.get("auth", {})
+        and not {"KeyName", "UserData"} & machine.keys()
+    ):
+        faults.add(
+            (*place, "node_config"),
+            "auth.ssh_private_key requires the name of its key pair in AWS",
+            but="KeyName is missing",
+            remedy="add it, or remove auth.ssh_private_key (Ray then makes a key)",
+        )
+
+
+def _both_keys(faults: Diagnostics) -> None:
+    """Require of Azure both parts of a key, or none."""
+    auth = faults.file.data.get("auth", {})
+    given = {"ssh_private_key", "ssh_public_key"} & auth.keys()
+    if faults.file.data["provider"]["type"] == "azure" and len(given) == 1:
+        (missing,) = {"ssh_private_key", "ssh_public_key"} - given
+        faults.add(("auth", *given), f"requires auth.{missing}", but="it is missing", remedy="add it, or remove both")
 
 
 MACHINES: dict[str, Callable[[], Schema | None]] = {
@@ -235,6 +263,7 @@ def _commands(faults: Diagnostics) -> None:
             faults.add((section,), rule, but=but, remedy=remedy)
     heads = {p: text for p, text in commands.items() if p[0] == "head_start_ray_commands" and "ray start" in text}
     loopback_only(faults, heads)
+    one_port(faults, heads, {p: text for p, text in commands.items() if p[0] == "worker_start_ray_commands"})
     for place, command in heads.items():
         if data["provider"]["type"] == "local" and "RAY_enable_autoscaler_v2=0" not in command:
             faults.add(

@@ -7,7 +7,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lift_ray.clusters.diagnostics import Diagnostics, Place, loopback_only, no_secrets, one_exact_ray, token_stays_on
+from lift_ray.clusters.diagnostics import (
+    Diagnostics,
+    Place,
+    loopback_only,
+    no_secrets,
+    one_exact_ray,
+    one_port,
+    token_stays_on,
+)
 from lift_ray.clusters.model import Cluster, NodeType
 from lift_ray.errors import BadInput
 from lift_ray.settings.yaml_file import SettingsFile
@@ -45,6 +53,8 @@ def read_slurm(path: str | Path) -> Cluster:
             remedy="add it as clusters/ does",
         )
     loopback_only(faults, commands)
+    heads = {place: command for place, command in commands.items() if "--head" in command}
+    one_port(faults, heads, {place: command for place, command in commands.items() if "ray start" in command})
     no_secrets(faults)
     node = _node(faults, lines)
     faults.end()

@@ -122,7 +122,8 @@ def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
             write_best_so_far(search.space, dataset, best, out)
         except (RunFailed, OSError) as error:  # a full disk must not prevent the search from stopping
             found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
+    fewer = search.num_ended and search.space.search.per_kind is None and search.space.search.sampler != "grid"
     return (
-        f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; "
-        "add --resume to the command to continue"
+        f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; add --resume to the command to continue"
+        + (f", or --resume search.trials={search.num_ended} to compare the best of these" if fewer else "")
     )

@@ -5,7 +5,6 @@ Optuna's storage is the only source of truth: a resumed search reads all its tri
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -25,8 +24,8 @@ from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput, one_line
 from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.settings.base import dotted
-from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points
+from lift_ray.settings.base import changes, dotted
+from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points, replaced
 from lift_ray.storage.layout import JOURNAL
 
 BEAT_S, LOST_S = 15.0, 90.0  # interval of heartbeats, and the silence after which a driver counts as dead
@@ -34,7 +33,6 @@ WORST = 1e9
 FREE = ("scale", "out", "plan")  # sections that may change when a search is resumed
 MORE = ("trials", "per_kind", "tte_best", "seeds_best")  # keys of `search` that may change too
 RESULT = "result "  # prefix of the keys of the final comparison's results
-MOST_DIFFERENCES = 4  # differences shown for a resume with other settings
 
 
 class Study:
@@ -260,27 +258,26 @@ def described(space: SpaceFile, dataset: str) -> dict[str, Any]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> BadInput | None:
     """Return the error of a search that is resumed with other settings than it started with; None if they agree."""
     before = {RENAMED.get(name, name): value for name, value in before.items()}
-    was, given = ({path: value for path, value in dotted(tree) if _is_fixed(path)} for tree in (before, now))
-    changed = [path for path in dict.fromkeys((*was, *given)) if was.get(path) != given.get(path)]
-    if not changed:
+    if not (changed := changes(_fixed(before), _fixed(now))):
         return None
-    shown = [f"{path} {_shown(was, path)} -> {_shown(given, path)}" for path in changed[:MOST_DIFFERENCES]]
-    more = f" and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
     return BadInput(
         "--resume",
         "the settings must be those the search started with",
-        f"{', '.join(shown)}{more}",
+        changed,
         "restore them, or give another --out",
     )
+
+
+def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a search that a resume may not change, without those of `base` that the space replaces anyway."""
+    always = {name for name, param in tree.get("space", {}).items() if not param.get("when")}
+    searched = {f"base.{name}" for name in replaced(tree.get("base", {}), always)}
+    return {path: value for path, value in dotted(tree) if _is_fixed(path) and path not in searched and value != {}}
 
 
 def _is_fixed(path: str) -> bool:
     section, _, name = path.partition(".")
     return section not in FREE and not (section == "search" and name in MORE)
-
-
-def _shown(values: Mapping[str, Any], path: str) -> str:
-    return "(not set)" if path not in values else json.dumps(values[path])
 
 
 def reports_in(storage: BaseStorage, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,3 +36,17 @@ def dotted(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
             yield from dotted(value, f"{before}{name}.")
         else:
             yield before + name, value
+
+
+MOST_CHANGES = 4  # changes shown in one error message
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what differs between two settings by dotted path, as `optim.lr: 0.02 -> 0.1, ...`; "" if nothing does."""
+    paths = [path for path in dict.fromkeys((*before, *now)) if before.get(path) != now.get(path)]
+    shown = [f"{path}: {_shown(before, path)} -> {_shown(now, path)}" for path in paths[:MOST_CHANGES]]
+    return ", ".join(shown) + (f" and {len(paths) - len(shown)} more" if len(paths) > len(shown) else "")
+
+
+def _shown(values: Mapping[str, Any], path: str) -> str:
+    return "(not set)" if path not in values else json.dumps(values[path])

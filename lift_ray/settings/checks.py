@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from lift_ray.epoch_metrics import MAIN_METRIC, METRICS, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.registry import SAMPLERS, imported
-from lift_ray.settings.messages import Path_, explain, fault, models_of
+from lift_ray.settings.messages import Path_, explain, fault, setting_types
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import batch_fault
@@ -24,6 +24,7 @@ from lift_ray.settings.space import (
     is_active,
     listed,
     parents_first,
+    replaced,
     seeded_draws,
 )
 from lift_ray.settings.yaml_file import SettingsFile
@@ -35,6 +36,7 @@ NUM_CHECK_DRAWS = 64
 def problems_of(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     """Return one error for each place of the file that cannot be used: names, `when`, seeded draws, baselines."""
     problems = [*_objective_problems(file, space), *_base_problems(file, space), *_name_problems(file, space)]
+    problems += _overridden_problems(file, space)
     if not problems:
         problems = [*_draw_problems(file, space), *_when_problems(file, space), *_baseline_problems(file, space)]
     if not problems:
@@ -43,13 +45,9 @@ def problems_of(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     return list(reversed(first_at_each_place.values()))
 
 
-def known_paths(model: Any = RunConfig, prefix: str = "") -> set[str]:
+def known_paths() -> set[str]:
     """Return the dotted path of every setting, for all kinds of every section."""
-    out: set[str] = set()
-    for name, field in model.model_fields.items():
-        below = models_of(field.annotation)
-        out |= {path for option in below for path in known_paths(option, f"{prefix}{name}.")} or {prefix + name}
-    return out
+    return set(setting_types(RunConfig))
 
 
 def _objective_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
@@ -141,6 +139,19 @@ def _base_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     except BadInput as error:
         return error.faults
     return []
+
+
+def _overridden_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
+    """Values of `base` that no trial uses, because the space always sets them."""
+    always = {name for name, param in space.space.items() if not param.when}
+    return [
+        fault(
+            file.where(("base", *name.split("."))),
+            "has no effect, because the space searches it",
+            remedy="remove one of them",
+        )
+        for name in sorted(replaced(space.base, always))
+    ]
 
 
 def _name_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
@@ -256,6 +267,13 @@ def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> Spa
     for old, new in RENAMED.items():
         file.rename(old, new)
     apply_file_overrides(file, {RENAMED.get(key, key): value for key, value in (overrides or {}).items()}, SpaceFile)
+    if "space" not in file.data and file.data.keys() & RunConfig.model_fields.keys():
+        raise BadInput(
+            file.source,
+            "must have a `space` to search",
+            but="it is the file of a run",
+            remedy="use python -m lift_ray.train",
+        )
     file.expand("dataset", "out")
     file.resolve("dataset")
     space = file.validate(SpaceFile)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lift_ray.errors import BadInput, did_you_mean
+from lift_ray.settings.base import Holds
 
 Path_ = tuple[str | int, ...]
 
@@ -38,7 +39,8 @@ def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_, place: s
     kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "extra_forbidden":
         known = allowed_keys(model, problem["loc"][:-1])
-        return fault(place, f"unknown key '{path[-1]}'", remedy=did_you_mean(path[-1], known))
+        remedy = (elsewhere(model, str(path[-1])) if len(path) == 1 else "") or did_you_mean(path[-1], known)
+        return fault(place, f"unknown key '{path[-1]}'", remedy=remedy)
     if kind == "union_tag_invalid":
         tags = [tag.strip().strip("'") for tag in str(context["expected_tags"]).split(",")]
         return fault(place, f"unknown value '{context['tag']}'", remedy=did_you_mean(context["tag"], tags))
@@ -50,8 +52,7 @@ def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_, place: s
     if kind == "missing":
         return fault(place, "is required", but="missing", remedy="add it")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        write = f"{{kind: {value}}}" if kind == "model_attributes_type" and isinstance(value, str) else "{key: value}"
-        return fault(place, "must be a mapping", _short(value), f"write {write}")
+        return fault(place, "must be a mapping", _short(value), _as_mapping(model, path, value, kind))
     rule = (
         problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Assertion failed, ")
     )
@@ -61,6 +62,62 @@ def explain(model: type[BaseModel], problem: ErrorDetails, path: Path_, place: s
         rule = wrong_size[1].removesuffix(" after validation")
         return fault(place, f"must {rule}", _short(value), "change it")
     return fault(place, f"must be {rule}", _short(value), "change it")
+
+
+def _as_mapping(model: type[BaseModel], path: Path_, value: Any, kind: str) -> str:
+    """Return the remedy for a value that must be a mapping: what it stands for, written as one."""
+    if kind == "model_attributes_type" and isinstance(value, str):
+        return f"write {{kind: {value}}}"
+    if len(path) != 2 or path[0] != "space" or "base" not in model.model_fields:
+        return "write {key: value}"
+    known = {
+        name.removeprefix("base."): types for name, types in setting_types(model).items() if name.startswith("base.")
+    }
+    if path[1] not in known:
+        return did_you_mean(path[1], known)
+    if not isinstance(value, list):
+        return (
+            f"set base.{path[1]} to keep it fixed, or write {{choices: [...]}} or {{float: [low, high]}} to search it"
+        )
+    numbers = [one for one in value if isinstance(one, int | float) and not isinstance(one, bool)]
+    if len(numbers) != 2 or len(value) != 2:
+        return f"write {{choices: {_listed(value)}}}"
+    whole = int in known[path[1]] and float not in known[path[1]]
+    return f"write {{{'int' if whole else 'float'}: {_listed(value)}}}"
+
+
+def _listed(values: list[Any]) -> str:
+    return f"[{', '.join(map(str, values))}]"
+
+
+def setting_types(model: type[BaseModel], prefix: str = "") -> dict[str, tuple[Any, ...]]:
+    """Return the types of every setting of a file by dotted path, for all kinds of every section."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, field in model.model_fields.items():
+        below = [*models_of(field.annotation), *(mark.model for mark in field.metadata if isinstance(mark, Holds))]
+        for option in below:
+            found |= setting_types(option, f"{prefix}{name}.")
+        if not below:
+            found[prefix + name] = found.get(prefix + name, ()) + _plain_types(field.annotation)
+    return found
+
+
+def _plain_types(annotation: Any) -> tuple[Any, ...]:
+    """Return the types in an annotation: `Annotated[int, ...] | None` has int and NoneType."""
+    inner = [found for part in typing.get_args(annotation) for found in _plain_types(part)]
+    return (annotation, *inner) if isinstance(annotation, type) else tuple(inner)
+
+
+def elsewhere(model: type[BaseModel], path: str) -> str:
+    """Return the remedy for a setting that was given without its section, or with one too many; "" if there is none."""
+    known = setting_types(model)
+    sections = {name.rpartition(".")[0] for name in known}
+    found = [
+        name
+        for name in (*known, *sorted(sections))
+        if name and (name.endswith(f".{path}") or path.endswith(f".{name}"))
+    ]
+    return f"did you mean {' or '.join(map(repr, found))}?" if 0 < len(found) <= 3 else ""
 
 
 def explain_first(model: type[BaseModel], error: ValidationError) -> str:

@@ -12,7 +12,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.settings.base import Holds
-from lift_ray.settings.messages import Path_
+from lift_ray.settings.messages import Path_, elsewhere
 from lift_ray.settings.yaml_file import SettingsFile, _plain
 
 RANGES, RANGE_OPTIONS = ("choices", "int", "float"), ("log", "step", "when")
@@ -45,9 +45,10 @@ def apply_file_overrides(file: SettingsFile, overrides: dict[str, Any], model: t
     for path in overrides:
         first = path.split(".")[0]
         if first not in model.model_fields:
-            raise BadInput(
-                f"command line {path}", f"unknown key '{first}'", remedy=did_you_mean(first, model.model_fields)
-            )
+            remedy = elsewhere(model, path) or did_you_mean(first, model.model_fields)
+            if path.rpartition(".")[2] in RANGES and "space" in model.model_fields:
+                remedy = f"did you mean 'space.{path}'?"
+            raise BadInput(f"command line {path}", f"unknown key '{first}'", remedy=remedy)
     searched = {
         path: value for path, value in overrides.items() if path.startswith("space.") and "space" in model.model_fields
     }

@@ -41,6 +41,9 @@ def read_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunFi
     """Read and check a run file. Raises BadInput with every problem found, one line each."""
     file = SettingsFile.read(path)
     apply_file_overrides(file, overrides or {}, RunFile)
+    if "space" in file.data:
+        place, remedy = file.where(("space",)), "use python -m lift_ray.tune, or the best.yaml that it writes"
+        raise BadInput(place, "must not be in the file of a run", but="this is that of a search", remedy=remedy)
     file.expand("dataset", "out")
     file.resolve("dataset")
     return file.validate(RunFile)

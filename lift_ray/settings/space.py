@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from lift_ray.epoch_metrics import MAIN_METRIC
 from lift_ray.registry import SAMPLERS, Config
-from lift_ray.settings.base import Holds, OneOf
+from lift_ray.settings.base import Holds, OneOf, dotted
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import Constraint, PlanConfig, ScaleConfig, SearchConfig
@@ -208,6 +209,23 @@ def seeded_draws(space: dict[str, Param], number: int) -> list[dict[str, Value]]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study, draw = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), Draw(space)
     return [draw(study.ask()) for _ in range(number)]
+
+
+def replaced(base: dict[str, Any], always: Collection[str]) -> set[str]:
+    """Return the dotted settings of `base` that no trial uses.
+
+    The kind of a section with other keys counts as used, because it says which kind they belong to.
+
+    Args:
+        always: settings that the space sets in every trial.
+    """
+    names = [name for name, _ in dotted(base)]
+    with_keys = {name.rpartition(".")[0] for name in names if not name.endswith(".kind")}
+    return {
+        name
+        for name in names
+        if name in always and not (name.endswith(".kind") and name.rpartition(".")[0] in with_keys)
+    }
 
 
 def is_active(param: Param, values: dict[str, Any]) -> bool:

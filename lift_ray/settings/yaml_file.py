@@ -17,11 +17,12 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from lift_ray.errors import BadInput, one_line
+from lift_ray.errors import BadInput, first_few, one_line
 from lift_ray.settings.messages import Path_, _one_line, _short, _walk, dotted, explain
 from lift_ray.storage.atomic import replacing
 
 Model = TypeVar("Model", bound=BaseModel)
+START = "start with `dataset: ...`"
 
 
 class SettingsFile:
@@ -31,29 +32,43 @@ class SettingsFile:
         source: for messages, usually the path.
         data: plain dicts, lists and scalars.
         lines: dotted position -> line number, counted from 1.
+        first_line: line for what has no line of its own.
     """
 
-    def __init__(self, source: str, data: dict[str, Any], lines: dict[Path_, int]) -> None:
-        self.source, self.data, self.lines = source, data, lines
+    def __init__(self, source: str, data: dict[str, Any], lines: dict[Path_, int], first_line: int = 1) -> None:
+        self.source, self.data, self.lines, self.first_line = source, data, lines, first_line
         self.overridden: set[Path_] = set()
 
     @classmethod
     def read(cls, path: str | Path) -> SettingsFile:
-        """Read a file. Raises BadInput when it is missing, is not YAML, repeats a key, or is not a mapping."""
+        """Read a file. Raises BadInput when it is missing, is not one YAML document, repeats a key, or is not a mapping."""
+        return cls.only(cls.read_all(path))
+
+    @classmethod
+    def read_all(cls, path: str | Path, start: str = START) -> list[SettingsFile]:
+        """Read every document of a file; `start` is the advice for one that is not a mapping. Raises BadInput like `read`."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise BadInput(str(path), "must be a YAML file", but="there is none", remedy="check the path") from None
+        except IsADirectoryError:
+            files = sorted(found.name for found in Path(path).glob("*.yaml"))
+            remedy = f"give a file of it: {first_few(files)}" if files else f"give a file; {start}"
+            raise BadInput(str(path), "must be a YAML file", but="it is a folder", remedy=remedy) from None
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(str(path), "must be a readable YAML file", one_line(error), "check the path") from None
-        return cls.parse(text, str(path))
+        return cls.parse_all(text, str(path), start)
 
     @classmethod
     def parse(cls, text: str, source: str) -> SettingsFile:
         """Read settings from a string. Raises BadInput like `read`."""
-        yaml = YAML(typ="rt")
+        return cls.only(cls.parse_all(text, source))
+
+    @classmethod
+    def parse_all(cls, text: str, source: str, start: str = START) -> list[SettingsFile]:
+        """Read every document of a string, without empty ones. Raises BadInput like `read`; there is at least one document."""
         try:
-            tree = yaml.load(text)
+            trees = list(YAML(typ="rt").load_all(text))
         except MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise BadInput(
@@ -61,11 +76,25 @@ class SettingsFile:
             ) from None
         except Exception as error:  # ruamel raises several unrelated types for broken input
             raise BadInput(source, f"invalid YAML 1.2: {one_line(error)}", remedy="fix the file") from None
+        found = [tree for tree in trees if tree is not None] or [None]
+        return [cls._of_tree(tree, source, start, first=tree is found[0]) for tree in found]
+
+    @classmethod
+    def _of_tree(cls, tree: Any, source: str, start: str, first: bool) -> SettingsFile:
+        line = 1 if first or not isinstance(tree, CommentedMap | CommentedSeq) else tree.lc.line + 1
         if not isinstance(tree, CommentedMap):
             got = "a list" if isinstance(tree, list) else "nothing" if tree is None else _short(tree)
-            raise BadInput(f"{source}:1", "must be a mapping of settings", got, "start with `dataset: ...`")
+            raise BadInput(f"{source}:{line}", "must be a mapping of settings", got, start)
         lines: dict[Path_, int] = {}
-        return cls(source, _plain(tree, (), lines), lines)
+        return cls(source, _plain(tree, (), lines), lines, line)
+
+    @staticmethod
+    def only(documents: list[SettingsFile]) -> SettingsFile:
+        """Return the one document of a file. Raises BadInput if it has several."""
+        if len(documents) > 1:
+            place = f"{documents[0].source}:{documents[1].first_line}"
+            raise BadInput(place, "must be one YAML document", f"{len(documents)}", "remove the others, and their ---")
+        return documents[0]
 
     def rename(self, old: str, new: str) -> None:
         """Rename a top-level key of an earlier version, with a note to the user. Raises BadInput if the file has both names."""
@@ -81,7 +110,7 @@ class SettingsFile:
         """Return the line of a position, or of its nearest parent in the file."""
         while path and path not in self.lines:
             path = path[:-1]
-        return self.lines.get(path, 1)
+        return self.lines.get(path, self.first_line)
 
     def where(self, path: Path_) -> str:
         """Return `file.yaml:14 tuner.kind`, or `command line tuner.kind` for a setting given there."""

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -140,12 +140,17 @@ class Output:
         return self._tried(lambda: pq.read_table(f"{path}/{name}", columns=columns, filesystem=filesystem))
 
     def remove(self, name: str) -> None:
-        """Delete a folder if it exists. Raises RunFailed when the storage cannot be reached."""
+        """Delete a folder or a file if it exists. Raises RunFailed when the storage cannot be reached."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        with suppress(OSError):
+            (self.folder / name).unlink()
         if self._remote is None:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
             return
         filesystem, path = self._remote
-        if self._tried(lambda: filesystem.get_file_info(f"{path}/{name}")).type != fs.FileType.NotFound:
+        kind = self._tried(lambda: filesystem.get_file_info(f"{path}/{name}")).type
+        if kind == fs.FileType.File:
+            self._tried(lambda: filesystem.delete_file(f"{path}/{name}"))
+        elif kind == fs.FileType.Directory:
             self._tried(lambda: filesystem.delete_dir(f"{path}/{name}"))
 
     def _tried(self, work: Callable[[], Result], kept: str = "") -> Result:
