@@ -26,7 +26,10 @@ def predict(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help=".parquet or .csv file to create.")],
-    top: Annotated[int, typer.Option(min=1, help="Number of classes per image, the most probable first.")] = 5,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of classes per image, the most probable first.  [5, or all if fewer]"),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(

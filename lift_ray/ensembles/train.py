@@ -89,14 +89,12 @@ def bind(config: RunConfig, names: Mapping[str, Output], output: Output) -> None
         names: result folder of each member, by name.
         output: OUT.
     """
-    from safetensors.torch import load_file
-
     tensors: dict[str, Any] = {}
     history: list[dict[str, float]] = []
     for name, place in names.items():
         with place.fetched(FINAL_CHECKPOINT) as folder:
             record = checkpoint.read_record(folder)
-            tensors |= {f"{name}/{key}": tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+            tensors |= {f"{name}/{key}": tensor for key, tensor in checkpoint.read_tensors(folder / WEIGHTS).items()}
         train_s = sum(epoch.get("time/train_s", 0.0) for epoch in record.history)
         history.append({"epoch": len(history) + 1, "time/train_s": train_s})
     record = replace(
