@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -15,6 +14,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, first_few, run_and_exit
+from lift_ray.text import say
 
 if TYPE_CHECKING:
     from lift_ray.data.convert.conversion import Converted
@@ -328,7 +328,7 @@ def _convert(index: ImageIndex, destination: str, options: Options) -> None:
     from lift_ray.terminal.image_progress import image_progress
 
     for note in index.notes:
-        print(note, file=sys.stderr)
+        say(note, error=True)
     with _engine(options) as run_tasks, image_progress() as progress:
         converted = conversion.convert(
             index,
@@ -362,34 +362,33 @@ def _engine(options: Options) -> Iterator[RunTasks | None]:
 
 def _report(destination: str, converted: Converted, num_ignored: int, options: Options) -> None:
     import numpy as np
-    from rich.console import Console
-    from rich.table import Table
 
     from lift_ray.data.convert.conversion import SKIPPED
     from lift_ray.data.longtail import plot, summary
     from lift_ray.evaluation.metrics import ClassGroups
     from lift_ray.storage.store import join
+    from lift_ray.terminal.tables import PlainTable, console
 
-    table = Table("split")
+    table = PlainTable("split")
     for name in ("images", "classes", "shards", "MB"):
         table.add_column(name, justify="right")
     for split, record in converted.splits.items():
         classes = sum(count > 0 for count in record.class_counts)
         num_bytes = sum(shard.bytes for shard in record.shards)
         table.add_row(split, f"{record.rows:,}", f"{classes:,}", str(len(record.shards)), f"{num_bytes / 1e6:,.1f}")
-    Console().print(table)
+    console().print(table)
     counts = np.array(converted.labelled_counts)
-    print(f"labeled: {summary(counts)}\ngroups: {ClassGroups.of(counts)}\n{plot(counts)}")
+    say(f"labeled: {summary(counts)}\ngroups: {ClassGroups.of(counts)}\n{plot(counts)}")
     if converted.unseen and "validation" in converted.splits:
-        print(_unseen(converted))
+        say(_unseen(converted))
     for split, frac in (("validation", options.validation_frac), ("test", options.test_frac)):
         if split not in converted.splits and frac != 0 and (split != "test" or options.labelled is None):
-            print(f"no {split} split: there are no images or groups to draw it from")
+            say(f"no {split} split: there are no images or groups to draw it from")
     if num_ignored:
-        print(f"skipped files without an image suffix: {num_ignored}")
+        say(f"skipped files without an image suffix: {num_ignored}")
     if converted.skipped:
-        print(f"{len(converted.skipped)} bad images were skipped: {join(destination, SKIPPED)}")
-    print(f"dataset: {destination}")
+        say(f"{len(converted.skipped)} bad images were skipped: {join(destination, SKIPPED)}")
+    say(f"dataset: {destination}")
 
 
 def _unseen(converted: Converted) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,12 +11,12 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, did_you_mean, run_and_exit
+from lift_ray.text import say
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
     from lift_ray.data.dataset import Dataset
     from lift_ray.inference.evaluate import Evaluated
+    from lift_ray.terminal.tables import PlainTable
     from lift_ray.training.checkpoint import Record
 
 COMBINE = ("logits", "probabilities")
@@ -108,7 +107,7 @@ def evaluate(
     confused = None if confusion is None else _write_confusions(found, dataset, split, confusion)
     if as_json:
         every = [figures | found.report for figures in found.figures]
-        print(json.dumps(every if len(every) > 1 else every[0], indent=1))
+        say(json.dumps(every if len(every) > 1 else every[0], indent=1))
         return
     from lift_ray.terminal.evaluation_tables import print_found
     from lift_ray.terminal.tables import console
@@ -119,12 +118,12 @@ def evaluate(
         f"{dataset.uri} {split}, {dataset.split(split).num_samples:,} images, accuracy (%)", split, shown, found.report
     )
     if note := records[0].groups.note:
-        print(note)
+        say(note)
     if confused is not None:
         console().print(confused)
 
 
-def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path) -> RichTable:
+def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path) -> PlainTable:
     """Write how often each class is predicted as another as CSV, and return the table of the most confused pairs."""
     from lift_ray.reporting.confusion import Confusions
     from lift_ray.reporting.csv_files import write_csv
@@ -169,7 +168,7 @@ def _check_held_out(checkpoint: str, split: str, gla: bool) -> None:
             remedy="train with train_on=train",
         )
     if split == "validation":
-        print("note: the model was trained on these images, so this accuracy is not held out", file=sys.stderr)
+        say("note: the model was trained on these images, so this accuracy is not held out", error=True)
 
 
 def _taus(checkpoints: list[str], records: list[Record], tau: list[float] | None, gla: bool) -> tuple[float, ...]:

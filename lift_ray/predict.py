@@ -11,6 +11,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, run_and_exit
+from lift_ray.text import say
 
 
 @cli.app.command(short_help="Write class names and probabilities for images.")
@@ -76,8 +77,8 @@ def predict(
         job = Job(absolute(checkpoint), found, top, temperature, posthoc_tau)
         done = run(job, out, advance, workers=workers, cpus_per_worker=cpus_per_worker)
     bad = f", {done.num_bad:,} of them unreadable (see column error)" if done.num_bad else ""
-    print(f"{out}: {done.num_images:,} images{bad}, in {time.monotonic() - began:.0f} s")
-    print(done.calibration)
+    say(f"{out}: {done.num_images:,} images{bad}, in {time.monotonic() - began:.0f} s")
+    say(done.calibration)
 
 
 main = partial(cli.run, "lift_ray.predict")

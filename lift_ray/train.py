@@ -16,6 +16,7 @@ import typer
 from lift_ray import cli
 from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.storage.layout import SETTINGS, TOGETHER
+from lift_ray.text import say
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -129,7 +130,7 @@ def train(
             return
         with connected(dashboard=dashboard, metadata={"job_name": run.name}) as nodes:
             if url := dashboard_url():
-                print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)", flush=True)
+                say(f"dashboard: {url} (for the token it asks for: ray get-auth-token)")
             fits, _ = num_slots(ScaleConfig(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
             need = replace(fits, workers=workers)
             at_once = max(1, min(len(members), num_fitting(need, nodes)))
@@ -187,7 +188,7 @@ def _train_all(
     write_json({**found.figures[0], **found.report}, output.folder / TOGETHER)
     output.publish()
     print_found(f"{split} accuracy (%)", split, [(run.name, found.figures[0])], found.report)
-    print(f"files in {output}: checkpoint, members, {TOGETHER}, {SETTINGS}")
+    say(f"files in {output}: checkpoint, members, {TOGETHER}, {SETTINGS}")
 
 
 def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> None:
@@ -199,7 +200,7 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
     config, lines = plan(run, data, workers, checkpoint_s)
     YAML().dump(_as_file(run, data.uri, config), sys.stdout)
     for name, text in lines.items():
-        print(f"# {name}: {text}")
+        say(f"# {name}: {text}")
 
 
 def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
@@ -230,7 +231,7 @@ def _begun(
     from lift_ray.training.progress import Progress
 
     _write_settings(run, dataset, output)
-    print(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}", flush=True)
+    say(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}")
     with (
         followed(services, run.name, run.config.to_dict()) as tell,
         MemberProgress(output, run.name) if others else Progress(output) as progress,
@@ -247,8 +248,8 @@ def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
     split = "test" if last.test else "validation"
     console().print(accuracy_table(f"{split} accuracy (%)", split, [(run.name, last)]))
     for reason, number in Counter(progress.retries).items():
-        print(f"retried {number} time{'s' if number > 1 else ''}: {reason}")
-    print(f"files in {output}: checkpoint, metrics.jsonl, {SETTINGS}, tensorboard")
+        say(f"retried {number} time{'s' if number > 1 else ''}: {reason}")
+    say(f"files in {output}: checkpoint, metrics.jsonl, {SETTINGS}, tensorboard")
 
 
 def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, Stopped, run_and_exit
+from lift_ray.text import say
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -144,10 +145,7 @@ def _search(
     target = Output(out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began, status = time.monotonic(), Status()
     where = os.environ.get("RAY_ADDRESS")
-    print(
-        f"{space.name}: {f'joining the Ray cluster at {where}' if where else 'starting Ray on this machine'} ...",
-        flush=True,
-    )
+    say(f"{space.name}: {f'joining the Ray cluster at {where}' if where else 'starting Ray on this machine'} ...")
     with (
         Interrupts() as interrupts,
         trackers(log_to, space.name, target.folder) as watchers,
@@ -165,7 +163,7 @@ def _search(
         started_s = time.monotonic() - began
         _print_started(study, resume, min(slots, space.num_trials), need, target)
         if page:
-            print(f"live page: {page}", flush=True)
+            say(f"live page: {page}")
             tell_job(page)
         about = {
             "name": space.name,
@@ -196,7 +194,7 @@ def _search(
         write_result(space, data, facts, found, target)
     _print_found(space, found, facts, target)
     if page := try_report(target):
-        print(f"report: {page}")
+        say(f"report: {page}")
 
 
 def _print_started(study: Study, resume: bool, at_once: int, need: Need, out: Output) -> None:
@@ -204,9 +202,9 @@ def _print_started(study: Study, resume: bool, at_once: int, need: Need, out: Ou
 
     space = study.space
     before = f" ({sum(row.has_ended for row in study.rows.values())} ended before)" if resume else ""
-    print(f"{space.name}: {space.num_trials} trials{before}, {at_once} at a time, each {need}; results in {out}")
+    say(f"{space.name}: {space.num_trials} trials{before}, {at_once} at a time, each {need}; results in {out}")
     if url := dashboard_url():
-        print(f"dashboard: {url} (print its token with: ray get-auth-token)")
+        say(f"dashboard: {url} (print its token with: ray get-auth-token)")
 
 
 def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
@@ -290,16 +288,14 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
-    from rich.table import Table
-
     from lift_ray.search.plan import plan
-    from lift_ray.terminal.tables import console
+    from lift_ray.terminal.tables import console, titled
 
-    table = Table(title=f"{space.name}: plan", title_justify="left", box=None, show_header=False)
+    table = titled(f"{space.name}: plan", box=None, show_header=False)
     for name, text in plan(space, dataset, data):
         table.add_row(name, text)
     console().print(table)
-    print("checked: no errors found")
+    say("checked: no errors found")
 
 
 def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: Output) -> None:
@@ -310,9 +306,9 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
 
     screen = console()
     states, best = [row.state for row in found.rows], found.choice.row
-    print()
+    say()
     if best.baseline is not None:
-        print(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
+        say(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
     screen.print(
         f"{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
         + (f"{states.count('infeasible')} outside the constraints, " if space.constraints else "")
@@ -322,7 +318,7 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
         screen.print(curve_table(found.rows, list(space.space)))
     if found.front:
         screen.print(pareto_table(found.front, space.objectives))
-    print(f"best settings: {describe(best.values)}")
+    say(f"best settings: {describe(best.values)}")
     screen.print(accuracy_table("Validation accuracy (%), used by the search", "validation", found.compared))
     if len(found.choice.candidates) > 1:
         screen.print(candidate_table(found.choice, [label_of(space, one.row) for one in found.choice.candidates]))
@@ -334,11 +330,11 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
     if found.seeds:
         screen.print(seeds_table(found.seeds))
     for line in _notes(space, found, data):
-        print(line)
+        say(line)
     times = dict(found.time_s)
     total = times.pop("total")
-    print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
-    print(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
+    say(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
+    say(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
 
 
 def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[str]:

@@ -26,6 +26,7 @@ from lift_ray.search.study import Study
 from lift_ray.search.tune_run import run_jobs
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import describe
+from lift_ray.text import say
 from lift_ray.tracking.prometheus import StudyMetrics
 
 if TYPE_CHECKING:
@@ -90,11 +91,8 @@ def run_search(
     metrics = StudyMetrics(study.space, study.rows, engine)
     search.watchers += [monitor, *watchers]
 
-    def say() -> None:
-        print("stopping at the next step; interrupt again to stop at once", flush=True)
-
     while True:
-        interrupts.ask(say)
+        interrupts.ask(lambda: say("stopping at the next step; interrupt again to stop at once"))
         with monitor:
             run_jobs(engine, callbacks, slot_class)
         if not (search.is_over and search.refits):

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lift_ray.terminal.tables import console as console_of
 
 LINE_EVERY_S = 10.0
 
@@ -18,7 +19,7 @@ def image_progress() -> Iterator[Callable[[int, int], None]]:
 
     Images that are done at the first call count as finished by an earlier run, not for the speed.
     """
-    console = Console(stderr=True, highlight=False)
+    console = console_of(error=True)
     columns = (
         BarColumn(),
         MofNCompleteColumn(),

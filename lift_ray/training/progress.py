@@ -15,6 +15,7 @@ from lift_ray.epoch_metrics import FIELDS, MAIN, EpochMetrics
 from lift_ray.storage.atomic import replacing
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import console
+from lift_ray.text import count, printable
 from lift_ray.training.events import (
     EpochEnded,
     Event,
@@ -106,7 +107,7 @@ class Progress:
         if message.epoch or message.step:
             self._say(
                 f"continuing from epoch {message.epoch + 1}, step {message.step} of {message.steps_per_epoch}, "
-                f"on {message.num_workers} worker{'s' if message.num_workers > 1 else ''}"
+                f"on {count(message.num_workers, 'worker')}"
             )
         total = message.epochs * message.steps_per_epoch
         self._bar.update(self._task, total=total, completed=self._steps(message), epoch=message.epoch + 1)
@@ -157,9 +158,7 @@ class Progress:
         return at.epoch * (self.began.steps_per_epoch if self.began else 0) + at.step
 
     def _say(self, text: str) -> None:
-        self._console.print(
-            f"{time.monotonic() - self._started:5.0f} s  {text}", soft_wrap=True, highlight=False, markup=False
-        )
+        self._console.print(f"{time.monotonic() - self._started:5.0f} s  {printable(text)}", soft_wrap=True)
 
 
 def read_metrics(path: Path) -> list[EpochMetrics]:
