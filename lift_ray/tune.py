@@ -128,7 +128,7 @@ def _search(
     log_to: list[str],
 ) -> None:
     """Start or join Ray, run the search, then write and print the results."""
-    from lift_ray.ray_runtime.session import connected, machine
+    from lift_ray.ray_runtime.session import check_temporary_folder, connected, machine
     from lift_ray.reporting.report import kept_up_to_date, try_report
     from lift_ray.reporting.trial_rows import write_json
     from lift_ray.search.driver import run_search
@@ -145,6 +145,8 @@ def _search(
     target = Output(out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began, status = time.monotonic(), Status()
     where = os.environ.get("RAY_ADDRESS")
+    if not where:
+        check_temporary_folder()  # before anything is written
     say(f"{space.name}: {f'joining the Ray cluster at {where}' if where else 'starting Ray on this machine'} ...")
     with (
         Interrupts() as interrupts,
