@@ -11,7 +11,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, did_you_mean, run_and_exit
-from lift_ray.text import say
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.clusters.model import Cluster
@@ -108,7 +108,7 @@ def _print_cluster(found: Cluster, prices: dict[str, float]) -> None:
 
     console().print(cluster_table(found, prices))
     least, most = most_gpus(found)
-    say(f"GPUs: {least} when nothing runs, at most {most}, in at most {found.most_workers} workers")
+    say(f"GPUs: {least} when nothing runs, at most {most}, in at most {count(found.most_workers, 'worker')}")
     for what in found.unchecked:
         say(f"not checked: {what}")
     lines = Path(found.source).read_text(encoding="utf-8").splitlines()
@@ -128,7 +128,9 @@ def _print_search(found: Cluster, space_file: str, settings: list[str], prices: 
         wanted, todo, fits = fleets(found, space, prices)
     except BadInput as error:
         raise BadInput(f"{space_file} {error}") from None
-    say(f"\n{space.name}: {space.num_trials} trials, each {wanted}; about {todo.epochs:.0f} epochs with early stopping")
+    say(
+        f"\n{space.name}: {count(space.num_trials, 'trial')}, each {wanted}; about {todo.epochs:.0f} epochs with early stopping"
+    )
     if todo.images is not None and todo.images_per_s is not None:
         say(
             f"work: {todo.epochs * todo.images:,.0f} training images at {todo.images_per_s:g} images/s per worker (plan)"

@@ -14,7 +14,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, first_few, run_and_exit
-from lift_ray.text import say
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.data.convert.conversion import Converted
@@ -387,7 +387,8 @@ def _report(destination: str, converted: Converted, num_ignored: int, options: O
     if num_ignored:
         say(f"skipped files without an image suffix: {num_ignored}")
     if converted.skipped:
-        say(f"{len(converted.skipped)} bad images were skipped: {join(destination, SKIPPED)}")
+        number = len(converted.skipped)
+        say(f"{count(number, 'bad image')} {'was' if number == 1 else 'were'} skipped: {join(destination, SKIPPED)}")
     say(f"dataset: {destination}")
 
 

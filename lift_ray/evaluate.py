@@ -11,7 +11,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, did_you_mean, run_and_exit
-from lift_ray.text import say
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -115,7 +115,10 @@ def evaluate(
     name = "ensemble" if found.report else checkpoints[0]
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
     print_found(
-        f"{dataset.uri} {split}, {dataset.split(split).num_samples:,} images, accuracy (%)", split, shown, found.report
+        f"{dataset.uri} {split}, {count(dataset.split(split).num_samples, 'image')}, accuracy (%)",
+        split,
+        shown,
+        found.report,
     )
     if note := records[0].groups.note:
         say(note)

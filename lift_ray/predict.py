@@ -11,7 +11,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, run_and_exit
-from lift_ray.text import say
+from lift_ray.text import count, say
 
 
 @cli.app.command(short_help="Write class names and probabilities for images.")
@@ -77,7 +77,7 @@ def predict(
         job = Job(absolute(checkpoint), found, top, temperature, posthoc_tau)
         done = run(job, out, advance, workers=workers, cpus_per_worker=cpus_per_worker)
     bad = f", {done.num_bad:,} of them unreadable (see column error)" if done.num_bad else ""
-    say(f"{out}: {done.num_images:,} images{bad}, in {time.monotonic() - began:.0f} s")
+    say(f"{out}: {count(done.num_images, 'image')}{bad}, in {time.monotonic() - began:.0f} s")
     say(done.calibration)
 
 

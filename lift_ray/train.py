@@ -16,7 +16,7 @@ import typer
 from lift_ray import cli
 from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.storage.layout import SETTINGS, TOGETHER
-from lift_ray.text import say
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -231,7 +231,7 @@ def _begun(
     from lift_ray.training.progress import Progress
 
     _write_settings(run, dataset, output)
-    say(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}")
+    say(f"{run.name}: {where}, {count(run.optim.epochs, 'epoch')}; results in {output}")
     with (
         followed(services, run.name, run.config.to_dict()) as tell,
         MemberProgress(output, run.name) if others else Progress(output) as progress,
@@ -248,7 +248,7 @@ def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
     split = "test" if last.test else "validation"
     console().print(accuracy_table(f"{split} accuracy (%)", split, [(run.name, last)]))
     for reason, number in Counter(progress.retries).items():
-        say(f"retried {number} time{'s' if number > 1 else ''}: {reason}")
+        say(f"retried {count(number, 'time')}: {reason}")
     say(f"files in {output}: checkpoint, metrics.jsonl, {SETTINGS}, tensorboard")
 
 

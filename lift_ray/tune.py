@@ -13,7 +13,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, Stopped, run_and_exit
-from lift_ray.text import say
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -204,7 +204,7 @@ def _print_started(study: Study, resume: bool, at_once: int, need: Need, out: Ou
 
     space = study.space
     before = f" ({sum(row.has_ended for row in study.rows.values())} ended before)" if resume else ""
-    say(f"{space.name}: {space.num_trials} trials{before}, {at_once} at a time, each {need}; results in {out}")
+    say(f"{space.name}: {count(space.num_trials, 'trial')}{before}, {at_once} at a time, each {need}; results in {out}")
     if url := dashboard_url():
         say(f"dashboard: {url} (print its token with: ray get-auth-token)")
 
@@ -286,7 +286,7 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
     sizes = _values(space, name, space.config({}).optim.global_batch_size)
     kinds = space.space["tuner.kind"].choices if "tuner.kind" in space.space else [space.config({}).tuner.kind]
     if kinds != ["zero_shot"] and (largest := max(int(str(size)) for size in sizes)) > num_images:
-        raise BadInput(name, f"must be at most the {num_images:,} training images", f"{largest:,}", "lower it")
+        raise BadInput(name, f"must be at most the {count(num_images, 'training image')}", f"{largest:,}", "lower it")
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
@@ -312,7 +312,7 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
     if best.baseline is not None:
         say(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
     screen.print(
-        f"{len(states)} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
+        f"{count(len(states), 'trial')}: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
         + (f"{states.count('infeasible')} outside the constraints, " if space.constraints else "")
         + f"{states.count('failed')} failed"
     )
@@ -359,7 +359,7 @@ def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[
             f"but the selection bias is about {bias}"
         )
     if found.final.refit is not None:
-        yield f"best/ was trained again on {data.final_images:,} images ({data.train_on.replace('+', ' and ')})"
+        yield f"best/ was trained again on {count(data.final_images, 'image')} ({data.train_on.replace('+', ' and ')})"
     if data.unseen:
         yield unseen_line(data.unseen, len(data.groups.names))
     if data.groups.note:

@@ -250,7 +250,7 @@ def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
     assert (len(dataset.split("train").shards), dataset.split("train").num_samples) == (7, 2)
     monkeypatch.setattr("lift_ray.data.convert.tasks.SUSPICIOUS", 1)
     with pytest.raises(
-        BadInput, match=r"got 0 bytes, like all 1 images of a shard; check that every machine can access"
+        BadInput, match=r"got 0 bytes, like all of the shard \(1 image\); check that every machine can access"
     ):
         convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0, 0.0))
 

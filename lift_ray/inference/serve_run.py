@@ -13,7 +13,7 @@ from typing import Any
 
 from lift_ray.errors import BadInput, RunFailed, last_line, one_line
 from lift_ray.ray_runtime.session import connected
-from lift_ray.text import say
+from lift_ray.text import count, say
 
 NAME = "lift_ray"
 STOP = (signal.SIGINT, signal.SIGTERM)
@@ -47,8 +47,8 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
         if options.replicas * options.cpus > cores:
             raise BadInput(
                 "--replicas",
-                f"must fit the {cores} cores of the cluster",
-                f"{options.replicas} replicas with {options.cpus} each",
+                f"must fit the {count(cores, 'core')} of the cluster",
+                f"{count(options.replicas, 'replica')} with {options.cpus} each",
                 "lower it, or --cpus",
             )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)

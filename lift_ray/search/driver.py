@@ -26,7 +26,7 @@ from lift_ray.search.study import Study
 from lift_ray.search.tune_run import run_jobs
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import describe
-from lift_ray.text import say
+from lift_ray.text import count, say
 from lift_ray.tracking.prometheus import StudyMetrics
 
 if TYPE_CHECKING:
@@ -121,6 +121,6 @@ def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
         except (RunFailed, OSError) as error:  # a full disk must not prevent the search from stopping
             found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
     return (
-        f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; "
+        f"stopped with {search.num_ended} of {count(search.space.num_trials, 'trial')} done; {found}; "
         "add --resume to the command to continue"
     )

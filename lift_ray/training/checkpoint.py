@@ -25,6 +25,7 @@ from lift_ray.evaluation.metrics import ClassGroups, labelled_counts, stored_gro
 from lift_ray.storage.file_kinds import JSON, SAFETENSORS, file_kind, remedy
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
 from lift_ray.storage.output import Output
+from lift_ray.text import count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,7 +210,7 @@ def read_record(folder: Path) -> Record:
 def difference(there: Sequence[str], here: Sequence[str], other: str = "the dataset") -> str:
     """Describe how the class names of a checkpoint differ from those of a dataset, or of something else."""
     if odd := sorted(set(here) ^ set(there))[:3]:
-        return f"it has {len(there)} classes and {other} {len(here)}, which differ in {', '.join(odd)}"
+        return f"it has {count(len(there), 'class')} and {other} {len(here):,}, which differ in {', '.join(odd)}"
     return "their order differs"
 
 

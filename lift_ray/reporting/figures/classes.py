@@ -18,6 +18,7 @@ from lift_ray.reporting.figures.charts import (
     scatter,
 )
 from lift_ray.reporting.study_files import StudyFiles
+from lift_ray.text import count
 
 MOST_CLASSES = 40  # of a heat map that stays readable
 MOST_PAIRS = 15
@@ -46,7 +47,11 @@ def images_figure(study: StudyFiles) -> Figure | None:
                 name=f"{group} ({len(places)})",
                 x=[place + side for place in places for side in (0.5, 1.5)],
                 y=[max(int(counts[order[place]]), 0.5) for place in places for _ in range(2)],
-                text=[f"{study.class_names[order[p]]}: {counts[order[p]]:,} images" for p in places for _ in range(2)],
+                text=[
+                    f"{study.class_names[order[p]]}: {count(int(counts[order[p]]), 'image')}"
+                    for p in places
+                    for _ in range(2)
+                ],
                 fill="tozeroy",
                 fillcolor=f"rgba({red},{green},{blue},0.5)",
                 line={"color": color, "width": 1},
@@ -58,7 +63,7 @@ def images_figure(study: StudyFiles) -> Figure | None:
     spread = f"{least:,} to {counts.max():,} training images" + (
         f" (imbalance {counts.max() / least:,.0f})" if least else ""
     )
-    note = f"{len(counts):,} classes with {spread}. Groups by number of training images: {rules}."
+    note = f"{count(len(counts), 'class')} with {spread}. Groups by number of training images: {rules}."
     rows = [
         {"rank": i + 1, "class": study.class_names[k], "group": str(groups[k]), "train_images": int(counts[k])}
         for i, k in enumerate(order)
@@ -126,9 +131,9 @@ def confusion_figure(study: StudyFiles) -> Figure | None:
     counts = np.array(study.class_counts)
     shown = sorted(found.classes(MOST_CLASSES), key=lambda k: (GROUPS.index(study.groups[k]), -counts[k]))
     note = (
-        f"{len(predictions.label):,} {split} predictions of the best settings: rows are true classes, columns predicted classes, "
-        "both from many to few training images. Blue is right, orange wrong; the stronger the color, the larger the fraction of the "
-        "true class."
+        f"{count(len(predictions.label), f'{split} prediction')} of the best settings: rows are true classes, columns predicted "
+        "classes, both from many to few training images. Blue is right, orange wrong; the stronger the color, the larger the "
+        "fraction of the true class."
     )
     if len(shown) < len(study.class_names):
         note += (

@@ -21,6 +21,7 @@ from lift_ray.reporting.figures.charts import (
     scatter,
 )
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
+from lift_ray.text import count
 
 SHOWN = (MAIN, *GROUPS)
 # vertical distance between the measures of a model, where models are 1 apart: no point hides another
@@ -129,7 +130,7 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
                 name=label,
                 x=percents([b[0] for b in bins]),
                 y=percents([b[1] for b in bins]),
-                text=[f"{b[2]:,} images" for b in bins],
+                text=[f"{count(b[2], 'image')}" for b in bins],
                 marker={"color": COLORS[place], "symbol": SYMBOLS[place], "size": 8},
                 line={"color": COLORS[place]},
                 hovertemplate="confidence %{x:.0f}%, accuracy %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",
