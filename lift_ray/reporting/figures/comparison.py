@@ -18,6 +18,7 @@ from lift_ray.reporting.figures.charts import (
     axis,
     diagonal,
     percents,
+    plot_text,
     scatter,
 )
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
@@ -77,7 +78,7 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
                 name=WORDS[measure],
                 x=percents([row["test"] for row in here]),
                 y=[round(names.index(row[by]) + shift, 3) for row in here],
-                text=[row[by] for row in here],
+                text=[plot_text(row[by]) for row in here],
                 marker={"color": color, "symbol": symbol, "size": 9},
                 error_x={
                     "type": "data",
@@ -91,7 +92,7 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
                 hovertemplate="%{text}: %{x:.1f}%<extra>%{fullData.name}</extra>",
             )
         )
-    ticks = ["<br>".join(textwrap.wrap(text, NAME_WIDTH)) for text in names]
+    ticks = ["<br>".join(map(plot_text, textwrap.wrap(text, NAME_WIDTH))) for text in names]
     layout = {
         "xaxis": axis(f"test {ACCURACY}"),
         "height": 120 + 62 * len(names),
