@@ -11,6 +11,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, did_you_mean, run_and_exit
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.clusters.model import Cluster
@@ -71,15 +72,15 @@ def check(
                 but="this file describes none",
                 remedy="leave them out",
             )
-        print(check_monitoring(read))
-        print("checked: no errors found")
+        say(check_monitoring(read))
+        say("checked: no errors found")
         return
     found = read_cluster(file)
     prices = _prices(price or [], found)
     _print_cluster(found, prices)
     if space_file is not None:
         _print_search(found, space_file, settings or [], prices)
-    print("checked: no errors found")
+    say("checked: no errors found")
 
 
 def _prices(words: list[str], found: Cluster) -> dict[str, float]:
@@ -106,13 +107,13 @@ def _print_cluster(found: Cluster, prices: dict[str, float]) -> None:
 
     console().print(cluster_table(found, prices))
     least, most = most_gpus(found)
-    print(f"GPUs: {least} when nothing runs, at most {most}, in at most {found.most_workers} workers")
+    say(f"GPUs: {least} when nothing runs, at most {most}, in at most {count(found.most_workers, 'worker')}")
     for what in found.unchecked:
-        print(f"not checked: {what}")
+        say(f"not checked: {what}")
     lines = Path(found.source).read_text(encoding="utf-8").splitlines()
     open_lines = [str(i) for i, line in enumerate(lines, 1) if PLACEHOLDER.search(line.split(" #")[0])]
     if open_lines:
-        print(f"placeholders to fill in before it can run: line {', '.join(open_lines)}")
+        say(f"placeholders to fill in before it can run: line {', '.join(open_lines)}")
 
 
 def _print_search(found: Cluster, space_file: str, settings: list[str], prices: dict[str, float]) -> None:
@@ -126,20 +127,20 @@ def _print_search(found: Cluster, space_file: str, settings: list[str], prices: 
         wanted, todo, fits = fleets(found, space, prices)
     except BadInput as error:
         raise BadInput(f"{space_file} {error}") from None
-    print(
-        f"\n{space.name}: {space.num_trials} trials, each {wanted}; about {todo.epochs:.0f} epochs with early stopping"
+    say(
+        f"\n{space.name}: {count(space.num_trials, 'trial')}, each {wanted}; about {todo.epochs:.0f} epochs with early stopping"
     )
     if todo.images is not None and todo.images_per_s is not None:
-        print(
+        say(
             f"work: {todo.epochs * todo.images:,.0f} training images at {todo.images_per_s:g} images/s per worker (plan)"
         )
     else:
         missing = "plan.training_images" if todo.images is None else "plan.images_per_s"
-        print(f"hours: unknown without {missing}; add {missing}=...")
+        say(f"hours: unknown without {missing}; add {missing}=...")
     console().print(fleet_table(fits))
     unpriced = [kind.name for kind in (found.head, *found.workers) if kind.name not in prices]
     if unpriced and prices:
-        print(f"price: unknown without --price {unpriced[0]}=...")
+        say(f"price: unknown without --price {unpriced[0]}=...")
 
 
 main = partial(cli.run, "lift_ray.cluster")

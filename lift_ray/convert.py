@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -15,6 +14,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, first_few, run_and_exit
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.data.bit_depth import Rendering
@@ -381,7 +381,7 @@ def _convert(index: ImageIndex, destination: str, options: Options) -> None:
     from lift_ray.terminal.image_progress import image_progress
 
     for note in index.notes:
-        print(note, file=sys.stderr)
+        say(note, error=True)
     with _engine(options) as run_tasks, image_progress() as progress:
         converted = conversion.convert(
             index,
@@ -415,41 +415,41 @@ def _engine(options: Options) -> Iterator[RunTasks | None]:
 
 def _report(destination: str, converted: Converted, index: ImageIndex, options: Options) -> None:
     import numpy as np
-    from rich.console import Console
-    from rich.table import Table
 
     from lift_ray.data.convert.conversion import LEFT_OUT, SKIPPED
     from lift_ray.data.longtail import plot, summary
     from lift_ray.data.walk import counted, links_line
     from lift_ray.evaluation.metrics import ClassGroups
     from lift_ray.storage.store import join
+    from lift_ray.terminal.tables import PlainTable, console
 
-    table = Table("split")
+    table = PlainTable("split")
     for name in ("images", "classes", "shards", "MB"):
         table.add_column(name, justify="right")
     for split, record in converted.splits.items():
         classes = sum(count > 0 for count in record.class_counts)
         num_bytes = sum(shard.bytes for shard in record.shards)
         table.add_row(split, f"{record.rows:,}", f"{classes:,}", str(len(record.shards)), f"{num_bytes / 1e6:,.1f}")
-    Console().print(table)
+    console().print(table)
     counts = np.array(converted.labelled_counts)
-    print(f"labeled: {summary(counts)}\ngroups: {ClassGroups.of(counts)}\n{plot(counts)}")
+    say(f"labeled: {summary(counts)}\ngroups: {ClassGroups.of(counts)}\n{plot(counts)}")
     if converted.unseen and "validation" in converted.splits:
-        print(_unseen(converted))
+        say(_unseen(converted))
     for split, frac in (("validation", options.validation_frac), ("test", options.test_frac)):
         if split not in converted.splits and frac != 0 and (split != "test" or options.labelled is None):
-            print(f"no {split} split: there are no images or groups to draw it from")
+            say(f"no {split} split: there are no images or groups to draw it from")
     if index.num_links:
-        print(links_line(index.num_links))
+        say(links_line(index.num_links))
     if index.left_out:
-        print(f"left out {counted(index.left_out)}: {join(destination, LEFT_OUT)}")
+        say(f"left out {counted(index.left_out)}: {join(destination, LEFT_OUT)}")
     if converted.num_paged:
-        print(f"images with several pages: {converted.num_paged:,}; page {options.page} of each was taken (--page)")
+        say(f"images with several pages: {converted.num_paged:,}; page {options.page} of each was taken (--page)")
     if window := converted.rendering.window:
-        print(f"window of images with more than 8 bits per channel: {window}")
+        say(f"window of images with more than 8 bits per channel: {window}")
     if converted.skipped:
-        print(f"{len(converted.skipped)} bad images were skipped: {join(destination, SKIPPED)}")
-    print(f"dataset: {destination}")
+        number = len(converted.skipped)
+        say(f"{count(number, 'bad image')} {'was' if number == 1 else 'were'} skipped: {join(destination, SKIPPED)}")
+    say(f"dataset: {destination}")
 
 
 def _unseen(converted: Converted) -> str:

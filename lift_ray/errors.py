@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+from lift_ray.text import accept_every_character, say
+
 
 class BadInput(Exception):
     """Invalid input of the user, with the message `place: rule, but got value; remedy`.
@@ -103,17 +105,18 @@ def did_you_mean(value: object, options: Iterable[object]) -> str:
 
 def run_and_exit(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a command and exit: 0 success, 1 failed run, 2 bad input, 130 Ctrl-C, 143 SIGTERM. Only bugs show a traceback."""
+    accept_every_character()
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except BadInput as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         sys.exit(2)
     except RunFailed as error:
-        print(error, file=sys.stderr, flush=True)
+        say(error, error=True)
         if isinstance(error, Stopped):
             sys.stdout.flush()
             os._exit(error.exit_code)
         sys.exit(1)
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         sys.exit(128 + error.signum if isinstance(error, Interrupted) else 130)

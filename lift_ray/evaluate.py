@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,15 +15,15 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, did_you_mean, run_and_exit
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
     from lift_ray.data.dataset import Dataset
     from lift_ray.inference.evaluate import Evaluated, EvaluationRequest
     from lift_ray.inference.new_images import NewImages, SourceOptions
     from lift_ray.reporting.old_test import NewResults, OldTest
     from lift_ray.reporting.study_files import Predictions
+    from lift_ray.terminal.tables import PlainTable
     from lift_ray.training.checkpoint import Record
 
 COMBINE = ("logits", "probabilities")
@@ -141,7 +140,7 @@ def evaluate(
         _check_shared(images, workers)
         old_dataset = _trained_on(record) if old_test else None
         for note in images.notes(absent=is_new):
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}", error=True)
         with_predictions = is_new or confusion is not None
         request = EvaluationRequest(
             tuple(checkpoints), dataset, split, taus, tte, combine, _numbers(weights), gla, with_predictions
@@ -167,11 +166,11 @@ def evaluate(
     if as_json:
         every = [figures | found.report for figures in found.figures]
         every[-1] |= {} if new is None else images.for_json() | new.for_json()
-        print(json.dumps(every if len(every) > 1 else every[0], indent=1))
+        say(json.dumps(every if len(every) > 1 else every[0], indent=1))
         return
     _print(request, dataset, found, new)
     if note := record.groups.note:
-        print(note)
+        say(note)
     if confused is not None:
         from lift_ray.terminal.tables import console
 
@@ -185,7 +184,10 @@ def _print(request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: 
     name, split, taus = "ensemble" if found.report else request.checkpoints[0], request.split, request.taus
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
     print_found(
-        f"{dataset.uri} {split}, {dataset.split(split).num_samples:,} images, accuracy (%)", split, shown, found.report
+        f"{dataset.uri} {split}, {count(dataset.split(split).num_samples, 'image')}, accuracy (%)",
+        split,
+        shown,
+        found.report,
     )
     if new is not None:
         new.print(f"tau {taus[-1]:g}: " if len(taus) > 1 else "")
@@ -209,6 +211,7 @@ def _opened(
     data: str | None, record: Record, split: str | None, options: SourceOptions, skip_bad: bool
 ) -> Iterator[NewImages]:
     """Yield the images of --data, or of the dataset that a model was trained on. Raises BadInput."""
+    from lift_ray.data.bit_depth import Rendering
     from lift_ray.data.open import open_dataset
     from lift_ray.inference.new_images import of_dataset, opened_images
     from lift_ray.terminal.image_progress import image_progress
@@ -218,8 +221,11 @@ def _opened(
         return
     with ExitStack() as stack:
         with image_progress() as show:
+            rendering = Rendering.of(record.rendering)
             images = stack.enter_context(
-                opened_images(data, record.class_names, split, options, skip_bad=skip_bad, progress=show)
+                opened_images(
+                    data, record.class_names, split, options, rendering=rendering, skip_bad=skip_bad, progress=show
+                )
             )
         yield images
 
@@ -274,7 +280,7 @@ def _predictions(dataset: Dataset, split: str, found: Evaluated) -> Predictions:
     return Predictions(dataset.split(split).labels, found.predicted, found.confidence)
 
 
-def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path) -> RichTable:
+def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path) -> PlainTable:
     """Write how often each class is predicted as another as CSV, and return the table of the most confused pairs."""
     from lift_ray.reporting.confusion import Confusions
     from lift_ray.reporting.csv_files import write_csv
@@ -319,7 +325,7 @@ def _check_held_out(checkpoint: str, split: str, gla: bool) -> None:
             remedy="train with train_on=train",
         )
     if split == "validation":
-        print("note: the model was trained on these images, so this accuracy is not held out", file=sys.stderr)
+        say("note: the model was trained on these images, so this accuracy is not held out", error=True)
 
 
 def _taus(checkpoints: list[str], records: list[Record], tau: list[float] | None, gla: bool) -> tuple[float, ...]:

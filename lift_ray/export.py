@@ -10,6 +10,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, did_you_mean, run_and_exit
+from lift_ray.text import say
 
 
 @cli.app.command(short_help="Export a checkpoint to open_clip, ONNX and torch.export.")
@@ -50,10 +51,10 @@ def export(
     with opened(checkpoint) as folder:
         exported, left_out = export_checkpoint(folder, to, formats or [], posthoc_tau)
     for each in exported:
-        print(f"{to / each.file}: largest difference from the checkpoint's logits {each.difference:.1e}")
+        say(f"{to / each.file}: largest difference from the checkpoint's logits {each.difference:.1e}")
     if left_out:
-        print(f"open_clip/ was left out: it {left_out}")
-    print(f"model card: {to / 'README.md'}")
+        say(f"open_clip/ was left out: it {left_out}")
+    say(f"model card: {to / 'README.md'}")
 
 
 main = partial(cli.run, "lift_ray.export")

@@ -11,6 +11,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, run_and_exit
+from lift_ray.text import count, say
 
 
 @cli.app.command(short_help="Write class names and probabilities for images.")
@@ -26,7 +27,10 @@ def predict(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help=".parquet or .csv file to create.")],
-    top: Annotated[int, typer.Option(min=1, help="Number of classes per image, the most probable first.")] = 5,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of classes per image, the most probable first.  [5, or all if fewer]"),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -73,8 +77,8 @@ def predict(
         job = Job(absolute(checkpoint), found, top, temperature, posthoc_tau)
         done = run(job, out, advance, workers=workers, cpus_per_worker=cpus_per_worker)
     bad = f", {done.num_bad:,} of them unreadable (see column error)" if done.num_bad else ""
-    print(f"{out}: {done.num_images:,} images{bad}, in {time.monotonic() - began:.0f} s")
-    print(*left_out_lines(found, out), done.calibration, sep="\n")
+    say(f"{out}: {count(done.num_images, 'image')}{bad}, in {time.monotonic() - began:.0f} s")
+    say(*left_out_lines(found, out), done.calibration)
 
 
 main = partial(cli.run, "lift_ray.predict")

@@ -9,6 +9,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import run_and_exit
+from lift_ray.text import say
 
 
 @cli.app.command(short_help="Write an HTML report on the results of searches.")
@@ -37,7 +38,7 @@ def report(
     from lift_ray.reporting.report import write_report
 
     where = write_report(outs, to, png=png)
-    print(f"report: {where}")
+    say(f"report: {where}")
     if open_page and "://" not in where:
         import webbrowser
         from pathlib import Path

@@ -16,6 +16,7 @@ import typer
 from lift_ray import cli
 from lift_ray.errors import BadInput, RunFailed, run_and_exit
 from lift_ray.storage.layout import CHECKPOINTS, FINAL_CHECKPOINT, SETTINGS, TOGETHER
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -77,7 +78,7 @@ def train(
       python -m lift_ray.train best.yaml optim.epochs=10 --workers 8 --min-workers 4 --out s3://bucket/mine --resume
     """
     if not dry_run:  # whose output is a run file
-        print(f"reading {run_file} ...", flush=True)  # the imports below take seconds on a slow machine
+        say(f"reading {run_file} ...")  # the imports below take seconds on a slow machine
     from lift_ray.data.folds import training_view
     from lift_ray.data.open import open_dataset
     from lift_ray.settings.methods import check_splits
@@ -139,7 +140,7 @@ def train(
             return
         with connected(dashboard=dashboard, metadata={"job_name": run.name}) as nodes:
             if url := dashboard_url():
-                print(f"dashboard: {url} (for the token it asks for: ray get-auth-token)", flush=True)
+                say(f"dashboard: {url} (for the token it asks for: ray get-auth-token)")
             fits, _ = num_slots(ScaleConfig(workers_per_trial=least, cpus_per_worker=cpus_per_worker), nodes)
             need = replace(fits, workers=workers)
             at_once = max(1, min(len(members), num_fitting(need, nodes)))
@@ -197,7 +198,7 @@ def _train_all(
     write_json({**found.figures[0], **found.report}, output.folder / TOGETHER)
     output.publish()
     print_found(f"{split} accuracy (%)", split, [(run.name, found.figures[0])], found.report)
-    print(f"files in {output}: checkpoint, members, {TOGETHER}, {SETTINGS}")
+    say(f"files in {output}: checkpoint, members, {TOGETHER}, {SETTINGS}")
 
 
 def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> None:
@@ -212,7 +213,7 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
         lines["precision"] = f"{run.backbone.precision} requires a GPU, and this machine has none: run it on a cluster"
     YAML().dump(_as_file(run, data.uri, config), sys.stdout)
     for name, text in lines.items():
-        print(f"# {name}: {text}")
+        say(f"# {name}: {text}")
 
 
 def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
@@ -264,7 +265,7 @@ def _begun(
         followed(services, run.name, run.config.to_dict()) as tell,
         MemberProgress(output, run.name) if others else Progress(output) as progress,
     ):
-        print(f"{run.name}: {where}, {run.optim.epochs} epochs; results in {output}", flush=True)
+        say(f"{run.name}: {where}, {count(run.optim.epochs, 'epoch')}; results in {output}")
         progress.listeners.append(tell)
         yield progress
     output.publish()
@@ -277,8 +278,8 @@ def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
     split = "test" if last.test else "validation"
     console().print(accuracy_table(f"{split} accuracy (%)", split, [(run.name, last)]))
     for reason, number in Counter(progress.retries).items():
-        print(f"retried {number} time{'s' if number > 1 else ''}: {reason}")
-    print(f"files in {output}: checkpoint, metrics.jsonl, {SETTINGS}, tensorboard")
+        say(f"retried {count(number, 'time')}: {reason}")
+    say(f"files in {output}: checkpoint, metrics.jsonl, {SETTINGS}, tensorboard")
 
 
 def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:

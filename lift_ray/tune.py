@@ -13,6 +13,7 @@ import typer
 
 from lift_ray import cli
 from lift_ray.errors import BadInput, Stopped, run_and_exit
+from lift_ray.text import count, say
 
 if TYPE_CHECKING:
     from lift_ray.data.dataset import Dataset
@@ -83,7 +84,7 @@ def tune(
       python -m lift_ray.tune search_spaces/inat.yaml --out s3://bucket/inat --resume
     """
     if not dry_run:
-        print(f"reading {space_file} ...", flush=True)  # the imports below take seconds on a slow machine
+        say(f"reading {space_file} ...")  # the imports below take seconds on a slow machine
     from lift_ray.settings.checks import read_space
     from lift_ray.settings.overrides import parse_overrides
 
@@ -129,7 +130,7 @@ def _search(
     log_to: list[str],
 ) -> None:
     """Start or join Ray, run the search, then write and print the results."""
-    from lift_ray.ray_runtime.session import connected, machine
+    from lift_ray.ray_runtime.session import check_temporary_folder, connected, machine
     from lift_ray.reporting.report import kept_up_to_date, try_report
     from lift_ray.reporting.trial_rows import write_json
     from lift_ray.search.driver import run_search
@@ -146,10 +147,9 @@ def _search(
     target = Output(out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began, status = time.monotonic(), Status()
     where = os.environ.get("RAY_ADDRESS")
-    print(
-        f"{space.name}: {f'joining the Ray cluster at {where}' if where else 'starting Ray on this machine'} ...",
-        flush=True,
-    )
+    if not where:
+        check_temporary_folder()  # before anything is written
+    say(f"{space.name}: {f'joining the Ray cluster at {where}' if where else 'starting Ray on this machine'} ...")
     with (
         Interrupts() as interrupts,
         trackers(log_to, space.name, target.folder) as watchers,
@@ -167,7 +167,7 @@ def _search(
         started_s = time.monotonic() - began
         _print_started(study, resume, min(slots, space.num_trials), need, target)
         if page:
-            print(f"live page: {page}", flush=True)
+            say(f"live page: {page}")
             tell_job(page)
         about = {
             "name": space.name,
@@ -198,7 +198,7 @@ def _search(
         write_result(space, data, facts, found, target)
     _print_found(space, found, facts, target)
     if page := try_report(target):
-        print(f"report: {page}")
+        say(f"report: {page}")
 
 
 def _print_started(study: Study, resume: bool, at_once: int, need: Need, out: Output) -> None:
@@ -206,9 +206,9 @@ def _print_started(study: Study, resume: bool, at_once: int, need: Need, out: Ou
 
     space = study.space
     before = f" ({sum(row.has_ended for row in study.rows.values())} ended before)" if resume else ""
-    print(f"{space.name}: {space.num_trials} trials{before}, {at_once} at a time, each {need}; results in {out}")
+    say(f"{space.name}: {count(space.num_trials, 'trial')}{before}, {at_once} at a time, each {need}; results in {out}")
     if url := dashboard_url():
-        print(f"dashboard: {url} (print its token with: ray get-auth-token)")
+        say(f"dashboard: {url} (print its token with: ray get-auth-token)")
 
 
 def _open(space: SpaceFile, dry_run: bool) -> tuple[str, Dataset | None]:
@@ -288,20 +288,18 @@ def _check_batch(space: SpaceFile, num_images: int) -> None:
     sizes = _values(space, name, space.config({}).optim.global_batch_size)
     kinds = space.space["tuner.kind"].choices if "tuner.kind" in space.space else [space.config({}).tuner.kind]
     if kinds != ["zero_shot"] and (largest := max(int(str(size)) for size in sizes)) > num_images:
-        raise BadInput(name, f"must be at most the {num_images:,} training images", f"{largest:,}", "lower it")
+        raise BadInput(name, f"must be at most the {count(num_images, 'training image')}", f"{largest:,}", "lower it")
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
-    from rich.table import Table
-
     from lift_ray.search.plan import plan
-    from lift_ray.terminal.tables import console
+    from lift_ray.terminal.tables import console, titled
 
-    table = Table(title=f"{space.name}: plan", title_justify="left", box=None, show_header=False)
+    table = titled(f"{space.name}: plan", box=None, show_header=False)
     for name, text in plan(space, dataset, data):
         table.add_row(name, text)
     console().print(table)
-    print("checked: no errors found")
+    say("checked: no errors found")
 
 
 def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: Output) -> None:
@@ -312,12 +310,12 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
 
     screen = console()
     states, best = [row.state for row in found.rows], found.choice.row
-    print()
+    say()
     if best.baseline is not None:
-        print(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
+        say(f"The baseline {label_of(space, best)} is best: the search found nothing better.")
     ended = sum(row.has_ended for row in found.rows)
     screen.print(
-        f"{ended} trials: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
+        f"{count(ended, 'trial')}: {states.count('finished')} finished, {states.count('pruned')} stopped early, "
         + (f"{states.count('infeasible')} outside the constraints, " if space.constraints else "")
         + f"{states.count('failed')} failed"
         + (f"; {len(states) - ended} begun and left out" if ended < len(states) else "")
@@ -326,7 +324,7 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
         screen.print(curve_table(found.rows, list(space.space)))
     if found.front:
         screen.print(pareto_table(found.front, space.objectives))
-    print(f"best settings: {describe(best.values)}")
+    say(f"best settings: {describe(best.values)}")
     screen.print(accuracy_table("Validation accuracy (%), used by the search", "validation", found.compared))
     if len(found.choice.candidates) > 1:
         screen.print(candidate_table(found.choice, [label_of(space, one.row) for one in found.choice.candidates]))
@@ -338,11 +336,11 @@ def _print_found(space: SpaceFile, found: SearchResult, data: SearchData, out: O
     if found.seeds:
         screen.print(seeds_table(found.seeds))
     for line in _notes(space, found, data):
-        print(line)
+        say(line)
     times = dict(found.time_s)
     total = times.pop("total")
-    print(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
-    print(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
+    say(f"time: {total:.0f} s = " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()))
+    say(f"files: {out}/best.yaml (settings), {out}/best/ (checkpoint), {out}/trials.csv, {out}/study.json")
 
 
 def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[str]:
@@ -367,7 +365,7 @@ def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[
     if any(label.endswith(", TTE") for label, _ in found.compared):
         yield "TTE: test-time ensembling, the mean over five crops of each image; best/ uses it only with evaluation.tte=true"
     if found.final.refit is not None:
-        yield f"best/ was trained again on {data.final_images:,} images ({data.train_on.replace('+', ' and ')})"
+        yield f"best/ was trained again on {count(data.final_images, 'image')} ({data.train_on.replace('+', ' and ')})"
     if data.unseen:
         yield unseen_line(data.unseen, len(data.groups.names))
     if data.groups.note:

@@ -81,8 +81,8 @@ def test_a_trial_that_fits_nowhere_gives_a_one_line_error_before_anything_starts
     with pytest.raises(BadInput) as caught:
         num_slots(ScaleConfig(workers_per_trial=2, cpus_per_worker=16, use_gpu=True), [CPU8, GPU4])
     assert str(caught.value) == (
-        "scale: a trial must fit the cluster, but got 2 x (16 CPU + 1 GPU) for 2 node(s) with 24 CPU, 4 GPU in all; "
+        "scale: a trial must fit the cluster, but got 2 x (16 CPU + 1 GPU) for 2 nodes with 24 CPU, 4 GPU in all; "
         "lower scale.workers_per_trial or scale.cpus_per_worker, or set scale.use_gpu=false"
     )
-    with pytest.raises(BadInput, match=r"for 0 node\(s\) with 0 CPU, 0 GPU"):
+    with pytest.raises(BadInput, match=r"for 0 nodes with 0 CPU, 0 GPU"):
         num_slots(ScaleConfig(), [])

@@ -90,7 +90,7 @@ def test_slots_are_counted_on_machines_that_are_not_there_yet(cloud: Head) -> No
     done = subprocess.run([sys.executable, "-c", HOW_MANY], env=cloud.env, capture_output=True, text=True, timeout=90)
     assert not cloud.nodes()
     assert done.stdout == "1 x (1 CPU + 1 GPU), 1\n", done.stderr
-    assert "but got 1 x (5 CPU + 1 GPU) for 4 node(s) with 6 CPU, 1 GPU in all" in done.stderr
+    assert "but got 1 x (5 CPU + 1 GPU) for 4 nodes with 6 CPU, 1 GPU in all" in done.stderr
 
 
 def test_a_study_brings_nodes_up_survives_the_loss_of_one_and_lets_them_go(

@@ -251,7 +251,7 @@ def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(
     assert (len(dataset.split("train").shards), dataset.split("train").num_samples) == (7, 2)
     monkeypatch.setattr("lift_ray.data.convert.tasks.SUSPICIOUS", 1)
     with pytest.raises(
-        BadInput, match=r"got 0 bytes, like all 1 images of a shard; check that every machine can access"
+        BadInput, match=r"got 0 bytes, like all of the shard \(1 image\); check that every machine can access"
     ):
         convert(index, str(tmp_path / "new"), skip_bad=True, rows_per_shard=1, division=Division(0.0, 0.0))
 
@@ -374,7 +374,7 @@ BROKEN: list[tuple[Callable[[Path], list[str]], str]] = [
     ),
     (
         one_empty_class,
-        "{0}/photos: every class must have an image, but 'dodo' have none; add images or remove these classes",
+        "{0}/photos: every class must have an image, but 'dodo' has none; add images or remove these classes",
     ),
     (stray_directory, "{0}/p: must contain nothing next to train, val and test, but got 'meta'; move it elsewhere"),
     (new_class_in_test, "{0}/p/test: must contain only classes of train, but got 'dodo'; add it to train"),

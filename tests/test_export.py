@@ -13,6 +13,7 @@ from lift_ray import export
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.inference.classifier import Classifier
 from lift_ray.inference.export import export_checkpoint, exported_model
+from lift_ray.inference.model_card import markdown_code, markdown_text
 from lift_ray.methods.world import Ranks
 from lift_ray.registry import HEADS, TUNERS
 from lift_ray.training.run import Run
@@ -256,3 +257,24 @@ def test_a_file_that_differs_is_refused_and_nothing_is_left(
     with pytest.raises(RunFailed, match=r"^model.pt2: the logits must match the checkpoint's to 0.0001, but differ"):
         export_checkpoint(folder, tmp_path / "out", ["torch"])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("sea_horse", "sea_horse"),
+        ("_private_", "\\_private\\_"),
+        ("a|b *c* `d`", "a\\|b \\*c\\* \\`d\\`"),
+        ("[lora](http://x)", "\\[lora\\](http://x)"),
+        ("<script>", "\\<script\\>"),
+        ("&lt;", "\\&lt;"),
+        ("two\nlines\x1b[2J", "two lines\\\\x1b\\[2J"),
+        ("# 1", "\\# 1"),
+    ],
+)
+def test_a_name_is_text_in_the_card_and_opens_no_column_link_or_tag(name: str, shown: str) -> None:
+    assert markdown_text(name) == shown
+
+
+def test_a_dataset_with_a_backtick_in_its_path_is_code_in_the_card() -> None:
+    assert (markdown_code("data/a"), markdown_code("data/`a`")) == ("`data/a`", "`` data/`a` ``")

@@ -315,7 +315,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         lambda folder: write_shard(folder / "train-00000-of-00002.parquet", [1, 1, 1]),
-        "{0}/train: every class must have an image, but 1 of 2 have none ('cat'); "
+        "{0}/train: every class must have an image, but 1 of 2 has none ('cat'); "
         "add images or remove these class names",
     ),
     (

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -356,3 +359,39 @@ def test_bad_input_gives_a_one_line_error(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("o.csv"))
+
+
+@pytest.mark.parametrize(("num_classes", "columns"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (8, 5)])
+def test_a_model_of_few_classes_gives_as_many_columns_as_classes(
+    num_classes: int, columns: int, tmp_path: Path
+) -> None:
+    names = [f"class {k}" for k in range(num_classes)]
+    record = checkpoint.Record({"method": {"kind": "lift"}}, "", "", names, [1] * num_classes, 1)
+    checkpoint.save(tmp_path / "few", {"x": torch.zeros(1)}, record)
+    image = tmp_path / "1.png"
+    image.write_bytes(b"")
+    job = prediction._checked(prediction.Job(str(tmp_path / "few"), find_images([str(image)])), tmp_path)
+    assert job.top == columns
+    predictor: Any = object.__new__(prediction.Predictor)
+    predictor._job, predictor._names = job, np.array(names)
+    predictor._classifier = SimpleNamespace(logits=lambda images: torch.zeros(len(images), num_classes))
+    _, table = predictor._table(1.0, ((0, 0, 1), torch.zeros(1, 3, 8, 8), [None]))
+    assert len(table) == 1
+    assert [name for name in table.column_names if name.startswith("class_")] == [
+        f"class_{place}" for place in range(1, columns + 1)
+    ]
+    assert sum(table[f"probability_{place}"][0].as_py() for place in range(1, columns + 1)) == pytest.approx(
+        columns / num_classes
+    )
+    with pytest.raises(BadInput, match=f"^--top: must be at most {num_classes}, the number of classes, but got 9;"):
+        prediction._checked(replace(job, top=9), tmp_path)
+
+
+def test_a_checkpoint_without_its_weights_is_bad_input_and_no_full_disk(tmp_path: Path) -> None:
+    record = checkpoint.Record({"method": {"kind": "lift"}}, "", "", ["a", "b"], [1, 1], 1)
+    checkpoint.save(tmp_path / "few", {}, record)
+    (tmp_path / "few" / "weights.safetensors").unlink()
+    (tmp_path / "1.png").write_bytes(b"")
+    job = prediction.Job(str(tmp_path / "few"), find_images([str(tmp_path / "1.png")]))
+    with pytest.raises(BadInput, match=r"weights.safetensors: cannot be read: .*No such file"):
+        prediction.predict(job, tmp_path / "out.csv", lambda done, total: None)

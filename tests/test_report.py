@@ -409,3 +409,21 @@ def test_figures_without_numbers_are_named_and_not_drawn() -> None:
     made, missing = figures_of(StudySection(StudyFiles("out", "none", "", {"validation/few": "max"}, {}, [])))
     assert made == []
     assert len(missing) == 16
+
+
+def test_markup_in_class_names_settings_and_baselines_is_text_in_every_figure(tmp_path: Path) -> None:
+    evil = "<b>bold</b> </script> [red]"
+    folder = with_folds(write_study(tmp_path / "out", [{**trial, "head.kind": evil} for trial in make_trials(12)]))
+    record = json.loads((folder / "best" / "run.json").read_text())
+    record["class_names"] = [f"{evil} {number}" for number in range(len(record["class_names"]))]
+    (folder / "best" / "run.json").write_text(json.dumps(record))
+    about = json.loads((folder / "study.json").read_text())
+    for one in about["compared"]:
+        one["label"] = one["label"].replace("the recipe", evil)
+    (folder / "study.json").write_text(json.dumps(about))
+    assert not report.main([str(folder)])
+    page = (folder / "report" / "index.html").read_text()
+    drawn = json.dumps(drawn_in(page))
+    assert "&lt;b&gt;bold" in drawn
+    assert "<b>bold" not in drawn
+    assert "</script> [red]" not in page

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from made_run import run_config, untimed
+from safetensors.torch import save
 
 from lift_ray import evaluate
 from lift_ray.data.open import open_dataset
@@ -284,10 +285,28 @@ def broken(folder: Path, file: str, data: bytes | None) -> None:
             b'{"format_version": 9}',
             "{folder}: must be a checkpoint of format 1, but got 9; use the version of lift_ray that wrote it",
         ),
-        ("weights.safetensors", None, "{folder}/weights.safetensors: does not match the settings next to it: "),
-        ("weights.safetensors", b"x" * 100, "{folder}/weights.safetensors: does not match the settings next to it: "),
-        ("optimizer.safetensors", None, "{folder}/optimizer.safetensors: cannot be read: "),
-        ("optimizer.safetensors", b"", "{folder}/optimizer.safetensors: cannot be read: "),
+        (
+            "run.json",
+            b"<html>",
+            "{folder}/run.json: invalid checkpoint record: it is an HTML page; copy the folder again",
+        ),
+        ("weights.safetensors", None, "{folder}/weights.safetensors: cannot be read: [Errno 2] No such file"),
+        (
+            "weights.safetensors",
+            b"version https://git-lfs.github.com/spec/v1",
+            "{folder}/weights.safetensors: must be a safetensors file, but it is a Git LFS pointer; run git lfs pull",
+        ),
+        (
+            "weights.safetensors",
+            save({"other": torch.zeros(1)}),
+            "{folder}/weights.safetensors: does not match the settings next to it: ",
+        ),
+        ("optimizer.safetensors", None, "{folder}/optimizer.safetensors: cannot be read: [Errno 2] No such file"),
+        (
+            "optimizer.safetensors",
+            b"",
+            "{folder}/optimizer.safetensors: must be a safetensors file, but it is an empty file; copy or download it again",
+        ),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_gives_a_one_line_error(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 from starlette.requests import Request
@@ -96,3 +98,39 @@ def test_images_that_arrive_at_the_same_time_are_classified_as_one_batch(monkeyp
 
     assert asyncio.run(main()) == [2 * n for n in range(40)]
     assert sizes == [32, 8]
+
+
+@pytest.mark.parametrize(
+    ("query", "num_classes", "answer"),
+    [(b"", 1, 1), (b"", 2, 2), (b"", 8, 5), (b"top=1", 2, 1), (b"top=8", 8, 8), (b"top=3", 2, None)],
+)
+def test_without_top_a_model_of_few_classes_names_all_of_them(
+    query: bytes, num_classes: int, answer: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica: Any = object.__new__(serve_model.ModelReplica)
+    replica._classifier = SimpleNamespace(record=SimpleNamespace(class_names=[f"{k}" for k in range(num_classes)]))
+
+    async def probabilities(image: object) -> Any:
+        return np.full(num_classes, 1 / num_classes, np.float32)
+
+    monkeypatch.setattr(replica, "_decoded", lambda encoded: (200, np.zeros(1)), raising=False)
+    replica._probabilities, replica._decoding = probabilities, asyncio.Semaphore(1)
+
+    class Model:
+        classify = property(lambda self: self)
+
+        async def remote(self, body: bytes, top: int | None) -> tuple[int, dict[str, Any]]:
+            status, content = await replica.classify(body, top)
+            return status, content
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"image"}
+
+    headers = [(b"content-type", b"image/png")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": query, "headers": headers}
+    response = asyncio.run(HttpFront(Model(), Options("x"))(Request(scope, receive)))
+    content = json.loads(bytes(response.body))
+    if answer is None:
+        assert (response.status_code, content) == (400, {"error": "top: must be 1 to 2, but got 3"})
+    else:
+        assert (response.status_code, len(content["classes"])) == (200, answer)

@@ -189,7 +189,7 @@ def test_a_fault_in_a_list_gives_a_one_line_error(
 ) -> None:
     write(tmp_path, {**photo_lists(), **changes})
     with pytest.raises(BadInput, match="^" + re.escape(f"{tmp_path}/{message.format(tmp_path)}") + ".*$"):
-        listed(tmp_path, test=f"{tmp_path}/val.txt")
+        divide(listed(tmp_path, test=f"{tmp_path}/val.txt"), Division())
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ INAT_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
     ),
     (
         {"train2018.json": annotations([20, 0, 10], HIDDEN)},
-        "every class must have an image, but 'Peroneutypa scoparia' have none; ",
+        "every class must have an image, but 'Peroneutypa scoparia' has none; ",
     ),
     (
         {"train2018.json": annotations([20, 0, 10, 30], HIDDEN).replace("images/", "../")},
@@ -323,7 +323,7 @@ def test_a_fault_in_inaturalist_files_gives_a_one_line_error(
 ) -> None:
     write(tmp_path, {**inat_2018(), **changes})
     with pytest.raises(BadInput, match=re.escape(message.format(tmp_path)) + ".*$") as caught:
-        scan_inat(str(tmp_path))
+        divide(scan_inat(str(tmp_path)), Division())
     assert str(caught.value).startswith(str(tmp_path))
 
 

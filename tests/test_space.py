@@ -387,7 +387,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
         "ViT-B-16 openai in bf16",
         "validation/mean_class_accuracy, max",
         "4 ... 512 (log)   when tuner.kind is ['adaptformer', 'lora']",
-        "24 trials, 1 baselines first, then tpe; stops early: asha",
+        "24 trials, 1 baseline first, then tpe; stops early: asha",
         "at most 24 x 15 = 360",
         "about 115 with early stopping",
         "about 14 GPU-hours at 1000 images/s per worker (plan)",

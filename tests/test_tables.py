@@ -19,6 +19,7 @@ from embedded import jpegs
 
 from lift_ray.data.convert import tables
 from lift_ray.data.convert.index import ImageIndex
+from lift_ray.data.convert.splitting import Division, divide
 from lift_ray.data.convert.tables import scan_table
 from lift_ray.data.open import EMBEDDED, open_dataset
 from lift_ray.data.reader import RowReader
@@ -146,7 +147,7 @@ CSV_FAULTS: list[tuple[str, dict[str, str], str]] = [
     (
         "image,label,split\na,x,train\nb,y,val\n",
         {},
-        ": every class must have an image, but 'y' have none; add images or remove these classes",
+        ": every class must have an image, but 'y' has none; add images or remove these classes",
     ),
     (
         "image,label,site\na,b,x\n",
@@ -169,7 +170,8 @@ def test_a_fault_in_a_csv_gives_a_one_line_error(
 ) -> None:
     source = write_csv(tmp_path, text)
     with pytest.raises(BadInput, match="^" + re.escape(source + message.format(tmp_path)) + "$"):
-        scan_table(source, kind="csv", **{name: value.format(tmp_path) for name, value in options.items()})  # type: ignore[arg-type]
+        index = scan_table(source, kind="csv", **{name: value.format(tmp_path) for name, value in options.items()})  # type: ignore[arg-type]
+        divide(index, Division())
 
 
 # ---- Parquet

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import ResPostBlock
 
 from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
-from lift_ray.model.backbone import check_tuner, load_backbone
+from lift_ray.model.backbone import check_source, check_tuner, load_backbone
 from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.loading import quick_gelu, rebuild
 from lift_ray.model.resnet import FrozenStatistics, ResNetTower, SsfConv
@@ -184,19 +184,20 @@ def test_a_file_of_another_model_gives_a_one_line_error(
 
 
 def test_a_pickle_or_a_missing_file_is_refused(tmp_path: Path) -> None:
-    torch.save(vit_of(depth=6).state_dict(), tmp_path / "weights.pth")
-    for path in (tmp_path / "weights.pth", tmp_path / "none.safetensors"):
-        with pytest.raises(BadInput) as caught:
-            load_backbone("timm:test_vit", str(path))
-        assert str(caught.value) == (
-            f"backbone.pretrained: must be an existing safetensors file, but got '{path}'; "
-            "check the path, or convert the file, because lift_ray unpickles nothing"
-        )
-    (tmp_path / "weights.pth").rename(tmp_path / "weights.safetensors")
-    with pytest.raises(
-        BadInput, match=r"^backbone.pretrained: must be a safetensors file, but .* cannot be read \(.*\)"
+    pickled, missing = tmp_path / "weights.safetensors", tmp_path / "none.safetensors"
+    torch.save(vit_of(depth=6).state_dict(), pickled)
+    for path, message in (
+        (missing, f"must be an existing safetensors file, but got '{missing}'; check the path"),
+        (
+            pickled,
+            f"must be a safetensors file, but {pickled} is a file of torch.save; "
+            "save its tensors as safetensors, because lift_ray runs no code of a file",
+        ),
     ):
-        load_backbone("timm:test_vit", str(tmp_path / "weights.safetensors"))
+        for refuses in (load_backbone, check_source):
+            with pytest.raises(BadInput) as caught:
+                refuses("timm:test_vit", str(path))
+            assert str(caught.value) == f"backbone.pretrained: {message}"
 
 
 @pytest.mark.parametrize(

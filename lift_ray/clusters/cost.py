@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from lift_ray.clusters.model import Cluster, NodeType
 from lift_ray.errors import BadInput
 from lift_ray.ray_runtime.capacity import Need, need, num_fitting
 from lift_ray.settings.search import expected_epochs
 from lift_ray.settings.space import SpaceFile
+from lift_ray.terminal.tables import PlainTable, titled
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,9 @@ def most_gpus(cluster: Cluster) -> tuple[int, int]:
     return math.floor(least), math.floor(most)
 
 
-def cluster_table(cluster: Cluster, prices: Mapping[str, float]) -> Table:
+def cluster_table(cluster: Cluster, prices: Mapping[str, float]) -> PlainTable:
     """Return a table of the node types."""
-    table = Table(title=f"{cluster.source} ({cluster.provider})", title_justify="left", box=None, pad_edge=False)
+    table = titled(f"{cluster.source} ({cluster.provider})", box=None, pad_edge=False)
     for heading in ("node type", "machine", "market", "resources", "min ... max", "requested", "price per hour"):
         table.add_column(heading, no_wrap=True)
     order = {priority: i + 1 for i, priority in enumerate(sorted({k.priority for k in cluster.workers}, reverse=True))}
@@ -148,9 +147,9 @@ def cluster_table(cluster: Cluster, prices: Mapping[str, float]) -> Table:
     return table
 
 
-def fleet_table(found: list[Fleet]) -> Table:
+def fleet_table(found: list[Fleet]) -> PlainTable:
     """Return a table of trials at a time, hours and price, if all workers are of one type."""
-    table = Table(title="if all workers are of one type", title_justify="left", box=None, pad_edge=False)
+    table = titled("if all workers are of one type", box=None, pad_edge=False)
     for heading in ("node type", "machines", "trials at a time", "hours, about", "price, about"):
         table.add_column(heading, no_wrap=True)
     for fleet in found:

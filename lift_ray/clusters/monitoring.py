@@ -10,6 +10,7 @@ from lift_ray.clusters.diagnostics import Diagnostics, Place, walk
 from lift_ray.clusters.schemas import TEXT, Schema, listed, mapping
 from lift_ray.errors import did_you_mean
 from lift_ray.settings.yaml_file import SettingsFile
+from lift_ray.text import count
 
 DURATION: Schema = {"type": "string", "pattern": r"^\d+(ms|s|m|h)$"}
 PROMETHEUS = mapping(
@@ -72,7 +73,7 @@ def _grafana(faults: Diagnostics) -> str:
     for i, panel in enumerate(panels if isinstance(panels, list) else []):
         if not isinstance(panel, dict) or not panel.get("title") or not panel.get("targets"):
             faults.add(("panels", i), "must have a title and targets", but="it does not", remedy="add them")
-    return f"Grafana, {len(panels)} panels"
+    return f"Grafana, {count(len(panels), 'panel')}"
 
 
 def published() -> set[str]:

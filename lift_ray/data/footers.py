@@ -18,6 +18,7 @@ from lift_ray.data.longtail import Int64s
 from lift_ray.data.thrift import ColumnChunk, RowGroup, row_groups
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import fetch, is_remote, locate, reached, retried
+from lift_ray.text import count
 
 TAIL_BYTES = 2**16  # most footers fit; larger ones take a second request
 LARGEST_FOOTER = 2**28
@@ -91,7 +92,7 @@ def read_content(url: str, num_bytes: int | None, patience_s: float, has_groups:
     if len(wrong):
         raise BadInput(
             url,
-            f"labels must be 0 to {len(class_names) - 1} ({len(class_names)} class names)",
+            f"labels must be 0 to {len(class_names) - 1} ({count(len(class_names), 'class name')})",
             f"{labels[wrong[0]]} in row {wrong[0]}",
             "fix the label or the class names",
         )

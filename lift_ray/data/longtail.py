@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lift_ray.errors import BadInput
+from lift_ray.text import count
 
 Int64s = npt.NDArray[np.int64]
 
@@ -97,7 +98,7 @@ class Distribution:
 
     def __str__(self) -> str:
         return (
-            f"{self.classes:,} classes, {self.images:,} images: {self.largest:,} to {self.smallest:,} a class, "
+            f"{count(self.classes, 'class')}, {count(self.images, 'image')}: {self.largest:,} to {self.smallest:,} a class, "
             f"imbalance {self.imbalance:.1f}"
         )
 

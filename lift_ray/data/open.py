@@ -329,7 +329,7 @@ def _check_training(dataset: Dataset) -> None:
         raise BadInput(
             join(dataset.uri, "train"),
             "every class must have an image",
-            but=f"{len(missing)} of {dataset.num_classes} have none ({names})",
+            but=f"{len(missing)} of {dataset.num_classes} {'has' if len(missing) == 1 else 'have'} none ({names})",
             remedy="add images or remove these class names",
         )
 

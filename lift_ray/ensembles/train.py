@@ -11,6 +11,7 @@ from typing import Any
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.layout import FINAL_CHECKPOINT, RECORD, WEIGHTS
 from lift_ray.storage.output import Output
+from lift_ray.text import say
 from lift_ray.training import checkpoint
 from lift_ray.training.progress import Progress
 
@@ -40,7 +41,6 @@ def train_members(
     names: Mapping[str, Output],
     train: Callable[[str, Output], object],
     at_once: int,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Train the members that are not finished.
 
@@ -48,7 +48,6 @@ def train_members(
         names: result folder of each member, by name.
         train: starts or resumes the training of one member, and returns at its end.
         at_once: number of members that are trained at once.
-        say: prints a line.
 
     Raises the error of the first member that failed, in their order, after all have ended.
     """
@@ -89,14 +88,12 @@ def bind(config: RunConfig, names: Mapping[str, Output], output: Output) -> None
         names: result folder of each member, by name.
         output: OUT.
     """
-    from safetensors.torch import load_file
-
     tensors: dict[str, Any] = {}
     history: list[dict[str, float]] = []
     for name, place in names.items():
         with place.fetched(FINAL_CHECKPOINT) as folder:
             record = checkpoint.read_record(folder)
-            tensors |= {f"{name}/{key}": tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+            tensors |= {f"{name}/{key}": tensor for key, tensor in checkpoint.read_tensors(folder / WEIGHTS).items()}
         train_s = sum(epoch.get("time/train_s", 0.0) for epoch in record.history)
         history.append({"epoch": len(history) + 1, "time/train_s": train_s})
     record = replace(

@@ -25,6 +25,7 @@ from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.classifier import Classifier
 from lift_ray.storage.layout import CALIBRATION, OUT_OF_FOLD_FILE
+from lift_ray.text import count
 from lift_ray.training.checkpoint import Record, difference
 
 COLDEST, HOTTEST = 0.01, 100.0
@@ -56,8 +57,9 @@ class Calibration:
             return f"temperature {self.temperature:g}, set by the user"
         if not self.num_images:
             return "not calibrated: no labeled image was held out from training (temperature 1)"
+        images = count(self.num_images, self.images.removesuffix("s"))
         return (
-            f"temperature {self.temperature:.3f}, fitted on {self.num_images:,} {self.images} of {self.dataset}: calibration "
+            f"temperature {self.temperature:.3f}, fitted on {images} of {self.dataset}: calibration "
             f"error {100 * (self.error_before or 0):.1f}% before, {100 * (self.error_after or 0):.1f}% after"
         )
 

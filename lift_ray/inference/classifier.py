@@ -24,6 +24,12 @@ from lift_ray.training import checkpoint
 from lift_ray.training.workspace import Workspace
 
 BATCH = 100  # images, on a GPU
+MOST_CLASSES = 5  # that are named for an image by default
+
+
+def default_top(num_classes: int) -> int:
+    """Return how many classes are named for an image if the user does not say."""
+    return min(MOST_CLASSES, num_classes)
 
 
 def single_record(folder: Path) -> checkpoint.Record:

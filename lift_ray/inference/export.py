@@ -107,7 +107,9 @@ def export_checkpoint(
         program = functools.cache(lambda: _program(classifier))
         exported = [_exported(classifier, name, temporary, program) for name in WRITERS if name in wanted]
         (temporary / CLASSES).write_text(json.dumps(classifier.record.class_names, indent=1) + "\n")
-        (temporary / "README.md").write_text(model_card(classifier, exported, _metrics(folder, classifier)))
+        (temporary / "README.md").write_text(
+            model_card(classifier, exported, _metrics(folder, classifier)), encoding="utf-8"
+        )
         temporary.chmod(0o755)
         temporary.rename(to)
     except OSError as error:

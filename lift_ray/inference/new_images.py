@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from lift_ray.data.bit_depth import AS_STORED, Rendering
 from lift_ray.data.convert.folder import SPLIT_DIRECTORIES, scan_folder
 from lift_ray.data.convert.images import Encoding
-from lift_ray.data.convert.index import ImageIndex, absolute, for_evaluation, readable
+from lift_ray.data.convert.index import ImageIndex, absolute, readable
 from lift_ray.data.convert.lists import scan_list
 from lift_ray.data.convert.shards import SplitRecord, publish
 from lift_ray.data.convert.splitting import Row
@@ -27,6 +28,7 @@ from lift_ray.data.longtail import Int64s
 from lift_ray.data.open import open_dataset
 from lift_ray.errors import BadInput, first_few
 from lift_ray.storage.store import PATIENCE_S, entries, join
+from lift_ray.text import count
 
 RULE = "must be a dataset, a folder of class directories, or a CSV, Parquet or .txt list"
 SPLIT = "test"  # of a source without splits
@@ -106,7 +108,7 @@ class NewImages:
         names = [repr(name) for label, name in enumerate(self.dataset.class_names) if label not in present]
         if absent and names:
             notes.append(
-                f"{len(names):,} of the model's {_number(total, 'class', 'classes')} {'have' if len(names) > 1 else 'has'} "
+                f"{len(names):,} of the model's {count(total, 'class')} {'have' if len(names) > 1 else 'has'} "
                 f"no images here ({first_few(names)}); metrics are over the other {len(present):,}"
             )
         if self.matches.by_case:
@@ -115,12 +117,12 @@ class NewImages:
         if self.unknown:
             number, counts = sum(self.unknown.values()), [f"{name!r} ({n:,})" for name, n in self.unknown.items()]
             notes.append(
-                f"left out {_number(number, 'image')} of {_number(len(counts), 'class', 'classes')} that the model does "
-                f"not have: {first_few(counts, SHOWN)}"
+                f"left out {count(number, 'image')} of {count(len(counts), 'class')} that the model does not "
+                f"have: {first_few(counts, SHOWN)}"
             )
         if self.skipped:
             lines = [*self.skipped[:SHOWN], *(["..."] if len(self.skipped) > SHOWN else [])]
-            notes.append("\n  ".join([f"left out {_number(len(self.skipped), 'bad image')}:", *lines]))
+            notes.append("\n  ".join([f"left out {count(len(self.skipped), 'bad image')}:", *lines]))
         return notes
 
     def for_json(self) -> dict[str, Any]:
@@ -143,6 +145,7 @@ def opened_images(
     split: str | None = None,
     options: SourceOptions | None = None,
     *,
+    rendering: Rendering = AS_STORED,
     skip_bad: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Iterator[NewImages]:
@@ -157,6 +160,7 @@ def opened_images(
         class_names: classes of the model, in label order.
         split: the split to take. None for the test split, or for all images if the source has no splits or a single one.
         options: how to read a table or list.
+        rendering: how the model turns images into 8-bit RGB (`Record.rendering`); a dataset has its own.
         skip_bad: leave out images that cannot be decoded.
         progress: called with (done, total) images while images are copied.
 
@@ -173,7 +177,7 @@ def opened_images(
     label_of = matches.labels.tolist()
     rows = [(image, label_of[label]) for image, label in index.splits[name] if label_of[label] >= 0]
     with tempfile.TemporaryDirectory(prefix="lift_ray-") as folder:
-        skipped = _copy(index, rows, class_names, folder, skip_bad, progress)
+        skipped = _copy(index, rows, class_names, folder, Encoding(rendering=rendering), skip_bad, progress)
         copied = open_dataset(folder).split(SPLIT)
         named = split or SPLIT
         here = Dataset(data, tuple(class_names), {named: replace(copied, name=named)})
@@ -237,10 +241,6 @@ def relabelled(dataset: Dataset, labels: Int64s, class_names: Sequence[str]) -> 
         if len(known := np.flatnonzero(own >= 0)):
             splits[name] = replace(split.take(known), labels=own[known])
     return replace(dataset, class_names=tuple(class_names), splits=splits, labelled_counts=None)
-
-
-def _number(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def _composed(name: str) -> str:
@@ -323,20 +323,19 @@ def _listed(data: str, split: str | None, options: SourceOptions) -> ImageIndex:
         is_parquet = any(entry.name.endswith(".parquet") for entry in there) or _has_shards(data)
         kind = "parquet" if is_parquet else "folder"
     options.check(data, kind)
-    with for_evaluation():
-        if kind == "folder":
-            return _listed_folder(data, split)
-        if kind == "list":
-            if options.class_names is None:
-                raise BadInput(
-                    "--class-names",
-                    "is required for a list of paths and numbers",
-                    but="is missing",
-                    remedy="give a file with a class name on each line, in the order of the numbers",
-                )
-            root = options.root or os.path.dirname(data) or "."
-            return scan_list(root, train=data, class_names=options.class_names)
-        return scan_table(data, kind=kind, similar_names="keep", **options.given)
+    if kind == "folder":
+        return _listed_folder(data, split)
+    if kind == "list":
+        if options.class_names is None:
+            raise BadInput(
+                "--class-names",
+                "is required for a list of paths and numbers",
+                but="is missing",
+                remedy="give a file with a class name on each line, in the order of the numbers",
+            )
+        root = options.root or os.path.dirname(data) or "."
+        return scan_list(root, train=data, class_names=options.class_names)
+    return scan_table(data, kind=kind, similar_names="keep", **options.given)
 
 
 def _listed_folder(data: str, split: str | None) -> ImageIndex:
@@ -365,6 +364,7 @@ def _copy(
     rows: Sequence[Row],
     class_names: Sequence[str],
     folder: str,
+    encoding: Encoding,
     skip_bad: bool,
     progress: Progress,
 ) -> tuple[str, ...]:
@@ -377,7 +377,7 @@ def _copy(
         progress(done, len(rows))
 
     progress(0, len(rows))
-    job = Job(folder, index.source, tuple(class_names), index.read, Encoding(), ROW_GROUP_ROWS, skip_bad, False)
+    job = Job(folder, index.source, tuple(class_names), index.read, encoding, ROW_GROUP_ROWS, skip_bad, False)
     tasks = [
         ShardTask(SPLIT, number, rows[start : start + ROWS_PER_SHARD])
         for number, start in enumerate(range(0, len(rows), ROWS_PER_SHARD))

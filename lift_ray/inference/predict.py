@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from lift_ray.data.batches import made_ahead
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.calibration import Calibration, calibrated
-from lift_ray.inference.classifier import Classifier, single_record
+from lift_ray.inference.classifier import Classifier, default_top, single_record
 from lift_ray.inference.image_files import ImageFiles, ImageReader
 from lift_ray.methods.world import Ranks
 from lift_ray.ray_runtime.capacity import num_slots
@@ -46,7 +46,7 @@ class Job:
     Attributes:
         where: folder or URL of the checkpoint.
         images: images to classify.
-        top: number of classes per image, at most K.
+        top: number of classes per image, at most K; None for `default_top(K)`.
         temperature: divides the logits; None for the fitted temperature.
         posthoc_tau: strength of the post-hoc adjustment; None for the value of the run.
         part: number of images in a part.
@@ -54,7 +54,7 @@ class Job:
 
     where: str
     images: ImageFiles
-    top: int = 5
+    top: int | None = None
     temperature: float | None = None
     posthoc_tau: float | None = None
     part: int = PART
@@ -137,7 +137,8 @@ class Predictor:
         self, temperature: float, decoded: tuple[tuple[int, int, int], torch.Tensor, list[str | None]]
     ) -> tuple[tuple[int, int], pa.Table]:
         """Return the rows of a decoded batch, with the number of its part and the end of the batch."""
-        ((number, start, stop), images, errors), top = decoded, self._job.top
+        (number, start, stop), images, errors = decoded
+        top = self._job.top or default_top(len(self._names))
         good = np.array([error is None for error in errors])
         classes, probabilities = np.zeros((stop - start, top), np.int64), np.zeros((stop - start, top), np.float32)
         if len(images):
@@ -197,7 +198,7 @@ def predict(job: Job, out: Path, advance: Advance, *, workers: int = 1, cpus_per
         raise BadInput("--out", "must be a new file", but=f"{out} exists", remedy="delete it, or choose another")
     try:
         parts.mkdir(parents=True, exist_ok=True)
-        _check_same_job(job, parts)
+        job = _checked(job, parts)
         total = len(job.images)
         missing = [number for number in range(job.num_parts) if not _part(parts, number).exists()]
         done = total - sum(stop - start for start, stop in map(job.span, missing))
@@ -261,15 +262,21 @@ def _on_workers(
     return run
 
 
-def _check_same_job(job: Job, parts: Path) -> None:
-    """Raise BadInput if the folder holds parts of other images, another checkpoint or other options."""
+def _checked(job: Job, parts: Path) -> Job:
+    """Return the job with its number of classes per image. Raises BadInput if the folder holds parts of another job."""
     with checkpoint.opened(job.where) as folder:
         record = single_record(folder)
-        if job.top > len(record.class_names):
+        num_classes = len(record.class_names)
+        top = job.top or default_top(num_classes)
+        if top > num_classes:
+            raise BadInput("--top", f"must be at most {num_classes}, the number of classes", top, "lower it")
+        job = replace(job, top=top)
+        try:
+            weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        except OSError as error:
             raise BadInput(
-                "--top", f"must be at most {len(record.class_names)}, the number of classes", job.top, "lower it"
-            )
-        weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+                str(folder / WEIGHTS), f"cannot be read: {one_line(error)}", remedy="copy the folder again"
+            ) from None
     fields = asdict(job) | {"where": ""}
     for unrelated in ("left_out", "num_links"):
         del fields["images"][unrelated]
@@ -285,6 +292,7 @@ def _check_same_job(job: Job, parts: Path) -> None:
             but="it holds parts of another job",
             remedy="delete it, or choose another --out",
         )
+    return job
 
 
 def _settled(parts: Path, find: Callable[[], Calibration]) -> Calibration:

@@ -117,8 +117,8 @@ class HttpFront:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not (kind.startswith("image/") or kind == "application/octet-stream"):
             return _error(415, f"Content-Type: must be image/..., but got {kind or 'none'}; send the image as the body")
-        top = request.query_params.get("top", "5")
-        if not (top.isascii() and top.isdigit() and len(top) < 7):
+        top = request.query_params.get("top")
+        if top is not None and not (top.isascii() and top.isdigit() and len(top) < 7):
             return _error(400, f"top: must be a number, but got {top[:20]!r}")
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._max_bytes:
@@ -136,14 +136,14 @@ class HttpFront:
                 self._bytes += len(chunk)
             if not body:
                 return _error(400, "body: must be an image, but got 0 bytes")
-            status, content = await self._classified(bytes(body), int(top))
+            status, content = await self._classified(bytes(body), None if top is None else int(top))
             return JSONResponse(content, status)
         except ClientDisconnect:
             return _error(400, "body: must be complete, but the client disconnected")
         finally:
             self._bytes -= len(body)
 
-    async def _classified(self, body: bytes, top: int) -> tuple[int, dict[str, Any]]:
+    async def _classified(self, body: bytes, top: int | None) -> tuple[int, dict[str, Any]]:
         for _ in range(TRIES - 1):
             try:
                 found: tuple[int, dict[str, Any]] = await self._model.classify.remote(body, top)

@@ -12,7 +12,7 @@ from ray import serve
 from lift_ray.data.bad_image import BadImage, TooManyPixels, UnknownFormat
 from lift_ray.data.decode import READABLE, opened
 from lift_ray.inference.calibration import Calibration, calibrated
-from lift_ray.inference.classifier import Classifier
+from lift_ray.inference.classifier import Classifier, default_top
 from lift_ray.inference.serve_http import HttpFront, Options
 from lift_ray.methods.world import Ranks
 from lift_ray.training import checkpoint
@@ -37,9 +37,10 @@ class ModelReplica:
         """Return True; a replica that is down does not respond."""
         return True
 
-    async def classify(self, encoded: bytes, top: int) -> tuple[int, dict[str, Any]]:
-        """Return the HTTP status and the JSON content of the response."""
+    async def classify(self, encoded: bytes, top: int | None) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status and the JSON content of the response; without `top`, the usual number of classes."""
         names = self._classifier.record.class_names
+        top = default_top(len(names)) if top is None else top
         if not 1 <= top <= len(names):
             return 400, {"error": f"top: must be 1 to {len(names)}, but got {top}"}
         async with self._decoding:

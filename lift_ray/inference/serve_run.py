@@ -13,6 +13,7 @@ from typing import Any
 
 from lift_ray.errors import BadInput, RunFailed, last_line, one_line
 from lift_ray.ray_runtime.session import connected
+from lift_ray.text import count, say
 
 NAME = "lift_ray"
 STOP = (signal.SIGINT, signal.SIGTERM)
@@ -46,8 +47,8 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
         if options.replicas * options.cpus > cores:
             raise BadInput(
                 "--replicas",
-                f"must fit the {cores} cores of the cluster",
-                f"{options.replicas} replicas with {options.cpus} each",
+                f"must fit the {count(cores, 'core')} of the cluster",
+                f"{count(options.replicas, 'replica')} with {options.cpus} each",
                 "lower it, or --cpus",
             )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -59,7 +60,7 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
             serve.run(application(options), name=NAME, route_prefix="/")
-            print(f"http://{host}:{port}/", flush=True)
+            say(f"http://{host}:{port}/")
             threading.Event().wait()
         except KeyboardInterrupt:
             pass
@@ -94,4 +95,4 @@ def _check(options: Any, host: str, port: int) -> None:
     with opened(options.checkpoint) as folder:
         classifier = Classifier(folder, Ranks.alone(num_cpus=os.cpu_count() or 1), options.posthoc_tau)
         if options.temperature is None:
-            print(calibrated(folder, classifier), flush=True)
+            say(calibrated(folder, classifier))

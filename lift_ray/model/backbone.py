@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +20,11 @@ from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.loading import rebuild
 from lift_ray.model.resnet import AnyTower
+from lift_ray.model.weights_file import PLACE, check_fit, check_kind, fill_clip, read_weights
+from lift_ray.storage.file_kinds import SAFETENSORS
 
 EMBEDDED, TIMM, LOCAL = "embedded:", "timm:", "local-dir:"
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
 ON_RESNET = ("ssf", "bitfit", "batchnorm", "full", "partial", "linear_probe", "zero_shot")
 
 
@@ -167,13 +172,10 @@ def check_tuner(tower: AnyTower, kind: str) -> None:
 def _load_open_clip(model: str, pretrained: str | None) -> Backbone:
     import open_clip
 
-    source, quick_gelu = _source(model, pretrained)
+    clip, source, _ = clip_of(model, pretrained)
     try:
-        clip = open_clip.create_model(
-            source, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True, weights_only=True
-        )
         tokenizer = open_clip.get_tokenizer(source)
-    except Exception as error:  # open_clip raises RuntimeError, OSError, hub and safetensors errors
+    except Exception as error:  # as in `clip_of`
         raise _not_loaded(model, error) from None
     clip.eval().requires_grad_(False)
     tower = rebuild(clip.visual, model)
@@ -187,6 +189,45 @@ def _load_open_clip(model: str, pretrained: str | None) -> Backbone:
 
     scale = float(clip.logit_scale.exp())
     return Backbone(model, tower, tuple(config["mean"]), tuple(config["std"]), text, projection, scale)
+
+
+def clip_of(model: str, pretrained: str | None) -> tuple[Any, str, bool]:
+    """Return a whole CLIP, open_clip's name for it, and whether its weights were trained with QuickGELU. Raises BadInput.
+
+    Args: as of `load_backbone`.
+    """
+    import open_clip
+
+    source, quick_gelu = _source(model, pretrained)
+    if _is_file(model, pretrained):
+        with _without_warnings():  # open_clip warns that the weights, which come next, are random
+            clip: Any = open_clip.create_model(source, force_quick_gelu=quick_gelu, pretrained_text=False)
+        fill_clip(clip, model, str(pretrained))
+        return clip, source, quick_gelu
+    try:
+        clip = open_clip.create_model(
+            source, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True, weights_only=True
+        )
+    except Exception as error:  # open_clip raises RuntimeError, OSError, hub and safetensors errors
+        raise _not_loaded(model, error) from None
+    return clip, source, quick_gelu
+
+
+def _is_file(model: str, pretrained: str | None) -> bool:
+    """Return True if weights of an open_clip name are in a file, and not behind a tag."""
+    import open_clip
+
+    return pretrained is not None and pretrained not in open_clip.list_pretrained_tags_by_model(model)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def check_source(model: str, pretrained: str | None) -> None:
@@ -213,13 +254,10 @@ def _timm_name(model: str, pretrained: str | None) -> str:
         known = [arch, *timm.list_models(f"{arch}.*", pretrained=True)]
     if (name != arch and name not in known) or not timm.is_model(arch):
         raise BadInput("backbone.model", f"unknown model '{model}'", remedy=did_you_mean(name, known))
-    if pretrained is not None and not (pretrained.endswith(".safetensors") and Path(pretrained).is_file()):
-        raise BadInput(
-            "backbone.pretrained",
-            "must be an existing safetensors file",
-            repr(pretrained),
-            "check the path, or convert the file, because lift_ray unpickles nothing",
-        )
+    if pretrained is not None:
+        if not Path(pretrained).is_file():
+            raise BadInput(PLACE, "must be an existing safetensors file", repr(pretrained), "check the path")
+        check_kind(pretrained, (SAFETENSORS,))
     return name
 
 
@@ -241,37 +279,13 @@ def _load_timm(model: str, pretrained: str | None) -> Backbone:
 
 def _fill(vit: Any, model: str, path: str) -> None:
     """Load a file into timm's model, strictly except for the classifier; position embeddings may be for another image size."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = {key: value.float() for key, value in load_file(path).items() if not key.startswith("head.")}
-    except (SafetensorError, OSError) as error:
-        raise BadInput(
-            "backbone.pretrained",
-            "must be a safetensors file",
-            but=f"{path} cannot be read ({error})",
-            remedy="download it again",
-        ) from None
+    state = {key: value for key, value in read_weights(path, (SAFETENSORS,)).items() if not key.startswith("head.")}
     vit.reset_classifier(0)
     positions = state.get("pos_embed", torch.empty(0))
     num_patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
     if num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches:
         vit.pos_embed = nn.Parameter(torch.empty(positions.shape, device="meta"))
-    expected = vit.state_dict()
-    faults = {
-        "without": expected.keys() - state.keys(),
-        "with": state.keys() - expected.keys(),
-        "with another shape of": {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape},
-    }
-    found = [f"{how} {', '.join(sorted(keys)[:4])}" for how, keys in faults.items() if keys]
-    if found:
-        raise BadInput(
-            "backbone.pretrained",
-            f"must contain the tensors of {model}",
-            f"{path} {' and '.join(found)}",
-            "use a file of this model",
-        )
+    check_fit(vit.state_dict(), state, model, path)
     vit.load_state_dict(state, strict=True, assign=True)
 
 
@@ -279,9 +293,20 @@ class BackboneUnavailable(BadInput):
     """The library that builds the backbone could not load it: a wrong name, a broken file, or no network."""
 
 
-def _not_loaded(model: str, error: Exception) -> BackboneUnavailable:
+def _not_loaded(model: str, error: Exception) -> BadInput:
+    """Return the error of a library as ours; a file in a local folder that holds no weights is named instead."""
+    if model.startswith(LOCAL):
+        for path in sorted(Path(model.removeprefix(LOCAL)).glob("*")):
+            if path.suffix in WEIGHTS_SUFFIXES:
+                try:
+                    check_kind(str(path), place="backbone.model")
+                except BadInput as fault:
+                    return fault
+    why = one_line(error)
+    if "weights_only" in why:  # torch's text advises to unpickle everything
+        why = "its weights file holds more than tensors, or is damaged"
     return BackboneUnavailable(
-        "backbone.model", f"{model} could not be loaded ({one_line(error)})", remedy="check name and network"
+        "backbone.model", f"{model} could not be loaded ({why})", remedy="check name and network"
     )
 
 
@@ -298,7 +323,7 @@ def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
         model = f"{LOCAL}{folder}"
     if ":" in model:
         if pretrained is not None:
-            raise BadInput("backbone.pretrained", f"must not be given with {model}", repr(pretrained), "remove it")
+            raise BadInput(PLACE, f"must not be given with {model}", repr(pretrained), "remove it")
         return model, False
     import open_clip
 
@@ -309,10 +334,12 @@ def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is None or (pretrained not in tags and not Path(pretrained).is_file()):
         raise BadInput(
-            "backbone.pretrained",
+            PLACE,
             f"must be a tag of {model} or a weights file",
             repr(pretrained),
             did_you_mean(pretrained, tags),
         )
+    if _is_file(model, pretrained):
+        check_kind(pretrained)
     # open_clip only warns when OpenAI's weights meet a config with plain GELU; the features would be wrong.
     return model, bool((open_clip.pretrained.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu", False))

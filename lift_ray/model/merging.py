@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lift_ray.model.backbone import TIMM, _source
+from lift_ray.model.backbone import TIMM, clip_of
 from lift_ray.model.loading import _open_clip_resnet, _open_clip_vit
 from lift_ray.model.resnet import AnyTower
 from lift_ray.model.tower import resized
@@ -56,10 +56,7 @@ def write_open_clip(model: str, pretrained: str | None, tower: AnyTower, folder:
     import open_clip
     from safetensors.torch import save_file
 
-    source, quick_gelu = _source(model, pretrained)
-    clip = open_clip.create_model(
-        source, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True, weights_only=True
-    )
+    clip, source, quick_gelu = clip_of(model, pretrained)
     found = _open_clip_vit(clip.visual) or _open_clip_resnet(clip.visual)
     assert found is not None, "it was rebuilt before"
     theirs = [name for name in clip.visual.state_dict() if name != "proj"]

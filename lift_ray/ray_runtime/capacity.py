@@ -9,6 +9,7 @@ from pathlib import Path
 from lift_ray.errors import BadInput
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
 from lift_ray.settings.search import ScaleConfig
+from lift_ray.text import count
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def num_slots(scale: ScaleConfig, nodes: list[dict[str, float]]) -> tuple[Need, 
         raise BadInput(
             "scale",
             "a trial must fit the cluster",
-            f"{wanted} for {len(nodes)} node(s) with {total['CPU']} CPU, {total['GPU']} GPU in all",
+            f"{wanted} for {count(len(nodes), 'node')} with {total['CPU']} CPU, {total['GPU']} GPU in all",
             "lower scale.workers_per_trial or scale.cpus_per_worker, or set scale.use_gpu=false",
         )
     return wanted, fitting if scale.max_concurrent == "auto" else min(fitting, scale.max_concurrent)

@@ -7,12 +7,13 @@ import os
 import platform
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lift_ray.errors import Interrupted, RunFailed, Stopped, one_line
+from lift_ray.errors import BadInput, Interrupted, RunFailed, Stopped, one_line
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
 from lift_ray.ray_runtime.patches import listen_on_loopback, use_free_agent_port
 from lift_ray.registry import PLUGINS
@@ -34,6 +35,7 @@ def connected(
         metadata: metadata of this driver on the dashboard; its list of jobs shows `job_name`.
 
     Raises:
+        BadInput: Ray cannot put its files into the temporary folder.
         RunFailed: the cluster does not answer.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -44,6 +46,7 @@ def connected(
     mine = not ray.is_initialized()
     if mine:
         if not address:
+            check_temporary_folder()
             listen_on_loopback()
             use_free_agent_port()
         try:
@@ -56,6 +59,13 @@ def connected(
             )
         except SystemExit as error:  # from Ray's handler of SIGTERM while it starts
             raise Interrupted(signal.SIGTERM) if error.code == signal.SIGTERM else error from None
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise BadInput(
+                _temporary_folder()[0],
+                "must be a folder that Ray can write to",
+                but=one_line(error),
+                remedy="set RAY_TMPDIR to another folder",
+            ) from None
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunFailed(f"Ray at {address or 'this machine'} does not answer: {one_line(error)}") from None
         finally:
@@ -71,6 +81,27 @@ def connected(
     finally:
         if mine:
             ray.shutdown()
+
+
+def check_temporary_folder() -> None:
+    """Raise BadInput if the paths of Ray's Unix sockets in its temporary folder would be too long; Ray says so in a traceback."""
+    variable, folder = _temporary_folder()
+    length = len(os.fsencode(f"{folder}/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"))
+    longest = 103 if sys.platform == "darwin" else 107
+    if length > longest:
+        raise BadInput(
+            variable,
+            f"must be a short path, because those of Ray's Unix sockets in it may have {longest} bytes",
+            but=f"{folder} gives paths of {length} bytes",
+            remedy="set RAY_TMPDIR=/tmp, or another short path",
+        )
+
+
+def _temporary_folder() -> tuple[str, str]:
+    """Return the environment variable that sets Ray's temporary folder, and the folder."""
+    names = ("RAY_TMPDIR",) if sys.platform == "darwin" else ("RAY_TMPDIR", "TMPDIR")
+    name = next((name for name in names if name in os.environ), "RAY_TMPDIR")
+    return name, os.environ.get(name, "/tmp")
 
 
 def _plugins() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lift_ray.epoch_metrics import ACCURACIES, GROUPS, MAIN, TRAINED_PARAMETERS
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles, Trial, numbers
+from lift_ray.text import count
 
 Z = 1.96  # standard deviations of a 95% interval
 FEW_IMAGES = 5  # a class with fewer held-out images is uncertain
@@ -221,7 +222,7 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
         return Heavy(
             "Cannot tell: too few sizes were tried.",
             f"Cannot tell: at least {fewest} sizes with {FEWEST_SIZES} different numbers of trained parameters are required, but "
-            f"the {number} finished trials cover {len(trials)} (see search_spaces/heavy.yaml).",
+            f"{count(number, 'finished trial')} cover {len(trials)} (see search_spaces/heavy.yaml).",
             trials,
         )
     grid = np.linspace(size.min(), size.max(), 30)
@@ -239,7 +240,7 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     metrics = " or ".join(f"{name} accuracy" if name in GROUPS else name for name in names)
     answer = (
         f"{short.removesuffix('.')} ({interval}). Based on {len(trials)} sizes ({span} trained parameters), each "
-        f"represented by its best trial by {metrics}, out of {number} finished trials."
+        f"represented by its best trial by {metrics}, out of {count(number, 'finished trial')}."
     )
     low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))
     return Heavy(short, answer, trials, slope, (10**grid, low, high))

@@ -19,6 +19,7 @@ from lift_ray.storage.layout import BEST, BEST_METRICS, FINAL_CHECKPOINT, METRIC
 from lift_ray.storage.output import Output
 from lift_ray.terminal.evaluation_tables import compared_table, intervals_line
 from lift_ray.terminal.tables import console
+from lift_ray.text import count, say
 
 PREFIX = "test/"
 EVALUATE_IT = "add --old-test to evaluate it now"
@@ -112,14 +113,14 @@ class NewResults:
 
     def print(self, prefix: str = "") -> None:
         """Print intervals and comparison after a prefix."""
-        print(prefix + intervals_line({name: (one.low, one.high) for name, one in self.intervals.items()}))
+        say(prefix + intervals_line({name: (one.low, one.high) for name, one in self.intervals.items()}))
         if self.comparison is not None:
             number = self.comparison.classes
-            classes = "" if number is None else f", {number:,} {'classes' if number > 1 else 'class'} that both have"
+            classes = "" if number is None else f", {count(number, 'class')} that both have"
             title = f"{prefix}New images and the old test split{classes}: accuracy (%)"
             console().print(compared_table(self.comparison.rows, title))
         if self.note:
-            print(self.note)
+            say(self.note)
 
 
 def difference(new: Interval, old: Interval) -> Interval:

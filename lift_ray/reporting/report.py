@@ -33,6 +33,7 @@ from lift_ray.reporting.study_files import (
 )
 from lift_ray.storage.layout import PAGE, PREDICTIONS, PREDICTIONS_FILE, REPORT, TRIALS
 from lift_ray.storage.output import Output
+from lift_ray.text import say
 
 EVERY_S = 30.0
 MOST_TIME_FRAC = 0.05  # of the time of a running search that its report may take
@@ -143,7 +144,7 @@ def try_report(out: Output) -> str | None:
     try:
         return write_report([out.url])
     except Exception as error:  # whatever failed, the results of the search matter more
-        print(_failure(error, out))
+        say(_failure(error, out))
         return None
 
 
@@ -184,6 +185,6 @@ def _rewrite(out: Output, trials: Path, stop: threading.Event) -> None:
             written, printed = changed, ""
         except Exception as error:  # a half-written file or a full disk: the next attempt may succeed
             if (text := _failure(error, out)) != printed:
-                print(text)
+                say(text)
             printed = text
         pause_s = max(EVERY_S, (time.monotonic() - began) / MOST_TIME_FRAC)

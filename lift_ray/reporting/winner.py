@@ -9,6 +9,7 @@ from lift_ray.epoch_metrics import GROUPS, MAIN
 from lift_ray.reporting.confidence import Interval, accuracy_intervals
 from lift_ray.reporting.figures.charts import PERCENT, describe_settings, scale_of, short_count
 from lift_ray.reporting.study_files import BEST_FOUND, Candidate, StudyFiles
+from lift_ray.text import count
 
 ORDER = (MAIN, *GROUPS, "accuracy")
 MOST_NAMES = 5  # of classes in a sentence
@@ -72,7 +73,7 @@ def refit_in_words(study: StudyFiles) -> str:
     )
     if data is None:
         return ""
-    images = f" ({refit['images']:,} images)" if refit.get("images") else ""
+    images = f" ({count(refit['images'], 'image')})" if refit.get("images") else ""
     if refit.get("retrained"):
         return f"The model in best/ was trained again with the best settings, on {data}{images}."
     return f"The model in best/ is that of the best trial, trained on {data}{images}."
@@ -133,7 +134,7 @@ def best_in_words(study: StudyFiles) -> str:
     end = "highest" if mode == "max" else "lowest"
     return (
         f"{text} Its {metric.split('/')[0]} {measure_of(metric)}, {valued(metric, best[metric])}, is the {end} of "
-        f"{len(study.finished)} finished trials."
+        f"{count(len(study.finished), 'finished trial')}."
     )
 
 

@@ -26,6 +26,7 @@ from lift_ray.search.study import Study
 from lift_ray.search.tune_run import run_jobs
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import describe
+from lift_ray.text import count, say
 from lift_ray.tracking.prometheus import StudyMetrics
 
 if TYPE_CHECKING:
@@ -90,11 +91,8 @@ def run_search(
     metrics = StudyMetrics(study.space, study.rows, engine)
     search.watchers += [monitor, *watchers]
 
-    def say() -> None:
-        print("stopping at the next step; interrupt again to stop at once", flush=True)
-
     while True:
-        interrupts.ask(say)
+        interrupts.ask(lambda: say("stopping at the next step; interrupt again to stop at once"))
         with monitor:
             run_jobs(engine, callbacks, slot_class)
         if not (search.is_over and search.refits):
@@ -124,6 +122,7 @@ def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
             found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
     fewer = search.num_ended and search.space.search.per_kind is None and search.space.search.sampler != "grid"
     return (
-        f"stopped with {search.num_ended} of {search.space.num_trials} trials done; {found}; add --resume to the command to continue"
+        f"stopped with {search.num_ended} of {count(search.space.num_trials, 'trial')} done; {found}; "
+        "add --resume to the command to continue"
         + (f", or --resume search.trials={search.num_ended} to compare the best of these" if fewer else "")
     )

@@ -21,6 +21,7 @@ from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.layout import FINAL_CHECKPOINT
 from lift_ray.storage.output import Output
+from lift_ray.text import count
 
 CROPS, TTE = 5, "-tte"  # test-time ensembling: crops per image, and the suffix of the model's name
 REFIT = "-refit"  # suffix of the name of a model that was trained again
@@ -289,7 +290,7 @@ def compared(space: SpaceFile, entries: Sequence[Entry], results: Results) -> li
 def none_finished(rows: Sequence[TrialRow], out: Output) -> RunFailed:
     """Return the error of a search without a finished trial."""
     errors = [f"; the last error: {row.error}" for row in rows if row.error]
-    return RunFailed(f"{out}: none of {len(rows)} trials finished{''.join(errors[-1:])}; see trials.csv")
+    return RunFailed(f"{out}: none of {count(len(rows), 'trial')} finished{''.join(errors[-1:])}; see trials.csv")
 
 
 def ensembles(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:

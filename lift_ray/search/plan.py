@@ -11,6 +11,7 @@ from lift_ray.search.final_comparison import further_trainings
 from lift_ray.search.search_data import SearchData, unseen_line
 from lift_ray.settings.search import expected_epochs
 from lift_ray.settings.space import SpaceFile
+from lift_ray.text import count
 
 Line = tuple[str, str]
 
@@ -27,10 +28,8 @@ def plan(space: SpaceFile, dataset: str, data: Dataset | None) -> Iterator[Line]
         yield "data", f"{dataset} (remote: not opened in a dry run)"
     else:
         counts = data.split("train").class_counts(data.num_classes)
-        size = (
-            f"{data.num_classes} classes, {counts.sum():,} training images, {counts.max()} ... {counts.min()} per class"
-        )
-        yield "data", f"{dataset}: {size}"
+        size = f"{count(data.num_classes, 'class')}, {count(int(counts.sum()), 'training image')}"
+        yield "data", f"{dataset}: {size}, {counts.max()} ... {counts.min()} per class"
     facts = None if data is None else SearchData.of(space, data)
     if facts is not None:
         yield from _held_out(space, facts)
@@ -40,14 +39,14 @@ def plan(space: SpaceFile, dataset: str, data: Dataset | None) -> Iterator[Line]
 
 def _held_out(space: SpaceFile, facts: SearchData) -> Iterator[Line]:
     images, number = facts.num_images, space.search.folds
-    further = f"; folds 2 to {number} divide the {images['train']:,} training images" if number > 1 else ""
-    yield "validation", f"{images['validation']:,} images{further}"
+    further = f"; folds 2 to {number} divide the {count(images['train'], 'training image')}" if number > 1 else ""
+    yield "validation", f"{count(images['validation'], 'image')}{further}"
     if facts.unseen:
         yield "", unseen_line(facts.unseen, len(facts.groups.names))
     yield "groups", str(facts.groups)
     if space.test == "none":
         yield "test", "none: the result is not held out from the search"
-    yield "best/", f"trained on {facts.final_images:,} images ({facts.train_on.replace('+', ' and ')})"
+    yield "best/", f"trained on {count(facts.final_images, 'image')} ({facts.train_on.replace('+', ' and ')})"
 
 
 def _space(space: SpaceFile) -> Iterator[Line]:
@@ -65,9 +64,9 @@ def _space(space: SpaceFile) -> Iterator[Line]:
 
 def _trials(space: SpaceFile, num_images: int | None, facts: SearchData | None) -> Iterator[Line]:
     search, number, most = space.search, space.num_trials, space.most_epochs()
-    given = f"{len(space.baselines)} baselines first, then " if space.baselines else ""
+    given = f"{count(len(space.baselines), 'baseline')} first, then " if space.baselines else ""
     each = f" ({search.per_kind} for each tuner.kind)" if search.per_kind else ""
-    yield "search", f"{number} trials{each}, {given}{search.sampler}; stops early: {search.scheduler.kind}"
+    yield "search", f"{count(number, 'trial')}{each}, {given}{search.sampler}; stops early: {search.scheduler.kind}"
     if search.seeds_best > 1:
         baseline = ", and for the first baseline" if space.baselines else ""
         yield "seeds", f"{search.seeds_best - 1} more at the end for the best settings{baseline}"
@@ -75,7 +74,10 @@ def _trials(space: SpaceFile, num_images: int | None, facts: SearchData | None) 
     epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
     yield "epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping"
     if further := further_trainings(space, retrains=facts is not None and facts.retrains):
-        yield "after the trials", f"{further} more trainings, up to {further * most} epochs: {_further(space, facts)}"
+        yield (
+            "after the trials",
+            f"{count(further, 'more training')}, up to {count(further * most, 'epoch')}: {_further(space, facts)}",
+        )
         epochs += further * most
     wanted = need(space.scale, has_gpu=gpus_here() > 0)
     if num_images and (speed := space.plan.images_per_s):
@@ -85,7 +87,7 @@ def _trials(space: SpaceFile, num_images: int | None, facts: SearchData | None) 
     yield "each trial", str(wanted)
     cpus, gpus = os.cpu_count() or 1, gpus_here()
     here = {"CPU": float(cpus), "GPU": float(gpus)}
-    fits = f"{cpus} CPU, {gpus} GPU: fits {num_fitting(wanted, [here])} trials at a time"
+    fits = f"{cpus} CPU, {gpus} GPU: fits {count(num_fitting(wanted, [here]), 'trial')} at a time"
     yield "this machine", lacking(wanted, here) or fits
 
 

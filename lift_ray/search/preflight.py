@@ -13,6 +13,7 @@ from lift_ray.settings.checks import NUM_CHECK_DRAWS
 from lift_ray.settings.run import BackboneConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws
 from lift_ray.storage.output import Output
+from lift_ray.text import say
 from lift_ray.tracking.services import check_service
 
 
@@ -81,5 +82,5 @@ def _check_name(backbone: BackboneConfig) -> None:
     from lift_ray.model.backbone import check_source
 
     if not backbone.is_embedded:
-        print(f"looking up {backbone.model} ...", flush=True)  # open_clip and torch take seconds to load
+        say(f"looking up {backbone.model} ...")  # open_clip and torch take seconds to load
     check_source(backbone.model, backbone.pretrained)

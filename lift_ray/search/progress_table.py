@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Group
 from rich.live import Live
-from rich.text import Text
 
 from lift_ray.epoch_metrics import SECONDS
 from lift_ray.reporting.trial_rows import TrialRow, best_row, write_rows
@@ -17,7 +16,8 @@ from lift_ray.search.final_comparison import comparison_seconds
 from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, TrainJob
 from lift_ray.search.state import Search
 from lift_ray.search.tables import trial_table
-from lift_ray.terminal.tables import console, describe
+from lift_ray.terminal.tables import console, describe, plain
+from lift_ray.text import count, printable
 from lift_ray.training.events import StepsDone
 
 LINE_EVERY_S = 30.0  # longest time without a line, if there is no terminal
@@ -108,7 +108,7 @@ class Monitor:
     def _say(self, text: str) -> None:
         self._said_at = time.monotonic()
         if not self.live:
-            self.console.print(f"{self._seconds():5.0f} s  {text}", soft_wrap=True, markup=False)
+            self.console.print(f"{self._seconds():5.0f} s  {printable(text)}", soft_wrap=True)
 
     def _seconds(self) -> float:
         return time.monotonic() - self.began
@@ -127,7 +127,7 @@ class Monitor:
     def _show(self) -> None:
         if self.live:
             table = self._table(limit=max(5, self.console.height - 10))
-            self.live.update(Group(table, Text(self._status())), refresh=True)
+            self.live.update(Group(table, plain(self._status())), refresh=True)
 
     def _table(self, limit: int) -> Any:
         rows = list(self.rows.values())
@@ -143,7 +143,7 @@ class Monitor:
 
     def _counts(self) -> list[str]:
         """Return the progress of the search and the estimated time left."""
-        parts = [f"{self.search.num_ended} of {self.space.num_trials} trials"]
+        parts = [f"{self.search.num_ended} of {count(self.space.num_trials, 'trial')}"]
         if self.search.trials_are_over or self.search.done:
             parts.append(self._compared())
         if (left_s := self.seconds_left()) is not None:

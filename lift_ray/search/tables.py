@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich.table
-
 from lift_ray.epoch_metrics import ACCURACIES, GROUPS
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.search.confirmation import Choice
-from lift_ray.terminal.tables import HEADINGS, describe, percent, short
+from lift_ray.terminal.tables import HEADINGS, PlainTable, describe, percent, short, titled
 
 STYLES = {
     "running": "cyan",
@@ -22,9 +20,9 @@ STYLES = {
 }
 
 
-def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> rich.table.Table:
+def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> PlainTable:
     """Return the Pareto front of a search with several objectives: settings, and each objective's value."""
-    table = rich.table.Table(title="Pareto front", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table = titled("Pareto front")
     table.add_column("trial", justify="right")
     for metric, mode in objectives.items():
         table.add_column(f"{metric.rsplit('/', 1)[-1].replace('_', ' ')}, {mode}", justify="right")
@@ -36,10 +34,10 @@ def pareto_table(rows: Sequence[TrialRow], objectives: Mapping[str, str]) -> ric
     return table
 
 
-def candidate_table(choice: Choice, labels: Sequence[str]) -> rich.table.Table:
+def candidate_table(choice: Choice, labels: Sequence[str]) -> PlainTable:
     """Return the trials that were compared on out-of-fold predictions, the winner first, with their difference from it."""
     title = f"Confirmed on {choice.num_images:,} out-of-fold images: {measure(choice.metric)}"
-    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table = titled(title)
     table.add_column("")
     for name in ("trained parameters", "post-hoc tau", measure(choice.metric), "difference", "standard error"):
         table.add_column(name, justify="right")
@@ -71,9 +69,9 @@ def _value(value: float, metric: str, sign: str = "") -> str:
     return f"{value:{sign}.4f}" if "loss" in metric else f"{100 * value:{sign}.1f}"
 
 
-def curve_table(rows: Sequence[TrialRow], names: Sequence[str]) -> rich.table.Table:
+def curve_table(rows: Sequence[TrialRow], names: Sequence[str]) -> PlainTable:
     """Return a grid's finished trials in the order of their settings, with their trained parameters and validation accuracy."""
-    table = rich.table.Table(title="Grid: validation accuracy (%)", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table = titled("Grid: validation accuracy (%)")
     for name in (*names, "trained parameters", *HEADINGS):
         table.add_column(name, justify="right")
     finished = [row for row in rows if row.state == "finished"]
@@ -89,13 +87,9 @@ def _in_order(value: Any) -> tuple[bool, float, str]:
     return (not is_number, float(value) if is_number else 0.0, str(value))
 
 
-def trial_table(
-    rows: Sequence[TrialRow], names: Sequence[str], metric: str, title: str, limit: int = 20
-) -> rich.table.Table:
+def trial_table(rows: Sequence[TrialRow], names: Sequence[str], metric: str, title: str, limit: int = 20) -> PlainTable:
     """Return the latest trials; cells of settings that a trial does not have stay empty."""
-    table = rich.table.Table(
-        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
-    )
+    table = titled(title, collapse_padding=True, pad_edge=False)
     table.add_column("trial", justify="right")
     for name in names:
         table.add_column(

@@ -28,6 +28,7 @@ from lift_ray.settings.space import (
     seeded_draws,
 )
 from lift_ray.settings.yaml_file import SettingsFile
+from lift_ray.text import count
 
 OBJECTIVES = (*(f"validation/{name}" for name in METRICS), TRAINED_PARAMETERS)
 NUM_CHECK_DRAWS = 64
@@ -89,7 +90,7 @@ def grid_problem(space: SpaceFile, place: str) -> BadInput | None:
     if number > LARGEST_GRID:
         return fault(place, f"grid allows at most {LARGEST_GRID} points", "more", "use larger steps, or use random")
     if (trials := space.search.trials) < number:
-        rule = f"grid requires a trial for each of its {number} points"
+        rule = f"grid requires a trial for each of its {count(number, 'point')}"
         return fault(place, rule, f"trials: {trials}", "raise it, or use random")
     if space.baselines:
         return fault(place, "grid already visits every point of the space", "baselines too", "remove them")
@@ -257,7 +258,10 @@ def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     if isinstance(scheduler, NoSchedulerConfig) or scheduler.grace_epochs <= most:
         return []
     place = file.where(("search", "scheduler", "grace_epochs"))
-    rule, remedy = f"must be at most the {most} epochs of a trial", "lower it, or set search.scheduler.kind=none"
+    rule, remedy = (
+        f"must be at most the {count(most, 'epoch')} of a trial",
+        "lower it, or set search.scheduler.kind=none",
+    )
     return [fault(place, rule, scheduler.grace_epochs, remedy)]
 
 

@@ -9,6 +9,7 @@ from lift_ray.errors import BadInput
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.yaml_file import SettingsFile
+from lift_ray.text import count
 
 
 class RunFile(RunConfig):
@@ -33,7 +34,7 @@ def batch_fault(size: int, workers: int, place: str) -> BadInput | None:
         return None
     fits = max(1, round(size / workers)) * workers
     fewer = max(w for w in range(1, workers) if size % w == 0)
-    remedy = f"use {fits}, or {fewer} worker{'s' if fewer > 1 else ''}"
+    remedy = f"use {fits}, or {count(fewer, 'worker')}"
     return BadInput(place, f"must be divisible by {workers} workers", size, remedy)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from lift_ray.errors import BadInput, first_few, one_line
 from lift_ray.settings.messages import Path_, _one_line, _short, _walk, dotted, explain
 from lift_ray.storage.atomic import replacing
+from lift_ray.text import say
 
 Model = TypeVar("Model", bound=BaseModel)
 START = "start with `dataset: ...`"
@@ -102,7 +102,7 @@ class SettingsFile:
             return
         if new in self.data:
             raise BadInput(self.where((old,)), f"is the old name of {new}", "both", "remove one")
-        print(f"{self.where((old,))}: renamed to {new}; the old name still works", file=sys.stderr)
+        say(f"{self.where((old,))}: renamed to {new}; the old name still works", error=True)
         self.data[new] = self.data.pop(old)
         self.lines |= {(new, *path[1:]): line for path, line in self.lines.items() if path[0] == old}
 
@@ -177,7 +177,7 @@ class SettingsFile:
         if beside.exists():
             self.data[name], used, other = str(beside), f"{beside} (relative to the file)", here
         more = f", not {other}" if other.exists() else ""
-        print(f"{self.where((name,))}: using {used}{more}", file=sys.stderr)
+        say(f"{self.where((name,))}: using {used}{more}", error=True)
 
 
 def dump_yaml(data: Mapping[str, Any], path: Path, header: str = "") -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich.table
-from rich.markup import escape
-
 from lift_ray.epoch_metrics import ACCURACIES, FURTHER, GROUPS, LOSSES
 from lift_ray.evaluation.metrics import ANY
-from lift_ray.terminal.tables import HEADINGS, accuracy_table, console, describe, percent, titled
+from lift_ray.terminal.tables import HEADINGS, PlainTable, accuracy_table, console, describe, percent, titled
+from lift_ray.text import say
 
 
-def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
+def crossed_table(report: Mapping[str, Any]) -> PlainTable:
     """Return a table of class accuracy (%) by data group (rows) and parameter group (columns): mean of the members -> ensemble."""
     groups = report["groups"]
     table = titled("Class accuracy (%): mean of the members -> ensemble (gain), by data group D and parameter group P")
@@ -26,7 +24,7 @@ def crossed_table(report: Mapping[str, Any]) -> rich.table.Table:
     return table
 
 
-def together_table(found: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+def together_table(found: Sequence[Mapping[str, Any]]) -> PlainTable:
     """Return a table of the test accuracy (%) of several ensembles (search.final_comparison.ensemble_results)."""
     title = "Ensembles, test accuracy (%); gain over the mean and over the best of their members"
     table = titled(title, collapse_padding=True, pad_edge=False)
@@ -47,7 +45,7 @@ def together_table(found: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     return table
 
 
-def confused_table(pairs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+def confused_table(pairs: Sequence[Mapping[str, Any]]) -> PlainTable:
     """Return a table of the most confused pairs of classes (rows of `Confusions.most_confused`)."""
     table = titled("Most confused classes: images, and their fraction of the true class (%)")
     for heading in ("true class", "predicted as"):
@@ -55,7 +53,7 @@ def confused_table(pairs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
     for heading in ("images", "fraction"):
         table.add_column(heading, justify="right", no_wrap=True)
     for pair in pairs:
-        table.add_row(escape(pair["true"]), escape(pair["predicted"]), f"{pair['count']:,}", percent(pair["fraction"]))
+        table.add_row(pair["true"], pair["predicted"], f"{pair['count']:,}", percent(pair["fraction"]))
     return table
 
 
@@ -105,12 +103,12 @@ def print_found(
     for label, figures in shown:
         values = [f"{name.replace('_', ' ')} {percent(figures[f'{split}/{name}'])}" for name in FURTHER]
         values += [f"{name.replace('_', ' ')} {figures[f'{split}/{name}']:.3f}" for name in LOSSES]
-        print(f"{label}: {', '.join(values)}")
+        say(f"{label}: {', '.join(values)}")
     if shown and "unlabelled/recall" in (figures := shown[0][1]):
-        print(f"pseudo-labels of the last epoch (%): {', '.join(_pseudo_labels(figures))}")
+        say(f"pseudo-labels of the last epoch (%): {', '.join(_pseudo_labels(figures))}")
     if report:
         screen.print(crossed_table(report))
-        print("\n".join(_words(report)))
+        say(*_words(report))
 
 
 def _pseudo_labels(figures: Mapping[str, float]) -> list[str]:

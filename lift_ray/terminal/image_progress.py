@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lift_ray.terminal.tables import console as console_of
+from lift_ray.text import count
 
 LINE_EVERY_S = 10.0
 
@@ -18,7 +20,7 @@ def image_progress() -> Iterator[Callable[[int, int], None]]:
 
     Images that are done at the first call count as finished by an earlier run, not for the speed.
     """
-    console = Console(stderr=True, highlight=False)
+    console = console_of(error=True)
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -36,7 +38,7 @@ def image_progress() -> Iterator[Callable[[int, int], None]]:
                 first = done
                 bar.add_task("images", total=total, completed=done, rate=0.0)
                 if done:
-                    console.print(f"continuing: {done:,} of {total:,} images were already converted", soft_wrap=True)
+                    console.print(f"continuing: {done:,} of {count(total, 'image')} already converted", soft_wrap=True)
                 return
             rate = (done - first) / max(now - began, 1e-3)
             bar.update(bar.task_ids[0], completed=done, rate=rate)
@@ -44,7 +46,7 @@ def image_progress() -> Iterator[Callable[[int, int], None]]:
                 said = now
                 left_s = (total - done) / rate
                 console.print(
-                    f"{done:,} of {total:,} images, {rate:,.0f} images/s, {left_s:,.0f} s left", soft_wrap=True
+                    f"{done:,} of {count(total, 'image')}, {rate:,.0f} images/s, {left_s:,.0f} s left", soft_wrap=True
                 )
 
         yield show

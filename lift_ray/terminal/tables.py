@@ -6,24 +6,59 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import rich.box
 import rich.table
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.text import Text
 
 from lift_ray.epoch_metrics import ACCURACIES, GROUPS, EpochMetrics
+from lift_ray.text import printable
 
 Named = EpochMetrics | Mapping[str, float]  # metrics by their flat names
 HEADINGS = ("overall", "mean class", *GROUPS)  # of ACCURACIES
 
 
-def console() -> Console:
-    """Return the console for tables: as wide as the terminal, or 110 columns without one."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=110)
+class PlainTable(rich.table.Table):
+    """Table that shows strings as they are: a name such as `[lora] r8` is no markup, and its control characters are escaped.
+
+    Args:
+        headings: names of the first columns.
+        title: its title; "" for none.
+        more: arguments of `rich.table.Table`.
+    """
+
+    def __init__(self, *headings: str, title: str = "", **more: Any) -> None:
+        super().__init__(*headings, title=plain(title, "table.title") if title else None, **more)
+
+    def add_column(self, header: RenderableType = "", *args: Any, **more: Any) -> None:
+        """Add a column, as `rich.table.Table.add_column`."""
+        super().add_column(_as_text(header), *args, **more)
+
+    def add_row(self, *cells: RenderableType | None, **more: Any) -> None:
+        """Add a row, as `rich.table.Table.add_row`; a cell with a style is a `Text`."""
+        super().add_row(*map(_as_text, cells), **more)
 
 
-def titled(title: str, **more: Any) -> rich.table.Table:
-    """Return an empty table with its title on the left."""
-    return rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, **more)
+def plain(text: object, style: str = "") -> Text:
+    """Return text for a line or a cell, without markup, newlines and control characters."""
+    return Text(printable(text).replace("\n", "\\n"), style)
+
+
+def _as_text(cell: Any) -> Any:
+    return plain(cell) if isinstance(cell, str) else cell
+
+
+def console(*, error: bool = False) -> Console:
+    """Return the console of stdout, or of stderr: as wide as the terminal, or 110 columns without one. It reads no markup."""
+    out = Console(stderr=error, highlight=False, markup=False, emoji=False)
+    if not out.is_terminal:
+        out.width = 110
+    return out
+
+
+def titled(title: str, **more: Any) -> PlainTable:
+    """Return an empty table with its title on the left; arguments of `rich.table.Table`."""
+    return PlainTable(title=title, title_justify="left", **{"box": rich.box.SIMPLE_HEAD, **more})
 
 
 def percent(value: float | None) -> str:
@@ -31,7 +66,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Named]]) -> rich.table.Table:
+def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Named]]) -> PlainTable:
     """Return a table of the accuracy (%) of each named model, overall and by group; the best of each column is bold.
 
     For models with several logits (ULFine), rows for the linear head and the prototypes follow.
@@ -46,7 +81,7 @@ def accuracy_table(title: str, split: str, rows: Sequence[tuple[str, Named]]) ->
         table.add_column(heading, justify="right", no_wrap=True)
     for label, figures in rows:
         values = [(figures.get(f"{split}/{name}"), best[name]) for name in ACCURACIES]
-        table.add_row(label, *(f"[bold]{percent(v)}[/bold]" if v == top else percent(v) for v, top in values))
+        table.add_row(label, *(plain(percent(v), "bold" if v == top else "") for v, top in values))
     return table
 
 
@@ -55,7 +90,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
-def seeds_table(runs: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+def seeds_table(runs: Sequence[Mapping[str, Any]]) -> PlainTable:
     """Return a table of the test accuracy of settings that were trained with several seeds (`SearchResult.seeds`)."""
     table = titled("Test accuracy (%), several seeds, mean ± standard deviation")
     for heading in ("", "seeds", *HEADINGS):

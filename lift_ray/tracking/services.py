@@ -17,6 +17,7 @@ from lift_ray.errors import BadInput, Stopped, did_you_mean, one_line
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import dotted
 from lift_ray.terminal.tables import describe
+from lift_ray.text import say
 from lift_ray.training.events import EpochEnded, Event, RunStarted, TestEnded
 
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "infeasible": "FAILED"}  # all other states: stopped early
@@ -171,7 +172,7 @@ class Tracked:
             work()
         except Exception as error:  # each service has its own errors
             self.works = False
-            print(f"{self.name} accepts no more metrics ({one_line(error, 200)}); continuing without it")
+            say(f"{self.name} accepts no more metrics ({one_line(error, 200)}); continuing without it")
 
 
 def _title(row: TrialRow) -> str:

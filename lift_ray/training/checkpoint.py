@@ -22,8 +22,10 @@ import lift_ray
 from lift_ray.epoch_metrics import POSTHOC, EpochMetrics, named
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import ClassGroups, labelled_counts, stored_groups, write_per_class
+from lift_ray.storage.file_kinds import JSON, SAFETENSORS, file_kind, remedy
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
 from lift_ray.storage.output import Output
+from lift_ray.text import count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -193,16 +195,25 @@ def read_record(folder: Path) -> Record:
             but=f"there is no {RECORD}",
             remedy="give the folder that contains it",
         ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except NotADirectoryError:
         raise BadInput(
-            str(folder / RECORD), f"invalid checkpoint record: {one_line(error)}", remedy="copy the folder again"
+            str(folder),
+            "must be a checkpoint folder",
+            but=f"it is {file_kind(folder)}",
+            remedy="give the folder that tune or train wrote",
+        ) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        kind = "" if isinstance(error, OSError) else file_kind(folder / RECORD)
+        why = one_line(error) if kind in ("", JSON) else f"it is {kind}"
+        raise BadInput(
+            str(folder / RECORD), f"invalid checkpoint record: {why}", remedy="copy the folder again"
         ) from None
 
 
 def difference(there: Sequence[str], here: Sequence[str], other: str = "the dataset") -> str:
     """Describe how the class names of a checkpoint differ from those of a dataset, or of something else."""
     if odd := sorted(set(here) ^ set(there))[:3]:
-        return f"it has {len(there)} classes and {other} {len(here)}, which differ in {', '.join(odd)}"
+        return f"it has {count(len(there), 'class')} and {other} {len(here):,}, which differ in {', '.join(odd)}"
     return "their order differs"
 
 
@@ -234,11 +245,10 @@ class Stored(Protocol):
 
 def load_weights(folder: Path, model: Stored) -> None:
     """Load tuner and head strictly. Raises BadInput if they do not match the model."""
-    from safetensors.torch import load_file
-
+    tensors = read_tensors(folder / WEIGHTS)
     try:
-        model.load_stored(load_file(folder / WEIGHTS))
-    except (OSError, ValueError, SafetensorError) as error:
+        model.load_stored(tensors)
+    except ValueError as error:
         raise BadInput(
             str(folder / WEIGHTS),
             f"does not match the settings next to it: {one_line(error)}",
@@ -248,20 +258,21 @@ def load_weights(folder: Path, model: Stored) -> None:
 
 def load_momenta(folder: Path) -> dict[str, Tensor]:
     """Read SGD's momentum by the name of its parameter. Raises BadInput if it is unreadable."""
-    return _read_tensors(folder / OPTIMIZER)
+    return read_tensors(folder / OPTIMIZER)
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
     """Read the other tensors that `save` was given. Raises BadInput if they are unreadable."""
-    return _read_tensors(folder / STATE)
+    return read_tensors(folder / STATE)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors by name. Raises BadInput if it is missing, cut off, or something else."""
     from safetensors.torch import load_file
 
     try:
+        if (kind := file_kind(path)) != SAFETENSORS:
+            raise BadInput(str(path), f"must be {SAFETENSORS}", but=f"it is {kind}", remedy=remedy(kind))
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BadInput(
-            str(path), f"cannot be read: {one_line(error)}", remedy="start from another checkpoint"
-        ) from None
+        raise BadInput(str(path), f"cannot be read: {one_line(error)}", remedy="copy the folder again") from None

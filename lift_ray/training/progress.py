@@ -16,6 +16,7 @@ from lift_ray.storage.atomic import replacing
 from lift_ray.storage.layout import METRICS
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import console
+from lift_ray.text import count, printable
 from lift_ray.training.events import (
     EpochEnded,
     Event,
@@ -107,7 +108,7 @@ class Progress:
         if message.epoch or message.step:
             self._say(
                 f"continuing from epoch {message.epoch + 1}, step {message.step} of {message.steps_per_epoch}, "
-                f"on {message.num_workers} worker{'s' if message.num_workers > 1 else ''}"
+                f"on {count(message.num_workers, 'worker')}"
             )
         total = message.epochs * message.steps_per_epoch
         self._bar.update(self._task, total=total, completed=self._steps(message), epoch=message.epoch + 1)
@@ -158,9 +159,7 @@ class Progress:
         return at.epoch * (self.began.steps_per_epoch if self.began else 0) + at.step
 
     def _say(self, text: str) -> None:
-        self._console.print(
-            f"{time.monotonic() - self._started:5.0f} s  {text}", soft_wrap=True, highlight=False, markup=False
-        )
+        self._console.print(f"{time.monotonic() - self._started:5.0f} s  {printable(text)}", soft_wrap=True)
 
 
 def read_metrics(path: Path) -> list[EpochMetrics]:

@@ -17,6 +17,7 @@ from lift_ray.ray_runtime.autoscaler import autoscaler_config
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.storage.layout import SETTINGS
 from lift_ray.storage.output import Output
+from lift_ray.text import count
 from lift_ray.training.events import Event, RunAborted, RunStopped
 from lift_ray.training.progress import Progress
 
@@ -222,7 +223,7 @@ def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience,
         raise RunFailed(progress.problem.line + _kept(progress))
     if fitting.error is not None:
         raise RunFailed(
-            f"{progress.output}: the workers failed more than {patience.max_failures} times, the last time with: "
+            f"{progress.output}: the workers failed more than {count(patience.max_failures, 'time')}, the last time with: "
             f"{one_line(last_line(fitting.error))}; continue with --resume"
         )
 

@@ -21,6 +21,7 @@ from lift_ray.methods.world import Ranks
 from lift_ray.settings.methods import check_splits
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
 from lift_ray.settings.run_file import batch_fault
+from lift_ray.text import count
 from lift_ray.training import checkpoint
 from lift_ray.training.batches import Batches, Inputs, cached_batches, image_batches
 from lift_ray.training.predictor import SplitPredictor
@@ -117,7 +118,7 @@ class Run:
         if not self.steps_per_epoch:
             raise BadInput(
                 "optim.global_batch_size",
-                f"must be at most the {self.train.num_samples} training images",
+                f"must be at most the {count(self.train.num_samples, 'training image')}",
                 batch,
                 "lower it",
             )

@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import PurePosixPath
 
 from lift_ray.data.convert.groups import group_by_folder
-from lift_ray.data.convert.index import FilesIn, ImageIndex, absolute, check_trained, notes_on_names, one_spelling
+from lift_ray.data.convert.index import FilesIn, ImageIndex, absolute, notes_on_names, one_spelling
 from lift_ray.data.convert.lists import read_class_names
 from lift_ray.data.decode import IMAGE_SUFFIXES
 from lift_ray.data.walk import Walked, walk
@@ -108,7 +108,6 @@ def _index(
             splits[_split_name(split)].append((name, labels[inside[0]]))
     if not any(splits.values()):
         raise BadInput(source, f"must contain images ({' '.join(sorted(IMAGE_SUFFIXES))})", "none", "check the path")
-    check_trained(source, class_names, splits)
     held = {name: rows for name, rows in splits.items() if rows}
     return ImageIndex(
         source, class_names, held, FilesIn(absolute(source)), sorted(left_out), walked.num_links, notes=notes

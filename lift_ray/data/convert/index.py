@@ -7,9 +7,7 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +19,6 @@ from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
 
 PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 TIFF_MODES = frozenset({"I", "F"})
-
-_FOR_TRAINING: ContextVar[bool] = ContextVar("for_training", default=True)
 
 Row = tuple[str, str, str, int]
 """An image: the place that lists it (for messages), its split, path and label."""
@@ -90,7 +86,7 @@ def index_of_files(
         rows: the listed images; labels in [0, K).
         notes: messages to the user.
 
-    Raises BadInput for a path outside the root, an image that is listed twice, or a class without a training image.
+    Raises BadInput for a path outside the root or an image that is listed twice.
     """
     listed: dict[str, str] = {}
     splits: dict[str, list[tuple[str, int]]] = {}
@@ -102,7 +98,6 @@ def index_of_files(
             )
         listed[reference] = where
         splits.setdefault(split, []).append((reference, label))
-    check_trained(source, class_names, splits)
     return ImageIndex(source, class_names, splits, FilesIn(absolute(root)), notes=notes)
 
 
@@ -118,31 +113,6 @@ def inside(path: str, where: str) -> str:
 def absolute(url: str) -> str:
     """Make a local path absolute, because other processes may run in another folder; other URLs are unchanged."""
     return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))
-
-
-@contextmanager
-def for_evaluation() -> Iterator[None]:
-    """Let sources be listed whose classes have no training image, because a trained model is evaluated on them."""
-    token = _FOR_TRAINING.set(False)
-    try:
-        yield
-    finally:
-        _FOR_TRAINING.reset(token)
-
-
-def check_trained(source: str, class_names: Sequence[str], splits: dict[str, list[tuple[str, int]]]) -> None:
-    """Raise BadInput unless every class has a training image, or the source is listed `for_evaluation`."""
-    if not _FOR_TRAINING.get():
-        return
-    found = {label for _, label in splits.get("train", [])}
-    if bare := [name for label, name in enumerate(class_names) if label not in found]:
-        shown = first_few(list(map(repr, bare)))
-        raise BadInput(
-            source,
-            "every class must have an image",
-            but=f"{shown} have none",
-            remedy="add images or remove these classes",
-        )
 
 
 def distinct(class_names: Iterable[str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from lift_ray.data.convert.groups import group_by_folder
 from lift_ray.data.convert.index import ImageIndex, Row, distinct, index_of_files, read_lines
 from lift_ray.errors import BadInput
+from lift_ray.text import count
 
 MOST_DIGITS = 9
 
@@ -76,7 +77,7 @@ def _rows(url: str, split: str, num_classes: int) -> Iterator[Row]:
         if int(label) >= num_classes:
             raise BadInput(
                 where,
-                f"the label must be 0 to {num_classes - 1} ({num_classes} class names)",
+                f"the label must be 0 to {num_classes - 1} ({count(num_classes, 'class name')})",
                 label,
                 "check the class names, or count from 0",
             )

@@ -12,7 +12,7 @@ from lift_ray.data.convert.index import ImageIndex
 from lift_ray.data.layout import SPLITS
 from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
 from lift_ray.data.stratify import assign_groups
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, first_few
 
 DRAWN = {"validation": 0.1, "test": 0.2}  # splits that are drawn if the source has none, and their fractions
 
@@ -91,10 +91,10 @@ class Divided:
 def divide(index: ImageIndex, division: Division) -> Divided:
     """Divide images into splits.
 
-    Raises BadInput if the index already has a split that is to be drawn, a class has too few images, or groups are combined with a
-    cut.
+    Raises BadInput if a class has no training image or too few, the index already has a split that is to be drawn, or groups are
+    combined with a cut.
     """
-    _check_options(index, division)
+    _check(index, division)
     is_cut = division.imbalance is not None or index.discarded is not None
     fractions = _fractions(index, division)
     numbers = None if index.groups is None else group_numbers(index)
@@ -116,7 +116,15 @@ def divide(index: ImageIndex, division: Division) -> Divided:
     return Divided(nonempty, ("train", *taken))
 
 
-def _check_options(index: ImageIndex, division: Division) -> None:
+def _check(index: ImageIndex, division: Division) -> None:
+    trained = {label for _, label in index.splits.get("train", [])}
+    if bare := [repr(name) for label, name in enumerate(index.class_names) if label not in trained]:
+        raise BadInput(
+            index.source,
+            "every class must have an image",
+            but=f"{first_few(bare)} {'has' if len(bare) == 1 else 'have'} none",
+            remedy="add images or remove these classes",
+        )
     taken = {"validation": division.validation_frac, "test": division.test_frac, "unlabelled": division.labelled}
     for split, value in taken.items():
         if value is not None and split in index.splits:

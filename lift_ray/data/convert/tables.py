@@ -21,7 +21,6 @@ from lift_ray.data.convert.index import (
     FilesIn,
     ImageIndex,
     absolute,
-    check_trained,
     distinct,
     index_of_files,
     inside,
@@ -258,7 +257,6 @@ def _scan_files(
     splits: dict[str, list[tuple[str, int]]] = {}
     for _, split, reference, label in rows:
         splits.setdefault(split, []).append((reference, label))
-    check_trained(source, names, splits)
     named_in = "" if root is None else absolute(root)
     read = ImagesInTables(absolute(base), leaf, paths, named_in, max(1, CACHE_BYTES // most_bytes))
     return ImageIndex(source, names, splits, read, notes=notes), told

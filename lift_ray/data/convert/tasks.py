@@ -24,6 +24,7 @@ from lift_ray.data.convert.shards import PARTIAL, Sample, ShardRecord, write_fil
 from lift_ray.data.convert.splitting import Row
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass, reached, retried
+from lift_ray.text import count
 
 FEW_IMAGES = 2000  # below this, starting processes takes longer than it saves
 POLL_S = 0.2
@@ -90,7 +91,7 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
             else:
                 raise BadInput(image.place, image.rule, image.got, "remove it or pass --skip-bad")
         if len(bad) == len(task.rows) >= SUSPICIOUS:
-            first, got = bad[0], f"{bad[0].got}, like all {len(bad)} images of a shard"
+            first, got = bad[0], f"{bad[0].got}, like all of the shard ({count(len(bad), 'image')})"
             raise BadInput(first.place, first.rule, got, "check that every machine can access the source")
 
     with ThreadPoolExecutor(num_threads) as pool:

@@ -15,7 +15,6 @@ from lift_ray.data.convert.index import (
     ImageIndex,
     ReadImage,
     absolute,
-    check_trained,
     distinct,
     encode_lossless,
     inside,
@@ -90,7 +89,6 @@ def scan_torchvision(name: str, *, root: str, download: bool = False) -> ImageIn
     else:
         paths = {split: [f"{split}/{number}" for number in range(len(labels[split]))] for split in labels}
     splits = {split: list(zip(paths[split], labels[split], strict=True)) for split in labels}
-    check_trained(root, names, splits)
     return ImageIndex(join(root, name), names, splits, read, notes=(*notes, *more))
 
 

@@ -6,6 +6,7 @@ import takes longer than making the page, and it adds its default template to ea
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from lift_ray.reporting.confidence import (
 )
 from lift_ray.reporting.study_files import StudyFiles, Trial, numbers
 from lift_ray.terminal.tables import HEADINGS, describe
+from lift_ray.text import printable
 
 # colors that are distinct for all kinds of color vision, on white and on black; symbols and dashes repeat the distinction
 STYLES = {
@@ -99,6 +101,11 @@ def plain(name: str) -> str:
     return SETTINGS.get(name, name.rsplit("/", 1)[-1].rsplit(".", 1)[-1].replace("_", " "))
 
 
+def plot_text(name: str) -> str:
+    """Return a name as text for Plotly, which would read `<b>` in it as markup."""
+    return html.escape(printable(name), quote=False)
+
+
 def spelled(name: str, between: str = " ") -> str:
     """Return a setting in words, followed by its key in small print."""
     return f"{plain(name)}{between}<span style='font-size:0.8em'>{name}</span>" if "." in name else plain(name)
@@ -161,8 +168,8 @@ def cloud(trials: Sequence[Trial], x: Sequence[Any], measure: str, **more: Any) 
 
 
 def describe_trial(trial: Trial) -> str:
-    """Return number and settings of a trial in a line."""
-    return f"trial {trial['number']}: {describe_settings(trial)}"
+    """Return number and settings of a trial in a line, as text for Plotly."""
+    return plot_text(f"trial {trial['number']}: {describe_settings(trial)}")
 
 
 def describe_settings(trial: Trial) -> str:

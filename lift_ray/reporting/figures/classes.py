@@ -15,9 +15,11 @@ from lift_ray.reporting.figures.charts import (
     axis,
     log_axis,
     percents,
+    plot_text,
     scatter,
 )
 from lift_ray.reporting.study_files import StudyFiles
+from lift_ray.text import count
 
 MOST_CLASSES = 40  # of a heat map that stays readable
 MOST_PAIRS = 15
@@ -46,7 +48,11 @@ def images_figure(study: StudyFiles) -> Figure | None:
                 name=f"{group} ({len(places)})",
                 x=[place + side for place in places for side in (0.5, 1.5)],
                 y=[max(int(counts[order[place]]), 0.5) for place in places for _ in range(2)],
-                text=[f"{study.class_names[order[p]]}: {counts[order[p]]:,} images" for p in places for _ in range(2)],
+                text=[
+                    f"{plot_text(study.class_names[order[p]])}: {count(int(counts[order[p]]), 'image')}"
+                    for p in places
+                    for _ in range(2)
+                ],
                 fill="tozeroy",
                 fillcolor=f"rgba({red},{green},{blue},0.5)",
                 line={"color": color, "width": 1},
@@ -58,7 +64,7 @@ def images_figure(study: StudyFiles) -> Figure | None:
     spread = f"{least:,} to {counts.max():,} training images" + (
         f" (imbalance {counts.max() / least:,.0f})" if least else ""
     )
-    note = f"{len(counts):,} classes with {spread}. Groups by number of training images: {rules}."
+    note = f"{count(len(counts), 'class')} with {spread}. Groups by number of training images: {rules}."
     rows = [
         {"rank": i + 1, "class": study.class_names[k], "group": str(groups[k]), "train_images": int(counts[k])}
         for i, k in enumerate(order)
@@ -88,7 +94,7 @@ def classes_figure(study: StudyFiles) -> Figure | None:
                 name=group,
                 x=counts[here].tolist(),
                 y=percents(correct[here] / total[here]),
-                text=[f"{study.class_names[k]} ({correct[k]} of {total[k]})" for k in here],
+                text=[f"{plot_text(study.class_names[k])} ({correct[k]} of {total[k]})" for k in here],
                 marker={"color": color, "symbol": symbol, "size": 7, "opacity": 0.75},
                 hovertemplate="%{text}<br>%{x} training images: %{y:.0f}%<extra></extra>",
             )
@@ -126,9 +132,9 @@ def confusion_figure(study: StudyFiles) -> Figure | None:
     counts = np.array(study.class_counts)
     shown = sorted(found.classes(MOST_CLASSES), key=lambda k: (GROUPS.index(study.groups[k]), -counts[k]))
     note = (
-        f"{len(predictions.label):,} {split} predictions of the best settings: rows are true classes, columns predicted classes, "
-        "both from many to few training images. Blue is right, orange wrong; the stronger the color, the larger the fraction of the "
-        "true class."
+        f"{count(len(predictions.label), f'{split} prediction')} of the best settings: rows are true classes, columns predicted "
+        "classes, both from many to few training images. Blue is right, orange wrong; the stronger the color, the larger the "
+        "fraction of the true class."
     )
     if len(shown) < len(study.class_names):
         note += (
@@ -158,7 +164,7 @@ def confusion_figure(study: StudyFiles) -> Figure | None:
 def _heat_map(found: Confusions, shown: list[int]) -> list[dict[str, Any]]:
     """Return a trace of the right predictions, on the diagonal, and one of the wrong ones; each has its own scale of colors."""
     matrix, totals = found.matrix(shown), found.totals[shown]
-    names = [found.names[k] for k in shown]
+    names = [plot_text(found.names[k]) for k in shown]
     diagonal, places = np.eye(len(shown), dtype=bool), [str(i) for i in range(len(shown))]
     wrong = np.where(diagonal, 0, matrix) / np.maximum(totals, 1)[:, None]
     highest, traces = max(1.0, 100 * float(wrong.max())), []
@@ -171,7 +177,10 @@ def _heat_map(found: Confusions, shown: list[int]) -> list[dict[str, Any]]:
                 "y": places,
                 "z": [percents(row) for row in np.where(cells, matrix / np.maximum(totals, 1)[:, None], np.nan)],
                 "text": [
-                    [f"{a}<br>predicted: {b}<br>{n} of {of} images" for b, n in zip(names, row, strict=True)]
+                    [
+                        f"{a}<br>predicted: {b}<br>{n} of {count(int(of), 'image')}"
+                        for b, n in zip(names, row, strict=True)
+                    ]
                     for a, row, of in zip(names, matrix, totals, strict=True)
                 ],
                 "zmin": 0,
@@ -192,7 +201,7 @@ def _square(names: list[str], shown: list[int]) -> dict[str, Any]:
         "type": "category",
         "categoryarray": places,
         "categoryorder": "array",
-        "labelalias": {place: _short(names[k]) for place, k in zip(places, shown, strict=True)},
+        "labelalias": {place: plot_text(_short(names[k])) for place, k in zip(places, shown, strict=True)},
         "showgrid": False,
         "nticks": 0,
     }

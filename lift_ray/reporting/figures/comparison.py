@@ -18,9 +18,11 @@ from lift_ray.reporting.figures.charts import (
     axis,
     diagonal,
     percents,
+    plot_text,
     scatter,
 )
 from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
+from lift_ray.text import count
 
 SHOWN = (MAIN, *GROUPS)
 # vertical distance between the measures of a model, where models are 1 apart: no point hides another
@@ -76,7 +78,7 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
                 name=WORDS[measure],
                 x=percents([row["test"] for row in here]),
                 y=[round(names.index(row[by]) + shift, 3) for row in here],
-                text=[row[by] for row in here],
+                text=[plot_text(row[by]) for row in here],
                 marker={"color": color, "symbol": symbol, "size": 9},
                 error_x={
                     "type": "data",
@@ -90,7 +92,7 @@ def _dots(name: str, title: str, note: str, by: str, rows: list[dict[str, Any]])
                 hovertemplate="%{text}: %{x:.1f}%<extra>%{fullData.name}</extra>",
             )
         )
-    ticks = ["<br>".join(textwrap.wrap(text, NAME_WIDTH)) for text in names]
+    ticks = ["<br>".join(map(plot_text, textwrap.wrap(text, NAME_WIDTH))) for text in names]
     layout = {
         "xaxis": axis(f"test {ACCURACY}"),
         "height": 120 + 62 * len(names),
@@ -129,7 +131,7 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
                 name=label,
                 x=percents([b[0] for b in bins]),
                 y=percents([b[1] for b in bins]),
-                text=[f"{b[2]:,} images" for b in bins],
+                text=[f"{count(b[2], 'image')}" for b in bins],
                 marker={"color": COLORS[place], "symbol": SYMBOLS[place], "size": 8},
                 line={"color": COLORS[place]},
                 hovertemplate="confidence %{x:.0f}%, accuracy %{y:.0f}%<br>%{text}<extra>%{fullData.name}</extra>",

@@ -16,6 +16,7 @@ from lift_ray.reporting.figures.charts import (
     describe_trial,
     front_line,
     plain,
+    plot_text,
     scale_of,
     scatter,
     spelled,
@@ -148,7 +149,15 @@ def _labels(axes: Mapping[str, Axis]) -> list[dict[str, Any]]:
         for name in axes
     ]
     values = [
-        {"x": at, "y": name, "text": text, "showarrow": False, "yshift": -12, "xanchor": side, "font": {"size": 10}}
+        {
+            "x": at,
+            "y": name,
+            "text": plot_text(text),
+            "showarrow": False,
+            "yshift": -12,
+            "xanchor": side,
+            "font": {"size": 10},
+        }
         for name, (_, shown) in axes.items()
         for at, text, side in shown
     ]
