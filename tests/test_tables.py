@@ -169,9 +169,9 @@ def test_a_fault_in_a_csv_gives_a_one_line_error(
     tmp_path: Path, text: str, options: dict[str, str], message: str
 ) -> None:
     source = write_csv(tmp_path, text)
+    given = {name: value.format(tmp_path) for name, value in options.items()}
     with pytest.raises(BadInput, match="^" + re.escape(source + message.format(tmp_path)) + "$"):
-        index = scan_table(source, kind="csv", **{name: value.format(tmp_path) for name, value in options.items()})  # type: ignore[arg-type]
-        divide(index, Division())
+        divide(scan_table(source, kind="csv", **given), Division())  # type: ignore[arg-type]
 
 
 # ---- Parquet

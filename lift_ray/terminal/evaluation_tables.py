@@ -67,7 +67,7 @@ def intervals_line(intervals: Mapping[str, tuple[float, float]]) -> str:
     return f"95% intervals (%): {', '.join(words)}"
 
 
-def compared_table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
+def compared_table(rows: Sequence[Mapping[str, Any]], title: str) -> PlainTable:
     """Return a table of the accuracy (%) on new images and on the old test split (rows of `reporting.old_test.Comparison`)."""
     table, by_name = titled(title), {row["metric"]: row for row in rows}
     table.add_column("")
