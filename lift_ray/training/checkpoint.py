@@ -16,12 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 import lift_ray
 from lift_ray.epoch_metrics import POSTHOC, EpochMetrics, named
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import ClassGroups, labelled_counts, stored_groups, write_per_class
+from lift_ray.settings.messages import dotted, explain_first
+from lift_ray.settings.run import RunConfig
 from lift_ray.storage.file_kinds import JSON, SAFETENSORS, file_kind, remedy
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
 from lift_ray.storage.output import Output
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lift_ray.data.dataset import Dataset
-    from lift_ray.settings.run import RunConfig
 
 FORMAT_VERSION = 1
 
@@ -179,7 +181,8 @@ def opened(where: str) -> Iterator[Path]:
 def read_record(folder: Path) -> Record:
     """Read the JSON part of a checkpoint. Raises BadInput if the folder is not a checkpoint."""
     try:
-        data = json.loads((folder / RECORD).read_text())
+        text = (folder / RECORD).read_text()
+        data = json.loads(text)
         if data.get("format_version") != FORMAT_VERSION:
             raise BadInput(
                 str(folder),
@@ -187,7 +190,7 @@ def read_record(folder: Path) -> Record:
                 data.get("format_version", "none"),
                 "use the version of lift_ray that wrote it",
             )
-        return Record(**data)
+        return _record(text)
     except FileNotFoundError:
         raise BadInput(
             str(folder),
@@ -202,12 +205,29 @@ def read_record(folder: Path) -> Record:
             but=f"it is {file_kind(folder)}",
             remedy="give the folder that tune or train wrote",
         ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         kind = "" if isinstance(error, OSError) else file_kind(folder / RECORD)
         why = one_line(error) if kind in ("", JSON) else f"it is {kind}"
         raise BadInput(
             str(folder / RECORD), f"invalid checkpoint record: {why}", remedy="copy the folder again"
         ) from None
+
+
+def _record(text: str) -> Record:
+    """Return the record in a JSON text. Raises ValueError, in one line, for keys, types or settings that no record has."""
+    try:
+        TypeAdapter(Record).validate_json(text, strict=True)
+        record = Record(**json.loads(text))  # as it is: validation would turn whole numbers of the history into floats
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{dotted(problem['loc'])}: {problem['msg']}") from None
+    if len(record.class_counts) != len(record.class_names):
+        raise ValueError(f"class_counts: {len(record.class_counts)} for {count(len(record.class_names), 'class')}")
+    try:
+        record.config = RunConfig.model_validate(record.config).to_dict()
+    except ValidationError as error:
+        raise ValueError(f"config: {explain_first(RunConfig, error)}") from None
+    return record
 
 
 def difference(there: Sequence[str], here: Sequence[str], other: str = "the dataset") -> str:
