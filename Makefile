@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow clusters lint format secrets audit screenshots
+.PHONY: help quickstart test slow clusters fuzz lint format secrets audit screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ slow: .venv/.installed  ## run the tests that kill whole runs, export every kind
 
 clusters: .venv/.installed  ## run the tests that start clusters, lose their nodes and wait for new ones
 	@$(BIN)/python -m pytest -m cluster
+
+fuzz: .venv/.installed  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 20 minutes, or FUZZ_INPUTS=N
+	@FUZZ_INPUTS=$${FUZZ_INPUTS:-10000} $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: .venv/.installed  ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from lift_ray.data.bad_image import BadImage, UnknownFormat
+from lift_ray.data.bad_image import BadImage, NeedsWindow, UnknownFormat
 from lift_ray.data.convert.images import Encoding
 from lift_ray.data.decode import READABLE, Pixels, decode
 
+NEEDS_WINDOW = "refused: more than 8 bits per channel, without --window"
 FAULTS = ("crashed", "different", "accepted by convert only")
 
 
@@ -42,6 +43,8 @@ def outcome(data: bytes) -> tuple[str, str]:
         ours = decode(data)
     except UnknownFormat as error:
         kind, reason = "refused: no known format", str(error)
+    except NeedsWindow:
+        kind = NEEDS_WINDOW
     except BadImage as error:
         kind, reason = "refused by both", str(error)
     except Exception as error:
@@ -65,6 +68,8 @@ def outcome(data: bytes) -> tuple[str, str]:
             ):
                 return "different", f"convert --short-side: {small}, decode: {ours.shape}"
     expected = pillow(data, turn=True)
+    if kind == NEEDS_WINDOW:
+        return kind, ""
     if ours is None:
         return ("different", f"refused ({reason}), but Pillow reads it") if expected is not None else (kind, reason)
     if expected is None:

@@ -108,6 +108,23 @@ def test_compressed_tiffs_of_pillow_and_big_files_are_read(kind: str, compressio
         np.testing.assert_array_equal(read(data)[0], stored)
 
 
+def test_a_tiff_with_the_bits_of_each_byte_reversed_is_read_as_stored() -> None:
+    stored = samples_of("u2")
+    reversed_bits = np.packbits(np.unpackbits(stored.view(np.uint8), bitorder="little")).view(np.uint16)
+    np.testing.assert_array_equal(read(tiff(reversed_bits.reshape(stored.shape), tags={266: 2}))[0], stored)
+
+
+@pytest.mark.parametrize("header", ["P2\n# gray\n13 17\n65535\n", "P5 13 17 65535\n"])
+def test_a_gray_pgm_of_16_bits_is_read_as_stored(header: str) -> None:
+    stored = samples_of("u2")
+    body = stored.astype(">u2").tobytes() if "P5" in header else " ".join(map(str, stored.ravel())).encode()
+    np.testing.assert_array_equal(read(header.encode() + body)[0], stored)
+
+
+def test_a_plain_bitmap_has_no_maximum() -> None:
+    assert decode(b"P1\n2 2\n10 01").tolist() == [[[0] * 3, [255] * 3], [[255] * 3, [0] * 3]]
+
+
 @pytest.mark.parametrize("header", ["P6 13 17 4095\n", "P3 13 17 4095\n"])
 def test_a_color_ppm_of_12_bits_is_read_as_stored(header: str) -> None:
     stored = RANDOM.integers(0, 4096, (17, 13, 3)).astype(np.uint16)
@@ -130,7 +147,7 @@ def test_differences_to_the_left_are_summed_again_in_each_tile_and_for_floats() 
     ("data", "reason"),
     [
         (tiff(samples_of("u2", 5), extra=0, photometric=1), "TIFF of 5 channels"),
-        (tiff(samples_of("u2"), tags={259: 7}), "TIFF compression 7"),
+        (tiff(samples_of("u2"), tags={259: 7}), "TIFF of more than 8 bits with compression 7"),
         (tiff(samples_of("f8"), tags={256: 12_000, 257: 12_000}), "more than 1 GiB"),
         (tiff(samples_of("f8", 3), tags={273: 3000}), "truncated"),
         (tiff(samples_of("u2"), tags={278: 5}), "fewer strips"),

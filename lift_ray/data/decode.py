@@ -137,8 +137,10 @@ def opened(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image
         raise _unknown(encoded) from None
     except Image.DecompressionBombError as error:
         raise TooManyPixels(one_line(error)) from None
-    except Exception as error:  # decoders raise many types for broken input
+    except (OSError, ValueError, SyntaxError) as error:
         raise BadImage(one_line(error)) from None
+    except Exception as error:  # decoders raise many types for broken input, whose texts are not about images
+        raise BadImage(f"broken image: {one_line(error)}") from None
 
 
 def decode_on(device: torch.device, encoded: list[bytes]) -> list[torch.Tensor]:

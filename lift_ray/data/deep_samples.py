@@ -91,7 +91,9 @@ def _key_alpha(opened: Image.Image, samples: Samples) -> Samples | None:
 def _ppm_maximum(opened: Image.Image) -> int:
     """Return the largest value of a color PPM that Pillow scales to 8 bits; 0 for other images."""
     tiles = getattr(opened, "tile", [])
-    return int(tiles[0].args[1]) if tiles and tiles[0].codec_name in ("ppm", "ppm_plain") else 0
+    if opened.mode != "RGB" or not tiles or tiles[0].codec_name not in ("ppm", "ppm_plain"):
+        return 0
+    return int(tiles[0].args[1])
 
 
 def _ppm_samples(opened: Image.Image) -> Samples:

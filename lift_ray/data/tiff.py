@@ -20,7 +20,7 @@ Samples = NDArray[Any]
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 262, 266
 STRIP_OFFSETS, CHANNELS, ROWS_PER_STRIP, STRIP_BYTES, PLANAR, PREDICTOR = 273, 277, 278, 279, 284, 317
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES, EXTRA, FORMAT = 322, 323, 324, 325, 338, 339
-KEPT = (COMPRESSION, STRIP_OFFSETS, ROWS_PER_STRIP, STRIP_BYTES, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES)
+KEPT = (FILL_ORDER, COMPRESSION, STRIP_OFFSETS, ROWS_PER_STRIP, STRIP_BYTES, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES)
 COLORS = {0: 1, 1: 1, 2: 3, 5: 4}  # photometric interpretation -> channels of color
 TYPES = {1: "u", 2: "i", 3: "f"}  # sample format -> letter of numpy
 LOSSLESS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "packbits", 34925: "LZMA", 50000: "zstd"}
@@ -85,8 +85,8 @@ def _order(opened: TiffImagePlugin.TiffImageFile) -> str:
 def _all_channels(opened: TiffImagePlugin.TiffImageFile, data: bytes, channels: int, stored: np.dtype[Any]) -> Samples:
     """Return (H, W, C) samples in the byte order of this machine."""
     tags, width, height = opened.tag_v2, opened.tag_v2[WIDTH], opened.tag_v2[HEIGHT]
-    if tags.get(COMPRESSION, 1) not in LOSSLESS or tags.get(FILL_ORDER, 1) != 1:
-        raise ValueError(f"TIFF compression {tags.get(COMPRESSION, 1)} of more than 8 bits")
+    if tags.get(COMPRESSION, 1) not in LOSSLESS:
+        raise ValueError(f"TIFF of more than 8 bits with compression {tags[COMPRESSION]}")
     if width * height * channels * stored.itemsize > MOST_BYTES:
         raise ValueError(
             f"TIFF of {width} x {height} pixels with {channels} x {8 * stored.itemsize} bits, more than 1 GiB"
