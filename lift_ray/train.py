@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lift_ray import cli
-from lift_ray.errors import BadInput, RunFailed, run_and_exit
+from lift_ray.errors import BadInput, RunFailed, Stopped, run_and_exit
 from lift_ray.storage.layout import CHECKPOINTS, FINAL_CHECKPOINT, SETTINGS, TOGETHER
 from lift_ray.text import count, say
 
@@ -228,12 +228,15 @@ def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
 def _settings_written(run: RunFile, dataset: str, *outputs: Output) -> Iterator[None]:
     """Write run.yaml to the first of the folders, and remove it again if what follows fails before there is a checkpoint.
 
-    A folder with a run.yaml counts as taken, and without a checkpoint there is nothing in it to continue.
+    A folder with a run.yaml counts as taken, and without a checkpoint there is nothing in it to continue. A run that was stopped
+    keeps it: `--resume` begins it anew, and a worker may still write its checkpoint.
     """
     output = outputs[0]
     _write_settings(run, dataset, output)
     try:
         yield
+    except (Stopped, KeyboardInterrupt):
+        raise
     except BaseException:
         with suppress(BadInput, RunFailed):  # the first error is the one to report
             if not any(place.names(CHECKPOINTS) or place.holds(FINAL_CHECKPOINT) for place in outputs):
@@ -293,11 +296,12 @@ def _check_workers(run: RunFile, most: int, least: int, no_ray: bool) -> None:
 
 
 def _check_batch(run: RunFile, data: Dataset) -> None:
-    """Raise BadInput if a batch is larger than the training split, because such a run would have no step."""
+    """Raise BadInput if a batch is larger than the training split."""
+    from lift_ray.settings.run_file import too_large
+
     number, size = data.split("train").subset(run.optim.data_frac).num_samples, run.optim.global_batch_size
     if run.tuner.kind != "zero_shot" and size > number:
-        rule = f"must be at most the {number:,} training images"
-        raise BadInput("optim.global_batch_size", rule, f"{size:,}", "lower it")
+        raise too_large(size, number)
 
 
 def _check_precision(run: RunFile, no_ray: bool) -> None:

@@ -283,12 +283,14 @@ def _check_objectives(space: SpaceFile, data: Dataset) -> None:
 
 
 def _check_batch(space: SpaceFile, num_images: int) -> None:
-    """Raise BadInput if a batch can be larger than the training split, because such a trial would have no step."""
+    """Raise BadInput if a batch can be larger than the training split."""
+    from lift_ray.settings.run_file import too_large
+
     name = "optim.global_batch_size"
     sizes = _values(space, name, space.config({}).optim.global_batch_size)
     kinds = space.space["tuner.kind"].choices if "tuner.kind" in space.space else [space.config({}).tuner.kind]
     if kinds != ["zero_shot"] and (largest := max(int(str(size)) for size in sizes)) > num_images:
-        raise BadInput(name, f"must be at most the {count(num_images, 'training image')}", f"{largest:,}", "lower it")
+        raise too_large(largest, num_images)
 
 
 def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:

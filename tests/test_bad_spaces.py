@@ -256,7 +256,7 @@ def test_an_impossible_argument_gives_one_exact_line_and_leaves_nothing(
         ),
         (
             "space.loss.tau.itn=[1, 2]",
-            "command line space.loss.tau.itn: must be a mapping, but got [1, 2]; did you mean 'loss.tau'?",
+            "command line space.loss.tau.itn: must be a mapping, but got [1, 2]; did you mean 'int'?",
         ),
         ("space=3", "command line space: must be a mapping, but got 3; write {key: value}"),
     ],
@@ -364,14 +364,14 @@ def test_the_file_of_a_search_and_of_a_run_are_told_apart(tmp_path: Path) -> Non
     with pytest.raises(BadInput) as caught:
         read_run(space)
     assert str(caught.value) == (
-        f"{space}:3 space: must not be in the file of a run, but this is that of a search; use python -m lift_ray.tune, or the "
+        f"{space}:3 space: must not be in a run file, but this is a space file; use python -m lift_ray.tune, or the "
         "best.yaml that it writes"
     )
     with pytest.raises(BadInput) as caught:
         read_space(run)
     assert (
         str(caught.value)
-        == f"{run}: must have a `space` to search, but it is the file of a run; use python -m lift_ray.train"
+        == f"{run}: must have a `space` to search, but it is a run file; use python -m lift_ray.train"
     )
 
 

@@ -313,7 +313,7 @@ def test_a_broken_image_gives_a_one_line_error_that_names_row_and_split(tmp_path
         samples[5] = (broken, "5.jpg", 1)
         publish(folder, ["a", "b"], {"train": write_split(folder, "train", samples, ["a", "b"], rows_per_shard=4)})
         split = open_dataset(folder).split("train")
-        missing = broken is heic and "HEIF" not in READABLE  # skipping would not be asked of who only lacks the decoder
+        missing = broken is heic and "HEIF" not in READABLE  # a missing decoder is no reason to skip the image
         expected = message.replace("convert again with --skip-bad", "install it") if missing else message
         with pytest.raises(BadInput, match=expected):
             train(split, batch=8)

@@ -533,7 +533,7 @@ BROKEN = [
         "kuberay/raycluster.yaml",
         "metadata: {name: lift}",
         "metadata: {name: Lift}",
-        "metadata.name: must be at most 253 lower-case letters, digits and '-' (Kubernetes), but got 'Lift'; "
+        "metadata.name: must be at most 253 lower-case letters, digits, '-' and '.' (Kubernetes), but got 'Lift'; "
         "write 'lift'",
     ),
     (
@@ -705,7 +705,7 @@ def test_the_lines_of_errors_count_from_the_start_of_the_file_and_not_of_the_doc
     text = (CLUSTERS / "kuberay" / "raycluster.yaml").read_text()
     (name,) = (i for i, line in enumerate(text.splitlines(), 1) if line == "metadata: {name: lift}")
     both = ACCOUNT.replace("lift-ray", "Lift_Ray") + text.replace("metadata: {name: lift}", "metadata: {name: Lift}")
-    rule = "must be at most 253 lower-case letters, digits and '-' (Kubernetes), but got"
+    rule = "must be at most 253 lower-case letters, digits, '-' and '.' (Kubernetes), but got"
     assert refusal(cluster_file, both) == [
         f":3 metadata.name: {rule} 'Lift_Ray'; write 'lift-ray'",
         f":{name + 4} metadata.name: {rule} 'Lift'; write 'lift'",

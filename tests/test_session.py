@@ -35,7 +35,7 @@ def test_a_temporary_folder_that_is_too_long_for_sockets_is_one_line_that_says_w
     with pytest.raises(BadInput) as caught, connected():
         pass
     assert str(caught.value) == (
-        f"{variable}: must be a short path, because those of Ray's Unix sockets in it may have 107 bytes, but {folder} gives "
+        f"{variable}: must be a shorter path, because paths of Ray's Unix sockets in it are limited to 107 bytes, but {folder} gives "
         "paths of 108 bytes; set RAY_TMPDIR=/tmp, or another short path"
     )
 

@@ -112,8 +112,9 @@ def _runtime_env(faults: Diagnostics, text: str) -> None:
     except BadInput as error:
         faults.add(place, f"{error.rule} in {error.place.replace(':', ' ')}", error.got, "fix the text")
         return
-    for key in found.keys() - RuntimeEnv.known_fields:
-        faults.add(place, f"unknown key '{key}'", remedy=did_you_mean(key, RuntimeEnv.known_fields))
+    known = [key for key in RuntimeEnv.known_fields if not key.startswith("_")]
+    for key in found.keys() - known:
+        faults.add(place, f"unknown key '{key}'", remedy=did_you_mean(key, known))
     try:
         RuntimeEnv(**{key: value for key, value in found.items() if "://" in str(value) or key not in FOLDERS})
     except Exception as error:  # its checks raise errors of many types

@@ -61,7 +61,8 @@ def _name(faults: Diagnostics, place: Place, name: Any, with_dots: bool = False)
     allowed, longest = (rf"{LABEL}(\.{LABEL})*", 253) if with_dots else (LABEL, 63)
     if isinstance(name, str) and not (re.fullmatch(allowed, name) and len(name) <= longest):
         meant = re.sub(r"[^a-z0-9]+", "-", name.lower())[:63].strip("-")
-        rule = f"must be at most {longest} lower-case letters, digits and '-' (Kubernetes)"
+        others = "digits, '-' and '.'" if with_dots else "digits and '-'"
+        rule = f"must be at most {longest} lower-case letters, {others} (Kubernetes)"
         faults.add(place, rule, f"'{name}'", f"write '{meant}'" if meant else "rename it")
 
 

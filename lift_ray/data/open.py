@@ -48,7 +48,7 @@ def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENC
     if uri.startswith("embedded:"):
         return _open_embedded(uri)
     if "://" not in uri and "::" not in uri:
-        uri = os.path.normpath((base or Path.cwd()) / Path(uri).expanduser())
+        uri = os.path.normpath((base or Path.cwd()) / os.path.expanduser(uri))
     shard_limit_bytes()  # reports an invalid LIFT_CACHE_GB before anything starts
     return _open_folder(uri, uri, patience_s)
 

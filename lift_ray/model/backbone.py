@@ -194,7 +194,9 @@ def _load_open_clip(model: str, pretrained: str | None) -> Backbone:
 def clip_of(model: str, pretrained: str | None) -> tuple[Any, str, bool]:
     """Return a whole CLIP, open_clip's name for it, and whether its weights were trained with QuickGELU. Raises BadInput.
 
-    Args: as of `load_backbone`.
+    Args:
+        model: name as in the settings.
+        pretrained: tag of its weights, or a weights file.
     """
     import open_clip
 
@@ -233,7 +235,9 @@ def _without_warnings() -> Iterator[None]:
 def check_source(model: str, pretrained: str | None) -> None:
     """Check that the model and its weights exist, as far as possible without a network. Raises BadInput.
 
-    Args: as of `load_backbone`.
+    Args:
+        model: name as in the settings.
+        pretrained: tag of its weights, or a weights file.
     """
     if model.startswith(TIMM):
         _timm_name(model, pretrained)
@@ -337,7 +341,7 @@ def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
             PLACE,
             f"must be a tag of {model} or a weights file",
             repr(pretrained),
-            did_you_mean(pretrained, tags),
+            did_you_mean(pretrained, tags) if tags else "give the path of a weights file: it has no tags",
         )
     if _is_file(model, pretrained):
         check_kind(pretrained)

@@ -91,7 +91,7 @@ def check_temporary_folder() -> None:
     if length > longest:
         raise BadInput(
             variable,
-            f"must be a short path, because those of Ray's Unix sockets in it may have {longest} bytes",
+            f"must be a shorter path, because paths of Ray's Unix sockets in it are limited to {longest} bytes",
             but=f"{folder} gives paths of {length} bytes",
             remedy="set RAY_TMPDIR=/tmp, or another short path",
         )

@@ -120,7 +120,8 @@ def _write_best_so_far(search: Search, dataset: str, out: Output) -> str:
             write_best_so_far(search.space, dataset, best, out)
         except (RunFailed, OSError) as error:  # a full disk must not prevent the search from stopping
             found = f"the best so far, trial {best.number}, could not be written ({last_line(error)})"
-    fewer = search.num_ended and search.space.search.per_kind is None and search.space.search.sampler != "grid"
+    has_a_number = search.space.search.per_kind is None and search.space.search.sampler != "grid"
+    fewer = has_a_number and 0 < search.num_ended < search.space.num_trials
     return (
         f"stopped with {search.num_ended} of {count(search.space.num_trials, 'trial')} done; {found}; "
         "add --resume to the command to continue"

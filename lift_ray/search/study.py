@@ -25,7 +25,7 @@ from lift_ray.errors import BadInput, one_line
 from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.settings.base import changes, dotted
-from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points, replaced
+from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points
 from lift_ray.storage.layout import JOURNAL
 
 BEAT_S, LOST_S = 15.0, 90.0  # interval of heartbeats, and the silence after which a driver counts as dead
@@ -269,10 +269,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> BadInput |
 
 
 def _fixed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a search that a resume may not change, without those of `base` that the space replaces anyway."""
-    always = {name for name, param in tree.get("space", {}).items() if not param.get("when")}
-    searched = {f"base.{name}" for name in replaced(tree.get("base", {}), always)}
-    return {path: value for path, value in dotted(tree) if _is_fixed(path) and path not in searched and value != {}}
+    """Return the settings of a search that a resume may not change."""
+    return {path: value for path, value in dotted(tree) if _is_fixed(path) and value != {}}
 
 
 def _is_fixed(path: str) -> bool:

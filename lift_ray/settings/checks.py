@@ -275,7 +275,7 @@ def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> Spa
         raise BadInput(
             file.source,
             "must have a `space` to search",
-            but="it is the file of a run",
+            but="it is a run file",
             remedy="use python -m lift_ray.train",
         )
     file.expand("dataset", "out")

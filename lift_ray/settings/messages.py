@@ -7,13 +7,14 @@ import types
 import typing
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.settings.base import Holds
 
 Path_ = tuple[str | int, ...]
+RANGES = ("choices", "int", "float")  # what the space may say of a setting
 
 
 def dotted(path: Path_) -> str:
@@ -73,6 +74,9 @@ def _as_mapping(model: type[BaseModel], path: Path_, value: Any, kind: str) -> s
     known = {
         name.removeprefix("base."): types for name, types in setting_types(model).items() if name.startswith("base.")
     }
+    setting, _, kind_of_range = str(path[1]).rpartition(".")
+    if setting in known:  # from the command line: space.loss.tau.float=[0, 2]
+        return did_you_mean(kind_of_range, RANGES)
     if path[1] not in known:
         return did_you_mean(path[1], known)
     if not isinstance(value, list):
@@ -83,7 +87,7 @@ def _as_mapping(model: type[BaseModel], path: Path_, value: Any, kind: str) -> s
     if len(numbers) != 2 or len(value) != 2:
         return f"write {{choices: {_listed(value)}}}"
     whole = int in known[path[1]] and float not in known[path[1]]
-    return f"write {{{'int' if whole else 'float'}: {_listed(value)}}}"
+    return f"write {{{'int' if whole else 'float'}: {_listed(sorted(numbers))}}}"
 
 
 def _listed(values: list[Any]) -> str:
@@ -125,6 +129,15 @@ def explain_first(model: type[BaseModel], error: ValidationError) -> str:
     problem = error.errors()[0]
     path = _walk(model, problem["loc"])[0]
     return str(explain(model, problem, path, dotted(path)))
+
+
+def check_json(kind: type[object], text: str) -> None:
+    """Raise ValueError, in one line, unless a JSON text has the fields and types of a dataclass."""
+    try:
+        TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{dotted(problem['loc'])}: {problem['msg']}") from None
 
 
 def allowed_keys(model: type[BaseModel], loc: Path_) -> list[str]:

@@ -201,6 +201,14 @@ class RunConfig(Config):
         """A plain tree for Ray, YAML and JSON."""
         return self.model_dump(mode="json")
 
+    @classmethod
+    def parse(cls, tree: Mapping[str, Any]) -> RunConfig:
+        """Return the settings in a plain tree. Raises ValueError, in one line, for the first problem."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ValueError(explain_first(cls, error)) from None
+
     def digest(self) -> str:
         """Twelve hex digits that name the experiment."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
@@ -220,9 +228,9 @@ def _member(fields: Mapping[str, Any], method: BackdoorConfig, name: str) -> Run
     sections = ((key, fields[key]) for key in RunConfig.model_fields if key != "method")
     tree = {key: value.model_dump() if isinstance(value, BaseModel) else value for key, value in sections}
     try:
-        return RunConfig.model_validate(apply_overrides(tree, own, RunConfig))
-    except ValidationError as error:
-        raise ValueError(f"members.{name} {explain_first(RunConfig, error)}") from None
+        return RunConfig.parse(apply_overrides(tree, own, RunConfig))
+    except ValueError as error:
+        raise ValueError(f"members.{name} {error}") from None
 
 
 def _follow() -> None:

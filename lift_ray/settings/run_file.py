@@ -38,13 +38,19 @@ def batch_fault(size: int, workers: int, place: str) -> BadInput | None:
     return BadInput(place, f"must be divisible by {workers} workers", size, remedy)
 
 
+def too_large(size: int, num_images: int) -> BadInput:
+    """Return the error for a global batch of more images than the training split has: such a run would have no step."""
+    rule = f"must be at most the {count(num_images, 'training image')}"
+    return BadInput("optim.global_batch_size", rule, f"{size:,}", "lower it")
+
+
 def read_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunFile:
     """Read and check a run file. Raises BadInput with every problem found, one line each."""
     file = SettingsFile.read(path)
     apply_file_overrides(file, overrides or {}, RunFile)
     if "space" in file.data:
         place, remedy = file.where(("space",)), "use python -m lift_ray.tune, or the best.yaml that it writes"
-        raise BadInput(place, "must not be in the file of a run", but="this is that of a search", remedy=remedy)
+        raise BadInput(place, "must not be in a run file", but="this is a space file", remedy=remedy)
     file.expand("dataset", "out")
     file.resolve("dataset")
     return file.validate(RunFile)

@@ -169,14 +169,14 @@ class SettingsFile:
         value = self.data.get(name)
         if not isinstance(value, str) or not value or ":" in value or (name,) in self.overridden:
             return
-        path = Path(value).expanduser()
-        beside, here = (Path(os.path.abspath(folder / path)) for folder in (Path(self.source).parent, Path.cwd()))
-        if beside == here or not (beside.exists() or here.exists()):
+        path = os.path.expanduser(value)
+        beside, here = (os.path.abspath(os.path.join(folder, path)) for folder in (Path(self.source).parent, Path.cwd()))
+        if beside == here or not (os.path.exists(beside) or os.path.exists(here)):
             return
         used, other = f"{here} (relative to the shell)", beside
-        if beside.exists():
-            self.data[name], used, other = str(beside), f"{beside} (relative to the file)", here
-        more = f", not {other}" if other.exists() else ""
+        if os.path.exists(beside):
+            self.data[name], used, other = beside, f"{beside} (relative to the file)", here
+        more = f", not {other}" if os.path.exists(other) else ""
         say(f"{self.where((name,))}: using {used}{more}", error=True)
 
 

@@ -1,4 +1,4 @@
-"""Kind of a file by its first bytes, for the message when weights, a checkpoint or data turn out to be something else."""
+"""Kind of a file by its first bytes, for the message when weights or a checkpoint turn out to be something else."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _safetensors_kind(path: Path, start: bytes) -> str | None:
     length = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{" or length > LARGEST_HEADER:
         return None
-    with path.open("rb") as file, suppress(ValueError, TypeError, KeyError, AttributeError):
+    with path.open("rb") as file, suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
         file.seek(8)
         header = json.loads(file.read(length))
         ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]

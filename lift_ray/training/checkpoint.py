@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 import lift_ray
 from lift_ray.epoch_metrics import POSTHOC, EpochMetrics, named
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import ClassGroups, labelled_counts, stored_groups, write_per_class
-from lift_ray.settings.messages import dotted, explain_first
+from lift_ray.settings.messages import check_json
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.file_kinds import JSON, SAFETENSORS, file_kind, remedy
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
@@ -202,7 +201,7 @@ def read_record(folder: Path) -> Record:
         raise BadInput(
             str(folder),
             "must be a checkpoint folder",
-            but=f"it is {file_kind(folder)}",
+            but=f"it is {file_kind(folder)}" if folder.is_file() else "a part of the path is a file",
             remedy="give the folder that tune or train wrote",
         ) from None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
@@ -215,18 +214,14 @@ def read_record(folder: Path) -> Record:
 
 def _record(text: str) -> Record:
     """Return the record in a JSON text. Raises ValueError, in one line, for keys, types or settings that no record has."""
-    try:
-        TypeAdapter(Record).validate_json(text, strict=True)
-        record = Record(**json.loads(text))  # as it is: validation would turn whole numbers of the history into floats
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ValueError(f"{dotted(problem['loc'])}: {problem['msg']}") from None
+    check_json(Record, text)
+    record = Record(**json.loads(text))
     if len(record.class_counts) != len(record.class_names):
         raise ValueError(f"class_counts: {len(record.class_counts)} for {count(len(record.class_names), 'class')}")
     try:
-        record.config = RunConfig.model_validate(record.config).to_dict()
-    except ValidationError as error:
-        raise ValueError(f"config: {explain_first(RunConfig, error)}") from None
+        record.config = RunConfig.parse(record.config).to_dict()
+    except ValueError as error:
+        raise ValueError(f"config: {error}") from None
     return record
 
 

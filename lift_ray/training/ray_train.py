@@ -224,7 +224,7 @@ def train_on_workers(job: Job, need: Need, min_workers: int, patience: Patience,
     if fitting.error is not None:
         raise RunFailed(
             f"{progress.output}: the workers failed more than {count(patience.max_failures, 'time')}, the last time with: "
-            f"{one_line(last_line(fitting.error))}; continue with --resume"
+            f"{one_line(last_line(fitting.error))}" + ("; continue with --resume" if progress.checkpoint else "")
         )
 
 

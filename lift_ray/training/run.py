@@ -20,8 +20,7 @@ from lift_ray.evaluation.metrics import PerClass, pseudo_label_figures
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.methods import check_splits
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
-from lift_ray.settings.run_file import batch_fault
-from lift_ray.text import count
+from lift_ray.settings.run_file import batch_fault, too_large
 from lift_ray.training import checkpoint
 from lift_ray.training.batches import Batches, Inputs, cached_batches, image_batches
 from lift_ray.training.predictor import SplitPredictor
@@ -116,12 +115,7 @@ class Run:
             raise fault
         self.steps_per_epoch = steps_per_epoch(self.train, batch)
         if not self.steps_per_epoch:
-            raise BadInput(
-                "optim.global_batch_size",
-                f"must be at most the {count(self.train.num_samples, 'training image')}",
-                batch,
-                "lower it",
-            )
+            raise too_large(batch, self.train.num_samples)
         if self.config.augment.decode == "gpu" and self.ranks.device.type != "cuda":
             raise BadInput("augment.decode", "must be exact or reduced without a GPU", "gpu", "leave it out")
         self.losses = torch.zeros(self.steps_per_epoch, 2, device=self.ranks.device)
