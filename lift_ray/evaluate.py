@@ -121,6 +121,7 @@ def evaluate(
     """
     from lift_ray.inference.evaluate import EvaluationRequest
     from lift_ray.inference.new_images import SourceOptions
+    from lift_ray.storage.store import same_place
 
     records = _records(checkpoints)
     record, taus = records[0], _taus(checkpoints, records, tau, gla)
@@ -128,8 +129,9 @@ def evaluate(
     options = SourceOptions(image_column, label_column, split_column, root, class_names)
     _check_data_options(data, {**options.given, "skip_bad": skip_bad, "old_test": old_test})
     with _opened(data, record, split, options, skip_bad) as images:
-        dataset, split, is_new = images.dataset, images.split, data is not None and images.dataset.uri != record.dataset
-        if any(one.train_on != "train" and one.dataset == dataset.uri for one in records):
+        dataset, split = images.dataset, images.split
+        is_new = data is not None and not same_place(dataset.uri, record.dataset)
+        if any(one.train_on != "train" and same_place(one.dataset, dataset.uri) for one in records):
             _check_held_out(checkpoints[0], split, gla)
         if gla and images.is_temporary:
             raise BadInput("--gla", "requires a dataset with validation images", data, "leave it out")
@@ -139,7 +141,7 @@ def evaluate(
             )
         _check_shared(images, workers)
         old_dataset = _trained_on(record) if old_test else None
-        for note in images.notes(absent=is_new):
+        for note in (*images.notes(absent=is_new), *_other_rendering(images, record)):
             say(f"note: {note}", error=True)
         with_predictions = is_new or confusion is not None
         request = EvaluationRequest(
@@ -244,6 +246,20 @@ def _check_data_options(data: str | None, given: Mapping[str, object]) -> None:
         raise BadInput(f"--{names[0].replace('_', '-')}", "requires --data", but="it is missing", remedy="add --data")
 
 
+def _other_rendering(images: NewImages, record: Record) -> tuple[str, ...]:
+    """Return a note if a dataset was converted with other options than the one that a model was trained on."""
+    from lift_ray.data.bit_depth import Rendering
+
+    theirs, ours = images.dataset.rendering, Rendering.of(record.rendering)
+    if images.is_temporary or theirs == ours:
+        return ()
+    shown = [" ".join(f"--{name} {value}" for name, value in one.to_dict().items()) for one in (theirs, ours)]
+    return (
+        f"these images were converted with {shown[0] or 'no --window, --page or --background'}, those of the model with "
+        f"{shown[1] or 'none'}: they may look different to it",
+    )
+
+
 def _check_shared(images: NewImages, workers: int) -> None:
     """Raise BadInput if workers on other machines would have to read images in a temporary folder of this one."""
     if workers > 1 and images.is_temporary and os.environ.get("RAY_ADDRESS"):
@@ -293,7 +309,7 @@ def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path
 
 
 def _records(checkpoints: list[str]) -> list[Record]:
-    """Read the records of the checkpoints. Raises BadInput if their classes or the order of these differ."""
+    """Read the records of the checkpoints. Raises BadInput if their classes, the order of these, or their renderings differ."""
     from lift_ray.training.checkpoint import difference, opened, read_record
 
     records = []
@@ -311,6 +327,13 @@ def _records(checkpoints: list[str]) -> list[Record]:
                 f"must have the classes of {checkpoints[0]} in the same order",
                 but=difference(here, first, "the other"),
                 remedy="combine models of one dataset",
+            )
+        if records[-1].rendering != records[0].rendering:
+            raise BadInput(
+                where,
+                f"must have the --window, --page and --background of {checkpoints[0]}",
+                records[-1].rendering or "none",
+                "evaluate them one by one",
             )
     return records
 

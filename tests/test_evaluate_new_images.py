@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -15,9 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from lift_ray import evaluate
+from lift_ray.data.bit_depth import Rendering
+from lift_ray.data.convert.conversion import convert
+from lift_ray.data.convert.folder import scan_folder
+from lift_ray.data.convert.images import Encoding
 from lift_ray.data.convert.shards import publish, write_split
+from lift_ray.data.convert.splitting import Division
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
@@ -28,6 +35,7 @@ from lift_ray.reporting.confidence import Interval, accuracy_intervals
 from lift_ray.reporting.old_test import NewResults, OldTest, compare, difference, read_old_test
 from lift_ray.reporting.study_files import Predictions, predictions_of
 from lift_ray.settings.run import RunConfig
+from lift_ray.storage.layout import RECORD
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -155,7 +163,7 @@ def test_missing_unknown_and_differently_written_classes_are_named(
     missing = ", ".join(map(repr, names[3:6]))
     assert notes == (
         f"note: 5 of the model's 8 classes have no images here ({missing}, ...); metrics are over the other 3\n"
-        f"note: names that differ in case only are the same class: {names[0].upper()!r} is {names[0]!r}\n"
+        f"note: names that differ in case or spaces only are the same class: {names[0].upper()!r} is {names[0]!r}\n"
         "note: left out 2 images of 1 class that the model does not have: 'dodo' (2)\n"
     )
 
@@ -247,6 +255,72 @@ def test_a_bad_image_is_named_or_skipped_and_counted(asked: Evaluate, photos: Ph
         asked("--data", folder, "--skip-bad")
 
 
+def test_new_images_are_rendered_as_those_of_the_model_whatever_the_source(
+    run: Path, photos: Photos, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pixels that are transparent lie over the background of the model in all sources, and in a dataset over its own."""
+    shutil.copytree(run, tmp_path / "run")
+    record = tmp_path / "run" / "checkpoint" / RECORD
+    record.write_text(json.dumps({**json.loads(record.read_text()), "rendering": {"background": "#ffffff"}}))
+    seen = [(f"{number}.png", name, half_transparent(data)) for number, (_, name, data) in enumerate(photos)]
+    folder, tables, shards = in_folders(seen, tmp_path / "folder"), tmp_path / "tables", tmp_path / "shards"
+    rows = {"image": [data for _, _, data in seen], "label": [name for _, name, _ in seen]}
+    tables.mkdir()
+    pq.write_table(pa.table(rows), tables / "rows.parquet")
+    convert(scan_folder(str(folder)), str(shards), division=Division(0.0, 0.0))
+    (shards / "manifest.json").unlink()  # as others write them
+
+    def loss(model: Path, *words: object) -> tuple[Any, str]:
+        evaluate.main([str(model), "--data", *map(str, words), "--json"])
+        printed = capsys.readouterr()
+        (value,) = (value for name, value in json.loads(printed.out).items() if name.endswith("/loss"))
+        return pytest.approx(value, abs=1e-6), printed.err
+
+    expected, _ = loss(tmp_path / "run", folder)
+    assert loss(run, folder)[0] != expected
+    for words in ([tables], [shards, "--split", "train"], [shards, "--split", "train", "--skip-bad"]):
+        assert loss(tmp_path / "run", *words)[0] == expected, words
+    white = tmp_path / "white"
+    rendering = Encoding(rendering=Rendering.of({"background": "#ffffff"}))
+    convert(scan_folder(str(folder)), str(white), division=Division(0.0, 0.0), encoding=rendering)
+    found, notes = loss(tmp_path / "run", white, "--split", "train")
+    assert found == expected
+    assert "converted with" not in notes
+    found, notes = loss(run, white, "--split", "train")
+    assert found == expected
+    assert "note: these images were converted with --background #ffffff, those of the model with none: they" in notes
+    with pytest.raises(
+        BadInput, match=r"must have the --window, --page and --background of .*, but got none; evaluate"
+    ):
+        evaluate.main([str(tmp_path / "run"), str(run), "--data", str(folder)])
+
+
+def half_transparent(data: bytes) -> bytes:
+    with Image.open(io.BytesIO(data)) as image:
+        rgba = image.convert("RGBA")
+    rgba.paste((0, 0, 0, 0), (0, 0, rgba.width // 2, rgba.height))
+    file = io.BytesIO()
+    rgba.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_folder_of_save_to_disk_is_evaluated_and_system_folders_are_no_classes(
+    asked: Evaluate, photos: Photos, tmp_path: Path
+) -> None:
+    rows = {"image": [data for _, _, data in photos], "label": [name for _, name, _ in photos]}
+    import datasets
+
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    folder = in_folders(photos, tmp_path / "split" / "val")
+    (tmp_path / "split" / "lost+found").mkdir()
+    found, _ = asked("--data", tmp_path / "saved")
+    assert figures(found) == {
+        name.replace("validation/", "test/"): value
+        for name, value in asked("--data", folder.parent, "--split", "validation")[0].items()
+        if name.startswith("validation/")
+    }
+
+
 def test_sources_that_cannot_be_evaluated_are_refused_in_one_line(
     asked: Evaluate, photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,10 +336,10 @@ def test_sources_that_cannot_be_evaluated_are_refused_in_one_line(
         ([empty], f"{empty}: must be a folder of class directories, but got none; give each class a directory"),
         (
             [tmp_path / "no"],
-            f"{tmp_path}/no: must be a dataset, a folder of class directories, or a CSV, Parquet or .txt "
-            "list, but nothing is there; check the path",
+            f"{tmp_path}/no: must be a dataset, a folder of class directories, a CSV, Parquet or .txt "
+            "list, or a folder of save_to_disk, but nothing is there; check the path",
         ),
-        ([tmp_path / "photo.jpg"], f"{tmp_path}/photo.jpg: must be a dataset, a folder of class directories"),
+        ([tmp_path / "photo.jpg"], f"{tmp_path}/photo.jpg: must be a dataset, a folder of class directories, a CSV"),
         (
             [table],
             f"{table}: the label column must be unambiguous, but got the columns path, species; pass --label-column",
@@ -292,7 +366,7 @@ def test_sources_that_cannot_be_evaluated_are_refused_in_one_line(
         assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
     pq.write_table(pa.table({"image": [b""], "label": ["a"]}), empty / "test-00000-of-00002.parquet")
-    with pytest.raises(BadInput, match="empty/test: the names say 2 shards, but 1 are there"):
+    with pytest.raises(BadInput, match="empty/test: the names say 2 shards, but got 1 shard"):
         asked("--data", empty, "--skip-bad")
     for option in ("--skip-bad", "--old-test"):
         with pytest.raises(BadInput, match=f"^{option}: requires --data, but it is missing; add --data$"):

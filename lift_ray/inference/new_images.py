@@ -16,24 +16,23 @@ import numpy as np
 from lift_ray.data.bit_depth import AS_STORED, Rendering
 from lift_ray.data.convert.folder import SPLIT_DIRECTORIES, scan_folder
 from lift_ray.data.convert.images import Encoding
-from lift_ray.data.convert.index import ImageIndex, absolute, readable
+from lift_ray.data.convert.index import ImageIndex, absolute, folded, readable
 from lift_ray.data.convert.lists import scan_list
-from lift_ray.data.convert.shards import SplitRecord, publish
+from lift_ray.data.convert.shards import ROW_GROUP_ROWS, ROWS_PER_SHARD, SplitRecord, publish
 from lift_ray.data.convert.splitting import Row
 from lift_ray.data.convert.tables import scan_table
 from lift_ray.data.convert.tasks import Job, ShardTask, run_here
 from lift_ray.data.dataset import Dataset
-from lift_ray.data.layout import MANIFEST, find_shards, shard_names
+from lift_ray.data.layout import MANIFEST, find_shards, is_saved, shard_names
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.open import open_dataset
-from lift_ray.errors import BadInput, first_few
+from lift_ray.data.walk import is_ignored
+from lift_ray.errors import BadInput, RunFailed, first_few
 from lift_ray.storage.store import PATIENCE_S, entries, join
 from lift_ray.text import count
 
-RULE = "must be a dataset, a folder of class directories, or a CSV, Parquet or .txt list"
+RULE = "must be a dataset, a folder of class directories, a CSV, Parquet or .txt list, or a folder of save_to_disk"
 SPLIT = "test"  # of a source without splits
-ROWS_PER_SHARD = 4096
-ROW_GROUP_ROWS = 256
 SHOWN = 10  # classes or images that a note names
 TABLES = {"csv": "csv", "tsv": "csv", "parquet": "parquet", "txt": "list"}  # kind of a file, by its suffix
 
@@ -113,7 +112,7 @@ class NewImages:
             )
         if self.matches.by_case:
             pairs = [f"{theirs!r} is {ours!r}" for theirs, ours in self.matches.by_case.items()]
-            notes.append(f"names that differ in case only are the same class: {first_few(pairs, SHOWN)}")
+            notes.append(f"names that differ in case or spaces only are the same class: {first_few(pairs, SHOWN)}")
         if self.unknown:
             number, counts = sum(self.unknown.values()), [f"{name!r} ({n:,})" for name, n in self.unknown.items()]
             notes.append(
@@ -151,12 +150,13 @@ def opened_images(
 ) -> Iterator[NewImages]:
     """Yield the labeled images of a source with the labels of a model.
 
-    A dataset is opened as it is. The images of any other source are checked, and copied to Parquet shards in a temporary folder, so
-    that all images are decoded in the same way as in training.
+    A dataset is opened where it is; one that `convert` did not write, only if its images need no rendering and no option is given. The
+    images of any other source are checked, and copied to Parquet shards in a temporary folder, so that all images are decoded in the
+    same way as in training.
 
     Args:
         data: a dataset; a folder of class directories, possibly in split directories; a .csv or .tsv table; a Parquet file, a folder
-            of them, or a pattern with `*`; a .txt list of paths and labels. Any fsspec URL.
+            of them, or a pattern with `*`; a .txt list of paths and labels; a folder of `save_to_disk`. Any fsspec URL.
         class_names: classes of the model, in label order.
         split: the split to take. None for the test split, or for all images if the source has no splits or a single one.
         options: how to read a table or list.
@@ -167,7 +167,8 @@ def opened_images(
     Raises BadInput if the source cannot be read, has no such split, has no image of a known class, or has a class in two spellings.
     """
     options = options or SourceOptions()
-    if (dataset := _existing(data, options, skip_bad)) is not None:
+    as_stored = rendering == AS_STORED and not skip_bad and not options.given
+    if (dataset := _existing(data, options, as_stored)) is not None:
         yield of_dataset(dataset, class_names, split)
         return
     index = _listed(data, split, options)
@@ -185,7 +186,14 @@ def opened_images(
 
 
 def of_dataset(dataset: Dataset, class_names: Sequence[str], split: str | None = None) -> NewImages:
-    """Return the images of an open dataset with the labels of a model. Arguments and exceptions as of `opened_images`."""
+    """Return the images of an open dataset with the labels of a model.
+
+    Args:
+        class_names: classes of the model, in label order.
+        split: the split to take; None for the test split, or for all images if there is a single split.
+
+    Raises BadInput if there is no such split, no image of a known class, or a class in two spellings.
+    """
     name = _chosen(dataset.uri, list(dataset.splits), split) if split is None else split
     counts = dataset.split(name).class_counts(dataset.num_classes)
     matches = match_classes(dataset.class_names, class_names, dataset.uri)
@@ -197,8 +205,8 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], where: str) -> Cla
     """Match the classes of images to those of a model by name.
 
     Names are the same if they are equal in Unicode's NFC; otherwise if they are with spaces for underscores, as `convert` writes them;
-    otherwise if they are without regard to upper and lower case. A name that several classes of the model have in the last two forms
-    matches none.
+    otherwise if they are without regard to case and repeated spaces. A name that several classes of the model have in the last two
+    forms matches none.
 
     Args:
         theirs: names of the C classes of the images.
@@ -209,12 +217,12 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], where: str) -> Cla
     """
     labels = np.full(len(theirs), -1, np.int64)
     by_case: dict[str, str] = {}
-    for form in (_composed, _spaced, _folded):
+    for form in (_composed, readable, folded):
         label_of = _unambiguous([form(name) for name in ours])
         for number in np.flatnonzero(labels < 0).tolist():
             if (label := label_of.get(form(theirs[number]))) is not None:
                 labels[number] = label
-                if form is _folded:
+                if form is folded:
                     by_case[theirs[number]] = ours[label]
     first: dict[int, str] = {}
     for name, label in zip(theirs, labels.tolist(), strict=True):
@@ -247,14 +255,6 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _spaced(name: str) -> str:
-    return _composed(readable(name))
-
-
-def _folded(name: str) -> str:
-    return _composed(_spaced(name).casefold())
-
-
 def _unambiguous(names: Sequence[str]) -> dict[str, int]:
     """Return the label of each name that a single class has."""
     counts = Counter(names)
@@ -283,8 +283,12 @@ def _chosen(data: str, found: Sequence[str], split: str | None) -> str:
     return name
 
 
-def _existing(data: str, options: SourceOptions, skip_bad: bool) -> Dataset | None:
-    """Return the dataset at this place, None if it is another source, or Parquet files that must be read as a table."""
+def _existing(data: str, options: SourceOptions, as_stored: bool) -> Dataset | None:
+    """Return the dataset at this place, None if it is another source.
+
+    Args:
+        as_stored: whether shards that `convert` did not write can be evaluated where they are.
+    """
     if data.startswith("embedded:"):
         options.check(data, "folder")
         return open_dataset(data)
@@ -298,7 +302,7 @@ def _existing(data: str, options: SourceOptions, skip_bad: bool) -> Dataset | No
     if shard_names(there):
         find_shards(data, url, PATIENCE_S)  # a missing shard must not go unnoticed
     try:
-        return open_dataset(data) if not (skip_bad or options.given) and _has_shards(data) else None
+        return open_dataset(data) if as_stored else None
     except BadInput:
         return None  # Parquet of another form: a table
 
@@ -312,7 +316,8 @@ def _has_shards(data: str) -> bool:
 
 def _kind_of_file(data: str) -> str | None:
     """Return the kind of source that a path or pattern names, None for a folder."""
-    return "parquet" if "*" in data else TABLES.get(data.rstrip("/").rpartition(".")[2].lower())
+    kind = TABLES.get(data.rstrip("/").rpartition(".")[2].lower())
+    return "parquet" if kind is None and "*" in data else kind
 
 
 def _listed(data: str, split: str | None, options: SourceOptions) -> ImageIndex:
@@ -321,7 +326,7 @@ def _listed(data: str, split: str | None, options: SourceOptions) -> ImageIndex:
     if kind is None:
         there = entries(absolute(data), data, RULE, PATIENCE_S)
         is_parquet = any(entry.name.endswith(".parquet") for entry in there) or _has_shards(data)
-        kind = "parquet" if is_parquet else "folder"
+        kind = "parquet" if is_parquet else "arrow" if is_saved({entry.name for entry in there}) else "folder"
     options.check(data, kind)
     if kind == "folder":
         return _listed_folder(data, split)
@@ -343,7 +348,7 @@ def _listed_folder(data: str, split: str | None) -> ImageIndex:
     folders = [
         entry.name
         for entry in entries(absolute(data), data, RULE, PATIENCE_S)
-        if entry.is_folder and not entry.name.startswith((".", "@", "__"))
+        if entry.is_folder and not is_ignored(entry.name)
     ]
     splits = {SPLIT_DIRECTORIES[name.lower()]: name for name in folders if name.lower() in SPLIT_DIRECTORIES}
     if len(splits) < len(folders) or not all(_has_folders(join(data, name)) for name in splits.values()):
@@ -356,7 +361,9 @@ def _listed_folder(data: str, split: str | None) -> ImageIndex:
 
 
 def _has_folders(url: str) -> bool:
-    return any(entry.is_folder for entry in entries(absolute(url), url, RULE, PATIENCE_S))
+    return any(
+        entry.is_folder and not is_ignored(entry.name) for entry in entries(absolute(url), url, RULE, PATIENCE_S)
+    )
 
 
 def _copy(
@@ -393,4 +400,8 @@ def _copy(
         if error.place.startswith(folder):
             raise BadInput(folder, error.rule, error.got, "set TMPDIR to a folder with space for the images") from None
         raise
+    except RunFailed:
+        raise RunFailed(
+            f"{index.source}: a process that copies the images was killed, perhaps because memory ran out; convert them first"
+        ) from None
     return skipped

@@ -116,7 +116,8 @@ class HttpFront:
     async def _predict(self, request: Request) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not (kind.startswith("image/") or kind == "application/octet-stream"):
-            return _error(415, f"Content-Type: must be image/..., but got {kind or 'none'}; send the image as the body, with curl: --data-binary @FILE")
+            remedy = "send the image as the body (curl --data-binary @FILE)"
+            return _error(415, f"Content-Type: must be image/..., but got {kind or 'none'}; {remedy}")
         top = request.query_params.get("top")
         if top is not None and not (top.isascii() and top.isdigit() and len(top) < 7):
             return _error(400, f"top: must be a number, but got {top[:20]!r}")

@@ -177,6 +177,11 @@ def locate(url: str) -> tuple[Any, str]:
     raise AssertionError("unreachable")
 
 
+def same_place(one: str, other: str) -> bool:
+    """Return True if two URLs or absolute paths name the same place: with or without file:// and a final slash."""
+    return one.removeprefix("file://").rstrip("/") == other.removeprefix("file://").rstrip("/")
+
+
 def join(url: str, name: str) -> str:
     """Return `url/name` with one slash between."""
     return f"{url.rstrip('/')}/{name}"
