@@ -443,7 +443,7 @@ def _report(destination: str, converted: Converted, index: ImageIndex, options: 
     if index.left_out:
         say(f"left out {counted(index.left_out)}: {join(destination, LEFT_OUT)}")
     if converted.num_paged:
-        say(f"images with several pages: {converted.num_paged:,}; page {options.page} of each was taken (--page)")
+        say(f"{count(converted.num_paged, 'image')} with several pages: page {options.page} of each was used (--page)")
     if window := converted.rendering.window:
         say(f"window of images with more than 8 bits per channel: {window}")
     if converted.skipped:
