@@ -15,8 +15,10 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deep_images import png16
 from embedded import jpegs
 from PIL import Image
 
@@ -232,6 +234,51 @@ def test_a_source_that_fails_stops_the_conversion_and_leaves_no_image_out(tmp_pa
         convert(index, str(tmp_path / "out"), skip_bad=True)
     found = convert(replace(index, read=Fails(FileNotFoundError("2"))), str(tmp_path / "out"), skip_bad=True)
     assert found.skipped == ("photos/2: must be an intact image, but got no file",)
+
+
+def test_a_bad_image_of_a_table_has_a_path_that_exists_as_far_as_possible(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    name = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "photos").rglob("*.jpg"))[0]
+    (tmp_path / "null.jpg").symlink_to("/dev/null")
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    rows = f"path,label,split\n{name},a,train\nmissing.png,a,test\nphotos,a,test\nnull.jpg,a,val\n"
+    table.write_text(rows)
+    with pytest.raises(
+        BadInput, match=rf"^{tmp_path}/(missing.png|photos|null.jpg): must be an intact image, but got no file"
+    ):
+        verb.main(["csv", str(table), str(out)])
+    verb.main(["csv", str(table), str(out), "--skip-bad"])
+    assert sorted((out / "skipped.txt").read_text().splitlines()) == [
+        f"{tmp_path}/{each}: must be an intact image, but got no file" for each in ("missing.png", "null.jpg", "photos")
+    ]
+    pq.write_table(pa.table({"image": [b"", jpegs(60)[0]], "label": ["a", "a"]}), tmp_path / "A.parquet")
+    with pytest.raises(BadInput, match=rf"^{tmp_path}/A.parquet:0:0: must be an intact image, but got 0 bytes; remove"):
+        verb.main(["parquet", str(tmp_path / "A.parquet"), str(out), "--overwrite"])
+
+
+def test_the_range_of_deep_images_is_found_although_one_is_missing(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(png16(np.full((4, 4), 100 * number, np.uint16)))
+    (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"{number}.png,a\n" for number in range(9)))
+    with pytest.raises(BadInput) as caught:
+        verb.main(["csv", f"{tmp_path}/t.csv", f"{tmp_path}/out", *NO_SPLITS])
+    assert str(caught.value).endswith(
+        " (8 such images have 0 to 700); convert with --window auto|minmax|percentile|LO,HI"
+    )
+
+
+def test_an_image_whose_decoder_is_not_installed_says_so_beside_skipping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = photos(tmp_path / "photos"), tmp_path / "out"
+    (source / "accordion" / "1.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    monkeypatch.setattr("lift_ray.data.decode.READABLE", ("JPEG", "PNG"))
+    message = f"{source}/accordion/1.heic: must be an intact image, but got HEIC, which requires pip install 'lift_ray[heif]'; "
+    with pytest.raises(BadInput) as caught:
+        verb.main(["folder", str(source), str(out)])
+    assert str(caught.value) == f"{message}install it or pass --skip-bad"
+    verb.main(["folder", str(source), str(out), "--skip-bad"])
+    assert (out / "skipped.txt").read_text() == f"{message}install it\n"
 
 
 def test_a_shard_of_bad_images_only_may_be_a_source_that_is_gone(

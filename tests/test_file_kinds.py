@@ -54,6 +54,10 @@ KINDS = {
     "a safetensors file": TENSORS,
     "a safetensors file that is cut off": TENSORS[:-1],
     "a safetensors file that is cut off ": TENSORS[:20],
+    **{
+        f"a safetensors file that is cut off {' ' * number}": len(header).to_bytes(8, "little") + header
+        for number, header in enumerate((b'{"a":' + b"[" * 100_000, b'{"a":{"data_offsets":[]}}', b'{"a":[]}'), 1)
+    },
     "a TorchScript archive": scripted(),
     "a file of torch.save": torch_saved({"x": torch.zeros(1)}),
     "a file of torch.save ": torch_saved({"x": torch.zeros(1)}, is_zip=False),

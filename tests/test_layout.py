@@ -143,7 +143,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (two_validation_folders, "{0}: must have one folder for validation, but got val and dev; move one elsewhere"),
     (
         gap,
-        "{0}/train: the shards must be numbered from 0000 without gaps, but 2 are there (0000.parquet to 0002.parquet); "
+        "{0}/train: the shards must be numbered from 0000 without gaps, but got 2 shards (0000.parquet to 0002.parquet); "
         "copy the missing ones",
     ),
     (

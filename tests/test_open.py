@@ -259,8 +259,8 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         lose_a_shard,
-        "{0}/train: the names say 2 shards, but 1 are there (train-00001-of-00002.parquet to "
-        "train-00001-of-00002.parquet); copy the missing ones, or run convert again",
+        "{0}/train: the names say 2 shards, but got 1 shard (train-00001-of-00002.parquet); "
+        "copy the missing ones, or run convert again",
     ),
     (
         truncate,

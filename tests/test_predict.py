@@ -27,7 +27,7 @@ from processes import stopping_itself, wait_until_it_stops
 from lift_ray import evaluate, export, predict, serve
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, RunFailed
 from lift_ray.inference import classifier
 from lift_ray.inference import predict as prediction
 from lift_ray.inference.calibration import fit_temperature
@@ -98,6 +98,26 @@ def test_a_folder_gives_the_predictions_of_the_evaluation_and_a_broken_image_sti
             assert float(row["probability_1"]) == pytest.approx(confidences[n], abs=1e-4)
             assert float(row["probability_1"]) >= float(row["probability_2"]) >= float(row["probability_3"])
     assert json.loads((tmp_path / "o.csv.json").read_text())["calibration"]["temperature"] == 1
+
+
+def test_the_list_of_what_was_left_out_belongs_to_the_predictions_beside_it(
+    trained: tuple[Path, np.ndarray], photos: Path, tmp_path: Path
+) -> None:
+    out, listed = tmp_path / "o.csv", tmp_path / "o.csv.left_out.txt"
+
+    def run(*images: Path) -> None:
+        predict.main([str(trained[0]), *map(str, images), "--out", str(out), "--temperature", "1"])
+
+    listed.mkdir()  # as bad as a full disk
+    with pytest.raises(RunFailed, match=rf"^{out}: could not write the predictions: .*; check the disk, then rerun"):
+        run(photos)
+    assert not out.exists()
+    listed.rmdir()
+    run(photos)
+    assert listed.read_text() == f"{photos}/notes.txt: no image suffix\n"
+    out.unlink()
+    run(photos / "00.jpg")
+    assert not listed.exists()
 
 
 def test_an_image_that_cannot_be_decoded_is_a_row_with_its_reason_whatever_is_wrong_with_it(
@@ -309,7 +329,7 @@ def test_parts_of_another_job_are_refused(trained: tuple[Path, np.ndarray], phot
     out = tmp_path / "o.csv"
     job = prediction.Job(str(trained[0]), find_images([str(photos)]))
     (tmp_path / "o.csv.parts").mkdir()
-    prediction._check_same_job(job, tmp_path / "o.csv.parts")
+    prediction._checked(job, tmp_path / "o.csv.parts")
     with pytest.raises(
         BadInput, match=r"o.csv.parts: must hold parts of the same images, checkpoint and options, but it holds"
     ):

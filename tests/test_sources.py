@@ -165,6 +165,7 @@ LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
     ({"train.txt": "a.jpg " + "1" * 5000}, "train.txt:1: must end with a label (an integer), but got '11"),
     ({"train.txt": "a.jpg 2\n"}, "train.txt:1: the label must be 0 to 1 (2 class names), but got 2; "),
     ({"train.txt": "\n \n"}, "train.txt: must list images, but got none; "),
+    ({"train.txt": b"\xff\xfe"}, "train.txt: must list images, but got none; "),
     (
         {"train.txt": "a.jpg 0\n./a.jpg 1\n"},
         "train.txt:2: each image must be listed once, but 'a.jpg' is in {0}/train.txt:1 too; ",
@@ -173,7 +174,7 @@ LIST_FAULTS: list[tuple[dict[str, str | bytes], str]] = [
         {"train.txt": "a.jpg 0\nval/3.jpg 1\n"},
         "val.txt:1: each image must be listed once, but 'val/3.jpg' is in {0}/train.txt:2 too; ",
     ),
-    ({"train.txt": "a.jpg 0\n"}, "photos: every class must have an image, but 'crane, bird' have none; "),
+    ({"train.txt": "a.jpg 0\n"}, "photos: every class must have an image, but 'crane, bird' has none; "),
     (
         {"train.txt": b"a.jpg 0\ncaf\xe9.jpg 1\n"},
         "train.txt:2: must be a text file in UTF-8, but got the byte 0xe9; save it as UTF-8",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 import pytest
 from embedded import jpegs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from lift_ray import convert as verb
 from lift_ray.data import thrift
@@ -167,10 +171,36 @@ def test_a_footer_that_is_cut_anywhere_is_a_value_error(tmp_path: Path) -> None:
             thrift.row_groups(footer[:end])
 
 
+@pytest.mark.parametrize("byte", [0x33, 0x36, 0xFF])
+def test_numbers_of_a_footer_are_plausible_whatever_byte_is_changed(tmp_path: Path, byte: int) -> None:
+    data = written(tmp_path, table_of(structs([b"x"] * 4))).read_bytes()
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") : -8]
+    for place in range(len(footer)):
+        with suppress(ValueError):
+            for group in thrift.row_groups(footer[:place] + bytes([byte]) + footer[place + 1 :]):
+                for chunk in group.columns.values():
+                    assert chunk is None or chunk.num_values >= group.num_rows
+                    assert chunk is None or chunk.num_missing is None or 0 <= chunk.num_missing <= chunk.num_values
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_rows_of_lists_may_have_no_value_or_several(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    lists = pa.array([[], None, [1, None, 3], [4]])
+    nested = pa.array(
+        [None, {"a": []}, {"a": [{"b": None}]}, {"a": None}],
+        pa.struct([("a", pa.list_(pa.struct([("b", pa.int8())])))]),
+    )
+    written(tmp_path, table_of(boxes=lists, nested=nested, empty=pa.nulls(4)))
+    assert read(tmp_path) == jpegs(4)
+
+
 def error_of(read: Callable[[Path], object], folder: Path) -> str:
     try:
         read(folder)
-    except (BadInput, ValueError) as error:
+    except BadInput as error:
+        return str(error)
+    except ValueError as error:
+        assert read is converted, "training and predict raise BadInput only"
         return str(error)
     return ""
 
@@ -271,7 +301,7 @@ def test_labels_paths_splits_and_groups_of_every_layout_of_text_are_read(tmp_pat
     assert index.groups == {"0.jpg": "x", "1.jpg": "y", "2.jpg": "z", "3.jpg": "z"}
 
 
-# ---- files of the own machine
+# ---- local files
 
 
 def local_images(folder: Path, paths: Sequence[str | None]) -> Path:
@@ -300,6 +330,11 @@ def test_a_root_moves_the_relative_paths(tmp_path: Path) -> None:
     ("path", "reason"),
     [
         ("photos/none.jpg", "no image in this row, and no file {0}/photos/none.jpg"),
+        ("/dev/null", "no image in this row, and no file /dev/null"),  # and not /dev/zero, which would be read for ever
+        ("photos", "no image in this row, and no file {0}/photos"),
+        ("photos/1.jpg/1.jpg", "no image in this row, and no file {0}/photos/1.jpg/1.jpg"),
+        ("x" * 300, f"no image in this row, and no file {{0}}/{'x' * 300}"),
+        ("a\0b", "no image in this row, and no file {0}/a\0b"),
         ("../photos/1.jpg", "no image in this row, and a path outside of {0}: '../photos/1.jpg'"),
         ("s3://bucket/1.jpg", "no image in this row, and a path outside of {0}: 's3://bucket/1.jpg'"),
         (None, "no image in this row"),
@@ -311,9 +346,27 @@ def test_a_row_that_names_no_file_is_a_bad_image_with_its_reason(tmp_path: Path,
         verb.main(["parquet", str(folder), f"{tmp_path}/out", "--test-frac", "0"])
     place = f"{folder}/train-00000-of-00001.parquet:0:1"
     assert str(caught.value) == (
-        f"{place}: must be an intact image, but got {reason.format(folder)}; remove it or pass --skip-bad"
+        f"{place}: must be an intact image, but got {reason.format(folder)[:300]}; remove it or pass --skip-bad"
     )
     assert predicted(folder) == [jpegs(4)[0], None, *jpegs(4)[2:]]
+
+
+@pytest.mark.parametrize("read", [converted, predicted])
+def test_a_named_file_that_cannot_be_read_is_no_row_without_an_image(
+    tmp_path: Path, read: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_images(tmp_path, ["photos/1.jpg", "photos/2.jpg", "photos/3.jpg"])
+
+    def cat_file(self: Any, path: str, *args: Any, **options: Any) -> bytes:
+        if path.endswith("2.jpg"):
+            raise OSError(errno.EIO, "disk error")
+        return AbstractFileSystem.cat_file(self, path, *args, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    with pytest.raises(
+        BadInput, match=rf"^{tmp_path}/photos/2.jpg: must be readable, but got .*disk error.*; check the"
+    ):
+        read(tmp_path)
 
 
 def test_a_dataset_of_paths_points_to_convert(tmp_path: Path) -> None:

@@ -348,3 +348,14 @@ def test_an_empty_image_cell_is_reported_when_it_is_read(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="no image in this row"):
         index.read(index.splits["train"][0][0])
     assert index.read(index.splits["train"][1][0]) == jpegs()[1]
+
+
+def test_hidden_and_system_folders_hold_no_tables(tmp_path: Path) -> None:
+    for name in ("1.parquet", "more/2.parquet", "@eaDir/1.parquet", ".cache/1.parquet", "more/.2.parquet"):
+        write_parquet(tmp_path / "t", name)
+    shown = ["1.parquet:0:0", "more/2.parquet:0:0"]
+    fsspec.filesystem("memory").put(f"{tmp_path}/t/", "/hidden-tables/", recursive=True)
+    for source in (f"{tmp_path}/t", f"{tmp_path}/t/", "memory://hidden-tables"):
+        index = scan_table(source, kind="parquet")
+        assert [reference for reference, _ in index.splits["train"]][::6] == shown
+        assert [data for data, _ in read(index)] == 2 * jpegs()[:6]

@@ -14,7 +14,7 @@ from lift_ray.data.convert.folder import scan_folder
 from lift_ray.data.decode import FORMATS
 from lift_ray.data.walk import counted, walk
 from lift_ray.errors import BadInput
-from lift_ray.inference.image_files import find_images, left_out_lines
+from lift_ray.inference.image_files import find_images, left_out_lines, write_left_out
 
 SYSTEM = ("__MACOSX", "@eaDir", ".git", ".ipynb_checkpoints", "#recycle", "$RECYCLE.BIN", "lost+found")
 
@@ -88,27 +88,57 @@ def test_loops_broken_links_and_what_is_no_file_are_left_out_and_named(tmp_path:
     os.mkfifo(source / "dog" / "pipe.jpg")  # reading it would wait for ever
     assert names_of(source) == PLAIN
     assert scan_folder(str(source)).left_out == [
-        ("cat/up", "a link to a folder that contains it"),
+        ("cat/up", "a link to a folder that is already listed"),
         ("dog/broken.jpg", "a broken link"),
         ("dog/itself.jpg", "a broken link"),
         ("dog/pipe.jpg", "not a regular file"),
-        ("dog/self", "a link to a folder that contains it"),
+        ("dog/self", "a link to a folder that is already listed"),
     ]
     assert find_images([str(source)]).files == tuple(f"{source}/{each}" for each in PLAIN)
 
 
-def test_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
-    labelled(tmp_path)
-    (tmp_path / "cat" / "dog").symlink_to(tmp_path / "dog")
-    (tmp_path / "dog" / "cat").symlink_to(tmp_path / "cat")
+def test_folders_that_link_to_each_other_are_listed_once(tmp_path: Path) -> None:
+    names = [str(number) for number in range(12)]  # their paths are more than a computer can list
+    for name in names:
+        image_at(tmp_path / name / "1.jpg")
+    pairs = [(name, other) for name in names for other in names if name != other]
+    for name, other in pairs:
+        (tmp_path / name / f"to {other}").symlink_to(tmp_path / other)
     found = walk(fsspec.filesystem("file"), str(tmp_path))
-    assert [name for name in found.files if name.startswith("cat/")] == [
-        "cat/1.jpg",
-        "cat/2.jpg",
-        "cat/dog/1.jpg",
-        "cat/dog/deep/2.jpg",
+    assert found.files == sorted(f"{name}/1.jpg" for name in names)
+    assert found.folders == sorted(names)
+    reason = "a link to a folder that is already listed"
+    assert found.left_out == sorted((f"{name}/to {other}", reason) for name, other in pairs)
+    assert found.num_links == 0
+
+
+def test_a_folder_that_several_links_lead_to_is_listed_under_the_first_name(tmp_path: Path) -> None:
+    labelled(tmp_path / "out")
+    source = tmp_path / "p"
+    image_at(source / "own" / "1.jpg")
+    for name, target in (
+        ("owl", "out/dog/deep"),
+        ("newt", "out/dog"),
+        ("crab", "out/dog"),
+        ("all", "."),
+        ("see", "p/own"),
+    ):
+        (source / name).symlink_to(tmp_path / target)
+    found = walk(fsspec.filesystem("file"), str(source))
+    assert found.files == [
+        *(f"all/out/{name}" for name in PLAIN),
+        "own/1.jpg",
     ]
-    assert [name for name, _ in found.left_out] == ["cat/dog/cat", "dog/cat/dog"]
+    again = "a link to a folder that is already listed"
+    assert found.left_out == [
+        ("all/p", "a folder that is already listed"),
+        *((name, again) for name in ("crab", "newt", "owl", "see")),
+    ]
+    (source / "all").unlink()
+    found = walk(fsspec.filesystem("file"), str(source))
+    assert found.files == ["crab/1.jpg", "crab/deep/2.jpg", "own/1.jpg"]
+    assert found.left_out == [(name, again) for name in ("newt", "owl", "see")]
+    assert found.num_links == 1
 
 
 def test_a_conversion_counts_what_is_left_out_by_suffix_and_lists_it_beside_the_dataset(
@@ -144,9 +174,12 @@ def test_images_to_predict_that_are_left_out_are_counted_and_listed_beside_the_p
     found = find_images([str(source), str(image_at(tmp_path / "one.jpg"))])
     assert len(found) == 5
     assert left_out_lines(found, out) == [f"left out 1 file (1 .txt): {out}.left_out.txt"]
+    write_left_out(found, out)
     assert (tmp_path / "o.csv.left_out.txt").read_text() == f"{source}/a.txt: no image suffix\n"
-    assert left_out_lines(find_images([str(tmp_path / "one.jpg")]), tmp_path / "other.csv") == []
-    assert not (tmp_path / "other.csv.left_out.txt").exists()
+    nothing = find_images([str(tmp_path / "one.jpg")])
+    assert left_out_lines(nothing, out) == []
+    write_left_out(nothing, out)
+    assert not (tmp_path / "o.csv.left_out.txt").exists()
 
 
 def test_every_suffix_of_a_format_that_is_read_is_an_image_in_any_case(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def _encrypted(url: str, what: str) -> BadInput:
 
 
 def _check_images(url: str, footer: Footer, image: str) -> None:
-    """Raise BadInput for images that are encrypted, or that are only named, as `datasets` does with files of the own machine."""
+    """Raise BadInput for images that are encrypted, or stored as a path without bytes, as `datasets` stores local images."""
     chunks = [column_chunk(url, footer, group, f"{image}.bytes") for group in range(len(footer.row_groups))]
     if missing := sum(chunk.num_missing or 0 for chunk in chunks):
         rule = "every row must contain the bytes of its image"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import Entry, entries, is_remote, join, locate
+from lift_ray.text import count
 
 SPLITS = ("train", "validation", "test", "unlabelled")
 SPLIT_NAMES = {
@@ -104,9 +105,9 @@ def _flat(uri: str, here: dict[str, Entry]) -> dict[str, tuple[Entry, ...]]:
         if totals != {len(there)} or [int(match[2] or 0) for match in matches] != list(range(len(there))):
             raise BadInput(
                 join(uri, split),
-                f"the names say {' or '.join(map(str, sorted(totals)))} shards",
-                but=f"{len(there)} are there ({there[0]} to {there[-1]})",
-                remedy=f"copy the missing ones, or {RECONVERT}",
+                f"the names say {' or '.join(count(total, 'shard') for total in sorted(totals))}",
+                _counted(there),
+                f"copy the missing ones, or {RECONVERT}",
             )
     return {split: tuple(here[name] for name in there) for split, there in by_split.items()}
 
@@ -136,7 +137,12 @@ def _parts(uri: str, url: str, folder: str, patience_s: float) -> tuple[Entry, .
         raise BadInput(
             uri,
             "the shards must be numbered from 0000 without gaps",
-            but=f"{len(found)} are there ({found[0][1].name} to {found[-1][1].name})",
-            remedy="copy the missing ones",
+            _counted([entry.name for _, entry in found]),
+            "copy the missing ones",
         )
     return tuple(Entry(f"{folder}/{entry.name}", False, entry.num_bytes, entry.identity) for _, entry in found)
+
+
+def _counted(names: Sequence[str]) -> str:
+    """Return a number of shards with the first and the last name."""
+    return f"{count(len(names), 'shard')} ({' to '.join(dict.fromkeys([names[0], names[-1]]))})"

@@ -1,10 +1,48 @@
-"""Image files that rows of a table name, as `datasets` stores images of the own machine: no bytes, and a path."""
+"""Image files that table rows name: `datasets` stores local images as a path without bytes."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import PurePosixPath
 
-from lift_ray.storage.store import is_remote, join, locate
+from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, retried
+
+NO_FILE = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # a path that no file can have
+
+
+def read_file(url: str) -> bytes:
+    """Return the bytes of a file.
+
+    Raises FileNotFoundError if there is none, also for a FIFO or a device, which could be read forever; other exceptions of the store
+    are raised.
+    """
+    file_system, path = locate(url)
+    try:
+        if not is_remote(file_system) and file_system.info(path)["type"] != "file":
+            raise FileNotFoundError(path)
+        return bytes(file_system.cat_file(path))
+    except OSError as error:
+        if error.errno in NO_FILE:
+            raise FileNotFoundError(path) from None
+        raise
+
+
+def read_named(folder: str, path: str) -> bytes:
+    """Return the image file that a row names. Raises ValueError if there is none, BadInput if it cannot be read."""
+    url = named_file(folder, path)
+    file_system, place = locate(url)
+
+    def work(_: float) -> bytes | None:
+        try:
+            return read_file(url)
+        except (FileNotFoundError, ValueError):  # ValueError: a NUL character in the path
+            return None
+
+    patience_s = PATIENCE_S if is_remote(file_system) else 0.0
+    data = retried(work, url, "must be readable", "check the source, and start again", patience_s)
+    if data is None:
+        raise ValueError(f"no image in this row, and no file {place}")
+    return data
 
 
 def named_file(folder: str, path: str) -> str:

@@ -59,6 +59,9 @@ def _row_group(fields: Mapping[int, Any]) -> RowGroup:
     group = RowGroup(fields[3], fields[2], dict(map(_column_chunk, fields[1])))
     if min(group.num_rows, group.num_bytes) < 0:
         raise LookupError
+    # a row has at least one value in every column, also an empty list or a missing struct
+    if any(chunk and chunk.num_values < group.num_rows for chunk in group.columns.values()):
+        raise LookupError
     return group
 
 
@@ -73,7 +76,10 @@ def _column_chunk(fields: Mapping[int, Any]) -> tuple[str, ColumnChunk | None]:
     end = start + about[7]
     if not 0 <= start <= end or min(about[5], about[6]) < 0:
         raise LookupError
-    return path, ColumnChunk(start, end, about[5], about[6], about.get(12, {}).get(3))
+    num_missing = about.get(12, {}).get(3)
+    if num_missing is not None and not 0 <= num_missing <= about[5]:
+        raise LookupError
+    return path, ColumnChunk(start, end, about[5], about[6], num_missing)
 
 
 def _struct(data: bytes, at: int, wanted: Mapping[int, Any]) -> tuple[dict[int, Any], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
+
+from lift_ray.text import count
 
 # thumbnails, recycle bins and snapshots of storage systems, and the resource forks in archives that macOS packs
 SYSTEM_FOLDERS = frozenset(
@@ -58,14 +61,26 @@ def walk(file_system: Any, root: str) -> Walked:
 
 
 def _walk_here(root: str) -> Walked:
-    """List a local folder. A link to a folder around it is not followed, so loops end."""
+    """List a local folder. Each folder is listed once: links to folders come last, sorted, and only lead to new ones."""
     files: list[str] = []
     folders: list[str] = []
     left_out: list[LeftOut] = []
     num_links = 0
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (_identity(root),))]
-    while waiting:
-        folder, around = waiting.pop()
+    listed = {_identity(root)}
+    waiting = [("", False)]  # folders to list, and whether a link led there
+    links: list[str] = []  # a heap
+
+    while waiting or links:
+        if not waiting:
+            name = heapq.heappop(links)
+            if (linked := _identity(os.path.join(root, name))) in listed:
+                left_out.append((name, "a link to a folder that is already listed"))
+                continue
+            listed.add(linked)
+            folders.append(name)
+            waiting.append((f"{name}/", True))
+            num_links += 1
+        folder, through_link = waiting.pop()
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
                 name, is_link = folder + entry.name, entry.is_symlink()
@@ -73,18 +88,21 @@ def _walk_here(root: str) -> Walked:
                     continue
                 # an entry raises an error for a link to itself
                 if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                    inner = _identity(entry.path)
-                    if inner in around:
-                        left_out.append((name, "a link to a folder that contains it"))
+                    if is_link:
+                        heapq.heappush(links, name)
                         continue
+                    inner = _identity(entry.path)
+                    if through_link and inner in listed:
+                        left_out.append((name, "a folder that is already listed"))
+                        continue
+                    listed.add(inner)
                     folders.append(name)
-                    waiting.append((f"{name}/", (*around, inner)))
+                    waiting.append((f"{name}/", through_link))
                 elif os.path.isfile(entry.path) if is_link else entry.is_file():
                     files.append(name)
+                    num_links += is_link
                 else:
                     left_out.append((name, "a broken link" if is_link else "not a regular file"))
-                    continue
-                num_links += is_link
     return Walked(sorted(files), sorted(folders), sorted(left_out), num_links)
 
 
@@ -96,13 +114,12 @@ def is_ignored(name: str) -> bool:
 def counted(left_out: Iterable[LeftOut]) -> str:
     """Return how many files are left out, by suffix: `3 files (2 .txt, 1 without a suffix)`."""
     counts = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name, _ in left_out)
-    number = counts.total()
-    return f"{number:,} file{'s' * (number > 1)} ({', '.join(f'{n:,} {suffix}' for suffix, n in counts.most_common())})"
+    return f"{count(counts.total(), 'file')} ({', '.join(f'{n:,} {suffix}' for suffix, n in counts.most_common())})"
 
 
 def links_line(num_links: int) -> str:
     """Return the line that says how many symbolic links were followed."""
-    return f"followed {num_links:,} symbolic link{'s' * (num_links > 1)}, to files and folders alike"
+    return f"followed {count(num_links, 'symbolic link')}, to files and folders alike"
 
 
 def _identity(folder: str) -> tuple[int, int]:

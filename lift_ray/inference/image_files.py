@@ -17,9 +17,10 @@ import pyarrow as pa
 from lift_ray.data.convert.index import absolute, valid_text
 from lift_ray.data.decode import IMAGE_SUFFIXES
 from lift_ray.data.footers import Footer, column_chunk, is_bytes, read_cells, read_footer
-from lift_ray.data.local_files import named_file
+from lift_ray.data.local_files import read_named
 from lift_ray.data.walk import LeftOut, counted, links_line, walk
 from lift_ray.errors import BadInput
+from lift_ray.storage.atomic import replacing
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, locate, reached
 
 RULE = "must be images, a folder of images, or Parquet shards"
@@ -103,14 +104,27 @@ def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
 
 
 def left_out_lines(images: ImageFiles, out: Path) -> list[str]:
-    """Return the lines that say what was left out and followed; the names of what was left out are written beside `out`."""
+    """Return the lines that say what was left out and followed, and where `write_left_out` lists it."""
     lines = [links_line(images.num_links)] if images.num_links else []
     if images.left_out:
-        listed = out.with_name(f"{out.name}.left_out.txt")
-        names = "".join(f"{name}: {reason}\n" for name, reason in images.left_out)
-        listed.write_text(valid_text(names), encoding="utf-8")
-        lines.append(f"left out {counted(images.left_out)}: {listed}")
+        lines.append(f"left out {counted(images.left_out)}: {left_out_list(out)}")
     return lines
+
+
+def write_left_out(images: ImageFiles, out: Path) -> None:
+    """Write the names of what was left out beside `out`, or remove the list of an earlier call if there is nothing. Raises OSError."""
+    listed = left_out_list(out)
+    if not images.left_out:
+        listed.unlink(missing_ok=True)
+        return
+    names = "".join(f"{name}: {reason}\n" for name, reason in images.left_out)
+    with replacing(listed) as path:
+        path.write_text(valid_text(names), encoding="utf-8")
+
+
+def left_out_list(out: Path) -> Path:
+    """Return the path of the list of what was left out."""
+    return out.with_name(f"{out.name}.left_out.txt")
 
 
 def _found(url: str) -> ImageFiles:
@@ -240,14 +254,13 @@ class ImageReader:
         return cells, read_cells(url, footer, [group], path, PATIENCE_S)
 
     def _named(self, number: int, path: str | None) -> bytes | None:
-        """Return the image file that a row without bytes names, as `datasets` stores local files; None if there is none."""
+        """Return the image file that a row without bytes names; None if there is none."""
         folder = self._images.files[self._homes[number][0]].rpartition("/")[0]
         if not path:
             return None
         try:
-            file_system, place = locate(named_file(folder, path))
-            return bytes(file_system.cat_file(place))
-        except (ValueError, OSError):
+            return read_named(folder, path)
+        except ValueError:
             return None
 
 

@@ -25,7 +25,7 @@ from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.cpu_parallel import on_cores
 from lift_ray.inference.calibration import Calibration, calibrated
 from lift_ray.inference.classifier import Classifier, default_top, single_record
-from lift_ray.inference.image_files import ImageFiles, ImageReader
+from lift_ray.inference.image_files import ImageFiles, ImageReader, write_left_out
 from lift_ray.methods.world import Ranks
 from lift_ray.ray_runtime.capacity import num_slots
 from lift_ray.ray_runtime.session import connected
@@ -208,6 +208,7 @@ def predict(job: Job, out: Path, advance: Advance, *, workers: int = 1, cpus_per
             _replace(_part(parts, number), lambda path, table=table: pq.write_table(table, path))  # type: ignore[misc]
             done += len(table)
             advance(done, total)
+        write_left_out(job.images, out)
         predicted = _joined(job, parts, out)
     except OSError as error:
         raise RunFailed(

@@ -16,11 +16,13 @@ from typing import Any, Literal
 from filelock import lock_descriptor
 from fsspec.implementations.local import LocalFileSystem
 
-from lift_ray.data.bit_depth import AS_STORED, Rendering, ValueRange, Window, nominal_range
+from lift_ray.data.bit_depth import AS_STORED, Rendering, Window, nominal_range
 from lift_ray.data.convert.images import Encoding
 from lift_ray.data.convert.index import ImageIndex, valid_text
 from lift_ray.data.convert.shards import (
     PLAN,
+    ROW_GROUP_ROWS,
+    ROWS_PER_SHARD,
     RULE,
     ShardRecord,
     SplitRecord,
@@ -31,14 +33,14 @@ from lift_ray.data.convert.shards import (
     write_file,
 )
 from lift_ray.data.convert.splitting import Divided, Division, divide
-from lift_ray.data.convert.tasks import Job, RunTasks, ShardTask, in_memory, read_image, record_name, run_here
+from lift_ray.data.convert.tasks import Job, RunTasks, ShardTask, in_memory, record_name, run_here, value_range_of
 from lift_ray.data.layout import MANIFEST, SPLITS, shard_names
 from lift_ray.data.open import FORMAT_VERSION
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import join, locate, reached
 
 SKIPPED, LEFT_OUT = "skipped.txt", "left_out.txt"
-LOOKED_AT = 256  # images that `--window auto` looks at
+WINDOW_IMAGES = 256  # that `--window auto` looks at
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def convert(
     *,
     division: Division | None = None,
     encoding: Encoding | None = None,
-    rows_per_shard: int = 4096,
-    row_group_rows: int = 256,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    row_group_rows: int = ROW_GROUP_ROWS,
     skip_bad: bool = False,
     overwrite: bool = False,
     workers: int | None = None,
@@ -123,6 +125,7 @@ def convert(
         row_group_rows,
         skip_bad,
         index.groups is not None,
+        index.root,
     )
     tasks = [
         ShardTask(split, number, rows[start : start + rows_per_shard])
@@ -162,15 +165,9 @@ def _with_window(job: Job, references: Sequence[str], workers: int) -> Job:
     encoding = job.encoding
     if encoding.rendering.window is None or not encoding.rendering.window.is_open:
         return job
-
-    def look(reference: str) -> ValueRange | None:
-        with suppress(ValueError, LookupError, OSError):  # bad images are reported when they are converted
-            return encoding.value_range(read_image(job, reference))
-        return None
-
-    chosen = references[:: -(-len(references) // LOOKED_AT)]
+    chosen = references[:: -(-len(references) // WINDOW_IMAGES)]
     with ThreadPoolExecutor(workers) as pool:
-        found = nominal_range(each for each in pool.map(look, chosen) if each is not None)
+        found = nominal_range(each for each in pool.map(partial(value_range_of, job), chosen) if each is not None)
     if found is None:
         return job
     rendering = replace(encoding.rendering, window=Window("auto", *found))

@@ -13,9 +13,10 @@ from typing import Protocol
 
 from PIL import Image
 
+from lift_ray.data.local_files import read_file
 from lift_ray.data.walk import LeftOut
 from lift_ray.errors import BadInput, first_few
-from lift_ray.storage.store import PATIENCE_S, fetch, join, locate, reached
+from lift_ray.storage.store import PATIENCE_S, fetch, join, reached
 
 PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 TIFF_MODES = frozenset({"I", "F"})
@@ -40,9 +41,7 @@ class FilesIn:
 
     def __call__(self, reference: str) -> bytes:
         """Return the bytes of the file."""
-        file_system, root = locate(self.source)
-        data: bytes = file_system.cat_file(join(root, reference))
-        return data
+        return read_file(join(self.source, reference))
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class ImageIndex:
         discarded: training images that the long-tailed cut of the literature leaves out; None if there is no cut.
         groups: name of the group of each reference, which no split may divide; an image without a name is a group of its own.
             None if there are no groups.
+        root: URL that references are relative to in messages; "" for `source`.
     """
 
     source: str
@@ -72,6 +72,7 @@ class ImageIndex:
     notes: tuple[str, ...] = ()
     discarded: Sequence[tuple[str, int]] | None = None
     groups: Mapping[str, str] | None = None
+    root: str = ""
 
 
 def index_of_files(
@@ -98,7 +99,7 @@ def index_of_files(
             )
         listed[reference] = where
         splits.setdefault(split, []).append((reference, label))
-    return ImageIndex(source, class_names, splits, FilesIn(absolute(root)), notes=notes)
+    return ImageIndex(source, class_names, splits, FilesIn(absolute(root)), notes=notes, root=root)
 
 
 def inside(path: str, where: str) -> str:
@@ -142,6 +143,11 @@ def readable(name: str) -> str:
     return unicodedata.normalize("NFC", name).replace("_", " ").strip()
 
 
+def folded(name: str) -> str:
+    """Return a class name without differences of case and spaces, to compare names."""
+    return " ".join(readable(name).split()).casefold()
+
+
 def one_spelling(names: Iterable[str], source: str, similar: str | None) -> dict[str, str]:
     """Return the class name of each given name, for classes that have no names but those of their directories or labels.
 
@@ -156,7 +162,7 @@ def one_spelling(names: Iterable[str], source: str, similar: str | None) -> dict
     for name in sorted(set(names)):
         if name != valid_text(name):
             raise BadInput(source, "class names must be UTF-8", f"'{valid_text(name)}'", "rename it")
-        found = spellings.setdefault(" ".join(readable(name).split()).casefold(), [])
+        found = spellings.setdefault(folded(name), [])
         if readable(name) not in found:
             found.append(readable(name))
     if similar is None and (unclear := [found for found in spellings.values() if len(found) > 1]):

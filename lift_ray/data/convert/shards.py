@@ -22,6 +22,7 @@ from lift_ray.data.open import FORMAT_VERSION, schema_metadata
 from lift_ray.errors import BadInput
 from lift_ray.storage.store import join, locate, reached
 
+ROWS_PER_SHARD, ROW_GROUP_ROWS = 4096, 256
 ROW_GROUP_BYTES = 256 * 2**20  # full-size images must not fill the memory or exceed a 2 GiB Arrow array
 PLAN = ".plan.json"
 RULE = "must be a writable folder"
@@ -91,8 +92,8 @@ def write_split(
     samples: Iterable[Sample],
     class_names: Iterable[str],
     *,
-    rows_per_shard: int = 4096,
-    row_group_rows: int = 256,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    row_group_rows: int = ROW_GROUP_ROWS,
     compression: str = "none",
 ) -> SplitRecord:
     """Write samples as Parquet shards under temporary names, ready for `publish`.
@@ -126,7 +127,7 @@ def write_shard(
     samples: Iterable[Sample],
     class_names: Sequence[str],
     *,
-    row_group_rows: int = 256,
+    row_group_rows: int = ROW_GROUP_ROWS,
     compression: str = "none",
     has_groups: bool = False,
 ) -> ShardRecord:

@@ -33,7 +33,8 @@ from lift_ray.data.convert.lists import read_class_names
 from lift_ray.data.convert.table_files import TableFile, open_table, reading, saved_files
 from lift_ray.data.footers import is_bytes, is_text
 from lift_ray.data.layout import is_saved
-from lift_ray.data.local_files import named_file
+from lift_ray.data.local_files import read_named
+from lift_ray.data.walk import walk
 from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.storage.store import join, locate, reached
 
@@ -108,11 +109,7 @@ class ImagesInTables:
         path = self._cell(url, self.paths, int(group), int(row)) if self.paths else None
         if path is None:
             raise ValueError("no image in this row")
-        file_system, path = locate(named_file(self.root or _folder_of(url), path))
-        try:
-            return bytes(file_system.cat_file(path))
-        except FileNotFoundError:
-            raise ValueError(f"no image in this row, and no file {path}") from None
+        return read_named(self.root or _folder_of(url), path)
 
     def _cell(self, url: str, leaf: str, group: int, row: int) -> Any:
         with _ONE_AT_A_TIME:  # otherwise threads that start together would all read it
@@ -259,7 +256,7 @@ def _scan_files(
         splits.setdefault(split, []).append((reference, label))
     named_in = "" if root is None else absolute(root)
     read = ImagesInTables(absolute(base), leaf, paths, named_in, max(1, CACHE_BYTES // most_bytes))
-    return ImageIndex(source, names, splits, read, notes=notes), told
+    return ImageIndex(source, names, splits, read, notes=notes, root=base), told
 
 
 def _rows_of(table: TableFile, url: str, file: str, split: str, columns: Columns, leaf: str | None) -> Iterator[Told]:
@@ -390,7 +387,8 @@ def _parquet_files(source: str) -> tuple[str, list[str]]:
         if "*" in source:
             found = file_system.glob(path)
         elif file_system.isdir(path):
-            base, found = source, [name for name in file_system.find(path) if name.endswith(".parquet")]
+            base = source
+            found = [join(path, name) for name in walk(file_system, path).files if name.endswith(".parquet")]
             if not found and is_saved({name.rsplit("/", 1)[-1] for name in file_system.ls(path, detail=False)}):
                 raise BadInput(source, "must contain Parquet files", "Arrow files of save_to_disk", "use convert arrow")
         else:

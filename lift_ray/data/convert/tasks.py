@@ -11,17 +11,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
-from lift_ray.data.bad_image import NeedsWindow
-from lift_ray.data.bit_depth import WINDOWS, has_pages
+from lift_ray.data.bad_image import NeedsWindow, RequiresExtra
+from lift_ray.data.bit_depth import WINDOWS, ValueRange
 from lift_ray.data.convert.images import Encoding
 from lift_ray.data.convert.index import ReadImage
 from lift_ray.data.convert.shards import PARTIAL, Sample, ShardRecord, write_file, write_shard
 from lift_ray.data.convert.splitting import Row
+from lift_ray.data.decode import has_pages
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, may_pass, reached, retried
 from lift_ray.text import count
@@ -29,13 +31,13 @@ from lift_ray.text import count
 FEW_IMAGES = 2000  # below this, starting processes takes longer than it saves
 POLL_S = 0.2
 EIGHT_BIT, NEEDED = "must be an 8-bit image", f"convert with --window {WINDOWS}"
-LOOKED_AT = 64  # images of a shard, for the range of values in a message
+MESSAGE_IMAGES = 64  # of a shard, whose range of values a message gives
 SUSPICIOUS = 100  # this many bad images without a good one mean that the source is gone
 
 
 @dataclass(frozen=True)
 class Job:
-    """Options shared by all shards of a conversion, sent to other processes. Fields as in `conversion.convert`."""
+    """Options shared by all shards of a conversion, sent to other processes. Fields as in `conversion.convert` and `ImageIndex`."""
 
     destination: str
     source: str
@@ -45,6 +47,11 @@ class Job:
     row_group_rows: int
     skip_bad: bool
     has_groups: bool
+    root: str = ""
+
+    def place(self, reference: str) -> str:
+        """Return the URL of an image, for messages."""
+        return join(self.root or self.source, reference)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def convert_shard(job: Job, task: ShardTask, num_threads: int, step: Callable[[]
             elif image.rule == EIGHT_BIT:
                 raise BadInput(image.place, image.rule, f"{image.got}{_range_of_some(job, task, pool)}", NEEDED)
             else:
-                raise BadInput(image.place, image.rule, image.got, "remove it or pass --skip-bad")
+                raise BadInput(image.place, image.rule, image.got, f"{image.remedy or 'remove it'} or pass --skip-bad")
         if len(bad) == len(task.rows) >= SUSPICIOUS:
             first, got = bad[0], f"{bad[0].got}, like all of the shard ({count(len(bad), 'image')})"
             raise BadInput(first.place, first.rule, got, "check that every machine can access the source")
@@ -130,7 +137,7 @@ def run_here(
 
 def in_memory(job: Job) -> bool:
     """Return True if the data is only in the memory of this process."""
-    return "memory://" in job.source + job.destination
+    return "memory://" in job.source + job.root + job.destination
 
 
 def _in_processes(
@@ -213,7 +220,7 @@ class _Checked:
 
 def _checked(job: Job, reference: str) -> _Checked | BadInput:
     """Return the bytes to store, or the BadInput that says what is wrong with the image."""
-    where = join(job.source, reference)
+    where, remedy = job.place(reference), ""
     try:
         data = read_image(job, reference)
         return _Checked(job.encoding(data), has_pages(data))
@@ -221,14 +228,16 @@ def _checked(job: Job, reference: str) -> _Checked | BadInput:
         return BadInput(where, EIGHT_BIT, error.seen, NEEDED)
     except FileNotFoundError:
         reason = "no file"
+    except RequiresExtra as error:
+        reason, remedy = one_line(error), "install it"
     except (ValueError, LookupError, OSError) as error:
         reason = one_line(error)
-    return BadInput(where, "must be an intact image", reason)
+    return BadInput(where, "must be an intact image", reason, remedy)
 
 
 def _range_of_some(job: Job, task: ShardTask, pool: ThreadPoolExecutor) -> str:
     """Return, for a message, the range of the values of some images of a shard that have more than 8 bits; "" if it is one image."""
-    some = pool.map(lambda row: job.encoding.value_range(read_image(job, row[0])), task.rows[:LOOKED_AT])
+    some = pool.map(lambda row: value_range_of(job, row[0]), task.rows[:MESSAGE_IMAGES])
     found = [each for each in some if each is not None]
     if len(found) < 2:
         return ""
@@ -236,14 +245,21 @@ def _range_of_some(job: Job, task: ShardTask, pool: ThreadPoolExecutor) -> str:
     return f" ({len(found)} such images have {low:.10g} to {high:.10g})"
 
 
+def value_range_of(job: Job, reference: str) -> ValueRange | None:
+    """Return the range of an image with more than 8 bits; None for others and for bad ones, which the conversion reports."""
+    with suppress(ValueError, LookupError, OSError):
+        return job.encoding.value_range(read_image(job, reference))
+    return None
+
+
 def read_image(job: Job, reference: str) -> bytes:
     """Return the bytes of an image. Raises BadInput if the source fails, because no image may be skipped for that."""
-    where = join(job.source, reference)
+    where = job.place(reference)
     rule, remedy = "must be readable", "check the source, and start again"
     try:
         return job.read(reference)
     except Exception as error:
-        if is_remote(locate(job.source)[0]) and may_pass(error):
+        if is_remote(locate(job.root or job.source)[0]) and may_pass(error):
             return retried(lambda _: job.read(reference), where, rule, remedy, PATIENCE_S)
         broken = isinstance(error, ValueError | LookupError | FileNotFoundError)
         if broken or (isinstance(error, OSError) and error.errno is None and not isinstance(error, PermissionError)):

@@ -84,12 +84,13 @@ def scan_torchvision(name: str, *, root: str, download: bool = False) -> ImageIn
     given, notes = _class_names(name, datasets["train"], labels)
     names, more = distinct(given, name)
     read: ReadImage = TorchvisionImages(name, here)
+    relative_to = ""
     if all(paths.values()):
-        read = FilesIn(here)
+        read, relative_to = FilesIn(here), root
     else:
         paths = {split: [f"{split}/{number}" for number in range(len(labels[split]))] for split in labels}
     splits = {split: list(zip(paths[split], labels[split], strict=True)) for split in labels}
-    return ImageIndex(join(root, name), names, splits, read, notes=(*notes, *more))
+    return ImageIndex(join(root, name), names, splits, read, notes=(*notes, *more), root=relative_to)
 
 
 def _open(name: str, root: str, split: str, download: bool) -> Any:
