@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,16 @@ from embedded import jpegs
 from PIL import Image
 
 from lift_ray import convert as verb
+from lift_ray.data import decode as decoding
+from lift_ray.data import deep_samples as deep
 from lift_ray.data.augment import evaluation_image
-from lift_ray.data.bad_image import NeedsWindow
+from lift_ray.data.bad_image import BadImage, NeedsWindow, TooManyPixels
 from lift_ray.data.batches import evaluation_batches
-from lift_ray.data.bit_depth import Rendering, ValueRange, Window, has_pages, nominal_range, value_range
+from lift_ray.data.bit_depth import Rendering, ValueRange, Window, nominal_range, value_range
 from lift_ray.data.convert.images import Encoding
 from lift_ray.data.convert.index import encode_lossless
 from lift_ray.data.dataset import Dataset
-from lift_ray.data.decode import decode
+from lift_ray.data.decode import decode, has_pages, upright
 from lift_ray.data.deep_samples import deep_samples, is_deep
 from lift_ray.data.open import _from_arrays, _to_arrays, open_dataset, schema_metadata
 from lift_ray.data.reader import RowReader
@@ -35,6 +41,8 @@ from lift_ray.inference.model_card import model_card
 from lift_ray.inference.predict import Job, predict
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
+from lift_ray.storage.layout import RECORD
+from lift_ray.training.checkpoint import read_record
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -125,11 +133,64 @@ def test_a_plain_bitmap_has_no_maximum() -> None:
     assert decode(b"P1\n2 2\n10 01").tolist() == [[[0] * 3, [255] * 3], [[255] * 3, [0] * 3]]
 
 
+@pytest.mark.parametrize("header", ["P5 3 1 1000\n", "P2 3 1 1000\n", "P6 1 1 1000\n", "P3 1 1 1000\n"])
+def test_gray_and_color_of_the_same_values_are_the_same_pixels(header: str) -> None:
+    stored = np.array([0, 500, 1000], ">u2")
+    body = stored.tobytes() if header[1] in "56" else b"0 500# half\n1000 # largest"
+    found = decode(header.encode() + body, rendering=Rendering(Window("fixed", 0, 1000)))
+    assert found.ravel()[:: 3 if header[1] in "25" else 1].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [(b"0 5", "fewer than 3 numbers"), (b"0 x 5", "b'x'"), (b"0 -1 5", "b'-'"), (b"0 4096 5", "numbers above 4095")],
+)
+def test_a_plain_ppm_of_other_values_is_refused(body: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read(b"P3 1 1 4095\n" + body)
+
+
 @pytest.mark.parametrize("header", ["P6 13 17 4095\n", "P3 13 17 4095\n"])
 def test_a_color_ppm_of_12_bits_is_read_as_stored(header: str) -> None:
     stored = RANDOM.integers(0, 4096, (17, 13, 3)).astype(np.uint16)
     body = stored.astype(">u2").tobytes() if header.startswith("P6") else " ".join(map(str, stored.ravel())).encode()
     np.testing.assert_array_equal(read(header.encode() + body)[0], stored)
+
+
+def test_premultiplied_colors_are_divided_by_alpha_and_a_spare_channel_is_left_out() -> None:
+    stored = np.array([[[100, 200, 50, 32768, 7], [9, 9, 9, 0, 7], [60000, 3, 0, 30000, 7]]], np.uint16)
+    found, alpha = read(tiff(stored, extra=1, photometric=2))
+    assert found.tolist() == [[[199, 399, 99], [9, 9, 9], [65535, 6, 0]]]
+    assert alpha is not None
+    assert alpha.tolist() == [[32768, 0, 30000]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "premultiplied", "P6", "P3"])
+def test_deep_images_take_a_few_times_the_memory_of_their_samples(kind: str) -> None:
+    stored = RANDOM.integers(0, 65536, (400, 500, 3 if kind[0] == "P" and kind != "PNG" else 4), np.uint16)
+    data = {
+        "PNG": lambda: png16(stored),
+        "TIFF": lambda: tiff(stored, extra=2),
+        "premultiplied": lambda: tiff(stored, extra=1),
+        "P6": lambda: b"P6 500 400 65535\n" + stored.astype(">u2").tobytes(),
+        "P3": lambda: b"P3 500 400 65535\n" + " ".join(map(str, stored.ravel())).encode(),
+    }[kind]()
+    tracemalloc.start()
+    read(data)
+    per_pixel = tracemalloc.get_traced_memory()[1] / 2e5
+    tracemalloc.stop()
+    assert per_pixel < 60
+
+
+def test_the_reads_of_a_deep_png_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = png16(samples_of("u2", 3))
+    at = whole.index(b"IDAT") - 4
+    data = whole[:at] + whole[at : at + 12 + int.from_bytes(whole[at : at + 4])]
+    data = whole[:at] + (bytes(4) + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4)) * 4000 + whole[at:]
+    monkeypatch.setattr(decoding, "MAX_READS", 5000)
+    monkeypatch.setattr(deep, "_loaded", lambda *_: pytest.fail("read again before the reads were counted"))
+    with pytest.raises(BadImage, match="too many pieces"):
+        decode(data, rendering=Rendering(Window("minmax")))
 
 
 def test_differences_to_the_left_are_summed_again_in_each_tile_and_for_floats() -> None:
@@ -211,6 +272,39 @@ def test_an_image_without_a_finite_value_is_refused() -> None:
 def test_a_window_that_is_none_is_bad_input(text: str) -> None:
     with pytest.raises(BadInput, match=r"^--window: must be auto\|minmax\|percentile\|LO,HI with LO < HI, but got "):
         Window.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"window": 5}, "rendering.window: must be text, but got 5"),
+        ({"window": "bad"}, "rendering.window: must be auto|minmax|percentile|LO,HI with LO < HI, but got 'bad'"),
+        ({"page": "x"}, "rendering.page: must be an integer, but got 'x'"),
+        ({"page": None}, "rendering.page: must be an integer, but got None"),
+        ({"page": 2.5}, "rendering.page: must be an integer, but got 2.5"),
+        ({"page": True}, "rendering.page: must be an integer, but got True"),
+        ({"page": 0}, "rendering.page: must be at least 1, but got 0"),
+        ({"background": 5}, "rendering.background: must be text, but got 5"),
+        ({"background": "red"}, "rendering.background: must be white, black or #rrggbb, but got 'red'"),
+    ],
+)
+def test_a_rendering_of_other_types_is_refused_with_the_file_that_has_it(
+    content: dict[str, Any], message: str, trained: tuple[Path, Path, Dataset], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Rendering.of(content)
+    for place, name in ((trained[0], RECORD), (trained[0].parent / "data", "manifest.json")):
+        shutil.copytree(place, tmp_path / place.name)
+        file = tmp_path / place.name / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rendering": content}))
+    with pytest.raises(
+        BadInput, match=f"^{tmp_path}/checkpoint/{RECORD}: invalid checkpoint record: {re.escape(message)};"
+    ):
+        read_record(tmp_path / "checkpoint")
+    with pytest.raises(
+        BadInput, match=rf"^{tmp_path}/data/manifest.json: must be a manifest of format \d, but got .rendering\."
+    ):
+        open_dataset(f"{tmp_path}/data")
 
 
 @pytest.mark.parametrize("text", ["auto", "minmax", "percentile", "0,4095", "-0.5,0.25", "auto(0,4095)", "1e-07,1e+20"])
@@ -351,7 +445,7 @@ def test_the_page_is_chosen_and_the_first_one_keeps_the_bytes(kind: str) -> None
         rendering = Rendering(page=page)
         assert (decode(data, rendering=rendering) == level).all()
         assert (decode(Encoding(rendering=rendering)(data)) == level).all()
-    with pytest.raises(ValueError, match=r"^no page 4 "):
+    with pytest.raises(ValueError, match=r"^no page 4, which convert --page asked for$"):
         Encoding(rendering=Rendering(page=4))(data)
 
 
@@ -362,12 +456,32 @@ def test_a_page_of_a_deep_stack_has_its_own_samples() -> None:
     np.testing.assert_array_equal(found[..., 0], Window("minmax").eight_bit(gradient(4095)[::-1]))
 
 
-def test_an_image_of_one_page_has_no_second_one() -> None:
+def test_a_still_image_is_used_as_it_is_and_a_tiff_of_one_page_has_no_second_one() -> None:
+    rendering = Rendering(page=2)
     for data in EIGHT_BIT.values():
         assert not has_pages(data)
-        with pytest.raises(ValueError, match=r"^no page 2 "):
-            decode(data, rendering=Rendering(page=2))
+        if data[:2] in (b"II", b"MM"):
+            with pytest.raises(ValueError, match=r"^no page 2, which convert --page asked for$"):
+                decode(data, rendering=rendering)
+        else:
+            assert Encoding(rendering=rendering)(data) == data
+            np.testing.assert_array_equal(decode(data, rendering=rendering), decode(data))
     assert not has_pages(b"GIF89abroken")
+
+
+def test_the_limits_hold_for_every_page() -> None:
+    small, large = Image.new("L", (5, 5)), Image.new("L", (40, 40))
+    data = saved(small, "TIFF", save_all=True, append_images=[large])
+    assert upright(data, max_pixels=100).size == (5, 5)
+    for read in (upright, decode):
+        with pytest.raises(TooManyPixels, match=r"^40 x 40 pixels, more than 100$"):
+            read(data, max_pixels=100, rendering=Rendering(page=2))
+    frame = b"!\xfe" + b"\xff".ljust(256, b"a") * 20_000 + b"\0"
+    comments = stack("GIF", duration=100).replace(b"!\xf9\x04", frame + b"!\xf9\x04").replace(frame, b"", 1)
+    assert decode(comments).shape == (8, 9, 3)
+    assert not has_pages(comments)
+    with pytest.raises(ValueError, match="too many pieces"):
+        decode(comments, rendering=Rendering(page=2))
 
 
 # transparency
@@ -517,10 +631,12 @@ def test_the_summary_counts_images_with_several_pages(tmp_path: Path, capsys: py
         (tmp_path / "photos" / name / "many.tif").write_bytes(STACKS["TIFF"])
     options = ["--validation-frac", "0", "--test-frac", "0"]
     verb.main(["folder", f"{tmp_path}/photos", f"{tmp_path}/out", *options])
-    assert "images with several pages: 2; page 1 of each was taken (--page)\n" in capsys.readouterr().out
+    assert "2 images with several pages: page 1 of each was used (--page)\n" in capsys.readouterr().out
     assert "rendering" not in json.loads((tmp_path / "out" / "manifest.json").read_text())
-    with pytest.raises(BadInput, match=r"no page 2 \(--page\)"):
-        verb.main(["folder", f"{tmp_path}/photos", f"{tmp_path}/second", "--page", "2", *options])
+    verb.main(["folder", f"{tmp_path}/photos", f"{tmp_path}/second", "--page", "2", *options])
+    assert {image[0, 0, 0] for image in pixels_of(f"{tmp_path}/second")} == {120, decode(jpegs()[0])[0, 0, 0]}
+    with pytest.raises(BadInput, match=r"many.tif: .* no page 4, which convert --page asked for"):
+        verb.main(["folder", f"{tmp_path}/photos", f"{tmp_path}/fourth", "--page", "4", *options])
 
 
 def test_short_side_and_background_go_with_a_window(tmp_path: Path) -> None:
@@ -577,6 +693,38 @@ def test_predict_and_serve_take_16_bit_files_and_refuse_what_the_window_does_not
     assert status == 200
     assert np.array_equal(image, np.moveaxis(Classifier(folder, Ranks.alone()).image(data), -1, -3))
     assert server._decoded(png16(gradient(50_000)))[0] == 400
+    server._max_pixels = 100
+    assert server._decoded(data) == (413, "image: must have at most 100 pixels, but got 36 x 40 pixels")
+    server._classifier.rendering = Rendering(page=2)
+    pages = saved(Image.new("L", (5, 5)), "TIFF", save_all=True, append_images=[Image.new("L", (40, 40))])
+    assert server._decoded(pages) == (413, "image: must have at most 100 pixels, but got 40 x 40 pixels")
+
+
+@pytest.mark.parametrize("shrunk", [[], ["--short-side", "32"]])
+def test_predictions_of_the_converted_pages_are_those_of_the_source_files(
+    shrunk: list[str], trained: tuple[Path, Path, Dataset], tmp_path: Path
+) -> None:
+    for name, level in (("a", 50), ("b", 150)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(2):
+            first, second = (Image.new("RGB", (40, 36), (level, number * 50, page * 60)) for page in (1, 2))
+            path = tmp_path / "photos" / name / f"{number}.tif"
+            path.write_bytes(saved(first, "TIFF", save_all=True, append_images=[second]))
+    options = ["--page", "2", "--validation-frac", "0", "--test-frac", "0", *shrunk]
+    verb.main(["folder", f"{tmp_path}/photos", f"{tmp_path}/data", *options])
+    shutil.copytree(trained[0], tmp_path / "checkpoint")
+    record = tmp_path / "checkpoint" / RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"rendering": {"page": 2}}))
+    found = []
+    for number, source in enumerate((f"{tmp_path}/photos/*/*.tif", f"{tmp_path}/data/*.parquet")):
+        out = tmp_path / f"{number}.parquet"
+        job = Job(str(tmp_path / "checkpoint"), find_images([source]), top=2, temperature=1.0)
+        assert predict(job, out, lambda *_: None).num_bad == 0
+        rows = pq.read_table(out).to_pylist()
+        found.append(sorted((row["class_1"], row["probability_1"]) for row in rows))
+    assert [name for name, _ in found[0]] == [name for name, _ in found[1]]
+    tolerance = 1e-3 if shrunk else 1e-6
+    np.testing.assert_allclose([p for _, p in found[0]], [p for _, p in found[1]], atol=tolerance)
 
 
 def test_the_model_card_says_how_images_are_rendered(trained: tuple[Path, Path, Dataset]) -> None:

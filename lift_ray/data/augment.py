@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lift_ray.data.bit_depth import AS_STORED, Rendering
 from lift_ray.data.decode import Pixels, decode, decode_on
 from lift_ray.data.longtail import Int64s
 
@@ -165,9 +164,9 @@ def training_images_on(device: torch.device, encoded: list[bytes], size_px: int,
     return out
 
 
-def evaluation_image(encoded: bytes, size_px: int, rendering: Rendering = AS_STORED) -> Pixels:
+def evaluation_image(encoded: bytes, size_px: int) -> Pixels:
     """Return the evaluation crop, (size, size, 3) uint8: short side resized to 8/7 of the size (224 -> 256), then a center crop."""
-    return centre_crop(decode(encoded, rendering=rendering), size_px)
+    return centre_crop(decode(encoded), size_px)
 
 
 def centre_crop(image: Pixels, size_px: int) -> Pixels:
@@ -177,12 +176,12 @@ def centre_crop(image: Pixels, size_px: int) -> Pixels:
     )[0]
 
 
-def five_crops(encoded: bytes, size_px: int, rendering: Rendering = AS_STORED) -> Pixels:
+def five_crops(encoded: bytes, size_px: int) -> Pixels:
     """Return the corners and the center for test-time ensembling, (5, size, size, 3) uint8 (arXiv 2309.10019).
 
     The short side is resized to size + 24 px; for sizes below 224 px, the margin of 24 shrinks in proportion.
     """
-    return corners_and_centre(decode(encoded, rendering=rendering), size_px)
+    return corners_and_centre(decode(encoded), size_px)
 
 
 def corners_and_centre(image: Pixels, size_px: int) -> Pixels:

@@ -6,7 +6,16 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for decompression bombs
 
 
 class BadImage(ValueError):
-    """An image that cannot be decoded; the message is the reason, on one line."""
+    """An image that cannot be decoded; the message is the reason, on one line.
+
+    Args:
+        seen: the reason, such as the kind and range of samples, or a size.
+        why: more about it, in the message only.
+    """
+
+    def __init__(self, seen: str, why: str = "") -> None:
+        super().__init__(seen + why)
+        self.seen = seen
 
 
 class TooManyPixels(BadImage):
@@ -22,19 +31,10 @@ class RequiresExtra(UnknownFormat):
 
 
 class NeedsWindow(BadImage):
-    """An image has samples that no given window maps to 8 bits.
-
-    Args:
-        seen: kind and range of the samples.
-        why: more about it, in the message only.
-    """
-
-    def __init__(self, seen: str, why: str = "") -> None:
-        super().__init__(seen + why)
-        self.seen = seen
+    """An image has samples that no given window maps to 8 bits."""
 
 
 def check_pixels(width: int, height: int, most: int = MAX_PIXELS) -> None:
     """Raise TooManyPixels for an image that would take gigabytes to decode."""
     if width * height > most:
-        raise TooManyPixels(f"{width} x {height} pixels, more than {most:,}")
+        raise TooManyPixels(f"{width} x {height} pixels", f", more than {most:,}")

@@ -1,4 +1,4 @@
-"""Images with more than 8 bits per channel, several pages or transparency, and how they become 8-bit images of one page.
+"""Images with more than 8 bits per channel or transparency, and how they become 8-bit RGB.
 
 Pillow cuts such samples off without a word: a 12-bit image turns white, a float image of 0 to 1 turns black. Here the
 samples are read whole, and they are mapped to 8 bits by a window that the user chooses, or the image is refused.
@@ -6,7 +6,6 @@ samples are read whole, and they are mapped to 8 bits by a window that the user 
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from lift_ray.data.bad_image import BadImage, NeedsWindow
+from lift_ray.data.bad_image import NeedsWindow
 from lift_ray.data.deep_samples import deep_samples, is_deep
+from lift_ray.data.jpeg_header import ORIENTATION
 from lift_ray.data.tiff import PHOTOMETRIC, Samples
 from lift_ray.errors import BadInput
 
@@ -27,11 +27,7 @@ Pixels = NDArray[np.uint8]
 WINDOWS = "auto|minmax|percentile|LO,HI"
 PERCENTILES = (1, 99)
 NOMINAL_BITS = (8, 10, 12, 14, 16, 20, 24, 32)
-# a JPEG with further images inside (MPO) has previews, not pages
-PAGED_FORMATS = frozenset({"TIFF", "GIF", "WEBP", "PNG"})
-PAGED_STARTS = (b"II", b"MM", b"GIF8", b"RIFF", b"\x89PNG")
 COLORS = {"white": (255, 255, 255), "black": (0, 0, 0)}
-ORIENTATION = 0x0112
 ROWS_AT_ONCE = 256
 
 
@@ -181,7 +177,8 @@ class Rendering:
 
     Attributes:
         window: for images with more than 8 bits per channel; None refuses them. Others are not changed by it.
-        page: page of a TIFF, or frame of an animation, from 1.
+        page: page of a TIFF, or frame of an animation, from 1; a still image of another format is used as it is. `decode.opened`
+            turns to it.
         background: color behind transparent pixels; None drops the transparency, so the colors show that are stored there.
     """
 
@@ -200,8 +197,16 @@ class Rendering:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Rendering:
-        """Return the rendering from `to_dict`. Raises BadInput."""
-        return cls.parse(content.get("window"), int(content.get("page", 1)), content.get("background"))
+        """Return the rendering from `to_dict`. Raises ValueError with the reason in one line."""
+        for name, kind, rule in (("window", str, "text"), ("page", int, "an integer"), ("background", str, "text")):
+            if name in content and type(content[name]) is not kind:
+                raise ValueError(f"rendering.{name}: must be {rule}, but got {content[name]!r}")
+        if content.get("page", 1) < 1:
+            raise ValueError(f"rendering.page: must be at least 1, but got {content['page']}")
+        try:
+            return cls.parse(content.get("window"), content.get("page", 1), content.get("background"))
+        except BadInput as error:
+            raise ValueError(f"rendering.{error.place.lstrip('-')}: {error.rule}, but got {error.got}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what differs from the default, for manifests and checkpoints."""
@@ -218,35 +223,28 @@ class Rendering:
         if self.window is not None:
             told.append(f"Images with more than 8 bits per channel are mapped to 8 bits: {_explained(self.window)}.")
         if self.page != 1:
-            told.append(f"Page {self.page} of each image is used.")
+            told.append(f"Page {self.page} of each TIFF or animation is used.")
         if self.background is not None:
             color = "#{:02x}{:02x}{:02x}".format(*self.background)
             told.append(f"Transparent pixels are composed over {color}.")
         return told
 
     def applied(self, opened: Image.Image) -> Image.Image:
-        """Return an image of 8 bits per channel from an opened one that is not loaded yet.
+        """Return an image of 8 bits per channel from an opened one, which is at its page and not loaded yet.
 
-        The result is `opened` itself, at the right page, if nothing else is to be done. It is not rotated: the orientation stays
-        where it is.
+        The result is `opened` itself if nothing is to be done. It is not rotated: the orientation stays where it is.
 
         Raises:
             NeedsWindow: the image has more than 8 bits per channel, and there is no window for it.
-            OSError, ValueError, SyntaxError: the image is broken, or it does not have the page.
+            OSError, ValueError, SyntaxError: the image is broken.
         """
-        _seek(opened, self.page)
         image = self._in_eight_bits(opened) if is_deep(opened) else opened
-        return image if self.background is None else _composed(image, self.background)
+        return image if self.background is None else _over(image, self.background)
 
     def changes(self, opened: Image.Image) -> bool:
-        """Return True if `applied` does not return the first page of an opened image as it is."""
+        """Return True if an opened image is not at its first page, or `applied` does not return it as it is."""
         composed = self.background is not None and opened.has_transparency_data
-        return self.page != 1 or composed or is_deep(opened)
-
-    def value_range(self, opened: Image.Image) -> ValueRange | None:
-        """Return the range of the values of an opened image; None if it has at most 8 bits per channel. Raises what `applied` does."""
-        _seek(opened, self.page)
-        return value_range(deep_samples(opened)[0]) if is_deep(opened) else None
+        return opened.tell() > 0 or composed or is_deep(opened)
 
     def _in_eight_bits(self, opened: Image.Image) -> Image.Image:
         samples, alpha = deep_samples(opened)
@@ -281,7 +279,7 @@ def parse_color(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _composed(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+def _over(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     """Return an image over a color; the image itself if it has no transparency."""
     if not image.has_transparency_data:
         return image
@@ -299,25 +297,3 @@ def _explained(window: Window) -> str:
         return "none of the training images had more"
     low, span = _number(window.low), _number(window.high - window.low)
     return f"v becomes round(255 (v - {low}) / {span})" + ("" if window.kind == "auto" else ", clipped to 0 to 255")
-
-
-def has_pages(encoded: bytes) -> bool:
-    """Return True for a TIFF of several pages or an animation; False also if the image is broken."""
-    if not encoded.startswith(PAGED_STARTS):
-        return False
-    try:
-        with Image.open(io.BytesIO(encoded), formats=sorted(PAGED_FORMATS)) as opened:
-            return bool(getattr(opened, "is_animated", False))
-    except Exception:  # decoders raise many types for broken input, which is reported elsewhere
-        return False
-
-
-def _seek(opened: Image.Image, page: int) -> None:
-    if page == 1:
-        return
-    try:
-        if opened.format not in PAGED_FORMATS:
-            raise EOFError
-        opened.seek(page - 1)
-    except EOFError:
-        raise BadImage(f"no page {page} (--page)") from None

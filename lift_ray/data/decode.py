@@ -4,7 +4,8 @@ Every verb decodes here, so all accept the same formats and refuse the same imag
 The time and memory for one image are bounded before it is decoded, because a decoder in a thread cannot be stopped. `MAX_PIXELS` bounds
 the pixels, `MAX_SCANS` the passes of a progressive JPEG over them, `MAX_OPEN_READS` and `MAX_READS` the pieces that a file is read in
 (chunks, segments, tags, pages), and the strips of a TIFF must not hold more than a few times its bytes. What remains is proportional to
-pixels and bytes: an image at the limit takes seconds and about 2 GB.
+pixels and bytes: an image at the limit takes seconds and about 2 GB, or 3 GB if it is composed over a background. With more than 8 bits
+per channel it takes four times the bytes of its samples, of which a TIFF may have 1 GiB and a PNG of RGBA has 1.4 GB.
 """
 
 from __future__ import annotations
@@ -19,18 +20,17 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from lift_ray.data.bad_image import MAX_PIXELS, BadImage, RequiresExtra, TooManyPixels, UnknownFormat, check_pixels
 from lift_ray.data.bit_depth import AS_STORED, Rendering
+from lift_ray.data.bit_depth import Pixels as Pixels
 from lift_ray.data.jpeg_header import TURNS, JpegHeader, check_scans, orientation
 from lift_ray.errors import one_line
 
 if TYPE_CHECKING:
     import torch
 
-Pixels = NDArray[np.uint8]
 Spare = Callable[[int, int], float]
 
 MAX_OPEN_READS = 20_000  # Pillow appends the comments of a GIF block by block, in quadratic time
@@ -52,6 +52,10 @@ FORMATS = {
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis"}
+# a JPEG with further images inside (MPO) has previews, not pages
+PAGED_FORMATS = frozenset({"TIFF", "GIF", "WEBP", "PNG"})
+PAGED_STARTS = (b"II", b"MM", b"GIF8", b"RIFF", b"\x89PNG")
+
 # tags of TIFF: bytes of each strip and tile, side of the tiles
 STRIPS, TILES, TILE_WIDTH, TILE_HEIGHT = 279, 325, 322, 323
 
@@ -73,41 +77,40 @@ def _readable() -> tuple[str, ...]:
 READABLE = _readable()
 
 
-def decode(encoded: bytes, spare: Spare | None = None, rendering: Rendering = AS_STORED) -> Pixels:
+def decode(
+    encoded: bytes, spare: Spare | None = None, max_pixels: int = MAX_PIXELS, rendering: Rendering = AS_STORED
+) -> Pixels:
     """Decode an image to (H, W, 3) uint8, RGB and upright.
 
     Args:
         encoded: an image of one of `FORMATS`.
         spare: returns, for (width, height), by which factor the image may be smaller. A JPEG is then decoded at 1/2, 1/4
             or 1/8, which saves most of the work; a crop may shift by up to a pixel. None decodes exactly.
+        max_pixels: more pixels are refused.
         rendering: page, window for more than 8 bits per channel, and background of transparent pixels. The images of a dataset
             were rendered when it was converted.
 
     Raises BadImage with the reason if the image is broken, above a limit, or refused by the rendering (NeedsWindow).
     """
-    if spare is None and rendering.page == 1 and (jpeg := JpegHeader.of(encoded)):
-        jpeg.check(encoded)
+    if spare is None and (jpeg := JpegHeader.of(encoded)):
+        jpeg.check(encoded, max_pixels)
         # Pillow reads more unusual files, and explains what is wrong with broken ones
         with suppress(RuntimeError):
             from torchcodec.decoders import decode_jpeg  # type: ignore[attr-defined]
 
             image: Pixels = decode_jpeg(jpeg.without_metadata(encoded)).permute(1, 2, 0).numpy()  # type: ignore[union-attr]
             return image if jpeg.orientation == 1 else _turned(image, jpeg.orientation)
-    return np.array(upright(encoded, spare, rendering=rendering))
+    return np.array(upright(encoded, spare, max_pixels, rendering))
 
 
 def upright(
     encoded: bytes, spare: Spare | None = None, max_pixels: int = MAX_PIXELS, rendering: Rendering = AS_STORED
 ) -> Image.Image:
-    """Decode an image with Pillow, RGB and upright by EXIF or XMP; with broken metadata, its pixels as they lie.
+    """Decode an image with Pillow, RGB and upright by EXIF or XMP; without rotation if the metadata is broken.
 
-    Args:
-        spare, rendering: as in `decode`.
-        max_pixels: more pixels are refused.
-
-    Raises what `decode` raises.
+    Arguments and exceptions as in `decode`.
     """
-    with opened(encoded, max_pixels) as image:
+    with opened(encoded, max_pixels, rendering.page) as image:
         if spare is not None and image.format in ("JPEG", "MPO"):
             turned = orientation(image) >= 5
             factor = max(1.0, spare(*(image.size[::-1] if turned else image.size)))
@@ -119,28 +122,41 @@ def upright(
 
 
 @contextmanager
-def opened(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def opened(encoded: bytes, max_pixels: int = MAX_PIXELS, page: int = 1) -> Iterator[Image.Image]:
     """Yield an image whose header is read and within the limits; its pixels are decoded when they are used.
+
+    Args:
+        page: page of a TIFF, or frame of an animation, from 1. A still image of another format is used as it is: also the
+            images that were converted with `--page`.
 
     Raises BadImage for any exception of a decoder, also inside the block; only MemoryError is raised as it is.
     """
     try:
         source = _Source(encoded)
         with Image.open(source, formats=READABLE) as image:
-            check_pixels(*image.size, max_pixels)
-            _check_work(image, encoded)
+            _check_work(image, encoded, max_pixels)
+            if page > 1:
+                _turn_to(page, image, source, max_pixels)
             source.reads_left = MAX_READS
             yield image
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
         raise _unknown(encoded) from None
-    except Image.DecompressionBombError as error:
-        raise TooManyPixels(one_line(error)) from None
+    except Image.DecompressionBombError:
+        raise TooManyPixels("far more pixels", f" than {max_pixels:,}") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise BadImage(one_line(error)) from None
     except Exception as error:  # decoders raise many types for broken input, whose texts are not about images
         raise BadImage(f"broken image: {one_line(error)}") from None
+
+
+def has_pages(encoded: bytes) -> bool:
+    """Return True for a TIFF of several pages or an animation; False also if the image is broken."""
+    if encoded.startswith(PAGED_STARTS):
+        with suppress(BadImage), opened(encoded, page=2) as image:
+            return image.tell() > 0
+    return False
 
 
 def decode_on(device: torch.device, encoded: list[bytes]) -> list[torch.Tensor]:
@@ -179,8 +195,24 @@ def _turned(image: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels).view(np.uint8).reshape(*pixels.shape, 3)
 
 
-def _check_work(image: Image.Image, encoded: bytes) -> None:
-    """Raise BadImage for a small file that would keep a decoder busy for long, or take memory that its size does not show."""
+def _turn_to(page: int, image: Image.Image, source: _Source, max_pixels: int) -> None:
+    """Go to a later page of an opened image. Raises what `opened` raises, also if there is no such page."""
+    source.reads_left = MAX_OPEN_READS
+    if image.format not in PAGED_FORMATS or not (image.format == "TIFF" or image.is_animated):  # type: ignore[attr-defined]
+        return
+    # the frames of an animation build on each other, so that each must be within the limits
+    for number in (page,) if image.format == "TIFF" else range(2, page + 1):
+        source.reads_left = MAX_OPEN_READS
+        try:
+            image.seek(number - 1)
+        except EOFError:
+            raise BadImage(f"no page {page}, which convert --page asked for") from None
+        _check_work(image, source.getvalue(), max_pixels)
+
+
+def _check_work(image: Image.Image, encoded: bytes, max_pixels: int) -> None:
+    """Raise BadImage for too many pixels, or a small file that would keep a decoder busy for long or take much memory."""
+    check_pixels(*image.size, max_pixels)
     if image.format in ("JPEG", "MPO"):
         check_scans(encoded, image.width * image.height)
     tags: Any = getattr(image, "tag_v2", {})

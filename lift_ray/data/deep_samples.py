@@ -26,7 +26,7 @@ def is_deep(opened: Image.Image) -> bool:
 def deep_samples(opened: Image.Image) -> tuple[Samples, Samples | None]:
     """Return all bits of an image: samples (H, W), (H, W, 3), or (H, W, 4) for CMYK; and alpha (H, W) if it has one.
 
-    Integers and floats are as stored, but gray PGMs are scaled to 16 bits. The samples are not rotated.
+    Integers and floats are as stored. The samples are not rotated.
 
     Raises OSError, ValueError or SyntaxError for a broken image.
     """
@@ -37,7 +37,7 @@ def deep_samples(opened: Image.Image) -> tuple[Samples, Samples | None]:
     elif found := DEEP_PNG.fullmatch(_raw_mode(opened)):
         colors, alpha = _png_samples(opened, found[1])
     elif _ppm_maximum(opened) > 255:
-        colors, alpha = _ppm_samples(opened), None
+        colors, alpha = _ppm_samples(opened, _bytes(opened)), None
     else:
         gray = np.asarray(opened)
         kind = "u2" if opened.format == "PPM" and opened.mode == "I" else gray.dtype.newbyteorder("=")
@@ -48,20 +48,20 @@ def deep_samples(opened: Image.Image) -> tuple[Samples, Samples | None]:
 
 def _png_samples(opened: Image.Image, channels: str) -> tuple[Samples, Samples | None]:
     """Return (H, W, C) and alpha (H, W), uint16, of a PNG with several channels of 16 bits, of which Pillow keeps 8."""
+    data, page = _bytes(opened), opened.tell()
+    opened.load()  # first, because its reads are limited, and for the metadata behind the pixels
     if channels == "LA":  # Pillow has no LA of 16 bits, but its bytes are as long as those of RGBA
-        quads = _loaded(opened, "RGBA").astype(np.uint16)
-        samples = 256 * quads[..., ::2] + quads[..., 1::2]
+        pairs = _loaded(data, page, "RGBA")
     else:  # in the other byte order, the low byte is the one that is kept
-        high, low = _loaded(opened, f"{channels};16B"), _loaded(opened, f"{channels};16L")
-        samples = 256 * high.astype(np.uint16) + low
-    opened.load()  # for the metadata behind the pixels
+        pairs = np.stack([_loaded(data, page, f"{channels};16{order}") for order in "BL"], axis=-1)
+    samples = pairs.reshape(opened.height, opened.width, -1).view(">u2").astype(np.uint16)
     return (samples, None) if channels == "RGB" else (samples[..., :-1], samples[..., -1])
 
 
-def _loaded(opened: Image.Image, raw_mode: str) -> Samples:
+def _loaded(data: bytes, page: int, raw_mode: str) -> Samples:
     """Read a PNG again, with its bytes taken for another raw mode."""
-    with Image.open(io.BytesIO(_bytes(opened)), formats=["PNG"]) as again:
-        again.seek(opened.tell())
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as again:
+        again.seek(page)
         again.tile = [tile._replace(args=raw_mode) for tile in again.tile]
         return np.asarray(again)
 
@@ -89,16 +89,21 @@ def _key_alpha(opened: Image.Image, samples: Samples) -> Samples | None:
 
 
 def _ppm_maximum(opened: Image.Image) -> int:
-    """Return the largest value of a color PPM that Pillow scales to 8 bits; 0 for other images."""
+    """Return the largest value of a PGM or PPM that Pillow scales to 8 or 16 bits; 0 for other images."""
     tiles = getattr(opened, "tile", [])
-    if opened.mode != "RGB" or not tiles or tiles[0].codec_name not in ("ppm", "ppm_plain"):
+    if opened.mode not in ("I", "RGB", "CMYK") or not tiles or tiles[0].codec_name not in ("ppm", "ppm_plain"):
         return 0
     return int(tiles[0].args[1])
 
 
-def _ppm_samples(opened: Image.Image) -> Samples:
-    tile, data = opened.tile[0], _bytes(opened)  # type: ignore[attr-defined]
-    shape = opened.height, opened.width, 3
-    if tile.codec_name == "ppm_plain":
-        return np.array(data[tile.offset :].split(), np.uint16).reshape(shape)
-    return np.frombuffer(data, ">u2", int(np.prod(shape)), tile.offset).reshape(shape).astype(np.uint16)
+def _ppm_samples(opened: Image.Image, data: bytes) -> Samples:
+    tile, shape = opened.tile[0], (opened.height, opened.width, len(opened.getbands()))  # type: ignore[attr-defined]
+    if tile.codec_name == "ppm":
+        return np.frombuffer(data, ">u2", int(np.prod(shape)), tile.offset).reshape(shape).astype(np.uint16)
+    text = re.sub(rb"#[^\r\n]*", b"", data[tile.offset :])
+    if odd := re.search(rb"[^\s0-9]", text):
+        raise ValueError(f"plain PNM with {odd[0]!r} instead of a number")
+    numbers = np.fromstring(text, np.int64, sep=" ")[: np.prod(shape)]
+    if len(numbers) < np.prod(shape) or numbers.max() > tile.args[1]:
+        raise ValueError(f"plain PNM with fewer than {np.prod(shape):,} numbers, or numbers above {tile.args[1]}")
+    return numbers.astype(np.uint16).reshape(shape)

@@ -71,9 +71,9 @@ class JpegHeader(NamedTuple):
             at = stop
         return None
 
-    def check(self, encoded: bytes) -> None:
+    def check(self, encoded: bytes, max_pixels: int = MAX_PIXELS) -> None:
         """Raise BadImage for an image that would take gigabytes or minutes to decode."""
-        check_pixels(self.width, self.height)
+        check_pixels(self.width, self.height, max_pixels)
         check_scans(encoded, self.width * self.height, self.scan)
 
     def without_metadata(self, encoded: bytes) -> bytes:

@@ -25,6 +25,7 @@ COLORS = {0: 1, 1: 1, 2: 3, 5: 4}  # photometric interpretation -> channels of c
 TYPES = {1: "u", 2: "i", 3: "f"}  # sample format -> letter of numpy
 LOSSLESS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "packbits", 34925: "LZMA", 50000: "zstd"}
 ALPHA_KINDS = (1, 2)  # premultiplied, straight
+PIXELS_AT_ONCE = 2**16
 MOST_BYTES = 2**30  # of samples; a small file can claim any number of them
 
 
@@ -66,8 +67,10 @@ def tiff_samples(opened: TiffImagePlugin.TiffImageFile, data: bytes) -> tuple[Sa
     has_alpha = channels > colors and (not extra or extra[0] in ALPHA_KINDS)
     if not colors or channels < colors or (colors == 1 and channels > 2):
         raise ValueError(f"TIFF of {channels} channels that are not gray, RGB or CMYK")
-    samples = _all_channels(opened, data, channels, _sample_type(opened))[..., : colors + has_alpha]
-    return (_straight(samples) if extra[:1] == (1,) else samples), has_alpha
+    samples = _all_channels(opened, data, channels, _sample_type(opened))
+    if extra[:1] == (1,):
+        _make_straight(samples, colors)
+    return samples[..., : colors + has_alpha], has_alpha
 
 
 def _sample_type(opened: TiffImagePlugin.TiffImageFile) -> np.dtype[Any]:
@@ -96,7 +99,7 @@ def _all_channels(opened: TiffImagePlugin.TiffImageFile, data: bytes, channels: 
     for plane in range(planes):
         rows = _bytes_of_plane(opened, data, plane, planes, together * stored.itemsize)
         found.append(_undone(opened, rows, together, stored).reshape(height, width, together))
-    return np.concatenate(found, axis=-1)
+    return np.concatenate(found, axis=-1) if planes > 1 else found[0]
 
 
 def _bytes_of_plane(
@@ -171,9 +174,11 @@ def _undone(
     raise ValueError(f"TIFF predictor {predictor} is not supported")
 
 
-def _straight(samples: Samples) -> Samples:
-    """Return samples whose colors are not premultiplied with alpha, the last channel."""
-    color, alpha = samples[..., :-1].astype(np.float64), samples[..., -1:]
+def _make_straight(samples: Samples, colors: int) -> None:
+    """Divide the colors of (H, W, C) samples by alpha, the channel behind them, in place."""
     largest = 1.0 if samples.dtype.kind == "f" else float(np.iinfo(samples.dtype).max)
-    color = np.minimum(largest, color * largest / np.where(alpha > 0, alpha, largest))
-    return np.concatenate([color.astype(samples.dtype), alpha], axis=-1)
+    pixels = samples.reshape(-1, samples.shape[-1])
+    for start in range(0, len(pixels), PIXELS_AT_ONCE):
+        part = pixels[start : start + PIXELS_AT_ONCE]
+        color, alpha = part[:, :colors].astype(np.float64), part[:, colors : colors + 1]
+        part[:, :colors] = np.minimum(largest, color * largest / np.where(alpha > 0, alpha, largest))

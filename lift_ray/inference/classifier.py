@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lift_ray.data.augment import evaluation_image, five_crops
+from lift_ray.data.augment import centre_crop, corners_and_centre
+from lift_ray.data.bad_image import MAX_PIXELS
 from lift_ray.data.bit_depth import Rendering
 from lift_ray.data.dataset import Dataset
-from lift_ray.data.decode import Pixels
+from lift_ray.data.decode import Pixels, decode
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.accumulator import shift_of
 from lift_ray.evaluation.cpu_parallel import batch_size
@@ -103,9 +104,10 @@ class Classifier:
         """Number of images to classify at a time."""
         return batch_size(self.ranks.device, self.backbone.tower, self.five_crops, BATCH)
 
-    def image(self, encoded: bytes) -> Pixels:
+    def image(self, encoded: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         """Decode an image as an evaluation does: (H, W, 3) or, for five crops, (5, H, W, 3) uint8. Raises what `decode` raises."""
-        return (five_crops if self.five_crops else evaluation_image)(encoded, self.size_px, self.rendering)
+        whole = decode(encoded, max_pixels=max_pixels, rendering=self.rendering)
+        return (corners_and_centre if self.five_crops else centre_crop)(whole, self.size_px)
 
     def logits(self, images: Tensor) -> Tensor:
         """Return adjusted logits (B, K) in fp32 on the device, for images (B, 3, H, W) or (B, 5, 3, H, W) in uint8."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from ray import serve
 
-from lift_ray.data.bad_image import BadImage, TooManyPixels, UnknownFormat
-from lift_ray.data.decode import READABLE, opened
+from lift_ray.data.bad_image import MAX_PIXELS, BadImage, TooManyPixels, UnknownFormat
+from lift_ray.data.decode import READABLE
 from lift_ray.inference.calibration import Calibration, calibrated
 from lift_ray.inference.classifier import Classifier, default_top
 from lift_ray.inference.serve_http import HttpFront, Options
@@ -31,7 +31,8 @@ class ModelReplica:
             self._classifier = Classifier(folder, ranks, options.posthoc_tau)
             fixed = options.temperature
             self._temperature = (Calibration(fixed) if fixed else calibrated(folder, self._classifier)).temperature
-        self._max_pixels, self._decoding = int(1e6 * options.max_megapixels), asyncio.Semaphore(options.cpus + 1)
+        self._max_pixels = min(MAX_PIXELS, int(1e6 * options.max_megapixels))
+        self._decoding = asyncio.Semaphore(options.cpus + 1)
 
     async def alive(self) -> bool:
         """Return True; a replica that is down does not respond."""
@@ -54,13 +55,9 @@ class ModelReplica:
     def _decoded(self, encoded: bytes) -> tuple[int, Any]:
         """Return 200 and the image, (3, H, W) or (5, 3, H, W) uint8; or another status and an error message."""
         try:
-            with opened(encoded) as image:
-                width, height = image.size
-            if width * height > self._max_pixels:
-                return 413, f"image: must have at most {self._max_pixels:,} pixels, but got {width} x {height}"
-            return 200, np.ascontiguousarray(np.moveaxis(self._classifier.image(encoded), -1, -3))
-        except TooManyPixels:
-            return 413, f"image: must have at most {self._max_pixels:,} pixels, but got more"
+            return 200, np.ascontiguousarray(np.moveaxis(self._classifier.image(encoded, self._max_pixels), -1, -3))
+        except TooManyPixels as error:
+            return 413, f"image: must have at most {self._max_pixels:,} pixels, but got {error.seen}"
         except UnknownFormat as error:
             return 400, f"image: must be {', '.join(READABLE)}, but got {error}"
         except BadImage as error:

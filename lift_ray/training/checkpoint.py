@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safetensors import SafetensorError
 
 import lift_ray
+from lift_ray.data.bit_depth import Rendering
 from lift_ray.epoch_metrics import POSTHOC, EpochMetrics, named
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.metrics import ClassGroups, labelled_counts, stored_groups, write_per_class
@@ -222,6 +223,7 @@ def _record(text: str) -> Record:
         record.config = RunConfig.parse(record.config).to_dict()
     except ValueError as error:
         raise ValueError(f"config: {error}") from None
+    Rendering.of(record.rendering)
     return record
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from PIL import Image
 
 from lift_ray.data.bad_image import MAX_PIXELS, BadImage
-from lift_ray.data.bit_depth import AS_STORED, Rendering, ValueRange
+from lift_ray.data.bit_depth import AS_STORED, Rendering, ValueRange, value_range
 from lift_ray.data.convert.index import encode_lossless
 from lift_ray.data.decode import opened, upright
+from lift_ray.data.deep_samples import deep_samples, is_deep
 from lift_ray.data.jpeg_header import orientation
 
 
@@ -42,13 +43,16 @@ class Encoding:
         """Return True if the rendering changes an image. Without one, deep images are refused and others stay as they are."""
         if self.rendering == AS_STORED:
             return False
-        with opened(data, self.max_pixels) as image:
+        with opened(data, self.max_pixels, self.rendering.page) as image:
             return self.rendering.changes(image)
 
     def value_range(self, data: bytes) -> ValueRange | None:
         """Return the range of the values of an image with more than 8 bits per channel; None for other, too large and bad images."""
-        with suppress(BadImage), opened(data, self.max_pixels) as image:  # reported when it is converted
-            return self.rendering.value_range(image)
+        with (
+            suppress(BadImage),
+            opened(data, self.max_pixels, self.rendering.page) as image,
+        ):  # reported when it is converted
+            return value_range(deep_samples(image)[0]) if is_deep(image) else None
         return None
 
     def _shrunk(self, data: bytes, image: Image.Image, short_side_px: int) -> bytes:
