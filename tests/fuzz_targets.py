@@ -13,6 +13,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ def image(checkpoint: Path, data: bytes, folder: Path) -> None:
     """Decode an image as all verbs do. Those that `convert` accepts must be readable everywhere."""
     from lift_ray.data.augment import any_crop, evaluation_image, five_crops, training_image
     from lift_ray.data.bad_image import BadImage
+    from lift_ray.data.bit_depth import Rendering
     from lift_ray.data.convert.images import Encoding
+    from lift_ray.data.decode import decode, has_pages
 
     draw = np.array([0.5, 0.2, 0.9])
 
@@ -71,6 +74,14 @@ def image(checkpoint: Path, data: bytes, folder: Path) -> None:
     ]
     read = [is_accepted(reader) for reader in readers]
     assert [shrunk, *read] == [stored] * 5, f"convert {stored}, --short-side {shrunk}, the other readers {read}"
+    has_pages(data)
+    for page in (1, 2):
+        rendering = Rendering.parse("minmax", page, "white")
+        encoding = Encoding(rendering=rendering)
+        if is_accepted(encoding):
+            encoding.value_range(data)
+            found = [decode(encoding(data)), decode(encoding(data), rendering=rendering), decode(data, rendering=rendering)]
+            assert all(np.array_equal(found[0], other) for other in found[1:]), f"page {page}"
 
 
 def parquet(checkpoint: Path, data: bytes, folder: Path) -> None:
@@ -79,6 +90,7 @@ def parquet(checkpoint: Path, data: bytes, folder: Path) -> None:
     from lift_ray.data.open import open_dataset
     from lift_ray.data.reader import RowReader
     from lift_ray.inference.image_files import ImageReader, find_images
+    from lift_ray.inference.predict import Job
 
     path = folder / "train-00000-of-00001.parquet"
     path.write_bytes(data)
@@ -89,16 +101,18 @@ def parquet(checkpoint: Path, data: bytes, folder: Path) -> None:
             reader.read(np.arange(split.num_samples))
 
     def as_images() -> None:
-        images = find_images([str(path)])
-        reader = ImageReader(images)
-        list(reader.read(0, len(images)))
+        job = Job("", find_images([str(path)]))
+        reader = ImageReader(job.images)
+        for start, stop in [job.span(number) for number in range(job.num_parts)]:
+            deque(reader.read(start, stop), maxlen=0)
         reader.close()
 
     def as_table() -> None:
         index = scan_table(str(path), kind="parquet")
         for rows in index.splits.values():
             for row in rows:
-                index.read(row[0])
+                with suppress(ValueError):  # a bad image
+                    index.read(row[0])
 
     for use in (as_dataset, as_images, as_table):
         _or_bad_input(use)

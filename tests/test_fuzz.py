@@ -123,8 +123,10 @@ def shards() -> list[bytes]:
     table = pa.table({"image": rows, "label": pa.array([0, 1, 0, 1])})
     table = table.replace_schema_metadata(schema_metadata(("cat", "dog")))
     plain = pa.table({"image": [row["bytes"] for row in rows], "label": ["a", "b", "a", "b"]})
+    named = [{"bytes": None, "path": path} for path in ("train-00000-of-00001.parquet", "/dev/zero", "1.png")]
+    files = table.set_column(0, "image", pa.array([rows[0], *named], table.schema.field("image").type))
     out = []
-    for each, options in ((table, {}), (table, {"row_group_size": 2, "compression": "zstd"}), (plain, {})):
+    for each, options in ((table, {}), (table, {"row_group_size": 2, "compression": "zstd"}), (plain, {}), (files, {})):
         file = io.BytesIO()
         pq.write_table(each, file, **options)
         out.append(file.getvalue())
