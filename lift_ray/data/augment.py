@@ -7,9 +7,9 @@ code takes a third of Pillow's time. It differs from Pillow by one level in 0.3%
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -238,30 +238,52 @@ def resized_part(image: Pixels, width: int, height: int, left: int, top: int, si
     It repeats the arithmetic of torch's code for uint8: columns first, then rows, each with weights of 16 bits, rounded to uint8.
     Other code of torch (for processors without AVX2) may differ by one level.
     """
-    columns = _weights(image.shape[1], width, left, size_px)
-    rows = _weights(image.shape[0], height, top, size_px)
+    across, down = _Side(image.shape[1], width), _Side(image.shape[0], height)
+    columns, rows = across.weights(across.centres(left, size_px)), down.weights(down.centres(top, size_px))
     first, last = rows[0][0], rows[-1][0] + len(rows[-1][1])
-    narrow = _filtered(image[first:last].transpose(1, 0, 2), columns).transpose(1, 0, 2)
-    return _filtered(narrow, [(start - first, weights) for start, weights in rows])
+    narrow = _filtered(image[first:last].transpose(1, 0, 2), columns, across.bits).transpose(1, 0, 2)
+    return _filtered(narrow, [(start - first, weights) for start, weights in rows], down.bits)
 
 
-def _weights(source: int, target: int, start: int, number: int) -> list[tuple[int, NDArray[np.float64]]]:
-    """Return the first pixel and the weights of pixels [start, start + number) when a side is resized, bicubic with antialiasing."""
-    scale = source / target
-    stretch = max(scale, 1.0)
-    found = []
-    for centre in scale * (np.arange(start, start + number) + 0.5):
-        first, stop = max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), source)
+@dataclass(frozen=True)
+class _Side:
+    """A side that is resized, bicubic with antialiasing, from `source` to `target` pixels."""
+
+    source: int
+    target: int
+
+    def centres(self, start: int, number: int) -> NDArray[np.float64]:
+        """Return where the centers of pixels [start, start + number) lie in the source."""
+        return self.source / self.target * (np.arange(start, start + number) + 0.5)
+
+    def weights(self, centres: Iterable[float]) -> list[tuple[int, NDArray[np.float64]]]:
+        """Return the first pixel of the source and the weights for each center."""
+        stretch = max(self.source / self.target, 1.0)
+        return [self._weights(centre, stretch) for centre in centres]
+
+    def _weights(self, centre: float, stretch: float) -> tuple[int, NDArray[np.float64]]:
+        first, stop = max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), self.source)
         x = np.abs((np.arange(first, stop) - centre + 0.5) / stretch)
         weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
-        found.append((first, weights / weights.sum()))
-    return found
+        return first, weights / weights.sum()
+
+    @cached_property
+    def bits(self) -> int:
+        """Precision of the weights: the largest of the whole side must be below 2^15, as in torch.
+
+        The largest is that of a pixel close to an end, where the weights beyond it are missing, or of the pixel whose center is closest
+        to one of the source: by 0 if both sides are odd after division by their common factor, otherwise by half a step.
+        """
+        common = math.gcd(self.source, self.target)
+        number = min(self.target, math.ceil(2 * max(self.target / self.source, 1.0)) + 1)
+        offset = 0.0 if self.source // common % 2 and self.target // common % 2 else common / (2 * self.target)
+        ends = (*self.centres(0, number), *self.centres(self.target - number, number))
+        largest = max(float(weights.max()) for _, weights in self.weights((*ends, self.source // 2 + 0.5 + offset)))
+        return next(bits for bits in range(22) if int(0.5 + largest * 2 ** (bits + 1)) >= 2**15)
 
 
-def _filtered(image: Pixels, places: list[tuple[int, NDArray[np.float64]]]) -> Pixels:
-    """Return weighted sums of rows, (n, W, 3). The weights are integers below 2^15, as in torch, so the sums are exact."""
-    largest = max(float(weights.max()) for _, weights in places)
-    bits = next(bits for bits in range(22) if int(0.5 + largest * 2 ** (bits + 1)) >= 2**15)
+def _filtered(image: Pixels, places: list[tuple[int, NDArray[np.float64]]], bits: int) -> Pixels:
+    """Return weighted sums of rows, (n, W, 3). The weights are whole numbers after `bits` binary places, so the sums are exact."""
     out = np.empty((len(places), *image.shape[1:]), np.uint8)
     for row, (first, weights) in zip(out, places, strict=True):
         whole = np.trunc(weights * 2**bits + np.copysign(0.5, weights))
