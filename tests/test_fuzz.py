@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from deep_images import png16, tiff
 from embedded import jpegs
 from fuzz_targets import HANGS_S, TARGETS, TOWER, Reply, add_tower, serve
 from hypothesis import HealthCheck, Phase, given, settings
@@ -113,6 +114,10 @@ def images() -> list[bytes]:
         encoded(gray, "PNG"),
         encoded(gray, "TIFF"),
         encoded(Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)), "TIFF"),
+        *(png16(np.stack([gray] * channels, -1)) for channels in (2, 3, 4)),
+        *(tiff(np.stack([gray] * 4, -1), extra=extra, deflate=extra == 1) for extra in (1, 2)),
+        b"P5 40 30 60000\n" + np.asarray(gray).astype(">u2").tobytes(),
+        b"P3 20 20 60000 # plain\n" + b" ".join(b"%d" % value for value in np.asarray(gray).ravel()),
     ]
 
 
