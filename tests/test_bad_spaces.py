@@ -370,8 +370,7 @@ def test_the_file_of_a_search_and_of_a_run_are_told_apart(tmp_path: Path) -> Non
     with pytest.raises(BadInput) as caught:
         read_space(run)
     assert (
-        str(caught.value)
-        == f"{run}: must have a `space` to search, but it is a run file; use python -m lift_ray.train"
+        str(caught.value) == f"{run}: must have a `space` to search, but it is a run file; use python -m lift_ray.train"
     )
 
 

@@ -154,7 +154,11 @@ def loopback_only(faults: Diagnostics, commands: Mapping[Place, str]) -> None:
 
 def one_port(faults: Diagnostics, heads: Mapping[Place, str], joins: Mapping[Place, str]) -> None:
     """Require the commands that join a cluster to use the port that the head listens on (6379 unless its command says)."""
-    listens = {port for command in heads.values() for port in re.findall(r"--port[= ]['\"]?([^\s;&|'\")]+)", command) or ["6379"]}
+    listens = {
+        port
+        for command in heads.values()
+        for port in re.findall(r"--port[= ]['\"]?([^\s;&|'\")]+)", command) or ["6379"]
+    }
     if len(listens) != 1 or not min(listens).isdigit():
         return  # a variable of the shell, or no head
     for place, command in joins.items():

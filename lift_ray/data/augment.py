@@ -254,7 +254,7 @@ class _Side:
 
     def centres(self, start: int, number: int) -> NDArray[np.float64]:
         """Return where the centers of pixels [start, start + number) lie in the source."""
-        return self.source / self.target * (np.arange(start, start + number) + 0.5)
+        return (np.arange(start, start + number, dtype=np.float64) + 0.5) * (self.source / self.target)
 
     def weights(self, centres: Iterable[float]) -> list[tuple[int, NDArray[np.float64]]]:
         """Return the first pixel of the source and the weights for each center."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -143,8 +144,10 @@ def opened(encoded: bytes, max_pixels: int = MAX_PIXELS, page: int = 1) -> Itera
         raise
     except UnidentifiedImageError:
         raise _unknown(encoded) from None
-    except Image.DecompressionBombError:
-        raise TooManyPixels("far more pixels", f" than {max_pixels:,}") from None
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d+", str(error))  # Image size (400000000 pixels) exceeds limit of ...
+        pixels = f"{int(found[0]):,} pixels" if found else "too many pixels"
+        raise TooManyPixels(pixels, f", more than {max_pixels:,}") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise BadImage(one_line(error)) from None
     except Exception as error:  # decoders raise many types for broken input, whose texts are not about images

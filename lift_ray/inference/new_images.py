@@ -384,7 +384,9 @@ def _copy(
         progress(done, len(rows))
 
     progress(0, len(rows))
-    job = Job(folder, index.source, tuple(class_names), index.read, encoding, ROW_GROUP_ROWS, skip_bad, False)
+    job = Job(
+        folder, index.source, tuple(class_names), index.read, encoding, ROW_GROUP_ROWS, skip_bad, False, index.root
+    )
     tasks = [
         ShardTask(SPLIT, number, rows[start : start + ROWS_PER_SHARD])
         for number, start in enumerate(range(0, len(rows), ROWS_PER_SHARD))

@@ -170,7 +170,9 @@ class SettingsFile:
         if not isinstance(value, str) or not value or ":" in value or (name,) in self.overridden:
             return
         path = os.path.expanduser(value)
-        beside, here = (os.path.abspath(os.path.join(folder, path)) for folder in (Path(self.source).parent, Path.cwd()))
+        beside, here = (
+            os.path.abspath(os.path.join(folder, path)) for folder in (Path(self.source).parent, Path.cwd())
+        )
         if beside == here or not (os.path.exists(beside) or os.path.exists(here)):
             return
         used, other = f"{here} (relative to the shell)", beside
