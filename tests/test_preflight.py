@@ -8,7 +8,7 @@ import pytest
 
 from lift_ray import train, tune
 from lift_ray.epoch_metrics import EpochMetrics
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, Stopped
 from lift_ray.search.driver_lock import study_in
 from lift_ray.settings.checks import read_space
 from lift_ray.storage.output import Output
@@ -144,3 +144,19 @@ def test_the_folder_of_a_run_that_failed_before_its_first_checkpoint_is_not_take
     train.main([*words, "tuner.kind=zero_shot"])
     with pytest.raises(BadInput, match="already contains a run"):
         train.main(words)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_can_be_resumed(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(run_file), "--out", str(tmp_path / "out"), "--no-ray"]
+
+    def stopped(job: object, progress: object) -> None:
+        raise Stopped("stopped by SIGTERM; there is no checkpoint yet; continue with --resume", 143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lift_ray.training.ray_train.train_alone", stopped)
+        with pytest.raises(Stopped):
+            train.main(words)
+    train.main([*words, "--resume"])
+    assert (tmp_path / "out" / "checkpoint").is_dir()
