@@ -282,6 +282,12 @@ def broken(folder: Path, file: str, data: bytes | None) -> None:
         ("run.json", b'{"format_version": 1}', "{folder}/run.json: invalid checkpoint record: "),
         (
             "run.json",
+            b'{"format_version": 1, "config": {}, "digest": "", "dataset": "", "class_names": [], "class_counts": [], "epoch": 0, '
+            b'"epochs": 1}',
+            "{folder}/run.json: invalid checkpoint record: unknown key 'epochs'; copy the folder again",
+        ),
+        (
+            "run.json",
             b'{"format_version": 9}',
             "{folder}: must be a checkpoint of format 1, but got 9; use the version of lift_ray that wrote it",
         ),

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 import lift_ray
 from lift_ray.data.bit_depth import Rendering
 from lift_ray.epoch_metrics import POSTHOC, EpochMetrics, named
-from lift_ray.errors import BadInput, one_line
+from lift_ray.errors import BadInput, first_few, one_line
 from lift_ray.evaluation.metrics import ClassGroups, labelled_counts, stored_groups, write_per_class
 from lift_ray.settings.messages import check_json
 from lift_ray.settings.run import RunConfig
@@ -216,7 +216,10 @@ def read_record(folder: Path) -> Record:
 def _record(text: str) -> Record:
     """Return the record in a JSON text. Raises ValueError, in one line, for keys, types or settings that no record has."""
     check_json(Record, text)
-    record = Record(**json.loads(text))
+    data = json.loads(text)
+    if unknown := sorted(data.keys() - {each.name for each in fields(Record)}):
+        raise ValueError(f"unknown key {first_few(list(map(repr, unknown)))}")
+    record = Record(**data)
     if len(record.class_counts) != len(record.class_names):
         raise ValueError(f"class_counts: {len(record.class_counts)} for {count(len(record.class_names), 'class')}")
     try:
