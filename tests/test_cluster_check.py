@@ -713,7 +713,7 @@ def test_the_lines_of_errors_count_from_the_start_of_the_file_and_not_of_the_doc
 
 
 def test_a_secret_in_another_document_is_found(cluster_file: Path) -> None:
-    secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {password: abc}\n---\n"
+    secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {password: abc}\n---\n"  # pragma: allowlist secret
     said = refusal(cluster_file, secret + (CLUSTERS / "kuberay" / "raycluster.yaml").read_text())
     assert said == [
         ":4 stringData.password: must not contain a secret, but got what looks like one; remove it, revoke it and use a role instead"
