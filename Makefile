@@ -27,8 +27,8 @@ slow: .venv/.installed  ## run the tests that kill whole runs, export every kind
 clusters: .venv/.installed  ## run the tests that start clusters, lose their nodes and wait for new ones
 	@$(BIN)/python -m pytest -m cluster
 
-fuzz: .venv/.installed  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 20 minutes, or FUZZ_INPUTS=N
-	@FUZZ_INPUTS=$${FUZZ_INPUTS:-10000} $(BIN)/python -m pytest tests/test_fuzz.py
+fuzz: .venv/.installed  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 10 minutes, or FUZZ_INPUTS=N
+	@FUZZ_INPUTS=$${FUZZ_INPUTS:-10000} $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 lint: .venv/.installed  ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .
