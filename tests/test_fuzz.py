@@ -38,7 +38,7 @@ from lift_ray.training.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "0"))  # 0: few, and always the same
-MOST_BYTES = 3 * 2**30
+MOST_BYTES = 2**29
 MOST_S = 30.0
 SHARES = {"image": 0.5, "parquet": 0.14, "csv": 0.1, "settings": 0.08, "record": 0.05, "weights": 0.03, "http": 0.1}
 WORDS = [
