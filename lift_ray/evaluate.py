@@ -105,8 +105,8 @@ def evaluate(
 
     Several checkpoints of the same classes form an ensemble (backdoor adjustment, arXiv 2501.15955); each image is read once.
 
-    --data also takes new images that are not converted. Their classes are matched to those of the model by name; they may be a part of
-    these, and images of other classes are left out. The result is compared with that on the old test split.
+    --data also takes new images that are not converted. Their classes are matched to the model's by name. There may be fewer of them,
+    and images of other classes are left out. The result is compared with that on the old test split.
 
     \b
     Examples:

@@ -40,8 +40,7 @@ def deep_samples(opened: Image.Image) -> tuple[Samples, Samples | None]:
         colors, alpha = _ppm_samples(opened, _bytes(opened)), None
     else:
         gray = np.asarray(opened)
-        kind = "u2" if opened.format == "PPM" and opened.mode == "I" else gray.dtype.newbyteorder("=")
-        colors, alpha = gray.astype(kind)[..., None], None
+        colors, alpha = gray.astype(gray.dtype.newbyteorder("="))[..., None], None
     colors_only = colors.squeeze(-1) if colors.shape[-1] == 1 else colors
     return colors_only, _key_alpha(opened, colors) if alpha is None else alpha
 

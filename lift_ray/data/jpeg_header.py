@@ -1,4 +1,4 @@
-"""Headers of JPEGs, and the orientation of any image: by which an image is upright is decided here for all decoders."""
+"""Headers of JPEGs, and the orientation of any image, which all decoders take from here."""
 
 from __future__ import annotations
 
@@ -109,10 +109,8 @@ def _plain_orientation(exif: bytes) -> int | None:
                 if tag == ORIENTATION:
                     return value if kind == SHORT and count == 1 and 1 <= value <= 8 else None
                 # Pillow stops at an entry whose value is outside
-                size, (at,) = (
-                    TYPE_BYTES.get(kind, 0) * count,
-                    struct.unpack_from(f"{order}L", exif, 16 + start + 12 * number),
-                )
+                size = TYPE_BYTES.get(kind, 0) * count
+                (at,) = struct.unpack_from(f"{order}L", exif, 16 + start + 12 * number)
                 if tag > ORIENTATION or (size > 4 and 6 + at + size > len(exif)):
                     return None
     return None

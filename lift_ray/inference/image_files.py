@@ -74,10 +74,8 @@ def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
     """
     found = [_found(absolute(each)) for each in where]
     files = [url for each in found for url in each.files]
-    left_out, num_links = (
-        tuple(entry for each in found for entry in each.left_out),
-        sum(each.num_links for each in found),
-    )
+    left_out = tuple(entry for each in found for entry in each.left_out)
+    num_links = sum(each.num_links for each in found)
     shards = [url for url in files if url.endswith(".parquet")]
     if not shards:
         if column is not None:
