@@ -19,7 +19,7 @@ from lift_ray.data.cache import load_index, shard_limit_bytes, store_index
 from lift_ray.data.dataset import Dataset, Shard, Split
 from lift_ray.data.footers import Content, read_content
 from lift_ray.data.layout import MANIFEST, RECONVERT, SPLITS, Listing, find_shards
-from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
+from lift_ray.data.longtail import Int64s, keep_first, semi_supervised_counts
 from lift_ray.errors import BadInput, did_you_mean, first_few
 from lift_ray.storage.store import PATIENCE_S, fetch, is_remote, join, locate, reached
 
@@ -44,7 +44,7 @@ def open_dataset(uri: str, base: Path | None = None, patience_s: float = PATIENC
             [0, K), the same schema in all shards, and a training image of every class.
     """
     if not uri:
-        raise BadInput("dataset", "must be a path or URL", "nothing", "give a folder, or embedded:caltech101")
+        raise BadInput("dataset", "must be a path or URL", "nothing", "give a folder, or embedded:caltech101-lt")
     if uri.startswith("embedded:"):
         return _open_embedded(uri)
     if "://" not in uri and "::" not in uri:
@@ -70,13 +70,6 @@ def _open_embedded(uri: str) -> Dataset:
         raise BadInput(uri, "must name a dataset in the package", f"{name!r}", did_you_mean(name, EMBEDDED))
     folder, cut = EMBEDDED[name]
     return cut(_open_folder(uri, str(files("lift_ray") / "assets" / folder), 0.0))
-
-
-def _long_tailed(whole: Dataset, largest: int, imbalance: float) -> Dataset:
-    train = whole.split("train")
-    counts = longtail_counts(train.class_counts(whole.num_classes), largest, imbalance)
-    splits = {**whole.splits, "train": train.take(keep_first(train.labels, counts))}
-    return replace(whole, splits=splits, labelled_counts=counts)
 
 
 def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dataset:
@@ -336,8 +329,7 @@ def _check_training(dataset: Dataset) -> None:
 
 # name -> folder in assets/, and the function that selects its images
 EMBEDDED: dict[str, tuple[str, Callable[[Dataset], Dataset]]] = {
-    "caltech101": ("caltech101", lambda whole: whole),
-    "caltech101-lt": ("caltech101", partial(_long_tailed, largest=200, imbalance=50.0)),
+    "caltech101-lt": ("caltech101", lambda whole: whole),
     "caltech101-half": ("caltech101", partial(_half_labelled, gamma_u=20.0)),
     "caltech101-half-uniform": ("caltech101", partial(_half_labelled, gamma_u=1.0)),
     "caltech101-half-reversed": ("caltech101", partial(_half_labelled, gamma_u=20.0, flipped=True)),
