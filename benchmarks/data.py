@@ -280,7 +280,7 @@ def show(figures: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", default="embedded:caltech101", help="a folder or URI of which the training split is read"
+        "--data", default="embedded:caltech101-lt", help="a folder or URI of which the training split is read"
     )
     parser.add_argument("--images", type=int, default=2048, help="images of it, and in an epoch")
     parser.add_argument("--rounds", type=int, default=8)

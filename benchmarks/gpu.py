@@ -149,7 +149,7 @@ def steps(batch: int, rounds: int, times: int) -> dict[str, Any]:
 
 def photographs(folder: Path, number: int) -> str:
     """A data set of 256 px JPEGs made of the embedded images, 100 classes."""
-    source = open_dataset("embedded:caltech101")
+    source = open_dataset("embedded:caltech101-lt")
     records = {}
     for split, count in (("train", number), ("validation", 200), ("test", 200)):
         here = source.split(split)

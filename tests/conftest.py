@@ -59,7 +59,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     from lift_ray.data.open import open_dataset
     from lift_ray.data.reader import RowReader
 
-    source = open_dataset("embedded:caltech101")
+    source = open_dataset("embedded:caltech101-lt")
     classes = np.argsort(-source.split("train").class_counts(source.num_classes), kind="stable")[: len(TRAIN_COUNTS)]
     names = [source.class_names[c] for c in classes]
     folder = str(tmp_path_factory.mktemp("small-data") / "data")

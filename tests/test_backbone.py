@@ -135,11 +135,11 @@ def test_the_class_token_alone_gives_what_all_tokens_give(make: Callable[[], Blo
     [
         ("ViT-B-61", "openai", "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
         (
-            "embedded:lift-tyni",
+            "embedded:lift-smal",
             None,
-            "backbone.model: unknown embedded model 'embedded:lift-tyni'; did you mean 'lift-tiny'?",
+            "backbone.model: unknown embedded model 'embedded:lift-smal'; did you mean 'lift-small'?",
         ),
-        ("embedded:lift-tiny", "openai", "backbone.pretrained: must not be given with local-dir:"),
+        ("embedded:lift-small", "openai", "backbone.pretrained: must not be given with local-dir:"),
         (
             "hf-hub:nobody/nothing",
             "openai",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from embedded import LIFT_TINY
 
 from lift_ray import evaluate
 from lift_ray.data import decode, resolutions
@@ -43,7 +44,7 @@ OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": True}
 @pytest.fixture(scope="module")
 def small_clip() -> str:
     """One that knows something of the images, for a random one has no label prior that could be fitted."""
-    return "embedded:lift-tiny"
+    return LIFT_TINY
 
 
 def settings(small_clip: str, **overrides: Any) -> dict[str, Any]:

@@ -19,14 +19,14 @@ THERE = [name for name, contender in CONTENDERS.items() if find_spec(contender.i
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
-    return data.samples_of("embedded:caltech101", BATCH * BATCHES)[0]
+    return data.samples_of("embedded:caltech101-lt", BATCH * BATCHES)[0]
 
 
 @pytest.fixture(scope="module")
 def folder(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images as every contender that is installed writes them."""
     written = tmp_path_factory.mktemp("written")
-    class_names = data.samples_of("embedded:caltech101", BATCH * BATCHES)[1]
+    class_names = data.samples_of("embedded:caltech101-lt", BATCH * BATCHES)[1]
     for name in THERE:
         CONTENDERS[name].write(samples, class_names, written)
     return written

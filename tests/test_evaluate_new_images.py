@@ -356,7 +356,7 @@ def test_sources_that_cannot_be_evaluated_are_refused_in_one_line(
             "--class-names: is required for a list of paths and numbers, but is missing; give a file",
         ),
         (
-            ["embedded:caltech101", "--root", "x"],
+            ["embedded:caltech101-lt", "--root", "x"],
             "--root: requires a table or a list that is not converted yet, but got ",
         ),
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from embedded import jpegs
+from embedded import LIFT_TINY, jpegs
 from made_run import run_config
 from PIL import Image
 
@@ -25,7 +25,6 @@ from lift_ray.training.workspace import Workspace
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 GPU = torch.device("cuda")
-LIFT_TINY = "embedded:lift-tiny"
 
 
 def settings(clip: str, **overrides: Any) -> RunConfig:

@@ -119,7 +119,7 @@ def test_the_embedded_half_labelled_sets_follow_the_rules_of_semi_supervised_cou
     assert (dataset.num_classes, train.num_samples, unlabelled.num_samples) == (40, 497, pool)
     assert set(train.rows) <= set(unlabelled.rows)
     for split in dataset.splits.values():
-        whole = open_dataset("embedded:caltech101")
+        whole = open_dataset("embedded:caltech101-lt")
         full = whole.split("train" if split.name == "unlabelled" else split.name)
         there = dict(zip(full.rows.tolist(), full.labels.tolist(), strict=True))
         names = [whole.class_names[there[row]] for row in split.rows.tolist()]

@@ -15,7 +15,7 @@ from lift_ray.settings.space import SpaceFile
 
 SPACE = """\
 name: watched
-dataset: embedded:caltech101
+dataset: embedded:caltech101-lt
 space:
   optim.lr: {float: [1.0e-3, 3.0e-1], log: true}
 search: {trials: 300, scheduler: {kind: none}}

@@ -228,7 +228,7 @@ def test_members_that_form_no_valid_run_give_a_one_line_error(
     method: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(json.dumps({"dataset": "embedded:caltech101", "method": {"kind": "backdoor", **method}}))
+    path.write_text(json.dumps({"dataset": "embedded:caltech101-lt", "method": {"kind": "backdoor", **method}}))
     with pytest.raises(BadInput) as caught:
         read_run(path)
     assert str(caught.value) == f"{path}:1 {message}"

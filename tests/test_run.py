@@ -369,7 +369,7 @@ def test_evaluate_prints_the_figures_of_the_run_as_json_and_as_a_table(
 def test_evaluate_takes_the_classes_of_the_model_from_a_dataset_with_more(
     trained: tuple[Figures, list[Path], Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate.main([str(trained[1][0]), "--data", "embedded:caltech101", "--json"])
+    evaluate.main([str(trained[1][0]), "--data", "embedded:caltech101-lt", "--json"])
     printed = capsys.readouterr()
     classes = json.loads(printed.out)["classes"]
     assert (classes["with_images"], classes["of_model"], len(classes["unknown"])) == (8, 8, 92)

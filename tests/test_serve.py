@@ -142,7 +142,7 @@ def png(width: int, height: int) -> bytes:
 
 def photo() -> bytes:
     """A real image of the package."""
-    split = open_dataset("embedded:caltech101").split("test")
+    split = open_dataset("embedded:caltech101-lt").split("test")
     with RowReader(split) as reader:
         return reader.read(np.arange(1))[0]
 

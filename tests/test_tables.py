@@ -178,8 +178,8 @@ def test_a_fault_in_a_csv_gives_a_one_line_error(
 
 
 def test_the_embedded_dataset_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = open_dataset("embedded:caltech101")
-    folder = Path(str(files("lift_ray"))) / "assets" / EMBEDDED["caltech101"][0]
+    dataset = open_dataset("embedded:caltech101-lt")
+    folder = Path(str(files("lift_ray"))) / "assets" / EMBEDDED["caltech101-lt"][0]
     index = scan_table(str(folder), kind="parquet")
     assert index.class_names == tuple(name.replace("_", " ") for name in dataset.class_names)
     assert sorted(index.splits) == sorted(dataset.splits)

@@ -240,8 +240,8 @@ def test_a_trial_that_fits_no_node_is_refused_before_anything_starts(
             "command line base.optim.global_batch_size: must be divisible by 2 workers, but got 15; use 16, or 1 worker",
         ),
         (
-            ["dataset=embedded:caltech102"],
-            "embedded:caltech102: must name a dataset in the package, but got 'caltech102'; did you mean 'caltech101'?",
+            ["dataset=embedded:caltech101"],
+            "embedded:caltech101: must name a dataset in the package, but got 'caltech101'; did you mean 'caltech101-lt'?",
         ),
         (
             ["search.trails=4"],

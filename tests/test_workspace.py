@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from embedded import LIFT_TINY
 from made_run import run_config
 
 from lift_ray.data.augment import any_crop, five_crops, growing_px, training_image
@@ -111,8 +112,8 @@ def test_a_linear_probe_from_kept_features_runs_no_block_of_the_tower(
 
 @pytest.mark.parametrize("init", ["class_mean", "linear_probe"])
 def test_a_classifier_can_start_from_the_features(workspace: Workspace, init: str) -> None:
-    run = Run(settings("embedded:lift-tiny", head__init=init), workspace)
-    chance = Run(settings("embedded:lift-tiny", head__init="random"), workspace).evaluate("validation")
+    run = Run(settings(LIFT_TINY, head__init=init), workspace)
+    chance = Run(settings(LIFT_TINY, head__init="random"), workspace).evaluate("validation")
     assert run.evaluate("validation").metrics["mean_class_accuracy"] > 0.3 + chance.metrics["mean_class_accuracy"]
     assert torch.allclose(run.model.head.weight.norm(dim=1), torch.ones(8))
 
@@ -237,7 +238,7 @@ def test_a_checkpoint_of_other_classes_or_another_tower_is_refused(
     ):
         checkpoint.check_same(tmp_path / "one", record, run.config.to_dict(), workspace.dataset.class_names)
     with pytest.raises(BadInput, match="must have the same settings, but backbone was"):
-        Run(settings("embedded:lift-tiny"), workspace).load(tmp_path / "one")
+        Run(settings(LIFT_TINY), workspace).load(tmp_path / "one")
 
 
 def test_the_cache_computes_an_entry_once_and_counts_all_of_them() -> None:

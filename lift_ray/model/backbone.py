@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.loading import rebuild
+from lift_ray.model.packed import read_packed
 from lift_ray.model.resnet import AnyTower
-from lift_ray.model.weights_file import PLACE, check_fit, check_kind, fill_clip, read_weights
+from lift_ray.model.weights_file import PLACE, POSITIONS, check_fit, check_kind, fill_clip, read_weights
 from lift_ray.storage.file_kinds import SAFETENSORS
 
 EMBEDDED, TIMM, LOCAL = "embedded:", "timm:", "local-dir:"
@@ -127,7 +128,7 @@ def load_backbone(
     """Load a frozen CLIP through open_clip, or a vision transformer without text through timm.
 
     Args:
-        model: `embedded:lift-tiny`, an open_clip name, `hf-hub:...`, `local-dir:...` or `timm:NAME`.
+        model: `embedded:lift-small`, an open_clip name, `hf-hub:...`, `local-dir:...` or `timm:NAME`.
         pretrained: open_clip's tag or a local weights file, for an open_clip name; None (timm's own weights) or a local
             safetensors file for a timm name.
         resolution_px: side of the images, a multiple of the patch size; by default the side that the backbone was trained with.
@@ -201,6 +202,8 @@ def clip_of(model: str, pretrained: str | None) -> tuple[Any, str, bool]:
     import open_clip
 
     source, quick_gelu = _source(model, pretrained)
+    if model.startswith(EMBEDDED):
+        return _embedded_clip(source), source, quick_gelu
     if _is_file(model, pretrained):
         with _without_warnings():  # open_clip warns that the weights, which come next, are random
             clip: Any = open_clip.create_model(source, force_quick_gelu=quick_gelu, pretrained_text=False)
@@ -213,6 +216,18 @@ def clip_of(model: str, pretrained: str | None) -> tuple[Any, str, bool]:
     except Exception as error:  # open_clip raises RuntimeError, OSError, hub and safetensors errors
         raise _not_loaded(model, error) from None
     return clip, source, quick_gelu
+
+
+def _embedded_clip(source: str) -> Any:
+    """Return a CLIP of the package. Its position embeddings are those of larger images: the tower resizes them to any size."""
+    import open_clip
+
+    state = read_packed(Path(source.removeprefix(LOCAL)))
+    with _without_warnings():  # as for a file
+        clip: Any = open_clip.create_model(source, load_weights=False, pretrained_text=False)
+    clip.visual.positional_embedding = nn.Parameter(state[POSITIONS])
+    clip.load_state_dict(state, strict=True)
+    return clip
 
 
 def _is_file(model: str, pretrained: str | None) -> bool:

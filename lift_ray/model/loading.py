@@ -61,10 +61,12 @@ def _open_clip_vit(visual: Any) -> tuple[Tower, dict[str, Tensor]] | None:
         num_heads=blocks[0].attn.num_heads,
         hidden=blocks[0].mlp.c_fc.out_features,
         patch_px=visual.conv1.kernel_size[0],
-        resolution_px=visual.image_size[0],
+        resolution_px=math.isqrt(len(visual.positional_embedding) - 1) * visual.conv1.kernel_size[0],
         activation=quick_gelu if isinstance(act, QuickGELU) else F.gelu,
         eps=visual.ln_post.eps,
+        norm_first=not isinstance(visual.ln_pre, nn.Identity),
     )
+    tower.resolution_px = visual.image_size[0]
     renamed = {
         "conv1.": "patch.",
         "class_embedding": "class_token",

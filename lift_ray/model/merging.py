@@ -102,7 +102,7 @@ def licence(model: str, pretrained: str | None) -> str:
 
 
 LICENCES = {
-    "embedded:lift-tiny": "Apache-2.0",
+    "embedded:lift-small": "MIT (image tower), Apache-2.0 (text tower)",
     "openai": "MIT",
     "laion": "MIT",
     "datacomp": "MIT",
