@@ -22,6 +22,7 @@ from lift_ray.search.confirmation import (
     PosthocChoice,
     candidates,
     choose,
+    compared_baselines,
     decides_by,
     fold_jobs,
     posthoc_choice,
@@ -73,6 +74,37 @@ def test_the_best_trials_and_all_baselines_are_confirmed() -> None:
     assert [row.number for row in candidates(confirmed(confirm=None), rows)] == [2]
     rows[2].state = "pruned"
     assert [row.number for row in candidates(confirmed(), rows)] == [3, 1, 0]
+
+
+def test_of_baselines_with_one_name_the_best_is_compared_once_all_have_ended() -> None:
+    rates = [{"name": "probe", "optim.lr": lr, "loss.tau": 1.0} for lr in (0.1, 0.3, 1.0)]
+    wanted = confirmed(confirm={"best": 1}).model_copy(
+        update={"baselines": [*rates, {"name": "recipe", "optim.lr": 0.1, "loss.tau": 0.0}]}
+    )
+    rows = [trial(0, 0.2, 0), trial(1, 0.4, 1), trial(2, 0.3, 2), trial(3, 0.1, 3), trial(4, 0.9)]
+
+    def compared(rows: Sequence[TrialRow], *, is_over: bool) -> list[int]:
+        return [row.number for row in compared_baselines(wanted, rows, is_over=is_over)]
+
+    assert compared(rows, is_over=False) == [1, 3]
+    assert [row.number for row in candidates(wanted, rows)] == [4, 1, 3]
+    rows[2].state = "running"
+    assert compared(rows, is_over=False) == compared(rows[:2] + rows[3:], is_over=False) == [3]
+    assert compared(rows, is_over=True) == [1, 3]
+    rows[1].state = rows[2].state = "failed"
+    assert compared(rows, is_over=False) == [0, 3], "one of them is enough"
+
+
+def test_of_baselines_with_one_name_one_is_tested_and_repeated(tmp_path: Path) -> None:
+    rates = [{"name": "probe", "optim.lr": lr, "loss.tau": 1.0} for lr in (0.01, 0.3, 1.0)]
+    wanted = confirmed(confirm={"best": 1}, seeds_best=2).model_copy(update={"baselines": rates})
+    result, played = found(wanted, tmp_path)
+    labels = [label for label, _ in result.compared]
+    assert labels.count("probe") == 1
+    tested = {key.split()[1] for key in played.began if key.startswith("evaluate") and " test " in key}
+    assert "trial-0001" in tested
+    assert not {"trial-0000", "trial-0002"} & tested
+    assert {one["label"] for one in result.seeds} <= {"best found", "probe"}
 
 
 def test_each_candidate_is_trained_on_each_further_fold_and_evaluated_on_the_first() -> None:

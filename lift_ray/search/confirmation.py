@@ -119,12 +119,32 @@ def decides_by(space: SpaceFile) -> tuple[str, str]:
 
 
 def candidates(space: SpaceFile, rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """Return the finished trials that are confirmed, best first: the best ones and all baselines, or only the best one."""
+    """Return the finished trials that are confirmed, best first: the best ones and the baselines, or only the best one."""
     best = best_of(rows, space.objectives)
     if best is None or space.search.confirm is None:
         return [] if best is None else [best]
     finished, number = ranked(space, rows, best), space.search.confirm.best
-    return [*finished[:number], *(row for row in finished[number:] if row.baseline is not None)]
+    baselines = {row.number for row in compared_baselines(space, rows, is_over=True)}
+    return [*finished[:number], *(row for row in finished[number:] if row.number in baselines)]
+
+
+def compared_baselines(space: SpaceFile, rows: Sequence[TrialRow], *, is_over: bool) -> list[TrialRow]:
+    """Return the finished baselines: of several with one name the best, which is known when all of them have ended.
+
+    Args:
+        is_over: True once all trials have ended.
+    """
+    labels = space.baseline_labels()
+    named: dict[str, list[TrialRow]] = {}
+    for row in rows:
+        if row.baseline is not None:
+            named.setdefault(labels[row.baseline], []).append(row)
+    found = [
+        best_of(group, space.objectives)
+        for label, group in named.items()
+        if is_over or (len(group) == labels.count(label) and all(row.has_ended for row in group))
+    ]
+    return [row for row in found if row is not None]
 
 
 def ranked(space: SpaceFile, rows: Sequence[TrialRow], best: TrialRow) -> list[TrialRow]:

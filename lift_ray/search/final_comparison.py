@@ -12,7 +12,7 @@ from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.study_files import BEST_FOUND, predictions_of
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
-from lift_ray.search.confirmation import Choice, Results, candidates, fold_jobs, ranked
+from lift_ray.search.confirmation import Choice, Results, candidates, compared_baselines, fold_jobs, ranked
 from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path, trial_checkpoints
 from lift_ray.search.search_data import SearchData
 from lift_ray.search.seed_repeats import repeat_jobs, repeated, seed_results
@@ -142,7 +142,7 @@ def final_jobs(
     """
     confirmed = candidates(space, rows) if is_over else []
     if not is_over and space.search.confirm is not None:
-        confirmed = [row for row in rows if row.baseline is not None and row.state == "finished"]
+        confirmed = compared_baselines(space, rows, is_over=False)
     jobs: dict[str, Job] = {job.key: job for row in confirmed for job in fold_jobs(space, row)}
     wanted: dict[tuple[str, str], tuple[Model, list[float]]] = {}
 
@@ -204,7 +204,7 @@ def comparison_seconds(
     if jobs is None:
         test = num_images.get("test", 0) if space.test == "split" else 0
         both = num_images["validation"] + test
-        images = (2 + CROPS * space.search.tte_best) * both + len(space.baselines) * test
+        images = (2 + CROPS * space.search.tte_best) * both + len(set(space.baseline_labels())) * test
         return image_s * images + run_s * further_trainings(space, retrains=retrains)
     evaluations = [job for job in jobs if isinstance(job, EvaluationJob)]
     images = sum(num_images[job.split] * (CROPS if job.model.endswith(TTE) else 1) for job in evaluations)
@@ -213,7 +213,7 @@ def comparison_seconds(
 
 def further_trainings(space: SpaceFile, *, retrains: bool) -> int:
     """Return the number of trainings after the trials: for confirmation, on all labeled images, and with other seeds."""
-    search, baselines = space.search, len(space.baselines)
+    search, baselines = space.search, len(set(space.baseline_labels()))
     confirmed = min(space.num_trials, search.confirm.best + baselines) if search.confirm else 1
     again = 1 + baselines + max(0, search.tte_best - 1) if retrains else 0
     return confirmed * (search.folds - 1) + again + (search.seeds_best - 1) * (1 + bool(baselines))
@@ -247,16 +247,21 @@ def comparison(
     """Return the entries of the comparison that are known: zero-shot and finished baselines, and then the winner's."""
     labels, plain = space.baseline_labels(), zero_shot(space)
     out = [Entry("zero-shot", plain, plain, plain.tau)] if space.config({}).backbone.has_text else []
+    baselines = {
+        row.number: labels[row.baseline]
+        for row in compared_baselines(space, rows, is_over=choice is not None)
+        if row.baseline is not None
+    }
     for row in rows:
-        if row.baseline is not None and row.state == "finished":
+        if label := baselines.get(row.number):
             searched = trained(space, row)
-            out.append(Entry(labels[row.baseline], final(space, row, results, data), searched, searched.tau, row))
+            out.append(Entry(label, final(space, row, results, data), searched, searched.tau, row))
     if choice is None:
         return out
     for one in choice.candidates[1:]:  # the winner has a tau of its choice, so the baselines have theirs too
-        if one.row.baseline is not None and one.posthoc.is_recommended:
+        if (label := baselines.get(one.row.number)) and one.posthoc.is_recommended:
             model, searched = final(space, one.row, results, data), trained(space, one.row)
-            out.append(Entry(f"{labels[one.row.baseline]}, tau {one.posthoc.tau:g}", model, searched, one.posthoc.tau))
+            out.append(Entry(f"{label}, tau {one.posthoc.tau:g}", model, searched, one.posthoc.tau))
     best, posthoc = choice.row, choice.posthoc
     model, searched = final(space, best, results, data), trained(space, best)
     if posthoc.is_recommended:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.confirmation import Choice
+from lift_ray.search.confirmation import Choice, compared_baselines
 from lift_ray.search.jobs import FIRST_REPEAT, TrainJob
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
@@ -19,10 +19,13 @@ Repeated = tuple[str, TrialRow, float | None]
 
 def repeated(space: SpaceFile, rows: Sequence[TrialRow], choice: Choice) -> list[Repeated]:
     """Return what `search.seeds_best` repeats: the winner with its post-hoc tau, and the first baseline if it is another trial."""
-    best = choice.row
-    start = next((row for row in rows if row.baseline == 0 and row.state == "finished" and row is not best), None)
+    best, labels = choice.row, space.baseline_labels()
     tau = choice.posthoc.tau if choice.posthoc.is_recommended else None
-    return [(BEST_FOUND, best, tau)] + ([] if start is None else [(space.baseline_labels()[0], start, None)])
+    found: list[Repeated] = [(BEST_FOUND, best, tau)]
+    for row in compared_baselines(space, rows, is_over=True):
+        if row is not best and row.baseline is not None and labels[row.baseline] == labels[0]:
+            found.append((labels[0], row, None))
+    return found
 
 
 def repeat_jobs(space: SpaceFile, row: TrialRow, tau: float | None, fold: int) -> list[TrainJob]:
