@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from lift_ray.model.resnet import ResNetTower
 from lift_ray.model.tower import Tower
-from lift_ray.model.tuners.base import Tuner, own_names
+from lift_ray.model.tuners.base import Identity, Tuner, own_names
 from lift_ray.registry import TUNERS, imported
+
+IDENTITY = Identity()
 
 
 class Lift(nn.Module):
@@ -57,12 +59,24 @@ class Lift(nn.Module):
             return activations
         return self.tower.finish(activations, self.tuner.per_block, self.first_tuned)
 
-    def frozen_part(self, images: Tensor) -> Tensor:
-        """Activations of images (B, T, D) after the blocks below the first tuned one; features (B, D) if no block is tuned."""
-        x = self.tower.embed(images)
-        if self.first_tuned == self.tower.num_blocks:
-            return self.tower.finish(x)
-        return self.tower.blocks_until(x, self.first_tuned)
+    def frozen_part(self, images: Tensor, stop: int | None = None) -> Tensor:
+        """Activations of images (B, T, D) after the blocks below `stop`; features (B, D) after all blocks.
+
+        Args:
+            stop: the first tuned block by default, or one below it.
+        """
+        x, stop = self.tower.embed(images), self.first_tuned if stop is None else stop
+        return self.tower.finish(x) if stop == self.tower.num_blocks else self.tower.blocks_until(x, stop)
+
+    def frozen_on(self, activations: Tensor, start: int, stop: int) -> Tensor:
+        """`frozen_part` up to `stop` from `frozen_part` up to `start`."""
+        if start == stop:
+            return activations
+        if stop == self.tower.num_blocks:
+            return self.tower.finish(activations, start=start)
+        for block in self.tower.blocks[start:stop]:
+            activations = block(activations, IDENTITY)
+        return activations
 
     def classify(self, feature: Tensor) -> Tensor:
         """(B, D) -> (B, K) raw logits in fp32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from lift_ray.ray_runtime.capacity import Need
 from lift_ray.reporting.trial_rows import best_of
 from lift_ray.search.engine import Engine
 from lift_ray.search.final_comparison import SearchResult, none_finished
+from lift_ray.search.frozen_cuts import tunings
 from lift_ray.search.interrupts import Interrupts
 from lift_ray.search.jobs import SlotSettings
 from lift_ray.search.progress_table import Monitor, time_breakdown
@@ -85,7 +87,15 @@ def run_search(
         monitor.tick(engine.num_slots)
         metrics.tick()
 
-    slot = SlotSettings(dataset, need, out.url, study.space.name, folds=search.data.folds)
+    slot = SlotSettings(
+        dataset,
+        need,
+        out.url,
+        study.space.name,
+        folds=search.data.folds,
+        features=f"{study.space.name}-{secrets.token_hex(6)}",
+        tunings=tunings(study.space),
+    )
     keeps_slots = not autoscaler_config()
     engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)
     metrics = StudyMetrics(study.space, study.rows, engine)

@@ -21,6 +21,8 @@ class SlotSettings:
         study: name of the search, which tags its metrics.
         number: number of the slot, from 0. A slot keeps the number that it was started with.
         folds: division of the labeled images.
+        features: name of the folder in which the slots of a node share cached features; "" to share none.
+        tunings: `frozen_cuts.tunings` of the space.
     """
 
     dataset: str
@@ -29,6 +31,8 @@ class SlotSettings:
     study: str
     number: int = 0
     folds: Folds = field(default_factory=Folds)
+    features: str = ""
+    tunings: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

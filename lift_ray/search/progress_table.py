@@ -18,9 +18,10 @@ from lift_ray.search.state import Search
 from lift_ray.search.tables import trial_table
 from lift_ray.terminal.tables import console, describe, plain
 from lift_ray.text import count, printable
-from lift_ray.training.events import StepsDone
+from lift_ray.training.events import FeaturesDone, StepsDone
 
 LINE_EVERY_S = 30.0  # longest time without a line, if there is no terminal
+FEATURES_EVERY_S = 10.0  # the same while features are computed
 SHOW_EVERY_S = 1.0
 WRITE_FRACTION = 0.05  # largest fraction of the time for writing the table of trials
 
@@ -43,6 +44,7 @@ class Monitor:
         self.num_slots = 1
         self._changed, self._write_at = False, self.began
         self._num_told = 0  # number of jobs of the final comparison that were shown
+        self._warned: set[str] = set()
         self._said_at = self._shown_at = self.began
         self.console = console()
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
@@ -99,10 +101,14 @@ class Monitor:
         if now - self._shown_at < SHOW_EVERY_S:
             return
         self._shown_at = now
-        line = "  |  ".join([*self._counts(), *map(self._job, self.search.running.values())])
+        progress = self.search.progress.values()
+        for warning in {at.warning for at in progress if at.warning} - self._warned:
+            self._warned.add(warning)
+            self.console.print(printable(warning), soft_wrap=True)
+        line = "  |  ".join([*self._counts(), *self._jobs()])
         self.show(line)
         self._show()
-        if now - self._said_at >= LINE_EVERY_S:
+        if now - self._said_at >= (FEATURES_EVERY_S if any(at.features for at in progress) else LINE_EVERY_S):
             self._say(line)
 
     def _say(self, text: str) -> None:
@@ -136,7 +142,7 @@ class Monitor:
     def _status(self) -> str:
         if not self.rows:
             return "starting Ray and loading the backbone ..."
-        parts = [f"{self._seconds():.0f} s", *self._counts(), *map(self._job, self.search.running.values())]
+        parts = [f"{self._seconds():.0f} s", *self._counts(), *self._jobs()]
         if best := best_row(self.rows.values(), *self.space.objective):
             parts.append(f"best {best.last[self.space.objective[0]]:.4f}: {describe(best.values)}")
         return "  |  ".join(parts)
@@ -153,6 +159,19 @@ class Monitor:
     def _compared(self) -> str:
         known = len(self.search.done) + len(self.search.final_jobs())
         return f"final comparison: {len(self.search.done)} of {known} done"
+
+    def _jobs(self) -> list[str]:
+        """Return the progress of each slot; slots that compute the same features together have one text."""
+        texts: list[str] = []
+        together: dict[int, tuple[list[str], FeaturesDone]] = {}
+        for key, job in self.search.running.items():
+            done = self.search.progress[key].features if key in self.search.progress else None
+            if done is None:
+                texts.append(self._job(job))
+                continue
+            titles, most = together.get(done.total, ([], done))
+            together[done.total] = [*titles, job.title], max(most, done, key=lambda done: done.images)
+        return texts + [f"{' and '.join(titles)}: {features_line(done)}" for titles, done in together.values()]
 
     def _job(self, job: Job) -> str:
         """Return a slot's progress with a job: `trial 3 epoch 2/5 40% 210 images/s`."""
@@ -189,6 +208,15 @@ class Monitor:
         image_s, run_s = statistics.fmean(epochs) / data.num_images["validation"], max(map(_slot_seconds, ended))
         jobs = self.search.final_jobs() if self.search.trials_are_over else None
         return comparison_seconds(self.space, jobs, data.num_images, image_s, run_s, retrains=data.retrains)
+
+
+def features_line(done: FeaturesDone) -> str:
+    """Return the progress of computing features as text."""
+    line = f"computing features of the frozen blocks: {done.images:,} of {count(done.total, 'image')}"
+    if not done.images_per_s:
+        return line
+    left_s = (done.total - done.images) / done.images_per_s
+    return f"{line}, {done.images_per_s:,.0f} images/s, {left_s:,.0f} s left"
 
 
 def _slot_seconds(row: TrialRow) -> float:

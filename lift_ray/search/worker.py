@@ -13,7 +13,7 @@ from functools import partial
 from lift_ray.data.folds import SEARCHED
 from lift_ray.ensembles.ensemble import Ensemble, model_of
 from lift_ray.epoch_metrics import EpochMetrics, named
-from lift_ray.errors import BadInput, RunFailed
+from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.evaluator import Counter, LogitSource, evaluate
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.ray_runtime.session import meeting_point
@@ -28,9 +28,20 @@ from lift_ray.storage.output import Output
 from lift_ray.tracking.prometheus import SlotGauges
 from lift_ray.training import checkpoint
 from lift_ray.training.checkpoint_manager import CheckpointManager, CheckpointPolicy
-from lift_ray.training.events import EpochEnded, Event, JobDone, Reply, RunAborted, RunDiverged, RunStarted, StepsDone
+from lift_ray.training.events import (
+    EpochEnded,
+    Event,
+    FeaturesDone,
+    JobDone,
+    Reply,
+    RunAborted,
+    RunDiverged,
+    RunStarted,
+    StepsDone,
+)
 from lift_ray.training.loop import StepCallback, StopAsked, trained_epochs
 from lift_ray.training.run import Diverged
+from lift_ray.training.shared_features import SharedFeatures
 from lift_ray.training.workspace import Workspace
 
 SHORTEST_IDLE_S, LONGEST_IDLE_S = 0.05, 1.0
@@ -62,6 +73,8 @@ class Worker:
         self._progress = NOWHERE
         self._stop = threading.Event()
         self._views: dict[int, Workspace] = {}  # by fold
+        self._shared: SharedFeatures | None = None
+        self._warning = ""
         self._fold = SEARCHED  # of the last job
 
     def begin(self, job: Job) -> None:
@@ -77,15 +90,19 @@ class Worker:
         if self._pending is None:
             self._pending = self._thread.submit(next, self._replies)
         if not wait([self._pending], timeout_s).done:
-            return self._progress
+            warning = self._warning or (self._shared.problem if self._shared else "")
+            return replace(self._progress, warning=warning)
         pending, self._pending = self._pending, None
         return pending.result()
 
     def stop(self, patience_s: float = 5.0) -> None:
-        """Stop the job at its next step or evaluation batch."""
+        """Stop the job at its next step or evaluation batch, and leave the features that slots share."""
         self._stop.set()
         if self._pending is not None:
             wait([self._pending], patience_s)
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
 
     def _run(self, job: Job) -> Iterator[Reply]:
         try:
@@ -107,6 +124,7 @@ class Worker:
             self._whole = self._open()
         if fold not in self._views:
             self._views[fold] = self._whole.on(self.slot.folds.view(self._whole.dataset, fold))
+            self._views[fold].watch = self._computing
         if fold != self._fold:
             self._whole.release()
             self._fold = fold
@@ -119,7 +137,14 @@ class Worker:
         if self.address is not None:
             join_group(self.rank, need.workers, *self.address, ranks.device)
             ranks = Ranks(self.rank, need.workers, ranks.device, ranks.num_threads)
-        self._output, workspace = Output(self.slot.out), Workspace(self.slot.dataset, ranks)
+        elif self.slot.features:
+            try:
+                self._shared = SharedFeatures(self.slot.features)
+            except OSError as error:
+                self._warning = f"slots do not share cached features: {one_line(error)}; set LIFT_CACHE to a folder"
+        tunings = [RunConfig.model_validate(tuning) for tuning in self.slot.tunings]
+        workspace = Workspace(self.slot.dataset, ranks, self._shared, tunings)
+        self._output = Output(self.slot.out)
         self._opened_s, self._loaded_s = time.monotonic() - began, 0.0
         return workspace
 
@@ -213,6 +238,11 @@ class Worker:
     def _callback(self, workspace: Workspace) -> StepCallback:
         """Return a callback that reports progress and listens for a request to stop."""
         return StepCallback(workspace.ranks, self._heard, lambda: "stopped" if self._stop.is_set() else "")
+
+    def _computing(self, done: FeaturesDone | None) -> None:
+        if self._stop.is_set():
+            raise StopAsked("stopped")
+        self._progress = replace(self._progress, features=done)
 
     def _heard(self, message: Event) -> None:
         if isinstance(message, StepsDone):

@@ -17,6 +17,7 @@ from lift_ray.methods.world import Ranks
 from lift_ray.model.resnet import AnyTower
 from lift_ray.settings.methods import HalfLabelledConfig
 from lift_ray.settings.run import CropFlipConfig, MdaConfig, RunConfig
+from lift_ray.training.feature_cache import Features
 from lift_ray.training.workspace import Workspace
 
 Inputs = Sequence[torch.Tensor | None]
@@ -90,7 +91,7 @@ def _joined(labelled: torch.Tensor, pairs: torch.Tensor | None) -> torch.Tensor:
 
 
 def cached_batches(
-    config: RunConfig, workspace: Workspace, train: Split, features: torch.Tensor, epoch: int, step: int
+    config: RunConfig, workspace: Workspace, train: Split, features: Features, epoch: int, step: int
 ) -> Batches:
     """Yield ((features,), labels) for the steps of an epoch from `step` on, this rank's part of each.
 
@@ -102,7 +103,7 @@ def cached_batches(
     for number in range(step, steps_per_epoch(train, sampling.global_batch_size)):
         _, samples = rank_samples(number)
         labels = torch.from_numpy(train.labels[samples])
-        yield (features[torch.from_numpy(samples).to(device)],), labels.to(device)
+        yield (features[samples],), labels.to(device)
 
 
 def micro_batches(size: int, number: int) -> list[slice]:

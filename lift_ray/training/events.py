@@ -32,6 +32,21 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class FeaturesDone:
+    """Features of frozen blocks are computed, to be cached.
+
+    Args:
+        images: number of images that are done, over all processes that compute the features of this split together.
+        total: number of images of the split.
+        images_per_s: speed of these processes together.
+    """
+
+    images: int
+    total: int
+    images_per_s: float
+
+
+@dataclass(frozen=True)
 class StepsDone:
     """Steps are finished; without figures it is a heartbeat.
 
@@ -40,12 +55,16 @@ class StepsDone:
         step: number of finished steps of the current epoch.
         figures: means over the steps since the last event, by the names in progress.STEP_FIGURES.
         evaluated: fraction of a split that the current evaluation has processed; 0 in training.
+        features: progress of features that the next step or evaluation waits for.
+        warning: a line for the user.
     """
 
     epoch: int
     step: int
     figures: dict[str, float] = field(default_factory=dict)
     evaluated: float = 0.0
+    features: FeaturesDone | None = None
+    warning: str = ""
 
 
 @dataclass(frozen=True)

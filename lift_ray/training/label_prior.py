@@ -44,9 +44,8 @@ def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
         split = training.take(first_of_each_class(training.labels, MEAN_OF))
     plain = workspace.resolve(zero_shot(config))
     model = workspace.build(plain)
-    features = workspace.cached_features(plain, model, split)
-    if features is None:
-        features = workspace.frozen(plain, model, split, np.arange(split.num_samples))
+    cached = workspace.cached_features(plain, model, split)
+    features = workspace.frozen(plain, model, split, np.arange(split.num_samples)) if cached is None else cached[:]
     labels = torch.from_numpy(split.labels).to(features.device)
     with torch.inference_mode():
         return fitted(workspace, torch.cat([model.classify(part) for part in features.split(1000)]), labels)

@@ -20,6 +20,8 @@ from lift_ray.model.heads import over_crops
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.workspace import Workspace, autocast
 
+CACHED_BATCH = 1000  # images
+
 
 class SplitPredictor:
     """A single model that gives logits for whole splits.
@@ -79,11 +81,11 @@ class SplitPredictor:
         ranks, tte, workspace = self.ranks, self.config.evaluation.tte, self.workspace
         if not tte and (cached := workspace.cached_features(self.config, self.lift, split)) is not None:
             mine = rank_slice(split.num_samples, ranks.rank, ranks.world_size)
-            labels = torch.from_numpy(split.labels[mine]).to(cached.device)
-            for frozen, part in zip(cached[mine].split(1000), labels.split(1000), strict=True):
+            for start in range(mine.start, mine.stop, CACHED_BATCH):
+                batch = slice(start, min(start + CACHED_BATCH, mine.stop))
                 with torch.inference_mode(), autocast(self.config, ranks.device):
-                    features = self.lift.feature_from_frozen(frozen)
-                yield features, part
+                    features = self.lift.feature_from_frozen(cached[batch])
+                yield features, torch.from_numpy(split.labels[batch]).to(cached.device)
             return
         batches = evaluation_batches(
             workspace.reader(split),

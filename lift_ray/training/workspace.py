@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
+from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -19,15 +23,17 @@ from lift_ray.data.order import SHUFFLE_BYTES, memory_bytes, rank_slice
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
-from lift_ray.methods.lift import Lift
+from lift_ray.methods.lift import Lift, first_block
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
 from lift_ray.model.heads import MEAN_OF, CosineHead, class_means, probe_weights, random_weights
 from lift_ray.registry import HEADS
 from lift_ray.settings.methods import UlfineConfig
-from lift_ray.settings.run import RunConfig
-from lift_ray.training.feature_cache import FeatureCache
+from lift_ray.settings.run import NoAugmentConfig, RunConfig
+from lift_ray.training.events import FeaturesDone
+from lift_ray.training.feature_cache import FeatureCache, Features, Part
+from lift_ray.training.shared_features import SharedFeatures, chunks_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 2**30
@@ -39,19 +45,32 @@ class Workspace:
     Args:
         dataset: URI, or an open dataset.
         ranks: this process among those that train together.
+        shared: files for the cached features, which processes of one rank share; None to keep them in this process.
+        tunings: tuners of all runs to come whose images never change: features are first computed for the one that changes
+            the lowest block, and those of more blocks are derived from them.
 
     Attributes:
         cache: the cached features.
+        watch: called often while features are computed, and with None at the end; it may raise.
     """
 
-    def __init__(self, dataset: str | Dataset, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        dataset: str | Dataset,
+        ranks: Ranks,
+        shared: SharedFeatures | None = None,
+        tunings: Sequence[RunConfig] = (),
+    ) -> None:
         began = time.monotonic()
         self.ranks = ranks
         self.dataset = open_dataset(dataset) if isinstance(dataset, str) else dataset
         self._backbones: dict[tuple[Any, ...], Backbone] = {}
         self._readers: dict[str, RowReader] = {}
         self._subsets: dict[float, Split] = {}
-        self.cache = FeatureCache()
+        self._likes: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._weights: dict[tuple[Any, ...], int] = {}  # checksums
+        self.cache, self.shared, self.tunings = FeatureCache(), shared, tunings
+        self.watch: Callable[[FeaturesDone | None], None] = lambda done: None
         self._seconds = {"load": time.monotonic() - began}  # shared by all views
 
     @property
@@ -174,7 +193,7 @@ class Workspace:
             probe = Lift(self.backbone(config).tower, {"linear_probe": {}}, torch.nn.Identity())
             # Folds overlap: one pass over all their images is cheaper than a pass over these samples for each fold.
             whole = self.cached_features(config, probe, split) if split.parts else None
-            found = self.frozen(config, probe, split, samples) if whole is None else whole.cpu()[samples]
+            found = self.frozen(config, probe, split, samples) if whole is None else whole[samples]
             features = found.float().cpu()
             make = class_means if config.head.init == "class_mean" else probe_weights
             try:
@@ -191,60 +210,165 @@ class Workspace:
         Its shape is (N, T, D), or (N, D) if no block is tuned. All ranks must call it together: each computes its slice, and the
         sum over the ranks puts the slices together.
         """
-        backbone, ranks = self.backbone(config), self.ranks
-        batches = evaluation_batches(
-            self.reader(split),
-            split,
-            size_px=backbone.tower.resolution_px,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            num_threads=ranks.num_threads,
-            samples=samples,
-            batch_size=batch_size(ranks.device, backbone.tower),
-        )
+        ranks, like = self.ranks, self._like(config, model, model.first_tuned)
+        mine = rank_slice(len(samples), ranks.rank, ranks.world_size)
+        out, at = like.new_zeros(len(samples), *like.shape), mine.start
+        tell = self._telling(mine.stop - mine.start)
+        for part in self._activations(config, model, split, samples[mine], model.first_tuned):
+            out[at : at + len(part)] = part
+            at += len(part)
+            tell(at - mine.start)
+        self.watch(None)
+        return ranks.sum(out)
+
+    def _activations(
+        self, config: RunConfig, model: Lift, split: Split, samples: Int64s, stop: int
+    ) -> Iterator[torch.Tensor]:
+        """Yield the output of the blocks below `stop`, batch by batch: from the deepest cached features, else from the images."""
+        ranks, tower = self.ranks, self.backbone(config).tower
+        size = batch_size(ranks.device, tower)
+        if found := self._deepest(config, model, split, stop):
+            batches = (Features([found])[samples[at : at + size]] for at in range(0, len(samples), size))
+            yield from on_cores(ranks.device, self._frozen_on(config, model, found.stop, stop), batches)
+            return
         normalized = self.normalizer(config)
 
         def frozen(batch: Batch) -> torch.Tensor:
             with torch.no_grad(), autocast(config, ranks.device):
-                return model.frozen_part(normalized(batch.images))
+                return model.frozen_part(normalized(batch.images), stop)
 
-        out, at = None, rank_slice(len(samples), ranks.rank, ranks.world_size).start
-        for part in on_cores(ranks.device, frozen, batches):
-            if out is None:
-                out = part.new_zeros(len(samples), *part.shape[1:])
-            out[at : at + len(part)] = part
-            at += len(part)
-        if out is None:
-            out = torch.zeros(len(samples), *self._frozen_shape(config, model), device=ranks.device)
-        return ranks.sum(out)
+        images = evaluation_batches(
+            self.reader(split),
+            split,
+            size_px=tower.resolution_px,
+            num_threads=ranks.num_threads,
+            samples=samples,
+            batch_size=size,
+        )
+        yield from on_cores(ranks.device, frozen, images)
 
-    def cached_features(self, config: RunConfig, model: Lift, split: Split) -> torch.Tensor | None:
-        """Return `frozen` of a whole split, computed once for all runs; None if it does not fit or nothing is frozen."""
-        if not model.first_tuned:
-            return None
-        if split.parts:
-            # Folds share the features of the splits that they are made of.
-            whole = [(self.cached_features(config, model, part), samples) for part, samples in split.parts]
-            parts = [
-                features[torch.from_numpy(samples).to(features.device)]
-                for features, samples in whole
-                if features is not None
-            ]
-            if len(parts) < len(whole):
+    def _frozen_on(
+        self, config: RunConfig, model: Lift, start: int, stop: int
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        def frozen_on(activations: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), autocast(config, self.ranks.device):
+                return model.frozen_on(activations, start, stop)
+
+        return frozen_on
+
+    def cached_features(self, config: RunConfig, model: Lift, split: Split) -> Features | None:
+        """Return `frozen` of a whole split, computed once for all runs; None if it does not fit or nothing is frozen.
+
+        If it does not fit beside cached features of fewer blocks, the blocks in between run for each batch.
+        """
+        stop, parts = model.first_tuned, []
+        # Folds share the features of the splits that they are made of.
+        for whole, samples in split.parts or ((split, None),):
+            if not stop or not (found := self._cached(config, model, whole, stop)):
                 return None
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        key = (*_key(config), split.key, model.first_tuned)
-        num_bytes = 4 * split.num_samples * int(np.prod(self._frozen_shape(config, model)))
-        # `frozen` is a collective call: sizes follow from settings and data alone, so all ranks decide the same.
-        if not self.cache.fits(key, num_bytes, config.backbone.cache_gib * GIB):
-            return None
-        return self.cache.get(key, lambda: self.frozen(config, model, split, np.arange(split.num_samples)))
+            parts.append(replace(found, samples=samples))
+        if all(part.stop == stop for part in parts):
+            return Features(parts)
+        size = batch_size(self.ranks.device, self.backbone(config).tower)
 
-    def _frozen_shape(self, config: RunConfig, model: Lift) -> tuple[int, ...]:
+        def deepen(activations: torch.Tensor, start: int) -> torch.Tensor:
+            batches = activations.split(size)
+            return torch.cat([*on_cores(self.ranks.device, self._frozen_on(config, model, start, stop), batches)])
+
+        return Features(parts, deepen)
+
+    def _cached(self, config: RunConfig, model: Lift, split: Split, stop: int) -> Part | None:
+        """Return the features of a whole split after the blocks below `stop`, or after fewer blocks if there is no room for these."""
+        key, limit = self._key(config, split, stop), config.backbone.cache_gib * GIB
+        if key not in self.cache:
+            num_bytes = split.num_samples * self._like(config, model, stop).nbytes
+            # `frozen` is a collective call: sizes follow from settings and data alone, so all ranks decide the same.
+            if self.shared is None:
+                if self.cache.fits(key, num_bytes, limit):
+                    self.cache.get(key, lambda: self.frozen(config, model, split, np.arange(split.num_samples)))
+            else:
+                first = self._shallowest(config)
+                if first < stop and self._key(config, split, first) not in self.cache:
+                    self._share(config, model, split, first, limit - num_bytes)
+                self._share(config, model, split, stop, limit)
+        return self._deepest(config, model, split, stop)
+
+    def _share(self, config: RunConfig, model: Lift, split: Split, stop: int, limit_bytes: float) -> None:
+        """Compute features together with other processes, and cache them if they fit."""
+        assert self.shared is not None
+        like, (name, chunks) = self._like(config, model, stop), self._file(config, split, stop)
+        file = self.shared.file(name, chunks, like.nbytes, limit_bytes)
+        if file is None:
+            return
+
+        def compute(chunk: range) -> Iterator[torch.Tensor]:
+            return self._activations(config, model, split, np.arange(chunk.start, chunk.stop), stop)
+
+        try:
+            if file.fill(compute, self._telling(split.num_samples)):
+                features = file.tensor(like.shape, like.dtype)
+                self.cache.get(self._key(config, split, stop), lambda: features.to(self.ranks.device))
+        finally:
+            self.watch(None)
+
+    def _deepest(self, config: RunConfig, model: Lift, split: Split, stop: int) -> Part | None:
+        """Return the cached features of a split after most blocks, but none from `stop` on; None if there are none."""
+        for block in range(stop, 0, -1):
+            key = self._key(config, split, block)
+            if key not in self.cache and self.shared is not None:
+                name, chunks = self._file(config, split, block)
+                if file := self.shared.find(name, chunks):
+                    like = self._like(config, model, block)
+                    features = file.tensor(like.shape, like.dtype)
+                    self.cache.get(key, lambda features=features: features.to(self.ranks.device))
+            if key in self.cache:
+                return Part(self.cache[key], block)
+        return None
+
+    def _shallowest(self, config: RunConfig) -> int:
+        """Return the first block that a run of the search tunes, but for those that tune the very first; all blocks if unknown."""
         tower = self.backbone(config).tower
-        if model.first_tuned == tower.num_blocks:
-            return (tower.width,)
-        return (tower.num_patches(tower.resolution_px) + 1, tower.width)
+        stops = [tower.num_blocks]
+        for tuning in self.tunings if isinstance(config.augment, NoAugmentConfig) else ():
+            with suppress(ValueError):  # it names blocks of another backbone
+                resolved = tuning.resolve(self.dataset.num_classes, tower.num_blocks, tower.width)
+                stops.append(first_tuned(resolved, tower.num_blocks))
+        return min(filter(None, stops))
+
+    def _file(self, config: RunConfig, split: Split, stop: int) -> tuple[str, list[range]]:
+        """Return the name of the file that is shared with other processes, and its chunks."""
+        tower, key = self.backbone(config).tower, _key(config)
+        if key not in self._weights:
+            checksum = 0
+            for tensor in tower.state_dict().values():
+                checksum = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, checksum)
+            self._weights[key] = checksum
+        files = [(shard.num_bytes, shard.identity, shard.sha256) for shard in split.shards]
+        size = batch_size(self.ranks.device, tower)
+        identity = repr((key, self._weights[key], split.key, files, size))
+        return f"{sha256(identity.encode()).hexdigest()[:24]}-{stop}", chunks_of(split.num_samples, size)
+
+    def _telling(self, total: int) -> Callable[[int], None]:
+        """Return a function that reports how many of the images are done."""
+        began, first = time.monotonic(), -1
+
+        def tell(done: int) -> None:
+            nonlocal first
+            first = done if first < 0 else first
+            self.watch(FeaturesDone(done, total, (done - first) / max(1e-3, time.monotonic() - began)))
+
+        return tell
+
+    def _key(self, config: RunConfig, split: Split, stop: int) -> tuple[Any, ...]:
+        return (*_key(config), split.key, stop)
+
+    def _like(self, config: RunConfig, model: Lift, stop: int) -> torch.Tensor:
+        """Return features of one black image, (T, D) or (D,)."""
+        key, px = (*_key(config), stop), self.backbone(config).tower.resolution_px
+        if key not in self._likes:
+            with torch.no_grad(), autocast(config, self.ranks.device):
+                self._likes[key] = model.frozen_part(torch.zeros(1, 3, px, px, device=self.ranks.device), stop)[0]
+        return self._likes[key]
 
     def device_batches(
         self, config: RunConfig, batches: Iterable[Batch]
@@ -289,6 +413,11 @@ def first_of_each_class(labels: Int64s, number: int) -> Int64s:
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], labels[order], side="left")
     return np.sort(order[np.arange(len(order)) - starts < number])
+
+
+def first_tuned(config: RunConfig, num_blocks: int) -> int:
+    """Return the first block that resolved settings tune; `num_blocks` if they tune none."""
+    return min(first_block(tuner.kind, tuner.options(num_blocks), num_blocks) for tuner in config.tuners())
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
