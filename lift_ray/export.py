@@ -45,11 +45,14 @@ def export(
     for name in formats or []:
         if name not in known:
             raise BadInput("--format", f"unknown format '{name}'", remedy=did_you_mean(name, known))
-    from lift_ray.inference.export import export_checkpoint
-    from lift_ray.training.checkpoint import opened
+    from lift_ray.terminal.waiting import waiting
 
-    with opened(checkpoint) as folder:
-        exported, left_out = export_checkpoint(folder, to, formats or [], posthoc_tau)
+    with waiting("writing and comparing the files"):
+        from lift_ray.inference.export import export_checkpoint
+        from lift_ray.training.checkpoint import opened
+
+        with opened(checkpoint) as folder:
+            exported, left_out = export_checkpoint(folder, to, formats or [], posthoc_tau)
     for each in exported:
         say(f"{to / each.file}: largest difference from the checkpoint's logits {each.difference:.1e}")
     if left_out:

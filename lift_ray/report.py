@@ -35,9 +35,12 @@ def report(
       python -m lift_ray.report runs/bottleneck runs/heavy runs/tau --to runs/together
       python -m lift_ray.report s3://bucket/inat --to inat-report
     """
-    from lift_ray.reporting.report import write_report
+    from lift_ray.terminal.waiting import waiting
 
-    where = write_report(outs, to, png=png)
+    with waiting("writing the report"):
+        from lift_ray.reporting.report import write_report
+
+        where = write_report(outs, to, png=png)
     say(f"report: {where}")
     if open_page and "://" not in where:
         import webbrowser

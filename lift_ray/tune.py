@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -141,6 +142,7 @@ def _search(
     from lift_ray.search.search_data import SearchData
     from lift_ray.storage.layout import SPACE
     from lift_ray.storage.output import Output
+    from lift_ray.terminal.waiting import waiting
     from lift_ray.tracking.services import trackers
 
     facts = SearchData.of(space, data)
@@ -155,8 +157,10 @@ def _search(
         trackers(log_to, space.name, target.folder) as watchers,
         study_in(target, space, dataset, url=storage, resume=resume) as study,
         served(space, study.rows, target.folder, live_port, status) as page,
-        connected(dashboard=dashboard, metadata=job_metadata(space, page)) as nodes,
+        ExitStack() as cluster,
     ):
+        with waiting("starting Ray"):
+            nodes = cluster.enter_context(connected(dashboard=dashboard, metadata=job_metadata(space, page)))
         from lift_ray.ray_runtime.capacity import num_slots, slots_now
 
         interrupts.listen()
@@ -197,7 +201,9 @@ def _search(
         found.time_s["total"] += started_s
         write_result(space, data, facts, found, target)
     _print_found(space, found, facts, target)
-    if page := try_report(target):
+    with waiting("writing the report"):
+        page = try_report(target)
+    if page:
         say(f"report: {page}")
 
 
