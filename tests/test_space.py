@@ -23,7 +23,7 @@ SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if "\nspace:" in path.re
 QUICKSTART = (FOLDER / "quickstart.yaml").read_text()
 HEAD = "name: n\ndataset: embedded:caltech101-lt\n"
 SEED = HEAD + "space:\n  seed: {int: [1, 9]}\n"
-LAST = "tuner.ratio, tuner.norms, tuner.mlp, tuner.length, tuner.last, tuner.kind, tuner.bottleneck, tuner.blocks"
+LAST = "tuner.ratio, tuner.norms, tuner.mlp, tuner.length, tuner.last, tuner.kind, tuner.bottleneck, tuner.blocks.last"
 
 
 def written(folder: Path, text: str) -> Path:
@@ -119,7 +119,8 @@ BROKEN = {
     ),
     "a choice that is a list": (
         param("tuner.kind: {choices: [[lora]]}"),
-        "4 space.tuner.kind.choices.0: must be text, a number, true, false or null, but got ['lora']; change it",
+        "4 space.tuner.kind.choices.0: must be text, a number, true, false, null, a list of integers or {last: K}, "
+        "but got ['lora']; change it",
     ),
     "an unknown setting": (
         param("optim.lrr: {float: [0.1, 1]}"),

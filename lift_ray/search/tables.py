@@ -93,7 +93,7 @@ def trial_table(rows: Sequence[TrialRow], names: Sequence[str], metric: str, tit
     table.add_column("trial", justify="right")
     for name in names:
         table.add_column(
-            "tuner" if name == "tuner.kind" else name.rsplit(".", 1)[-1],
+            "tuner" if name == "tuner.kind" else name.partition(".")[2] or name,
             justify="left" if name.endswith("kind") else "right",
             no_wrap=name.endswith("kind"),
         )

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from lift_ray.epoch_metrics import MAIN_METRIC, METRICS, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.registry import SAMPLERS, imported
-from lift_ray.settings.messages import Path_, explain, fault, setting_types
+from lift_ray.settings.messages import Path_, _walk, dotted, explain, fault, setting_types
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import batch_fault
@@ -26,6 +26,7 @@ from lift_ray.settings.space import (
     parents_first,
     replaced,
     seeded_draws,
+    setting_of,
 )
 from lift_ray.settings.yaml_file import SettingsFile
 from lift_ray.text import count
@@ -163,6 +164,8 @@ def _name_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
         if name not in paths:
             place = file.where(("space", name))
             out.append(fault(place, f"unknown setting '{name}'", remedy=did_you_mean(name, paths)))
+        elif (whole := setting_of(name)) != name and whole in space.space:
+            out.append(fault(file.where(("space", name)), f"must not be beside {whole}", remedy="remove one of them"))
         for parent in param.when:
             if parent not in space.space:
                 place = file.where(("space", name, "when", parent))
@@ -241,15 +244,14 @@ def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any
 def _value_problem(
     file: SettingsFile, space: SpaceFile, values: dict[str, Any], at: Path_, problem: ErrorDetails
 ) -> BadInput:
-    name = ".".join(str(part) for part in problem["loc"]) + (".kind" if problem["type"] == "union_tag_invalid" else "")
-    section, leaf = name.split(".")[0], name.split(".")[-1]
-    cause = next((value for value in values if value.split(".")[0] == section and value.split(".")[-1] == leaf), "")
+    path = _walk(RunConfig, problem["loc"])[0] + (("kind",) if problem["type"] == "union_tag_invalid" else ())
+    cause = next((value for value in values if setting_of(value) == setting_of(dotted(path))), "")
     place = file.where((*at, cause) if cause else at)
     if problem["type"] == "extra_forbidden" and cause:
-        kind = f"{section}.kind"
+        kind = f"{path[0]}.kind"
         remedy = f"add when: {{{kind}: [the kinds that have it]}}" if kind in space.space else "remove it"
         return fault(place, f"has no effect with {kind} {problem['loc'][1]}", remedy=remedy)
-    return explain(RunConfig, problem, tuple(name.split(".")), place)
+    return explain(RunConfig, problem, path, place)
 
 
 def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:

@@ -75,7 +75,7 @@ def _as_mapping(model: type[BaseModel], path: Path_, value: Any, kind: str) -> s
         name.removeprefix("base."): types for name, types in setting_types(model).items() if name.startswith("base.")
     }
     setting, _, kind_of_range = str(path[1]).rpartition(".")
-    if setting in known:  # from the command line: space.loss.tau.float=[0, 2]
+    if setting in known and path[1] not in known:  # from the command line: space.loss.tau.float=[0, 2]
         return did_you_mean(kind_of_range, RANGES)
     if path[1] not in known:
         return did_you_mean(path[1], known)
@@ -98,11 +98,13 @@ def setting_types(model: type[BaseModel], prefix: str = "") -> dict[str, tuple[A
     """Return the types of every setting of a file by dotted path, for all kinds of every section."""
     found: dict[str, tuple[Any, ...]] = {}
     for name, field in model.model_fields.items():
-        below = [*models_of(field.annotation), *(mark.model for mark in field.metadata if isinstance(mark, Holds))]
+        held = [mark.model for mark in field.metadata if isinstance(mark, Holds)]
+        below = [*models_of(field.annotation), *held]
+        types_ = tuple(one for one in _plain_types(field.annotation) if not issubclass(one, BaseModel))
         for option in below:
             found |= setting_types(option, f"{prefix}{name}.")
-        if not below:
-            found[prefix + name] = found.get(prefix + name, ()) + _plain_types(field.annotation)
+        if not below or (not held and set(types_) - {types.NoneType}):  # `blocks` is a list or a mapping
+            found[prefix + name] = found.get(prefix + name, ()) + types_
     return found
 
 
@@ -118,7 +120,7 @@ def elsewhere(model: type[BaseModel], path: str) -> str:
     sections = {name.rpartition(".")[0] for name in known}
     found = [
         name
-        for name in (*known, *sorted(sections))
+        for name in (*known, *sorted(sections - known.keys()))
         if name and (name.endswith(f".{path}") or path.endswith(f".{name}"))
     ]
     return f"did you mean {' or '.join(map(repr, found))}?" if 0 < len(found) <= 3 else ""

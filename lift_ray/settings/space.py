@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lift_ray.epoch_metrics import MAIN_METRIC
 from lift_ray.registry import SAMPLERS, Config
@@ -22,8 +24,23 @@ LARGEST_GRID = 10_000
 LARGEST_BOUND = 1e15  # above this, samplers lose integer precision
 
 
-Value = Annotated[bool | int | float | str | None, OneOf("text, a number, true, false or null")]
-Values = Annotated[bool | int | float | str | list[Value] | None, OneOf("one value or a list of values")]
+def _unpacked(value: Any) -> Any:
+    """Return the list or mapping that a text of a choice stands for; other values as they are."""
+    return json.loads(value) if isinstance(value, str) and _PACKED.fullmatch(value) else value
+
+
+_INTEGER = "-?(?:0|[1-9][0-9]*)"
+_PACKED = re.compile(rf'\[{_INTEGER}(?:, {_INTEGER})*\]|{{"last": {_INTEGER}}}')
+if TYPE_CHECKING:
+    Value = bool | int | float | str | None
+    Values = Value | list[Value]
+else:  # a list or a mapping becomes text, because Optuna's categories, tables of trials and `when` hold plain values
+    _Plain = bool | int | float | str | None
+    _List = Annotated[list[int], Field(min_length=1), AfterValidator(json.dumps)]
+    _Last = Annotated[dict[Literal["last"], int], Field(min_length=1), AfterValidator(json.dumps)]
+    _RULE = "text, a number, true, false, null, a list of integers or {last: K}"
+    Value = Annotated[_Plain | _List | _Last, OneOf(_RULE)]
+    Values = Annotated[_Plain | _Last | list[Value], OneOf("one value or a list of values")]
 
 
 class Param(Config):
@@ -124,7 +141,8 @@ class SpaceFile(Config):
     base: Annotated[dict[str, Any], Holds(RunConfig)] = {}
     space: Annotated[dict[str, Param], Field(min_length=1)]
     baselines: list[dict[str, Value]] = []
-    """Settings to compare the search with, trained first and never stopped early; `name` is the label in tables."""
+    """Settings to compare the search with, trained first and never stopped early; `name` is the label in tables. Of several with one
+    name, the best on validation is compared: the same method with other rates, for example."""
     test: Literal["split", "none"] = "split"
     """none: compare on validation only, for datasets without a test split; the result is then not held out from the search."""
     search: SearchConfig = SearchConfig()
@@ -169,7 +187,8 @@ class SpaceFile(Config):
 
     def config(self, values: dict[str, Any]) -> RunConfig:
         """Return the run settings for the values of a trial. Raises pydantic's ValidationError."""
-        return RunConfig.model_validate(apply_overrides(self.base, values, RunConfig))
+        given = {name: _unpacked(value) for name, value in values.items()}
+        return RunConfig.model_validate(apply_overrides(self.base, given, RunConfig))
 
 
 def grid_points(space: dict[str, Param]) -> list[dict[str, Value]]:
@@ -219,13 +238,18 @@ def replaced(base: dict[str, Any], always: Collection[str]) -> set[str]:
     Args:
         always: settings that the space sets in every trial.
     """
-    names = [name for name, _ in dotted(base)]
+    names, searched = [name for name, _ in dotted(base)], {setting_of(name) for name in always}
     with_keys = {name.rpartition(".")[0] for name in names if not name.endswith(".kind")}
     return {
         name
         for name in names
-        if name in always and not (name.endswith(".kind") and name.rpartition(".")[0] in with_keys)
+        if setting_of(name) in searched and not (name.endswith(".kind") and name.rpartition(".")[0] in with_keys)
     }
+
+
+def setting_of(name: str) -> str:
+    """Return the setting of which a dotted name is all or a part: `tuner.blocks` of `tuner.blocks.last`."""
+    return ".".join(name.split(".")[:2])
 
 
 def is_active(param: Param, values: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lift_ray.registry import TUNERS, TunerConfig
 
@@ -32,17 +32,18 @@ def resolve_tuner(tuner: TunerConfig, where: str, num_classes: int, num_blocks: 
     Args:
         where: name of the section, for errors.
 
-    Raises ValueError when a block number is outside 0 ... num_blocks - 1.
+    Raises ValueError when a block number is outside 0 ... num_blocks - 1, or more last blocks are asked for than there are.
     """
-    filled: dict[str, Any] = {}
     num_tuned = num_blocks
+    if hasattr(tuner, "blocks"):
+        given = tuner.blocks
+        last = num_blocks if given is None else getattr(given, "last", None)
+        if last is not None and last > num_blocks:
+            raise ValueError(f"{where}.blocks.last: must lie in 1 ... {num_blocks}, but got {last}; lower it")
+        blocks = sorted(set(given)) if last is None else list(range(num_blocks - last, num_blocks))
+        if not blocks or blocks[-1] >= num_blocks:
+            raise ValueError(f"{where}.blocks: must lie in 0 ... {num_blocks - 1}, but got {given}; name at least one")
+        tuner, num_tuned = tuner.model_copy(update={"blocks": blocks}), len(blocks)
     if problem := tuner.problem(num_blocks):
         raise ValueError(f"{where}.{problem}")
-    if hasattr(tuner, "blocks"):
-        blocks = sorted(set(tuner.blocks)) if tuner.blocks is not None else list(range(num_blocks))
-        if not blocks or blocks[-1] >= num_blocks:
-            raise ValueError(
-                f"{where}.blocks: must lie in 0 ... {num_blocks - 1}, but got {tuner.blocks}; name at least one"
-            )
-        filled["blocks"], num_tuned = blocks, len(blocks)
-    return tuner.model_copy(update=filled | tuner.derived(num_classes, num_tuned, width))
+    return tuner.model_copy(update=tuner.derived(num_classes, num_tuned, width))

@@ -115,7 +115,9 @@ def _further(split: str, figures: Named) -> list[tuple[str, dict[str, float]]]:
 def describe(values: Mapping[str, Any]) -> str:
     """Describe a trial's settings in one line: `adaptformer, bottleneck 8, tau 1, lr 0.02`."""
     parts = [str(values["tuner.kind"])] if "tuner.kind" in values else []
-    parts += [f"{name.rsplit('.', 1)[-1]} {short(value)}" for name, value in values.items() if name != "tuner.kind"]
+    parts += [
+        f"{name.partition('.')[2] or name} {short(value)}" for name, value in values.items() if name != "tuner.kind"
+    ]
     return ", ".join(parts)
 
 

@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
+
+from lift_ray.registry import Config
 
 Width = Annotated[int, Field(ge=1)]
+Numbers = list[Annotated[int, Field(ge=0)]]
+
+
+class LastBlocks(Config):
+    """The last blocks of the backbone, whatever its depth."""
+
+    last: Annotated[int, Field(ge=1)]
+    """Number of blocks."""
+
+
+_NUMBERS: TypeAdapter[Numbers] = TypeAdapter(Numbers, config=ConfigDict(strict=True))
+
+
+def _by_form(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Validate each form by itself: an error of the union would list the faults of both."""
+    if isinstance(value, dict):  # a misspelt key is one fault: `last` is not missing as well
+        return LastBlocks.model_validate({"last": 1} | value if value.keys() - {"last"} else value)
+    if isinstance(value, list):
+        return _NUMBERS.validate_python(value)
+    if value is not None and not isinstance(value, LastBlocks):
+        raise ValueError(f"must be a list of block numbers or {{last: K}}, but got {value!r}; change it")
+    return handler(value)
+
+
 Blocks = Annotated[
-    list[Annotated[int, Field(ge=0)]] | None, Field(description="Block numbers from 0; all when not given.")
+    Numbers | LastBlocks | None,
+    WrapValidator(_by_form),
+    Field(description="Block numbers from 0, or {last: K} for the last K; all when not given."),
 ]
 
 # TunerKind.owns: two tuners of one model must not own the same

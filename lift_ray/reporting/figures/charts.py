@@ -85,6 +85,7 @@ SETTINGS = {
     "tuner.length": "prompt length",
     "tuner.ratio": "fraction of weights tuned",
     "tuner.blocks": "tuned blocks",
+    "tuner.blocks.last": "last blocks tuned",
     "loss.tau": "tau in training",
     "loss.kind": "loss",
     "optim.lr": "learning rate",

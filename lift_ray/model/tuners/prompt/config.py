@@ -31,7 +31,7 @@ class VptDeepConfig(_PromptConfig):
     length: Width | None = None
     """Number of tokens in a block; derived as 2^max(0, floor(log2(K / L)))."""
     blocks: Blocks = None
-    """Block numbers from 0; all when not given. Tokens stay until the next tuned block replaces them."""
+    """Block numbers from 0, or {last: K} for the last K; all when not given. Tokens stay until the next tuned block replaces them."""
 
 
 def build(tower: Any, block: int, length: int) -> Any:
