@@ -153,6 +153,15 @@ def test_heavy_tuning_hurts_if_the_trials_say_so(slope: float, answer: str) -> N
     assert heavy.slope.low <= slope <= heavy.slope.high
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_answer_says_if_no_trial_tunes_the_backbone_itself(kind: str) -> None:
+    found = study(SIZES, [0.4 + noise for noise in NOISE])
+    in_base = replace(found, about={"space": {"base": {"tuner": {"kind": kind}}}})
+    in_space = replace(found, trials=[trial | {"tuner.kind": kind} for trial in found.trials])
+    for one in (in_base, in_space):
+        assert ("None of them tunes the weights of the backbone" in heavy_tuning(one).answer) == (kind == "lora")
+
+
 @pytest.mark.parametrize("sizes", [SIZES[:4], [1e3, 1e4] * 7])
 def test_few_sizes_cannot_tell_about_heavy_tuning(sizes: list[float]) -> None:
     heavy = heavy_tuning(study(sizes, [0.5 - 1e-6 * size for size in sizes]))

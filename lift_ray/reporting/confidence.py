@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,9 @@ def student(freedom: int) -> float:
     return z + sum((term / freedom**power for power, term in enumerate(powers, 1)), 0.0)
 
 
+HEAVY_KINDS = {"full", "partial", "sparse"}  # tuners that change the backbone's own weights, and many of them
+
+
 @dataclass(frozen=True)
 class Heavy:
     """Answer to the question whether heavy fine-tuning hurts the few-shot classes (arXiv 2309.10019).
@@ -240,10 +243,22 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
     metrics = " or ".join(f"{name} accuracy" if name in GROUPS else name for name in names)
     answer = (
         f"{short.removesuffix('.')} ({interval}). Based on {len(trials)} sizes ({span} trained parameters), each "
-        f"represented by its best trial by {metrics}, out of {count(number, 'finished trial')}."
+        f"represented by its best trial by {metrics}, out of {count(number, 'finished trial')}.{_none_is_heavy(studies)}"
     )
     low, high = (np.array([getattr(h, end) for h in heights]) for end in ("low", "high"))
     return Heavy(short, answer, trials, slope, (10**grid, low, high))
+
+
+def _none_is_heavy(studies: Sequence[StudyFiles]) -> str:
+    """Say where heavy fine-tuning was tried if no trial of the studies tunes the backbone's own weights; "" if one does."""
+    for study in studies:
+        base = study.about.get("space", {}).get("base", {}).get("tuner", {})
+        kinds = {
+            trial.get("tuner.kind") or (base.get("kind") if isinstance(base, dict) else base) for trial in sized(study)
+        }
+        if kinds & HEAVY_KINDS:
+            return ""
+    return " None of them tunes the weights of the backbone itself: search_spaces/heavy.yaml does, and the README compares such methods."
 
 
 def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool = False) -> list[Interval]:
