@@ -258,7 +258,7 @@ def _none_is_heavy(studies: Sequence[StudyFiles]) -> str:
         }
         if kinds & HEAVY_KINDS:
             return ""
-    return " None of them tunes the weights of the backbone itself: search_spaces/heavy.yaml does, and the README compares such methods."
+    return " None of them tunes the backbone's own weights: search_spaces/heavy.yaml does, and the README compares such methods."
 
 
 def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool = False) -> list[Interval]:
