@@ -12,38 +12,43 @@ help:  ## show this list
 	@echo "installing lift_ray into .venv (once; PyTorch makes it minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@echo "installing the tools of the tests into .venv (once)"
 	@$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
 quickstart: .venv/.installed  ## search for the best way to fine-tune a small CLIP, on this machine, in minutes
 	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml
 
-test: .venv/.installed  ## run the tests, save those of the next two targets
+test: .venv/.installed-dev  ## run the tests, save those of the next two targets
 	@$(BIN)/python -m pytest -m "not slow and not cluster"
 
-slow: .venv/.installed  ## run the tests that kill whole runs, export every kind of model, and type the tutorial
+slow: .venv/.installed-dev  ## run the tests that kill whole runs, export every kind of model, and type the tutorial
 	@$(BIN)/python -m pytest -m slow
 
-clusters: .venv/.installed  ## run the tests that start clusters, lose their nodes and wait for new ones
+clusters: .venv/.installed-dev  ## run the tests that start clusters, lose their nodes and wait for new ones
 	@$(BIN)/python -m pytest -m cluster
 
-fuzz: .venv/.installed  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 10 minutes, or FUZZ_INPUTS=N
+fuzz: .venv/.installed-dev  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 10 minutes, or FUZZ_INPUTS=N
 	@FUZZ_INPUTS=$${FUZZ_INPUTS:-10000} $(BIN)/python -m pytest -s tests/test_fuzz.py
 
-lint: .venv/.installed  ## ruff and mypy, changing nothing
+lint: .venv/.installed-dev  ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict lift_ray
 
-format: .venv/.installed  ## rewrite the code in the house format
+format: .venv/.installed-dev  ## rewrite the code in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-secrets: .venv/.installed  ## look for keys and passwords in the files
+secrets: .venv/.installed-dev  ## look for keys and passwords in the files
 	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^benchmarks/results/|/manifest\.json$$' --exclude-lines '^ *sourceImage: '
 
-audit: .venv/.installed  ## look the installed packages up in a database of known vulnerabilities; says where none can be reached
+audit: .venv/.installed-dev  ## look the installed packages up in a database of known vulnerabilities; says where none can be reached
 	@$(BIN)/python .ci/audit.py
 
-screenshots: .venv/.installed  ## take the screenshots in docs/ again; needs Chromium, 20 minutes
+screenshots: .venv/.installed-dev  ## take the screenshots in docs/ again; needs Chromium, 20 minutes
 	@$(BIN)/python tests/screenshots.py

@@ -472,7 +472,7 @@ def test_other_datasets_are_taken_as_they_are_and_without_a_word(
     monkeypatch.chdir(tmp_path)
     for folder in ("files/d", "d", "e"):
         (tmp_path / folder).mkdir(parents=True)
-    for dataset in ("embedded:caltech101", "s3://bucket/d", f"{tmp_path}/d"):
+    for dataset in ("embedded:caltech101-lt", "s3://bucket/d", f"{tmp_path}/d"):
         (tmp_path / "files" / "a.yaml").write_text(f"dataset: {dataset}\n")
         assert read_run("files/a.yaml").dataset == dataset
     assert read_run("files/a.yaml", {"dataset": "d"}).dataset == "d"  # from the command line: relative to the shell
