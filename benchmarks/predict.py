@@ -50,7 +50,7 @@ from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
 DATASET = "embedded:caltech101-lt"  # that the models are for, and whose validation split fits the temperature
-SMALL = {"backbone": {"model": "embedded:lift-tiny"}}
+SMALL = {"backbone": {"model": "local-dir:tests/lift-tiny"}}
 LARGE = "vit_small_patch14_dinov2"
 
 

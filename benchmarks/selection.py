@@ -19,7 +19,7 @@ images too. With `auto` no second training follows, and best/ is that of `confir
 one image, are drawn from the long-tailed training images with the seed of the search, so nothing is gained from a balanced set. A
 FOLDER is cut to a long tail first; its validation split is the test split if it has none.
 
-Finished seeds are lines of a file in --out, and are not run again. Without --vits, the backbone is lift-tiny.
+Finished seeds are lines of a file in --out, and are not run again. Without --vits, the backbone is lift-small.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ from lift_ray.training.workspace import Workspace
 EMBEDDED, DRAWN = "embedded:caltech101-lt", "drawn"
 TODAY, TODAY_REFIT, CONFIRMED, WINNER = "today's rule", "today's rule, refit", "confirmed", "confirmed, refit"
 ORACLE = "best on test (an upper bound)"
-FEW = "few"
+FEW, BLOCK = "few", 11
 SHOWN = {MAIN: "mean class", FEW: "few"}
 ESTIMATES = {"hold_out": "hold-out", "out_of_fold": "out-of-fold"}
 
@@ -90,7 +90,7 @@ class Setup:
 
     name: str
     backbone: Mapping[str, Any] = field(default_factory=dict)
-    block: int = 5
+    block: int = BLOCK
     trials: int = 12
     folds: int = 4
     best: int = 3
@@ -610,8 +610,7 @@ def main(words: Sequence[str] | None = None) -> None:
     name = Path(args.set).name
     if is_folder(args.set):
         name += f", {args.classes} classes, {args.largest} images, imbalance {args.imbalance:g}"
-    block = 11 if args.vits else 5
-    setup = Setup(name, backbone, block, args.trials, args.folds, args.best, args.epochs, args.batch)
+    setup = Setup(name, backbone, BLOCK, args.trials, args.folds, args.best, args.epochs, args.batch)
     rows = measured(setup, whole, args.seeds, args.out / "selection.jsonl", args.cores, args.minutes)
     if not rows:
         return

@@ -59,7 +59,7 @@ class Case:
     batch: int
 
 
-CASES = {"vit-b-32": Case("ViT-B-32", 32), "lift-tiny": Case("local-dir:lift_ray/assets/lift-tiny", 128)}
+CASES = {"vit-b-32": Case("ViT-B-32", 32), "lift-tiny": Case("local-dir:tests/lift-tiny", 128)}
 
 
 class PlainBlock(nn.Module):

@@ -261,7 +261,7 @@ def main() -> None:
     options.add_argument(
         "--rates", nargs="+", metavar="SETTING=RATE", default=[], help="learning rates of single settings"
     )
-    options.add_argument("--backbone", default="embedded:lift-tiny")
+    options.add_argument("--backbone", default="embedded:lift-small")
     options.add_argument("--pretrained", help="weights file of a timm: backbone")
     options.add_argument("--resolution", type=int, help="side of the images in pixels")
     options.add_argument("--start-px", type=int, default=24, help="side of the images at first, where they grow")
