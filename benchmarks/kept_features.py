@@ -1,7 +1,11 @@
-"""A linear probe from features that are computed once, against the same probe through the tower in every epoch.
+"""Cached features: a probe from them against the same probe through the tower, and two slots that share them against two that do not.
 
 Ten epochs on the embedded long-tailed Caltech-101 with lift-tiny, the evaluation crop in both. Seconds are those of training;
-the pass that computes the features is given beside them. In a search that pass is paid once for a slot, not for a trial.
+the pass that computes the features is given beside them. In a search that pass is paid once on a node, not for a trial.
+
+Then two processes, one torch thread each, need the features of the training and validation images for a linear probe, for the last
+block and for the last two. Given are the seconds until both have read all of them, the size of the features, and the peak of the
+proportional memory (PSS) of both processes together, in which pages that both map count once.
 
     python benchmarks/kept_features.py
 """
@@ -9,16 +13,25 @@ the pass that computes the features is given beside them. In a search that pass 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import tempfile
 import time
+from typing import Any
 
+import numpy as np
+import psutil
 from record import record
 
 from lift_ray.epoch_metrics import MAIN_METRIC, named
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
+from lift_ray.training.shared_features import SharedFeatures
 from lift_ray.training.workspace import Workspace
 
+Figures = dict[str, float]
+SLOTS = 2
 DATASET = "embedded:caltech101-lt"
 
 
@@ -43,11 +56,69 @@ def measure(cache_gib: float, epochs: int, threads: int) -> tuple[float, float, 
     return before, trained, figures, run.config.digest()
 
 
+def tunings(num_blocks: int) -> list[RunConfig]:
+    """Return a linear probe, and runs that tune the last block and the last two."""
+    blocks = [{"blocks": list(range(num_blocks - last, num_blocks))} for last in (1, 2)]
+    tuners = [{"kind": "linear_probe"}, *({"kind": "adaptformer", **one} for one in blocks)]
+    shared = {"backbone": {"cache_gib": 64.0}, "augment": {"kind": "none"}}
+    return [RunConfig.model_validate({**shared, "tuner": tuner}) for tuner in tuners]
+
+
+def slot(share: bool, barrier: Any, results: Any) -> None:
+    """Get all features as a slot of a search does; put seconds and bytes into the queue, and wait until memory was measured."""
+    shared = SharedFeatures("benchmark") if share else None
+    workspace = Workspace(DATASET, Ranks.alone(), shared)
+    num_blocks = workspace.backbone(RunConfig()).tower.num_blocks
+    workspace.tunings = tunings(num_blocks) if share else ()
+    runs = [Run(config, workspace) for config in tunings(num_blocks)]
+    barrier.wait(600)
+    began = time.monotonic()
+    for run in runs:
+        for name in ("train", "validation"):
+            split = workspace.dataset.split(name)
+            features = workspace.cached_features(run.config, run.model, split)
+            assert features is not None
+            for start in range(0, split.num_samples, 64):
+                features[np.arange(start, min(start + 64, split.num_samples))].sum()
+    results.put((time.monotonic() - began, sum(workspace.cache[key].nbytes for key in workspace.cache)))
+    barrier.wait(3600)
+    if shared is not None:
+        shared.close()
+
+
+def slots(share: bool) -> Figures:
+    """Measure slots that share their features, or that compute them each for itself: seconds, bytes, peak memory."""
+    spawn = multiprocessing.get_context("spawn")
+    barrier, results = spawn.Barrier(SLOTS + 1), spawn.Queue()
+    processes = [spawn.Process(target=slot, args=(share, barrier, results), daemon=True) for _ in range(SLOTS)]
+    for process in processes:
+        process.start()
+    watched = [psutil.Process(process.pid) for process in processes]
+    barrier.wait(600)
+    peak = 0
+    while results.qsize() < SLOTS:
+        if not all(process.is_alive() for process in processes):
+            raise SystemExit("a slot has died")
+        peak = max(peak, sum(process.memory_full_info().pss for process in watched))
+        time.sleep(0.2)
+    found = [results.get() for _ in processes]
+    barrier.wait(600)
+    for process in processes:
+        process.join(60)
+    num_bytes = [size for _, size in found]
+    total = num_bytes[0] if share else sum(num_bytes)
+    seconds = max(seconds for seconds, _ in found)
+    return {"seconds": round(seconds, 1), "gib": round(total / 2**30, 2), "peak_gib": round(peak / 2**30, 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIFT_CACHE"] = folder
+        together, apart = slots(share=True), slots(share=False)
     pass_s, kept_s, kept, digest = measure(2.0, args.epochs, args.threads)
     _, tower_s, tower, _ = measure(0.0, args.epochs, args.threads)
     names = [name for name in kept if not name.startswith("time/")]
@@ -62,7 +133,13 @@ def main() -> None:
         "ratio_with_features": round(tower_s / (kept_s + pass_s), 2),
         "largest_difference": difference,
         "validation_mean_class_accuracy": kept[MAIN_METRIC],
+        "two_slots_shared": together,
+        "two_slots_each_for_itself": apart,
     }
+    for name, one in (("sharing", together), ("each for itself", apart)):
+        print(
+            f"two slots, {name}: {one['seconds']} s, {one['gib']} GiB of features, {one['peak_gib']} GiB of memory at most"
+        )
     print(
         f"{args.epochs} epochs through the tower {tower_s:.1f} s, from kept features {kept_s:.2f} s: {tower_s / kept_s:.0f} times"
         f" ({tower_s / (kept_s + pass_s):.1f} times with the {pass_s:.1f} s of computing them); metrics differ by {difference:.1e}"

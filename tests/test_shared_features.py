@@ -31,6 +31,7 @@ from lift_ray.search.interrupts import Interrupts
 from lift_ray.search.search_data import SearchData
 from lift_ray.search.study import Study, open_storage
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.search import TAUS
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
 from lift_ray.training import shared_features
@@ -340,6 +341,7 @@ def lowest(space: dict[str, Any], num_blocks: int = 12) -> list[int]:
         ({"base": {**SPACE["base"], "augment": {"kind": "mda"}}}, []),
         ({"space": {**SPACE["space"], "augment.kind": {"choices": ["mda", "none"]}}}, [9, 10, 11, 12]),
         ({"space": {"optim.lr": {"float": [0.01, 0.1]}}}, [0]),
+        ({"space": {"tuner.blocks": {"choices": [[11], {"last": 2}]}}}, [10, 11]),
         ({"space": {**SPACE["space"], "tuner.blocks.last": {"int": [1, 3], "when": {"optim.lr": 0.05}}}}, []),
     ],
 )
@@ -382,5 +384,5 @@ def test_a_search_of_two_slots_computes_each_chunk_once_and_finds_what_one_proce
     assert not list(Path(os.environ["SEARCH_CACHE"]).glob("lift_ray-features-*/*-shared-*")), "the slots left files"
     workspace = Workspace(small_data, Ranks.alone())
     for row in study.rows.values():
-        alone = list(Run(space.config(row.values), workspace).epochs())
+        alone = list(Run(space.config(row.values), workspace, TAUS).epochs())
         assert [metrics.validation for metrics in row.history] == [metrics.validation for metrics in alone]

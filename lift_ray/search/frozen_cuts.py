@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
-
 from lift_ray.settings.run import NoAugmentConfig
 from lift_ray.settings.space import SpaceFile, grid_points
 
@@ -26,7 +24,7 @@ def tunings(space: SpaceFile) -> tuple[dict[str, Any], ...]:
         if len(points) > MOST_POINTS:
             return ()
         configs = [space.config(point) for point in (*points, *space.baseline_values())]
-    except (ValueError, ValidationError):  # a range without steps; values that need others
+    except ValueError:  # a range without steps; values that need others
         return ()
     found: list[dict[str, Any]] = []
     for config in configs:

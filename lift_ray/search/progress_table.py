@@ -141,7 +141,7 @@ class Monitor:
 
     def _status(self) -> str:
         if not self.rows:
-            return "starting Ray and loading the backbone ..."
+            return f"{self._seconds():.0f} s  |  starting Ray and loading the backbone ..."
         parts = [f"{self._seconds():.0f} s", *self._counts(), *self._jobs()]
         if best := best_row(self.rows.values(), *self.space.objective):
             parts.append(f"best {best.last[self.space.objective[0]]:.4f}: {describe(best.values)}")
@@ -169,6 +169,7 @@ class Monitor:
             if done is None:
                 texts.append(self._job(job))
                 continue
+            assert not isinstance(job, IdleJob)
             titles, most = together.get(done.total, ([], done))
             together[done.total] = [*titles, job.title], max(most, done, key=lambda done: done.images)
         return texts + [f"{' and '.join(titles)}: {features_line(done)}" for titles, done in together.values()]

@@ -57,7 +57,8 @@ class BackboneConfig(Config):
     checkpointing: bool = False
     """Compute activations again in the backward pass: a third more work, much less memory."""
     cache_gib: Annotated[float, Field(ge=0)] = 2.0
-    """Memory of a worker for cached activations of frozen blocks, for images that never change; 0 turns the cache off."""
+    """Limit of cached activations of frozen blocks, for images that never change; 0 turns the cache off. The slots of a search share
+    files on their node, all of which together it limits; other workers keep theirs in memory, and it limits each."""
 
     @property
     def is_embedded(self) -> bool:

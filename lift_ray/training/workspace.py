@@ -33,7 +33,7 @@ from lift_ray.settings.methods import UlfineConfig
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
 from lift_ray.training.events import FeaturesDone
 from lift_ray.training.feature_cache import FeatureCache, Features, Part
-from lift_ray.training.shared_features import SharedFeatures, chunks_of
+from lift_ray.training.shared_features import FeatureFile, SharedFeatures, chunks_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 2**30
@@ -283,7 +283,7 @@ class Workspace:
         if key not in self.cache:
             num_bytes = split.num_samples * self._like(config, model, stop).nbytes
             # `frozen` is a collective call: sizes follow from settings and data alone, so all ranks decide the same.
-            if self.shared is None:
+            if self.shared is None or not split.num_samples:
                 if self.cache.fits(key, num_bytes, limit):
                     self.cache.get(key, lambda: self.frozen(config, model, split, np.arange(split.num_samples)))
             else:
@@ -306,10 +306,13 @@ class Workspace:
 
         try:
             if file.fill(compute, self._telling(split.num_samples)):
-                features = file.tensor(like.shape, like.dtype)
-                self.cache.get(self._key(config, split, stop), lambda: features.to(self.ranks.device))
+                self._keep(self._key(config, split, stop), file, like)
         finally:
             self.watch(None)
+
+    def _keep(self, key: tuple[Any, ...], file: FeatureFile, like: torch.Tensor) -> None:
+        """Cache the features of a file that is done: mapped, or copied to a GPU."""
+        self.cache.get(key, lambda: file.tensor(like.shape, like.dtype).to(self.ranks.device))
 
     def _deepest(self, config: RunConfig, model: Lift, split: Split, stop: int) -> Part | None:
         """Return the cached features of a split after most blocks, but none from `stop` on; None if there are none."""
@@ -318,9 +321,7 @@ class Workspace:
             if key not in self.cache and self.shared is not None:
                 name, chunks = self._file(config, split, block)
                 if file := self.shared.find(name, chunks):
-                    like = self._like(config, model, block)
-                    features = file.tensor(like.shape, like.dtype)
-                    self.cache.get(key, lambda features=features: features.to(self.ranks.device))
+                    self._keep(key, file, self._like(config, model, block))
             if key in self.cache:
                 return Part(self.cache[key], block)
         return None
