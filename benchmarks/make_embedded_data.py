@@ -1,4 +1,4 @@
-"""Make lift_ray/assets/caltech101: the long-tailed cut of Caltech-101 at 70 px, as Parquet that fits into the package.
+"""Make lift_ray/assets/caltech101: the long-tailed cut of Caltech-101 at 84 px, as Parquet that fits into the package.
 
     python benchmarks/make_embedded_data.py ../shared/data/caltech101_96 lift_ray/assets/caltech101
 
@@ -21,7 +21,7 @@ from lift_ray.data.longtail import keep_first, longtail_counts
 from lift_ray.data.open import open_dataset
 from lift_ray.storage.store import locate
 
-SHORT_SIDE_PX, QUALITY = 70, 88
+SHORT_SIDE_PX, QUALITY = 84, 88
 LARGEST, IMBALANCE = 200, 50  # images of the largest class, and its ratio to the smallest
 TRAIN_SHARDS = 4
 ROW_GROUP_ROWS = 200

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from record import record
 
+from lift_ray.epoch_metrics import ACCURACIES
+
 SPACE = "search_spaces/quickstart.yaml"
 MEASURES = ("mean_class_accuracy", "few")
 BEST = "best found"
@@ -46,7 +48,7 @@ def search(seed: int, out: Path, settings: Sequence[str]) -> dict[str, Any]:
 def summary(studies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the difference of the result from each baseline, in points: mean and 95% interval over the seeds, number above zero."""
     tables = [{row["label"]: row for row in study["compared"]} for study in studies]
-    baselines = [label for label in tables[0] if not label.startswith(BEST)]
+    baselines = [label for label in tables[0] if not label.startswith(BEST) and all(label in table for table in tables)]
     out = []
     for label in baselines:
         for measure in MEASURES:
@@ -69,6 +71,18 @@ def summary(studies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def table_rows(studies: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Return median, minimum and maximum over the seeds of each test accuracy (%) of each line that all tables have."""
+    tables = [{row["label"]: row for row in study["compared"]} for study in studies]
+    out: dict[str, dict[str, list[float]]] = {}
+    for label in [label for label in tables[0] if all(label in table for table in tables)]:
+        out[label] = {}
+        for name in ACCURACIES:
+            values = np.array([100 * table[label][f"test/{name}"] for table in tables])
+            out[label][name] = [round(float(value), 1) for value in (np.median(values), values.min(), values.max())]
+    return out
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, choices=sorted(T_95))
@@ -86,8 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['low']:+.1f} to {row['high']:+.1f}",
         )
         print(f"{name:28s}{row['mean']:+8.1f}{interval:>18s}{row['above_zero']:6d} of {row['seeds']}")
+    medians = table_rows(studies)
+    print("\nTest accuracy (%), median (minimum to maximum)")
+    print(f"{'':28s}" + "".join(f"{name.replace('_accuracy', '').replace('_', ' '):>22s}" for name in ACCURACIES))
+    for label, row in medians.items():
+        print(
+            f"{label:28s}"
+            + "".join(f"{f'{mid:.1f} ({low:.1f} to {high:.1f})':>22s}" for mid, low, high in row.values())
+        )
     if options.record:
         figures = {
+            "table": medians,
             "differences": rows,
             "seconds": [study["time_s"]["total"] for study in studies],
             "choices": [

@@ -64,7 +64,7 @@ def test_it_expands_to_what_open_clip_computes(small: Backbone, tmp_path: Path) 
     clip = open_clip.create_model(f"local-dir:{tmp_path}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
     torch.manual_seed(0)
-    images, names = torch.randn(3, 3, 70, 70), ["an ewer", "a photo of a wild cat."]
+    images, names = torch.randn(3, 3, 84, 84), ["an ewer", "a photo of a wild cat."]
     assert small.projection is not None
     assert small.text is not None
     with torch.inference_mode():
@@ -73,8 +73,8 @@ def test_it_expands_to_what_open_clip_computes(small: Backbone, tmp_path: Path) 
         assert torch.allclose(clip.encode_text(tokenizer(names), normalize=True), small.text(names), atol=1e-6)
 
 
-def test_its_positions_are_those_of_518_px_so_larger_images_do_not_stretch_the_grid_of_70_px(small: Backbone) -> None:
-    assert (small.tower.resolution_px, len(small.tower.positions)) == (70, 37 * 37 + 1)
+def test_its_positions_are_those_of_518_px_so_larger_images_do_not_stretch_the_grid_of_84_px(small: Backbone) -> None:
+    assert (small.tower.resolution_px, len(small.tower.positions)) == (84, 37 * 37 + 1)
     large = load_backbone("embedded:lift-small", None, resolution_px=112).tower
     assert large(torch.randn(1, 3, 112, 112)).shape == (1, 384)
 
