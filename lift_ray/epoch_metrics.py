@@ -15,7 +15,7 @@ METRICS = (MAIN, "accuracy", *GROUPS, *FURTHER, *LOSSES)  # of a split
 MAIN_METRIC = f"validation/{MAIN}"
 POSTHOC = ("posthoc_tau", f"posthoc_{MAIN}", "posthoc_optimism")  # best tau after training, on validation
 POSTHOC_TAU, POSTHOC_ACCURACY, POSTHOC_OPTIMISM = POSTHOC
-SECONDS = ("begin_s", "load_s", "train_s", "data_wait_s", "evaluate_s", "save_s", "member_s")
+SECONDS = ("begin_s", "load_s", "features_s", "train_s", "data_wait_s", "evaluate_s", "save_s", "member_s")
 TRAINED_PARAMETERS = "trained_parameters"
 COUNTS = (TRAINED_PARAMETERS, "num_epochs")
 FIELDS = {  # prefix of flat names -> field of EpochMetrics, in the order of the columns of files
@@ -44,7 +44,8 @@ class EpochMetrics:
     Args:
         epoch: number of finished epochs; 0 for a run that trains nothing.
         train: loss, accuracy and images_per_s, means over the steps.
-        seconds: time by what it was spent on (SECONDS); load_s is part of begin_s, data_wait_s of train_s.
+        seconds: time by what it was spent on (SECONDS); load_s is part of begin_s, features_s (of cached features) of begin_s and
+            evaluate_s, data_wait_s of train_s.
         unlabelled: precision, recall and number of pseudo-labels.
         validation, test: metrics of a split (METRICS).
         cost: train_s, what the training would have cost if no other trial had shared its work.

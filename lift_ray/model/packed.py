@@ -11,7 +11,7 @@ from torch import Tensor
 
 FILE = "packed.safetensors"  # in the folder of the model, beside open_clip's config
 SCALE = ".scale"
-SMALLEST = 2**16  # number of values from which a tensor is stored as integers; position embeddings and projections lose more
+SMALLEST = 2**16  # number of values from which a tensor is stored as integers
 
 
 def pack(state: Mapping[str, Tensor], exact: frozenset[str] = frozenset()) -> dict[str, Tensor]:

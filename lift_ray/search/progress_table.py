@@ -221,7 +221,9 @@ def features_line(done: FeaturesDone) -> str:
 
 
 def _slot_seconds(row: TrialRow) -> float:
-    return sum(row.seconds(name) for name in ("begin_s", "train_s", "evaluate_s", "save_s"))
+    """Return the seconds of a trial in its slot, but for those of cached features, which no other trial computes again."""
+    own = sum(row.seconds(name) for name in ("begin_s", "train_s", "evaluate_s", "save_s"))
+    return max(0.0, own - row.seconds("features_s"))
 
 
 def time_breakdown(rows: list[TrialRow], monitor: Monitor, slots: int, total_s: float) -> dict[str, float]:
@@ -231,6 +233,7 @@ def time_breakdown(rows: list[TrialRow], monitor: Monitor, slots: int, total_s: 
     return {
         "start": monitor.first_step_s or 0.0,
         "of which loading": per_slot["load_s"],
+        "of which computing features": per_slot["features_s"],
         "training steps": per_slot["train_s"] - per_slot["data_wait_s"],
         "waiting for data": per_slot["data_wait_s"],
         "evaluation": per_slot["evaluate_s"],

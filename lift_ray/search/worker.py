@@ -157,15 +157,17 @@ class Worker:
 
     def _train(self, job: TrainJob, workspace: Workspace) -> Iterator[Reply]:
         """Yield RunStarted, then EpochEnded for each epoch, and JobDone unless it is a trial; or RunDiverged."""
-        began = time.monotonic() - self._opened_s
+        began, features_s = time.monotonic() - self._opened_s, workspace.features_s
         trial = trial_of(RunConfig.model_validate(job.config), workspace, self._output, job.fold)
         trial.callback = self._callback(workspace)
         checkpoints = CheckpointManager(self._output, POLICY, trial_checkpoints(job.number, job.fold))
         times = {"begin_s": 0.0, "load_s": 0.0}
 
         def complete(metrics: EpochMetrics) -> EpochMetrics:
-            seconds = {**metrics.seconds, **times}
+            nonlocal features_s
+            seconds = {**metrics.seconds, **times, "features_s": workspace.features_s - features_s}
             times.update(begin_s=0.0, load_s=0.0)
+            features_s = workspace.features_s
             return replace(metrics, seconds=seconds, num_epochs=trial.num_epochs)
 
         try:

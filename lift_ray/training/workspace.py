@@ -71,12 +71,17 @@ class Workspace:
         self._weights: dict[tuple[Any, ...], int] = {}  # checksums
         self.cache, self.shared, self.tunings = FeatureCache(), shared, tunings
         self.watch: Callable[[FeaturesDone | None], None] = lambda done: None
-        self._seconds = {"load": time.monotonic() - began}  # shared by all views
+        self._seconds = {"load": time.monotonic() - began, "features": 0.0}  # shared by all views
 
     @property
     def load_s(self) -> float:
         """Seconds spent loading so far."""
         return self._seconds["load"]
+
+    @property
+    def features_s(self) -> float:
+        """Seconds spent computing cached features so far, or waiting for other processes that do."""
+        return self._seconds["features"]
 
     def on(self, dataset: Dataset) -> Workspace:
         """Return a workspace for another view of the dataset, which shares backbones, open files and cached features."""
@@ -191,8 +196,10 @@ class Workspace:
         def compute() -> torch.Tensor:
             samples = first_of_each_class(split.labels, MEAN_OF)
             probe = Lift(self.backbone(config).tower, {"linear_probe": {}}, torch.nn.Identity())
-            # Folds overlap: one pass over all their images is cheaper than a pass over these samples for each fold.
-            whole = self.cached_features(config, probe, split) if split.parts else None
+            # Training needs the features of all images too if they never change; and folds overlap, so that one pass over all their
+            # images is cheaper than a pass over these samples for each fold.
+            is_needed = split.parts or isinstance(config.augment, NoAugmentConfig)
+            whole = self.cached_features(config, probe, split) if is_needed else None
             found = self.frozen(config, probe, split, samples) if whole is None else whole[samples]
             features = found.float().cpu()
             make = class_means if config.head.init == "class_mean" else probe_weights
@@ -261,12 +268,13 @@ class Workspace:
 
         If it does not fit beside cached features of fewer blocks, the blocks in between run for each batch.
         """
-        stop, parts = model.first_tuned, []
+        stop, parts, began = model.first_tuned, [], time.monotonic()
         # Folds share the features of the splits that they are made of.
         for whole, samples in split.parts or ((split, None),):
             if not stop or not (found := self._cached(config, model, whole, stop)):
                 return None
             parts.append(replace(found, samples=samples))
+        self._seconds["features"] += time.monotonic() - began
         if all(part.stop == stop for part in parts):
             return Features(parts)
         size = batch_size(self.ranks.device, self.backbone(config).tower)

@@ -176,6 +176,8 @@ def positions(trials: Sequence[Trial], name: str, param: Mapping[str, Any]) -> A
             (p, o, sides.get(p, "center")) for o, p in shown.items()
         ]
     raw = numbers(trials, name)
+    if np.isnan(raw).all():  # no trial has it: its `when` never held
+        return [None] * len(raw), []
     line = np.log(raw) if param.get("log") else raw
     low, high = np.nanmin(line), np.nanmax(line)
     where = (line - low) / (high - low) if high > low else np.where(np.isnan(line), np.nan, 0.5)
