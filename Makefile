@@ -20,7 +20,7 @@ help:  ## show this list
 	@$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
-quickstart: .venv/.installed  ## search for the best way to fine-tune a small CLIP, on this machine, in minutes
+quickstart: .venv/.installed  ## search for the best way to fine-tune a ViT-S/14, on this machine, in minutes
 	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml
 
 test: .venv/.installed-dev  ## run the tests, save those of the next two targets

@@ -26,6 +26,15 @@ SIZES = {
     "one block": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
     "three blocks, one head": {"image_size": 24, "layers": 3, "width": 48, "head_width": 48, "patch_size": 8},
     "wide MLP": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 16, "mlp_ratio": 3.0},
+    "no first norm": {
+        "image_size": 16,
+        "layers": 2,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 8,
+        "no_ln_pre": True,
+        "norm_kwargs": {"eps": 1e-3},
+    },
 }
 
 
@@ -186,7 +195,6 @@ def test_a_tower_that_is_no_vision_transformer_is_refused_with_the_reason(monkey
         {"pool_type": "avg"},
         {"attentional_pool": True, "attn_pooler_queries": 4},
         {"block_type": "custom", "scale_attn": True},
-        {"no_ln_pre": True},
         {"ls_init_value": 0.1},
         {"image_size": [16, 24]},
         {"act_kwargs": {"approximate": "tanh"}},

@@ -23,7 +23,7 @@ from lift_ray import report
 from lift_ray.errors import BadInput
 from lift_ray.reporting import report as reporting
 from lift_ray.reporting.confidence import Interval
-from lift_ray.reporting.figures.search import cost_in_words, unit_of
+from lift_ray.reporting.figures.search import cost_in_words, positions, unit_of
 from lift_ray.reporting.importance import importances, importances_within
 from lift_ray.reporting.page import StudySection, figures_of
 from lift_ray.reporting.scaling_law import Law, Point
@@ -427,3 +427,11 @@ def test_markup_in_class_names_settings_and_baselines_is_text_in_every_figure(tm
     assert "&lt;b&gt;bold" in drawn
     assert "<b>bold" not in drawn
     assert "</script> [red]" not in page
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_setting_that_no_trial_has_yet_is_an_empty_axis() -> None:
+    """The first trials of a search may all be linear probes, which have no bottleneck."""
+    trials = [{"number": 0, "loss.tau": 1.0}, {"number": 1, "loss.tau": 0.5, "tuner.bottleneck": None}]
+    assert positions(trials, "tuner.bottleneck", {"int": [2, 8], "log": True}) == ([None, None], [])
+    assert positions(trials, "loss.tau", {})[0] == [1.0, 0.0]
