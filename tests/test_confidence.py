@@ -175,7 +175,10 @@ def test_bad_rates_at_large_sizes_do_not_make_heavy_tuning_hurt(sampler: str) ->
     sizes = [10.0 ** (3 + i / 2) for i in range(7)] * 2
     good = [0.40 + 0.02 * np.log10(size / 1e3) + noise / 10 for size, noise in zip(sizes[:7], NOISE[:7], strict=True)]
     bad = [value - 0.1 * np.log10(size / 1e3) for size, value in zip(sizes[:7], good, strict=True)]
-    found = replace(study(sizes, good + bad), about={"space": {"search": {"sampler": sampler}}})
+    found = replace(
+        study(sizes, good + bad),
+        about={"space": {"search": {"sampler": sampler}, "base": {"tuner": {"kind": "sparse"}}}},
+    )
     assert np.polyfit(np.log10(sizes), good + bad, 1)[0] < -0.02
     heavy = heavy_tuning(found)
     assert heavy.answer.startswith("No: ten times as many trained parameters add 2.0 points of few-shot accuracy")
