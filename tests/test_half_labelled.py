@@ -127,7 +127,9 @@ def test_the_embedded_half_labelled_sets_follow_the_rules_of_semi_supervised_cou
     counts, further = train.class_counts(40), unlabelled.class_counts(40) - train.class_counts(40)
     assert (counts.max(), counts.min()) == (40, 2)
     largest, smallest = further[counts.argmax()], further[counts == 2]
-    expected = {"": (47, 2), "-uniform": (47, 47), "-reversed": (2, 47)}[suffix]
+    expected = {"": (47, 2), "-uniform": (47, 47), "-reversed": (2, 43)}[
+        suffix
+    ]  # of some classes no more images are embedded
     assert (largest, smallest.max() if suffix else smallest.min()) == expected
 
 

@@ -73,7 +73,7 @@ def _open_embedded(uri: str) -> Dataset:
 
 
 def _half_labelled(whole: Dataset, gamma_u: float, flipped: bool = False) -> Dataset:
-    """Keep the 40 largest classes, with 40 to 2 labeled images each, and up to 47 more in the unlabeled pool."""
+    """Keep the 40 largest classes, with 40 to 2 labeled images each, and up to 47 more in the unlabeled pool, if there are as many."""
     natural = whole.split("train").class_counts(whole.num_classes)
     classes = np.sort(np.argsort(-natural, kind="stable")[:40])
     label_of = np.full(whole.num_classes, -1)
