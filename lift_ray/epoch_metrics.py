@@ -44,8 +44,8 @@ class EpochMetrics:
     Args:
         epoch: number of finished epochs; 0 for a run that trains nothing.
         train: loss, accuracy and images_per_s, means over the steps.
-        seconds: time by what it was spent on (SECONDS); load_s is part of begin_s, features_s (of cached features) of begin_s and
-            evaluate_s, data_wait_s of train_s.
+        seconds: time by what it was spent on (SECONDS); load_s is part of begin_s, data_wait_s of train_s. features_s, for
+            computing cached features, is part of no other.
         unlabelled: precision, recall and number of pseudo-labels.
         validation, test: metrics of a split (METRICS).
         cost: train_s, what the training would have cost if no other trial had shared its work.

@@ -159,7 +159,7 @@ def test_the_answer_says_if_no_trial_tunes_the_backbone_itself(kind: str) -> Non
     in_base = replace(found, about={"space": {"base": {"tuner": {"kind": kind}}}})
     in_space = replace(found, trials=[trial | {"tuner.kind": kind} for trial in found.trials])
     for one in (in_base, in_space):
-        assert ("None of them tunes the backbone's own weights" in heavy_tuning(one).answer) == (kind == "lora")
+        assert ("None of them tunes whole blocks of the backbone" in heavy_tuning(one).answer) == (kind == "lora")
 
 
 @pytest.mark.parametrize("sizes", [SIZES[:4], [1e3, 1e4] * 7])

@@ -171,16 +171,17 @@ def test_shards_in_parts_give_the_same_rows_with_the_fitted_temperature(
 def test_another_posthoc_tau_gives_the_accuracy_that_evaluate_says_and_its_own_calibration(
     trained: tuple[Path, np.ndarray], small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards, found = f"{small_data}/test-*.parquet", {}
+    shards, named = f"{small_data}/test-*.parquet", {}
     names, labels = np.array(open_dataset(small_data).class_names), open_dataset(small_data).split("test").labels
     for tau in ("0", "0.5", "3"):
         words = [] if tau == "0.5" else ["--posthoc-tau", tau]  # 0.5 is the run's own
         predict.main([str(trained[0]), shards, "--out", str(tmp_path / f"{tau}.parquet"), *words])
         capsys.readouterr()
         evaluate.main([str(trained[0]), "--posthoc-tau", tau, "--json"])
-        found[tau] = float(np.mean(np.array(pq.read_table(tmp_path / f"{tau}.parquet")["class_1"]) == names[labels]))
-        assert found[tau] == pytest.approx(json.loads(capsys.readouterr().out)["test/accuracy"])
-    assert found["3"] != found["0"]
+        named[tau] = np.array(pq.read_table(tmp_path / f"{tau}.parquet")["class_1"])
+        accuracy = float(np.mean(named[tau] == names[labels]))
+        assert accuracy == pytest.approx(json.loads(capsys.readouterr().out)["test/accuracy"])
+    assert (named["3"] != named["0"]).any()
     fitted = [json.loads(path.read_text()) for path in (trained[0] / "checkpoint").glob("calibration*.json")]
     assert len({each["error_before"] for each in fitted}) == 3
 

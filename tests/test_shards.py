@@ -34,7 +34,7 @@ def cut() -> Split:
 
 
 def every_jpeg() -> list[bytes]:
-    return jpegs(6742, "train")
+    return jpegs(4267, "train")
 
 
 def images(count: int) -> list[tuple[bytes, str, int]]:

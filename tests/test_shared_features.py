@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -88,7 +89,7 @@ HANGS = "file.fill(hang, tell)"
 
 def folders() -> list[str]:
     """Return the names of the searches that have a folder."""
-    return [folder.name.split("-")[-1] for folder in root_folder().iterdir() if folder.is_dir()]
+    return [folder.name for folder in (root_folder() / socket.gethostname()).iterdir() if folder.is_dir()]
 
 
 def test_a_split_is_cut_into_whole_batches_whoever_computes_them() -> None:
@@ -183,6 +184,25 @@ def test_an_error_frees_the_chunk(shared: SharedFeatures) -> None:
     assert not file.state.any()
     assert file.fill(numbers, tell)
     assert (file.state[:, 0] == DONE).all()
+
+
+def test_a_folder_that_somebody_removed_turns_the_cache_off_and_ends_nothing() -> None:
+    shared = SharedFeatures("removed")
+    file = file_of(shared)
+    file.path.unlink()
+    assert not file.fill(numbers, tell), "another process found the disk full before this one opened the file"
+    shutil.rmtree(shared.folder)
+    assert shared.file("more", [range(4)], 8, 1e9) is None
+    assert shared.find("more", [range(4)]) is None
+    assert "features of the frozen blocks are not cached" in shared.problem
+    shared.close()
+
+
+def test_a_file_that_was_not_begun_to_its_end_does_not_count_twice() -> None:
+    shared = SharedFeatures("begun")
+    (shared.folder / "some.features").write_bytes(bytes(32))
+    assert shared.file("some", [range(4)], 8, 40) is not None
+    shared.close()
 
 
 def test_the_folder_of_a_killed_search_is_removed_by_the_next_one_and_that_of_a_living_one_is_not() -> None:

@@ -52,7 +52,7 @@ def test_the_quickstart_compares_with_baselines_at_the_best_of_three_rates() -> 
     for label in set(space.baseline_labels()):
         mine = [point for point, name in zip(points, space.baseline_labels(), strict=True) if name == label]
         assert len({point["optim.lr"] for point in mine}) == len(mine) == 3
-        assert len({str({**point, "optim.lr": 0}) for point in mine}) == 1
+        assert all({**point, "optim.lr": 0} == {**mine[0], "optim.lr": 0} for point in mine)
     assert space.num_trials - len(points) >= 12
     assert {space.config(point).augment.kind for point in points} == {"none"}, "frozen blocks are computed once"
 
@@ -310,13 +310,13 @@ def test_the_command_line_reaches_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "ranges"),
     [
-        ("space.tuner.bottleneck.int=[4, 64]", {"ints": [4, 64], "log": True}),
+        ("space.tuner.bottleneck.int=[2, 32]", {"ints": [2, 32], "log": True}),
         ("space.tuner.bottleneck.choices=[4, 8]", {"choices": [4, 8], "ints": None, "log": False}),
         (
             "space.tuner.bottleneck={choices: [4], when: {tuner.kind: [adaptformer, lora]}}",
             {"choices": [4], "ints": None},
         ),
-        ("space.tuner.bottleneck.log=false", {"ints": [2, 32], "log": False}),
+        ("space.tuner.bottleneck.log=false", {"ints": [4, 64], "log": False}),
     ],
 )
 def test_the_command_line_reaches_names_with_dots(word: str, ranges: dict[str, object], tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def student(freedom: int) -> float:
     return z + sum((term / freedom**power for power, term in enumerate(powers, 1)), 0.0)
 
 
-HEAVY_KINDS = {"full", "partial", "sparse"}  # tuners that change the backbone's own weights, and many of them
+HEAVY_KINDS = {"full", "partial", "sparse"}  # tuners that can train all weights of a block
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def heavy_tuning(*studies: StudyFiles) -> Heavy:
 
 
 def _none_is_heavy(studies: Sequence[StudyFiles]) -> str:
-    """Say where heavy fine-tuning was tried if no trial of the studies tunes the backbone's own weights; "" if one does."""
+    """Say where heavy fine-tuning was tried if no trial of the studies tunes whole blocks of the backbone; "" if one does."""
     for study in studies:
         base = study.about.get("space", {}).get("base", {}).get("tuner", {})
         kinds = {
@@ -258,7 +258,7 @@ def _none_is_heavy(studies: Sequence[StudyFiles]) -> str:
         }
         if kinds & HEAVY_KINDS:
             return ""
-    return " None of them tunes the backbone's own weights: search_spaces/heavy.yaml does, and the README compares such methods."
+    return " None of them tunes whole blocks of the backbone: search_spaces/heavy.yaml does, and the README compares such methods."
 
 
 def regression_intervals(design: Floats, y: Floats, wanted: Floats, single: bool = False) -> list[Interval]:

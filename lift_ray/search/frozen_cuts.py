@@ -38,4 +38,4 @@ def tunings(space: SpaceFile) -> tuple[dict[str, Any], ...]:
 def _decides(name: str) -> bool:
     """Return True if a setting decides which blocks are tuned, or whether the images change."""
     section, _, key = name.partition(".")
-    return section in SECTIONS and key.split(".")[0] in ("", "kind", "blocks")
+    return section in SECTIONS and key.split(".")[0] in ("", "kind", "blocks", "last")

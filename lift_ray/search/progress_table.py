@@ -72,7 +72,7 @@ class Monitor:
         now = self._seconds()
         if self.first_step_s is None:
             spent = row.last.seconds
-            self.first_step_s = now - spent.get("train_s", 0) - spent.get("evaluate_s", 0)
+            self.first_step_s = now - sum(spent.get(name, 0) for name in ("train_s", "evaluate_s", "features_s"))
         self.last_result_s = now
         self.out.publish()
         self._show()
@@ -221,9 +221,8 @@ def features_line(done: FeaturesDone) -> str:
 
 
 def _slot_seconds(row: TrialRow) -> float:
-    """Return the seconds of a trial in its slot, but for those of cached features, which no other trial computes again."""
-    own = sum(row.seconds(name) for name in ("begin_s", "train_s", "evaluate_s", "save_s"))
-    return max(0.0, own - row.seconds("features_s"))
+    """Return the seconds of a trial in its slot, without those of cached features, which no other trial computes again."""
+    return sum(row.seconds(name) for name in ("begin_s", "train_s", "evaluate_s", "save_s"))
 
 
 def time_breakdown(rows: list[TrialRow], monitor: Monitor, slots: int, total_s: float) -> dict[str, float]:
@@ -233,13 +232,13 @@ def time_breakdown(rows: list[TrialRow], monitor: Monitor, slots: int, total_s: 
     return {
         "start": monitor.first_step_s or 0.0,
         "of which loading": per_slot["load_s"],
-        "of which computing features": per_slot["features_s"],
+        "cached features": per_slot["features_s"],
         "training steps": per_slot["train_s"] - per_slot["data_wait_s"],
         "waiting for data": per_slot["data_wait_s"],
         "evaluation": per_slot["evaluate_s"],
         "saving": per_slot["save_s"],
         "between trials and idle": max(
-            0.0, search_s - per_slot["train_s"] - per_slot["evaluate_s"] - per_slot["save_s"]
+            0.0, search_s - sum(per_slot[name] for name in ("features_s", "train_s", "evaluate_s", "save_s"))
         ),
         "final comparison": total_s - (monitor.trials_over_s or 0.0),
         "total": total_s,

@@ -173,7 +173,10 @@ class Worker:
         try:
             for event in trained_epochs(trial, checkpoints, complete):
                 if isinstance(event, RunStarted):
-                    times.update(begin_s=time.monotonic() - began, load_s=workspace.load_s - self._loaded_s)
+                    computing_s = workspace.features_s - features_s
+                    times.update(
+                        begin_s=time.monotonic() - began - computing_s, load_s=workspace.load_s - self._loaded_s
+                    )
                     self._opened_s, self._loaded_s = 0.0, workspace.load_s
                     yield event
                     continue

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from lift_ray.epoch_metrics import MAIN_METRIC, METRICS, TRAINED_PARAMETERS
 from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.registry import SAMPLERS, imported
-from lift_ray.settings.messages import Path_, _walk, dotted, explain, fault, setting_types
+from lift_ray.settings.messages import Path_, dotted, explain, fault, setting_types, walk
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import batch_fault
@@ -244,7 +244,7 @@ def _config_problems(file: SettingsFile, space: SpaceFile, values: dict[str, Any
 def _value_problem(
     file: SettingsFile, space: SpaceFile, values: dict[str, Any], at: Path_, problem: ErrorDetails
 ) -> BadInput:
-    path = _walk(RunConfig, problem["loc"])[0] + (("kind",) if problem["type"] == "union_tag_invalid" else ())
+    path = walk(RunConfig, problem["loc"])[0] + (("kind",) if problem["type"] == "union_tag_invalid" else ())
     cause = next((value for value in values if setting_of(value) == setting_of(dotted(path))), "")
     place = file.where((*at, cause) if cause else at)
     if problem["type"] == "extra_forbidden" and cause:

@@ -129,7 +129,7 @@ def elsewhere(model: type[BaseModel], path: str) -> str:
 def explain_first(model: type[BaseModel], error: ValidationError) -> str:
     """Return `loss.tau: must be ..., but got ...` for the first problem of a tree that has no file of its own."""
     problem = error.errors()[0]
-    path = _walk(model, problem["loc"])[0]
+    path = walk(model, problem["loc"])[0]
     return str(explain(model, problem, path, dotted(path)))
 
 
@@ -145,7 +145,7 @@ def check_json(kind: type[object], text: str) -> None:
 def allowed_keys(model: type[BaseModel], loc: Path_) -> list[str]:
     """Return the field names of the model at a pydantic error position (tags of unions included)."""
     return [
-        field.alias or name for found in models_of(_walk(model, loc)[1]) for name, field in found.model_fields.items()
+        field.alias or name for found in models_of(walk(model, loc)[1]) for name, field in found.model_fields.items()
     ]
 
 
@@ -158,7 +158,7 @@ def models_of(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _walk(model: type[BaseModel], loc: Path_) -> tuple[Path_, Any]:
+def walk(model: type[BaseModel], loc: Path_) -> tuple[Path_, Any]:
     """Return a pydantic error position as the user wrote it, and the type at that position.
 
     pydantic includes the tag of a union of kinds in the position (tuner, lora, blocks); users do not write it.

@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from lift_ray.errors import BadInput, first_few, one_line
-from lift_ray.settings.messages import Path_, _one_line, _short, _walk, dotted, explain
+from lift_ray.settings.messages import Path_, _one_line, _short, dotted, explain, walk
 from lift_ray.storage.atomic import replacing
 from lift_ray.text import say
 
@@ -132,12 +132,12 @@ class SettingsFile:
         try:
             return model.model_validate(data)
         except ValidationError as error:
-            problems = sorted(error.errors(), key=lambda problem: self.line((*at, *_walk(model, problem["loc"])[0])))
+            problems = sorted(error.errors(), key=lambda problem: self.line((*at, *walk(model, problem["loc"])[0])))
             raise BadInput.of(self.describe(model, problem, at) for problem in problems) from None
 
     def describe(self, model: type[BaseModel], problem: ErrorDetails, at: Path_ = ()) -> BadInput:
         """Return the error for one pydantic problem."""
-        path = _walk(model, problem["loc"])[0]
+        path = walk(model, problem["loc"])[0]
         if problem["type"] == "union_tag_invalid":
             path = (*path, "kind")
         return explain(model, problem, path, self.where((*at, *path)))

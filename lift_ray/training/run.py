@@ -235,7 +235,8 @@ class Run:
         return whole
 
     def evaluate(self, split_name: str, tau_grid: Sequence[float] = ()) -> Evaluation:
-        """Evaluate with the post-hoc adjustment of the settings, over all ranks."""
+        """Evaluate with the post-hoc adjustment of the settings, over all ranks; its seconds are without those of cached features."""
+        features_s = self.workspace.features_s
         found = evaluate(
             self.predictor,
             self.workspace.dataset.split(split_name),
@@ -244,7 +245,7 @@ class Run:
             callback=lambda fraction: self.callback(self, fraction),
         )
         self.per_class = found.at_tau[0].per_class
-        return found
+        return replace(found, seconds=max(0.0, found.seconds - (self.workspace.features_s - features_s)))
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of the current state, which is the same on every rank.

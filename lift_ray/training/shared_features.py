@@ -10,9 +10,11 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +60,17 @@ class SharedFeatures:
 
     def __init__(self, search: str) -> None:
         self.problem = ""
-        self._root, node = root_folder(), socket.gethostname()
-        self._root.mkdir(0o700, parents=True, exist_ok=True)
-        if self._root.stat().st_uid != os.getuid():
-            raise PermissionError(f"{self._root} belongs to another user")
-        self.folder, self.number = self._root / f"{node}-{search}", secrets.randbits(62) + 1
+        whole = root_folder()
+        whole.mkdir(0o700, parents=True, exist_ok=True)
+        found = whole.lstat()  # a link could lead into another folder, from which files would be removed
+        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+            raise PermissionError(f"{whole} is not a folder of this user")
+        self._root = whole / socket.gethostname()  # it may be on storage that several nodes share
+        self._root.mkdir(exist_ok=True)
+        self.folder, self.number = self._root / search, secrets.randbits(62) + 1
         with self.alone():
-            for folder in self._root.glob(f"{node}-*"):
-                if not _has_members(folder):
+            for folder in self._root.iterdir():
+                if folder.is_dir() and not _has_members(folder):
                     shutil.rmtree(folder, ignore_errors=True)
             self.folder.mkdir(exist_ok=True)
             self._member = FileLock(self._member_file(self.number), fallback_to_soft=False, thread_local=False)
@@ -73,7 +78,7 @@ class SharedFeatures:
 
     def close(self) -> None:
         """Leave; what was read stays readable."""
-        with self.alone():
+        with suppress(OSError), self.alone():  # somebody may have emptied the temporary folder
             self._member.release()
             self._member_file(self.number).unlink(missing_ok=True)
             if not _has_members(self.folder):
@@ -93,19 +98,28 @@ class SharedFeatures:
     def file(self, name: str, chunks: list[range], image_bytes: int, limit_bytes: float) -> FeatureFile | None:
         """Return the file of this name, new if there is none yet.
 
-        None if it does not fit the limit of all files together, or the disk; `problem` then tells about the disk.
+        None if it does not fit the limit of all files together, or if the disk does not take it, which `problem` then says.
         """
         path = self.folder / f"{name}{DATA}"
+        try:
+            return self._file(path, chunks, image_bytes, limit_bytes)
+        except OSError as error:  # a quota, or a folder that somebody has removed
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            self.tell(str(error))
+            return None
+
+    def _file(self, path: Path, chunks: list[range], image_bytes: int, limit_bytes: float) -> FeatureFile | None:
         with self.alone():
             if not path.with_suffix(STATE).exists():
                 num_bytes = chunks[-1].stop * image_bytes
-                others = [file.stat() for file in self.folder.glob(f"*{DATA}")]
+                others = [file.stat() for file in self.folder.glob(f"*{DATA}") if file != path]
                 if num_bytes + sum(stat.st_size for stat in others) > limit_bytes:
                     return None
                 unwritten = sum(max(0, stat.st_size - 512 * stat.st_blocks) for stat in others)
                 free = shutil.disk_usage(self.folder).free - unwritten - SPARE_BYTES
                 if num_bytes > free:
-                    self._tell(f"{num_bytes / 2**30:.1f} GiB are needed and {max(0, free) / 2**30:.1f} are free")
+                    self.tell(f"{num_bytes / 2**30:.1f} GiB are needed and {max(0, free) / 2**30:.1f} are free")
                     return None
                 with path.open("wb") as file:
                     file.truncate(num_bytes)
@@ -117,19 +131,20 @@ class SharedFeatures:
     def find(self, name: str, chunks: list[range]) -> FeatureFile | None:
         """Return the file of this name if all of it is computed."""
         path = self.folder / f"{name}{DATA}"
-        if not path.with_suffix(STATE).exists():
-            return None
-        found = FeatureFile(self, path, chunks)
-        return found if found.is_done else None
+        with suppress(OSError):
+            if path.with_suffix(STATE).exists() and (found := FeatureFile(self, path, chunks)).is_done:
+                return found
+        return None
 
     def fail(self, file: FeatureFile, error: OSError) -> None:
         """Give up a file that cannot be written, and free its place on the disk."""
         with self.alone():
             file.state[:, 0] = FAILED
             file.path.unlink(missing_ok=True)
-        self._tell(str(error))
+        self.tell(str(error))
 
-    def _tell(self, why: str) -> None:
+    def tell(self, why: str) -> None:
+        """Note why features are not cached, for the first of several problems."""
         self.problem = self.problem or (
             f"{self._root}: features of the frozen blocks are not cached: {why}; set LIFT_CACHE to a larger disk"
         )
@@ -163,19 +178,29 @@ class FeatureFile:
             compute: yields the features of a chunk, batch by batch.
             tell: called often with the number of images that are done; it may raise, which frees the claimed chunk.
         """
-        with self.path.open("r+b", buffering=0) as file:
+        try:
+            opened = self.path.open("r+b", buffering=0)
+        except OSError as error:  # another process found the disk full, and removed it
+            self.shared.tell(str(error))
+            return False
+        with opened as file:
             while not self.is_done:
                 tell(self._num_done())
                 if self.has_failed:
                     return False
-                if (number := self._claim()) is None:
+                try:
+                    number = self._claim()
+                except OSError as error:
+                    self.shared.tell(str(error))
+                    return False
+                if number is None:
                     time.sleep(WAIT_S)
                     continue
                 try:
                     at = self.chunks[number].start
                     for part in compute(self.chunks[number]):
-                        if (error := _write(file.fileno(), part, at)) is not None:
-                            self.shared.fail(self, error)
+                        if (fault := _write(file.fileno(), part, at)) is not None:
+                            self.shared.fail(self, fault)
                             return False
                         at += len(part)
                         self.state[number, 1] = at - self.chunks[number].start

@@ -196,9 +196,9 @@ class Workspace:
         def compute() -> torch.Tensor:
             samples = first_of_each_class(split.labels, MEAN_OF)
             probe = Lift(self.backbone(config).tower, {"linear_probe": {}}, torch.nn.Identity())
-            # Training needs the features of all images too if they never change; and folds overlap, so that one pass over all their
-            # images is cheaper than a pass over these samples for each fold.
-            is_needed = split.parts or isinstance(config.augment, NoAugmentConfig)
+            # In a search, training needs the features of all images too if they never change. And folds overlap, so that one pass
+            # over all their images is cheaper than a pass over these samples for each fold.
+            is_needed = split.parts or (isinstance(config.augment, NoAugmentConfig) and self.tunings)
             whole = self.cached_features(config, probe, split) if is_needed else None
             found = self.frozen(config, probe, split, samples) if whole is None else whole[samples]
             features = found.float().cpu()
@@ -221,11 +221,13 @@ class Workspace:
         mine = rank_slice(len(samples), ranks.rank, ranks.world_size)
         out, at = like.new_zeros(len(samples), *like.shape), mine.start
         tell = self._telling(mine.stop - mine.start)
-        for part in self._activations(config, model, split, samples[mine], model.first_tuned):
-            out[at : at + len(part)] = part
-            at += len(part)
-            tell(at - mine.start)
-        self.watch(None)
+        try:
+            for part in self._activations(config, model, split, samples[mine], model.first_tuned):
+                out[at : at + len(part)] = part
+                at += len(part)
+                tell(at - mine.start)
+        finally:
+            self.watch(None)
         return ranks.sum(out)
 
     def _activations(
@@ -268,13 +270,13 @@ class Workspace:
 
         If it does not fit beside cached features of fewer blocks, the blocks in between run for each batch.
         """
-        stop, parts, began = model.first_tuned, [], time.monotonic()
-        # Folds share the features of the splits that they are made of.
-        for whole, samples in split.parts or ((split, None),):
-            if not stop or not (found := self._cached(config, model, whole, stop)):
-                return None
-            parts.append(replace(found, samples=samples))
-        self._seconds["features"] += time.monotonic() - began
+        stop, began = model.first_tuned, time.monotonic()
+        try:
+            parts = self._cached_parts(config, model, split) if stop else None
+        finally:
+            self._seconds["features"] += time.monotonic() - began
+        if parts is None:
+            return None
         if all(part.stop == stop for part in parts):
             return Features(parts)
         size = batch_size(self.ranks.device, self.backbone(config).tower)
@@ -284,6 +286,15 @@ class Workspace:
             return torch.cat([*on_cores(self.ranks.device, self._frozen_on(config, model, start, stop), batches)])
 
         return Features(parts, deepen)
+
+    def _cached_parts(self, config: RunConfig, model: Lift, split: Split) -> list[Part] | None:
+        """Return the cached features of the splits that a fold is made of, which all folds share; None if some do not fit."""
+        parts = []
+        for whole, samples in split.parts or ((split, None),):
+            if not (found := self._cached(config, model, whole, model.first_tuned)):
+                return None
+            parts.append(replace(found, samples=samples))
+        return parts
 
     def _cached(self, config: RunConfig, model: Lift, split: Split, stop: int) -> Part | None:
         """Return the features of a whole split after the blocks below `stop`, or after fewer blocks if there is no room for these."""
