@@ -36,7 +36,9 @@ def test_a_large_weight_is_stored_as_integers_to_half_a_step_of_its_row(spread: 
     }
     found = unpack(stored)
     step = weight.abs().amax(1, keepdim=True) / 127
-    assert ((found["w"] - weight).abs() <= 0.57 * step + 2**-24).all(), "half a step, and the rounding of its scale"
+    assert ((found["w"] - weight).abs() <= 0.57 * step + 2**-18).all(), (
+        "half a step, and 127 times the rounding of its scale"
+    )
     assert found["b"].dtype == torch.float32
 
 
@@ -57,6 +59,7 @@ def test_the_embedded_clip_fits_the_package_and_has_a_model_card() -> None:
     card = (FOLDER / "README.md").read_text()
     for said in ("MIT", "Tiny ImageNet", "DINOv2", "benchmarks/results/lift_small.jsonl"):
         assert said in card
+    assert "@" not in card, "all figures are filled in"
 
 
 def test_it_expands_to_what_open_clip_computes(small: Backbone, tmp_path: Path) -> None:
