@@ -258,7 +258,8 @@ def test_ray_up_on_machines_of_ones_own_studies_there_and_ray_down(
     found = json.loads((results / "inat2018" / "study.json").read_text())
     assert len(found["machine"]["nodes"]) == 2
 
-    words = f"{ROOT}/search_spaces/quickstart.yaml search.trials=2 base.optim.epochs=1 base.backbone.resolution_px=42 --out $LIFT_RESULTS/quickstart"
+    changes = "search.trials=2 base.optim.epochs=1 base.backbone.resolution_px=42"
+    words = f"{ROOT}/search_spaces/quickstart.yaml {changes} --out $LIFT_RESULTS/quickstart"
     study = lab.run("ray", "exec", file, f"RAY_ADDRESS=auto python -m lift_ray.tune {words}", seconds=400)
     assert study.returncode == 0, study.stdout
     assert "2 trials: 2 finished" in study.stdout
