@@ -37,8 +37,8 @@ License: [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Attribution:
 Changes: 100 of the 102 folders are included (Faces_easy and the background class are not). Every image was
 resized to a short side of 96 px (JPEG, quality 88), and from there to {px} px (Lanczos; JPEG, quality {quality}, 4:2:0).
 The images were split into train, validation and test and shuffled (seed {seed}). Of the training images only a long tail is
-included: for the class of rank i by size, the first min(natural, round({largest} * {imbalance}^(-i/99))). Class names are the folder
-names in lower case with spaces. Nothing else was changed. Paths in the files are those of the original archive.
+included: for the class of rank i by size, the first min(natural, round({largest} * {imbalance}^(-i/99))) images. Class names are
+the folder names in lower case with spaces. Nothing else was changed. Paths in the files are those of the original archive.
 
 | split | images | per class | shards |
 |---|---|---|---|

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from lift_ray.model.resnet import ResNetTower
 from lift_ray.model.tower import Tower
-from lift_ray.model.tuners.base import Identity, Tuner, own_names
+from lift_ray.model.tuners.base import Tuner, own_names
 from lift_ray.registry import TUNERS, imported
-
-IDENTITY = Identity()
 
 
 class Lift(nn.Module):
@@ -65,18 +63,13 @@ class Lift(nn.Module):
         Args:
             stop: the first tuned block by default, or one below it.
         """
-        x, stop = self.tower.embed(images), self.first_tuned if stop is None else stop
-        return self.tower.finish(x) if stop == self.tower.num_blocks else self.tower.blocks_until(x, stop)
+        return self.continue_frozen(self.tower.embed(images), 0, self.first_tuned if stop is None else stop)
 
-    def frozen_on(self, activations: Tensor, start: int, stop: int) -> Tensor:
-        """`frozen_part` up to `stop` from `frozen_part` up to `start`."""
-        if start == stop:
-            return activations
-        if stop == self.tower.num_blocks:
+    def continue_frozen(self, activations: Tensor, start: int, stop: int) -> Tensor:
+        """Return `frozen_part` for `stop` from that for `start`."""
+        if stop == self.tower.num_blocks and start < stop:
             return self.tower.finish(activations, start=start)
-        for block in self.tower.blocks[start:stop]:
-            activations = block(activations, IDENTITY)
-        return activations
+        return self.tower.blocks_until(activations, stop, start)
 
     def classify(self, feature: Tensor) -> Tensor:
         """(B, D) -> (B, K) raw logits in fp32."""

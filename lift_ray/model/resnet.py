@@ -172,9 +172,9 @@ class ResNetTower(FrozenTower):
         x = F.relu(self.bn2(self.conv2(x)))
         return F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
 
-    def blocks_until(self, x: Tensor, stop: int) -> Tensor:
-        """The first blocks without tuners, which are the same for every model: (B, C, H, W) -> (B, C', H', W')."""
-        for index in range(stop):
+    def blocks_until(self, x: Tensor, stop: int, start: int = 0) -> Tensor:
+        """The blocks from `start` to `stop` without tuners, which are the same for every model: (B, C, H, W) -> (B, C', H', W')."""
+        for index in range(start, stop):
             x = self.blocks[index](x, _IDENTITY)
         return x
 

@@ -195,9 +195,9 @@ class Tower(FrozenTower):
         out: Tensor = self.norm_pre(torch.cat([first.expand(len(x), 1, -1), x], dim=1))
         return out
 
-    def blocks_until(self, x: Tensor, stop: int) -> Tensor:
-        """The first blocks without tuners, which are the same for every model: (B, T, D) -> (B, T or 1, D)."""
-        for index in range(stop):
+    def blocks_until(self, x: Tensor, stop: int, start: int = 0) -> Tensor:
+        """The blocks from `start` to `stop` without tuners, which are the same for every model: (B, T, D) -> (B, T or 1, D)."""
+        for index in range(start, stop):
             x = self.blocks[index](x, _IDENTITY, index == self.num_blocks - 1)
         return x
 

@@ -46,8 +46,8 @@ def chunks_of(num_images: int, batch_size: int) -> list[range]:
 class SharedFeatures:
     """The files of a search on this node. The last process that leaves removes them.
 
-    A process is alive as long as it holds the lock of its member file, which the kernel releases when it dies. Who joins removes the
-    folders in which nobody is alive, so nothing stays of a search that was killed once another one begins here.
+    A process is alive as long as it holds the lock of its member file, which the kernel releases when it dies. A process that joins
+    removes the folders in which none is alive, so the files of a killed search stay only until the next search begins on this node.
 
     Args:
         search: name of this run of the search.
@@ -105,7 +105,8 @@ class SharedFeatures:
             return self._file(path, chunks, image_bytes, limit_bytes)
         except OSError as error:  # a quota, or a folder that somebody has removed
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                if not path.with_suffix(STATE).exists():  # otherwise it is complete, and other processes may use it
+                    path.unlink(missing_ok=True)
             self.tell(str(error))
             return None
 
@@ -114,9 +115,9 @@ class SharedFeatures:
             if not path.with_suffix(STATE).exists():
                 num_bytes = chunks[-1].stop * image_bytes
                 others = [file.stat() for file in self.folder.glob(f"*{DATA}") if file != path]
-                if num_bytes + sum(stat.st_size for stat in others) > limit_bytes:
+                if num_bytes + sum(other.st_size for other in others) > limit_bytes:
                     return None
-                unwritten = sum(max(0, stat.st_size - 512 * stat.st_blocks) for stat in others)
+                unwritten = sum(max(0, other.st_size - 512 * other.st_blocks) for other in others)
                 free = shutil.disk_usage(self.folder).free - unwritten - SPARE_BYTES
                 if num_bytes > free:
                     self.tell(f"{num_bytes / 2**30:.1f} GiB are needed and {max(0, free) / 2**30:.1f} are free")
@@ -172,7 +173,7 @@ class FeatureFile:
         return bool((self.state[:, 0] == FAILED).any())
 
     def fill(self, compute: Callable[[range], Iterable[torch.Tensor]], tell: Callable[[int], None]) -> bool:
-        """Compute all that is left together with other processes. Returns False if the disk is full.
+        """Compute all that is left together with other processes. Returns False if the disk is full or the files are gone.
 
         Args:
             compute: yields the features of a chunk, batch by batch.

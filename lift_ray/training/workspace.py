@@ -238,7 +238,7 @@ class Workspace:
         size = batch_size(ranks.device, tower)
         if found := self._deepest(config, model, split, stop):
             batches = (Features([found])[samples[at : at + size]] for at in range(0, len(samples), size))
-            yield from on_cores(ranks.device, self._frozen_on(config, model, found.stop, stop), batches)
+            yield from on_cores(ranks.device, self._continue_frozen(config, model, found.stop, stop), batches)
             return
         normalized = self.normalizer(config)
 
@@ -256,14 +256,14 @@ class Workspace:
         )
         yield from on_cores(ranks.device, frozen, images)
 
-    def _frozen_on(
+    def _continue_frozen(
         self, config: RunConfig, model: Lift, start: int, stop: int
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        def frozen_on(activations: torch.Tensor) -> torch.Tensor:
+        def continued(activations: torch.Tensor) -> torch.Tensor:
             with torch.no_grad(), autocast(config, self.ranks.device):
-                return model.frozen_on(activations, start, stop)
+                return model.continue_frozen(activations, start, stop)
 
-        return frozen_on
+        return continued
 
     def cached_features(self, config: RunConfig, model: Lift, split: Split) -> Features | None:
         """Return `frozen` of a whole split, computed once for all runs; None if it does not fit or nothing is frozen.
@@ -283,7 +283,7 @@ class Workspace:
 
         def deepen(activations: torch.Tensor, start: int) -> torch.Tensor:
             batches = activations.split(size)
-            return torch.cat([*on_cores(self.ranks.device, self._frozen_on(config, model, start, stop), batches)])
+            return torch.cat([*on_cores(self.ranks.device, self._continue_frozen(config, model, start, stop), batches)])
 
         return Features(parts, deepen)
 
