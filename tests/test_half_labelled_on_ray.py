@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded import LIFT_TINY
 from processes import wait_for
 from safetensors.torch import load_file
 
@@ -77,7 +78,7 @@ def test_a_search_over_sets_of_models_ends_with_what_each_gains_and_costs(
 ) -> None:
     space, out = tmp_path / "space.yaml", tmp_path / "out"
     space.write_text(
-        f"name: sets\ndataset: {small_data}\nbase:\n  backbone: {{resolution_px: 32}}\n"
+        f"name: sets\ndataset: {small_data}\nbase:\n  backbone: {{model: '{LIFT_TINY}', resolution_px: 32}}\n"
         "  optim: {epochs: 1, global_batch_size: 16, lr: 0.05}\n"
         "  method: {kind: backdoor, members: {a: {}, probe: {tuner.kind: linear_probe}, seed1: {seed: 1}}}\n"
         "space: {method.use: {choices: [a+probe, a+seed1]}}\n"
