@@ -188,7 +188,7 @@ def run(data: str, weights: str, threads: int, **overrides: Any) -> dict[str, fl
         found = one.train_epoch()
     taken = torch.cuda.max_memory_allocated() - before
     parts = memory(one.model.cpu(), one.config, one.config.optim.global_batch_size)
-    planned = parts["tower"] + parts["trained, gradients and momentum"] + parts["activations"]
+    planned = parts["tower"] + parts["trained, gradients and optimizer"] + parts["activations"]
     figures = {
         "images_per_s": found["train/images_per_s"],
         "loss": found["train/loss"],

@@ -72,10 +72,10 @@ def test_half_precision_learns_what_fp32_learns(here: Workspace, there: Workspac
 def test_fp16_scales_the_loss_and_survives_an_overflow(there: Workspace) -> None:
     run = Run(settings(LIFT_TINY, backbone__precision="fp16"), there)
     before = {name: p.detach().clone() for name, p in run.model.trained().items()}
-    run.sgd.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**80)  # every gradient overflows
+    run.stepper.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**80)  # every gradient overflows
     run.train_step(next(iter(run.batches())))
     assert all(torch.equal(p, before[name]) for name, p in run.model.trained().items())
-    assert run.sgd.scaler.get_scale() < 2.0**80
+    assert run.stepper.scaler.get_scale() < 2.0**80
 
 
 def test_a_run_on_a_gpu_resumes_with_the_same_state(there: Workspace, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_planned_memory_is_what_a_step_takes(small_data: str, kind: str, pre
         run.train_step(batch)
     taken = torch.cuda.max_memory_allocated() - before
     parts = memory(run.model.cpu(), config, 96)
-    planned = parts["tower"] + parts["trained, gradients and momentum"] + parts["activations"]
+    planned = parts["tower"] + parts["trained, gradients and optimizer"] + parts["activations"]
     assert 0.75 < taken / planned < 1.4, f"{taken / 2**20:.1f} MiB taken, {planned / 2**20:.1f} planned: {parts}"
 
 

@@ -119,6 +119,26 @@ def test_resuming_from_a_checkpoint_equals_the_undisturbed_run_exactly(
         assert torch.equal(run.model.stored()[name], value), name
 
 
+def test_adamw_learns_and_resumes_inside_an_epoch_exactly(
+    workspace: Workspace, small_clip: str, tmp_path: Path
+) -> None:
+    config = settings(small_clip, optim__optimizer="adamw", optim__lr=0.01)
+    whole, stopped, again = (Run(config, workspace) for _ in range(3))
+    figures = untimed(whole.epochs())
+    assert figures[-1]["train/loss"] < 0.9 * figures[0]["train/loss"]
+    stopped.train_epoch()
+    coming = stopped.batches()
+    stopped.train_step(next(coming))
+    stopped.save(tmp_path / "inside")
+    again.load(tmp_path / "inside")
+    assert (again.epoch, again.step) == (1, 1)
+    assert untimed(again.epochs())[-1]["train/loss"] == figures[-1]["train/loss"]
+    for name, value in whole.model.stored().items():
+        assert torch.equal(again.model.stored()[name], value), name
+    with pytest.raises(BadInput, match="must have the same settings"):
+        Run(settings(small_clip), workspace).load(tmp_path / "inside")
+
+
 def test_a_checkpoint_holds_its_run_and_replaces_the_one_before(
     trained: tuple[Figures, list[Path], Run], small_data: str, tmp_path: Path
 ) -> None:

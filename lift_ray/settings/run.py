@@ -107,8 +107,10 @@ class NoAugmentConfig(Config):
 
 
 class OptimConfig(Config):
-    """SGD with a cosine schedule over the whole run."""
+    """The optimizer, with a cosine schedule over the whole run."""
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd, as published, or adamw (arXiv 1711.05101), whose steps have about the same size in every layer and need smaller rates."""
     epochs: Annotated[int, Field(ge=1)] = 5
     global_batch_size: Annotated[int, Field(ge=1)] = 128
     """Images a step, over all workers."""
@@ -116,6 +118,7 @@ class OptimConfig(Config):
     """Number of micro-batches in which a worker's part of a step goes through the tower, to save memory."""
     lr: Annotated[float, Field(gt=0)] = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of sgd; for adamw the decay of the mean gradient, beta_1."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     shuffle_mib: Annotated[float, Field(gt=0)] = 192.0
     """Encoded images that are shuffled together, at most 8,192: the part of a larger dataset that a worker holds in memory."""

@@ -117,7 +117,7 @@ def save(
     record: Record,
     *,
     state: Mapping[str, Tensor] | None = None,
-    momenta: Mapping[str, Tensor] | None = None,
+    optimizer: Mapping[str, Tensor] | None = None,
     per_class: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write a checkpoint atomically: to a temporary folder, which is then renamed over the previous checkpoint.
@@ -125,7 +125,7 @@ def save(
     Args:
         weights: trained tensors and the head, by name.
         state: other tensors by name (states of random generators, the losses of an unfinished epoch).
-        momenta: SGD's momentum by the name of its parameter; None if nothing is trained.
+        optimizer: what the optimizer keeps of each parameter (TrainStep.optimizer_state); None if nothing is trained.
         per_class: rows of the last evaluation (evaluation.metrics.per_class_rows).
 
     Raises OSError; the previous checkpoint is then unchanged.
@@ -134,8 +134,8 @@ def save(
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         _write_tensors(temporary / WEIGHTS, weights)
-        if momenta is not None:
-            _write_tensors(temporary / OPTIMIZER, momenta)
+        if optimizer is not None:
+            _write_tensors(temporary / OPTIMIZER, optimizer)
         _write_tensors(temporary / STATE, state or {})
         if per_class:
             write_per_class(per_class, temporary / PER_CLASS)
@@ -276,8 +276,8 @@ def load_weights(folder: Path, model: Stored) -> None:
         ) from None
 
 
-def load_momenta(folder: Path) -> dict[str, Tensor]:
-    """Read SGD's momentum by the name of its parameter. Raises BadInput if it is unreadable."""
+def load_optimizer_state(folder: Path) -> dict[str, Tensor]:
+    """Read what the optimizer kept of each parameter. Raises BadInput if it is unreadable."""
     return read_tensors(folder / OPTIMIZER)
 
 

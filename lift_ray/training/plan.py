@@ -78,7 +78,7 @@ def memory(model: Lift, config: RunConfig, images: int) -> dict[str, int]:
     value_bytes = DTYPES[config.backbone.precision].itemsize
     return {
         "tower": 4 * tower + (value_bytes * tower if value_bytes < 4 else 0),  # autocast keeps a copy
-        "trained, gradients and momentum": 3 * 4 * trained,
+        "trained, gradients and optimizer": (4 if config.optim.optimizer == "adamw" else 3) * 4 * trained,
         "activations": int(saved_bytes(model, value_bytes) / PROBE_IMAGES * at_once) if trained else 0,
         "batches": (AHEAD + 2) * images * image + 4 * images * image,
     }

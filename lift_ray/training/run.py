@@ -107,7 +107,7 @@ class Run:
         self.history: list[EpochMetrics] = []
         self.callback: Callback = lambda at, evaluated=0.0: None
         self.per_class: PerClass | None = None
-        self.sgd = self._prepare_training() if self.num_trained else None
+        self.stepper = self._prepare_training() if self.num_trained else None
 
     def _prepare_training(self) -> TrainStep:
         batch = self.config.optim.global_batch_size
@@ -124,7 +124,7 @@ class Run:
     @property
     def num_epochs(self) -> int:
         """Number of epochs to train; 0 if nothing is trained."""
-        return self.config.optim.epochs if self.sgd else 0
+        return self.config.optim.epochs if self.stepper else 0
 
     @property
     def num_trained(self) -> int:
@@ -138,7 +138,7 @@ class Run:
 
         Raises Diverged if a loss is not finite.
         """
-        if not self.sgd:
+        if not self.stepper:
             self.history = []
             yield self._note(EpochMetrics(0), self._validation(self.tau_grid))
         while self.epoch < self.num_epochs:
@@ -163,19 +163,19 @@ class Run:
 
     def _batches(self) -> tuple[Forward, Batches]:
         """Return the forward function, and the rest of this epoch's (inputs, labels): images, or cached features."""
-        assert self.sgd is not None
+        assert self.stepper is not None
         config, workspace, model = self.config, self.workspace, self.model
         if isinstance(config.augment, NoAugmentConfig):
             cached = workspace.cached_features(config, model, self.train)
             if cached is not None:
                 batches = cached_batches(config, workspace, self.train, cached, self.epoch, self.step)
                 return model.from_frozen, batches
-        return self.sgd.forward, image_batches(config, workspace, model.tower, self.epoch, self.step)
+        return self.stepper.forward, image_batches(config, workspace, model.tower, self.epoch, self.step)
 
     def train_step(self, batch: StepBatch) -> None:
         """Do one step, over the ranks' parts of a global batch; nothing is read back from the device."""
-        assert self.sgd is not None
-        self.losses[self.step] = self.sgd(*batch, self.lr(self.epoch, self.step))
+        assert self.stepper is not None
+        self.losses[self.step] = self.stepper(*batch, self.lr(self.epoch, self.step))
         self.step += 1
         self.seconds["train_s"] += time.monotonic() - self._asked
         self.callback(self)
@@ -208,14 +208,14 @@ class Run:
 
     def _end_epoch(self) -> EpochMetrics:
         """Move to the start of the next epoch, and return the metrics of training."""
-        assert self.sgd is not None
+        assert self.stepper is not None
         loss, right = self.losses.mean(0).tolist()
         images_seen = self.steps_per_epoch * self.config.optim.global_batch_size
         train = {"loss": loss, "accuracy": right, "images_per_s": images_seen / self.seconds["train_s"]}
         unlabelled: dict[str, float] = {}
-        if (counts := self.sgd.objective.pseudo_labels) is not None:
+        if (counts := self.stepper.objective.pseudo_labels) is not None:
             unlabelled = pseudo_label_figures(counts.cpu().numpy(), self.predictor.groups.names)
-            self.sgd.objective.pseudo_labels = None
+            self.stepper.objective.pseudo_labels = None
         metrics = EpochMetrics(self.epoch + 1, train, self.seconds, unlabelled)
         self.epoch, self.step = self.epoch + 1, 0
         self.losses = torch.zeros_like(self.losses)
@@ -256,11 +256,11 @@ class Run:
         state = {"losses": self.losses, "random/cpu": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
             state["random/cuda"] = torch.cuda.get_rng_state(self.ranks.device)
-        momenta = None
-        if self.sgd is not None:
-            momenta = self.sgd.momenta()
-            if self.sgd.objective.pseudo_labels is not None:
-                state["pseudo_labels"] = self.sgd.objective.pseudo_labels
+        optimizer = None
+        if self.stepper is not None:
+            optimizer = self.stepper.optimizer_state()
+            if self.stepper.objective.pseudo_labels is not None:
+                state["pseudo_labels"] = self.stepper.objective.pseudo_labels
         record = checkpoint.record_of(
             self.config,
             self.workspace.dataset,
@@ -269,10 +269,10 @@ class Run:
             self.epoch,
             step=self.epoch * self.steps_per_epoch + self.step,
             seconds=named("time", self.seconds),
-            scaler=self.sgd.scaler.state_dict() if self.sgd and self.sgd.scaler.is_enabled() else {},
+            scaler=self.stepper.scaler.state_dict() if self.stepper and self.stepper.scaler.is_enabled() else {},
         )
         rows = self.predictor.per_class_rows(self.per_class) if self.per_class else []
-        checkpoint.save(folder, self.predictor.stored(), record, state=state, momenta=momenta, per_class=rows)
+        checkpoint.save(folder, self.predictor.stored(), record, state=state, optimizer=optimizer, per_class=rows)
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint with the same settings. Raises BadInput, with the first setting that differs."""
@@ -280,12 +280,12 @@ class Run:
         checkpoint.check_same(folder, record, self.config.to_dict(), self.workspace.dataset.class_names)
         checkpoint.load_weights(folder, self.predictor)
         state = checkpoint.load_state(folder)
-        if self.sgd is not None:
-            self.sgd.load_momenta(checkpoint.load_momenta(folder))
-            self.sgd.scaler.load_state_dict(record.scaler)
+        if self.stepper is not None:
+            self.stepper.load_optimizer_state(checkpoint.load_optimizer_state(folder))
+            self.stepper.scaler.load_state_dict(record.scaler)
             self.losses = state["losses"].to(self.ranks.device)
             counts = state.get("pseudo_labels")
-            self.sgd.objective.pseudo_labels = None if counts is None else counts.to(self.ranks.device)
+            self.stepper.objective.pseudo_labels = None if counts is None else counts.to(self.ranks.device)
         torch.set_rng_state(state["random/cpu"])
         if self.ranks.device.type == "cuda" and "random/cuda" in state:
             torch.cuda.set_rng_state(state["random/cuda"], self.ranks.device)

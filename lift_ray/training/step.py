@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from lift_ray.settings.run import OptimConfig
 
 Forward = Callable[..., Tensor]
+# what torch's optimizers keep of a parameter, and how its name is continued in a checkpoint
+STATES = {"momentum_buffer": "", "exp_avg": "/mean", "exp_avg_sq": "/mean_square", "step": "/step"}
 
 
 class TrainStep:
-    """A step of SGD over the ranks' parts of a global batch; nothing is read back from the device.
+    """A step of the optimizer over the ranks' parts of a global batch; nothing is read back from the device.
 
     Args:
         config: resolved settings.
@@ -77,20 +79,22 @@ class TrainStep:
         self.scaler.update()
         return means
 
-    def momenta(self) -> dict[str, Tensor]:
-        """Return SGD's momentum of each trained parameter that has one, by name."""
-        states = {name: self.optimizer.state.get(parameter) for name, parameter in self.trained.items()}
-        return {name: state["momentum_buffer"] for name, state in states.items() if state}
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return what the optimizer keeps of each trained parameter, by the name of the parameter, for adamw `NAME/PART`."""
+        states = {name: self.optimizer.state.get(parameter) or {} for name, parameter in self.trained.items()}
+        return {name + STATES[part]: tensor for name, state in states.items() for part, tensor in state.items()}
 
-    def load_momenta(self, momenta: Mapping[str, Tensor]) -> None:
-        """Load the result of `momenta`."""
+    def load_optimizer_state(self, stored: Mapping[str, Tensor]) -> None:
+        """Load the result of `optimizer_state`."""
         for name, parameter in self.trained.items():
-            if name in momenta:
-                self.optimizer.state[parameter]["momentum_buffer"] = momenta[name].to(parameter.device)
+            for part, suffix in STATES.items():
+                if name + suffix in stored:
+                    self.optimizer.state[parameter][part] = stored[name + suffix].to(parameter.device)
 
 
-def make_optimizer(trained: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.optim.SGD:
-    """Return SGD with momentum over all trained parameters, as in LIFT, with one fused update per step."""
-    return torch.optim.SGD(
-        trained.values(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
-    )
+def make_optimizer(trained: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of all trained parameters, with one fused update per step."""
+    lr, decay = optim.lr, optim.weight_decay
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(trained.values(), lr, (optim.momentum, 0.999), weight_decay=decay, fused=True)
+    return torch.optim.SGD(trained.values(), lr, optim.momentum, weight_decay=decay, fused=True)
