@@ -18,11 +18,11 @@ from lift_ray.data.augment import Draws, evaluation_image
 from lift_ray.data.decode import Pixels
 
 NUM_OPERATIONS = 2
-LEVEL = 10 / 30  # magnitude 10 on RandAugment's scale of 0 to 30
+STRENGTHS = 9  # 0.1, 0.2, ... 0.9
 PAD = 4 / 32  # of the side
 GRAY = 127
 WEAK_DRAWS = 3
-STRONG_DRAWS = WEAK_DRAWS + 2 * NUM_OPERATIONS + 2
+STRONG_DRAWS = WEAK_DRAWS + 4 * NUM_OPERATIONS + 2
 NUM_DRAWS = WEAK_DRAWS + STRONG_DRAWS
 
 
@@ -51,21 +51,23 @@ def weak_view(image: Pixels, draw: Draws) -> Pixels:
 
 
 def strong_view(image: Pixels, draw: Draws, cutout_frac: float) -> Pixels:
-    """Return the strong view, (size, size, 3): a weak view, two RandAugment operations, and cutout (arXiv 1909.13719, 1708.04552).
+    """Return the strong view, (size, size, 3): a weak view, RandAugment, and cutout (arXiv 1909.13719, 1708.04552).
 
-    The operations have magnitude 10 of 30; they and their strengths are torchvision's. The center of the gray square is uniform in
-    the image, so part of the square may be outside. FixMatch uses a square of 16 px in 32 px; scaling it with the image is an
-    assumption.
+    As in the published code of FixMatch and LoFT, two operations are drawn, each is used with probability 1/2, and its strength is
+    uniform in 0.1, 0.2, ... 0.9. The center of the gray square is uniform in the image, so part of the square may be outside.
 
     Args:
-        draw: (STRONG_DRAWS,) random numbers in [0, 1): those of the weak view, operation and sign twice, center of the square.
+        draw: (STRONG_DRAWS,) random numbers in [0, 1): those of the weak view; whether, operation, strength and sign, twice; center
+            of the square.
         cutout_frac: side of the square as a fraction of the image's side, in [0, 1].
     """
     size, side = len(image), round(cutout_frac * len(image))
     view = torch.from_numpy(np.ascontiguousarray(weak_view(image, draw[:WEAK_DRAWS]))).permute(2, 0, 1)
     operations = list(OPERATIONS.values())
-    for which, sign in draw[WEAK_DRAWS:-2].reshape(NUM_OPERATIONS, 2):
-        view = operations[int(len(operations) * which)](view, LEVEL if sign < 0.5 else -LEVEL)
+    for whether, which, strength, sign in draw[WEAK_DRAWS:-2].reshape(NUM_OPERATIONS, 4):
+        level = (1 + int(STRENGTHS * strength)) / 10
+        if whether < 0.5:
+            view = operations[int(len(operations) * which)](view, level if sign < 0.5 else -level)
     out: Pixels = view.permute(1, 2, 0).numpy().copy()
     left, top = (int(size * number) - side // 2 for number in draw[-2:])
     out[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = GRAY
@@ -88,20 +90,20 @@ def _affine(view: Tensor, **options: float | list[int] | list[float]) -> Tensor:
     return out
 
 
-# (3, H, W) uint8 and a level in [-1, 1] -> (3, H, W); a level of 1 is RandAugment's magnitude 30
+# (3, H, W) uint8 and a level in [-1, 1] -> (3, H, W); color operations only weaken, whatever the sign of the level
 OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda view, level: view,
     "shear_x": partial(_sheared, right=0.3),
     "shear_y": partial(_sheared, down=0.3),
-    "translate_x": partial(_moved, right=150 / 331),
-    "translate_y": partial(_moved, down=150 / 331),
+    "translate_x": partial(_moved, right=0.3),
+    "translate_y": partial(_moved, down=0.3),
     "rotate": partial(_moved, angle=-30),
-    "brightness": lambda view, level: F.adjust_brightness(view, 1 + 0.9 * level),
-    "color": lambda view, level: F.adjust_saturation(view, 1 + 0.9 * level),
-    "contrast": lambda view, level: F.adjust_contrast(view, 1 + 0.9 * level),
-    "sharpness": lambda view, level: F.adjust_sharpness(view, 1 + 0.9 * level),
-    "posterize": lambda view, level: F.posterize(view, round(8 - 4 * abs(level))),
-    "solarize": lambda view, level: F.solarize(view, 255 * (1 - abs(level))),
+    "brightness": lambda view, level: F.adjust_brightness(view, 0.05 + 0.9 * abs(level)),
+    "color": lambda view, level: F.adjust_saturation(view, 0.05 + 0.9 * abs(level)),
+    "contrast": lambda view, level: F.adjust_contrast(view, 0.05 + 0.9 * abs(level)),
+    "sharpness": lambda view, level: F.adjust_sharpness(view, 0.05 + 0.9 * abs(level)),
+    "posterize": lambda view, level: F.posterize(view, 4 + int(4 * abs(level))),
+    "solarize": lambda view, level: F.solarize(view, 256 - int(256 * abs(level))),
     "auto_contrast": lambda view, level: F.autocontrast(view),
     "equalize": lambda view, level: F.equalize(view),
 }

@@ -33,9 +33,8 @@ class HalfLabelledConfig(MethodConfig):
     """A pseudo-label counts when its probability is at least this. No source states ULFine's; LoFT has 0.6 on CIFAR-100."""
     unlabelled_ratio: Annotated[int, Field(ge=1)] = 7
     """Unlabeled images per labeled image in a step. No source states ULFine's; 7 is FixMatch's."""
-    cutout_frac: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Side of the gray square in strong views, as a fraction of the image's side: FixMatch's 16 of 32 px. We assume that it scales
-    with the image."""
+    cutout_frac: Annotated[float, Field(ge=0, le=1)] = 16 / 224
+    """Side of the gray square in strong views, as a fraction of the image's side: 16 of 224 px in LoFT; FixMatch has 16 of 32."""
 
 
 class FixmatchConfig(HalfLabelledConfig):
