@@ -2,9 +2,10 @@
 
 497 labelled images of 40 classes, 40 to 2 of each (embedded:caltech101-half), and a pool without labels that holds them and
 587 more: with as many of each class in proportion (consistent), with the order of the classes turned round (reversed), or 1,880
-more, as many of every class (uniform). All methods take the same number of steps with the same number of labelled images,
-with the loss, tower, tuner and augmentation of LIFT+; three learning rates are compared on the first seed by validation mean
-class accuracy, and the best is trained with the other seeds too. Every finished run is kept in --out: `--resume` goes on there.
+more, as many of every class (uniform). All methods take the same number of steps with the same number of labelled images, with
+loss and augmentation of LIFT+, lift-small at 56 px, AdaptFormer in its last two blocks, and a classifier that starts from the class
+means; three learning rates are compared on the first seed by validation mean class accuracy, and the best is trained with the
+other seeds too. Every finished run is kept in --out: `--resume` goes on there.
 
 A step has two unlabelled images for each labelled one, not the seven of the literature, so that the whole fits two cores.
 `--methods ulfine_adjusted` is ULFine with the training prior in the cross-entropy of its similarity logits too.
@@ -45,7 +46,13 @@ FURTHER = ("linear", "similarity")
 
 def possible_jobs(args: argparse.Namespace) -> list[Job]:
     """Every run that the options allow; the labelled images are the same in all arrangements, so LIFT has one set of runs."""
-    base = {"optim.global_batch_size": args.batch, "evaluation.group_bounds": list(PUBLISHED)}
+    base = {
+        "backbone.resolution_px": args.px,
+        "tuner.blocks": {"last": 2},
+        "head.init": "class_mean",
+        "optim.global_batch_size": args.batch,
+        "evaluation.group_bounds": list(PUBLISHED),
+    }
     runs = [(LABELLED, base, DATA)]
     for arrangement in args.arrangements:
         for kind in args.methods:
@@ -132,6 +139,7 @@ def main() -> None:
     options.add_argument("--rates", type=float, nargs="+", default=RATES)
     options.add_argument("--batch", type=int, default=32, help="labelled images a step")
     options.add_argument("--ratio", type=int, default=2, help="unlabelled images for each labelled one")
+    options.add_argument("--px", type=int, default=56, help="side of the images, a multiple of 14")
     options.add_argument("--threshold", type=float, default=0.6)
     args = options.parse_args()
     path, jobs = file_of(args, "half_labelled"), possible_jobs(args)
@@ -154,6 +162,7 @@ def main() -> None:
             "epochs": args.epochs,
             "steps": steps,
             "batch": args.batch,
+            "resolution_px": args.px,
             "unlabelled_ratio": args.ratio,
             "threshold": args.threshold,
             "sentences": gains(summaries),

@@ -174,7 +174,8 @@ def test_labels_of_unlabelled_images_are_not_used(small_clip: str, trained: tupl
     for name, value in stored(trained[1]).items():
         assert torch.equal(value, run.model.stored()[name]), name
     assert figures[-1]["unlabelled/pseudo_labels"] == trained[0][-1]["unlabelled/pseudo_labels"]
-    assert figures[-1]["unlabelled/precision"] < trained[0][-1]["unlabelled/precision"]
+    # the figures do use them; this model guesses, so its precision may rise or fall
+    assert figures[-1]["unlabelled/precision"] != trained[0][-1]["unlabelled/precision"]
 
 
 def test_a_run_killed_halfway_continues_with_exactly_the_same_prototypes(
