@@ -249,7 +249,7 @@ def named_rates(word: str) -> tuple[str, list[float]]:
 
 
 def main() -> None:
-    options = parser(__doc__, epochs=5, minutes=33)
+    options = parser(__doc__, epochs=3, minutes=60)
     options.add_argument(
         "--groups", type=int, default=3, help="of three seeds (default %(default)s); --seeds is not used"
     )

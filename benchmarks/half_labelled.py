@@ -131,7 +131,7 @@ def gains(summaries: Sequence[Summary]) -> list[str]:
 
 
 def main() -> None:
-    options = parser(__doc__, epochs=8, minutes=33)
+    options = parser(__doc__, epochs=4, minutes=60)
     options.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS)[:3], metavar="METHOD")
     options.add_argument(
         "--arrangements", nargs="+", choices=list(ARRANGEMENTS), default=["consistent", "reversed"], metavar="NAME"

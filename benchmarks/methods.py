@@ -30,10 +30,10 @@ from lift_ray.terminal.tables import HEADINGS, console
 RATES: dict[str, list[float | None]] = {
     "zero_shot": [None],
     "linear_probe": [0.003, 0.01, 0.03],
-    "adaptformer": [0.0005, 0.001, 0.002],
-    "lora": [0.0005, 0.001, 0.002],
+    "adaptformer": [0.001, 0.002, 0.005],
+    "lora": [0.001, 0.002, 0.005],
     "vpt_deep": [0.001, 0.003, 0.01],
-    "partial": [0.0001, 0.0002, 0.0005],
+    "partial": [0.0002, 0.0005, 0.001],
     "full": [0.00001, 0.00002, 0.00004],
 }
 UNTRAINED = "zero_shot"
