@@ -8,6 +8,7 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +24,12 @@ from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, one_line
 from lift_ray.evaluation.accumulator import MetricAccumulator
 from lift_ray.evaluation.cpu_parallel import on_cores
-from lift_ray.inference.classifier import Classifier
 from lift_ray.storage.layout import CALIBRATION, OUT_OF_FOLD_FILE
 from lift_ray.text import count
 from lift_ray.training.checkpoint import Record, difference
+
+if TYPE_CHECKING:
+    from lift_ray.inference.classifier import Classifier
 
 COLDEST, HOTTEST = 0.01, 100.0
 ROWS, MOST_LOGITS = 1024, 2 * 10**8  # images read at a time, and numbers kept for the fit of the temperature

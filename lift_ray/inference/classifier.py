@@ -1,22 +1,33 @@
-"""A trained model without its training data, for export, prediction and serving."""
+"""A trained model without its training data: for Python programs, prediction, serving and export."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from lift_ray.data.augment import centre_crop, corners_and_centre
 from lift_ray.data.bad_image import MAX_PIXELS
+from lift_ray.data.batches import made_ahead
 from lift_ray.data.bit_depth import Rendering
 from lift_ray.data.dataset import Dataset
 from lift_ray.data.decode import Pixels, decode
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.accumulator import shift_of
-from lift_ray.evaluation.cpu_parallel import batch_size
+from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
+from lift_ray.inference.calibration import Calibration, calibrated
+from lift_ray.inference.evaluate import EvaluationRequest, evaluate_with
+from lift_ray.inference.exported_model import exported_model
+from lift_ray.inference.given_images import AnyImage, pixels_of
+from lift_ray.inference.new_images import of_dataset, opened_images
 from lift_ray.methods.world import Ranks
 from lift_ray.model.heads import over_crops
 from lift_ray.settings.overrides import apply_overrides
@@ -51,10 +62,25 @@ def single_record(folder: Path) -> checkpoint.Record:
     return record
 
 
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Result of `Classifier.evaluate`.
+
+    Attributes:
+        metrics: by name, as accuracy, mean_class_accuracy, few.
+        per_class: a row for each class: its name, group, training images, images, accuracy, and more.
+        notes: sentences about what was left out, such as classes that the model does not have.
+    """
+
+    metrics: dict[str, float]
+    per_class: list[dict[str, Any]]
+    notes: list[str]
+
+
 class Classifier:
     """The model of a checkpoint, which classifies images exactly as an evaluation of the checkpoint does.
 
-    On a CPU it computes in fp32, whatever the training precision.
+    `Classifier.load` is for Python programs. On a CPU it computes in fp32, whatever the training precision.
 
     Args:
         folder: folder of the checkpoint.
@@ -64,8 +90,41 @@ class Classifier:
     Raises BadInput.
     """
 
+    calibration = Calibration(1.0)
+    """The temperature that divides the logits."""
+
+    @classmethod
+    def load(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        temperature: float | None = None,
+        posthoc_tau: float | None = None,
+        device: str | None = None,
+        ranks: Ranks | None = None,
+    ) -> Classifier:
+        """Load a trained model.
+
+        Args:
+            where: folder or URL of the results of `tune` (its best model) or `train`, or of a checkpoint.
+            temperature: divides the logits; 1 for uncalibrated probabilities. None: fitted on validation images, once.
+            posthoc_tau: strength of the post-hoc logit adjustment (arXiv 2007.07314); None for the value of the run.
+            device: a name of torch, as "cpu" or "cuda:1"; None for the first GPU, or else the CPU.
+            ranks: device and number of threads, instead of `device`; None leaves torch's threads as they are.
+
+        Raises BadInput if it cannot be read, or if it is an ensemble.
+        """
+        if ranks is None:
+            name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            ranks = Ranks(0, 1, torch.device(name), torch.get_num_threads())
+        with checkpoint.opened(os.fspath(where)) as folder:
+            one = cls(folder, ranks, posthoc_tau)
+            one.calibration = calibrated(folder, one) if temperature is None else Calibration(temperature)
+        one._where = os.fspath(where)
+        return one
+
     def __init__(self, folder: Path, ranks: Ranks, posthoc_tau: float | None = None) -> None:
-        self.record, self.ranks = single_record(folder), ranks
+        self.record, self.ranks, self._where = single_record(folder), ranks, str(folder)
         self.rendering = Rendering.of(self.record.rendering)
         """How images with more than 8 bits, several pages or transparency become 8-bit RGB, as in training."""
         here: dict[str, Any] = {"backbone.precision": "fp32"} if ranks.device.type == "cpu" else {}
@@ -113,3 +172,90 @@ class Classifier:
         """Return adjusted logits (B, K) in fp32 on the device, for images (B, 3, H, W) or (B, 5, 3, H, W) in uint8."""
         with torch.inference_mode():
             return over_crops(self._predict(images)).float() - self.offset
+
+    def probabilities(self, images: Tensor, temperature: float | None = None) -> Tensor:
+        """Return probabilities (B, K) on the device, for images as in `logits`.
+
+        Args:
+            temperature: divides the logits; None for that of `calibration`.
+        """
+        return torch.softmax(self.logits(images) / (temperature or self.calibration.temperature), dim=1)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the K classes, in the order of the probabilities."""
+        return list(self.record.class_names)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Validation metrics of the model when it was trained, by name; empty if it was trained without validation."""
+        return {name.removeprefix("validation/"): value for name, value in self.record.metrics.items()}
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as a module from uint8 images (B, 3, H, W) of side `size_px` to logits (B, K), without temperature."""
+        return exported_model(self.model, self.backbone, self.offset)
+
+    def predict(self, images: Sequence[AnyImage], top: int | None = None) -> list[list[tuple[str, float]]]:
+        """Return the most probable classes of each image with their probabilities, the most probable first.
+
+        Args:
+            images: paths, URLs, bytes, Pillow images, arrays or tensors (`AnyImage`).
+            top: number of classes; None for 5, or all if there are fewer.
+
+        Raises BadInput, with the number of the image, for one that cannot be read.
+        """
+        top = default_top(len(self.classes)) if top is None else top
+        if not 1 <= top <= len(self.classes):
+            raise BadInput("top", f"must be 1 to {len(self.classes)}", top)
+        names, found = self.classes, self.predict_proba(images)
+        best = np.argsort(-found, axis=1, kind="stable")[:, :top]
+        return [[(names[k], float(row[k])) for k in order] for row, order in zip(found, best, strict=True)]
+
+    def predict_proba(self, images: Sequence[AnyImage]) -> NDArray[np.float32]:
+        """Return calibrated probabilities (N, K) in the order of `classes`. Arguments and errors as in `predict`."""
+        return self._over(images, self.probabilities, len(self.classes))
+
+    def embed(self, images: Sequence[AnyImage]) -> NDArray[np.float32]:
+        """Return features (N, D) before the classifier, not normalized; with five crops, their mean. Otherwise as `predict`."""
+        features = self._workspace.forward(self.config, self.model.feature)
+        return self._over(images, lambda batch: over_crops(features(batch)).float(), self.backbone.tower.width)
+
+    def evaluate(self, data: str | os.PathLike[str] | Dataset, split: str | None = None) -> EvaluationResult:
+        """Evaluate on labeled images, whose classes are matched by name.
+
+        Args:
+            data: a dataset, also an open one; a folder of class directories; a table (CSV, Parquet); or a URL of one.
+            split: the split to use; None for the test split, or for all images if there are no splits.
+
+        Raises BadInput.
+        """
+        if isinstance(data, Dataset):
+            opening = nullcontext(of_dataset(data, self.classes, split))
+        else:
+            opening = opened_images(os.fspath(data), self.classes, split, rendering=self.rendering)  # type: ignore[assignment]
+        with opening as images:
+            tau = self.config.evaluation.posthoc_tau
+            request = EvaluationRequest((self._where,), images.dataset, images.split, (tau,))
+            found = evaluate_with(request, self.ranks)
+            metrics = {name.partition("/")[2]: value for name, value in found.figures[0].items() if "/" in name}
+            return EvaluationResult(metrics, found.rows, images.notes(absent=True))
+
+    def _over(self, images: Sequence[AnyImage], compute: Callable[[Tensor], Tensor], width: int) -> NDArray[np.float32]:
+        """Return `compute` of all images, (N, width); batches are decoded in threads while others are computed."""
+        if isinstance(images, str | bytes | os.PathLike | Tensor) or not hasattr(images, "__len__"):
+            raise BadInput("images", "must be a list of images", type(images).__name__, "put it into a list")
+        starts, crop = range(0, len(images), self.batch_size), corners_and_centre if self.five_crops else centre_crop
+
+        def decoded(number: int) -> Tensor:
+            batch = []
+            for at in range(starts[number], min(starts[number] + self.batch_size, len(images))):
+                try:
+                    batch.append(crop(pixels_of(images[at], self.rendering), self.size_px))
+                except BadInput as error:
+                    raise BadInput(f"images[{at}]", str(error)) from None
+            return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.stack(batch), -1, -3)))
+
+        batches = made_ahead(decoded, range(len(starts)), self.ranks.num_threads)
+        found = on_cores(self.ranks.device, lambda batch: compute(batch).cpu().numpy(), batches)
+        return np.concatenate([np.zeros((0, width), np.float32), *found])

@@ -79,8 +79,9 @@ def evaluate_here(request: EvaluationRequest, callback: Callable[[float], None] 
     Args:
         callback: called with the fraction of the images that are counted.
     """
-    ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1)
-    return _evaluate(request, ranks, callback)
+    return evaluate_with(
+        request, Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1), callback
+    )
 
 
 def evaluate_checkpoint(
@@ -98,9 +99,10 @@ def devices(ranks: Ranks) -> list[torch.device]:
     return [ranks.device, *(torch.device("cuda", number) for number in range(1, torch.cuda.device_count()))]
 
 
-def _evaluate(
+def evaluate_with(
     request: EvaluationRequest, ranks: Ranks, callback: Callable[[float], None] = lambda fraction: None
 ) -> Evaluated:
+    """Evaluate with the other ranks, if any: each takes a part of the split, and all return the whole result. Raises BadInput."""
     workspaces = [Workspace(request.dataset, replace(ranks, device=device)) for device in devices(ranks)]
     trained = [
         _trained(where, workspaces[number % len(workspaces) :] + workspaces[: number % len(workspaces)], request.tte)
@@ -178,7 +180,7 @@ class Evaluator:
         """Return the result of all ranks together, which is the same on each rank."""
         alone = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
         join_group(rank, need.workers, *meet, alone.device)
-        return _evaluate(request, replace(alone, rank=rank, world_size=need.workers))
+        return evaluate_with(request, replace(alone, rank=rank, world_size=need.workers))
 
 
 def evaluate_on_workers(request: EvaluationRequest, workers: int, cpus_per_worker: int) -> Evaluated:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.inference.classifier import Classifier
@@ -22,8 +22,6 @@ from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import TIMM, load_backbone
 from lift_ray.model.merging import merged, write_open_clip
-from lift_ray.model.resnet import AnyTower
-from lift_ray.model.tuners.base import BlockTuner
 from lift_ray.storage.layout import BEST_METRICS
 
 LARGEST_DIFFERENCE = 1e-4
@@ -32,42 +30,6 @@ CLASSES = "classes.json"
 
 GetProgram = Callable[[], torch.export.ExportedProgram]
 Logits = Callable[[Tensor], Tensor]
-
-
-class ExportedModel(nn.Module):
-    """The whole classifier, from uint8 images to logits: normalization, tower, tuners, head and post-hoc adjustment.
-
-    Args:
-        mean, std: mean and standard deviation of each channel, for images in [0, 1].
-        offset: (K,), subtracted from the logits.
-    """
-
-    mean: Tensor
-    std: Tensor
-    offset: Tensor
-
-    def __init__(
-        self,
-        tower: AnyTower,
-        tuners: Sequence[BlockTuner],
-        head: nn.Module,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        offset: Tensor,
-    ) -> None:
-        super().__init__()
-        self.tower, self.head = tower, head
-        self.tuners: Any = nn.ModuleList(tuners)
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
-        self.register_buffer("offset", offset)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, K) for RGB images (B, 3, H, W) in uint8."""
-        x = (images.float() - self.mean) / self.std
-        logits: Tensor = self.head(self.tower.finish(self.tower.embed(x), self.tuners))
-        return logits - self.offset
 
 
 def export_checkpoint(
@@ -144,16 +106,6 @@ def check_onnx_packages() -> None:
         ) from None
 
 
-def exported_model(classifier: Classifier) -> ExportedModel:
-    """Return the module to export; tuners are merged into the weights if possible, so that they cost no time."""
-    model, backbone = classifier.model, classifier.backbone
-    tower, tuners = model.tower, model.tuner.per_block
-    if all(tuner.can_merge for tuner in tuners):
-        tower, tuners = merged(tower, tuners), []
-    exported = ExportedModel(tower, tuners, model.head, mean=backbone.mean, std=backbone.std, offset=classifier.offset)
-    return exported.eval()
-
-
 def _exported(classifier: Classifier, name: str, folder: Path, program: GetProgram) -> Exported:
     file, run = WRITERS[name](classifier, folder, program)
     worst = 0.0
@@ -208,7 +160,7 @@ def _onnx(classifier: Classifier, folder: Path, program: GetProgram) -> tuple[st
 
 def _program(classifier: Classifier) -> torch.export.ExportedProgram:
     """Trace the classifier with torch.export, for any batch size."""
-    module = exported_model(classifier)
+    module = classifier.module
     example = torch.zeros(2, 3, classifier.size_px, classifier.size_px, dtype=torch.uint8)
     with torch.no_grad():
         # The first call caches the resized position embeddings. Cached while tracing, they would be the tracer's fake tensors.

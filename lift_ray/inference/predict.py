@@ -23,7 +23,7 @@ from lift_ray.data.bad_image import BadImage
 from lift_ray.data.batches import made_ahead
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.cpu_parallel import on_cores
-from lift_ray.inference.calibration import Calibration, calibrated
+from lift_ray.inference.calibration import Calibration
 from lift_ray.inference.classifier import Classifier, default_top, single_record
 from lift_ray.inference.image_files import ImageFiles, ImageReader, write_left_out
 from lift_ray.methods.world import Ranks
@@ -82,12 +82,11 @@ class Predictor:
 
     def __init__(self, job: Job, ranks: Ranks) -> None:
         self._job, self._ranks = job, ranks
-        with checkpoint.opened(job.where) as folder:
-            self._classifier = Classifier(folder, ranks, job.posthoc_tau)
-            self.calibration = (
-                calibrated(folder, self._classifier) if job.temperature is None else Calibration(job.temperature)
-            )
-        self._names = np.array(self._classifier.record.class_names)
+        self._classifier = Classifier.load(
+            job.where, temperature=job.temperature, posthoc_tau=job.posthoc_tau, ranks=ranks
+        )
+        self.calibration = self._classifier.calibration
+        self._names = np.array(self._classifier.classes)
 
     def parts(self, numbers: Sequence[int], temperature: float) -> Iterator[tuple[int, pa.Table]]:
         """Yield the number and the rows of each part, in order."""
@@ -142,7 +141,7 @@ class Predictor:
         good = np.array([error is None for error in errors])
         classes, probabilities = np.zeros((stop - start, top), np.int64), np.zeros((stop - start, top), np.float32)
         if len(images):
-            best = torch.softmax(self._classifier.logits(images) / temperature, dim=1).topk(top)
+            best = self._classifier.probabilities(images, temperature).topk(top)
             classes[good], probabilities[good] = best.indices.cpu().numpy(), best.values.cpu().numpy()
         files, rows = self._job.images.places(start, stop)
         columns: dict[str, Any] = {"file": pa.array(files, pa.string()), "row": pa.array(rows, pa.int64())}

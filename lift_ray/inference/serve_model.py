@@ -11,11 +11,9 @@ from ray import serve
 
 from lift_ray.data.bad_image import MAX_PIXELS, BadImage, TooManyPixels, UnknownFormat
 from lift_ray.data.decode import READABLE
-from lift_ray.inference.calibration import Calibration, calibrated
 from lift_ray.inference.classifier import Classifier, default_top
 from lift_ray.inference.serve_http import HttpFront, Options
 from lift_ray.methods.world import Ranks
-from lift_ray.training import checkpoint
 
 LARGEST_BATCH, WAIT_S = 32, 0.005
 FRONTS = 2  # so that one is left if the other dies
@@ -27,10 +25,9 @@ class ModelReplica:
 
     def __init__(self, options: Options) -> None:
         ranks = Ranks.alone(use_gpu=bool(options.gpus), num_cpus=options.cpus)
-        with checkpoint.opened(options.checkpoint) as folder:
-            self._classifier = Classifier(folder, ranks, options.posthoc_tau)
-            fixed = options.temperature
-            self._temperature = (Calibration(fixed) if fixed else calibrated(folder, self._classifier)).temperature
+        self._classifier = Classifier.load(
+            options.checkpoint, temperature=options.temperature, posthoc_tau=options.posthoc_tau, ranks=ranks
+        )
         self._max_pixels = min(MAX_PIXELS, int(1e6 * options.max_megapixels))
         self._decoding = asyncio.Semaphore(options.cpus + 1)
 
@@ -40,7 +37,7 @@ class ModelReplica:
 
     async def classify(self, encoded: bytes, top: int | None) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the JSON content of the response; without `top`, the usual number of classes."""
-        names = self._classifier.record.class_names
+        names = self._classifier.classes
         top = default_top(len(names)) if top is None else top
         if not 1 <= top <= len(names):
             return 400, {"error": f"top: must be 1 to {len(names)}, but got {top}"}
@@ -68,8 +65,7 @@ class ModelReplica:
         return list(await asyncio.to_thread(self._of_batch, images))
 
     def _of_batch(self, images: list[Any]) -> Any:
-        logits = self._classifier.logits(torch.from_numpy(np.stack(images)))
-        return torch.softmax(logits / self._temperature, dim=1).cpu().numpy()
+        return self._classifier.probabilities(torch.from_numpy(np.stack(images))).cpu().numpy()
 
 
 def application(options: Options) -> Any:

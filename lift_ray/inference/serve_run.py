@@ -80,10 +80,8 @@ def _stop(*_: Any) -> None:
 
 def _check(options: Any, host: str, port: int) -> None:
     """Check the port and the checkpoint before anything starts, and fit the temperature once for all replicas. Raises BadInput."""
-    from lift_ray.inference.calibration import calibrated
     from lift_ray.inference.classifier import Classifier
     from lift_ray.methods.world import Ranks
-    from lift_ray.training.checkpoint import opened
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -92,7 +90,8 @@ def _check(options: Any, host: str, port: int) -> None:
         except OSError as error:
             taken = f"{host}:{port} is not ({error.strerror})"
             raise BadInput("--port", "must be free", but=taken, remedy="choose another") from None
-    with opened(options.checkpoint) as folder:
-        classifier = Classifier(folder, Ranks.alone(num_cpus=os.cpu_count() or 1), options.posthoc_tau)
-        if options.temperature is None:
-            say(calibrated(folder, classifier))
+    ranks = Ranks.alone(num_cpus=os.cpu_count() or 1)
+    temperature, tau = options.temperature, options.posthoc_tau
+    classifier = Classifier.load(options.checkpoint, temperature=temperature, posthoc_tau=tau, ranks=ranks)
+    if temperature is None:
+        say(classifier.calibration)
