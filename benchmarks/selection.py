@@ -1,6 +1,6 @@
 """How the winner of a search is chosen, measured on the test split over ten search seeds.
 
-Each seed is a search by the product's own code (`lift_ray.search`) without Ray, of linear probes and of tuners in the last block, on
+Each seed is a search by the product's own code (`lift_ray.searching`) without Ray, of linear probes and of tuners in the last block, on
 cached features. Compared on the test split are, of the same trials:
 
     today's rule         the best trial on the hold-out (fold 1), with its own model
@@ -52,14 +52,14 @@ from lift_ray.evaluation.metrics import groups_of
 from lift_ray.evaluation.resampling import all_metrics
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.reporting.trial_rows import TrialRow, best_of
-from lift_ray.search.confirmation import Choice, fold_jobs
-from lift_ray.search.final_comparison import Model, evaluation_job, final, result_key, trained
-from lift_ray.search.jobs import Job, SlotSettings, TrainJob
-from lift_ray.search.predictions import read_out_of_fold
-from lift_ray.search.search_data import SearchData
-from lift_ray.search.state import Search
-from lift_ray.search.study import Study
-from lift_ray.search.worker import Worker
+from lift_ray.searching.confirmation import Choice, fold_jobs
+from lift_ray.searching.final_comparison import Model, evaluation_job, final, result_key, trained
+from lift_ray.searching.jobs import Job, SlotSettings, TrainJob
+from lift_ray.searching.predictions import read_out_of_fold
+from lift_ray.searching.search_data import SearchData
+from lift_ray.searching.state import Search
+from lift_ray.searching.study import Study
+from lift_ray.searching.worker import Worker
 from lift_ray.settings.search import taus_of
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output

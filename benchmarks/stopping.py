@@ -2,7 +2,7 @@
 
 The arms are trials with random settings on the embedded long-tailed Caltech-101, each trained to its end once, its validation figure
 kept after every epoch. Then searches over them are replayed: the arms come in a random order, some at a time, and a rule
-(`lift_ray.search.stopping`, or the law below) looks at each after every epoch. Of each replay: the epochs it trained, and
+(`lift_ray.searching.stopping`, or the law below) looks at each after every epoch. Of each replay: the epochs it trained, and
 its regret, how far the best arm that was trained to its end is behind the best of all.
 
 The law: over the arms that are finished, log of the final error = a + b * log of the error after as many epochs. An arm is stopped
@@ -29,7 +29,7 @@ from lift_ray.epoch_metrics import MAIN, MAIN_METRIC, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.methods.world import Ranks
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search import stopping
+from lift_ray.searching import stopping
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws
 from lift_ray.training.run import Run

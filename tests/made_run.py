@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.evaluation.evaluator import AtTau, evaluate
-from lift_ray.search.predictions import prediction_table
+from lift_ray.searching.predictions import prediction_table
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run

@@ -7,7 +7,7 @@ from typing import Any
 
 from noting import note_chunks
 
-from lift_ray.search.slot import Slot
+from lift_ray.searching.slot import Slot
 
 
 class NotingSlot(Slot):

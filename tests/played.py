@@ -24,12 +24,12 @@ from processes import wait_for
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.evaluation.metrics import ClassGroups
 from lift_ray.ray_runtime.capacity import Need
-from lift_ray.search.interrupts import Interrupts
-from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
-from lift_ray.search.predictions import out_of_fold_folder, part_name, write_predictions
-from lift_ray.search.search_data import SearchData
-from lift_ray.search.state import Search
-from lift_ray.search.study import Study, open_storage
+from lift_ray.searching.interrupts import Interrupts
+from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
+from lift_ray.searching.predictions import out_of_fold_folder, part_name, write_predictions
+from lift_ray.searching.search_data import SearchData
+from lift_ray.searching.state import Search
+from lift_ray.searching.study import Study, open_storage
 from lift_ray.settings.search import TAUS
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
@@ -257,7 +257,7 @@ def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[
     Args:
         options: trials, slots, search, and those of Played.
     """
-    from lift_ray.search.driver import run_search
+    from lift_ray.searching.driver import run_search
 
     out.mkdir(parents=True, exist_ok=True)
     own = {name: options[name] for name in ("epoch_s", "load_s", "alone_epochs", "faults", "broken") if name in options}

@@ -6,7 +6,7 @@ from typing import Any
 
 from played import worker_of
 
-from lift_ray.search.slot import Slot
+from lift_ray.searching.slot import Slot
 
 
 class PlayedSlot(Slot):

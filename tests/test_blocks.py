@@ -24,8 +24,8 @@ from lift_ray.reporting.figures.charts import plain
 from lift_ray.reporting.importance import importances
 from lift_ray.reporting.study_files import read_study
 from lift_ray.reporting.trial_rows import write_rows
-from lift_ray.search.study import Study, described
-from lift_ray.search.tables import trial_table
+from lift_ray.searching.study import Study, described
+from lift_ray.searching.tables import trial_table
 from lift_ray.settings.checks import read_space
 from lift_ray.settings.overrides import parse_overrides
 from lift_ray.settings.run import RunConfig

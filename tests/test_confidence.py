@@ -26,7 +26,7 @@ from lift_ray.reporting.confidence import (
 )
 from lift_ray.reporting.scaling_law import Law, fit_law
 from lift_ray.reporting.study_files import Predictions, StudyFiles, read_study
-from lift_ray.search.predictions import write_predictions
+from lift_ray.searching.predictions import write_predictions
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.output import Output
 from lift_ray.training.run import Run

@@ -17,7 +17,7 @@ from played import DATA, HELD_OUT, Played, accuracy_of, play, space, write_out_o
 
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.confirmation import (
+from lift_ray.searching.confirmation import (
     Choice,
     PosthocChoice,
     candidates,
@@ -27,11 +27,11 @@ from lift_ray.search.confirmation import (
     fold_jobs,
     posthoc_choice,
 )
-from lift_ray.search.final_comparison import SearchResult, comparison, final, trained
-from lift_ray.search.jobs import EvaluationJob, TrainJob
-from lift_ray.search.predictions import OutOfFold
-from lift_ray.search.state import Search
-from lift_ray.search.study import Study
+from lift_ray.searching.final_comparison import SearchResult, comparison, final, trained
+from lift_ray.searching.jobs import EvaluationJob, TrainJob
+from lift_ray.searching.predictions import OutOfFold
+from lift_ray.searching.state import Search
+from lift_ray.searching.study import Study
 from lift_ray.settings.search import TAUS, ScaleConfig
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output

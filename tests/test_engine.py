@@ -25,13 +25,13 @@ from ray import tune
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.ray_runtime.patches import SECRETS
-from lift_ray.search import tune_run
-from lift_ray.search.engine import Engine
-from lift_ray.search.jobs import SlotSettings, TrainJob
-from lift_ray.search.slot import Slot
-from lift_ray.search.state import Search
-from lift_ray.search.study import Study, open_storage
-from lift_ray.search.tune_run import JobSearcher
+from lift_ray.searching import tune_run
+from lift_ray.searching.engine import Engine
+from lift_ray.searching.jobs import SlotSettings, TrainJob
+from lift_ray.searching.slot import Slot
+from lift_ray.searching.state import Search
+from lift_ray.searching.study import Study, open_storage
+from lift_ray.searching.tune_run import JobSearcher
 from lift_ray.storage.output import Output
 from lift_ray.training.events import JobDone
 

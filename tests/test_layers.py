@@ -39,9 +39,10 @@ ROOMS = {
     "reporting": {"storage", "data", "evaluation", "terminal"},
     "tracking": {"settings", "training", "reporting", "terminal"},
     "inference": {*BELOW_TRAINING, "training", "ensembles", "ray_runtime"},
-    "search": {*BELOW_TRAINING, "training", "ensembles", "reporting", "tracking", "ray_runtime"},
+    "searching": {*BELOW_TRAINING, "training", "ensembles", "reporting", "tracking", "ray_runtime"},
     "clusters": {"settings", "ray_runtime", "data", "terminal", "tracking", "training"},
 }
+ROOMS["api"] = set(ROOMS)
 ROOMS["verbs"] = {*ROOMS, "cli"}
 ROOMS |= {"cli": set(), "__main__": {"cli"}}
 # library -> the places that may import it anywhere, and those that may only inside a function
@@ -50,9 +51,9 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
         {
             *("lift_ray/ray_runtime/", "lift_ray/training/ray_train", "lift_ray/training/run_channel"),
             *(
-                "lift_ray/search/tune_run",
-                "lift_ray/search/engine",
-                "lift_ray/search/slot",
+                "lift_ray/searching/tune_run",
+                "lift_ray/searching/engine",
+                "lift_ray/searching/slot",
                 "lift_ray/tracking/prometheus",
             ),
             *("lift_ray/inference/serve_http", "lift_ray/inference/serve_model"),
@@ -64,12 +65,12 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
                 "lift_ray/clusters/monitoring",
                 "lift_ray/clusters/ray_up",
             ),
-            *("lift_ray/clusters/schemas", "lift_ray/search/live_page"),
+            *("lift_ray/clusters/schemas", "lift_ray/searching/live_page"),
             *("lift_ray/inference/serve_run", "lift_ray/inference/evaluate", "lift_ray/inference/predict"),
         },
     ),
     "optuna": (
-        {"lift_ray/search/study", "lift_ray/search/samplers", "lift_ray/reporting/importance"},
+        {"lift_ray/searching/study", "lift_ray/searching/samplers", "lift_ray/reporting/importance"},
         {"lift_ray/settings/space"},
     ),
     "open_clip": (
@@ -80,7 +81,7 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     "pydantic": ({"lift_ray/settings/", "lift_ray/registry", "lift_ray/model/tuners/"}, set()),
     "pydantic_core": ({"lift_ray/settings/"}, set()),
     "ruamel": ({"lift_ray/settings/"}, {"lift_ray/train"}),
-    "rich": ({"lift_ray/terminal/", "lift_ray/search/progress_table", "lift_ray/training/progress"}, set()),
+    "rich": ({"lift_ray/terminal/", "lift_ray/searching/progress_table", "lift_ray/training/progress"}, set()),
     "jinja2": ({"lift_ray/reporting/", "lift_ray/inference/model_card"}, set()),
     "plotly": ({"lift_ray/reporting/page"}, set()),
     "typer": ({"lift_ray/cli", *(f"lift_ray/{verb}" for verb in VERBS)}, set()),

@@ -9,7 +9,7 @@ from test_monitoring import get
 
 from lift_ray.errors import BadInput
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.live_page import live_page, served
+from lift_ray.searching.live_page import live_page, served
 from lift_ray.settings.checks import read_space
 from lift_ray.settings.space import SpaceFile
 

@@ -23,7 +23,7 @@ from lift_ray.ensembles.ensemble import model_of
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.evaluation.evaluator import evaluate as evaluate_split
 from lift_ray.methods.world import Ranks
-from lift_ray.search.backdoor_trial import BackdoorTrial, trial_of
+from lift_ray.searching.backdoor_trial import BackdoorTrial, trial_of
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import read_run
 from lift_ray.storage.output import Output

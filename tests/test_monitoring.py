@@ -25,7 +25,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
-from lift_ray.search.live_page import METADATA
+from lift_ray.searching.live_page import METADATA
 from lift_ray.tracking.prometheus import SLOT_GAUGES, STUDY_GAUGES
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ baselines:
 search: {{{{trials: 2, scheduler: {{{{kind: none}}}}, tte_best: 0}}}}
 """
 SUBMITTED = (  # it waits as a search does before it has a page: Ray first notes that the job runs, over what stands there
-    "import time, ray; ray.init(); time.sleep(5); from lift_ray.search.live_page import tell_job; tell_job('http://127.0.0.1:1/submitted')"
+    "import time, ray; ray.init(); time.sleep(5); from lift_ray.searching.live_page import tell_job; tell_job('http://127.0.0.1:1/submitted')"
 )
 TOKEN, SECRET = (f"{secrets.token_hex(32)}" for _ in range(2))
 Samples = dict[str, list[tuple[dict[str, str], float]]]

@@ -18,9 +18,9 @@ from lift_ray.errors import BadInput
 from lift_ray.methods.world import Ranks
 from lift_ray.reporting.report import write_report
 from lift_ray.reporting.trial_rows import TrialRow, best_row, pareto_front, write_json, write_rows
-from lift_ray.search.stopping import decide
-from lift_ray.search.study import Study
-from lift_ray.search.tables import pareto_table, trial_table
+from lift_ray.searching.stopping import decide
+from lift_ray.searching.study import Study
+from lift_ray.searching.tables import pareto_table, trial_table
 from lift_ray.settings.checks import OBJECTIVES
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile

@@ -12,7 +12,7 @@ import pytest
 from test_resume import space
 
 from lift_ray.epoch_metrics import EpochMetrics
-from lift_ray.search.study import Study, open_storage
+from lift_ray.searching.study import Study, open_storage
 
 
 @pytest.mark.parametrize("url", [None, "sqlite:///{}/studies.db"])

@@ -22,8 +22,8 @@ from lift_ray.evaluation.resampling import all_metrics
 from lift_ray.inference.calibration import calibrated, fit_temperature
 from lift_ray.inference.classifier import Classifier
 from lift_ray.methods.world import Ranks
-from lift_ray.search import logit_writer
-from lift_ray.search.predictions import files_of, logits_name, read_out_of_fold
+from lift_ray.searching import logit_writer
+from lift_ray.searching.predictions import files_of, logits_name, read_out_of_fold
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.layout import OUT_OF_FOLD_FILE
 from lift_ray.storage.output import Output

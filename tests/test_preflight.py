@@ -9,7 +9,7 @@ import pytest
 from lift_ray import train, tune
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput, Stopped
-from lift_ray.search.driver_lock import study_in
+from lift_ray.searching.driver_lock import study_in
 from lift_ray.settings.checks import read_space
 from lift_ray.storage.output import Output
 

@@ -18,10 +18,10 @@ from played import DATA, METRIC, Played, metrics_of, play, searched, space
 
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.trial_rows import best_row
-from lift_ray.search.driver_lock import study_in
-from lift_ray.search.jobs import EvaluationJob
-from lift_ray.search.state import Search
-from lift_ray.search.study import Study, differences, open_storage, repaired, reports_in
+from lift_ray.searching.driver_lock import study_in
+from lift_ray.searching.jobs import EvaluationJob
+from lift_ray.searching.state import Search
+from lift_ray.searching.study import Study, differences, open_storage, repaired, reports_in
 from lift_ray.settings.search import TAUS
 from lift_ray.storage.layout import JOURNAL, LOCK
 from lift_ray.storage.output import Output
@@ -238,7 +238,7 @@ def test_a_driver_that_is_killed_gives_its_lock_back_at_once(resume: bool, tmp_p
     with study_in(out, space(), "d", url=None, resume=False):
         pass
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom lift_ray.search.driver_lock import _alone\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lift_ray.searching.driver_lock import _alone\n"
         f"from lift_ray.storage.output import Output\nwith _alone(Output({out.url!r})):\n"
         "    print('locked', flush=True)\n    time.sleep(300)\n"
     )
@@ -261,10 +261,10 @@ def test_a_second_driver_on_a_database_is_refused_while_the_first_is_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, clock = f"sqlite:///{tmp_path / 'studies.db'}", Clock()
-    monkeypatch.setattr("lift_ray.search.study.time", clock)
-    monkeypatch.setattr("lift_ray.search.study._me", lambda: "process 1 on here")
+    monkeypatch.setattr("lift_ray.searching.study.time", clock)
+    monkeypatch.setattr("lift_ray.searching.study._me", lambda: "process 1 on here")
     first = Study(space(), "d", open_storage(url, tmp_path), shared=True)
-    monkeypatch.setattr("lift_ray.search.study._me", lambda: "process 2 on there")
+    monkeypatch.setattr("lift_ray.searching.study._me", lambda: "process 2 on there")
     for after_s, heard, wait in ((-0.01, 0, 90), (30.01, 30, 60)):  # clocks of two machines differ
         clock.now += after_s
         for resume in (True, False):  # also before the first driver has reported anything
@@ -277,7 +277,7 @@ def test_a_second_driver_on_a_database_is_refused_while_the_first_is_heard(
     assert first.next() is not None
     clock.now += 60
     second = Study(space(), "d", open_storage(url, tmp_path), resume=True, shared=True)
-    monkeypatch.setattr("lift_ray.search.study._me", lambda: "process 1 on here")
+    monkeypatch.setattr("lift_ray.searching.study._me", lambda: "process 1 on here")
     with pytest.raises(BadInput, match=r"but process 2 on there took over played; stop one of them$"):
         first.beat()
     second.leave()
@@ -287,7 +287,7 @@ def test_a_driver_that_fails_lets_the_next_one_in_at_once(tmp_path: Path, monkey
     url, out = f"sqlite:///{tmp_path / 'studies.db'}", Output(str(tmp_path / "out"))
     with pytest.raises(RunFailed), study_in(out, space(), "d", url=url, resume=False):
         raise RunFailed("slots must start")
-    monkeypatch.setattr("lift_ray.search.study._me", lambda: "process 2 on there")
+    monkeypatch.setattr("lift_ray.searching.study._me", lambda: "process 2 on there")
     with study_in(out, space(), "d", url=url, resume=True) as study:
         assert study.rows == {}
 

@@ -20,9 +20,9 @@ from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput
 from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
-from lift_ray.search.samplers import check_sampler
-from lift_ray.search.stopping import RULES, decide
-from lift_ray.search.study import Study
+from lift_ray.searching.samplers import check_sampler
+from lift_ray.searching.stopping import RULES, decide
+from lift_ray.searching.study import Study
 from lift_ray.settings.search import (
     AnyScheduler,
     AshaConfig,

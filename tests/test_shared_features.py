@@ -25,12 +25,12 @@ from noting_slot import NotingSlot
 from lift_ray.data.open import open_dataset
 from lift_ray.methods.world import Ranks
 from lift_ray.ray_runtime.capacity import Need
-from lift_ray.search import progress_table
-from lift_ray.search.driver import run_search
-from lift_ray.search.frozen_cuts import tunings
-from lift_ray.search.interrupts import Interrupts
-from lift_ray.search.search_data import SearchData
-from lift_ray.search.study import Study, open_storage
+from lift_ray.searching import progress_table
+from lift_ray.searching.driver import run_search
+from lift_ray.searching.frozen_cuts import tunings
+from lift_ray.searching.interrupts import Interrupts
+from lift_ray.searching.search_data import SearchData
+from lift_ray.searching.study import Study, open_storage
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import TAUS
 from lift_ray.settings.space import SpaceFile

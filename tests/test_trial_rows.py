@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.reporting.trial_rows import TrialRow, best_row, write_json, write_rows
-from lift_ray.search.tables import trial_table
+from lift_ray.searching.tables import trial_table
 from lift_ray.terminal.tables import accuracy_table, describe, percent
 
 METRIC = "validation/mean_class_accuracy"

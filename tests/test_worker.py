@@ -11,9 +11,9 @@ from lift_ray.data.folds import EVERYTHING, Folds
 from lift_ray.data.open import open_dataset
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.reporting.study_files import predictions_of
-from lift_ray.search.final_comparison import Model, evaluation_job
-from lift_ray.search.jobs import Job, SlotSettings, TrainJob, trial_checkpoint_path
-from lift_ray.search.worker import Worker
+from lift_ray.searching.final_comparison import Model, evaluation_job
+from lift_ray.searching.jobs import Job, SlotSettings, TrainJob, trial_checkpoint_path
+from lift_ray.searching.worker import Worker
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.layout import PREDICTIONS_FILE
 from lift_ray.storage.output import Output

@@ -119,7 +119,7 @@ def _templates(template: str | list[str]) -> list[Callable[[str], str]]:
 
 def load_backbone(
     model: str,
-    pretrained: str | None,
+    pretrained: str | None = None,
     *,
     device: torch.device | str = "cpu",
     resolution_px: int | None = None,

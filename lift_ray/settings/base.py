@@ -38,6 +38,16 @@ def dotted(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
             yield before + name, value
 
 
+def settings_given(config: BaseModel) -> dict[str, Any]:
+    """Return the settings that were given to a section and those below it, with the kind of each section: no defaults."""
+    tree: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if name in config.model_fields_set or name == "kind":
+            tree[name] = settings_given(value) if isinstance(value, BaseModel) else value
+    return tree
+
+
 MOST_CHANGES = 4  # changes shown in one error message
 
 

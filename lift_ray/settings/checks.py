@@ -282,6 +282,11 @@ def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> Spa
         )
     file.expand("dataset", "out")
     file.resolve("dataset")
+    return checked_space(file)
+
+
+def checked_space(file: SettingsFile) -> SpaceFile:
+    """Return the space in a file's data. Raises BadInput with every problem found, one line each."""
     space = file.validate(SpaceFile)
     if problems := problems_of(file, space):
         raise BadInput.of(problems)

@@ -65,7 +65,7 @@ for _name, _problem, _package in (
     ("nsga2", f"{_RULES}:nsga2_problem", ""),
     ("gp", f"{_RULES}:gp_problem", "scipy"),
 ):
-    register_sampler(_name, f"lift_ray.search.samplers:{_name}", problem=_problem, package=_package)
+    register_sampler(_name, f"lift_ray.searching.samplers:{_name}", problem=_problem, package=_package)
 
 if TYPE_CHECKING:
     AnySampler = str

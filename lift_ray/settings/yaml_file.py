@@ -32,7 +32,7 @@ class SettingsFile:
         source: for messages, usually the path.
         data: plain dicts, lists and scalars.
         lines: dotted position -> line number, counted from 1.
-        first_line: line for what has no line of its own.
+        first_line: line for what has no line of its own; 0 for data that is not from a file.
     """
 
     def __init__(self, source: str, data: dict[str, Any], lines: dict[Path_, int], first_line: int = 1) -> None:
@@ -117,7 +117,8 @@ class SettingsFile:
         on_command_line = any(path[: len(setting)] == setting for setting in self.overridden) or (
             path not in self.lines and any(setting[: len(path)] == path != () for setting in self.overridden)
         )
-        source = "command line" if on_command_line else f"{self.source}:{self.line(path)}"
+        line = self.line(path)
+        source = "command line" if on_command_line else f"{self.source}:{line}" if line else self.source
         return f"{source} {_one_line(dotted(path))}".rstrip()
 
     def validate(self, model: type[Model], data: Any = None, at: Path_ = ()) -> Model:

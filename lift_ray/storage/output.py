@@ -134,8 +134,8 @@ class Output:
             )
             yield local
 
-    def table(self, name: str, columns: list[str]) -> pa.Table:
-        """Return columns of an existing Parquet file; of a remote one, only these are read. Raises RunFailed if that fails."""
+    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Return columns of a Parquet file, all by default; of a remote one, only these are read. Raises RunFailed if that fails."""
         filesystem, path = self._remote or (fs.LocalFileSystem(), str(self.folder))
         return self._tried(lambda: pq.read_table(f"{path}/{name}", columns=columns, filesystem=filesystem))
 

@@ -24,10 +24,10 @@ from lift_ray.evaluation.metrics import per_class_rows, write_per_class
 from lift_ray.ray_runtime.session import machine
 from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow, write_json
-from lift_ray.search.confirmation import Choice
-from lift_ray.search.final_comparison import Model, SearchResult, trained
-from lift_ray.search.predictions import files_of, logits_name
-from lift_ray.search.search_data import SearchData
+from lift_ray.searching.confirmation import Choice
+from lift_ray.searching.final_comparison import Model, SearchResult, trained
+from lift_ray.searching.predictions import files_of, logits_name
+from lift_ray.searching.search_data import SearchData
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile

@@ -13,19 +13,19 @@ from lift_ray.errors import RunFailed, Stopped, last_line
 from lift_ray.ray_runtime.autoscaler import autoscaler_config
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.reporting.trial_rows import best_of
-from lift_ray.search.engine import Engine
-from lift_ray.search.final_comparison import SearchResult, none_finished
-from lift_ray.search.frozen_cuts import tunings
-from lift_ray.search.interrupts import Interrupts
-from lift_ray.search.jobs import SlotSettings
-from lift_ray.search.progress_table import Monitor, time_breakdown
-from lift_ray.search.refit import refit_all
-from lift_ray.search.result_files import write_best_so_far
-from lift_ray.search.search_data import SearchData
-from lift_ray.search.slot import Slot
-from lift_ray.search.state import Search, Watcher
-from lift_ray.search.study import Study
-from lift_ray.search.tune_run import run_jobs
+from lift_ray.searching.engine import Engine
+from lift_ray.searching.final_comparison import SearchResult, none_finished
+from lift_ray.searching.frozen_cuts import tunings
+from lift_ray.searching.interrupts import Interrupts
+from lift_ray.searching.jobs import SlotSettings
+from lift_ray.searching.progress_table import Monitor, time_breakdown
+from lift_ray.searching.refit import refit_all
+from lift_ray.searching.result_files import write_best_so_far
+from lift_ray.searching.search_data import SearchData
+from lift_ray.searching.slot import Slot
+from lift_ray.searching.state import Search, Watcher
+from lift_ray.searching.study import Study
+from lift_ray.searching.tune_run import run_jobs
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import describe
 from lift_ray.text import count, say

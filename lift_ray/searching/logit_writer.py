@@ -16,7 +16,7 @@ from torch import Tensor
 from lift_ray.evaluation.accumulator import shift_of
 from lift_ray.evaluation.evaluator import LogitBatch
 from lift_ray.methods.world import Ranks
-from lift_ray.search.predictions import logits_name, out_of_fold_folder, part_name
+from lift_ray.searching.predictions import logits_name, out_of_fold_folder, part_name
 from lift_ray.storage.atomic import replacing
 from lift_ray.storage.output import Output
 

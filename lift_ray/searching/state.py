@@ -10,13 +10,13 @@ from typing import Any, Protocol
 from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search import final_comparison
-from lift_ray.search.confirmation import Choice, candidates, choose, fold_jobs
-from lift_ray.search.final_comparison import SearchResult
-from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoints
-from lift_ray.search.search_data import SearchData
-from lift_ray.search.stopping import decide
-from lift_ray.search.study import Study
+from lift_ray.searching import final_comparison
+from lift_ray.searching.confirmation import Choice, candidates, choose, fold_jobs
+from lift_ray.searching.final_comparison import SearchResult
+from lift_ray.searching.jobs import EvaluationJob, Job, TrainJob, trial_checkpoints
+from lift_ray.searching.search_data import SearchData
+from lift_ray.searching.stopping import decide
+from lift_ray.searching.study import Study
 from lift_ray.storage.output import Output
 from lift_ray.training.events import EpochEnded, JobDone, Reply, RunDiverged, RunStarted, StepsDone
 

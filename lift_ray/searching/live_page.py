@@ -124,7 +124,7 @@ def live_page(space: SpaceFile, rows: Mapping[int, TrialRow], folder: Path, seco
     states = Counter(row.state for row in trials)
     best = best_row(trials, metric, mode)
     measure = metric.split("/")[-1].replace("_", " ")
-    return template("lift_ray.search", "live_page.html").render(
+    return template("lift_ray.searching", "live_page.html").render(
         name=space.name,
         refresh_s=REFRESH_S,
         ended=sum(row.has_ended for row in trials),

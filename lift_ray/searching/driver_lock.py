@@ -13,8 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lift_ray.errors import BadInput
-from lift_ray.search.samplers import check_sampler
-from lift_ray.search.study import Study, described, differences, open_storage, stored_search
+from lift_ray.searching.samplers import check_sampler
+from lift_ray.searching.study import Study, described, differences, open_storage, stored_search
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.layout import CHECKPOINTS, JOURNAL, LOCK, STUDY
 from lift_ray.storage.output import Output

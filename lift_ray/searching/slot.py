@@ -9,11 +9,11 @@ from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lift_ray.ray_runtime.capacity import Need
-from lift_ray.search.jobs import Job, SlotSettings
+from lift_ray.searching.jobs import Job, SlotSettings
 from lift_ray.training.events import EpochEnded, Reply, RunAborted, StepsDone
 
 if TYPE_CHECKING:
-    from lift_ray.search.worker import Worker
+    from lift_ray.searching.worker import Worker
 
 REPLY, SLOT = "reply", "slot"
 TICK_S = 2.0  # longest time between two results of an epoch, which bounds the delay of a stop and of the progress shown
@@ -48,7 +48,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         """Start the slot's worker, or the workers of several ranks, which load torch."""
         if self.slot.need.workers > 1:
             return Ranks(self.slot)
-        from lift_ray.search.worker import Worker
+        from lift_ray.searching.worker import Worker
 
         return Worker(self.slot)
 
@@ -76,7 +76,7 @@ class Ranks:
     """Workers of a slot with several processes: actors in its placement group, one per bundle."""
 
     def __init__(self, slot: SlotSettings) -> None:
-        from lift_ray.search.worker import RankWorker
+        from lift_ray.searching.worker import RankWorker
 
         group = ray.util.get_current_placement_group()
         remote = ray.remote(num_cpus=slot.need.cpus, num_gpus=slot.need.gpus)(RankWorker)

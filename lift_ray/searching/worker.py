@@ -18,10 +18,10 @@ from lift_ray.evaluation.evaluator import Counter, LogitSource, evaluate
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.ray_runtime.session import meeting_point
 from lift_ray.reporting.study_files import predictions_of
-from lift_ray.search.backdoor_trial import trial_of
-from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
-from lift_ray.search.logit_writer import LogitWriter, logit_writer
-from lift_ray.search.predictions import prediction_table, write_predictions
+from lift_ray.searching.backdoor_trial import trial_of
+from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
+from lift_ray.searching.logit_writer import LogitWriter, logit_writer
+from lift_ray.searching.predictions import prediction_table, write_predictions
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import taus_of
 from lift_ray.storage.output import Output

@@ -12,10 +12,10 @@ from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.study_files import BEST_FOUND, predictions_of
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
-from lift_ray.search.confirmation import Choice, Results, candidates, compared_baselines, fold_jobs, ranked
-from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path, trial_checkpoints
-from lift_ray.search.search_data import SearchData
-from lift_ray.search.seed_repeats import repeat_jobs, repeated, seed_results
+from lift_ray.searching.confirmation import Choice, Results, candidates, compared_baselines, fold_jobs, ranked
+from lift_ray.searching.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path, trial_checkpoints
+from lift_ray.searching.search_data import SearchData
+from lift_ray.searching.seed_repeats import repeat_jobs, repeated, seed_results
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile

@@ -12,10 +12,10 @@ from rich.live import Live
 
 from lift_ray.epoch_metrics import SECONDS
 from lift_ray.reporting.trial_rows import TrialRow, best_row, write_rows
-from lift_ray.search.final_comparison import comparison_seconds
-from lift_ray.search.jobs import EvaluationJob, IdleJob, Job, TrainJob
-from lift_ray.search.state import Search
-from lift_ray.search.tables import trial_table
+from lift_ray.searching.final_comparison import comparison_seconds
+from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, TrainJob
+from lift_ray.searching.state import Search
+from lift_ray.searching.tables import trial_table
 from lift_ray.terminal.tables import console, describe, plain
 from lift_ray.text import count, printable
 from lift_ray.training.events import FeaturesDone, StepsDone

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from lift_ray.data.dataset import Dataset
 from lift_ray.ray_runtime.capacity import gpus_here, lacking, need, num_fitting
-from lift_ray.search.final_comparison import further_trainings
-from lift_ray.search.search_data import SearchData, unseen_line
+from lift_ray.searching.final_comparison import further_trainings
+from lift_ray.searching.search_data import SearchData, unseen_line
 from lift_ray.settings.search import expected_epochs
 from lift_ray.settings.space import SpaceFile
 from lift_ray.text import count

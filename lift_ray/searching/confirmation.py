@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from lift_ray.epoch_metrics import MAIN, METRICS
 from lift_ray.evaluation.resampling import ImageResults, all_metrics, metric_values, paired_difference
 from lift_ray.reporting.trial_rows import TrialRow, best_of
-from lift_ray.search.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path
-from lift_ray.search.predictions import OutOfFold, read_out_of_fold
-from lift_ray.search.search_data import SearchData
+from lift_ray.searching.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path
+from lift_ray.searching.predictions import OutOfFold, read_out_of_fold
+from lift_ray.searching.search_data import SearchData
 from lift_ray.settings.search import taus_of
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output

@@ -7,8 +7,8 @@ from typing import Any
 
 from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.confirmation import Choice, compared_baselines
-from lift_ray.search.jobs import FIRST_REPEAT, TrainJob
+from lift_ray.searching.confirmation import Choice, compared_baselines
+from lift_ray.searching.jobs import FIRST_REPEAT, TrainJob
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile

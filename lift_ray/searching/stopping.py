@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.study import WORST
+from lift_ray.searching.study import WORST
 from lift_ray.settings.search import AshaConfig, HyperbandConfig, MedianConfig, NoSchedulerConfig, num_brackets, rungs
 from lift_ray.settings.space import SpaceFile
 

@@ -24,8 +24,8 @@ from ray.tune.search import Searcher
 
 from lift_ray.errors import RunFailed, last_line
 from lift_ray.ray_runtime.patches import aws_keys_stay_here
-from lift_ray.search.engine import MAX_FAILURES, Engine
-from lift_ray.search.slot import Slot
+from lift_ray.searching.engine import MAX_FAILURES, Engine
+from lift_ray.searching.slot import Slot
 
 MAX_TUNERS = 3
 ENVIRONMENT = {

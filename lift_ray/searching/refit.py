@@ -9,10 +9,10 @@ from lift_ray.data.folds import EVERYTHING
 from lift_ray.ensembles.train import MemberProgress
 from lift_ray.errors import RunFailed, Stopped
 from lift_ray.ray_runtime.capacity import Need
-from lift_ray.search.final_comparison import WORKERS
-from lift_ray.search.interrupts import Interrupts
-from lift_ray.search.jobs import TrainJob, trial_checkpoints
-from lift_ray.search.state import Search
+from lift_ray.searching.final_comparison import WORKERS
+from lift_ray.searching.interrupts import Interrupts
+from lift_ray.searching.jobs import TrainJob, trial_checkpoints
+from lift_ray.searching.state import Search
 from lift_ray.settings.yaml_file import dump_yaml
 from lift_ray.storage.layout import SETTINGS
 from lift_ray.training.ray_train import Job, Patience, train_on_workers

@@ -15,9 +15,9 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from lift_ray.errors import BadInput, RunFailed, last_line
-from lift_ray.search.jobs import IdleJob, Job, SlotSettings
-from lift_ray.search.slot import REPLY, SLOT
-from lift_ray.search.state import Search
+from lift_ray.searching.jobs import IdleJob, Job, SlotSettings
+from lift_ray.searching.slot import REPLY, SLOT
+from lift_ray.searching.state import Search
 from lift_ray.training.events import RunAborted, StepsDone
 
 MAX_FAILURES = (

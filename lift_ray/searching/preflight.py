@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from lift_ray.errors import BadInput
 from lift_ray.ray_runtime.capacity import gpus_here, need
-from lift_ray.search.driver_lock import check_can_resume, check_is_new
-from lift_ray.search.samplers import check_sampler
+from lift_ray.searching.driver_lock import check_can_resume, check_is_new
+from lift_ray.searching.samplers import check_sampler
 from lift_ray.settings.checks import NUM_CHECK_DRAWS
 from lift_ray.settings.run import BackboneConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws

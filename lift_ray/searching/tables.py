@@ -7,7 +7,7 @@ from typing import Any
 
 from lift_ray.epoch_metrics import ACCURACIES, GROUPS
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.search.confirmation import Choice
+from lift_ray.searching.confirmation import Choice
 from lift_ray.terminal.tables import HEADINGS, PlainTable, describe, percent, short, titled
 
 STYLES = {

@@ -1,0 +1,1 @@
+"""The public Python API; `import lift_ray` offers its names."""
