@@ -3,10 +3,10 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow clusters fuzz lint format secrets audit screenshots
+.PHONY: help quickstart test slow clusters wheel-test fuzz lint format secrets audit screenshots
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 .venv/.installed: pyproject.toml
 	@echo "installing lift_ray into .venv (once; PyTorch makes it minutes)"
@@ -31,6 +31,9 @@ slow: .venv/.installed-dev  ## run the tests that kill whole runs, export every 
 
 clusters: .venv/.installed-dev  ## run the tests that start clusters, lose their nodes and wait for new ones
 	@$(BIN)/python -m pytest -m cluster
+
+wheel-test: .venv/.installed-dev  ## build the wheel, and run verbs from another folder with nothing but its files; also part of `make slow`
+	@$(BIN)/python -m pytest tests/test_wheel.py
 
 fuzz: .venv/.installed-dev  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 10 minutes, or FUZZ_INPUTS=N
 	@FUZZ_INPUTS=$${FUZZ_INPUTS:-10000} $(BIN)/python -m pytest -s tests/test_fuzz.py

@@ -1,42 +1,90 @@
-"""Command line: one Typer app whose subcommands are the verbs. `python -m lift_ray VERB` is the same as `python -m lift_ray.VERB`."""
+"""Command line: one Typer app whose subcommands are the verbs.
+
+`lift-ray VERB`, `python -m lift_ray VERB` and `python -m lift_ray.VERB` are the same.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lift_ray.errors import BadInput
+from lift_ray import __version__
+from lift_ray.errors import BadInput, run_and_exit
+from lift_ray.text import say
 
-VERBS = ("tune", "train", "evaluate", "predict", "export", "serve", "report", "convert", "cluster")
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+VERBS = ("tune", "train", "evaluate", "predict", "export", "serve", "report", "init", "convert", "cluster")
+SCRIPT = "lift-ray"
+PYTHON = "python -m lift_ray"
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        say(f"lift_ray {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def lift_ray() -> None:
+def lift_ray(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Fine-tune CLIP for rare classes with LIFT, on a Ray cluster or a laptop."""
 
 
-def main(argv: list[str]) -> int | None:
-    """Run a verb, or list the verbs. Importing the module of a verb adds its command to the app."""
-    verb, *rest = argv or [""]
+def script() -> NoReturn:
+    """Run the console script `lift-ray`."""
+    run_and_exit(partial(main, program=SCRIPT))
+
+
+def main(argv: list[str], program: str = PYTHON) -> int | None:
+    """Run a verb, or list the verbs. Importing the module of a verb adds its command to the app.
+
+    Args:
+        argv: the words after the program.
+        program: what the user typed before them: SCRIPT or PYTHON.
+    """
+    verb, *rest = argv or ["--help"]
     if verb in VERBS:
         import_module(f"lift_ray.{verb}")
-        return run(f"lift_ray.{verb}", rest)
+        return run(f"lift_ray.{verb}", rest, program)
     for each in VERBS:
         import_module(f"lift_ray.{each}")
-    return run("lift_ray", argv)
+    return run("lift_ray", [verb, *rest], program)
 
 
-def run(module: str, argv: list[str]) -> int | None:
-    """Run `python -m lift_ray` or `python -m lift_ray.VERB` with these arguments. Raises BadInput for wrong usage."""
+def run(module: str, argv: list[str], program: str = PYTHON) -> int | None:
+    """Run `lift_ray` or `lift_ray.VERB` with these arguments. Raises BadInput for wrong usage.
+
+    Args:
+        module: whose command is run.
+        argv: its arguments.
+        program: for usage, examples and errors: SCRIPT or PYTHON.
+    """
     name = module.rpartition(".")[2]
-    group = typer.main.get_group(app)
+    # only a script has a name that a shell can complete
+    group: Any = typer.main.get_command(app) if program == SCRIPT else typer.main.get_group(app)
     command = group.commands.get(name, group)
+    usage = f"python -m {module}"
+    if program == SCRIPT:
+        name = SCRIPT if command is group else name
+        usage = SCRIPT if command is group else f"{SCRIPT} {name}"
+        _name_script(command)
     try:
-        result = command.main(args=argv, prog_name=f"python -m {module}", standalone_mode=False)
+        result = command.main(args=argv, prog_name=usage, standalone_mode=False)
     except Exception as error:  # the class of usage errors differs between versions of typer; the method does not
         if not hasattr(error, "format_message"):
             raise
-        raise BadInput(f"{name}: {error.format_message()} See python -m {module} --help") from None
+        raise BadInput(f"{name}: {error.format_message()} See {usage} --help") from None
     return result if isinstance(result, int) else None
+
+
+def _name_script(command: Any) -> None:
+    """Write the examples of a command and its subcommands as the script's user types them."""
+    command.help = (command.help or "").replace(f"{PYTHON}.", f"{SCRIPT} ")
+    for below in getattr(command, "commands", {}).values():
+        _name_script(below)

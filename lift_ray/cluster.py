@@ -34,7 +34,9 @@ def cluster() -> None:
 
 @commands.command()
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="For `ray up`, KubeRay, Slurm, Prometheus or Grafana.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="For `ray up`, KubeRay, Slurm, Prometheus or Grafana; or a name: aws.")
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -59,7 +61,9 @@ def check(
     """
     from lift_ray.clusters.monitoring import check_monitoring, is_monitoring
     from lift_ray.clusters.read import read_cluster, read_documents
+    from lift_ray.settings.shipped import find_cluster
 
+    file = find_cluster(file)
     if settings and space_file is None:
         raise BadInput(
             "command line", "settings require a search space", f"'{settings[0]}' without --for", "add --for SPACE"
@@ -81,6 +85,21 @@ def check(
     if space_file is not None:
         _print_search(found, space_file, settings or [], prices)
     say("checked: no errors found")
+
+
+@commands.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="aws, azure, gcp, onprem, slurm, kuberay/rayjob ...")],
+) -> None:
+    """Print a cluster file that comes with lift_ray, to be saved and filled in.
+
+    \b
+    Example:
+      python -m lift_ray.cluster show aws > aws.yaml
+    """
+    from lift_ray.settings.shipped import CLUSTERS, find_shipped
+
+    say(find_shipped(name, CLUSTERS).read_text(encoding="utf-8").rstrip("\n"))
 
 
 def _prices(words: list[str], found: Cluster) -> dict[str, float]:

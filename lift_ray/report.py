@@ -14,9 +14,7 @@ from lift_ray.text import say
 
 @cli.app.command(short_help="Write an HTML report on the results of searches.")
 def report(
-    outs: Annotated[
-        list[str], typer.Argument(metavar="OUT", help="Result folders or URLs of python -m lift_ray.tune.")
-    ],
+    outs: Annotated[list[str], typer.Argument(metavar="OUT", help="Result folders or URLs of tune.")],
     to: Annotated[
         str | None, typer.Option(help="Folder or URL for the page.  [OUT/report; for several searches ./report]")
     ] = None,

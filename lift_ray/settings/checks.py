@@ -16,6 +16,7 @@ from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import batch_fault
 from lift_ray.settings.search import NoSchedulerConfig
+from lift_ray.settings.shipped import find_space
 from lift_ray.settings.space import (
     LARGEST_GRID,
     RENAMED,
@@ -268,8 +269,11 @@ def _epoch_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
 
 
 def read_space(path: str | Path, overrides: dict[str, Any] | None = None) -> SpaceFile:
-    """Read and check a search-space file. Raises BadInput with every problem found, one line each."""
-    file = SettingsFile.read(path)
+    """Read and check a search-space file, given by its path or by the name of a shipped one.
+
+    Raises BadInput with every problem found, one line each.
+    """
+    file = SettingsFile.read(find_space(path))
     for old, new in RENAMED.items():
         file.rename(old, new)
     apply_file_overrides(file, {RENAMED.get(key, key): value for key, value in (overrides or {}).items()}, SpaceFile)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lift_ray.errors import BadInput
 from lift_ray.settings.overrides import apply_file_overrides
 from lift_ray.settings.run import RunConfig
+from lift_ray.settings.shipped import find_space
 from lift_ray.settings.yaml_file import SettingsFile
 from lift_ray.text import count
 
@@ -45,8 +46,11 @@ def too_large(size: int, num_images: int) -> BadInput:
 
 
 def read_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunFile:
-    """Read and check a run file. Raises BadInput with every problem found, one line each."""
-    file = SettingsFile.read(path)
+    """Read and check a run file, given by its path or by the name of a shipped one.
+
+    Raises BadInput with every problem found, one line each.
+    """
+    file = SettingsFile.read(find_space(path))
     apply_file_overrides(file, overrides or {}, RunFile)
     if "space" in file.data:
         place, remedy = file.where(("space",)), "use python -m lift_ray.tune, or the best.yaml that it writes"
