@@ -86,7 +86,7 @@ class Fit:
         return min(LARGEST_BATCH, 1 << max(0, int(math.log2(max(1, self.num_images // 8)))))
 
     def epochs(self, steps: int, least: int, most: int) -> int:
-        """Return the epochs that take about so many steps."""
+        """Return the number of epochs for about this number of steps."""
         return min(most, max(least, math.ceil(steps * self.batch / self.num_images)))
 
     @property
