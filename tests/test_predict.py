@@ -395,7 +395,9 @@ def test_a_model_of_few_classes_gives_as_many_columns_as_classes(
     assert job.top == columns
     predictor: Any = object.__new__(prediction.Predictor)
     predictor._job, predictor._names = job, np.array(names)
-    predictor._classifier = SimpleNamespace(logits=lambda images: torch.zeros(len(images), num_classes))
+    predictor._classifier = SimpleNamespace(
+        probabilities=lambda images, temperature: torch.full((len(images), num_classes), 1 / num_classes)
+    )
     _, table = predictor._table(1.0, ((0, 0, 1), torch.zeros(1, 3, 8, 8), [None]))
     assert len(table) == 1
     assert [name for name in table.column_names if name.startswith("class_")] == [

@@ -111,7 +111,7 @@ def run_file(small_data: str, tmp_path: Path) -> Path:
 def test_a_dry_run_of_train_finds_what_would_fail_later(
     words: list[str], message: str, run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lift_ray.ray_runtime.capacity.gpus_here", lambda: 0)
+    monkeypatch.setattr("lift_ray.api.fit.gpus_here", lambda: 0)
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "run.yaml").write_text(run_file.read_text())
@@ -155,7 +155,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_can_be_resumed(
         raise Stopped("stopped by SIGTERM; there is no checkpoint yet; continue with --resume", 143)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lift_ray.training.ray_train.train_alone", stopped)
+        patch.setattr("lift_ray.api.fit.train_alone", stopped)
         with pytest.raises(Stopped):
             train.main(words)
     train.main([*words, "--resume"])
