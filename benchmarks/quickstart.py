@@ -1,7 +1,7 @@
 """The quickstart as a measurement: wall time, where it goes, peak memory of all its processes, and what it finds.
 
-`--from-nothing` clones the repository into a temporary folder, installs it there as `make quickstart` does, and runs it there: the row then
-also has the seconds of the installation, and the number and size of its packages.
+`--from-nothing` clones the repository into a temporary folder, installs it there as `make quickstart` does, and runs it there: the
+row then also has the seconds of the installation, and the number and size of its packages.
 
     python benchmarks/quickstart.py --from-nothing
 """
