@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from optuna.storages import InMemoryStorage
 
+from lift_ray.api.search import check_objectives
 from lift_ray.data.dataset import Dataset
 from lift_ray.data.longtail import keep_first
 from lift_ray.data.open import open_dataset
@@ -27,7 +28,6 @@ from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.layout import SPACE
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
-from lift_ray.tune import _check_objectives
 
 TRAIN = np.array([20, 12, 8, 5, 4, 3, 2, 1])  # thirds: few have at most 3 images
 FRACTIONS = (0.05, 0.3, 1.0)
@@ -115,7 +115,7 @@ def test_a_search_for_any_objective_ends_with_a_best_trial_and_a_report(
 ) -> None:
     for scheduler in SCHEDULERS:
         wanted = space(modes(objective), scheduler)
-        _check_objectives(wanted, dataset)
+        check_objectives(wanted, dataset)
         rows = searched(wanted, histories)
         assert all(objective in row.last for row in rows)
         assert best_row(rows, *wanted.objective) is not None
@@ -159,7 +159,7 @@ def test_a_metric_that_no_validation_image_can_give_is_refused(
     else:
         wanted = space({MAIN_OBJECTIVE: "max"}, base=base, constraints={metric: {"min": 0.1}})
     with pytest.raises(BadInput) as caught:
-        _check_objectives(wanted, held_out(small_data, validation))
+        check_objectives(wanted, held_out(small_data, validation))
     assert str(caught.value) == (
         f"{section}: {metric} requires classes with {rule}, but {small_data} has none; choose {MAIN_OBJECTIVE}"
     )

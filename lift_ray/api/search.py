@@ -196,7 +196,7 @@ def check_data(space: SpaceFile, data: Dataset) -> None:
             "search.folds", "must leave images or groups for each fold", f"none in fold {empty[0]}", "lower it"
         )
     _check_method(space)
-    _check_objectives(space, views[0])
+    check_objectives(space, views[0])
     frac = min(float(str(value)) for value in _values(space, "optim.data_frac", space.config({}).optim.data_frac))
     _check_batch(space, min(view.split("train").subset(frac).num_samples for view in views))
 
@@ -220,7 +220,7 @@ def _values(space: SpaceFile, name: str, default: object) -> list[object]:
     return [*values, *(point[name] for point in space.baseline_values() if name in point)]
 
 
-def _check_objectives(space: SpaceFile, data: Dataset) -> None:
+def check_objectives(space: SpaceFile, data: Dataset) -> None:
     """Raise BadInput if a metric is of a group without classes, or whose classes have no validation images.
 
     Every other metric has a value, because a split has at least one image.
