@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lift_ray.api.data import open_dataset as open_dataset
     from lift_ray.api.finished import FinishedStudy as FinishedStudy
     from lift_ray.api.fit import FitResult as FitResult
     from lift_ray.api.fit import fit as fit
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from lift_ray.api.space import SearchSpace as SearchSpace
     from lift_ray.api.tuned import add_tuner as add_tuner
     from lift_ray.data.dataset import Dataset as Dataset
-    from lift_ray.data.open import open_dataset as open_dataset
     from lift_ray.errors import BadInput as BadInput
     from lift_ray.errors import RunFailed as RunFailed
     from lift_ray.errors import Stopped as Stopped
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from lift_ray.settings.run import RunConfig as RunConfig
 
 _HOMES = {
+    "api.data": "open_dataset",
     "api.finished": "FinishedStudy",
     "api.fit": "FitResult fit",
     "api.search": "search",
     "api.space": "SearchSpace",
     "api.tuned": "add_tuner",
     "data.dataset": "Dataset",
-    "data.open": "open_dataset",
     "errors": "BadInput RunFailed Stopped",
     "inference.classifier": "Classifier EvaluationResult",
     "model.backbone": "load_backbone",

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from lift_ray.api.data import open_dataset
 from lift_ray.data.dataset import Dataset
 from lift_ray.data.folds import training_view
-from lift_ray.data.open import open_dataset
 from lift_ray.ensembles.train import MemberProgress, bind, place_of, train_members
 from lift_ray.errors import BadInput, RunFailed, Stopped
 from lift_ray.inference.classifier import Classifier
@@ -104,7 +104,7 @@ def fit(
 
     Args:
         config: settings of the run.
-        data: the dataset.
+        data: the dataset, or anything that `open_dataset` opens.
         out: new folder or URL for the results; None for runs/NAME-DATE-TIME.
         workers: number of Ray workers that train together; None to train in this process, without Ray.
         resume: continue the run in `out` from its last checkpoint. Without a run there, begin one.
@@ -118,7 +118,7 @@ def fit(
     """
     import torch
 
-    opened_data = data if isinstance(data, Dataset) else open_dataset(data)
+    opened_data = open_dataset(data)
     run = RunFile.model_validate({"name": name, "dataset": opened_data.uri, **settings_given(config)})
     target = None if out is None else os.fspath(out)
     resume = resume and target is not None and Output(target).holds(SETTINGS)

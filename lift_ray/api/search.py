@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from lift_ray.api.data import open_dataset
 from lift_ray.api.finished import FinishedStudy
 from lift_ray.api.space import SearchSpace
 from lift_ray.data.dataset import Dataset
 from lift_ray.data.folds import Folds
-from lift_ray.data.open import open_dataset
 from lift_ray.epoch_metrics import MAIN_METRIC
 from lift_ray.errors import BadInput, Stopped
 from lift_ray.evaluation.metrics import groups_of
@@ -71,7 +71,7 @@ def search(
 
     Args:
         space: what to search, and how.
-        data: the dataset; None for that of the space.
+        data: the dataset, or anything that `open_dataset` opens; None for that of the space.
         out: new folder or URL for the results; None for runs/NAME-DATE-TIME.
         resume: continue the search in `out`: finished work is kept. Without a search there, begin one.
         storage: URL of a database for Optuna; None for a journal file in `out`.
@@ -86,11 +86,11 @@ def search(
         RunFailed: no trial finished, or results cannot be written.
         Stopped: Ctrl-C or SIGTERM; call it again with `resume=True` to continue.
     """
-    file = space.on(data.uri if isinstance(data, Dataset) else data)
+    opened = open_dataset(space.on(data).dataset) if not isinstance(data, Dataset) else data
+    file = space.on(opened.uri)
     target = os.fspath(out) if out is not None else file.out
     resume = resume and target is not None and Output(target).holds(SPACE)
     options = SearchOptions(target, resume, storage, log_to=log_to, callbacks=callbacks)
-    opened = data if isinstance(data, Dataset) else open_dataset(file.dataset)
     check_data(file, opened)
     return run_space(file, opened, options)
 
