@@ -156,7 +156,7 @@ def test_a_tuner_on_a_backbone_is_a_module_for_ones_own_loop(small_clip: str) ->
         ),
         (
             lambda: lr.fit(lr.RunConfig(), "nowhere"),
-            "must be a folder of Parquet shards, but nothing is there; check the path",
+            "nowhere: must be a dataset, a folder of class directories, a CSV, ",
         ),
         (
             lambda: lr.SearchSpace.from_yaml("no.yaml"),
