@@ -108,7 +108,7 @@ def test_without_top_a_model_of_few_classes_names_all_of_them(
     query: bytes, num_classes: int, answer: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica: Any = object.__new__(serve_model.ModelReplica)
-    replica._classifier = SimpleNamespace(record=SimpleNamespace(class_names=[f"{k}" for k in range(num_classes)]))
+    replica._classifier = SimpleNamespace(classes=[f"{k}" for k in range(num_classes)])
 
     async def probabilities(image: object) -> Any:
         return np.full(num_classes, 1 / num_classes, np.float32)
