@@ -22,6 +22,7 @@ import rich.box
 from jobs import Job, Row, command, file_of, final, mean_std, parser, plus_minus, work_through
 from record import record
 from rich.table import Table
+from rich.text import Text
 
 from lift_ray.epoch_metrics import ACCURACIES
 from lift_ray.terminal.tables import HEADINGS, console
@@ -117,18 +118,17 @@ def table(summaries: Sequence[Summary], epochs: int) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    out.add_column("method")
-    for heading in (*HEADINGS, "trained", "rate", "cpu s", "seeds"):
+    out.add_column("method", no_wrap=True)
+    for heading in (*HEADINGS, "trained", "rate"):
         out.add_column(heading, justify="right", no_wrap=True)
     top = {
         name: max((s["test"][name]["mean"] for s in summaries if name in s["test"]), default=0) for name in ACCURACIES
     }
     for s in summaries:
         values = [(s["test"].get(name), top[name]) for name in ACCURACIES]
-        shown = [f"[bold]{plus_minus(v)}[/bold]" if v and v["mean"] == best else plus_minus(v) for v, best in values]
+        shown = [Text(plus_minus(v), "bold" if v and v["mean"] == best else "") for v, best in values]
         rate = "-" if s["rate"] is None else f"{s['rate']:g}{'*' if s['at_end_of_rates'] else ''}"
-        trained, seeds = f"{s['trained_parameters']:,}", str(len(s["seeds"]))
-        out.add_row(s["method"], *shown, trained, rate, f"{s['cpu_s']:.0f}", seeds)
+        out.add_row(s["method"], *shown, f"{s['trained_parameters']:,}", rate)
     return out
 
 

@@ -68,11 +68,12 @@ def train(
     """
     if not dry_run:  # whose output is a run file
         say(f"reading {run_file} ...")  # the imports below take seconds on a slow machine
-    from lift_ray.api.fit import FitOptions, check_run, members_of, train_run
+    from lift_ray.api.fit import FitOptions, check_out, check_run, members_of, train_run
     from lift_ray.data.folds import training_view
     from lift_ray.data.open import open_dataset
     from lift_ray.settings.overrides import parse_overrides
     from lift_ray.settings.run_file import read_run
+    from lift_ray.storage.output import Output
 
     run = read_run(run_file, parse_overrides(settings or []))
     if no_ray and workers > 1:
@@ -96,6 +97,8 @@ def train(
         return
     data = training_view(data, run.train_on)
     check_run(run, data, options)
+    if options.out and "://" not in options.out:
+        check_out(Output(options.out), run, resume)
     for one in members_of(run).values() or [run]:
         _print_plan(one, data, workers, checkpoint_s)
 

@@ -234,6 +234,13 @@ def test_the_report_is_read_without_torch_and_ray() -> None:
     assert not {"torch", "ray"} & set(done.stdout.split())
 
 
+def test_the_driver_of_a_search_does_without_torch() -> None:
+    code = "import lift_ray.api.search, lift_ray.searching.driver, lift_ray.searching.result_text, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ray" in done.stdout.split()
+    assert "torch" not in done.stdout.split()
+
+
 def test_importing_the_verbs_loads_neither_ray_nor_torch() -> None:
     code = (
         "import importlib, json, sys\n"

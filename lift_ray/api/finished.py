@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lift_ray.errors import BadInput
-from lift_ray.inference.classifier import Classifier
 from lift_ray.reporting.report import write_report
 from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.settings.run import RunConfig
@@ -19,6 +18,8 @@ from lift_ray.storage.output import Output
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lift_ray.inference.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class FinishedStudy:
 
     def classifier(self, **options: Any) -> Classifier:
         """Return the best model. Options as in `Classifier.load`."""
+        from lift_ray.inference.classifier import Classifier  # loads torch, which the driver of a search does without
+
         return Classifier.load(f"{self.out}/{BEST}", **options)
 
     def report(self) -> str:

@@ -127,7 +127,7 @@ def fit(
 
 
 def check_run(run: RunFile, data: Dataset, options: FitOptions) -> None:
-    """Raise BadInput for settings, data and options that do not go together, and for an `out` that cannot be used."""
+    """Raise BadInput for settings, data and options that do not go together."""
     data.split("train")
     check_splits(run.method, data.uri, data.splits)
     if options.workers is None and options.dashboard:
@@ -144,8 +144,6 @@ def check_run(run: RunFile, data: Dataset, options: FitOptions) -> None:
         _check_precision(one, options.workers is None)
     if options.resume and options.out is None:
         raise BadInput("--resume", "requires the run to continue", but="--out is missing", remedy="add --out FOLDER")
-    if options.out and "://" not in options.out:
-        _check_out(Output(options.out), run, options.resume)
 
 
 def train_run(run: RunFile, whole: Dataset, options: FitOptions) -> FitResult:
@@ -157,7 +155,7 @@ def train_run(run: RunFile, whole: Dataset, options: FitOptions) -> FitResult:
     data = training_view(whole, run.train_on)
     check_run(run, data, options)
     output = Output(options.out or f"runs/{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    _check_out(output, run, options.resume)
+    check_out(output, run, options.resume)
     members, cpus = members_of(run), options.cpus_per_worker
 
     def train_one(one: RunFile, target: Output, need: Need | None = None, others: bool = False) -> Progress:
@@ -238,7 +236,6 @@ def _train_all(
 
 
 def _write_settings(run: RunFile, dataset: str, output: Output) -> None:
-
     output.folder.mkdir(parents=True, exist_ok=True)
     dump_yaml(as_file(run, dataset, run.config), output.folder / SETTINGS)
     output.publish()
@@ -291,7 +288,6 @@ def _begun(
 
 
 def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
-
     last = progress.last
     split = "test" if last.test else "validation"
     console().print(accuracy_table(f"{split} accuracy (%)", split, [(run.name, last)]))
@@ -301,7 +297,6 @@ def _print_found(run: RunFile, output: Output, progress: Progress) -> None:
 
 
 def _check_workers(run: RunFile, most: int, least: int) -> None:
-
     for workers in {most, *range(least, most)}:
         if fault := batch_fault(run.optim.global_batch_size, workers, "optim.global_batch_size"):
             raise fault
@@ -325,7 +320,7 @@ def _check_precision(run: RunFile, no_ray: bool) -> None:
         )
 
 
-def _check_out(output: Output, run: RunFile, resume: bool) -> None:
+def check_out(output: Output, run: RunFile, resume: bool) -> None:
     """Refuse to overwrite a run, and to resume a run that has other settings."""
     holds_run = output.holds(SETTINGS)
     if not resume:
