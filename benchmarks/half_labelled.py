@@ -131,13 +131,13 @@ def gains(summaries: Sequence[Summary]) -> list[str]:
 
 
 def main() -> None:
-    options = parser(__doc__, epochs=4, minutes=60)
+    options = parser(__doc__, epochs=2, minutes=60)
     options.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS)[:3], metavar="METHOD")
     options.add_argument(
         "--arrangements", nargs="+", choices=list(ARRANGEMENTS), default=["consistent", "reversed"], metavar="NAME"
     )
     options.add_argument("--rates", type=float, nargs="+", default=RATES)
-    options.add_argument("--batch", type=int, default=32, help="labelled images a step")
+    options.add_argument("--batch", type=int, default=16, help="labelled images a step")
     options.add_argument("--ratio", type=int, default=2, help="unlabelled images for each labelled one")
     options.add_argument("--px", type=int, default=56, help="side of the images, a multiple of 14")
     options.add_argument("--threshold", type=float, default=0.6)
