@@ -30,7 +30,7 @@ from lift_ray.epoch_metrics import ACCURACIES, MAIN
 from lift_ray.evaluation.metrics import PUBLISHED
 from lift_ray.terminal.tables import console
 
-RATES = [0.03, 0.1, 0.3]
+RATES = [0.003, 0.01, 0.03]
 METHODS = {
     "fixmatch": "FixMatch + LA",
     "loft": "LoFT",
