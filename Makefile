@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow clusters wheel-test fuzz lint format secrets audit screenshots
+.PHONY: help quickstart test slow clusters wheel-test docs fuzz lint format secrets audit screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -34,6 +34,15 @@ clusters: .venv/.installed-dev  ## run the tests that start clusters, lose their
 
 wheel-test: .venv/.installed-dev  ## build the wheel, and run verbs from another folder with nothing but its files; also part of `make slow`
 	@$(BIN)/python -m pytest tests/test_wheel.py
+
+.venv/.installed-docs: .venv/.installed
+	@echo "installing the tools of the documentation into .venv (once)"
+	@$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
+docs: .venv/.installed-docs  ## build the documentation into site/, and check its links; site/index.html needs no server
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "documentation: $(CURDIR)/site/index.html"
 
 fuzz: .venv/.installed-dev  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 10 minutes, or FUZZ_INPUTS=N
 	@FUZZ_INPUTS=$${FUZZ_INPUTS:-10000} $(BIN)/python -m pytest -s tests/test_fuzz.py
