@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SECTIONS = {  # of a run that have kinds, and the words about them
     "method": "What is built of tuner, head and loss. `method: ulfine` is short for `method: {kind: ulfine}`.",
 }
 SPACE_SECTIONS = {"search": "How to search.", "scale": "", "plan": ""}
+ANSI = re.compile(r"\x1b\[[0-9;]*m")  # colors of a terminal
 NUMBERS = ("integer", "number")
 
 
@@ -147,7 +149,12 @@ def _table(before: str, properties: Schema, known: Schema, required: Any = ()) -
     for name, one in properties.items():
         default = "required" if name in required else _default(one)
         rows.append(f"| `{before}{name}` | {_cell(_values(one, known))} | {default} | {_cell(_doc(one))} |")
-    return "\n".join(rows)
+    return _stacked(rows)
+
+
+def _stacked(rows: list[str]) -> str:
+    """Return a table whose cells stand below each other on a phone (assets/site.css)."""
+    return "\n".join(['<div class="stacked" markdown="1">', "", *rows, "", "</div>"])
 
 
 def _cell(text: str) -> str:
@@ -261,7 +268,7 @@ def _records(command: Any) -> list[tuple[str, str]]:
 def _options(records: list[tuple[str, str]]) -> Iterator[str]:
     rows = [f"| `{_cell(names)}` | {_prose(text)} |" for names, text in records]
     if rows:
-        yield "\n".join(["| argument or option | meaning |", "|---|---|", *rows])
+        yield _stacked(["| argument or option | meaning |", "|---|---|", *rows])
 
 
 def _prose(text: str) -> str:
@@ -273,7 +280,7 @@ def _prose(text: str) -> str:
 
 
 def notebook_page(path: Path) -> str:
-    """Return a notebook as Markdown: its text, its code, and what the code printed."""
+    """Return a notebook as Markdown: its text, its code, and what the code showed."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return "\n\n".join(part for cell in cells for part in _cell_parts(cell)) + "\n"
 
@@ -284,11 +291,26 @@ def _cell_parts(cell: Mapping[str, Any]) -> Iterator[str]:
         yield text
         return
     yield f"```python\n{text}\n```"
-    for output in cell["outputs"]:
-        data = output.get("data", {})
-        if "image/png" in data:
-            yield f"![Output of the cell above](data:image/png;base64,{''.join(data['image/png']).strip()})"
-        elif "text/html" in data:
-            yield f'<div class="output" markdown="0">\n{"".join(data["text/html"])}\n</div>'
-        elif shown := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
-            yield f"```text\n{shown}\n```"
+    for is_text, outputs in groupby(cell["outputs"], key=_is_text):
+        if is_text:  # what is printed line by line is one text
+            printed = "".join("".join(each.get("text") or each["data"]["text/plain"]) for each in outputs).strip("\n").rstrip()
+            yield f"```text\n{ANSI.sub('', printed)}\n```"
+        else:
+            yield from map(_figure, outputs)
+
+
+def _is_text(output: Mapping[str, Any]) -> bool:
+    """Return True for printed text, also if rich gave its colors as HTML."""
+    data = output.get("data", {})
+    html = "".join(data.get("text/html", ""))
+    return not any(kind.startswith("image/") for kind in data) and not ("text/html" in data and "<pre" not in html)
+
+
+def _figure(output: Mapping[str, Any]) -> str:
+    """Return an image or a table of an output as HTML."""
+    data = output["data"]
+    for kind in ("image/jpeg", "image/png"):
+        if kind in data:
+            return f'![Image that the cell shows](data:{kind};base64,{"".join("".join(data[kind]).split())})'
+    table = re.sub(r"<style.*?</style>|<(?=p>\d+ rows).*?</p>", "", "".join(data["text/html"]), flags=re.DOTALL)
+    return re.sub(r"<table[^>]*>", "<table>", re.sub(r"\n\s*", "", table))
