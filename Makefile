@@ -41,7 +41,7 @@ wheel-test: .venv/.installed-dev  ## build the wheel, and run verbs from another
 	@touch $@
 
 docs: .venv/.installed-docs  ## build the documentation into site/, and check its links; site/index.html needs no server
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "documentation: $(CURDIR)/site/index.html"
 
 fuzz: .venv/.installed-dev  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 10 minutes, or FUZZ_INPUTS=N

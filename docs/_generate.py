@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from lift_ray.settings.space import SpaceFile
 
 Schema = dict[str, Any]
 SECTIONS = {  # of a run that have kinds, and the words about them
-    "tuner": "What is trained in the blocks of the backbone. `extra_tuner` takes the same settings, for a second tuner that changes other places.",
+    "tuner": "What is trained in the blocks of the backbone. `extra_tuner` takes the same settings, for a second tuner that "
+    "changes other places.",
     "head": "The classifier, and the initialization of its weights.",
     "loss": "",
     "augment": "How training images are changed.",
@@ -68,9 +70,9 @@ def _run_sections(schema: Schema) -> Iterator[str]:
     yield "# Settings"
     yield "For people who write run files and search spaces, and look up a name, a range or a default."
     yield (
-        "A setting is a dotted path: `tuner.kind`, `loss.tau`. Set it in a run file, in `base:` or `space:` of a search-space file, or on the "
-        "command line (`optim.lr=0.05`). [Write a search space](../how-to/space-file.md) says what is worth setting. This page is generated "
-        "from the code. K is the number of classes, L that of tuned blocks, D the width of the backbone."
+        "A setting is a dotted path: `tuner.kind`, `loss.tau`. Set it in a run file, in `base:` or `space:` of a search-space file, "
+        "or on the command line (`optim.lr=0.05`). [Write a search space](../how-to/space-file.md) says what is worth setting. This "
+        "page is generated from the code. K is the number of classes, L that of tuned blocks, D the width of the backbone."
     )
     yield "## Run"
     plain = {name: one for name, one in schema["properties"].items() if not _section(one, schema["$defs"])}
@@ -84,8 +86,8 @@ def _run_sections(schema: Schema) -> Iterator[str]:
 def _space_sections(schema: Schema) -> Iterator[str]:
     yield "## Search space"
     yield (
-        "The keys of a search-space file. Its `base:` holds the settings above; on the command line they start with `base.`, and the others "
-        "are as they stand here: `search.trials=30`."
+        "The keys of a search-space file. Its `base:` holds the settings above; on the command line they start with `base.`, and the "
+        "others are as they stand here: `search.trials=30`."
     )
     plain = {name: one for name, one in schema["properties"].items() if name not in SPACE_SECTIONS}
     yield _table("", plain, schema["$defs"], schema.get("required", ()))
@@ -104,7 +106,7 @@ def _section(one: Schema, known: Schema) -> list[Schema]:
     """Return the kinds of a section, or the section itself; none for a plain setting."""
     if "$ref" in one:
         return [known[one["$ref"].rpartition("/")[2]]]
-    parts = [*one.get("oneOf", ()), *one.get("anyOf", ())]
+    parts = [part for part in (*one.get("oneOf", ()), *one.get("anyOf", ())) if part.get("type") != "null"]
     found = [kind for part in parts for kind in _section(part, known)]
     return found if all("kind" in kind["properties"] for kind in found) or len(parts) < 2 else []
 
@@ -124,9 +126,8 @@ def _section_parts(name: str, kinds: list[Schema], default: Any, known: Schema) 
     usual = default["kind"] if isinstance(default, Mapping) else ""
     names = [kind["properties"]["kind"]["const"] for kind in kinds]
     choices = ", ".join(f"[`{each}`](#{_anchor(name, each)})" for each in names)
-    yield " ".join(
-        filter(None, [SECTIONS.get(name, ""), f"`{name}.kind` is one of {choices}.", usual and f"The default is `{usual}`."])
-    )
+    about = [SECTIONS.get(name, ""), f"`{name}.kind` is one of {choices}.", usual and f"The default is `{usual}`."]
+    yield " ".join(filter(None, about))
     for kind, each in zip(kinds, names, strict=True):
         yield f"### `{name}.kind: {each}` {{ #{_anchor(name, each)} }}"
         yield _doc(kind)
@@ -147,8 +148,8 @@ def _table(before: str, properties: Schema, known: Schema, required: Any = ()) -
     """Return a table of settings."""
     rows = ["| setting | value | default | meaning |", "|---|---|---|---|"]
     for name, one in properties.items():
-        default = "required" if name in required else _default(one)
-        rows.append(f"| `{before}{name}` | {_cell(_values(one, known))} | {default} | {_cell(_doc(one))} |")
+        values = _values(one, known) + (", required" if name in required else "")
+        rows.append(f"| `{before}{name}` | {_cell(values)} | {_default(one)} | {_cell(_doc(one))} |")
     return _stacked(rows)
 
 
@@ -220,15 +221,18 @@ def cli_page() -> str:
         parts = [
             "# Command line",
             "For people who type `lift-ray` and look up a verb or an option.",
-            "`lift-ray VERB`, `python -m lift_ray VERB` and `python -m lift_ray.VERB` are the same. Results are files; errors are one line on "
-            "standard error. Exit codes: 0 success, 1 a failed run, 2 wrong input, 130 Ctrl-C, 143 SIGTERM. This page is generated from the "
-            "code.",
-            "| verb | what it does |\n|---|---|\n"
-            + "\n".join(f"| [`{verb}`](#{verb}) | {_cell(group.commands[verb].get_short_help_str(200))} |" for verb in cli.VERBS),
+            "`lift-ray VERB`, `python -m lift_ray VERB` and `python -m lift_ray.VERB` are the same. Results are files; errors are one "
+            "line on standard error. Exit codes: 0 success, 1 a failed run, 2 wrong input, 130 Ctrl-C, 143 SIGTERM. This page is "
+            "generated from the code.",
+            "\n".join(["| verb | what it does |", "|---|---|", *(_verb_row(group, verb) for verb in cli.VERBS)]),
         ]
         for verb in cli.VERBS:
             parts += _command(group.commands[verb], f"{cli.SCRIPT} {verb}", "##")
     return "\n\n".join(parts) + "\n"
+
+
+def _verb_row(group: Any, verb: str) -> str:
+    return f"| [`{verb}`](#{verb}) | {_cell(group.commands[verb].get_short_help_str(200))} |"
 
 
 def _command(command: Any, usage: str, level: str, hidden: Collection[tuple[str, str]] = ()) -> Iterator[str]:
@@ -248,7 +252,8 @@ def _command(command: Any, usage: str, level: str, hidden: Collection[tuple[str,
         yield "\n".join("    " + line.strip() for line in examples.rstrip().splitlines())
     subcommands = getattr(command, "commands", {})
     records = _records(command)
-    shared = set.intersection(*(set(_records(each)) for each in subcommands.values())) if len(subcommands) > 2 else set()
+    known = [set(_records(each)) for each in subcommands.values()]
+    shared = set.intersection(*known) if len(known) > 2 else set()
     yield from _options([record for record in records if record not in hidden])
     if shared:
         first = next(iter(subcommands.values()))
@@ -273,7 +278,7 @@ def _options(records: list[tuple[str, str]]) -> Iterator[str]:
 
 def _prose(text: str) -> str:
     """Return a help text in a table, in which nothing is markup by accident."""
-    return _cell(re.sub(r"([*_<>\[\]])", r"\\\1", " ".join(text.split())))
+    return _cell(re.sub(r"([*_\[\]])", r"\\\1", escape(" ".join(text.split()), quote=False)))
 
 
 # ---- notebooks
@@ -293,7 +298,7 @@ def _cell_parts(cell: Mapping[str, Any]) -> Iterator[str]:
     yield f"```python\n{text}\n```"
     for is_text, outputs in groupby(cell["outputs"], key=_is_text):
         if is_text:  # what is printed line by line is one text
-            printed = "".join("".join(each.get("text") or each["data"]["text/plain"]) for each in outputs).strip("\n").rstrip()
+            printed = "".join(map(_printed, outputs)).strip("\n").rstrip()
             yield f"```text\n{ANSI.sub('', printed)}\n```"
         else:
             yield from map(_figure, outputs)
@@ -306,11 +311,15 @@ def _is_text(output: Mapping[str, Any]) -> bool:
     return not any(kind.startswith("image/") for kind in data) and not ("text/html" in data and "<pre" not in html)
 
 
+def _printed(output: Mapping[str, Any]) -> str:
+    return "".join(output.get("text") or output["data"]["text/plain"])
+
+
 def _figure(output: Mapping[str, Any]) -> str:
     """Return an image or a table of an output as HTML."""
     data = output["data"]
     for kind in ("image/jpeg", "image/png"):
         if kind in data:
-            return f'![Image that the cell shows](data:{kind};base64,{"".join("".join(data[kind]).split())})'
+            return f"![Image that the cell shows](data:{kind};base64,{''.join(''.join(data[kind]).split())})"
     table = re.sub(r"<style.*?</style>|<(?=p>\d+ rows).*?</p>", "", "".join(data["text/html"]), flags=re.DOTALL)
     return re.sub(r"<table[^>]*>", "<table>", re.sub(r"\n\s*", "", table))

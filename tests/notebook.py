@@ -1,6 +1,6 @@
 """The notebook of the documentation, executed.
 
-    python tests/notebook.py    executes it in an empty folder, and writes it back with its outputs
+python tests/notebook.py    executes it in an empty folder, and writes it back with its outputs
 """
 
 from __future__ import annotations
