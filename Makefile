@@ -57,7 +57,7 @@ format: .venv/.installed-dev  ## rewrite the code in the house format
 	@$(BIN)/ruff format .
 
 secrets: .venv/.installed-dev  ## look for keys and passwords in the files
-	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^benchmarks/results/|/manifest\.json$$' --exclude-lines '^ *sourceImage: '
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^benchmarks/results/|/manifest\.json$$' --exclude-lines '^ *(sourceImage: |"image/jpeg": )'
 
 audit: .venv/.installed-dev  ## look the installed packages up in a database of known vulnerabilities; says where none can be reached
 	@$(BIN)/python .ci/audit.py
