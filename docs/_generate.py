@@ -49,6 +49,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Keep a figure and its deviation on one line, also in a narrow column."""
+    return markdown.replace(" ± ", "&nbsp;±&nbsp;")
+
+
 class Notebook(File):
     """A notebook, which is a page of the site."""
 
