@@ -27,7 +27,7 @@ import lift_ray
 from lift_ray import cli
 from lift_ray.epoch_metrics import METRICS, TRAINED_PARAMETERS
 from lift_ray.registry import HEADS, LOSSES, METHODS, SAMPLERS, TUNERS
-from lift_ray.settings.checks import known_paths
+from lift_ray.settings.checks import known_paths, read_space
 from lift_ray.settings.run_file import RunFile
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage import layout
@@ -67,7 +67,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.loaded: list[str] = []
         self.ids: set[str] = set()
-        self.paragraphs: list[str] = []  # below the title
+        self.paragraphs: list[str] = []  # below the title; code in one starts with `
         self.text = ""
         self._in_article = self._in_paragraph = False
         self.feed(path.read_text(encoding="utf-8"))
@@ -84,6 +84,8 @@ class Page(HTMLParser):
         if tag == "p" and self._in_article:
             self._in_paragraph = True
             self.paragraphs.append("")
+        if tag == "code" and self._in_paragraph:
+            self.paragraphs[-1] += "`"
 
     def handle_endtag(self, tag: str) -> None:
         self._in_paragraph = self._in_paragraph and tag != "p"
@@ -175,6 +177,11 @@ def test_pages_opened_as_files_fit_a_phone_and_find_words_without_a_network(site
     assert any("/reference/settings.html" in link for link in found), found
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert problems == []
+
+
+def test_no_command_has_become_prose(site: Path) -> None:
+    words = ("python -m", "lift-ray ", "ray ", "pip install", "import ")
+    assert [text for _, page in pages(site) for text in page.paragraphs if text.startswith(words)] == []
 
 
 # ---- nothing is missing
@@ -276,6 +283,13 @@ def test_the_code_about_own_metrics_and_trials_runs(tmp_path: Path, capsys: pyte
     rows = duckdb.sql(query.replace("runs/mine", str(folder))).fetchall()
     assert {row[0] for row in rows} == {"adaptformer", "lora", "linear_probe"}
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
+
+
+def test_the_search_space_of_the_how_to_is_valid(tmp_path: Path) -> None:
+    (text,) = re.findall("```yaml\n(name: .*?)```", (DOCS / "how-to" / "space-file.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    space = read_space(tmp_path / "mine.yaml")
+    assert (space.num_trials, set(space.baseline_labels())) == (24, {"linear probe"})
 
 
 def test_the_notebook_is_kept_with_its_outputs() -> None:
