@@ -146,7 +146,13 @@ def _anchor(name: str, kind: str) -> str:
 
 
 def _doc(kind: Schema) -> str:
-    return " ".join(kind.get("description", "").split())
+    return _sentences(kind.get("description", ""))
+
+
+def _sentences(text: str) -> str:
+    """Return text of the code as Markdown, in which angle brackets are no HTML."""
+    parts = " ".join(text.split()).split("`")
+    return "`".join(part if number % 2 else escape(part, quote=False) for number, part in enumerate(parts))
 
 
 def _table(before: str, properties: Schema, known: Schema, required: Any = ()) -> str:
@@ -184,7 +190,7 @@ def _plain(value: Any) -> str:
 def _values(one: Schema, known: Schema) -> str:
     """Return in words which values a setting takes."""
     if "$ref" in one:
-        return "a section" if "/" in one["$ref"] and "LastBlocks" not in one["$ref"] else "{last: K}"
+        return "a section" if "/" in one["$ref"] and "LastBlocks" not in one["$ref"] else "`{last: K}`"
     if "const" in one:
         return f"`{_plain(one['const'])}`"
     if "enum" in one:
@@ -249,7 +255,7 @@ def _command(command: Any, usage: str, level: str, hidden: Collection[tuple[str,
     name = usage.removeprefix(f"{cli.SCRIPT} ")
     yield f"{level} `{name}` {{ #{name.replace(' ', '-')} }}"
     about, _, examples = (command.help or "").replace(f"{cli.PYTHON}.", f"{cli.SCRIPT} ").partition("\b\nExamples:\n")
-    yield "\n\n".join(" ".join(paragraph.split()) for paragraph in about.strip().split("\n\n"))
+    yield "\n\n".join(map(_sentences, about.strip().split("\n\n")))
     context = command.make_context(usage, [], resilient_parsing=True)
     yield f"    {' '.join([usage, *command.collect_usage_pieces(context)])}"
     if examples.strip():

@@ -209,6 +209,7 @@ def test_the_settings_page_has_every_setting_and_every_kind(site: Path) -> None:
     assert [name for name in missing if name not in sections] == []
     for section, kinds in (("tuner", TUNERS), ("head", HEADS), ("loss", LOSSES), ("method", METHODS)):
         assert {f"{section}-{kind}" for kind in kinds} <= page.ids
+    assert "z_k = <f, w_k / |w_k|>" in page.text  # and not taken for HTML
     assert all(sampler in page.text for sampler in SAMPLERS)
 
 
@@ -220,6 +221,7 @@ def test_every_setting_has_a_value_and_a_meaning(site: Path) -> None:
     shown = {re.sub("<.*?>", "", name): tuple(re.sub("<.*?>", "", cell) for cell in cells) for name, *cells in rows}
     assert shown["optim.lr"][:2] == ("number, over 0", "0.02")
     assert shown["search.trials"][:2] == ("integer, at least 1", "32")
+    assert shown["tuner.blocks"][0] == "list of integers or {last: K}"
     assert shown["backbone.precision"][:2] == ("fp32, bf16, fp16", "fp32")
 
 
@@ -238,6 +240,7 @@ def test_the_page_of_the_command_line_has_every_verb_and_option(site: Path) -> N
     options = {name for command in commands.values() for each in command.params for name in each.opts}
     assert {"--dry-run", "--resume", "--short-side"} <= options
     assert [name for name in options if name.startswith("--") and name != "--help" and name not in page.text] == []
+    assert "SRC/<train|val|test>/<class>/..." in page.text  # and not taken for HTML
     examples = [
         line.strip().replace("python -m lift_ray.", "lift-ray ", 1)
         for command in commands.values()
