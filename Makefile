@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow clusters wheel-test docs fuzz lint format secrets audit screenshots
+.PHONY: help quickstart test slow clusters wheel-test docs fuzz lint format secrets audit constraints sbom screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ secrets: .venv/.installed-dev  ## look for keys and passwords in the files
 
 audit: .venv/.installed-dev  ## look the installed packages up in a database of known vulnerabilities; says where none can be reached
 	@$(BIN)/python .ci/audit.py
+
+constraints: .venv/.installed-dev  ## write docker/constraints.txt: the versions in .venv, for images and nodes
+	@$(BIN)/python .ci/constraints.py
+
+sbom: .venv/.installed-dev  ## write dist/lift_ray-VERSION.cdx.json, a bill of materials (CycloneDX)
+	@$(BIN)/python .ci/sbom.py
 
 screenshots: .venv/.installed-dev  ## take the screenshots in docs/ again; needs Chromium, 20 minutes
 	@$(BIN)/python tests/screenshots.py
