@@ -139,6 +139,23 @@ def one_ray_image(faults: Diagnostics, place: Place, image: str, wanted: str) ->
         faults.add(place, f"must contain Ray {wanted}, like all nodes", f"'{image}'", "change the tag")
 
 
+def installs_nothing(faults: Diagnostics, commands: Mapping[Place, str], image: str) -> None:
+    """Forbid installations at start if an image of the user's own is set: they would replace what the image contains."""
+    for place, command in commands.items():
+        if re.search(r"\bpip3?['\"]? .*install\b", command):
+            faults.add(
+                place,
+                "must install nothing, because the image contains lift_ray",
+                but=f"pip runs, and the image is '{image}'",
+                remedy="delete the lines from '>>> installation' to '<<< installation', or remove the image",
+            )
+
+
+def is_own_image(image: str) -> bool:
+    """Return True for an image that is not of the Ray project, so one that should contain lift_ray."""
+    return RAY_IMAGE.search(image) is None
+
+
 def loopback_only(faults: Diagnostics, commands: Mapping[Place, str]) -> None:
     """Require the dashboard that these commands start to listen on the head's loopback address."""
     for place, command in commands.items():

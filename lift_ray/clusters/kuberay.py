@@ -12,6 +12,8 @@ from lift_ray.clusters.diagnostics import (
     SECRET_NAME,
     Diagnostics,
     Place,
+    installs_nothing,
+    is_own_image,
     no_secrets,
     one_exact_ray,
     one_ray_image,
@@ -218,6 +220,8 @@ def _pod(faults: Diagnostics, group: Place, data: dict[str, Any], never_restarts
     token_stays_on(faults, commands)
     if "/ray:" in container["image"]:
         one_exact_ray(faults, commands, first)
+    elif is_own_image(container["image"]):
+        installs_nothing(faults, commands, container["image"])
     for i, variable in enumerate(container.get("env", [])):
         _variable(faults, (*first, "env", i), variable["name"], variable.get("value"))
 

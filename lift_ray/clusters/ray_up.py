@@ -12,6 +12,8 @@ from typing import Any
 from lift_ray.clusters.diagnostics import (
     Diagnostics,
     Place,
+    installs_nothing,
+    is_own_image,
     loopback_only,
     no_secrets,
     one_exact_ray,
@@ -204,6 +206,12 @@ def _lists_of_commands(data: Data) -> dict[Place, str]:
     }
 
 
+def _own_image(data: Data) -> str:
+    """Return the image for all nodes, if it is the user's own and should contain lift_ray; otherwise ""."""
+    image = str((data.get("docker") or {}).get("image") or "")
+    return image if image and is_own_image(image) else ""
+
+
 def _images(faults: Diagnostics) -> None:
     for place, section in _sections(faults.file.data):
         docker = section.get("docker") or {}
@@ -254,11 +262,15 @@ REQUIRED: tuple[tuple[str, Callable[[str], bool], str, str, str], ...] = (
 
 def _commands(faults: Diagnostics) -> None:
     commands = _lists_of_commands(faults.file.data)
-    one_exact_ray(faults, commands, ("setup_commands",))
+    own_image = _own_image(faults.file.data)
+    if own_image:
+        installs_nothing(faults, commands, own_image)
+    else:
+        one_exact_ray(faults, commands, ("setup_commands",))
     token_stays_on(faults, commands)
     _images(faults)
     data = {"worker_start_ray_commands": ["ray start --address"], **faults.file.data}  # the default is Ray's own
-    for section, suits, rule, but, remedy in REQUIRED:
+    for section, suits, rule, but, remedy in REQUIRED[1:] if own_image else REQUIRED:  # an image contains lift_ray
         if not any(suits(str(entry)) for entry in data.get(section, ())):
             faults.add((section,), rule, but=but, remedy=remedy)
     heads = {p: text for p, text in commands.items() if p[0] == "head_start_ray_commands" and "ray start" in text}

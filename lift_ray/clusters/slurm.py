@@ -10,6 +10,7 @@ from pathlib import Path
 from lift_ray.clusters.diagnostics import (
     Diagnostics,
     Place,
+    installs_nothing,
     loopback_only,
     no_secrets,
     one_exact_ray,
@@ -20,6 +21,7 @@ from lift_ray.clusters.model import Cluster, NodeType
 from lift_ray.errors import BadInput
 from lift_ray.settings.yaml_file import SettingsFile
 
+IMAGE = re.compile(r"\bapptainer exec\b.*?(\w+://[^\s)]+|\S+\.sif)")
 OPTION = re.compile(r"#SBATCH\s+--([\w-]+)(?:[=\s]\s*(\S+))?")
 
 
@@ -43,7 +45,10 @@ def read_slurm(path: str | Path) -> Cluster:
     faults = Diagnostics(_Script(str(path), dict(lines), {(name,): int(name) for name in lines}))
     commands: dict[Place, str] = {(name,): line for name, line in lines.items() if not line.lstrip().startswith("#")}
     unchecked = _bash_reads(faults, text)
-    one_exact_ray(faults, commands, ())
+    if image := next((found[1] for found in map(IMAGE.search, commands.values()) if found), None):
+        installs_nothing(faults, commands, image)
+    else:
+        one_exact_ray(faults, commands, ())
     token_stays_on(faults, commands)
     if not any(re.search(r"\bexport\b.*\bRAY_AUTH_MODE=token\b", command) for command in commands.values()):
         faults.add(

@@ -1,0 +1,32 @@
+# An image with lift_ray for nodes without GPUs.
+#     docker build -f docker/cpu.Dockerfile -t REGISTRY/lift_ray:0.1.0-cpu .
+FROM python:3.11.13-slim-bookworm AS build
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY lift_ray lift_ray
+COPY search_spaces search_spaces
+COPY clusters clusters
+RUN pip install --no-cache-dir 'hatchling>=1.26' && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
+
+FROM python:3.11.13-slim-bookworm
+# rsync and ssh are for `ray up`: it copies files into the container, and the head starts the workers over SSH.
+RUN apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends \
+        ffmpeg openssh-client rsync && \
+    rm -rf /var/lib/apt/lists/*
+RUN useradd --create-home --shell /bin/bash --uid 2000 lift && \
+    python3 -m venv /opt/lift && chown -R lift:lift /opt/lift
+USER lift
+WORKDIR /home/lift
+ENV PATH=/opt/lift/bin:$PATH
+COPY docker/constraints.txt /tmp/constraints.txt
+COPY --from=build /wheels /tmp/wheels
+# The extra for your bucket (s3, gcs, azure), and what the head of a cloud starts workers with (boto3 for AWS; see clusters/).
+ARG EXTRAS=s3,search,serve
+ARG PACKAGES=boto3
+# PyTorch's own index has wheels without CUDA's libraries, which are smaller.
+RUN pip install --no-cache-dir --constraint /tmp/constraints.txt --index-url https://download.pytorch.org/whl/cpu \
+        --extra-index-url https://pypi.org/simple torch torchvision && \
+    pip install --no-cache-dir --constraint /tmp/constraints.txt "$(echo /tmp/wheels/*.whl)[$EXTRAS]" $PACKAGES && \
+    python -m lift_ray.ray_runtime.patches
+# No ENTRYPOINT: `ray up` and KubeRay run `ray start` through a shell.
+CMD ["bash"]
