@@ -13,7 +13,9 @@ FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 RUN apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends \
         ca-certificates ffmpeg openssh-client python3 python3-venv rsync && \
     rm -rf /var/lib/apt/lists/*
+# A login shell, which `ray up` and KubeRay may use, sets PATH anew; profile.d adds the environment again.
 RUN useradd --create-home --shell /bin/bash --uid 2000 lift && \
+    echo 'export PATH=/opt/lift/bin:$PATH' > /etc/profile.d/lift.sh && \
     python3 -m venv /opt/lift && chown -R lift:lift /opt/lift
 USER lift
 WORKDIR /home/lift

@@ -61,3 +61,11 @@ def test_the_image_runs_as_a_user_without_an_entrypoint_and_with_the_constraints
         for command in of_image[i][1].split("&&"):
             assert "--constraint /tmp/constraints.txt" in command or "pip install" not in command
     assert "lift_ray.ray_runtime.patches" in of_image[pip[-1]][1]
+
+
+@every_file
+def test_a_login_shell_finds_ray_too(name: str) -> None:
+    """/etc/profile sets PATH anew, so ENV alone is lost there."""
+    of_image = instructions(name)
+    assert ("ENV", "PATH=/opt/lift/bin:$PATH") in of_image
+    assert any("'export PATH=/opt/lift/bin:$PATH' > /etc/profile.d/lift.sh" in rest for _, rest in of_image)
