@@ -62,8 +62,8 @@ def with_slashes(folder: str, path: str) -> str:
 def named_file(folder: str, path: str) -> str:
     """Return the URL of the file that a row names.
 
-    A relative path is taken from `folder` and may not lead out of it; it may be one of Windows. `datasets` also writes absolute paths, which only a table on this
-    machine may name.
+    A relative path, also one of Windows, is taken from `folder` and may not lead out of it. `datasets` also writes absolute paths,
+    which only a table on this machine may name.
 
     Raises ValueError for any other path.
     """

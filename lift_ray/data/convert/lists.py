@@ -24,9 +24,9 @@ def scan_list(
 ) -> ImageIndex:
     """List the images that text files name.
 
-    Each line has a path inside `source`, with slashes or the backslashes of Windows, and a label. The label is the last word, so paths may contain spaces. Empty lines
-    are ignored. Each image may be in one list only: the published splits share none, and an image in both training and test
-    would bias the test.
+    Each line has a path inside `source` and a label. The label is the last word, so paths may contain spaces; they may have the
+    backslashes of Windows. Empty lines are ignored. Each image may be in one list only: the published splits share none, and an
+    image in both training and test would bias the test.
 
     Args:
         source: folder that the paths are relative to, any fsspec URL.
