@@ -265,11 +265,12 @@ def _scan_files(
 
 def _rows_of(table: TableFile, url: str, file: str, split: str, columns: Columns, leaf: str | None) -> Iterator[Told]:
     groups = range(len(table.rows))
+    if leaf:
+        table.check(leaf)  # before labels are read: Arrow 25 and earlier refuse them with an unclear error
     labels = table.cells(columns.label, groups).to_pylist()
     splits = table.cells(columns.split, groups).to_pylist() if columns.split else None
     owners = table.cells(columns.group, groups).to_pylist() if columns.group else [None] * len(labels)
     if leaf:
-        table.check(leaf)
         images = [f"{file}:{number}:{row}" for number, rows in enumerate(table.rows) for row in range(rows)]
     else:
         images = table.cells(columns.image, groups).to_pylist()
