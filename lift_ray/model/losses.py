@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lift_ray.model.device import counting_device
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -61,7 +63,8 @@ def class_balanced(counts: Tensor, *, beta: float) -> Loss:
     Args:
         beta: in [0, 1): 0 is plain cross-entropy, and towards 1 it becomes `reweighted`.
     """
-    return _weighted(1 / (1 - beta ** counts.cpu().double()), counts.device)  # MPS has no float64
+    exact = counts.to(counting_device(counts.device)).double()
+    return _weighted(1 / (1 - beta**exact), counts.device)
 
 
 def reweighted(counts: Tensor) -> Loss:
