@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow clusters wheel-test clean-install oldest fuzz lint format secrets audit screenshots
+.PHONY: help quickstart test slow clusters wheel-test clean-install oldest docs fuzz lint format secrets audit screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -53,6 +53,15 @@ oldest:  ## run half of the tests with the lowest versions that pyproject.toml a
 	@.venv-oldest/bin/python -m uv pip list --python .venv-oldest/bin/python 2>/dev/null | grep -E '^(numpy|optuna|pyarrow|ray|torch|torchvision) '
 	@PYTHONPATH=. .venv-oldest/bin/python -m pytest -m "not slow and not cluster" -k "not object_storage" $(OLDEST:%=tests/test_%.py)
 
+.venv/.installed-docs: .venv/.installed
+	@echo "installing the tools of the documentation into .venv (once)"
+	@$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
+docs: .venv/.installed-docs  ## build the documentation into site/, and check its links; site/index.html needs no server
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "documentation: $(CURDIR)/site/index.html"
+
 fuzz: .venv/.installed-dev  ## read 10,000 damaged images, tables, settings, checkpoints and requests; 10 minutes, or FUZZ_INPUTS=N
 	@FUZZ_INPUTS=$${FUZZ_INPUTS:-10000} $(BIN)/python -m pytest -s tests/test_fuzz.py
 
@@ -66,7 +75,7 @@ format: .venv/.installed-dev  ## rewrite the code in the house format
 	@$(BIN)/ruff format .
 
 secrets: .venv/.installed-dev  ## look for keys and passwords in the files
-	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^benchmarks/results/|/manifest\.json$$' --exclude-lines '^ *sourceImage: '
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^benchmarks/results/|/manifest\.json$$' --exclude-lines '^ *(sourceImage: |"image/jpeg": )'
 
 audit: .venv/.installed-dev  ## look the installed packages up in a database of known vulnerabilities; says where none can be reached
 	@$(BIN)/python .ci/audit.py

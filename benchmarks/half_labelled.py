@@ -4,7 +4,7 @@
 587 more: with as many of each class in proportion (consistent), with the order of the classes turned round (reversed), or 1,880
 more, as many of every class (uniform). All methods take the same number of steps with the same number of labelled images, with
 loss and augmentation of LIFT+, lift-small at 56 px, AdaptFormer in its last two blocks, and a classifier that starts from the class
-means; three learning rates are compared on the first seed by validation mean class accuracy, and the best is trained with the
+means; five learning rates are compared on the first seed by validation mean class accuracy, and the best is trained with the
 other seeds too. Every finished run is kept in --out: `--resume` goes on there.
 
 A step has two unlabelled images for each labelled one, not the seven of the literature, so that the whole fits two cores.
@@ -30,7 +30,7 @@ from lift_ray.epoch_metrics import ACCURACIES, MAIN
 from lift_ray.evaluation.metrics import PUBLISHED
 from lift_ray.terminal.tables import console
 
-RATES = [0.003, 0.01, 0.03]
+RATES = [0.003, 0.01, 0.03, 0.1, 0.3]
 METHODS = {
     "fixmatch": "FixMatch + LA",
     "loft": "LoFT",

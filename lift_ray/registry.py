@@ -2,7 +2,7 @@
 
 A kind is registered once, with the class of its settings and what builds it. The settings accept every registered kind, so `kind:
 mine` works in files, on the command line and in search spaces. Nothing here imports torch or Ray: what a kind builds is imported when a
-worker builds it. `docs/extending.md` shows a tuner from start to end.
+worker builds it. `docs/how-to/own-tuner.md` shows a tuner from start to end.
 """
 
 from __future__ import annotations

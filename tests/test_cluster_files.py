@@ -235,7 +235,7 @@ def head(tmp_path: Path) -> dict[str, str]:
     return {"PATH": f"{tmp_path}:/usr/bin:/bin"}
 
 
-DOCUMENTED = [*FILES, ROOT / "clusters" / "kuberay" / "raycluster.yaml", ROOT / "docs" / "clusters.md"]
+DOCUMENTED = [*FILES, ROOT / "clusters" / "kuberay" / "raycluster.yaml", ROOT / "docs" / "how-to" / "clusters.md"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: path.name)

@@ -91,7 +91,7 @@ def test_the_page_shows_the_out_of_fold_confusions_and_the_csv_has_all(tmp_path:
 
 def test_the_queries_of_the_documentation_run(tmp_path: Path) -> None:
     folder = with_folds(write_study(tmp_path / "out", make_trials(3)))
-    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "reference" / "files.md").read_text()
     wrong, by_fold = (
         duckdb.sql(query.replace("runs/mine", str(folder))).fetchall()
         for query in re.findall("```sql\n(.*?)```", text, re.DOTALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -134,8 +135,31 @@ def test_workers_of_a_cluster_are_told_the_plugins(monkeypatch: pytest.MonkeyPat
     assert asked == [{"LIFT_RAY_PLUGINS": "gain_tuner"}, {}]
 
 
-def test_the_page_about_extending_shows_the_tuner_that_is_tested() -> None:
-    assert (PLUGINS / "gain_tuner.py").read_text().rstrip() in (ROOT / "docs" / "extending.md").read_text()
+@pytest.mark.parametrize("name", ["tuner", "loss"])
+def test_the_pages_about_extending_show_the_plugins_that_are_tested(name: str) -> None:
+    (plugin,) = PLUGINS.glob(f"*_{name}.py")
+    page = (ROOT / "docs" / "how-to" / f"own-{name}.md").read_text()
+    assert plugin.read_text().rstrip() in page
+    (command,) = re.findall(r"^    python (-m lift_ray\.\w+ .* --dry-run)$", page, re.MULTILINE)
+    done = python(*shlex.split(command), plugins=plugin.stem)
+    assert done.returncode == 0, done.stderr
+    assert plugin.stem.partition("_")[0] in done.stdout
+    assert python(*shlex.split(command), plugins="").returncode == 2, "without the plugin it is no kind"
+
+
+def test_a_loss_from_outside_computes_what_it_says() -> None:
+    code = """
+import torch
+from lift_ray.registry import LOSSES
+from lift_ray.settings.run import RunConfig
+options = RunConfig(loss={"kind": "smooth", "epsilon": 0.3}).loss.model_dump(exclude={"kind"})
+logits, labels = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
+log_p = logits.log_softmax(1)
+wanted = -(0.7 * log_p[0, 0] + 0.3 * log_p.mean())
+print(torch.allclose(LOSSES.build("smooth", torch.ones(3), **options)(logits, labels), wanted))
+"""
+    done = python("-c", code, plugins="smooth_loss")
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_plugin_keeps_the_contract_of_tuners() -> None:

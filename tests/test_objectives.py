@@ -132,7 +132,7 @@ def test_every_metric_of_every_fraction_is_a_number_of_the_same_groups(
 
 
 def test_the_documentation_has_a_line_for_every_objective_with_the_right_direction() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "reference" / "metrics.md").read_text()
     table = text.partition("\n## Objectives\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
     found = {name.strip("` "): mode for names, mode, *_ in rows for name in names.split(",")}

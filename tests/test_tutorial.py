@@ -1,4 +1,4 @@
-"""docs/tutorial.md, as a user copies it: every block in order, in an empty folder."""
+"""docs/tutorials/first_model.md, as a user copies it: every block in order, in an empty folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_line_that_is_not_printed_is_missed() -> None:
 @pytest.mark.slow
 def test_every_block_runs_and_prints_what_stands_below_it(tmp_path: Path) -> None:
     (port,) = map(str, free_ports(1))
-    found = steps((PROJECT / "docs" / "tutorial.md").read_text().replace("8000", port))
+    found = steps((PROJECT / "docs" / "tutorials" / "first_model.md").read_text().replace("8000", port))
     assert {verb for commands, _ in found for verb in re.findall(r"lift_ray\.(\w+) ", commands)} >= {
         "convert",
         "tune",

@@ -48,7 +48,9 @@ def open_dataset(
             datasets.Dataset, or either of these by split.
         to: folder or URL for the converted dataset; None for a folder in the cache (~/.cache/lift_ray), which is used again as long
             as files and labels stay the same. Required for images in memory.
-        validation_frac, test_frac, seed: of each class, for splits that the source does not have; None for 0.1 and 0.2.
+        validation_frac: fraction of each class for validation, if the source has no such split; None for 0.1.
+        test_frac: the same for the test split; None for 0.2.
+        seed: of the draw of these images.
         options: image_column, label_column, split_column, root, class_names, similar_names, as those of `convert`.
 
     Raises BadInput if the source cannot be read, or an image cannot be decoded.

@@ -70,7 +70,7 @@ class FinishedStudy:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The content of study.json (docs/report.md)."""
+        """The content of study.json (docs/reference/files.md)."""
         with self._output.fetched(STUDY) as path:
             found: dict[str, Any] = json.loads(Path(path).read_text())
         return found

@@ -17,7 +17,7 @@ NO_DATASET = "(none)"  # while a space has none
 
 
 class SearchSpace:
-    """What a search tries, and how: the content of a search-space file (docs/settings.md).
+    """What a search tries, and how: the content of a search-space file (docs/reference/settings.md).
 
     Args:
         space: range of each searched setting, as {"loss.tau": {"float": [0.5, 2.0]}, "tuner.kind": {"choices": ["lora", "adapter"]}}.

@@ -43,8 +43,8 @@ class Calibration:
         temperature: 1 leaves the logits unchanged.
         dataset: dataset of these images; "" if the user set the temperature.
         num_images: their number; 0 if no labeled image was held out from training.
-        error_before, error_after: expected calibration error on them, in [0, 1]. `error_after` is optimistic: it is measured on
-            the images that the temperature was fitted on.
+        error_before: expected calibration error on them without the temperature, in [0, 1].
+        error_after: the same with it. It is optimistic: it is measured on the images that the temperature was fitted on.
         images: what they are: validation images, or out-of-fold images.
     """
 

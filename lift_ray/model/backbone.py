@@ -36,7 +36,8 @@ class Backbone:
     Args:
         name: as the settings name it.
         tower: the image tower, parameters frozen.
-        mean, std: per channel, for images in [0, 1].
+        mean: of each channel, for images in [0, 1].
+        std: the same.
         text: names -> (N, E) normalised text embeddings; None for towers without text.
         projection: (D, E), from image features to the shared space, the identity for a ResNet; None without text.
         logit_scale: CLIP's own 1 / temperature; 1 without text.

@@ -199,7 +199,7 @@ def _data(fit: Fit) -> Iterator[str]:
     yield _line(f"dataset: {_scalar(fit.dataset)}", "relative to this file" if _is_relative(fit.dataset) else "")
     yield _line(
         f"objectives: {{{MAIN_METRIC}: max}}",
-        "every class counts equally, however rare; docs/settings.md has the others",
+        "every class counts equally, however rare; docs/reference/metrics.md has the others",
     )
     if "test" not in fit.source.splits:
         yield _line("test: none", "the dataset has no test split, so the result is not held out from the search")

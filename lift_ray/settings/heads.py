@@ -40,6 +40,7 @@ class CosineHeadConfig(HeadConfig):
 
     kind: Literal["cosine"] = "cosine"
     scale: Annotated[float, Field(gt=0)] = 25.0
+    """Factor of the cosines, which lie between -1 and 1."""
 
 
 class LinearHeadConfig(HeadConfig):

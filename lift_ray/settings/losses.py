@@ -20,6 +20,7 @@ class LogitAdjustedConfig(LossConfig):
 
     kind: Literal["logit_adjusted"] = "logit_adjusted"
     tau: Annotated[float, Field(ge=0)] = 1.0
+    """Strength of the adjustment: 0 is plain cross-entropy, 1 removes the prior, more favors rare classes."""
 
 
 class CrossEntropyConfig(LossConfig):
@@ -33,6 +34,7 @@ class FocalConfig(LossConfig):
 
     kind: Literal["focal"] = "focal"
     gamma: Annotated[float, Field(ge=0)] = 2.0
+    """How little images count that are classified well; 0 is plain cross-entropy."""
 
 
 class LdamConfig(LossConfig):
@@ -40,6 +42,7 @@ class LdamConfig(LossConfig):
 
     kind: Literal["ldam"] = "ldam"
     max_margin: Annotated[float, Field(ge=0)] = 0.5
+    """Margin of the rarest class, in cosines."""
     scale: Annotated[float, Field(gt=0)] = 25.0
     """Factor of the margins: the scale of the cosine head."""
 
@@ -49,6 +52,7 @@ class ClassBalancedConfig(LossConfig):
 
     kind: Literal["class_balanced"] = "class_balanced"
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """How much a further image of a class adds: 0 weights all classes equally, near 1 by 1 / n."""
 
 
 class ReweightedConfig(LossConfig):
@@ -68,7 +72,9 @@ class LadeConfig(LossConfig):
 
     kind: Literal["lade"] = "lade"
     remine: Annotated[float, Field(ge=0)] = 0.1
+    """Strength of the penalty that keeps the second term stable."""
     weight: Annotated[float, Field(ge=0)] = 0.1
+    """Strength of the second term; 0 is balanced_softmax."""
 
 
 class GlaConfig(LossConfig):

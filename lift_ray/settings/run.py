@@ -88,6 +88,7 @@ class MdaConfig(RandomCropsConfig):
 
     kind: Literal["mda"] = "mda"
     schedule: Literal["convex", "linear", "concave", "min", "max"] = "convex"
+    """How the smallest area grows over the run; min and max keep it at its start and at its end."""
 
 
 class CropFlipConfig(RandomCropsConfig):
@@ -112,14 +113,17 @@ class OptimConfig(Config):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd, as published, or adamw (arXiv 1711.05101), whose steps have about the same size in every layer and need smaller rates."""
     epochs: Annotated[int, Field(ge=1)] = 5
+    """Number of passes over the training images."""
     global_batch_size: Annotated[int, Field(ge=1)] = 128
     """Images a step, over all workers."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Number of micro-batches in which a worker's part of a step goes through the tower, to save memory."""
     lr: Annotated[float, Field(gt=0)] = 0.02
+    """Learning rate at the start of the cosine schedule."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of sgd; for adamw the decay of the mean gradient, beta_1."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Decay of the trained parameters towards 0."""
     shuffle_mib: Annotated[float, Field(gt=0)] = 192.0
     """Encoded images that are shuffled together, at most 8,192: the part of a larger dataset that a worker holds in memory."""
     data_frac: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -150,6 +154,7 @@ class RunConfig(Config):
     """Everything that decides what a run computes, and nothing else."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the initial weights, the order of images and their augmentation."""
     backbone: BackboneConfig = BackboneConfig()
     augment: AugmentConfig = MdaConfig()
     tuner: AnyTunerConfig = TUNERS.default("adaptformer")

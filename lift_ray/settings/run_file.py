@@ -17,11 +17,13 @@ class RunFile(RunConfig):
     """Settings of a run file: those of the run, and the dataset it uses."""
 
     name: str = "run"
+    """Name of the run, which is part of the default output folder."""
     dataset: str
     """Path or fsspec URL of Parquet shards, or embedded:NAME."""
     train_on: Literal["train", "train+validation"] = "train"
     """Images to train on. With train+validation there is no validation; a search writes it into best.yaml if it trained so."""
     out: str | None = None
+    """New folder or URL for the results, as --out; by default runs/NAME-DATE-TIME."""
 
     @property
     def config(self) -> RunConfig:

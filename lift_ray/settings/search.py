@@ -33,7 +33,9 @@ class AshaConfig(Config):
 
     kind: Literal["asha"] = "asha"
     grace_epochs: Epochs = 1
+    """Epochs that every trial runs at least."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """Factor between the rungs in epochs; at each rung the best 1 / reduction_factor of the trials continue."""
 
 
 class HyperbandConfig(Config):
@@ -41,7 +43,9 @@ class HyperbandConfig(Config):
 
     kind: Literal["hyperband"] = "hyperband"
     grace_epochs: Epochs = 1
+    """Epochs that every trial runs at least."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """Factor between the rungs in epochs; at each rung the best 1 / reduction_factor of the trials continue."""
 
 
 class MedianConfig(Config):
@@ -49,6 +53,7 @@ class MedianConfig(Config):
 
     kind: Literal["median"] = "median"
     grace_epochs: Epochs = 1
+    """Epochs that every trial runs at least."""
     min_trials: Annotated[int, Field(ge=1)] = 3
     """Minimum number of other trials that have reached this epoch."""
 
@@ -86,14 +91,19 @@ class SearchConfig(Config):
     """Settings of the search: number of trials, sampler, scheduler, confirmation and final evaluation."""
 
     trials: Annotated[int, Field(ge=1)] = 32
+    """Number of trials, baselines included."""
     per_kind: Annotated[int, Field(ge=1)] | None = None
     """Number of trials for each tuner.kind, instead of `trials`; each kind has its own sampler and rungs."""
     sampler: AnySampler = "tpe"
+    """Chooses the settings of the next trial (Optuna): tpe learns from the trials so far; grid takes all combinations."""
     scheduler: Annotated[AnyScheduler, Field(discriminator="kind")] = AshaConfig()
+    """Stops the worse trials early."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the sampler and the folds."""
     folds: Annotated[int, Field(ge=1)] = 1
     """Number of folds: fold 1 is the validation split, on which trials are searched; the others divide the training images."""
     confirm: ConfirmConfig | None = None
+    """Confirm the best trials on all folds; by default fold 1 decides alone."""
     refit: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
     """Train best/ again on the training and validation images. auto: not on validation images that are a set of their own."""
     tte_best: Annotated[int, Field(ge=0)] = 1
@@ -122,11 +132,15 @@ class ScaleConfig(Config):
     """Resources of a trial."""
 
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
+    """Number of processes that train a trial together."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """Number of cores of each of them."""
     use_gpu: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
+    """One GPU for each worker; auto: if the cluster has any."""
     max_concurrent: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or an integer of at least 1")
     ] = "auto"
+    """Number of trials at a time, at most; auto: as many as fit."""
     refit_workers: Annotated[int, Field(ge=1)] = 1
     """Number of Ray Train workers that train best/ again at the end, as `train --workers` does; 1: a slot of the search."""
 
@@ -144,7 +158,9 @@ class Constraint(Config):
     """Bounds of a metric that a trial must satisfy."""
 
     min: float | None = None
+    """The metric must be at least this."""
     max: float | None = None
+    """The metric must be at most this."""
 
     @model_validator(mode="after")
     def _some(self) -> Constraint:

@@ -47,10 +47,15 @@ class Param(Config):
     """Range of a searched setting: exactly one of choices, int and float."""
 
     choices: Annotated[list[Value], Field(min_length=1)] | None = None
+    """Values to choose from."""
     ints: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(None, alias="int")
+    """[LOW, HIGH] of an integer, both included."""
     floats: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(None, alias="float")
+    """[LOW, HIGH] of a number."""
     log: bool = False
+    """Draw on a logarithmic scale, which suits rates and widths."""
     step: Annotated[float, Field(gt=0)] | None = None
+    """Distance of the values, counted from LOW."""
     when: dict[str, Values] = {}
     """Search this setting only if other settings have one of these values."""
 
@@ -132,22 +137,30 @@ class SpaceFile(Config):
     """Search-space file: what is searched, how, and with which resources."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the search, which is part of the default output folder."""
     dataset: str
+    """Path or fsspec URL of Parquet shards, or embedded:NAME."""
     out: str | None = None
+    """New folder or URL for the results, as --out; by default runs/NAME-DATE-TIME."""
     objectives: Annotated[dict[str, Literal["max", "min"]], Field(min_length=1)] = {MAIN_METRIC: "max"}
     """Metrics to optimize; several make a Pareto search. Early stopping and `best` use the first."""
     constraints: dict[str, Constraint] = {}
     """Bounds on metrics. A trial that violates one before training (trained_parameters) is reported to the sampler, not trained."""
     base: Annotated[dict[str, Any], Holds(RunConfig)] = {}
+    """Run settings that all trials share."""
     space: Annotated[dict[str, Param], Field(min_length=1)]
+    """Range of each searched setting, by dotted name."""
     baselines: list[dict[str, Value]] = []
     """Settings to compare the search with, trained first and never stopped early; `name` is the label in tables. Of several with one
     name, the best on validation is compared: the same method with other rates, for example."""
     test: Literal["split", "none"] = "split"
     """none: compare on validation only, for datasets without a test split; the result is then not held out from the search."""
     search: SearchConfig = SearchConfig()
+    """How to search."""
     scale: ScaleConfig = ScaleConfig()
+    """Resources of a trial."""
     plan: PlanConfig = PlanConfig()
+    """Estimates for --dry-run."""
 
     @property
     def objective(self) -> tuple[str, Literal["max", "min"]]:
