@@ -49,7 +49,7 @@ oldest:  ## run half of the tests with the lowest versions that pyproject.toml a
 	@.venv-oldest/bin/python -m uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
 		-e '.[search,dashboard,export,serve,report,s3]'
 	@.venv-oldest/bin/python -m uv pip install --quiet --python .venv-oldest/bin/python \
-		pytest pytest-timeout hypothesis hatchling 'datasets>=4'
+		pytest pytest-timeout hypothesis hatchling 'datasets==4.0.*'
 	@.venv-oldest/bin/python -m uv pip list --python .venv-oldest/bin/python 2>/dev/null | grep -E '^(numpy|optuna|pyarrow|ray|torch|torchvision) '
 	@PYTHONPATH=. .venv-oldest/bin/python -m pytest -m "not slow and not cluster" -k "not object_storage" $(OLDEST:%=tests/test_%.py)
 
