@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test slow clusters wheel-test docs fuzz lint format secrets audit constraints sbom screenshots
+.PHONY: help quickstart test slow clusters wheel-test clean-install oldest docs fuzz lint format secrets audit constraints sbom screenshots
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -34,6 +34,24 @@ clusters: .venv/.installed-dev  ## run the tests that start clusters, lose their
 
 wheel-test: .venv/.installed-dev  ## build the wheel, and run verbs from another folder with nothing but its files; also part of `make slow`
 	@$(BIN)/python -m pytest tests/test_wheel.py
+
+clean-install: .venv/.installed-dev  ## install the wheel into a fresh environment elsewhere, and run the quickstart and init there; 10 minutes, 6 GB
+	@$(BIN)/python -m pytest -s tests/clean_install.py
+
+# The parts that meet Ray, PyTorch, Arrow, Optuna, pydantic, typer and the others: half of `make test`.
+OLDEST := patches session capacity layers cli text settings schema samplers space tables table_files trial_rows open convert decode \
+	augment weights_file backbone towers tuners run worker workspace device portable predict evaluate export report_page live trainer \
+	tune serve_http api engine
+
+oldest:  ## run half of the tests with the lowest versions that pyproject.toml allows, in .venv-oldest; 15 to 25 minutes
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet --upgrade pip uv
+	@.venv-oldest/bin/python -m uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+		-e '.[search,dashboard,export,serve,report,s3]'
+	@.venv-oldest/bin/python -m uv pip install --quiet --python .venv-oldest/bin/python \
+		pytest pytest-timeout hypothesis hatchling 'datasets==4.0.*'
+	@.venv-oldest/bin/python -m uv pip list --python .venv-oldest/bin/python 2>/dev/null | grep -E '^(numpy|optuna|pyarrow|ray|torch|torchvision) '
+	@PYTHONPATH=. .venv-oldest/bin/python -m pytest -m "not slow and not cluster" -k "not object_storage" $(OLDEST:%=tests/test_%.py)
 
 .venv/.installed-docs: .venv/.installed
 	@echo "installing the tools of the documentation into .venv (once)"

@@ -41,10 +41,14 @@ def installed(folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     subprocess.run(["make", ".venv/.installed"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - began
-    files = [path for path in (folder / ".venv").rglob("*") if path.is_file() and not path.is_symlink()]
+    return {"install_s": round(seconds, 1), **size_of(folder / ".venv")}
+
+
+def size_of(environment: Path) -> dict[str, Any]:
+    """Return the number of packages in a virtual environment, and its size in 10^9 bytes."""
+    files = [path for path in environment.rglob("*") if path.is_file() and not path.is_symlink()]
     return {
-        "install_s": round(seconds, 1),
-        "packages": len(list((folder / ".venv").glob("lib/*/site-packages/*.dist-info"))),
+        "packages": len(list(environment.glob("lib/*/site-packages/*.dist-info"))),
         "gb": round(sum(path.stat().st_size for path in files) / 1e9, 2),
     }
 

@@ -108,12 +108,12 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
     from ruamel.yaml import YAML
 
     from lift_ray.api.fit import as_file
-    from lift_ray.ray_runtime.capacity import gpus_here
+    from lift_ray.model.device import best_device, precision_fault
     from lift_ray.training.plan import plan
 
     config, lines = plan(run, data, workers, checkpoint_s)
-    if run.backbone.precision != "fp32" and not gpus_here():
-        lines["precision"] = f"{run.backbone.precision} requires a GPU, and this machine has none: run it on a cluster"
+    if precision_fault(run.backbone.precision, best_device()):
+        lines["precision"] = f"this machine cannot compute in {run.backbone.precision}: run it on a cluster"
     YAML().dump(as_file(run, data.uri, config), sys.stdout)
     for name, text in lines.items():
         say(f"# {name}: {text}")

@@ -29,6 +29,7 @@ from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here
 from lift_ray.methods.prior import fit
 from lift_ray.methods.world import Ranks
 from lift_ray.model import backbone
+from lift_ray.model.device import all_devices
 from lift_ray.registry import LOSSES
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
@@ -341,7 +342,7 @@ def test_each_device_holds_models_in_turn_and_together_they_give_the_same_figure
     expected = evaluate_here(question)
     made, places = [], []
     trained = evaluation._trained
-    monkeypatch.setattr(evaluation, "devices", lambda ranks: [ranks.device, torch.device("cpu", 0)])
+    monkeypatch.setattr(evaluation, "all_devices", lambda first: [first, torch.device("cpu", 0)])
     monkeypatch.setattr(evaluation, "Workspace", lambda *args: (made.append(Workspace(*args)), made[-1])[1])
     monkeypatch.setattr(
         evaluation, "_trained", lambda *args: (found := trained(*args), places.append(found[0].workspace))[0]
@@ -354,10 +355,10 @@ def test_each_device_holds_models_in_turn_and_together_they_give_the_same_figure
 
 
 def test_several_gpus_are_used_in_turn_and_a_cpu_is_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert evaluation.devices(Ranks.alone()) == [torch.device("cpu")]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert all_devices(torch.device("cpu")) == [torch.device("cpu")]
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
     gpus = [torch.device("cuda"), torch.device("cuda", 1), torch.device("cuda", 2)]
-    assert evaluation.devices(Ranks(0, 1, torch.device("cuda"))) == gpus
+    assert all_devices(torch.device("cuda")) == gpus
 
 
 def test_the_members_of_one_checkpoint_are_also_distributed_over_the_devices(small_data: str, small_clip: str) -> None:

@@ -55,10 +55,7 @@ def test_the_search_is_planned_for_the_machines_that_slurm_allocates(tmp_path: P
     assert (node.least, node.most, node.resources) == (3, 3, {"CPU": 48, "GPU": 8})
 
 
-OTHER_RAY = (
-    "must install the Ray of this machine, HERE (lift_ray requires ==2.60.*), but got '{}'; "
-    "write 'ray[default,train,tune]==HERE'"
-)
+OTHER_RAY = "must install the Ray of this machine, HERE, but got '{}'; write 'ray[default,train,tune]==HERE'"
 # file, what stands there, what stands there in its place, what the check says: of that line, or of so many lines from it
 BROKEN = [
     (

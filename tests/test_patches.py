@@ -98,9 +98,9 @@ def test_another_ray_is_left_alone_with_a_warning(
     assert ray_constants.ENABLE_RAY_CLUSTER
     assert RayParams().dashboard_agent_listen_port != 0
     assert [record.getMessage() for record in caplog.records] == [
-        "Ray 2.61.0 is not 2.60.x: the Ray started here may listen on every network interface",
-        "Ray 2.61.0 is not 2.60.x: jobs and job logs may be missing if another Ray runs on this machine",
-        "Ray 2.61.0 is not 2.60.x: the dashboard may show the AWS keys of this process",
+        "Ray 2.61.0 is not 2.56 to 2.60: the Ray started here may listen on every network interface",
+        "Ray 2.61.0 is not 2.56 to 2.60: jobs and job logs may be missing if another Ray runs on this machine",
+        "Ray 2.61.0 is not 2.56 to 2.60: the dashboard may show the AWS keys of this process",
     ]
 
 
@@ -132,7 +132,7 @@ def test_a_kind_of_machine_that_the_cloud_refuses_counts_as_unavailable(
     with pytest.raises(BadInput) as caught:
         patches.fix_autoscaler(folder)
     assert str(caught.value) == (
-        f"{path}: must be of Ray 2.60.0, but is not; skip this step, and check that its autoscaler falls back"
+        f"{path}: must be of Ray 2.56 to 2.60, but is not; skip this step, and check that its autoscaler falls back"
     )
     assert path.read_text() == "another Ray\n"
 

@@ -94,7 +94,7 @@ def run_file(small_data: str, tmp_path: Path) -> Path:
         (["--log-to", "mlfow"], "--log-to: unknown service 'mlfow'; did you mean 'mlflow'?"),
         (
             ["backbone.precision=fp16", "--no-ray"],
-            "backbone.precision: fp16 requires a GPU, but this machine has none; set backbone.precision=fp32, or leave out --no-ray",
+            "backbone.precision: must be fp32 on a CPU, but got fp16; set backbone.precision=fp32, or use a GPU",
         ),
         (["backbone.model=ViT-B-61"], "backbone.model: unknown model 'ViT-B-61'; did you mean 'ViT-B-16'?"),
         (
@@ -111,7 +111,7 @@ def run_file(small_data: str, tmp_path: Path) -> Path:
 def test_a_dry_run_of_train_finds_what_would_fail_later(
     words: list[str], message: str, run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lift_ray.api.fit.gpus_here", lambda: 0)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "run.yaml").write_text(run_file.read_text())

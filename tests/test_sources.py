@@ -193,9 +193,7 @@ def test_a_fault_in_a_list_gives_a_one_line_error(
         divide(listed(tmp_path, test=f"{tmp_path}/val.txt"), Division())
 
 
-@pytest.mark.parametrize(
-    "path", ["/etc/hosts", "../a.jpg", "x/../../a.jpg", "..\\a.jpg", "s3://b/a.jpg", "C:/a.jpg", "."]
-)
+@pytest.mark.parametrize("path", ["/etc/hosts", "../a.jpg", "x/../../a.jpg", "..\\a.jpg", "s3://b/a.jpg", "."])
 def test_a_path_outside_the_source_is_refused(tmp_path: Path, path: str) -> None:
     write(tmp_path, {**photo_lists(), "train.txt": f"a.jpg 0\n{path} 1\n", "t.csv": f"path,label\nb.jpg,x\n{path},y\n"})
     with pytest.raises(BadInput, match=r"train.txt:2: .*, a path outside the source; fix it$"):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from built_wheel import built_wheel
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,13 +19,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build it as `pip wheel` does, without an environment of its own, which would need the network."""
-    pytest.importorskip("hatchling", reason="needs hatchling, which .[dev] installs")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    (built,) = folder.glob("lift_ray-*.whl")
-    return built
+    """The wheel of this repository."""
+    return built_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")

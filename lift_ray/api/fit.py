@@ -18,7 +18,7 @@ from lift_ray.ensembles.train import MemberProgress, bind, place_of, train_membe
 from lift_ray.errors import BadInput, RunFailed, Stopped
 from lift_ray.inference.classifier import Classifier
 from lift_ray.inference.evaluate import EvaluationRequest, evaluate_here, evaluate_on_workers
-from lift_ray.ray_runtime.capacity import Need, gpus_here, num_fitting, num_slots
+from lift_ray.ray_runtime.capacity import Need, num_fitting, num_slots
 from lift_ray.ray_runtime.session import connected, dashboard_url
 from lift_ray.reporting.trial_rows import write_json
 from lift_ray.settings.base import changes, dotted, settings_given
@@ -310,14 +310,13 @@ def _check_batch(run: RunFile, data: Dataset) -> None:
 
 
 def _check_precision(run: RunFile, no_ray: bool) -> None:
-    """Raise BadInput if this process would compute in another precision than fp32 without a GPU."""
-    if no_ray and run.backbone.precision != "fp32" and not gpus_here():
-        raise BadInput(
-            "backbone.precision",
-            f"{run.backbone.precision} requires a GPU",
-            but="this machine has none",
-            remedy="set backbone.precision=fp32, or leave out --no-ray and run on a cluster",
-        )
+    """Raise BadInput if this process is to compute in a precision that its device does not have."""
+    if not no_ray or run.backbone.precision == "fp32":
+        return
+    from lift_ray.model.device import best_device, precision_fault
+
+    if fault := precision_fault(run.backbone.precision, best_device()):
+        raise fault
 
 
 def check_out(output: Output, run: RunFile, resume: bool) -> None:

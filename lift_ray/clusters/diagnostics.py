@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from typing import Any
 
 from lift_ray.clusters.schemas import Schema
@@ -109,7 +109,6 @@ def one_exact_ray(faults: Diagnostics, commands: Mapping[Place, str], otherwise:
     """Require one exact version of Ray on every node: the one installed here, where jobs are submitted from."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    pin = next(found for found in map(Requirement, requires("lift_ray") or []) if found.name == "ray").specifier
     here = version("ray")
     found = [(place, text) for place, command in commands.items() for text in _asked_of_pip(command)]
     if not found:
@@ -127,7 +126,7 @@ def one_exact_ray(faults: Diagnostics, commands: Mapping[Place, str], otherwise:
         if not exact or exact[0].version != here:
             faults.add(
                 place,
-                f"must install the Ray of this machine, {here} (lift_ray requires {pin})",
+                f"must install the Ray of this machine, {here}",
                 f"'{text}'",
                 f"write 'ray[default,train,tune]=={here}'",
             )

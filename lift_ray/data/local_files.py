@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import PurePosixPath
 
-from lift_ray.storage.store import PATIENCE_S, is_remote, join, locate, retried
+from lift_ray.storage.store import DRIVE, PATIENCE_S, is_remote, join, locate, retried
 
 NO_FILE = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # a path that no file can have
 
@@ -45,17 +46,31 @@ def read_named(folder: str, path: str) -> bytes:
     return data
 
 
+def with_slashes(folder: str, path: str) -> str:
+    """Return a relative path of Windows (`train\\ewer\\a.jpg`) with slashes, unless `folder` has a file with backslashes in its name.
+
+    Such files are looked for on this machine only: a request to a store for each row would take hours.
+    """
+    if "\\" not in path or DRIVE.match(path):  # no relative path has a drive letter
+        return path
+    file_system, place = locate(join(folder, path))
+    if os.sep == "/" and not is_remote(file_system) and file_system.exists(place):
+        return path
+    return path.replace("\\", "/")
+
+
 def named_file(folder: str, path: str) -> str:
     """Return the URL of the file that a row names.
 
-    A relative path is taken from `folder` and may not lead out of it. `datasets` also writes absolute paths, which only a table on this
-    machine may name.
+    A relative path, also one of Windows, is taken from `folder` and may not lead out of it. `datasets` also writes absolute paths,
+    which only a table on this machine may name.
 
     Raises ValueError for any other path.
     """
+    path = with_slashes(folder, path)
     parts = PurePosixPath(path).parts
     if path.startswith("/") and not is_remote(locate(folder)[0]):
         return path
-    if not parts or path.startswith("/") or ".." in parts or "://" in path:
+    if not parts or path.startswith("/") or ".." in parts or "://" in path or DRIVE.match(path):
         raise ValueError(f"no image in this row, and a path outside of {folder}: {path!r}")
     return join(folder, path)

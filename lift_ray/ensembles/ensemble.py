@@ -22,6 +22,7 @@ from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.evaluation.evaluator import LogitBatch
 from lift_ray.evaluation.metrics import ClassGroups, PerClass
 from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
+from lift_ray.model.device import counting_device
 from lift_ray.model.heads import over_crops
 from lift_ray.registry import LOSSES
 from lift_ray.settings.losses import LossConfig
@@ -107,7 +108,7 @@ class Ensemble:
         Args:
             tau: strength of the post-hoc adjustment of their logits.
         """
-        shift = shift_of(tau, self.class_counts).to(self.ranks.device)
+        shift = shift_of(tau, self.class_counts).to(counting_device(self.ranks.device))
         return GroupGainTable(list(self.models)[: self.in_use], shift)
 
     @cached_property

@@ -18,6 +18,7 @@ from lift_ray.epoch_metrics import ACCURACIES, Metrics
 from lift_ray.evaluation.accumulator import MetricAccumulator, PredictionCollector, TauGrid, halves_of, shift_of
 from lift_ray.evaluation.metrics import ClassGroups, PerClass
 from lift_ray.methods.world import Ranks
+from lift_ray.model.device import counting_device
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,17 @@ class LogitBatch:
     labels: Tensor
     branches: Mapping[str, Tensor] = field(default_factory=dict)
     members: Sequence[Tensor] = ()
+
+    def on(self, device: torch.device) -> LogitBatch:
+        """Return the batch on a device; itself if it is on one of the kind."""
+        if self.logits.device.type == device.type:
+            return self
+        return LogitBatch(
+            self.logits.to(device),
+            self.labels.to(device),
+            {name: logits.to(device) for name, logits in self.branches.items()},
+            [logits.to(device) for logits in self.members],
+        )
 
 
 class LogitSource(Protocol):
@@ -121,18 +133,19 @@ def evaluate(
         callback: called before each batch is counted, with the fraction of the split that is computed. It may raise.
     """
     began, ranks = time.monotonic(), model.ranks
+    device = counting_device(ranks.device)
     num_classes, mine = len(model.class_counts), rank_slice(split.num_samples, ranks.rank, ranks.world_size)
 
     def collector() -> PredictionCollector | None:
-        return PredictionCollector(split.num_samples, mine.start, ranks.device) if predictions else None
+        return PredictionCollector(split.num_samples, mine.start, device) if predictions else None
 
-    shifts = [shift_of(tau, model.class_counts).to(ranks.device) for tau in taus]
-    adjusted = [_Adjusted(shift, MetricAccumulator(num_classes, ranks.device), collector()) for shift in shifts]
-    branches = _Branches({name: MetricAccumulator(num_classes, ranks.device) for name in model.branches})
+    shifts = [shift_of(tau, model.class_counts).to(device) for tau in taus]
+    adjusted = [_Adjusted(shift, MetricAccumulator(num_classes, device), collector()) for shift in shifts]
+    branches = _Branches({name: MetricAccumulator(num_classes, device) for name in model.branches})
     grids = []
     if tau_grid:
-        halves = torch.from_numpy(halves_of(split.labels)[mine]).to(ranks.device)
-        grids = [_Grid(TauGrid(tau_grid, model.class_counts, ranks.device), halves)]
+        halves = torch.from_numpy(halves_of(split.labels)[mine]).to(device)
+        grids = [_Grid(TauGrid(tau_grid, model.class_counts, device), halves)]
     every: list[Counter] = [*adjusted, branches, *grids, *counters]
     done = 0
     with torch.inference_mode():
@@ -140,7 +153,7 @@ def evaluate(
             done += len(batch.labels)
             callback(min(1.0, done * ranks.world_size / split.num_samples))
             for counter in every:
-                counter.add(batch)
+                counter.add(batch.on(device))
     for counter in every:
         for tensor in counter.tensors():
             ranks.sum(tensor)

@@ -29,6 +29,7 @@ from lift_ray.inference.exported_model import exported_model
 from lift_ray.inference.given_images import AnyImage, pixels_of
 from lift_ray.inference.new_images import of_dataset, opened_images
 from lift_ray.methods.world import Ranks
+from lift_ray.model.device import best_device, device_named, precision_fault
 from lift_ray.model.heads import over_crops
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
@@ -80,7 +81,8 @@ class EvaluationResult:
 class Classifier:
     """The model of a checkpoint, which classifies images exactly as an evaluation of the checkpoint does.
 
-    `Classifier.load` is for Python programs. On a CPU it computes in fp32, whatever the training precision.
+    `Classifier.load` is for Python programs. On a device that cannot compute in the precision of the training, as a CPU in bf16, it
+    computes in fp32.
 
     Args:
         folder: folder of the checkpoint.
@@ -109,14 +111,13 @@ class Classifier:
             where: folder or URL of the results of `tune` (its best model) or `train`, or of a checkpoint.
             temperature: divides the logits; 1 for uncalibrated probabilities. None: fitted on validation images, once.
             posthoc_tau: strength of the post-hoc logit adjustment (arXiv 2007.07314); None for the value of the run.
-            device: a name of torch, as "cpu" or "cuda:1"; None for the first GPU, or else the CPU.
+            device: a name of torch, as "cpu", "cuda:1" or "mps"; None for the first GPU, or else the CPU.
             ranks: device and number of threads, instead of `device`; None leaves torch's threads as they are.
 
         Raises BadInput if it cannot be read, or if it is an ensemble.
         """
         if ranks is None:
-            name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            ranks = Ranks(0, 1, torch.device(name), torch.get_num_threads())
+            ranks = Ranks(0, 1, device_named(device) if device else best_device(), torch.get_num_threads())
         with checkpoint.opened(os.fspath(where)) as folder:
             one = cls(folder, ranks, posthoc_tau)
             one.calibration = calibrated(folder, one) if temperature is None else Calibration(temperature)
@@ -127,7 +128,8 @@ class Classifier:
         self.record, self.ranks, self._where = single_record(folder), ranks, str(folder)
         self.rendering = Rendering.of(self.record.rendering)
         """How images with more than 8 bits, several pages or transparency become 8-bit RGB, as in training."""
-        here: dict[str, Any] = {"backbone.precision": "fp32"} if ranks.device.type == "cpu" else {}
+        trained = self.record.config["backbone"]["precision"]
+        here: dict[str, Any] = {"backbone.precision": "fp32"} if precision_fault(trained, ranks.device) else {}
         if posthoc_tau is not None:
             here["evaluation.posthoc_tau"] = posthoc_tau
         self._workspace = Workspace(Dataset(self.record.dataset, tuple(self.record.class_names), {}), ranks)

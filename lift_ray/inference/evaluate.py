@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lift_ray.data.dataset import Dataset
@@ -20,6 +19,7 @@ from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.evaluator import evaluate
 from lift_ray.methods.world import Ranks, join_group
+from lift_ray.model.device import all_devices, best_device
 from lift_ray.ray_runtime.capacity import Need, num_slots
 from lift_ray.ray_runtime.session import connected, meeting_point
 from lift_ray.settings.overrides import apply_overrides
@@ -79,9 +79,7 @@ def evaluate_here(request: EvaluationRequest, callback: Callable[[float], None] 
     Args:
         callback: called with the fraction of the images that are counted.
     """
-    return evaluate_with(
-        request, Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1), callback
-    )
+    return evaluate_with(request, Ranks.on(best_device(), os.cpu_count() or 1), callback)
 
 
 def evaluate_checkpoint(
@@ -92,18 +90,11 @@ def evaluate_checkpoint(
     return found.figures, found.rows
 
 
-def devices(ranks: Ranks) -> list[torch.device]:
-    """Return the devices that models of this process are placed on in turn: its own first, then the other visible GPUs."""
-    if ranks.device.type != "cuda":
-        return [ranks.device]
-    return [ranks.device, *(torch.device("cuda", number) for number in range(1, torch.cuda.device_count()))]
-
-
 def evaluate_with(
     request: EvaluationRequest, ranks: Ranks, callback: Callable[[float], None] = lambda fraction: None
 ) -> Evaluated:
     """Evaluate with the other ranks, if any: each takes a part of the split, and all return the whole result. Raises BadInput."""
-    workspaces = [Workspace(request.dataset, replace(ranks, device=device)) for device in devices(ranks)]
+    workspaces = [Workspace(request.dataset, replace(ranks, device=device)) for device in all_devices(ranks.device)]
     trained = [
         _trained(where, workspaces[number % len(workspaces) :] + workspaces[: number % len(workspaces)], request.tte)
         for number, where in enumerate(request.checkpoints)

@@ -159,13 +159,20 @@ def _onnx(classifier: Classifier, folder: Path, program: GetProgram) -> tuple[st
 
 
 def _program(classifier: Classifier) -> torch.export.ExportedProgram:
-    """Trace the classifier with torch.export, for any batch size."""
+    """Trace the classifier with torch.export, for any batch size. Raises RunFailed if this torch cannot."""
     module = classifier.module
     example = torch.zeros(2, 3, classifier.size_px, classifier.size_px, dtype=torch.uint8)
     with torch.no_grad():
         # The first call caches the resized position embeddings. Cached while tracing, they would be the tracer's fake tensors.
         module(example)
-        return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
+        try:
+            return torch.export.export(
+                module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True
+            )
+        except (
+            KeyError
+        ) as error:  # torch 2.13 loses parameters that a model reaches in two ways, as those of a second tuner
+            raise RunFailed(f"torch {torch.__version__} cannot export {error}; install torch 2.14 or later") from None
 
 
 def _metrics(folder: Path, classifier: Classifier) -> dict[str, float]:

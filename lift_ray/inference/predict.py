@@ -27,6 +27,7 @@ from lift_ray.inference.calibration import Calibration
 from lift_ray.inference.classifier import Classifier, default_top, single_record
 from lift_ray.inference.image_files import ImageFiles, ImageReader, write_left_out
 from lift_ray.methods.world import Ranks
+from lift_ray.model.device import best_device
 from lift_ray.ray_runtime.capacity import num_slots
 from lift_ray.ray_runtime.session import connected
 from lift_ray.settings.search import ScaleConfig
@@ -220,7 +221,7 @@ def predict(job: Job, out: Path, advance: Advance, *, workers: int = 1, cpus_per
 
 def _here(job: Job, parts: Path, missing: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
     if missing:
-        predictor = Predictor(job, Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=os.cpu_count() or 1))
+        predictor = Predictor(job, Ranks.on(best_device(), os.cpu_count() or 1))
         yield from predictor.parts(missing, _settled(parts, lambda: predictor.calibration).temperature)
 
 

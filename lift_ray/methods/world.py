@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lift_ray.model.device import CPU, accelerator, backend
+
 GROUP_TIMEOUT = timedelta(minutes=30)  # as torch's own
 
 
@@ -27,9 +29,14 @@ class Ranks:
 
     @classmethod
     def alone(cls, *, use_gpu: bool = False, num_cpus: int = 1) -> Ranks:
-        """One process; its torch threads are set to `num_cpus`."""
+        """One process; its torch threads are set to `num_cpus`. Raises BadInput if it is to use a GPU and torch finds none."""
+        return cls.on(accelerator() if use_gpu else CPU, num_cpus)
+
+    @classmethod
+    def on(cls, device: torch.device, num_cpus: int) -> Ranks:
+        """One process on a device; its torch threads are set to `num_cpus`."""
         torch.set_num_threads(num_cpus)
-        return cls(0, 1, torch.device("cuda" if use_gpu else "cpu"), max(1, num_cpus - 1))
+        return cls(0, 1, device, max(1, num_cpus - 1))
 
     @property
     def is_first(self) -> bool:
@@ -79,11 +86,12 @@ def join_group(rank: int, world_size: int, address: str, port: int, device: torc
     The first rank listens at `address` alone, where torch by itself would take all interfaces. On loopback all traffic stays there.
     """
     if ip_address(address).is_loopback:
-        [loopback] = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]  # Linux, macOS
-        os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+        for _, name in socket.if_nameindex():
+            if name in ("lo", "lo0"):  # Linux, macOS
+                os.environ.update(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=name)
     family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
     listening = socket.create_server((address, port), family=family).detach() if rank == 0 else None
     store = dist.TCPStore(  # type: ignore[attr-defined]
         address, port, world_size, rank == 0, GROUP_TIMEOUT, master_listen_fd=listening
     )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend(device), store=store, rank=rank, world_size=world_size)

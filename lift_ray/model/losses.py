@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lift_ray.model.device import counting_device
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -61,16 +63,17 @@ def class_balanced(counts: Tensor, *, beta: float) -> Loss:
     Args:
         beta: in [0, 1): 0 is plain cross-entropy, and towards 1 it becomes `reweighted`.
     """
-    return _weighted(1 / (1 - beta ** counts.double()))
+    exact = counts.to(counting_device(counts.device)).double()
+    return _weighted(1 / (1 - beta**exact), counts.device)
 
 
 def reweighted(counts: Tensor) -> Loss:
     """Cross-entropy with class weights 1 / prior, GRW of LIFT (arXiv 2309.10019); the mean is that of `class_balanced`."""
-    return _weighted(1 / counts)
+    return _weighted(1 / counts, counts.device)
 
 
-def _weighted(weights: Tensor) -> Loss:
-    weights = (weights / weights.mean()).float()
+def _weighted(weights: Tensor, device: torch.device) -> Loss:
+    weights = (weights / weights.mean()).float().to(device)
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, weight=weights.to(logits.dtype))

@@ -1,7 +1,7 @@
 """Everything that changes Ray: three patches of this process, and one of the installed autoscaler.
 
-They are written for Ray 2.60. On another version a patch of the process is skipped, with a warning that says what is missing then,
-because an attribute of the same name may mean something else there.
+They are tested with Ray 2.56 to 2.60. On another version a patch of the process is skipped, with a warning that says what is missing
+then, because an attribute of the same name may mean something else there.
 
 `python -m lift_ray.ray_runtime.patches` patches the autoscaler of the installed Ray. The cluster files for AWS, Azure and Google Cloud
 run it on every node.
@@ -19,7 +19,7 @@ from pathlib import Path
 from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.storage.atomic import replacing
 
-KNOWN_RAY = "2.60."
+OLDEST_RAY, NEWEST_RAY = (2, 56), (2, 60)
 SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 AUTOSCALER_FIX = {
     "reconciler.py": (
@@ -37,13 +37,17 @@ AUTOSCALER_FIX = {
 
 @cache
 def _applies(without: str) -> bool:
-    """Return True if this is the Ray that the patches are written for; otherwise warn once what happens without the patch."""
+    """Return True if the patches are tested with this Ray; otherwise warn once what happens without the patch."""
     import ray
 
-    if ray.__version__.startswith(KNOWN_RAY):
+    if OLDEST_RAY <= tuple(map(int, ray.__version__.split(".")[:2])) <= NEWEST_RAY:
         return True
-    logging.getLogger(__name__).warning("Ray %s is not %sx: %s", ray.__version__, KNOWN_RAY, without)
+    logging.getLogger(__name__).warning("Ray %s is not %s: %s", ray.__version__, _known_ray(), without)
     return False
+
+
+def _known_ray() -> str:
+    return f"{OLDEST_RAY[0]}.{OLDEST_RAY[1]} to {NEWEST_RAY[0]}.{NEWEST_RAY[1]}"
 
 
 def listen_on_loopback() -> None:
@@ -101,7 +105,7 @@ def aws_keys_stay_here() -> Iterator[None]:
 def fix_autoscaler(folder: Path) -> None:
     """Let the autoscaler try the next kind of machine when the cloud refuses one, for example because spot capacity is sold out.
 
-    Without it, Ray 2.60 asks for the kind with the highest `priority` forever: it counts a kind as unavailable when a machine does not
+    Without it, Ray asks for the kind with the highest `priority` forever: it counts a kind as unavailable when a machine does not
     come up in time, but not when its launch fails. With it, Ray asks for the refused kind again after ten minutes.
 
     Changes two files of `ray.autoscaler.v2.instance_manager` in place (CloudResourceMonitor came with ray-project/ray pull request
@@ -120,7 +124,7 @@ def fix_autoscaler(folder: Path) -> None:
         if text.count(before) != 1:  # stricter than the version: another fix may be installed
             raise BadInput(
                 str(path),
-                "must be of Ray 2.60.0",
+                f"must be of Ray {_known_ray()}",
                 but="is not",
                 remedy="skip this step, and check that its autoscaler falls back",
             )

@@ -95,6 +95,7 @@ def run_search(
         folds=search.data.folds,
         features=f"{study.space.name}-{secrets.token_hex(6)}",
         tunings=tunings(study.space),
+        is_only=need.workers == 1 and study.space.scale.use_gpu == "auto" and size() == 1,
     )
     keeps_slots = not autoscaler_config()
     engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,15 @@ def _stored(out: Output) -> tuple[bool, dict[str, Any]]:
 
 
 def _held(out: Output) -> BadInput:
-    holder = (out.folder / LOCK).read_text(errors="replace")[:200].strip() or "another process"
-    return BadInput(out.url, "must have one driver", but=f"{holder} is working on it", remedy="wait for it or stop it")
+    holder = ""
+    with suppress(PermissionError):  # Windows lets nobody read what another process has locked
+        holder = (out.folder / LOCK).read_text(errors="replace")[:200].strip()
+    return BadInput(
+        out.url,
+        "must have one driver",
+        but=f"{holder or 'another process'} is working on it",
+        remedy="wait for it or stop it",
+    )
 
 
 def _lock(out: Output) -> FileLock:
@@ -124,5 +132,6 @@ def _alone(out: Output) -> Iterator[None]:
         raise _held(out) from None
     with lock:
         # The file stays after the driver; its text only says who holds the lock, or held it last.
-        (out.folder / LOCK).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+        with suppress(PermissionError):
+            (out.folder / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
         yield

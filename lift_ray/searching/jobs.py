@@ -23,6 +23,7 @@ class SlotSettings:
         folds: division of the labeled images.
         features: name of the folder in which the slots of a node share cached features; "" to share none.
         tunings: `frozen_cuts.tunings` of the space.
+        is_only: no other slot runs, so this one may take a GPU that Ray does not count.
     """
 
     dataset: str
@@ -33,6 +34,7 @@ class SlotSettings:
     folds: Folds = field(default_factory=Folds)
     features: str = ""
     tunings: tuple[dict[str, Any], ...] = ()
+    is_only: bool = False
 
 
 @dataclass(frozen=True)

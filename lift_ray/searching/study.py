@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 import time
 import warnings
@@ -16,7 +17,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -307,13 +308,16 @@ def stored_search(storage: BaseStorage) -> tuple[bool, dict[str, Any]]:
 
 
 def _me() -> str:
-    return f"process {os.getpid()} on {os.uname().nodename}"
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """Open Optuna's storage: the database at a URL, or a journal file in `folder`. Raises BadInput if it cannot be opened."""
     if url is None:
-        return JournalStorage(JournalFileBackend(str(repaired(folder / JOURNAL))))
+        journal = str(repaired(folder / JOURNAL))
+        # Optuna's own choice is a symbolic link, which Windows lets only administrators make.
+        lock = JournalFileOpenLock(journal) if os.name == "nt" else None
+        return JournalStorage(JournalFileBackend(journal, lock))
     shown = re.sub(r"//[^@/]*@", "//", url)  # messages must not show the password
     try:
         return RDBStorage(url)

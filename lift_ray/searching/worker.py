@@ -10,12 +10,15 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from lift_ray.data.folds import SEARCHED
 from lift_ray.ensembles.ensemble import Ensemble, model_of
 from lift_ray.epoch_metrics import EpochMetrics, named
 from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.evaluator import Counter, LogitSource, evaluate
 from lift_ray.methods.world import Ranks, join_group
+from lift_ray.model.device import CPU, accelerator, best_device
 from lift_ray.ray_runtime.session import meeting_point
 from lift_ray.reporting.study_files import predictions_of
 from lift_ray.searching.backdoor_trial import trial_of
@@ -133,7 +136,7 @@ class Worker:
     def _open(self) -> Workspace:
         """Join the slot's process group and open the dataset. Raises BadInput if that fails."""
         began, need = time.monotonic(), self.slot.need
-        ranks = Ranks.alone(use_gpu=bool(need.gpus), num_cpus=need.cpus)
+        ranks = Ranks.on(self._device(), need.cpus)
         if self.address is not None:
             join_group(self.rank, need.workers, *self.address, ranks.device)
             ranks = Ranks(self.rank, need.workers, ranks.device, ranks.num_threads)
@@ -147,6 +150,12 @@ class Worker:
         self._output = Output(self.slot.out)
         self._opened_s, self._loaded_s = time.monotonic() - began, 0.0
         return workspace
+
+    def _device(self) -> torch.device:
+        """Return the GPU that Ray gave to this process, or the CPU. Ray counts no GPU of Apple, so the only slot takes it."""
+        if self.slot.need.gpus:
+            return accelerator()
+        return found if self.slot.is_only and (found := best_device()).type == "mps" else CPU
 
     def _idle(self) -> Iterator[Reply]:
         pause_s = SHORTEST_IDLE_S

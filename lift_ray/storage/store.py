@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ CERTAIN = (BadInput, FileNotFoundError, PermissionError, IsADirectoryError, NotA
 PASSING = ("Timeout", "Connect", "Payload", "IncompleteRead", "Streaming", "Checksum")
 # the stores' names for a value that changes with a file's content, best first
 MARKS = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+
+DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # of a path of Windows
 
 Result = TypeVar("Result")
 
@@ -171,10 +175,18 @@ def entries(url: str, where: str, rule: str, patience_s: float) -> list[Entry]:
 
 def locate(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path inside it. Raises BadInput for an unknown or missing protocol."""
+    check_drive(url)
     with reached(url, "must be a path or an fsspec URL", "check the protocol"):
         file_system, path = fsspec.core.url_to_fs(url)
         return file_system, path
     raise AssertionError("unreachable")
+
+
+def check_drive(path: str) -> None:
+    """Raise BadInput for a path of Windows with a drive letter, unless this is Windows or there is a file of that name."""
+    if os.name != "nt" and DRIVE.match(path) and not os.path.exists(path):
+        rule, but = "must be a path of this machine", "it has a drive letter, which only Windows knows"
+        raise BadInput(path, rule, but=but, remedy="give its path here")
 
 
 def same_place(one: str, other: str) -> bool:

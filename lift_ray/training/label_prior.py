@@ -9,6 +9,7 @@ import torch
 
 from lift_ray.errors import BadInput
 from lift_ray.methods.prior import Prior, fit
+from lift_ray.model.device import counting_device
 from lift_ray.model.heads import MEAN_OF
 from lift_ray.model.losses import Loss
 from lift_ray.registry import LOSSES
@@ -54,7 +55,8 @@ def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
 def fitted(workspace: Workspace, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:
     """Call `methods.prior.fit` on the validation split. Raises BadInput if no prior can be fitted."""
     try:
-        return fit(logits, labels, **options)
+        where = counting_device(logits.device)
+        return fit(logits.to(where), labels.to(where), **options)
     except ValueError as error:
         raise BadInput(f"{workspace.dataset.uri} validation", str(error), remedy="GLA cannot be used with it") from None
 

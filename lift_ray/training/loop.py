@@ -7,10 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import torch
-
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.methods.world import Ranks
+from lift_ray.model.device import peak_memory
 from lift_ray.training.checkpoint_manager import CheckpointManager
 from lift_ray.training.events import EpochEnded, Event, RunStarted, StepsDone, TestEnded
 from lift_ray.training.run import Position, Run, Training
@@ -138,8 +137,8 @@ class StepCallback:
             "images_per_s": images / seconds["train_s"],
             "data_wait_frac": seconds["data_wait_s"] / seconds["train_s"],
         }
-        if run.ranks.device.type == "cuda":
-            figures["gpu_memory_gib"] = torch.cuda.max_memory_allocated(run.ranks.device) / GIB
+        if peak := peak_memory(run.ranks.device):
+            figures["gpu_memory_gib"] = peak / GIB
         return figures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import tempfile
@@ -68,15 +69,14 @@ class Patience:
 
 def train_alone(job: Job, progress: Progress) -> None:
     """Train in this process, on its GPU if it has one. Raises BadInput, and RunFailed, also after SIGTERM."""
-    import torch
-
     from lift_ray.methods.world import Ranks
+    from lift_ray.model.device import best_device
     from lift_ray.training.loop import StopAsked, stop_on_sigterm, told_to_stop
 
     before = signal.getsignal(signal.SIGTERM)
     stop_on_sigterm()
     try:
-        ranks = Ranks.alone(use_gpu=torch.cuda.is_available(), num_cpus=job.num_cpus)
+        ranks = Ranks.on(best_device(), job.num_cpus)
         _train(job, ranks, progress.take, lambda: "SIGTERM" if told_to_stop.is_set() else "")
     except StopAsked as asked:
         raise _stopped(progress, str(asked), asked.checkpoint) from None
@@ -100,7 +100,7 @@ def _train(job: Job, ranks: Any, tell: Callable[[Event], None], stop_asked: Call
         raise BadInput(
             str(output),
             "must be storage that every worker can reach",
-            but=f"a worker on {os.uname().nodename} finds no {SETTINGS} there",
+            but=f"a worker on {platform.node()} finds no {SETTINGS} there",
             remedy="use a shared folder or a URL as --out",
         )
     dataset = training_view(open_dataset(job.dataset), job.train_on)

@@ -18,6 +18,7 @@ from lift_ray.errors import BadInput, RunFailed
 from lift_ray.evaluation.evaluator import Evaluation, evaluate
 from lift_ray.evaluation.metrics import PerClass, pseudo_label_figures
 from lift_ray.methods.world import Ranks
+from lift_ray.model.device import random_state, set_random_state
 from lift_ray.settings.methods import check_splits
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
 from lift_ray.settings.run_file import batch_fault, too_large
@@ -117,7 +118,7 @@ class Run:
         if not self.steps_per_epoch:
             raise too_large(batch, self.train.num_samples)
         if self.config.augment.decode == "gpu" and self.ranks.device.type != "cuda":
-            raise BadInput("augment.decode", "must be exact or reduced without a GPU", "gpu", "leave it out")
+            raise BadInput("augment.decode", "must be exact or reduced without a CUDA GPU", "gpu", "leave it out")
         self.losses = torch.zeros(self.steps_per_epoch, 2, device=self.ranks.device)
         return TrainStep(self.config, self.workspace, self.model, self.class_counts)
 
@@ -253,9 +254,7 @@ class Run:
         Raises Diverged if a loss is not finite, and OSError.
         """
         self.check_finite()
-        state = {"losses": self.losses, "random/cpu": torch.get_rng_state()}
-        if self.ranks.device.type == "cuda":
-            state["random/cuda"] = torch.cuda.get_rng_state(self.ranks.device)
+        state = {"losses": self.losses, **random_state(self.ranks.device)}
         optimizer = None
         if self.stepper is not None:
             optimizer = self.stepper.optimizer_state()
@@ -286,9 +285,7 @@ class Run:
             self.losses = state["losses"].to(self.ranks.device)
             counts = state.get("pseudo_labels")
             self.stepper.objective.pseudo_labels = None if counts is None else counts.to(self.ranks.device)
-        torch.set_rng_state(state["random/cpu"])
-        if self.ranks.device.type == "cuda" and "random/cuda" in state:
-            torch.cuda.set_rng_state(state["random/cuda"], self.ranks.device)
+        set_random_state(self.ranks.device, state)
         self.epoch, self.step = record.epoch, record.step - record.epoch * self.steps_per_epoch
         self.history = [EpochMetrics.of(flat) for flat in record.history]
         self.seconds |= {name.removeprefix("time/"): value for name, value in record.seconds.items()}

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,12 @@ DATA, STATE, MEMBER = ".features", ".state", ".member"
 def root_folder() -> Path:
     """Return the folder for the features of all searches of this user on this node: in LIFT_CACHE, or the temporary folder."""
     place = Path(os.environ.get("LIFT_CACHE") or tempfile.gettempdir()).expanduser()
-    return place / f"lift_ray-features-{os.getuid()}"
+    return place / ("lift_ray-features" if (user := _user()) is None else f"lift_ray-features-{user}")
+
+
+def _user() -> int | None:
+    """Return the number of this process's user; None on Windows, where each user has a temporary folder of their own."""
+    return os.getuid() if hasattr(os, "getuid") else None
 
 
 def chunks_of(num_images: int, batch_size: int) -> list[range]:
@@ -63,7 +69,7 @@ class SharedFeatures:
         whole = root_folder()
         whole.mkdir(0o700, parents=True, exist_ok=True)
         found = whole.lstat()  # a link could lead into another folder, from which files would be removed
-        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        if not stat.S_ISDIR(found.st_mode) or _user() not in (None, found.st_uid):
             raise PermissionError(f"{whole} is not a folder of this user")
         self._root = whole / socket.gethostname()  # it may be on storage that several nodes share
         self._root.mkdir(exist_ok=True)
@@ -117,7 +123,7 @@ class SharedFeatures:
                 others = [file.stat() for file in self.folder.glob(f"*{DATA}") if file != path]
                 if num_bytes + sum(other.st_size for other in others) > limit_bytes:
                     return None
-                unwritten = sum(max(0, other.st_size - 512 * other.st_blocks) for other in others)
+                unwritten = sum(map(_unwritten_bytes, others))
                 free = shutil.disk_usage(self.folder).free - unwritten - SPARE_BYTES
                 if num_bytes > free:
                     self.tell(f"{num_bytes / 2**30:.1f} GiB are needed and {max(0, free) / 2**30:.1f} are free")
@@ -200,7 +206,7 @@ class FeatureFile:
                 try:
                     at = self.chunks[number].start
                     for part in compute(self.chunks[number]):
-                        if (fault := _write(file.fileno(), part, at)) is not None:
+                        if (fault := _write(file, part, at)) is not None:
                             self.shared.fail(self, fault)
                             return False
                         at += len(part)
@@ -235,14 +241,19 @@ class FeatureFile:
         return torch.from_file(str(self.path), False, int(np.prod(whole)), dtype=dtype).view(whole)
 
 
-def _write(file: int, part: torch.Tensor, at: int) -> OSError | None:
+def _unwritten_bytes(file: os.stat_result) -> int:
+    """Return the bytes that a file will still take from the disk. Windows takes all of them when it sets the size of a file."""
+    return max(0, file.st_size - 512 * file.st_blocks) if hasattr(file, "st_blocks") else 0
+
+
+def _write(file: FileIO, part: torch.Tensor, at: int) -> OSError | None:
     """Write the features of samples from number `at` on. Returns the error if the disk is full; a mapped file would end the process."""
     data = part.cpu().contiguous().flatten().view(torch.uint8).numpy().data
     offset = at * (data.nbytes // len(part))
     try:
+        file.seek(offset)
         while data:
-            written = os.pwrite(file, data, offset)
-            data, offset = data[written:], offset + written
+            data = data[file.write(data) :]
     except OSError as error:
         return error
     return None

@@ -27,6 +27,7 @@ from lift_ray.methods.lift import Lift, first_block
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
+from lift_ray.model.device import copied, precision_fault
 from lift_ray.model.heads import MEAN_OF, CosineHead, class_means, probe_weights, random_weights
 from lift_ray.registry import HEADS
 from lift_ray.settings.methods import UlfineConfig
@@ -98,13 +99,8 @@ class Workspace:
         """Return the frozen backbone of a run, loaded once. Raises BadInput."""
         wanted, key = config.backbone, _key(config)
         if key not in self._backbones:
-            if wanted.precision != "fp32" and self.ranks.device.type == "cpu":
-                raise BadInput(
-                    "backbone.precision",
-                    "must be fp32 on a CPU",
-                    wanted.precision,
-                    "set backbone.precision=fp32, or use a GPU",
-                )
+            if fault := precision_fault(wanted.precision, self.ranks.device):
+                raise fault
             began = time.monotonic()
             self._backbones[key] = load_backbone(
                 wanted.model,
@@ -423,9 +419,7 @@ class Workspace:
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor on the device; the copy to a GPU is asynchronous."""
-        if self.ranks.device.type == tensor.device.type:  # the CPU, or images that were decoded on the GPU
-            return tensor
-        return tensor.pin_memory().to(self.ranks.device, non_blocking=True)
+        return copied(tensor, self.ranks.device)
 
 
 def first_of_each_class(labels: Int64s, number: int) -> Int64s:

@@ -16,7 +16,7 @@ from PIL import Image
 from lift_ray.data.local_files import read_file
 from lift_ray.data.walk import LeftOut
 from lift_ray.errors import BadInput, first_few
-from lift_ray.storage.store import PATIENCE_S, fetch, join, reached
+from lift_ray.storage.store import DRIVE, PATIENCE_S, check_drive, fetch, join, reached
 
 PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 TIFF_MODES = frozenset({"I", "F"})
@@ -104,6 +104,9 @@ def index_of_files(
 
 def inside(path: str, where: str) -> str:
     """Normalize a relative path. Raises BadInput if it leads out of its folder."""
+    if DRIVE.match(path):
+        got = f"{path!r}, which has a drive letter"
+        raise BadInput(where, "must name a file in the source", got, "write it relative to the folder of the images")
     parts = path.replace("\\", "/").split("/")
     plain = "/".join(part for part in path.split("/") if part not in ("", "."))
     if not plain or not parts[0] or parts[0].endswith(":") or ".." in parts:
@@ -112,7 +115,11 @@ def inside(path: str, where: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """Make a local path absolute, because other processes may run in another folder; other URLs are unchanged."""
+    """Make a local path absolute, because other processes may run in another folder; other URLs are unchanged.
+
+    Raises BadInput for a path of Windows on another system.
+    """
+    check_drive(url)
     return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lift_ray.data.convert.groups import group_by_folder
 from lift_ray.data.convert.index import ImageIndex, Row, distinct, index_of_files, read_lines
+from lift_ray.data.local_files import with_slashes
 from lift_ray.errors import BadInput
 from lift_ray.text import count
 
@@ -23,9 +24,9 @@ def scan_list(
 ) -> ImageIndex:
     """List the images that text files name.
 
-    Each line has a path inside `source` and a label. The label is the last word, so paths may contain spaces. Empty lines
-    are ignored. Each image may be in one list only: the published splits share none, and an image in both training and test
-    would bias the test.
+    Each line has a path inside `source` and a label. The label is the last word, so paths may contain spaces; they may have the
+    backslashes of Windows. Empty lines are ignored. Each image may be in one list only: the published splits share none, and an
+    image in both training and test would bias the test.
 
     Args:
         source: folder that the paths are relative to, any fsspec URL.
@@ -38,7 +39,7 @@ def scan_list(
     """
     names, notes = read_class_names(class_names)
     lists = {"train": train, "validation": validation, "test": test}
-    rows = (row for split, url in lists.items() if url is not None for row in _rows(url, split, len(names)))
+    rows = (row for split, url in lists.items() if url is not None for row in _rows(url, split, len(names), source))
     index = index_of_files(source, source, names, rows, notes)
     return index if group is None else group_by_folder(index, group)
 
@@ -62,7 +63,7 @@ def read_class_names(url: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return distinct(names, url)
 
 
-def _rows(url: str, split: str, num_classes: int) -> Iterator[Row]:
+def _rows(url: str, split: str, num_classes: int, source: str) -> Iterator[Row]:
     empty = True
     for number, line in enumerate(read_lines(url), 1):
         words = line.rsplit(maxsplit=1)
@@ -81,6 +82,6 @@ def _rows(url: str, split: str, num_classes: int) -> Iterator[Row]:
                 label,
                 "check the class names, or count from 0",
             )
-        yield where, split, path.strip(), int(label)
+        yield where, split, with_slashes(source, path.strip()), int(label)
     if empty:
         raise BadInput(url, "must list images", "none", "check the file")

@@ -33,7 +33,7 @@ from lift_ray.data.convert.lists import read_class_names
 from lift_ray.data.convert.table_files import TableFile, open_table, reading, saved_files
 from lift_ray.data.footers import is_bytes, is_text
 from lift_ray.data.layout import is_saved
-from lift_ray.data.local_files import read_named
+from lift_ray.data.local_files import read_named, with_slashes
 from lift_ray.data.walk import walk
 from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.storage.store import join, locate, reached
@@ -143,7 +143,7 @@ def scan_table(
         label_column: column of labels. None finds it by name.
         split_column: column of train, val or test, with the same synonyms as split folders. None uses the column `split`, else
             the file names of Parquet (train-00000-of-00002.parquet, test/0.parquet), else all rows are for training.
-        root: folder that paths are relative to; default: the folder of the table.
+        root: folder that paths are relative to, which may have the backslashes of Windows; default: the folder of the table.
         class_names: file with one class name per line, in label order.
         group: column of groups (text or integers; rows without a value are groups of their own), or `folder:N` for the N-th
             directory of the paths.
@@ -172,10 +172,11 @@ def _groups(index: ImageIndex, told: list[Told]) -> dict[str, str]:
 
 
 def _scan_csv(source: str, given: Columns, root: str | None, naming: Naming) -> tuple[ImageIndex, list[Told]]:
-    told = list(_csv_rows(source, given))
+    folder = _folder_of(source) if root is None else root
+    told = _with_slashes(_csv_rows(source, given), folder)
     names, labels, notes = _labelled(source, told, naming)
     rows = ((*row[:3], label) for row, label in zip(told, labels, strict=True))
-    return index_of_files(source, _folder_of(source) if root is None else root, names, rows, notes), told
+    return index_of_files(source, folder, names, rows, notes), told
 
 
 def _csv_rows(source: str, given: Columns) -> Iterator[Told]:
@@ -247,10 +248,13 @@ def _scan_files(
     if naming.names is None and (named := _class_label_names(schema.metadata or {}, columns.label)):
         names, notes = distinct(named, source)
         naming = replace(naming, names=names, notes=(*notes, *notes_on_names(names)))
+    folder = base if root is None else root
+    if leaf is None:
+        told = _with_slashes(told, folder)
     names, labels, notes = _labelled(source, told, naming)
     rows = [(*row[:3], label) for row, label in zip(told, labels, strict=True)]
     if leaf is None:
-        return index_of_files(source, base if root is None else root, names, rows, notes), told
+        return index_of_files(source, folder, names, rows, notes), told
     splits: dict[str, list[tuple[str, int]]] = {}
     for _, split, reference, label in rows:
         splits.setdefault(split, []).append((reference, label))
@@ -261,11 +265,12 @@ def _scan_files(
 
 def _rows_of(table: TableFile, url: str, file: str, split: str, columns: Columns, leaf: str | None) -> Iterator[Told]:
     groups = range(len(table.rows))
+    if leaf:
+        table.check(leaf)  # before labels are read: Arrow 25 and earlier refuse them with an unclear error
     labels = table.cells(columns.label, groups).to_pylist()
     splits = table.cells(columns.split, groups).to_pylist() if columns.split else None
     owners = table.cells(columns.group, groups).to_pylist() if columns.group else [None] * len(labels)
     if leaf:
-        table.check(leaf)
         images = [f"{file}:{number}:{row}" for number, rows in enumerate(table.rows) for row in range(rows)]
     else:
         images = table.cells(columns.image, groups).to_pylist()
@@ -273,6 +278,11 @@ def _rows_of(table: TableFile, url: str, file: str, split: str, columns: Columns
         where = f"{url} row {number}"
         part = split if splits is None else _split_named(str(splits[number]), where)
         yield _checked(Told(where, part, image or "", _text(label), _text(owner)), columns)
+
+
+def _with_slashes(told: Iterable[Told], folder: str) -> list[Told]:
+    """Return rows of paths, those of Windows with slashes."""
+    return [row._replace(image=with_slashes(folder, row.image)) for row in told]
 
 
 def _text(cell: object) -> str:
