@@ -24,7 +24,7 @@ from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Shard, Split
 from lift_ray.data.decode import READABLE
 from lift_ray.data.open import open_dataset
-from lift_ray.data.order import Sampling, epoch_order, rank_positions, rank_slice, steps_per_epoch
+from lift_ray.data.order import Sampling, epoch_order, rank_positions, rank_slice, steps_per_epoch, times_drawn
 from lift_ray.data.reader import RowReader
 from lift_ray.data.resolutions import View, view_batches
 from lift_ray.errors import BadInput
@@ -82,6 +82,37 @@ def made_up(row_groups: list[list[int]], keep: list[bool]) -> Split:
 def test_an_epoch_is_a_permutation(row_groups: list[list[int]], keep: list[bool], seed: int, epoch: int) -> None:
     split = made_up(row_groups, keep)
     assert sorted(epoch_order(split, seed, epoch)) == list(range(split.num_samples))
+
+
+@settings(max_examples=100)
+@given(
+    counts=st.lists(st.integers(1, 200), min_size=1, max_size=12),
+    power=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 99),
+)
+def test_classes_are_drawn_in_proportion_to_a_power_of_their_images(counts: list[int], power: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.repeat(np.arange(len(counts)), counts))
+    times = times_drawn(labels, power, random)
+    assert times.sum() == len(labels)
+    share = np.array(counts) ** power / (np.array(counts) ** power).sum()
+    drawn = np.bincount(labels, weights=times, minlength=len(counts))
+    assert np.abs(drawn - share * len(labels)).max() < 1 + 1e-6
+    for number in range(len(counts)):
+        assert np.ptp(times[labels == number]) <= 1
+
+
+def test_an_epoch_of_balanced_classes_shows_other_images_in_the_next() -> None:
+    cut = embedded("train", "caltech101-lt")
+    one, other = (epoch_order(cut, 0, epoch, power=0) for epoch in (0, 1))
+    assert len(one) == cut.num_samples
+    for samples in (one, other):
+        drawn = np.bincount(cut.labels[samples], minlength=100)
+        assert drawn.max() - drawn.min() <= 2
+    frequent = np.flatnonzero(cut.labels == np.bincount(cut.labels).argmax())
+    seen = [set(samples) & set(frequent) for samples in (one, other)]
+    assert len(seen[0] - seen[1]) > len(frequent) / 8
+    assert epoch_order(cut, 0, 0, power=0).tolist() == one.tolist()
 
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:

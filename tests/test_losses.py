@@ -224,3 +224,10 @@ def test_only_the_shares_of_the_classes_matter_to_logit_adjustment(batch: Any, f
     assert float(one) == pytest.approx(float(other), rel=1e-6, abs=1e-9)
     by_hand = torch.softmax(logits + tau * (counts / counts.sum()).log(), 1)[torch.arange(len(labels)), labels]
     assert float(one) == pytest.approx(float(-by_hand.log().mean()), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "balanced_softmax", "logit_adjusted"])
+def test_label_smoothing_spreads_part_of_the_target_over_all_classes(kind: str) -> None:
+    plain, smoothed = made(kind), made(kind, label_smoothing=0.2)
+    over_all = torch.stack([plain(LOGITS, torch.full_like(LABELS, number)) for number in range(5)]).mean()
+    torch.testing.assert_close(smoothed(LOGITS, LABELS), 0.8 * plain(LOGITS, LABELS) + 0.2 * over_all)

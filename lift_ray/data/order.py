@@ -27,17 +27,19 @@ class Sampling:
         seed: seed of the order and of the augmentation.
         global_batch_size: images of a step, over all ranks.
         shuffle_bytes: size of the encoded images that are shuffled together; the order depends on it.
+        power: class k is drawn in proportion to n_k^power; 1 draws each image once an epoch.
     """
 
     seed: int
     global_batch_size: int
     shuffle_bytes: int = SHUFFLE_BYTES
+    power: float = 1.0
     rank: int = 0
     world_size: int = 1
 
     def of_epoch(self, split: Split, epoch: int) -> RankSamples:
         """Return this rank's samples by step of an epoch."""
-        order = epoch_order(split, self.seed, epoch, self.shuffle_bytes)
+        order = epoch_order(split, self.seed, epoch, self.shuffle_bytes, self.power)
         return lambda step: self._of_rank(order[self._span(step)])
 
     def of_passes(self, split: Split) -> RankSamples:
@@ -60,7 +62,7 @@ class Sampling:
         return positions, batch[positions]
 
 
-def epoch_order(split: Split, seed: int, epoch: int, shuffle_bytes: int = SHUFFLE_BYTES) -> Int64s:
+def epoch_order(split: Split, seed: int, epoch: int, shuffle_bytes: int = SHUFFLE_BYTES, power: float = 1.0) -> Int64s:
     """Return the sample numbers of an epoch, (N,): row groups are permuted, then samples are shuffled within a bounded buffer.
 
     A sample moves by at most the size of the buffer, which bounds the encoded images in memory: as many as fit in
@@ -70,11 +72,34 @@ def epoch_order(split: Split, seed: int, epoch: int, shuffle_bytes: int = SHUFFL
     ends = np.cumsum([rows for shard in split.shards for rows in shard.row_groups])
     group = np.searchsorted(ends, split.rows, side="right")
     order = np.argsort(random.permutation(len(ends))[group], kind="stable")
+    if power != 1:
+        order = np.repeat(order, times_drawn(split.labels, power, random)[order])
     buffer = shuffle_buffer(split, shuffle_bytes)
     if len(order) <= buffer:
         random.shuffle(order)
         return order
     return order[np.argsort(np.arange(len(order)) + buffer * random.random(len(order)), kind="stable")]
+
+
+def times_drawn(labels: Int64s, power: float, random: np.random.Generator) -> Int64s:
+    """Return how often each of N images is drawn, (N,): N draws in all, of class k in proportion to n_k^power.
+
+    The draws of a class are divided among its images as equally as possible; chance decides who has one more.
+
+    Args:
+        labels: (N,).
+        power: 1 draws each image once, 0 all classes equally often.
+    """
+    counts = np.bincount(labels)
+    expected = counts[labels] ** (power - 1.0)
+    # images of a class are neighbors, so that rounding moves its total by less than one
+    order = np.argsort(labels[shuffled := random.permutation(len(labels))], kind="stable")
+    ends = np.cumsum(expected[shuffled[order]])
+    ends = np.floor(ends / ends[-1] * len(labels) + random.random())
+    ends[-1] = len(labels)
+    times = np.empty(len(labels), np.int64)
+    times[shuffled[order]] = np.diff(ends, prepend=0)
+    return times
 
 
 def shuffle_buffer(split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> int:

@@ -25,7 +25,6 @@ from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
 from lift_ray.model.device import counting_device
 from lift_ray.model.heads import over_crops
 from lift_ray.registry import LOSSES
-from lift_ray.settings.losses import LossConfig
 from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.label_prior import fitted, label_prior, zero_shot
@@ -180,7 +179,7 @@ class Gla:
             ).temperature
             for m, model in enumerate(models)
         ]
-        self.log_priors = [shift_of(prior_left(model.config.loss), model.class_counts) for model in models]
+        self.log_priors = [shift_of(prior_left(model.config), model.class_counts) for model in models]
 
     def without_priors(self, logits: Sequence[Tensor]) -> list[Tensor]:
         """Return the GLA logits (B, K) of each trained model, given the logits of the trained and then of the zero-shot models."""
@@ -193,10 +192,13 @@ class Gla:
         ]
 
 
-def prior_left(loss: LossConfig) -> float:
-    """Return the fraction of log prior_train that a loss leaves in the logits: 1 for cross-entropy, 1 - tau for logit adjustment."""
-    left = LOSSES[loss.kind].prior_left
-    return left(loss) if callable(left) else left
+def prior_left(config: RunConfig) -> float:
+    """Return the fraction of log prior_train that a run leaves in the logits: 1 for cross-entropy, 1 - tau for logit adjustment.
+
+    Classes that `optim.sampling` draws in proportion to n^p have p times the log prior.
+    """
+    left = LOSSES[config.loss.kind].prior_left
+    return config.optim.sampling_power * (left(config.loss) if callable(left) else left)
 
 
 def logits_of(models: Sequence[SplitPredictor], split: Split) -> Iterator[tuple[list[Tensor], Tensor]]:

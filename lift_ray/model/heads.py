@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,10 +100,8 @@ def over_crops(logits: Tensor) -> Tensor:
 
 
 def random_weights(num_classes: int, width: int) -> Tensor:
-    """Kaiming-uniform (K, D) weights."""
-    weight = torch.empty(num_classes, width)
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    return weight
+    """(K, D) rows of unit length; every value of a row is uniform in [-1, 1] before it is scaled (arXiv 2309.10019)."""
+    return F.normalize(torch.rand(num_classes, width) * 2 - 1, dim=-1)
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,13 @@ from lift_ray.model.device import counting_device
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def cross_entropy(counts: Tensor) -> Loss:
-    """CE(z, y), whatever the counts."""
-    return F.cross_entropy
+def cross_entropy(counts: Tensor, *, label_smoothing: float = 0.0) -> Loss:
+    """CE(z, y), whatever the counts.
+
+    Args:
+        label_smoothing: part of the target that is spread over all classes (arXiv 1512.00567).
+    """
+    return partial(F.cross_entropy, label_smoothing=label_smoothing)
 
 
 def focal(counts: Tensor, *, gamma: float) -> Loss:
@@ -81,18 +86,19 @@ def _weighted(weights: Tensor, device: torch.device) -> Loss:
     return loss
 
 
-def balanced_softmax(counts: Tensor) -> Loss:
+def balanced_softmax(counts: Tensor, *, label_smoothing: float = 0.0) -> Loss:
     """CE(z + log n, y) (arXiv 2007.10740), which is logit adjustment with tau 1: softmax knows no common shift."""
-    return logit_adjusted(counts, tau=1.0)
+    return logit_adjusted(counts, tau=1.0, label_smoothing=label_smoothing)
 
 
-def logit_adjusted(counts: Tensor, *, tau: float) -> Loss:
+def logit_adjusted(counts: Tensor, *, tau: float, label_smoothing: float = 0.0) -> Loss:
     """CE(z + tau * log prior, y), prior = n / sum n: rare classes must win by a margin while training (arXiv 2007.07314).
 
     Args:
         tau: strength; 0 is plain cross-entropy.
+        label_smoothing: as in `cross_entropy`.
     """
-    return _shifted(tau * _log_prior(counts))
+    return _shifted(tau * _log_prior(counts), label_smoothing)
 
 
 def gla(counts: Tensor, *, log_q: Tensor) -> Loss:
@@ -104,8 +110,8 @@ def gla(counts: Tensor, *, log_q: Tensor) -> Loss:
     return _shifted(_log_prior(counts) + log_q.to(counts.device))
 
 
-def _shifted(shift: Tensor) -> Loss:
-    return lambda logits, labels: F.cross_entropy(logits + shift, labels)
+def _shifted(shift: Tensor, label_smoothing: float = 0.0) -> Loss:
+    return lambda logits, labels: F.cross_entropy(logits + shift, labels, label_smoothing=label_smoothing)
 
 
 def lade(counts: Tensor, *, remine: float, weight: float) -> Loss:

@@ -15,7 +15,14 @@ class LossConfig(Config):
     kind: str
 
 
-class LogitAdjustedConfig(LossConfig):
+class SmoothedConfig(LossConfig):
+    """A loss with label smoothing."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the target that is spread over all classes (arXiv 1512.00567)."""
+
+
+class LogitAdjustedConfig(SmoothedConfig):
     """Cross-entropy of z + tau * log prior (arXiv 2007.07314)."""
 
     kind: Literal["logit_adjusted"] = "logit_adjusted"
@@ -23,7 +30,7 @@ class LogitAdjustedConfig(LossConfig):
     """Strength of the adjustment: 0 is plain cross-entropy, 1 removes the prior, more favors rare classes."""
 
 
-class CrossEntropyConfig(LossConfig):
+class CrossEntropyConfig(SmoothedConfig):
     """Plain cross-entropy."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
@@ -61,7 +68,7 @@ class ReweightedConfig(LossConfig):
     kind: Literal["reweighted"] = "reweighted"
 
 
-class BalancedSoftmaxConfig(LossConfig):
+class BalancedSoftmaxConfig(SmoothedConfig):
     """Cross-entropy of z + log n (arXiv 2007.10740)."""
 
     kind: Literal["balanced_softmax"] = "balanced_softmax"

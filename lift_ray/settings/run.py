@@ -108,10 +108,14 @@ class NoAugmentConfig(Config):
 
 
 class OptimConfig(Config):
-    """The optimizer, with a cosine schedule over the whole run."""
+    """The optimizer, its learning rate, and how the training images are drawn."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd, as published, or adamw (arXiv 1711.05101), whose steps have about the same size in every layer and need smaller rates."""
+    optimizer: Literal["sgd", "sgd_nesterov", "adamw"] = "sgd"
+    """sgd, as published; sgd_nesterov, which looks ahead along its momentum; or adamw (arXiv 1711.05101), whose steps have about the
+    same size in every layer and need smaller rates."""
+    schedule: Literal["cosine", "cosine_by_epoch"] = "cosine"
+    """cosine lowers the rate in every step, to almost 0 at the end; cosine_by_epoch after every epoch, as published: the first
+    epoch has the full rate, the last of five a tenth of it."""
     epochs: Annotated[int, Field(ge=1)] = 5
     """Number of passes over the training images."""
     global_batch_size: Annotated[int, Field(ge=1)] = 128
@@ -124,10 +128,26 @@ class OptimConfig(Config):
     """Of sgd; for adamw the decay of the mean gradient, beta_1."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     """Decay of the trained parameters towards 0."""
+    sampling: Literal["natural", "square_root", "balanced"] = "natural"
+    """How often an image is drawn: natural, each once an epoch; square_root and balanced repeat images of rare classes and skip some of
+    frequent ones, so that class k has a part of the epoch in proportion to sqrt(n_k), or all have the same. An epoch keeps its
+    number of images, and the loss corrects for the frequency with which classes are drawn."""
     shuffle_mib: Annotated[float, Field(gt=0)] = 192.0
     """Encoded images that are shuffled together, at most 8,192: the part of a larger dataset that a worker holds in memory."""
     data_frac: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of each class's training images to use, at least one per class: shows what more images would be worth."""
+
+    @field_validator("momentum")
+    @classmethod
+    def _looks_ahead(cls, momentum: float, info: ValidationInfo) -> float:
+        if info.data.get("optimizer") == "sgd_nesterov" and not momentum:
+            raise ValueError("sgd_nesterov needs momentum above 0; raise it, or use optimizer sgd")
+        return momentum
+
+    @property
+    def sampling_power(self) -> float:
+        """The power p with which class k is drawn in proportion to n_k^p."""
+        return {"natural": 1.0, "square_root": 0.5, "balanced": 0.0}[self.sampling]
 
     @property
     def shuffle_bytes(self) -> int:

@@ -62,7 +62,9 @@ def image_batches(config: RunConfig, workspace: Workspace, tower: AnyTower, epoc
 
 def _sampling(config: RunConfig, ranks: Ranks) -> Sampling:
     optim = config.optim
-    return Sampling(config.seed, optim.global_batch_size, optim.shuffle_bytes, ranks.rank, ranks.world_size)
+    return Sampling(
+        config.seed, optim.global_batch_size, optim.shuffle_bytes, optim.sampling_power, ranks.rank, ranks.world_size
+    )
 
 
 def _augmentation(config: RunConfig, ranks: Ranks, tower: AnyTower, epoch: int) -> Augmentation:

@@ -65,10 +65,11 @@ def loss_of(config: RunConfig, workspace: Workspace, counts: torch.Tensor) -> Lo
     """Return the loss on labeled images. Raises BadInput if it requires a label prior that `label_prior` cannot estimate.
 
     Args:
-        counts: (K,), training images of each class, on the device of the logits.
+        counts: (K,), training images of each class, on the device of the logits. The loss corrects for the frequency with which
+            `optim.sampling` draws the classes.
     """
     options = config.loss.model_dump(exclude={"kind"})
     if config.loss.kind == "gla":
         options["log_q"] = label_prior(workspace, config).log_q
-    loss: Loss = LOSSES.build(config.loss.kind, counts, **options)
+    loss: Loss = LOSSES.build(config.loss.kind, counts**config.optim.sampling_power, **options)
     return loss

@@ -20,7 +20,7 @@ from lift_ray.evaluation.metrics import PerClass, pseudo_label_figures
 from lift_ray.methods.world import Ranks
 from lift_ray.model.device import random_state, set_random_state
 from lift_ray.settings.methods import check_splits
-from lift_ray.settings.run import NoAugmentConfig, RunConfig
+from lift_ray.settings.run import NoAugmentConfig, OptimConfig, RunConfig
 from lift_ray.settings.run_file import batch_fault, too_large
 from lift_ray.training import checkpoint
 from lift_ray.training.batches import Batches, Inputs, cached_batches, image_batches
@@ -182,10 +182,8 @@ class Run:
         self.callback(self)
 
     def lr(self, epoch: int, step: int) -> float:
-        """Return the learning rate of a step: a cosine schedule over the whole run. Epoch and step count from 0."""
-        optim = self.config.optim
-        done = (epoch * self.steps_per_epoch + step) / (self.steps_per_epoch * optim.epochs)
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+        """Return the learning rate of a step by `optim.schedule`. Epoch and step count from 0."""
+        return learning_rate(self.config.optim, epoch, step / self.steps_per_epoch)
 
     def _finish_steps(self) -> None:
         """Do the remaining steps of this epoch, wait for the device, and check the losses. The wait counts as training time."""
@@ -289,3 +287,13 @@ class Run:
         self.epoch, self.step = record.epoch, record.step - record.epoch * self.steps_per_epoch
         self.history = [EpochMetrics.of(flat) for flat in record.history]
         self.seconds |= {name.removeprefix("time/"): value for name, value in record.seconds.items()}
+
+
+def learning_rate(optim: OptimConfig, epoch: int, part: float) -> float:
+    """Return lr (1 + cos(pi t)) / 2, t the fraction of the run that is done before this step, or before its epoch.
+
+    Args:
+        part: fraction of the epoch that is done.
+    """
+    done = (epoch + (part if optim.schedule == "cosine" else 0)) / optim.epochs
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * done))

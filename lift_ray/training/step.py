@@ -97,4 +97,5 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], optim: OptimConfig) -> t
     lr, decay = optim.lr, optim.weight_decay
     if optim.optimizer == "adamw":
         return torch.optim.AdamW(trained.values(), lr, (optim.momentum, 0.999), weight_decay=decay, fused=True)
-    return torch.optim.SGD(trained.values(), lr, optim.momentum, weight_decay=decay, fused=True)
+    nesterov = optim.optimizer == "sgd_nesterov"
+    return torch.optim.SGD(trained.values(), lr, optim.momentum, weight_decay=decay, nesterov=nesterov, fused=True)
