@@ -85,7 +85,7 @@ BROKEN = {
     ),
     "tau without its loss": (
         D + "loss: {kind: cross_entropy, tau: 1.0}",
-        "run.yaml:2 loss.tau: unknown key 'tau'; known: kind",
+        "run.yaml:2 loss.tau: unknown key 'tau'; known: kind, label_smoothing",
     ),
     "a setting of random crops without them": (
         D + "augment: {kind: none, decode: exact}",

@@ -374,6 +374,7 @@ OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it 
     "checkpointing": True,
     "cache_gib": 0.0,
     "schedule": "linear",
+    "optim.schedule": "cosine_by_epoch",
     "patch_dropout": 0.5,
     "start_px": 32,
     "decode": "reduced",
@@ -441,7 +442,11 @@ def one_setting_apart() -> list[dict[str, Any]]:
                 continue  # not beside the default tuner
             if kind and kind["kind"] != KINDS.get(section, ("",))[0]:
                 trees.append({section: kind})
-            trees += [{section: {**kind, name: OTHER[name]}} for name in model.model_fields if name != "kind"]
+            trees += [
+                {section: {**kind, name: OTHER.get(f"{section}.{name}", OTHER.get(name))}}
+                for name in model.model_fields
+                if name != "kind"
+            ]
     return trees
 
 

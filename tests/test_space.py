@@ -294,7 +294,10 @@ def test_several_problems_come_at_once(tmp_path: Path) -> None:
 def test_a_kind_that_is_searched_drops_the_fields_that_the_base_gives_the_default_kind(tmp_path: Path) -> None:
     text = HEAD + "space:\n  loss.kind: {choices: [logit_adjusted, cross_entropy]}\nbase: {loss: {tau: 0.5}}\n"
     space = read_space(written(tmp_path, text))
-    assert space.config({"loss.kind": "cross_entropy"}).to_dict()["loss"] == {"kind": "cross_entropy"}
+    assert space.config({"loss.kind": "cross_entropy"}).to_dict()["loss"] == {
+        "kind": "cross_entropy",
+        "label_smoothing": 0.0,
+    }
     assert space.config({"loss.kind": "logit_adjusted"}).to_dict()["loss"] == {"kind": "logit_adjusted", "tau": 0.5}
 
 
