@@ -359,7 +359,8 @@ def test_a_checkpoint_of_other_settings_is_refused(
     with pytest.raises(BadInput) as caught:
         Run(settings(small_clip, loss__tau=0.5), workspace).load(trained[1][0])
     assert str(caught.value) == (
-        f"{trained[1][0]}: must have the same settings, but loss was {{'kind': 'logit_adjusted', 'label_smoothing': 0.0, 'tau': 1.0}} and is now "
+        f"{trained[1][0]}: must have the same settings, but loss was "
+        "{'kind': 'logit_adjusted', 'label_smoothing': 0.0, 'tau': 1.0} and is now "
         "{'kind': 'logit_adjusted', 'label_smoothing': 0.0, 'tau': 0.5}; use another --out, or the settings it started with"
     )
 
