@@ -19,7 +19,7 @@ def read_documents(path: str | Path) -> list[SettingsFile]:
 
 
 def _one_image(path: Path) -> None:
-    """Require one image in each of KubeRay's clusters. Half of the edit that the files describe is no valid YAML; that error names no cure."""
+    """Require one image per KubeRay cluster: half of the edit that its file describes is no valid YAML, whose error names no cure."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
