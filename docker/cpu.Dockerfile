@@ -13,13 +13,16 @@ FROM python:3.11.13-slim-bookworm
 RUN apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends \
         ffmpeg openssh-client rsync && \
     rm -rf /var/lib/apt/lists/*
+# `ray up` mounts the token of the host, which its owner alone reads, at HOME of the image: UID is `id -u` of ssh_user there.
+ARG UID=1000
 # A login shell, which `ray up` and KubeRay may use, sets PATH anew; profile.d adds the environment again.
-RUN useradd --create-home --shell /bin/bash --uid 2000 lift && \
+RUN useradd --create-home --shell /bin/bash --uid $UID lift && \
+    install -d -o lift -g lift -m 700 /home/lift/.ray && \
     echo 'export PATH=/opt/lift/bin:$PATH' > /etc/profile.d/lift.sh && \
     python3 -m venv /opt/lift && chown -R lift:lift /opt/lift
 USER lift
 WORKDIR /home/lift
-ENV PATH=/opt/lift/bin:$PATH
+ENV HOME=/home/lift PATH=/opt/lift/bin:$PATH
 COPY docker/constraints.txt /tmp/constraints.txt
 COPY --from=build /wheels /tmp/wheels
 # The extra for your bucket (s3, gcs, azure), and what the head of a cloud starts workers with (boto3 for AWS; see clusters/).

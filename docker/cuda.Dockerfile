@@ -13,13 +13,18 @@ FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 RUN apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends \
         ca-certificates ffmpeg openssh-client python3 python3-venv rsync && \
     rm -rf /var/lib/apt/lists/*
+# `ray up` mounts the token of the host, which its owner alone reads, at HOME of the image: UID is `id -u` of ssh_user there.
+# Ubuntu's image has a user with 1000 already.
+ARG UID=1000
 # A login shell, which `ray up` and KubeRay may use, sets PATH anew; profile.d adds the environment again.
-RUN useradd --create-home --shell /bin/bash --uid 2000 lift && \
+RUN if id ubuntu > /dev/null 2>&1; then userdel ubuntu; fi && \
+    useradd --create-home --shell /bin/bash --uid $UID lift && \
+    install -d -o lift -g lift -m 700 /home/lift/.ray && \
     echo 'export PATH=/opt/lift/bin:$PATH' > /etc/profile.d/lift.sh && \
     python3 -m venv /opt/lift && chown -R lift:lift /opt/lift
 USER lift
 WORKDIR /home/lift
-ENV PATH=/opt/lift/bin:$PATH
+ENV HOME=/home/lift PATH=/opt/lift/bin:$PATH
 COPY docker/constraints.txt /tmp/constraints.txt
 COPY --from=build /wheels /tmp/wheels
 # The extra for your bucket (s3, gcs, azure), and what the head of a cloud starts workers with (boto3 for AWS; see clusters/).

@@ -67,5 +67,17 @@ def test_the_image_runs_as_a_user_without_an_entrypoint_and_with_the_constraints
 def test_a_login_shell_finds_ray_too(name: str) -> None:
     """/etc/profile sets PATH anew, so ENV alone is lost there."""
     of_image = instructions(name)
-    assert ("ENV", "PATH=/opt/lift/bin:$PATH") in of_image
+    assert ("ENV", "HOME=/home/lift PATH=/opt/lift/bin:$PATH") in of_image
     assert any("'export PATH=/opt/lift/bin:$PATH' > /etc/profile.d/lift.sh" in rest for _, rest in of_image)
+
+
+@every_file
+def test_the_user_can_read_the_token_that_ray_up_mounts(name: str) -> None:
+    """Ray mounts it below HOME of the image's ENV, or else /root; it belongs to the host's user, mostly number 1000, alone."""
+    of_image = instructions(name)
+    assert any(word == "ENV" and "HOME=/home/lift" in rest.split() for word, rest in of_image)
+    assert ("ARG", "UID=1000") in of_image
+    (user,) = (rest for word, rest in of_image if word == "RUN" and "useradd" in rest)
+    assert "--uid $UID lift" in user
+    assert "install -d -o lift -g lift -m 700 /home/lift/.ray" in user  # Docker would make the folder for root
+    assert ("userdel ubuntu" in user) == (name == "cuda")  # Ubuntu 24.04 gives number 1000 to its own user

@@ -79,8 +79,26 @@ def test_an_image_and_an_installation_together_are_refused(name: str, tmp_path: 
         assert line.endswith("delete the lines from '>>> installation' to '<<< installation', or remove the image")
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("kuberay/")])
+@pytest.mark.filterwarnings("error")
+def test_an_image_uncommented_beside_the_one_of_the_installation_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / Path(name).name).write_text(uncommented((CLUSTERS / name).read_text()))
+    with pytest.raises(
+        BadInput, match=r"must set one image, but line \d+ sets it too; delete the lines from '>>> installation'"
+    ) as caught:
+        read_cluster(tmp_path / Path(name).name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @every_file
 def test_neither_an_image_nor_an_installation_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / Path(name).name).write_text(without_installation((CLUSTERS / name).read_text()))
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput) as caught:
         read_cluster(tmp_path / Path(name).name)
+    (line,) = str(caught.value).splitlines()
+    rule = (
+        "must have an image"
+        if name.startswith("kuberay/")
+        else "must install one exact version of Ray, but no line does"
+    )
+    assert rule in line

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lift_ray.clusters.model import Cluster
+from lift_ray.errors import BadInput
 from lift_ray.settings.yaml_file import SettingsFile
 
 START = "start with `cluster_name: ...` or `apiVersion: ray.io/v1`, as the files in clusters/ do"
@@ -12,7 +14,31 @@ START = "start with `cluster_name: ...` or `apiVersion: ray.io/v1`, as the files
 
 def read_documents(path: str | Path) -> list[SettingsFile]:
     """Read the YAML documents of a cluster file. Raises BadInput if there is none, or one is not a mapping."""
+    _one_image(Path(path))
     return SettingsFile.read_all(path, START)
+
+
+def _one_image(path: Path) -> None:
+    """Require one image per KubeRay cluster: half of the edit that its file describes is no valid YAML, whose error names no cure."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return  # the reader says so
+    set_at: list[int] = []  # lines of this document
+    for number, line in enumerate(lines, 1):
+        if line.startswith("---"):
+            set_at = []
+        elif re.match(r" *image: &image\b", line):
+            set_at.append(number)
+        place = f"{path}:{number}"
+        if len(set_at) > 1:
+            remedy = (
+                "delete the lines from '>>> installation' to '<<< installation', or comment out the image of your own"
+            )
+            raise BadInput(place, "must set one image", but=f"line {set_at[0]} sets it too", remedy=remedy)
+        if not set_at and re.match(r" *image: \*image\b", line):
+            remedy = "uncomment the lines of 'CHANGE, optional', or restore those of the installation"
+            raise BadInput(place, "must have an image", but="no line has `image: &image`", remedy=remedy)
 
 
 def read_cluster(path: str | Path) -> Cluster:
