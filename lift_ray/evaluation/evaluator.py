@@ -38,7 +38,7 @@ class LogitBatch:
     members: Sequence[Tensor] = ()
 
     def on(self, device: torch.device) -> LogitBatch:
-        """Return the batch on a device; itself if it is on one of the kind."""
+        """Return the batch on a device; the same batch if it is already on a device of this kind."""
         if self.logits.device.type == device.type:
             return self
         return LogitBatch(
@@ -152,8 +152,9 @@ def evaluate(
         for batch in model.logits(split):
             done += len(batch.labels)
             callback(min(1.0, done * ranks.world_size / split.num_samples))
+            counted = batch.on(device)
             for counter in every:
-                counter.add(batch.on(device))
+                counter.add(counted)
     for counter in every:
         for tensor in counter.tensors():
             ranks.sum(tensor)

@@ -165,13 +165,11 @@ def _program(classifier: Classifier) -> torch.export.ExportedProgram:
     with torch.no_grad():
         # The first call caches the resized position embeddings. Cached while tracing, they would be the tracer's fake tensors.
         module(example)
+        batch = torch.export.Dim("batch")
         try:
-            return torch.export.export(
-                module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True
-            )
-        except (
-            KeyError
-        ) as error:  # torch 2.13 loses parameters that a model reaches in two ways, as those of a second tuner
+            return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=True)
+        except KeyError as error:
+            # torch 2.13 loses parameters that a model reaches in two ways, such as those of a second tuner
             raise RunFailed(f"torch {torch.__version__} cannot export {error}; install torch 2.14 or later") from None
 
 

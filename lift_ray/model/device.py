@@ -11,7 +11,10 @@ from torch import Tensor
 from lift_ray.errors import BadInput
 
 CPU = torch.device("cpu")
-COUNTED = ("cuda", "xpu")  # torch counts the memory of these, and copies to them while the host works
+WITH_STREAMS = (
+    "cuda",
+    "xpu",
+)  # torch counts the memory of these, and copies to them while the host works
 
 
 def best_device() -> torch.device:
@@ -89,16 +92,9 @@ def counting_device(device: torch.device) -> torch.device:
     return device
 
 
-def copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. The copy to CUDA and XPU is asynchronous."""
-    if tensor.device.type == device.type:  # the CPU, or images that were decoded on the GPU
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type in COUNTED else tensor.to(device)
-
-
 def peak_memory(device: torch.device) -> int | None:
     """Return the most bytes that tensors had on a device at once; None for CPU and MPS, where torch does not count them."""
-    return torch.get_device_module(device).max_memory_allocated(device) if device.type in COUNTED else None
+    return torch.get_device_module(device).max_memory_allocated(device) if device.type in WITH_STREAMS else None
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from lift_ray.methods.lift import Lift, first_block
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
-from lift_ray.model.device import copied, precision_fault
+from lift_ray.model.device import WITH_STREAMS, precision_fault
 from lift_ray.model.heads import MEAN_OF, CosineHead, class_means, probe_weights, random_weights
 from lift_ray.registry import HEADS
 from lift_ray.settings.methods import UlfineConfig
@@ -418,8 +418,11 @@ class Workspace:
         return predict
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor on the device; the copy to a GPU is asynchronous."""
-        return copied(tensor, self.ranks.device)
+        """Return the tensor on the device; the copy to CUDA and XPU is asynchronous."""
+        device = self.ranks.device
+        if tensor.device.type == device.type:  # the CPU, or images that were decoded on the GPU
+            return tensor
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type in WITH_STREAMS else tensor.to(device)
 
 
 def first_of_each_class(labels: Int64s, number: int) -> Int64s:
