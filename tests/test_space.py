@@ -298,7 +298,11 @@ def test_a_kind_that_is_searched_drops_the_fields_that_the_base_gives_the_defaul
         "kind": "cross_entropy",
         "label_smoothing": 0.0,
     }
-    assert space.config({"loss.kind": "logit_adjusted"}).to_dict()["loss"] == {"kind": "logit_adjusted", "tau": 0.5}
+    assert space.config({"loss.kind": "logit_adjusted"}).to_dict()["loss"] == {
+        "kind": "logit_adjusted",
+        "label_smoothing": 0.0,
+        "tau": 0.5,
+    }
 
 
 def test_the_command_line_reaches_the_file(tmp_path: Path) -> None:
