@@ -42,6 +42,7 @@ from lift_ray.training.events import (
     RunStarted,
     StepsDone,
 )
+from lift_ray.training.heap import return_freed_memory
 from lift_ray.training.loop import StepCallback, StopAsked, trained_epochs
 from lift_ray.training.run import Diverged
 from lift_ray.training.shared_features import SharedFeatures
@@ -108,6 +109,7 @@ class Worker:
             self._shared = None
 
     def _run(self, job: Job) -> Iterator[Reply]:
+        return_freed_memory()  # of the job before
         try:
             workspace = self._view(job.fold)
             if isinstance(job, IdleJob):
