@@ -73,7 +73,9 @@ def differences(rows: Sequence[Row], summaries: Sequence[Summary]) -> dict[str, 
 
 def main() -> None:
     options = parser(__doc__, epochs=3, minutes=60)
-    options.add_argument("--variants", nargs="+", choices=list(VARIANTS)[1:], default=list(VARIANTS)[1:], metavar="NAME")
+    options.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS)[1:], default=list(VARIANTS)[1:], metavar="NAME"
+    )
     args = options.parse_args()
     names = ["base", *args.variants]
     path, jobs = file_of(args, "optimization"), possible_jobs(names, args.seeds, args.epochs)
