@@ -1,6 +1,6 @@
 """Many runs in two processes for a benchmark: each finished run is a line of a JSONL file, and is not run again.
 
-Each process has one torch thread and keeps the tower and the data from run to run.
+Each process has one torch thread and keeps the tower and the data from run to run; cached features are shared.
 """
 
 from __future__ import annotations
@@ -89,10 +89,12 @@ def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None
     from lift_ray.errors import RunFailed
     from lift_ray.methods.world import Ranks
     from lift_ray.training.run import Run
+    from lift_ray.training.shared_features import SharedFeatures
     from lift_ray.training.workspace import Workspace
 
     if cold or not _workspaces or _workspaces[0].dataset.uri != job.dataset:
-        _workspaces[:] = [Workspace(job.dataset, Ranks.alone(num_cpus=1))]
+        shared = None if cold else SharedFeatures(f"benchmark-{os.getppid()}")
+        _workspaces[:] = [Workspace(job.dataset, Ranks.alone(num_cpus=1), shared)]
     workspace, watch, curve, pseudo_labels = _workspaces[0], Stopwatch(), [], []
     row: Row = {"key": job.key, "name": job.name, "seed": job.seed, "epochs": job.epochs, "rate": job.rate}
     workspace.backbone(job.config())

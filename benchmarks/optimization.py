@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
     "tuner.blocks.last": 2,
     "tuner.bottleneck": 16,
 }
-SGD, ADAMW = [0.03, 0.1, 0.3], [0.0005, 0.001, 0.003]
+SGD, ADAMW = [0.01, 0.03, 0.1], [0.0005, 0.001, 0.003]
 BALANCED_LOSS = {"loss.kind": "cross_entropy", "optim.sampling": "balanced"}
 VARIANTS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "base": ({}, SGD),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -33,6 +34,7 @@ from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.terminal.tables import HEADINGS, console
 from lift_ray.training.run import Diverged, Run
+from lift_ray.training.shared_features import SharedFeatures
 from lift_ray.training.step import TrainStep
 from lift_ray.training.workspace import Workspace
 
@@ -40,7 +42,7 @@ COMMON = {"augment.kind": "none", "head.init": "class_mean"}
 TUNED: dict[str, tuple[dict[str, Any], list[float]]] = {
     "AdaptFormer, last 2 blocks": (
         {"tuner.kind": "adaptformer", "tuner.blocks.last": 2, "tuner.bottleneck": 16},
-        [0.03, 0.1, 0.3],
+        [0.01, 0.03, 0.1],
     ),
     "own weights, last block": ({"tuner.kind": "partial"}, [0.003, 0.01, 0.03]),
 }
@@ -93,7 +95,7 @@ def metrics(run: Run) -> Found:
 def measure(tuned: str, rate: float, seed: int, epochs: int) -> dict[str, Found]:
     """Return the metrics of each way to train; empty if a loss diverged."""
     if not _workspaces:
-        _workspaces.append(Workspace(DATASET, Ranks.alone(num_cpus=1)))
+        _workspaces.append(Workspace(DATASET, Ranks.alone(num_cpus=1), SharedFeatures(f"benchmark-{os.getppid()}")))
     whole = _workspaces[0]
     own = {"seed": seed, "optim.epochs": epochs, "optim.lr": rate}
     config = RunConfig.model_validate(apply_overrides({}, {**COMMON, **TUNED[tuned][0], **own}, RunConfig))
