@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +34,7 @@ def cluster() -> None:
 
 
 @commands.command()
+@cli.with_json("cluster")
 def check(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="For `ray up`, KubeRay, Slurm, Prometheus or Grafana; or a name: aws.")
@@ -51,7 +53,7 @@ def check(
         list[str] | None,
         typer.Option(metavar="NODE_TYPE=PRICE", help="Price of a machine per hour, in any currency; may be repeated."),
     ] = None,
-) -> None:
+) -> dict[str, object]:
     """Report every fault of a cluster file with its line, then describe its cluster. Needs no network and no cloud account.
 
     \b
@@ -76,15 +78,16 @@ def check(
                 but="this file describes none",
                 remedy="leave them out",
             )
-        say(check_monitoring(read))
-        say("checked: no errors found")
-        return
+        summary = check_monitoring(read)
+        say(summary, "checked: no errors found")
+        return {"file": file, "monitoring": summary}
     found = read_cluster(file)
     prices = _prices(price or [], found)
-    _print_cluster(found, prices)
+    results = {"file": file, **_shown_cluster(found, prices), "search": None}
     if space_file is not None:
-        _print_search(found, space_file, settings or [], prices)
+        results["search"] = _shown_search(found, space_file, settings or [], prices)
     say("checked: no errors found")
+    return results
 
 
 @commands.command()
@@ -120,7 +123,8 @@ def _prices(words: list[str], found: Cluster) -> dict[str, float]:
     return prices
 
 
-def _print_cluster(found: Cluster, prices: dict[str, float]) -> None:
+def _shown_cluster(found: Cluster, prices: dict[str, float]) -> dict[str, object]:
+    """Print the node types of a cluster and what to do before it can run, and return them."""
     from lift_ray.clusters.cost import cluster_table, most_gpus
     from lift_ray.terminal.tables import console
 
@@ -130,12 +134,22 @@ def _print_cluster(found: Cluster, prices: dict[str, float]) -> None:
     for what in found.unchecked:
         say(f"not checked: {what}")
     lines = Path(found.source).read_text(encoding="utf-8").splitlines()
-    open_lines = [str(i) for i, line in enumerate(lines, 1) if PLACEHOLDER.search(line.split(" #")[0])]
+    open_lines = [i for i, line in enumerate(lines, 1) if PLACEHOLDER.search(line.split(" #")[0])]
     if open_lines:
-        say(f"placeholders to fill in before it can run: line {', '.join(open_lines)}")
+        say(f"placeholders to fill in before it can run: line {', '.join(map(str, open_lines))}")
+    kinds = [asdict(kind) | {"price_per_h": prices.get(kind.name)} for kind in (found.head, *found.workers)]
+    return {
+        "provider": found.provider,
+        "node_types": kinds,
+        "most_workers": found.most_workers,
+        "gpus": {"least": least, "most": most},
+        "unchecked": found.unchecked,
+        "placeholders": open_lines,
+    }
 
 
-def _print_search(found: Cluster, space_file: str, settings: list[str], prices: dict[str, float]) -> None:
+def _shown_search(found: Cluster, space_file: str, settings: list[str], prices: dict[str, float]) -> dict[str, object]:
+    """Print what a search takes on a cluster, and return it."""
     from lift_ray.clusters.cost import fleet_table, fleets
     from lift_ray.settings.checks import read_space
     from lift_ray.settings.overrides import parse_overrides
@@ -160,6 +174,15 @@ def _print_search(found: Cluster, space_file: str, settings: list[str], prices: 
     unpriced = [kind.name for kind in (found.head, *found.workers) if kind.name not in prices]
     if unpriced and prices:
         say(f"price: unknown without --price {unpriced[0]}=...")
+    return {
+        "name": space.name,
+        "trials": space.num_trials,
+        "each_trial": asdict(wanted),
+        "epochs": todo.epochs,
+        "images_per_epoch": todo.images,
+        "images_per_s": todo.images_per_s,
+        "fleets": [asdict(fleet) | {"kind": fleet.kind.name} for fleet in fits],
+    }
 
 
 main = partial(cli.run, "lift_ray.cluster")

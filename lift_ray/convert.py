@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -36,7 +37,7 @@ def convert() -> None:
     \b
     Examples:
       python -m lift_ray.convert folder photos/ data/photos --short-side 256
-      python -m lift_ray.convert torchvision Food101 data/food101 --root downloads/ --download
+      python -m lift_ray.convert torchvision Food101 data/food101 --folder downloads/ --download
     """
 
 
@@ -47,12 +48,7 @@ FolderGroup = Annotated[
 ]
 ClassNames = Annotated[
     str | None,
-    typer.Option(
-        "--class-names",
-        "--names",
-        metavar="FILE",
-        help="Class names, one per line, for directories or labels that are numbers.",
-    ),
+    typer.Option(metavar="FILE", help="Class names, one per line, for directories or labels that are numbers."),
 ]
 SimilarNames = Annotated[
     Literal["merge", "keep"] | None,
@@ -117,7 +113,7 @@ class Options:
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Images per file.")] = 4096
     row_group_rows: Annotated[int, typer.Option(min=1, help="Images per row group, the unit of reading.")] = 256
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset at DEST.")] = False
-    workers: Annotated[
+    at_once: Annotated[
         int | None, typer.Option(min=1, help="Images (on a cluster: shards) processed at once.  [one per core]")
     ] = None
     ray: Annotated[
@@ -154,10 +150,10 @@ class Options:
         )
 
 
-def kind(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def kind(name: str) -> Callable[[Callable[..., dict[str, object]]], Callable[..., None]]:
     """Register a command; a dataclass parameter becomes one option per field."""
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+    def register(function: Callable[..., dict[str, object]]) -> Callable[..., None]:
         parameters = inspect.signature(function, eval_str=True).parameters
         groups = {
             each.name: inspect.signature(each.annotation, eval_str=True).parameters
@@ -166,17 +162,17 @@ def kind(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         }
 
         @wraps(function)
-        def command(**given: Any) -> None:
+        def command(**given: Any) -> dict[str, object]:
             made = {
                 group: parameters[group].annotation(**{field: given.pop(field) for field in fields})
                 for group, fields in groups.items()
             }
-            function(**given, **made)
+            return function(**given, **made)
 
         shown = [each for name, own in parameters.items() for each in groups.get(name, {name: own}).values()]
         keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
         command.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
-        return kinds.command(name)(command)
+        return kinds.command(name)(cli.with_json("convert")(command))
 
     return register
 
@@ -189,7 +185,7 @@ def folder(
     group: FolderGroup = None,
     class_names: ClassNames = None,
     similar_names: SimilarNames = None,
-) -> None:
+) -> dict[str, object]:
     """Convert class directories of images: SRC/<class>/... or SRC/<train|val|test>/<class>/...
 
     --group folder:1 keeps the images of SRC/<class>/<directory>/ together, for example one sequence or one individual.
@@ -202,7 +198,7 @@ def folder(
     from lift_ray.data.convert.folder import scan_folder
 
     index = scan_folder(source, group=group, class_names=class_names, similar_names=similar_names)
-    _convert(index, destination, options)
+    return _convert(index, destination, options)
 
 
 @kind("list")
@@ -211,11 +207,13 @@ def image_list(
     destination: Destination,
     options: Options,
     train: Annotated[str, typer.Option(metavar="FILE", help="List of training images.")],
-    class_names: Annotated[str, typer.Option(metavar="FILE", help="Class names, one per line, in label order.")],
+    class_names: Annotated[
+        str, typer.Option(metavar="FILE", help="Class names, one per line, for labels that are numbers.")
+    ],
     validation: Annotated[str | None, typer.Option(metavar="FILE", help="List of validation images.")] = None,
     test: Annotated[str | None, typer.Option(metavar="FILE", help="List of test images.")] = None,
     group: FolderGroup = None,
-) -> None:
+) -> dict[str, object]:
     """Convert images listed in text files, `path label` on each line, the format of ImageNet-LT and Places-LT.
 
     \b
@@ -226,7 +224,7 @@ def image_list(
     from lift_ray.data.convert.lists import scan_list
 
     index = scan_list(source, train=train, validation=validation, test=test, class_names=class_names, group=group)
-    _convert(index, destination, options)
+    return _convert(index, destination, options)
 
 
 @kind("inat")
@@ -240,7 +238,7 @@ def inat(
         str, typer.Option(metavar="FILE", help="Annotations of the published validation images, used as test split.")
     ] = "val2018.json",
     categories: Annotated[str, typer.Option(metavar="FILE", help="The taxonomy.")] = "categories.json",
-) -> None:
+) -> dict[str, object]:
     """Convert iNaturalist 2018 (or 2019, 2021) with its taxonomy.
 
     \b
@@ -249,7 +247,7 @@ def inat(
     """
     from lift_ray.data.convert.inat import scan_inat
 
-    _convert(scan_inat(source, rank=rank, train=train, test=test, categories=categories), destination, options)
+    return _convert(scan_inat(source, rank=rank, train=train, test=test, categories=categories), destination, options)
 
 
 @kind("cifar")
@@ -258,7 +256,7 @@ def cifar(
     destination: Destination,
     options: Options,
     coarse: Annotated[bool, typer.Option("--coarse", help="Use the 20 superclasses of CIFAR-100.")] = False,
-) -> None:
+) -> dict[str, object]:
     """Convert CIFAR-10 or CIFAR-100; --imbalance 10, 50 or 100 makes the long-tailed version of the literature.
 
     \b
@@ -274,23 +272,17 @@ def cifar(
     from lift_ray.data.convert.cifar import scan_cifar
 
     index = scan_cifar(source, imbalance=options.imbalance, coarse=coarse)
-    _convert(index, destination, replace(options, imbalance=None))
+    return _convert(index, destination, replace(options, imbalance=None))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Options for the columns of a table."""
 
-    image_column: Annotated[
-        str | None, typer.Option(help="Column of image paths, in Parquet also of bytes.  [by name]")
-    ] = None
-    label_column: Annotated[str | None, typer.Option(help="Column of labels: names or integers.  [by name]")] = None
-    split_column: Annotated[str | None, typer.Option(help="Column of train, val or test.  [split, if it exists]")] = (
-        None
-    )
-    root: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Folder that paths are relative to.  [the table's]")
-    ] = None
+    image_column: cli.ImageColumn = None
+    label_column: cli.LabelColumn = None
+    split_column: cli.SplitColumn = None
+    root: cli.Root = None
     class_names: ClassNames = None
     similar_names: SimilarNames = None
     group: Annotated[
@@ -308,7 +300,7 @@ def csv_table(
     destination: Destination,
     columns: Columns,
     options: Options,
-) -> None:
+) -> dict[str, object]:
     """Convert images whose paths and labels are in a CSV file.
 
     \b
@@ -317,7 +309,7 @@ def csv_table(
     """
     from lift_ray.data.convert.tables import scan_table
 
-    _convert(scan_table(source, kind="csv", **asdict(columns)), destination, options)
+    return _convert(scan_table(source, kind="csv", **asdict(columns)), destination, options)
 
 
 @kind("parquet")
@@ -326,7 +318,7 @@ def parquet_table(
     destination: Destination,
     columns: Columns,
     options: Options,
-) -> None:
+) -> dict[str, object]:
     """Convert images from Parquet files that contain them or their paths.
 
     \b
@@ -335,7 +327,7 @@ def parquet_table(
     """
     from lift_ray.data.convert.tables import scan_table
 
-    _convert(scan_table(source, kind="parquet", **asdict(columns)), destination, options)
+    return _convert(scan_table(source, kind="parquet", **asdict(columns)), destination, options)
 
 
 @kind("arrow")
@@ -344,7 +336,7 @@ def arrow_table(
     destination: Destination,
     columns: Columns,
     options: Options,
-) -> None:
+) -> dict[str, object]:
     """Convert a Dataset or DatasetDict that the library `datasets` saved with save_to_disk.
 
     \b
@@ -353,7 +345,7 @@ def arrow_table(
     """
     from lift_ray.data.convert.tables import scan_table
 
-    _convert(scan_table(source, kind="arrow", **asdict(columns)), destination, options)
+    return _convert(scan_table(source, kind="arrow", **asdict(columns)), destination, options)
 
 
 @kind("torchvision")
@@ -361,21 +353,21 @@ def torchvision(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A class of torchvision.datasets, such as Food101.")],
     destination: Destination,
     options: Options,
-    root: Annotated[str, typer.Option(metavar="FOLDER", help="Local folder of the dataset.")],
+    folder: Annotated[str, typer.Option(metavar="FOLDER", help="Local folder of the dataset.")],
     download: Annotated[bool, typer.Option("--download", help="Let torchvision download it first.")] = False,
-) -> None:
+) -> dict[str, object]:
     """Convert a classification dataset of torchvision.
 
     \b
     Example:
-      python -m lift_ray.convert torchvision Food101 data/food101 --root downloads/ --download --short-side 256
+      python -m lift_ray.convert torchvision Food101 data/food101 --folder downloads/ --download --short-side 256
     """
     from lift_ray.data.convert.torchvision_sets import scan_torchvision
 
-    _convert(scan_torchvision(name, root=root, download=download), destination, options)
+    return _convert(scan_torchvision(name, root=folder, download=download), destination, options)
 
 
-def _convert(index: ImageIndex, destination: str, options: Options) -> None:
+def _convert(index: ImageIndex, destination: str, options: Options) -> dict[str, object]:
     from lift_ray.data.convert import conversion
     from lift_ray.data.convert.images import Encoding
     from lift_ray.terminal.image_progress import image_progress
@@ -392,11 +384,12 @@ def _convert(index: ImageIndex, destination: str, options: Options) -> None:
             row_group_rows=options.row_group_rows,
             skip_bad=options.skip_bad,
             overwrite=options.overwrite,
-            workers=options.workers,
+            workers=options.at_once,
             progress=progress,
             run_tasks=run_tasks,
         )
     _report(destination, converted, index, options)
+    return _results(destination, converted, index)
 
 
 @contextmanager
@@ -410,7 +403,7 @@ def _engine(options: Options) -> Iterator[RunTasks | None]:
     with connected(options.ray, dashboard=False):
         from lift_ray.ray_runtime.conversion import on_cluster
 
-        yield partial(on_cluster, at_once=options.workers)
+        yield partial(on_cluster, at_once=options.at_once)
 
 
 def _report(destination: str, converted: Converted, index: ImageIndex, options: Options) -> None:
@@ -450,6 +443,40 @@ def _report(destination: str, converted: Converted, index: ImageIndex, options: 
         number = len(converted.skipped)
         say(f"{count(number, 'bad image')} {'was' if number == 1 else 'were'} skipped: {join(destination, SKIPPED)}")
     say(f"dataset: {destination}")
+
+
+def _results(destination: str, converted: Converted, index: ImageIndex) -> dict[str, object]:
+    """Return the figures of a conversion, and where its lists are."""
+    import numpy as np
+
+    from lift_ray.data.convert.conversion import LEFT_OUT, SKIPPED
+    from lift_ray.data.longtail import summary
+    from lift_ray.evaluation.metrics import ClassGroups
+    from lift_ray.storage.store import join
+
+    counts = np.array(converted.labelled_counts)
+    return {
+        "dataset": destination,
+        "splits": {
+            split: {
+                "images": record.rows,
+                "classes": sum(count > 0 for count in record.class_counts),
+                "shards": len(record.shards),
+                "bytes": sum(shard.bytes for shard in record.shards),
+            }
+            for split, record in converted.splits.items()
+        },
+        "labeled": asdict(summary(counts)),
+        "groups": Counter(ClassGroups.of(counts).names.tolist()),
+        "unseen": [converted.class_names[label] for label in converted.unseen],
+        "links": index.num_links,
+        "paged": converted.num_paged,
+        "window": None if (window := converted.rendering.window) is None else str(window),
+        "left_out": len(index.left_out),
+        "left_out_list": join(destination, LEFT_OUT) if index.left_out else None,
+        "skipped": len(converted.skipped),
+        "skipped_list": join(destination, SKIPPED) if converted.skipped else None,
+    }
 
 
 def _unseen(converted: Converted) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from lift_ray.inference.new_images import NewImages, SourceOptions
     from lift_ray.reporting.old_test import NewResults, OldTest
     from lift_ray.reporting.study_files import Predictions
-    from lift_ray.terminal.tables import PlainTable
     from lift_ray.training.checkpoint import Record
 
 COMBINE = ("logits", "probabilities")
@@ -31,6 +29,7 @@ MOST_CONFUSED = 10  # pairs of classes that are printed
 
 
 @cli.app.command()
+@cli.with_json("evaluate")
 def evaluate(
     checkpoints: Annotated[
         list[str],
@@ -78,29 +77,20 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=1, help="Number of Ray workers that share the images.")] = 1,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores of each worker; a single one uses all.")] = 1,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images of --data that cannot be decoded, and count them.")
+        bool, typer.Option("--skip-bad", help="Skip images of --data that cannot be decoded, and count them.")
     ] = False,
     old_test: Annotated[
         bool,
         typer.Option("--old-test", help="Also evaluate the test split that the model was trained with, to compare."),
     ] = False,
-    image_column: Annotated[
-        str | None, typer.Option(help="Column of a table: image paths, in Parquet also bytes.  [by name]")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column of a table: class names, or integers.  [by name]")
-    ] = None,
-    split_column: Annotated[
-        str | None, typer.Option(help="Column of a table: train, val or test.  [split, if it exists]")
-    ] = None,
-    root: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Folder that the paths of a table are relative to.  [its own]")
-    ] = None,
+    image_column: cli.ImageColumn = None,
+    label_column: cli.LabelColumn = None,
+    split_column: cli.SplitColumn = None,
+    root: cli.Root = None,
     class_names: Annotated[
         str | None, typer.Option(metavar="FILE", help="Class names, one per line, for labels that are integers.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+) -> dict[str, object]:
     """Print overall, mean class, many, medium and few accuracy. The groups are those of the (first) checkpoint.
 
     Several checkpoints of the same classes form an ensemble (backdoor adjustment, arXiv 2501.15955); each image is read once.
@@ -165,18 +155,25 @@ def evaluate(
 
         results = _old_test(request, record, old)
         new = NewResults.of(_predictions(dataset, split, found), record.groups.names, results)
-    if as_json:
-        every = [figures | found.report for figures in found.figures]
-        every[-1] |= {} if new is None else images.for_json() | new.for_json()
-        say(json.dumps(every if len(every) > 1 else every[0], indent=1))
-        return
     _print(request, dataset, found, new)
     if note := record.groups.note:
         say(note)
     if confused is not None:
+        from lift_ray.terminal.evaluation_tables import confused_table
         from lift_ray.terminal.tables import console
 
-        console().print(confused)
+        console().print(confused_table(confused))
+    return {
+        "dataset": dataset.uri,
+        "split": split,
+        "images": dataset.split(split).num_samples,
+        "figures": [{"tau": tau, **figures} for tau, figures in zip(taus, found.figures, strict=True)],
+        "ensemble": found.report or None,
+        "new_images": None if new is None else images.for_json() | new.for_json(),
+        "per_class": per_class,
+        "confusion": confusion,
+        "most_confused": confused,
+    }
 
 
 def _print(request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: NewResults | None) -> None:
@@ -296,16 +293,15 @@ def _predictions(dataset: Dataset, split: str, found: Evaluated) -> Predictions:
     return Predictions(dataset.split(split).labels, found.predicted, found.confidence)
 
 
-def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path) -> PlainTable:
-    """Write how often each class is predicted as another as CSV, and return the table of the most confused pairs."""
+def _write_confusions(found: Evaluated, dataset: Dataset, split: str, path: Path) -> list[dict[str, Any]]:
+    """Write how often each class is predicted as another as CSV, and return the most confused pairs."""
     from lift_ray.reporting.confusion import Confusions
     from lift_ray.reporting.csv_files import write_csv
-    from lift_ray.terminal.evaluation_tables import confused_table
 
     assert found.predicted is not None
     confusions = Confusions.of(dataset.split(split).labels, found.predicted, dataset.class_names)
     write_csv(confusions.rows(), path)
-    return confused_table(confusions.most_confused(MOST_CONFUSED))
+    return confusions.most_confused(MOST_CONFUSED)
 
 
 def _records(checkpoints: list[str]) -> list[Record]:

@@ -14,12 +14,13 @@ from lift_ray.text import say
 
 
 @cli.app.command(short_help="Export a checkpoint to open_clip, ONNX and torch.export.")
+@cli.with_json("export")
 def export(
     checkpoint: Annotated[
         str,
         typer.Argument(metavar="CHECKPOINT", help="Folder or URL of a checkpoint, or of the results of tune or train."),
     ],
-    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create.")],
     formats: Annotated[
         list[str] | None,
         typer.Option("--format", help="open_clip, onnx or torch; repeat for several.  [all that the model supports]"),
@@ -30,7 +31,7 @@ def export(
             "--posthoc-tau", min=0, help="Strength of the post-hoc logit adjustment in the files.  [as in the run]"
         ),
     ] = None,
-) -> None:
+) -> dict[str, object]:
     """Export the model for other programs with a model card, and compare each file's logits with the checkpoint's.
 
     model.onnx and model.pt2 are the whole classifier: uint8 images in, logits out, any batch size. open_clip/ is the CLIP model
@@ -38,8 +39,8 @@ def export(
 
     \b
     Examples:
-      python -m lift_ray.export runs/quickstart --to exported
-      python -m lift_ray.export runs/mine --to exported --format torch --format open_clip
+      python -m lift_ray.export runs/quickstart --out exported
+      python -m lift_ray.export runs/mine --out exported --format torch --format open_clip
     """
     known = ("open_clip", "onnx", "torch")
     for name in formats or []:
@@ -52,12 +53,15 @@ def export(
         from lift_ray.training.checkpoint import opened
 
         with opened(checkpoint) as folder:
-            exported, left_out = export_checkpoint(folder, to, formats or [], posthoc_tau)
+            exported, left_out = export_checkpoint(folder, out, formats or [], posthoc_tau)
     for each in exported:
-        say(f"{to / each.file}: largest difference from the checkpoint's logits {each.difference:.1e}")
+        say(f"{out / each.file}: largest difference from the checkpoint's logits {each.difference:.1e}")
     if left_out:
         say(f"open_clip/ was left out: it {left_out}")
-    say(f"model card: {to / 'README.md'}")
+    card = out / "README.md"
+    say(f"model card: {card}")
+    files = [{"format": each.name, "file": out / each.file, "difference": each.difference} for each in exported]
+    return {"out": out, "files": files, "left_out": left_out or None, "model_card": card}
 
 
 main = partial(cli.run, "lift_ray.export")

@@ -15,6 +15,7 @@ from lift_ray.text import say
 
 
 @cli.app.command(short_help="Write a search space that fits a folder of images or a dataset.")
+@cli.with_json("init")
 def init(
     photos: Annotated[
         str,
@@ -27,18 +28,10 @@ def init(
     shipped: Annotated[
         str | None, typer.Option("--from", metavar="NAME", help="Copy this shipped file, with this dataset: inat.")
     ] = None,
-    image_column: Annotated[
-        str | None, typer.Option(help="Column of a table: image paths, in Parquet also bytes.  [by name]")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column of a table: class names, or integers.  [by name]")
-    ] = None,
-    split_column: Annotated[
-        str | None, typer.Option(help="Column of a table: train, val or test.  [split, if it exists]")
-    ] = None,
-    root: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Folder that the paths of a table are relative to.  [its own]")
-    ] = None,
+    image_column: cli.ImageColumn = None,
+    label_column: cli.LabelColumn = None,
+    split_column: cli.SplitColumn = None,
+    root: cli.Root = None,
     class_names: Annotated[
         str | None, typer.Option(metavar="FILE", help="Class names, one per line, for labels that are numbers.")
     ] = None,
@@ -46,7 +39,7 @@ def init(
         Literal["merge", "keep"] | None,
         typer.Option(help="Names of classes that differ only in case or spaces: one class, or several."),
     ] = None,
-) -> None:
+) -> dict[str, object]:
     """Look at labeled images and write a commented search space that fits them. Converts, downloads and trains nothing.
 
     If the images are not converted yet, the first lines of the file are the command that converts them.
@@ -75,13 +68,15 @@ def init(
     )
     sizes, problem = source.sizes()
     from lift_ray.ray_runtime.capacity import gpus_here
-    from lift_ray.searching.first_space import Fit, copied_text, describe, space_text
+    from lift_ray.searching.first_space import Fit, copied_text, describe, figures_of, space_text
 
     say(*describe(source, sizes, problem))
     fit = Fit.of(source, sizes, gpus_here(), target, name)
     text = space_text(fit) if original is None else copied_text(fit, shipped or "", original.read_text("utf-8"))
     _write(target, text)
-    say(f"wrote {target}; next:", *(f"  {command}" for command in fit.next_commands(text)))
+    commands = fit.next_commands(text)
+    say(f"wrote {target}; next:", *(f"  {command}" for command in commands))
+    return {"out": target, **figures_of(source, sizes), "next": commands}
 
 
 def _write(target: Path, text: str) -> None:

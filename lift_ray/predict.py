@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from lift_ray.text import count, say
 
 
 @cli.app.command(short_help="Write class names and probabilities for images.")
+@cli.with_json("predict")
 def predict(
     checkpoint: Annotated[
         str,
@@ -43,14 +45,10 @@ def predict(
         float | None,
         typer.Option("--posthoc-tau", min=0, help="Strength of the post-hoc logit adjustment.  [as in the run]"),
     ] = None,
-    column: Annotated[str | None, typer.Option(help="Column of the images in Parquet.  [image]")] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Number of Ray workers to split the images between; 1: no Ray.")
-    ] = 1,
-    cpus_per_worker: Annotated[
-        int, typer.Option(min=1, help="Cores per Ray worker; without Ray all cores are used.")
-    ] = 1,
-) -> None:
+    image_column: Annotated[str | None, typer.Option(help="Column of a table: image bytes.  [image]")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of Ray workers that share the images; 1: no Ray.")] = 1,
+    cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores of each worker; a single one uses all.")] = 1,
+) -> dict[str, object]:
     """Write one row per image: file, row in the shard, class_1, probability_1, ..., and error for an unreadable image.
 
     If interrupted, rerun the same command: finished parts are reused.
@@ -61,13 +59,13 @@ def predict(
       python -m lift_ray.predict runs/mine 's3://bucket/shards/*.parquet' --out found.parquet --top 3 --workers 8
     """
     from lift_ray.data.convert.index import absolute
-    from lift_ray.inference.image_files import find_images, left_out_lines
+    from lift_ray.inference.image_files import find_images, left_out_lines, left_out_list
 
     if "://" in str(out) or out.suffix not in (".parquet", ".csv"):
         raise BadInput("--out", "must be a local .parquet or .csv file", out, "choose such a name")
     if out.exists():
         raise BadInput("--out", "must be a new file", but=f"{out} exists", remedy="delete it, or choose another")
-    found = find_images(images, column)
+    found = find_images(images, image_column)
     from lift_ray.inference.predict import Job
     from lift_ray.inference.predict import predict as run
     from lift_ray.terminal.image_progress import image_progress
@@ -77,8 +75,19 @@ def predict(
         job = Job(absolute(checkpoint), found, top, temperature, posthoc_tau)
         done = run(job, out, advance, workers=workers, cpus_per_worker=cpus_per_worker)
     bad = f", {done.num_bad:,} of them unreadable (see column error)" if done.num_bad else ""
-    say(f"{out}: {count(done.num_images, 'image')}{bad}, in {time.monotonic() - began:.0f} s")
+    took_s = time.monotonic() - began
+    say(f"{out}: {count(done.num_images, 'image')}{bad}, in {took_s:.0f} s")
     say(*left_out_lines(found, out), done.calibration)
+    return {
+        "out": out,
+        "images": done.num_images,
+        "unreadable": done.num_bad,
+        "left_out": len(found.left_out),
+        "left_out_list": left_out_list(out) if found.left_out else None,
+        "links": found.num_links,
+        "calibration": asdict(done.calibration),
+        "time_s": round(took_s, 2),
+    }
 
 
 main = partial(cli.run, "lift_ray.predict")

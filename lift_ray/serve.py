@@ -46,10 +46,15 @@ def serve(
         typer.Option("--posthoc-tau", min=0, help="Strength of the post-hoc logit adjustment.  [as in the run]"),
     ] = None,
     max_mb: Annotated[float, typer.Option(min=0.01, help="Largest upload, in MB.")] = 20,
-    max_megapixels: Annotated[float, typer.Option(min=0.01, help="Largest image, in megapixels.")] = 50,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Images with more pixels are refused.  [50000000]")
+    ] = None,
+    max_megapixels: Annotated[float | None, typer.Option(min=0.01, hidden=True)] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Number of replicas of the model.")] = 1,
-    cpus: Annotated[int, typer.Option(min=1, help="Cores per replica.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs per replica; 0.5 puts two replicas on one GPU.")] = 0,
+    cpus_per_worker: Annotated[int, typer.Option(min=1, help="Cores of each worker, a replica.")] = 1,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0, help="GPUs of each worker; 0.5 puts two replicas on one GPU.")
+    ] = 0,
 ) -> None:
     """Serve a checkpoint: POST /predict returns class names and probabilities, / is a page to drop images on.
 
@@ -66,10 +71,11 @@ def serve(
         "temperature": temperature,
         "posthoc_tau": posthoc_tau,
         "max_mb": max_mb,
+        "max_pixels": max_pixels,
         "max_megapixels": max_megapixels,
         "replicas": replicas,
-        "cpus": cpus,
-        "gpus": gpus,
+        "cpus_per_worker": cpus_per_worker,
+        "gpus_per_worker": gpus_per_worker,
     }
     serve_until_stopped({name: value for name, value in given.items() if value is not None}, host, port)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +14,13 @@ from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.text import say
 
 if TYPE_CHECKING:
+    from lift_ray.api.fit import FitResult
     from lift_ray.data.dataset import Dataset
     from lift_ray.settings.run_file import RunFile
 
 
 @cli.app.command()
+@cli.with_json("train")
 def train(
     run_file: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Settings of the run.")],
     settings: Annotated[
@@ -26,7 +29,7 @@ def train(
     out: Annotated[
         str | None, typer.Option(help="Folder or URL (s3://, gs://) for the results.  [runs/NAME-DATE-TIME]")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Number of worker processes that train together.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of Ray workers that share the images of each step.")] = 1,
     min_workers: Annotated[
         int | None,
         typer.Option(min=1, help="Continue with this many if the cluster shrinks, and grow again later.  [--workers]"),
@@ -46,16 +49,14 @@ def train(
     heartbeat_s: Annotated[
         float, typer.Option(min=1, help="Replace workers that report nothing for this many seconds.")
     ] = 1800.0,
-    dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Serve Ray's dashboard if Ray is started here.")
-    ] = False,
+    dashboard: Annotated[bool, typer.Option(help="Serve Ray's dashboard if Ray is started on this machine.")] = False,
     log_to: Annotated[
         list[str] | None, typer.Option(metavar="SERVICE", help="Also log the run to mlflow or wandb; may be repeated.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print settings, steps and memory; start nothing.")
     ] = False,
-) -> None:
+) -> cli.Results:
     """Train one LIFT model and test it. Lost workers are replaced, and the run continues from its last checkpoint.
 
     With `method: backdoor`, several models are trained, as many at once as fit the cluster, and tested as an ensemble.
@@ -93,18 +94,28 @@ def train(
     )
     data = open_dataset(run.dataset)
     if not dry_run:
-        train_run(run, data, options)
-        return
+        return partial(_results, train_run(run, data, options), run)
     data = training_view(data, run.train_on)
     check_run(run, data, options)
     if options.out and "://" not in options.out:
         check_out(Output(options.out), run, resume)
-    for one in members_of(run).values() or [run]:
-        _print_plan(one, data, workers, checkpoint_s)
+    return {"runs": [_plan(one, data, workers, checkpoint_s) for one in members_of(run).values() or [run]]}
 
 
-def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> None:
-    """Print the settings as YAML, and the plan as comments below them; the output is a valid run file."""
+def _results(done: FitResult, run: RunFile) -> dict[str, object]:
+    """Return the files of a run, and the figures in its file of metrics."""
+    from lift_ray.storage.layout import FINAL_CHECKPOINT, METRICS, SETTINGS, TOGETHER
+    from lift_ray.storage.output import Output
+
+    out, name = Output(done.out), TOGETHER if run.config.members() else METRICS
+    with out.fetched(name) as path:
+        figures = json.loads(path.read_text().splitlines()[-1] if name == METRICS else path.read_text())
+    files = {"checkpoint": FINAL_CHECKPOINT, "settings": SETTINGS, "metrics": name}
+    return {"out": str(out), **{what: f"{out}/{file}" for what, file in files.items()}, "figures": figures}
+
+
+def _plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> dict[str, object]:
+    """Print the settings as YAML, and the plan as comments below them; the output is a valid run file. Return both."""
     from ruamel.yaml import YAML
 
     from lift_ray.api.fit import as_file
@@ -114,9 +125,11 @@ def _print_plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) 
     config, lines = plan(run, data, workers, checkpoint_s)
     if precision_fault(run.backbone.precision, best_device()):
         lines["precision"] = f"this machine cannot compute in {run.backbone.precision}: run it on a cluster"
-    YAML().dump(as_file(run, data.uri, config), sys.stdout)
+    settings = as_file(run, data.uri, config)
+    YAML().dump(settings, sys.stdout)
     for name, text in lines.items():
         say(f"# {name}: {text}")
+    return {"settings": settings, "plan": lines}
 
 
 main = partial(cli.run, "lift_ray.train")

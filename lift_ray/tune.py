@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,25 @@ from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.text import say
 
 if TYPE_CHECKING:
+    from lift_ray.api.finished import FinishedStudy
     from lift_ray.data.dataset import Dataset
     from lift_ray.settings.space import SpaceFile
+
+
+# The keys of study.json whose figures the verb prints.
+PRINTED = (
+    "name",
+    "dataset",
+    "best",
+    "choice",
+    "posthoc",
+    "compared",
+    "together",
+    "seeds",
+    "pareto",
+    "unseen",
+    "time_s",
+)
 
 
 def _write_schema(path: str | None) -> None:
@@ -27,6 +45,7 @@ def _write_schema(path: str | None) -> None:
 
 
 @cli.app.command(short_help="Search for the settings that work best for rare classes.")
+@cli.with_json("tune")
 def tune(
     space_file: Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The search space.")],
     settings: Annotated[
@@ -61,7 +80,7 @@ def tune(
             help="Write the JSON schema of search-space files and exit.",
         ),
     ] = None,
-) -> None:
+) -> cli.Results:
     """Search a space of LIFT settings with Optuna on Ray Tune, and compare the best with the published recipe.
 
     Starts Ray on this machine, or uses the cluster at $RAY_ADDRESS (`ray job submit` sets it). Ctrl-C stops at the next step and
@@ -99,8 +118,7 @@ def tune(
 
         dataset = data.uri if data else space.dataset
         check_before_start(space, dataset, out=out or space.out, storage=storage, resume=resume, log_to=log_to or [])
-        _print_plan(space, dataset, data)
-        return
+        return _plan(space, dataset, data)
     options = SearchOptions(
         out or space.out,
         resume,
@@ -109,18 +127,40 @@ def tune(
         live_port=live_port if live else None,
         log_to=log_to or [],
     )
-    run_space(space, data, options)
+    return partial(_results, run_space(space, data, options))
 
 
-def _print_plan(space: SpaceFile, dataset: str, data: Dataset | None) -> None:
+def _results(study: FinishedStudy) -> dict[str, object]:
+    """Return the files of a study, and what study.json has of the printed tables."""
+    from lift_ray.storage.layout import BEST, BEST_SETTINGS, PAGE, REPORT, STUDY, TRIALS
+    from lift_ray.storage.output import Output
+
+    out = Output(study.out)
+    page = f"{REPORT}/{PAGE}"
+    return {
+        "out": str(out),
+        "best_settings": f"{out}/{BEST_SETTINGS}",
+        "checkpoint": f"{out}/{BEST}",
+        "trials": f"{out}/{TRIALS}",
+        "study": f"{out}/{STUDY}",
+        "report": f"{out}/{page}" if out.holds(page) else None,
+        "states": Counter(study.trials_dataframe()["state"]),
+        **{name: study.summary[name] for name in PRINTED},
+    }
+
+
+def _plan(space: SpaceFile, dataset: str, data: Dataset | None) -> dict[str, object]:
+    """Print the plan of a search, and return it."""
     from lift_ray.searching.plan import plan
     from lift_ray.terminal.tables import console, titled
 
     table = titled(f"{space.name}: plan", box=None, show_header=False)
-    for name, text in plan(space, dataset, data):
+    lines = list(plan(space, dataset, data))
+    for name, text in lines:
         table.add_row(name, text)
     console().print(table)
     say("checked: no errors found")
+    return {"name": space.name, "dataset": dataset, "plan": lines}
 
 
 main = partial(cli.run, "lift_ray.tune")

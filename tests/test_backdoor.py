@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from embedded import LIFT_TINY
+from evaluation_json import flat_evaluation
 
 from lift_ray import evaluate
 from lift_ray.data import decode, resolutions
@@ -81,7 +82,7 @@ def alone(folder: str, workspace: Workspace, split: str = "test") -> torch.Tenso
 
 def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     evaluate.main([*words, "--json"])
-    return json.loads(capsys.readouterr().out)
+    return flat_evaluation(capsys.readouterr().out)
 
 
 def test_means_of_probabilities_and_logits_are_those_computed_by_hand() -> None:
@@ -374,7 +375,7 @@ def test_a_class_has_its_parameter_group_in_the_table_of_classes(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate.main([*folders, "--per-class", str(tmp_path / "classes.csv"), "--json"])
-    groups = json.loads(capsys.readouterr().out)["groups"]
+    groups = flat_evaluation(capsys.readouterr().out)["groups"]
     with (tmp_path / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
     for group in ("many", "medium", "few"):

@@ -199,7 +199,7 @@ def test_cifar_100_lt_has_the_published_training_images_and_validation_from_thos
     monkeypatch.setattr(cifar, "_loaded", lambda source, md5s: content)
     monkeypatch.setattr(cifar, "scan_cifar", lambda *a, **k: replace(scan_cifar(*a, **k), read=OnePixel()))
     out = f"{tmp_path}/out"
-    verb.main(["cifar", f"{tmp_path}/cifar", out, "--imbalance", "100", "--workers", "1", "--rows-per-shard", "50000"])
+    verb.main(["cifar", f"{tmp_path}/cifar", out, "--imbalance", "100", "--at-once", "1", "--rows-per-shard", "50000"])
     dataset = open_dataset(out)
     assert {name: split.num_samples for name, split in dataset.splits.items()} == {
         "train": 10847,

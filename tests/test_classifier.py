@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import io
-import json
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_json import flat_evaluation
 from PIL import Image
 
 import lift_ray as lr
@@ -129,7 +129,7 @@ def test_the_api_predict_serve_and_onnx_give_the_same_probabilities(
     batch = torch.from_numpy(np.stack([np.moveaxis(clf.image(path.read_bytes()), -1, 0) for path in files]))
     replica = ModelReplica(Options(checkpoint=where))
     assert np.abs(replica._of_batch(list(batch.numpy())) - found).max() < 1e-6
-    export.main([where, "--to", str(tmp_path / "exported"), "--format", "onnx"])
+    export.main([where, "--out", str(tmp_path / "exported"), "--format", "onnx"])
     session = importlib.import_module("onnxruntime").InferenceSession(tmp_path / "exported" / "model.onnx")
     logits = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
     assert np.abs(torch.softmax(logits / clf.calibration.temperature, 1).numpy() - found).max() < 1e-6
@@ -154,7 +154,7 @@ def test_evaluate_gives_the_figures_of_the_verb_for_a_dataset_and_for_a_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     evaluate.main([where, "--data", small_data, "--json"])
-    shown = json.loads(capsys.readouterr().out)
+    shown = flat_evaluation(capsys.readouterr().out)
     for data in small_data, open_dataset(small_data):
         found = clf.evaluate(data)
         assert found.metrics["few"] == pytest.approx(shown["test/few"], abs=1e-9)

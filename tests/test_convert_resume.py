@@ -60,8 +60,8 @@ def finished(folder: Path) -> int:
 @pytest.mark.slow  # the next test kills at every change of a file, within this process
 def test_a_conversion_killed_halfway_and_rerun_writes_the_bytes_of_an_uninterrupted_one(tmp_path: Path) -> None:
     source, killed = photos(tmp_path / "photos", 2000), tmp_path / "killed"
-    verb.main(["folder", source, f"{tmp_path}/serial", *OPTIONS, "--workers", "1"])
-    command = [sys.executable, "-m", "lift_ray.convert", "folder", source, str(killed), *OPTIONS, "--workers", "2"]
+    verb.main(["folder", source, f"{tmp_path}/serial", *OPTIONS, "--at-once", "1"])
+    command = [sys.executable, "-m", "lift_ray.convert", "folder", source, str(killed), *OPTIONS, "--at-once", "2"]
     stopping = stopping_itself("convert", f"len(list(Path({str(killed)!r}).glob('.*.json.partial'))) >= 16")
     running = subprocess.Popen([*stopping, *command[3:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until_it_stops(running)  # its pool gives the workers a few shards more

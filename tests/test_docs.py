@@ -237,7 +237,8 @@ def test_the_page_of_the_command_line_has_every_verb_and_option(site: Path) -> N
         for name, below in getattr(command, "commands", {}).items()
     }
     assert commands.keys() <= page.ids
-    options = {name for command in commands.values() for each in command.params for name in each.opts}
+    shown = [each for command in commands.values() for each in command.params if not getattr(each, "hidden", False)]
+    options = {name for each in shown for name in each.opts}
     assert {"--dry-run", "--resume", "--short-side"} <= options
     assert [name for name in options if name.startswith("--") and name != "--help" and name not in page.text] == []
     assert "SRC/<train|val|test>/<class>/..." in page.text  # and not taken for HTML

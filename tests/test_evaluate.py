@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation_json import flat_evaluation
 
 from lift_ray import evaluate
 from lift_ray.errors import BadInput
@@ -35,7 +36,7 @@ def folder(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
 def evaluated(words: list[str], capsys: pytest.CaptureFixture[str], table: Path) -> tuple[dict[str, float], list[str]]:
     evaluate.main([*words, "--json", "--per-class", str(table)])
     with table.open() as file:
-        return json.loads(capsys.readouterr().out), [row["images"] for row in csv.DictReader(file)]
+        return flat_evaluation(capsys.readouterr().out), [row["images"] for row in csv.DictReader(file)]
 
 
 def test_two_workers_give_the_figures_of_one(

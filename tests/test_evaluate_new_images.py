@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from evaluation_json import flat_evaluation
 from PIL import Image
 
 from lift_ray import evaluate
@@ -78,7 +79,7 @@ def asked(run: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
     def ask(*words: object) -> tuple[dict[str, Any], str]:
         evaluate.main([str(run), *map(str, words), "--json"])
         printed = capsys.readouterr()
-        return json.loads(printed.out), printed.err
+        return flat_evaluation(printed.out), printed.err
 
     return ask
 
@@ -273,7 +274,7 @@ def test_new_images_are_rendered_as_those_of_the_model_whatever_the_source(
     def loss(model: Path, *words: object) -> tuple[Any, str]:
         evaluate.main([str(model), "--data", *map(str, words), "--json"])
         printed = capsys.readouterr()
-        (value,) = (value for name, value in json.loads(printed.out).items() if name.endswith("/loss"))
+        (value,) = (value for name, value in flat_evaluation(printed.out).items() if name.endswith("/loss"))
         return pytest.approx(value, abs=1e-6), printed.err
 
     expected, _ = loss(tmp_path / "run", folder)

@@ -127,7 +127,7 @@ def test_two_tuners_merge_in_their_order_and_post_hoc_adjustment_is_inside(
 
 def test_another_posthoc_tau_is_in_the_file_and_in_the_card(small_data: str, small_clip: str, tmp_path: Path) -> None:
     folder = saved(small_data, small_clip, tmp_path / "checkpoint", {"evaluation": {"posthoc_tau": 0.5}})
-    export.main([str(folder), "--to", str(tmp_path / "out"), "--format", "torch", "--posthoc-tau", "2"])
+    export.main([str(folder), "--out", str(tmp_path / "out"), "--format", "torch", "--posthoc-tau", "2"])
     classifier = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()))
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     own = classifier.logits(images)
@@ -237,7 +237,7 @@ def test_the_verb_prints_differences_and_writes_a_card(
 ) -> None:
     folder = saved(small_data, small_clip, tmp_path / "checkpoint", {})
     out = tmp_path / "new" / "out"
-    export.main([str(folder), "--to", str(out), "--format", "torch"])
+    export.main([str(folder), "--out", str(out), "--format", "torch"])
     assert "model.pt2: largest difference from the checkpoint's logits" in capsys.readouterr().out
     card = (out / "README.md").read_text()
     assert "96 training images in 8 classes, 24 to 4 per class." in card
@@ -247,10 +247,10 @@ def test_the_verb_prints_differences_and_writes_a_card(
     assert "kind: adaptformer" in card
     assert "measured with post-hoc" not in card
     assert len(json.loads((out / "classes.json").read_text())) == 8
-    with pytest.raises(BadInput, match=r"^--to: must be a new folder, but .* exists; delete it, or choose another"):
-        export.main([str(folder), "--to", str(out)])
+    with pytest.raises(BadInput, match=r"^--out: must be a new folder, but .* exists; delete it, or choose another"):
+        export.main([str(folder), "--out", str(out)])
     with pytest.raises(BadInput, match=r"^--format: unknown format 'onx'; did you mean 'onnx'"):
-        export.main([str(folder), "--to", str(tmp_path / "x"), "--format", "onx"])
+        export.main([str(folder), "--out", str(tmp_path / "x"), "--format", "onx"])
 
 
 def test_a_file_that_differs_is_refused_and_nothing_is_left(

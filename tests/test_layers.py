@@ -44,7 +44,7 @@ ROOMS = {
 }
 ROOMS["api"] = set(ROOMS)
 ROOMS["verbs"] = {*ROOMS, "cli"}
-ROOMS |= {"cli": set(), "__main__": {"cli"}}
+ROOMS |= {"cli": {"terminal"}, "__main__": {"cli"}}
 # library -> the places that may import it anywhere, and those that may only inside a function
 LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     "ray": (

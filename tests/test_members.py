@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_json import flat_evaluation
 from made_run import assert_same_tensors
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -70,7 +71,7 @@ def test_members_are_ordinary_runs_and_their_checkpoint_answers_as_all_of_them(
     found = []
     for words in ([str(trained)], [*folders, "--weights", "1,1,2"], [str(trained), "--combine", "probabilities"]):
         evaluate.main([*words, "--json"])
-        found.append(json.loads(capsys.readouterr().out))
+        found.append(flat_evaluation(capsys.readouterr().out))
     assert found[0]["test/loss"] == pytest.approx(found[1]["test/loss"], abs=1e-6)
     assert found[0]["test/loss"] != pytest.approx(found[2]["test/loss"], abs=1e-4)
     assert list(found[0]["members"]) == list(MEMBERS)
@@ -93,7 +94,7 @@ def test_an_ensemble_is_compared_with_its_old_test_on_images_that_are_not_conver
         folder.mkdir(exist_ok=True)
         (folder / f"{number}.jpg").write_bytes(image)
     evaluate.main([str(trained), "--data", str(tmp_path), "--json"])
-    found = json.loads(capsys.readouterr().out)
+    found = flat_evaluation(capsys.readouterr().out)
     assert list(found["members"]) == list(MEMBERS)
     written = json.loads((trained / "together.json").read_text())
     for row in found["old_test"]["rows"]:

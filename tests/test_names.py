@@ -114,7 +114,7 @@ def test_a_file_names_the_classes_of_directories_in_their_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, names = classes(tmp_path, "00001", "00000"), names_file(tmp_path, "stop", "give_way")
-    assert not verb.main(["folder", source, f"{tmp_path}/out", "--names", names, *NO_SPLITS])
+    assert not verb.main(["folder", source, f"{tmp_path}/out", "--class-names", names, *NO_SPLITS])
     train = open_dataset(f"{tmp_path}/out").split("train")
     assert open_dataset(f"{tmp_path}/out").class_names == ("stop", "give way")
     images = RowReader(train).read(np.arange(2))

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from evaluation_json import flat_evaluation
 from made_run import predicted_by
 from PIL import Image
 from processes import stopping_itself, wait_until_it_stops
@@ -180,7 +181,7 @@ def test_another_posthoc_tau_gives_the_accuracy_that_evaluate_says_and_its_own_c
         evaluate.main([str(trained[0]), "--posthoc-tau", tau, "--json"])
         named[tau] = np.array(pq.read_table(tmp_path / f"{tau}.parquet")["class_1"])
         accuracy = float(np.mean(named[tau] == names[labels]))
-        assert accuracy == pytest.approx(json.loads(capsys.readouterr().out)["test/accuracy"])
+        assert accuracy == pytest.approx(flat_evaluation(capsys.readouterr().out)["test/accuracy"])
     assert (named["3"] != named["0"]).any()
     fitted = [json.loads(path.read_text()) for path in (trained[0] / "checkpoint").glob("calibration*.json")]
     assert len({each["error_before"] for each in fitted}) == 3
@@ -207,14 +208,14 @@ def test_an_ensemble_is_refused_with_the_path_of_one_member(tmp_path: Path, phot
     )
     for verb, words in (
         (predict, [str(photos), "--out", str(tmp_path / "o.csv")]),
-        (export, ["--to", str(tmp_path / "e")]),
+        (export, ["--out", str(tmp_path / "e")]),
         (serve, ["--port", "65001"]),
     ):
         with pytest.raises(BadInput, match=rule):
             verb.main([str(tmp_path / "out"), *words])
     (tmp_path / "out" / "members" / "plain").rename(tmp_path / "out" / "members" / "0123abcd")
     with pytest.raises(BadInput, match=f"pass one of its members: a folder in {tmp_path}/out/members$"):
-        export.main([str(folder), "--to", str(tmp_path / "e")])
+        export.main([str(folder), "--out", str(tmp_path / "e")])
 
 
 def test_the_fitted_temperature_is_the_one_that_the_labels_were_drawn_with() -> None:
@@ -359,8 +360,11 @@ def test_images_are_found_by_folder_pattern_and_column(photos: Path, tmp_path: P
         ),
         (["{photos}/none", "--out", "{tmp}/o.csv"], "nothing is there; check the path"),
         (["{photos}/*.png", "--out", "{tmp}/o.csv"], "but got none; check the path"),
-        (["{photos}", "--column", "x", "--out", "{tmp}/o.csv"], "--column: requires Parquet shards, but got images ("),
-        (["{data}", "--column", "x", "--out", "{tmp}/o.csv"], "must have the column x, but got image, label"),
+        (
+            ["{photos}", "--image-column", "x", "--out", "{tmp}/o.csv"],
+            "--image-column: requires Parquet shards, but got images (",
+        ),
+        (["{data}", "--image-column", "x", "--out", "{tmp}/o.csv"], "must have the column x, but got image, label"),
         (
             ["{data}", "{photos}", "--out", "{tmp}/o.csv"],
             "but got another file; run predict on images and shards separately",

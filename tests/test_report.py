@@ -268,7 +268,7 @@ def test_several_objectives_and_a_diverged_trial_get_a_page_with_the_front(tmp_p
 
 def test_studies_stand_side_by_side_and_keep_apart(study: Path, tmp_path: Path) -> None:
     other = write_study(tmp_path / "other", make_trials(2), fractions=(0.1, 0.2, 0.3))
-    assert not report.main([str(study), str(other), "--to", str(tmp_path / "both")])
+    assert not report.main([str(study), str(other), "--out", str(tmp_path / "both")])
     page = (tmp_path / "both" / "index.html").read_text()
     figures = drawn_in(page)
     assert {"studies", "1-history", "2-history"} <= set(figures)

@@ -375,7 +375,7 @@ def test_of_a_remote_study_no_out_of_fold_logits_are_read(
     store.put(f"{folder}/", "/remote-choice/", recursive=True)
     real = pq.read_table
     monkeypatch.setattr(pq, "read_table", lambda path, **more: (read.append((str(path), more)), real(path, **more))[1])
-    assert not report.main(["memory://remote-choice", "--to", str(tmp_path / "page")])
+    assert not report.main(["memory://remote-choice", "--out", str(tmp_path / "page")])
     assert "out-of-fold predictions (41.0%)" in (tmp_path / "page" / "index.html").read_text()
     columns = [more["columns"] for path, more in read if path.endswith(OUT_OF_FOLD_PATH)]
     assert columns == [["label", "predicted", "confidence"]] * 2, "from the store, then from the local copy"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from evaluation_json import flat_evaluation
 from made_run import run_config, untimed
 from safetensors.torch import save
 
@@ -378,7 +379,7 @@ def test_evaluate_prints_the_figures_of_the_run_as_json_and_as_a_table(
 ) -> None:
     folder = str(trained[1][-1])
     assert evaluate.main([folder, "--split", "validation", "--json"]) is None
-    figures = json.loads(capsys.readouterr().out)
+    figures = flat_evaluation(capsys.readouterr().out)
     expected = {k: v for k, v in trained[0][-1].items() if k.startswith("validation/")}
     assert {k: v for k, v in figures.items() if "/" in k} == pytest.approx(expected, abs=1e-6)  # on other threads
     assert evaluate.main([folder, "--data", small_data, "--split", "validation"]) is None
@@ -392,7 +393,7 @@ def test_evaluate_takes_the_classes_of_the_model_from_a_dataset_with_more(
 ) -> None:
     evaluate.main([str(trained[1][0]), "--data", "embedded:caltech101-lt", "--json"])
     printed = capsys.readouterr()
-    classes = json.loads(printed.out)["classes"]
+    classes = flat_evaluation(printed.out)["classes"]
     assert (classes["with_images"], classes["of_model"], len(classes["unknown"])) == (8, 8, 92)
     number = sum(classes["unknown"].values())
     assert f"note: left out {number:,} images of 92 classes that the model does not have: '" in printed.err
@@ -407,7 +408,7 @@ def test_evaluate_works_on_a_dataset_with_only_a_test_split(
     seen = []
     for data in (small_data, str(tmp_path)):
         evaluate.main([str(trained[1][-1]), "--data", data, "--json"])
-        seen.append(json.loads(capsys.readouterr().out))
+        seen.append(flat_evaluation(capsys.readouterr().out))
     assert seen[0].items() <= seen[1].items()
     assert set(seen[1]) - set(seen[0]) == {"classes", "skipped", "intervals", "old_test", "old_test_note"}
     assert {"test/medium", "test/few"} <= set(seen[0])

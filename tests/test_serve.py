@@ -112,8 +112,8 @@ def server(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFa
         "2",
         "--max-mb",
         str(MAX_BYTES / 1e6),
-        "--max-megapixels",
-        str(MAX_PIXELS / 1e6),
+        "--max-pixels",
+        str(MAX_PIXELS),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lift_ray.errors import BadInput
 from lift_ray.inference import serve_http, serve_model
 from lift_ray.inference.serve_http import HttpFront, Options
 
@@ -134,3 +135,12 @@ def test_without_top_a_model_of_few_classes_names_all_of_them(
         assert (response.status_code, content) == (400, {"error": "top: must be 1 to 2, but got 3"})
     else:
         assert (response.status_code, len(content["classes"])) == (200, answer)
+
+
+def test_old_names_of_arguments_and_variables_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIFT_GPUS", "0.5")
+    options = Options.of({"checkpoint": "x", "max_megapixels": "2.5", "cpus": 3})
+    assert (options.max_pixels, options.cpus_per_worker, options.gpus_per_worker) == (2_500_000, 3, 0.5)
+    assert Options.of({"checkpoint": "x", "max_pixels": 7, "max_megapixels": 2}).max_pixels == 7
+    with pytest.raises(BadInput, match=r"^max_megapixels: must be a number, but got 'x'"):
+        Options.of({"checkpoint": "x", "max_megapixels": "x"})

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import ray
+from evaluation_json import flat_evaluation
 from made_run import assert_same_tensors, untimed
 from moto.server import ThreadedMotoServer
 from processes import free_ports
@@ -196,7 +197,7 @@ def test_a_run_on_object_storage_survives_an_outage_is_resumed_and_evaluated_the
         lines = figures(path)
     assert lines[0]["epoch"] == 1
     assert not evaluate.main([url, "--json"])
-    found = json.loads(capsys.readouterr().out)
+    found = flat_evaluation(capsys.readouterr().out)
     assert found["test/accuracy"] == pytest.approx(lines[-1]["test/accuracy"])
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from browser import seen_in_browser
+from evaluation_json import flat_evaluation
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from pyarrow import fs
@@ -115,7 +116,7 @@ def test_the_best_run_file_and_checkpoint_can_be_used(searched: Path, capsys: py
     assert not train.main([str(searched / "best.yaml"), "--dry-run"])
     assert config.tuner.kind in capsys.readouterr().out
     assert not evaluate.main([str(searched), "--json"])
-    figures = json.loads(capsys.readouterr().out)
+    figures = flat_evaluation(capsys.readouterr().out)
     found = next(row for row in study["compared"] if row["label"] == "best found")
     assert figures["test/accuracy"] == pytest.approx(found["test/accuracy"])
 

@@ -54,7 +54,7 @@ def export_checkpoint(
         RunFailed: the logits of a file differ by more than 1e-4, or writing fails.
     """
     if to.exists():
-        raise BadInput("--to", "must be a new folder", but=f"{to} exists", remedy="delete it, or choose another")
+        raise BadInput("--out", "must be a new folder", but=f"{to} exists", remedy="delete it, or choose another")
     classifier = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads()), posthoc_tau)
     reason = not_for_open_clip(classifier)
     if OPEN_CLIP in formats and reason:

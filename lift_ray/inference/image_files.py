@@ -79,7 +79,7 @@ def find_images(where: Sequence[str], column: str | None = None) -> ImageFiles:
     shards = [url for url in files if url.endswith(".parquet")]
     if not shards:
         if column is not None:
-            raise BadInput("--column", "requires Parquet shards", f"images ({files[0]})", "leave it out")
+            raise BadInput("--image-column", "requires Parquet shards", f"images ({files[0]})", "leave it out")
         return ImageFiles(tuple(files), left_out=left_out, num_links=num_links)
     if len(shards) < len(files):
         other = next(url for url in files if url not in shards)
@@ -167,7 +167,7 @@ def _leaf(url: str, footer: Footer, column: str) -> str:
             url,
             f"must have the column {column}",
             ", ".join(schema.names),
-            "pass the name of the image column with --column",
+            "pass the name of the image column with --image-column",
         )
     kind = schema.field(column).type
     inner = {field.name: field.type for field in kind}.get("bytes", pa.null()) if pa.types.is_struct(kind) else kind
@@ -176,7 +176,7 @@ def _leaf(url: str, footer: Footer, column: str) -> str:
             url,
             f"the column {column} must hold encoded images (binary, or struct<bytes: binary>)",
             kind,
-            "choose another column with --column",
+            "choose another column with --image-column",
         )
     leaf = f"{column}.bytes" if inner is not kind else column
     for group in range(len(footer.row_groups)):

@@ -22,7 +22,8 @@ TRIES = 5  # for an image whose replica died
 BYTES_AT_ONCE = 128_000_000  # of uploads held by one process; further uploads are rejected with 503
 FRESH_S = 2.0  # a response of the model counts as a sign of health for this long
 PATIENCE_S = 3.0  # timeout of a health check
-MAY_BE_0 = ("gpus", "posthoc_tau")
+MAY_BE_0 = ("gpus_per_worker", "posthoc_tau")
+OLD_NAMES = {"cpus": "cpus_per_worker", "gpus": "gpus_per_worker"}  # which still work, as does max_megapixels
 PAGE_RULES = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'"
 )
@@ -37,25 +38,25 @@ class Options:
         temperature: divides the logits; None for the fitted temperature.
         posthoc_tau: strength of the post-hoc adjustment; None for the value of the run.
         max_mb: largest upload, in MB.
-        max_megapixels: largest image; a small file can hold a huge image.
-        replicas: number of replicas of the model.
-        cpus: cores per replica.
-        gpus: GPUs per replica, may be a fraction.
+        max_pixels: pixels of the largest image; a small file can hold a huge image.
+        replicas: number of replicas of the model, its workers.
+        cpus_per_worker: cores of each replica.
+        gpus_per_worker: GPUs of each replica, may be a fraction.
     """
 
     checkpoint: str = ""
     temperature: float | None = None
     posthoc_tau: float | None = None
     max_mb: float = 20.0
-    max_megapixels: float = 50.0
+    max_pixels: int = 50_000_000
     replicas: int = 1
-    cpus: int = 1
-    gpus: float = 0.0
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0.0
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
         """Read the options from the arguments of `serve run` and the environment. Raises BadInput."""
-        known = cls.__dataclass_fields__
+        known, given = cls.__dataclass_fields__, _renamed(given)
         if unknown := sorted(set(given) - set(known)):
             raise BadInput(unknown[0], "unknown argument of lift_ray.serve:app", remedy=f"known: {', '.join(known)}")
         values: dict[str, Any] = {}
@@ -73,6 +74,23 @@ class Options:
                 rule = "must be at least 0" if name in MAY_BE_0 else "must be more than 0"
                 raise BadInput(name, rule, f"{value:g}", "fix it")
         return cls(**values | {"checkpoint": absolute(values["checkpoint"])})
+
+
+def _renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments, and variables with old names, by their new names. Raises BadInput."""
+    found = dict(given)
+    for old in (*OLD_NAMES, "max_megapixels"):
+        text = found.pop(old, os.environ.get(f"LIFT_{old.upper()}"))
+        if text is None:
+            continue
+        if old in OLD_NAMES:
+            found.setdefault(OLD_NAMES[old], text)
+            continue
+        try:
+            found.setdefault("max_pixels", int(1e6 * float(text)))
+        except (ValueError, OverflowError):
+            raise BadInput(old, "must be a number", repr(text), "fix it") from None
+    return found
 
 
 class HttpFront:

@@ -24,12 +24,12 @@ class ModelReplica:
     """Replica of the model. Images are decoded in threads; images that arrive at the same time are classified as one batch."""
 
     def __init__(self, options: Options) -> None:
-        ranks = Ranks.alone(use_gpu=bool(options.gpus), num_cpus=options.cpus)
+        ranks = Ranks.alone(use_gpu=bool(options.gpus_per_worker), num_cpus=options.cpus_per_worker)
         self._classifier = Classifier.load(
             options.checkpoint, temperature=options.temperature, posthoc_tau=options.posthoc_tau, ranks=ranks
         )
-        self._max_pixels = min(MAX_PIXELS, int(1e6 * options.max_megapixels))
-        self._decoding = asyncio.Semaphore(options.cpus + 1)
+        self._max_pixels = min(MAX_PIXELS, options.max_pixels)
+        self._decoding = asyncio.Semaphore(options.cpus_per_worker + 1)
 
     async def alive(self) -> bool:
         """Return True; a replica that is down does not respond."""
@@ -70,7 +70,7 @@ class ModelReplica:
 
 def application(options: Options) -> Any:
     """Return the application to pass to `serve.run`."""
-    resources = {"num_cpus": options.cpus, "num_gpus": options.gpus}
+    resources = {"num_cpus": options.cpus_per_worker, "num_gpus": options.gpus_per_worker}
     model = serve.deployment(
         ModelReplica,
         num_replicas=options.replicas,

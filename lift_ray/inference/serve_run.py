@@ -44,12 +44,12 @@ def serve_until_stopped(given: Mapping[str, Any], host: str, port: int) -> None:
     _check(options, host, port)
     with connected(dashboard=False) as nodes:
         cores = int(sum(node.get("CPU", 0) for node in nodes))
-        if options.replicas * options.cpus > cores:
+        if options.replicas * options.cpus_per_worker > cores:
             raise BadInput(
                 "--replicas",
                 f"must fit the {count(cores, 'core')} of the cluster",
-                f"{count(options.replicas, 'replica')} with {options.cpus} each",
-                "lower it, or --cpus",
+                f"{count(options.replicas, 'replica')} with {options.cpus_per_worker} each",
+                "lower it, or --cpus-per-worker",
             )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         for number in STOP:  # after Ray has started, because it installs its own handlers then

@@ -58,7 +58,7 @@ def write_report(outs: Sequence[str], to: str | None = None, *, png: bool = Fals
     twice = {name for name, number in Counter(study.name for study in studies).items() if number > 1}
     studies = [replace(s, name=f"{s.name} {i + 1}") if s.name in twice else s for i, s in enumerate(studies)]
     inside = to is None and len(outs) == 1
-    target = Output(outs[0], "OUT") if inside else Output(to or REPORT, "--to")
+    target = Output(outs[0], "OUT") if inside else Output(to or REPORT)
     name = REPORT if inside else ""
     sections = [_section(study) for study in studies]
     with target.staged(name, PAGE) as folder:

@@ -134,6 +134,21 @@ def describe(source: Source, sizes: list[tuple[int, int]], problem: str = "") ->
     return [*lines, f"splits: {splits}{'' if source.is_converted else ' (as convert will draw them)'}"]
 
 
+def figures_of(source: Source, sizes: list[tuple[int, int]]) -> dict[str, object]:
+    """Return the figures of `describe` as JSON values."""
+    return {
+        "images_in": source.place,
+        "converted": source.is_converted,
+        "classes": len(source.class_names),
+        "images": int(source.labelled.sum()),
+        "largest": int(source.labelled.max()),
+        "smallest": int(source.labelled.min()),
+        "classes_below": {str(number): int((source.labelled < number).sum()) for number in (20, 5)},
+        "size_px": [round(statistics.median(side)) for side in zip(*sizes, strict=True)] or None,
+        "splits": {name: int(held.sum()) for name, held in source.splits.items()},
+    }
+
+
 def typical(sizes: list[tuple[int, int]]) -> str:
     """Return the median size: `640 x 480`."""
     width, height = (round(statistics.median(side)) for side in zip(*sizes, strict=True))

@@ -159,7 +159,7 @@ def _in_processes(
     except BrokenProcessPool:
         raise RunFailed(
             f"{job.destination}: a conversion process was killed, perhaps because memory ran out; start it again with "
-            "fewer --workers: finished shards are reused"
+            "a lower --at-once: finished shards are reused"
         ) from None
     finally:
         stop.value = 1
