@@ -105,7 +105,7 @@ def test_copies_of_one_checkpoint_give_its_figures(
 ) -> None:
     shutil.copytree(folders[0], tmp_path / "copy")
     one, two = said(folders[:1], capsys), said([folders[0], str(tmp_path / "copy")], capsys)
-    assert set(two) - set(one) == {"members", "best", "groups", "disagreement", "cost"}
+    assert set(two) - set(one) == {"members", "best", "groups", "parameter_groups_kept", "disagreement", "cost"}
     assert {name: two[name] for name in one} == pytest.approx(
         one | {"trained_parameters": 2 * one["trained_parameters"]}, abs=1e-6
     )
@@ -230,6 +230,7 @@ def test_the_table_and_the_words_below_it(folders: list[str], capsys: pytest.Cap
         "D-few",
         "->",
         "images on which two models disagree (%): ",
+        "classes that keep their parameter group if the validation images are resampled (%): P-many ",
         " trained parameters, ",
     ):
         assert words in shown
@@ -375,11 +376,14 @@ def test_a_class_has_its_parameter_group_in_the_table_of_classes(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate.main([*folders, "--per-class", str(tmp_path / "classes.csv"), "--json"])
-    groups = flat_evaluation(capsys.readouterr().out)["groups"]
+    report = flat_evaluation(capsys.readouterr().out)
     with (tmp_path / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
     for group in ("many", "medium", "few"):
-        assert sum(row["parameter_group"] == group for row in rows) == groups["all"][group]["classes"]
+        kept = [float(row["parameter_group_kept"]) for row in rows if row["parameter_group"] == group]
+        assert len(kept) == report["groups"]["all"][group]["classes"]
+        assert report["parameter_groups_kept"][group] == pytest.approx(sum(kept) / len(kept))
+        assert 0 < report["parameter_groups_kept"][group] < 1  # 2 images of each class
     evaluate.main([folders[0], "--per-class", str(tmp_path / "one.csv")])
     assert "parameter_group" not in (tmp_path / "one.csv").read_text()
 

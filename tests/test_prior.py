@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lift_ray.methods.prior import fit, gla, mean_prior, thirds
+from lift_ray.methods import prior
+from lift_ray.methods.prior import fit, gla, kept, mean_prior, resampled, thirds
 from lift_ray.registry import LOSSES
+
+torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 
 
 def planted(
@@ -113,12 +116,38 @@ def test_logits_that_carry_no_signal_have_no_prior(spoil: Callable[[torch.Tensor
         fit(spoil(logits), labels)
 
 
-def test_a_fit_that_does_not_converge_gives_no_result() -> None:
-    logits, labels, _ = planted(50, 4, 300.0)
-    with pytest.raises(
-        ValueError, match=r"the label prior must settle, but it still changed by [0-9.]+ after 500 rounds"
-    ):
-        fit(logits, labels, calibrate=False)
+def test_the_fit_settles_where_alternating_scaling_did_not() -> None:
+    logits, labels, _ = planted(50, 40)
+    logits = logits + 100 * F.one_hot(labels, 50)  # every image is right: without the ridge, 1 / T is infinite
+    found = fit(logits, labels)
+    mass = (logits / found.temperature - found.log_q).double().softmax(1).mean(0)
+    assert float((mass * 50 - 1).abs().max()) < 0.01
+
+
+def test_a_fit_that_does_not_converge_gives_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prior, "MOST_ROUNDS", 2)
+    with pytest.raises(ValueError, match=r"^the label prior must settle, but a class is still off by [0-9.e-]+ of its"):
+        fit(*planted(50, 40)[:2])
+
+
+def test_resampled_images_tell_the_error_of_a_prior() -> None:
+    """The estimate follows the true error, which falls with the square root of the images, also with one image of a class."""
+    ratios = []
+    for images in (1, 10, 40):
+        logits, labels, log_q = planted(50, images)
+        found = fit(logits, labels)
+        samples = resampled(logits, labels, found)
+        assert torch.equal(samples, resampled(logits, labels, found))
+        error = found.log_q - log_q
+        spread = (samples - samples.mean(1, keepdim=True)).var(0).mean().sqrt()
+        ratios.append(float(spread / error.std()))
+    assert all(0.5 < ratio < 1.5 for ratio in ratios)
+
+
+def test_a_class_keeps_its_group_as_often_as_the_resampled_priors_say() -> None:
+    names = np.array(["many", "medium", "few"])
+    samples = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.6, 0.3, 0.1], [0.6, 0.1, 0.3]]).log()
+    assert kept(names, samples).tolist() == [0.75, 0.5, 0.75]
 
 
 def test_gla_of_exact_models_that_hold_a_prior_each_is_exact_again() -> None:

@@ -92,7 +92,7 @@ def test_a_file_of_torch_save_with_something_else_is_refused_without_advice_to_u
 ) -> None:
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(BadInput) as caught:
-        load_backbone("ViT-B-32", str(tmp_path / "model.pt"))
+        load_backbone("ViT-B-32", str(tmp_path / "model.pt"), quickgelu=False)
     assert str(caught.value).startswith(f"backbone.pretrained: {message.format(tmp_path / 'model.pt')}; ")
     assert "weights_only" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -126,7 +126,7 @@ def test_a_downloaded_file_that_torch_refuses_is_reported_without_its_advice(mon
     def create_model(*_: Any, **__: Any) -> None:
         raise RuntimeError("Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` ...")
 
-    monkeypatch.setattr(backbone, "_source", lambda model, pretrained: (model, False))
+    monkeypatch.setattr(backbone, "_source", lambda model, pretrained, quickgelu: (model, False))
     monkeypatch.setattr(open_clip, "create_model", create_model)
     with pytest.raises(BadInput) as caught:
         load_backbone("ViT-B-32", "openai")

@@ -33,6 +33,7 @@ from lift_ray.terminal.evaluation_tables import print_found
 from lift_ray.terminal.tables import accuracy_table, console
 from lift_ray.text import count, say
 from lift_ray.tracking.services import Tracked, check_service, followed, trackers
+from lift_ray.training.backbone_check import check_weights_file
 from lift_ray.training.checkpoint import opened, read_record
 from lift_ray.training.progress import Progress
 from lift_ray.training.ray_train import Job, Patience, train_alone, train_on_workers
@@ -142,6 +143,7 @@ def check_run(run: RunFile, data: Dataset, options: FitOptions) -> None:
         _check_workers(one, options.most, options.least)
         _check_batch(one, data)
         _check_precision(one, options.workers is None)
+        check_weights_file(one.backbone)
     if options.resume and options.out is None:
         raise BadInput("--resume", "requires the run to continue", but="--out is missing", remedy="add --out FOLDER")
 

@@ -104,12 +104,16 @@ def run_space(space: SpaceFile, data: Dataset, options: SearchOptions) -> Finish
     from lift_ray.searching.driver_lock import study_in
     from lift_ray.searching.interrupts import Interrupts
     from lift_ray.searching.live_page import Status, job_metadata, served, tell_job
+    from lift_ray.searching.preflight import backbones_of
     from lift_ray.searching.result_files import write_result
     from lift_ray.searching.result_text import print_result
     from lift_ray.searching.search_data import SearchData
     from lift_ray.terminal.waiting import waiting
     from lift_ray.tracking.services import trackers
+    from lift_ray.training.backbone_check import check_weights_file
 
+    for backbone in backbones_of(space):
+        check_weights_file(backbone)
     facts = SearchData.of(space, data)
     target = Output(options.out or f"runs/{space.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     began, status = time.monotonic(), Status()

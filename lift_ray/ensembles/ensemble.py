@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,20 +16,33 @@ from lift_ray.data.dataset import Split
 from lift_ray.data.resolutions import View, view_batches
 from lift_ray.ensembles.combine import COMBINE
 from lift_ray.ensembles.group_table import GroupGainTable
+from lift_ray.epoch_metrics import GROUPS
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.accumulator import shift_of
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.evaluation.evaluator import LogitBatch
 from lift_ray.evaluation.metrics import ClassGroups, PerClass
-from lift_ray.methods.prior import Prior, gla, mean_prior, thirds
+from lift_ray.methods.prior import Prior, gla, kept, mean_prior, thirds
 from lift_ray.model.device import counting_device
 from lift_ray.model.heads import over_crops
 from lift_ray.registry import LOSSES
 from lift_ray.settings.methods import BackdoorConfig
 from lift_ray.settings.run import RunConfig
-from lift_ray.training.label_prior import fitted, label_prior, zero_shot
+from lift_ray.training.label_prior import fitted, label_prior, resampled_prior, zero_shot
 from lift_ray.training.predictor import SplitPredictor
 from lift_ray.training.workspace import Workspace
+
+
+class ParameterGroups(NamedTuple):
+    """Groups of the classes by the label prior of the foundation models.
+
+    Args:
+        names: (K,), many, medium or few.
+        kept: (K,), fraction of resampled sets of validation images with which the class stays in its group.
+    """
+
+    names: NDArray[np.str_]
+    kept: NDArray[np.float64]
 
 
 class Ensemble:
@@ -111,8 +124,8 @@ class Ensemble:
         return GroupGainTable(list(self.models)[: self.in_use], shift)
 
     @cached_property
-    def parameter_groups(self) -> tuple[NDArray[np.str_] | None, str]:
-        """Return the parameter group of each class, many, medium or few, (K,), and ""; or None and the reason.
+    def parameter_groups(self) -> ParameterGroups | str:
+        """Return the parameter group of each class, or the reason why there are none.
 
         It follows from the mean label prior of the foundation models that have a text tower. All ranks must ask for it together.
         """
@@ -121,14 +134,16 @@ class Ensemble:
             if model.workspace.backbone(model.config).text is not None:
                 models[model.config.backbone, str(model.config.head.template)] = model
         if not models:
-            return None, "no model has a text tower"
+            return "no model has a text tower"
         if "validation" not in self.workspace.dataset.splits:
-            return None, "the dataset has no validation split"
+            return "the dataset has no validation split"
         try:
-            priors = [label_prior(model.workspace, model.config).log_q.cpu() for model in models.values()]
+            found = [resampled_prior(model.workspace, model.config) for model in models.values()]
         except BadInput as error:
-            return None, str(error)
-        return thirds(mean_prior(priors)), ""
+            return str(error)
+        priors, samples = zip(*found, strict=True)
+        names = thirds(mean_prior(priors))
+        return ParameterGroups(names, kept(names, torch.stack(samples).mean(0)))
 
     def report(self, split_name: str, per_class: PerClass, table: GroupGainTable) -> dict[str, Any]:
         """Return the report of an evaluation, for JSON (GroupGainTable.result). All ranks must call it together.
@@ -137,9 +152,11 @@ class Ensemble:
             per_class: counts of the ensemble.
             table: counts of the members.
         """
-        groups, why_not = self.parameter_groups
-        found = table.result(split_name, per_class, self.groups.names, groups)
-        return found | ({"no_parameter_groups": why_not} if why_not else {})
+        groups = self.parameter_groups
+        if isinstance(groups, str):
+            return table.result(split_name, per_class, self.groups.names, None) | {"no_parameter_groups": groups}
+        kept_in = {name: float(groups.kept[groups.names == name].mean()) for name in GROUPS if name in groups.names}
+        return table.result(split_name, per_class, self.groups.names, groups.names) | {"parameter_groups_kept": kept_in}
 
     def per_class_rows(self, per_class: PerClass) -> list[dict[str, Any]]:
         """Return a row for each class from the counts of an evaluation, with its parameter group if that is known.
@@ -147,10 +164,13 @@ class Ensemble:
         All ranks must call it together.
         """
         rows = next(iter(self.models.values())).per_class_rows(per_class)
-        groups, _ = self.parameter_groups
-        if groups is None:
+        groups = self.parameter_groups
+        if isinstance(groups, str):
             return rows
-        return [row | {"parameter_group": str(group)} for row, group in zip(rows, groups, strict=True)]
+        return [
+            row | {"parameter_group": str(group), "parameter_group_kept": float(share)}
+            for row, group, share in zip(rows, groups.names, groups.kept, strict=True)
+        ]
 
 
 class Gla:

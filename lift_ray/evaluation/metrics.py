@@ -231,6 +231,6 @@ def write_per_class(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     columns |= dict.fromkeys(("train_images", "images", "correct", "predicted"), pa.int64())
     columns |= dict.fromkeys(("accuracy", "precision", "f1"), pa.float64())
     if rows and "parameter_group" in rows[0]:
-        columns["parameter_group"] = pa.string()
+        columns |= {"parameter_group": pa.string(), "parameter_group_kept": pa.float64()}
     with replacing(path) as temporary:
         pyarrow.csv.write_csv(pa.Table.from_pylist(rows, schema=pa.schema(columns.items())), temporary)

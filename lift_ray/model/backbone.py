@@ -20,6 +20,8 @@ from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.loading import rebuild
 from lift_ray.model.packed import read_packed
+from lift_ray.model.quickgelu import PLACE as QUICKGELU
+from lift_ray.model.quickgelu import open_clip_activation, timm_activation
 from lift_ray.model.resnet import AnyTower
 from lift_ray.model.weights_file import PLACE, POSITIONS, check_fit, check_kind, fill_clip, read_weights
 from lift_ray.storage.file_kinds import SAFETENSORS
@@ -122,6 +124,7 @@ def load_backbone(
     model: str,
     pretrained: str | None = None,
     *,
+    quickgelu: bool | None = None,
     device: torch.device | str = "cpu",
     resolution_px: int | None = None,
     checkpointing: bool = False,
@@ -132,13 +135,14 @@ def load_backbone(
         model: `embedded:lift-small`, an open_clip name, `hf-hub:...`, `local-dir:...` or `timm:NAME`.
         pretrained: open_clip's tag or a local weights file, for an open_clip name; None (timm's own weights) or a local
             safetensors file for a timm name.
+        quickgelu: True if a weights file was trained with QuickGELU, False if with GELU; None for weights whose activation is known.
         resolution_px: side of the images, a multiple of the patch size; by default the side that the backbone was trained with.
         checkpointing: compute activations again in the backward pass, to save memory.
 
     Raises:
         BadInput: unknown names, missing weights, or a tower that cannot be rebuilt.
     """
-    backbone = (_load_timm if model.startswith(TIMM) else _load_open_clip)(model, pretrained)
+    backbone = (_load_timm if model.startswith(TIMM) else _load_open_clip)(model, pretrained, quickgelu)
     tower, patch_px = backbone.tower.to(device), backbone.tower.patch_px
     if resolution_px is not None:
         if resolution_px < patch_px or resolution_px % patch_px:
@@ -171,10 +175,10 @@ def check_tuner(tower: AnyTower, kind: str) -> None:
         )
 
 
-def _load_open_clip(model: str, pretrained: str | None) -> Backbone:
+def _load_open_clip(model: str, pretrained: str | None, quickgelu: bool | None) -> Backbone:
     import open_clip
 
-    clip, source, _ = clip_of(model, pretrained)
+    clip, source, _ = clip_of(model, pretrained, quickgelu)
     try:
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # as in `clip_of`
@@ -193,16 +197,17 @@ def _load_open_clip(model: str, pretrained: str | None) -> Backbone:
     return Backbone(model, tower, tuple(config["mean"]), tuple(config["std"]), text, projection, scale)
 
 
-def clip_of(model: str, pretrained: str | None) -> tuple[Any, str, bool]:
+def clip_of(model: str, pretrained: str | None, quickgelu: bool | None = None) -> tuple[Any, str, bool]:
     """Return a whole CLIP, open_clip's name for it, and whether its weights were trained with QuickGELU. Raises BadInput.
 
     Args:
         model: name as in the settings.
         pretrained: tag of its weights, or a weights file.
+        quickgelu: as in the settings.
     """
     import open_clip
 
-    source, quick_gelu = _source(model, pretrained)
+    source, quick_gelu = _source(model, pretrained, quickgelu)
     if model.startswith(EMBEDDED):
         return _embedded_clip(source), source, quick_gelu
     if _is_file(model, pretrained):
@@ -248,23 +253,27 @@ def _without_warnings() -> Iterator[None]:
         logging.disable(before)
 
 
-def check_source(model: str, pretrained: str | None) -> None:
+def check_source(model: str, pretrained: str | None, quickgelu: bool | None = None) -> None:
     """Check that the model and its weights exist, as far as possible without a network. Raises BadInput.
 
     Args:
         model: name as in the settings.
         pretrained: tag of its weights, or a weights file.
+        quickgelu: as in the settings.
     """
     if model.startswith(TIMM):
-        _timm_name(model, pretrained)
+        _timm_name(model, pretrained, quickgelu)
     else:
-        source, _ = _source(model, pretrained)
+        source, _ = _source(model, pretrained, quickgelu)
         if source.startswith(LOCAL) and not Path(source.removeprefix(LOCAL), "open_clip_config.json").is_file():
             raise BadInput("backbone.model", "must be a folder with open_clip_config.json", model, "check the path")
 
 
-def _timm_name(model: str, pretrained: str | None) -> str:
-    """timm's name for a model of ours. Raises BadInput when it, or the file of its weights, is not there."""
+def _timm_name(model: str, pretrained: str | None, quickgelu: bool | None) -> tuple[str, bool]:
+    """timm's name for a model of ours, and whether its weights need QuickGELU.
+
+    Raises BadInput when the name, or the file of its weights, is not there, and as `timm_activation`.
+    """
     import timm
 
     name = model.removeprefix(TIMM)
@@ -278,17 +287,18 @@ def _timm_name(model: str, pretrained: str | None) -> str:
         if not Path(pretrained).is_file():
             raise BadInput(PLACE, "must be an existing safetensors file", repr(pretrained), "check the path")
         check_kind(pretrained, (SAFETENSORS,))
-    return name
+    return name, timm_activation(name, pretrained, quickgelu)
 
 
-def _load_timm(model: str, pretrained: str | None) -> Backbone:
+def _load_timm(model: str, pretrained: str | None, quickgelu: bool | None) -> Backbone:
     import timm
     from timm.data.config import resolve_model_data_config
 
-    name = _timm_name(model, pretrained)
+    name, quick = _timm_name(model, pretrained, quickgelu)
+    activation: dict[str, Any] = {"act_layer": "quick_gelu"} if quick else {}
     try:
         with torch.device("cpu" if pretrained is None else "meta"):  # a file's weights replace all of them
-            vit = timm.create_model(name, pretrained=pretrained is None)
+            vit = timm.create_model(name, pretrained=pretrained is None, **activation)
     except Exception as error:  # as open_clip
         raise _not_loaded(model, error) from None
     if pretrained is not None:
@@ -330,8 +340,8 @@ def _not_loaded(model: str, error: Exception) -> BadInput:
     )
 
 
-def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
-    """open_clip's name for a model of ours, and whether its weights were trained with QuickGELU."""
+def _source(model: str, pretrained: str | None, quickgelu: bool | None) -> tuple[str, bool]:
+    """open_clip's name for a model of ours, and whether its weights need QuickGELU beyond what a folder's own config says."""
     if model.startswith(EMBEDDED):
         assets = importlib.resources.files("lift_ray") / "assets"
         folder = Path(str(assets / model.removeprefix(EMBEDDED)))
@@ -344,6 +354,9 @@ def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
     if ":" in model:
         if pretrained is not None:
             raise BadInput(PLACE, f"must not be given with {model}", repr(pretrained), "remove it")
+        if quickgelu is not None:
+            rule, remedy = f"must not be given with {model}", "remove it; its open_clip_config.json says quick_gelu"
+            raise BadInput(QUICKGELU, rule, str(quickgelu).lower(), remedy)
         return model, False
     import open_clip
 
@@ -361,5 +374,5 @@ def _source(model: str, pretrained: str | None) -> tuple[str, bool]:
         )
     if _is_file(model, pretrained):
         check_kind(pretrained)
-    # open_clip only warns when OpenAI's weights meet a config with plain GELU; the features would be wrong.
-    return model, bool((open_clip.pretrained.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu", False))
+    # open_clip only warns when OpenAI's weights meet a config with plain GELU, and not even that for a file.
+    return model, open_clip_activation(model, pretrained, quickgelu)

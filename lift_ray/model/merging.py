@@ -44,11 +44,13 @@ def merged(tower: AnyTower, tuners: Sequence[BlockTuner]) -> AnyTower:
     return own.requires_grad_(False).eval()
 
 
-def write_open_clip(model: str, pretrained: str | None, tower: AnyTower, folder: Path) -> None:
+def write_open_clip(
+    model: str, pretrained: str | None, tower: AnyTower, folder: Path, *, quickgelu: bool | None = None
+) -> None:
     """Write the whole CLIP, with this tower in place of its own: `open_clip.create_model("local-dir:FOLDER")` loads it.
 
     Args:
-        model, pretrained: where the tower came from, as `backbone.load_backbone` takes them; not of timm.
+        model, pretrained, quickgelu: where the tower came from, as `backbone.load_backbone` takes them; not of timm.
         folder: an empty one.
 
     Raises BadInput as `load_backbone`.
@@ -56,7 +58,7 @@ def write_open_clip(model: str, pretrained: str | None, tower: AnyTower, folder:
     import open_clip
     from safetensors.torch import save_file
 
-    clip, source, quick_gelu = clip_of(model, pretrained)
+    clip, source, quick_gelu = clip_of(model, pretrained, quickgelu)
     found = _open_clip_vit(clip.visual) or _open_clip_resnet(clip.visual)
     assert found is not None, "it was rebuilt before"
     theirs = [name for name in clip.visual.state_dict() if name != "proj"]

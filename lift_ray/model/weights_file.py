@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,36 @@ import torch
 from torch import Tensor
 
 from lift_ray.errors import BadInput, one_line
-from lift_ray.storage.file_kinds import SAFETENSORS, TORCH_SAVE, file_kind, remedy
+from lift_ray.model.quickgelu import published
+from lift_ray.storage.file_kinds import SAFETENSORS, TORCH_SAVE, TORCH_SCRIPT, file_kind, remedy
 
 PLACE = "backbone.pretrained"
+WHOLE_DIGEST = 64  # hex digits
+SIZES = ("input_resolution", "context_length", "vocab_size")
 POSITIONS, TEXT_POSITIONS = "visual.positional_embedding", ("positional_embedding", "text.positional_embedding")
 
 
 def check_kind(path: str, kinds: tuple[str, ...] = (SAFETENSORS, TORCH_SAVE), place: str = PLACE) -> str:
-    """Return the kind of a file. Raises BadInput if it is none of `kinds`, or cannot be read."""
+    """Return the kind of a file. Raises BadInput if it is none of `kinds`, or cannot be read.
+
+    With torch.save, OpenAI's TorchScript archives are accepted too.
+    """
     try:
         kind = file_kind(Path(path))
     except OSError as error:
         raise _unreadable(path, error) from None
-    if kind not in kinds:
+    if kind not in kinds and not (kind == TORCH_SCRIPT and TORCH_SAVE in kinds and _is_openais(path)):
         raise BadInput(place, f"must be {' or '.join(kinds)}", but=f"{path} is {kind}", remedy=remedy(kind))
     return kind
+
+
+def _is_openais(path: str) -> bool:
+    """Return True for OpenAI's own TorchScript archive. Any other contains code of whoever made it.
+
+    The whole SHA-256 digest must be known: the eight digits that open_clip lists of other files could be forged.
+    """
+    known = published(path)
+    return known is not None and len(known.digest) == WHOLE_DIGEST
 
 
 def read_weights(path: str, kinds: tuple[str, ...] = (SAFETENSORS, TORCH_SAVE)) -> dict[str, Tensor]:
@@ -35,9 +51,9 @@ def read_weights(path: str, kinds: tuple[str, ...] = (SAFETENSORS, TORCH_SAVE)) 
 
     Raises BadInput if the file is of another kind, is damaged, or holds more than tensors.
     """
-    is_safe = check_kind(path, kinds) == SAFETENSORS
+    read = READERS[check_kind(path, kinds)]
     try:
-        state: Any = _safetensors(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = read(path)
     except (
         Exception
     ) as error:  # of safetensors, pickle, zip archives and torch; torch's text advises to unpickle everything
@@ -58,6 +74,24 @@ def _safetensors(path: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+def _torch_save(path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _torch_script(path: str) -> dict[str, Tensor]:
+    """Return the tensors of OpenAI's archive, without the sizes that it keeps beside them."""
+    with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated; these archives exist in no other form
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    return {name: value for name, value in state.items() if name not in SIZES}
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    SAFETENSORS: _safetensors,
+    TORCH_SAVE: _torch_save,
+    TORCH_SCRIPT: _torch_script,
+}
 
 
 def _unreadable(path: str, error: Exception) -> BadInput:

@@ -13,8 +13,8 @@ from lift_ray.settings.checks import NUM_CHECK_DRAWS
 from lift_ray.settings.run import BackboneConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws
 from lift_ray.storage.output import Output
-from lift_ray.text import say
 from lift_ray.tracking.services import check_service
+from lift_ray.training.backbone_check import check_backbone
 
 
 def check_before_start(
@@ -43,14 +43,14 @@ def check_before_start(
             look(check_can_resume, Output(out), space, dataset, url=storage)
         else:
             look(check_is_new, Output(out))
-    for backbone in _backbones(space):
+    for backbone in backbones_of(space):
         look(_check_precision, space, backbone)
-        look(_check_name, backbone)
+        look(check_backbone, backbone)
     if problems:
         raise BadInput.of({str(problem): problem for problem in problems}.values())
 
 
-def _backbones(space: SpaceFile) -> list[BackboneConfig]:
+def backbones_of(space: SpaceFile) -> list[BackboneConfig]:
     """Return every backbone that a trial may use, as far as the check's draws of the space show."""
     points = [*space.baseline_values(), *seeded_draws(space.space, NUM_CHECK_DRAWS)]
     found: list[BackboneConfig] = []
@@ -76,11 +76,3 @@ def _check_precision(space: SpaceFile, backbone: BackboneConfig) -> None:
         but=why,
         remedy="set base.backbone.precision=fp32, or scale.use_gpu=true and run on a cluster",
     )
-
-
-def _check_name(backbone: BackboneConfig) -> None:
-    from lift_ray.model.backbone import check_source
-
-    if not backbone.is_embedded:
-        say(f"looking up {backbone.model} ...")  # open_clip and torch take seconds to load
-    check_source(backbone.model, backbone.pretrained)

@@ -48,6 +48,9 @@ class BackboneConfig(Config):
     pretrained: str | None = None
     """open_clip's tag of the weights (openai, laion2b_s34b_b88k) or a local file; timm's own weights when not given; not with
     embedded, hf-hub or local-dir."""
+    quickgelu: bool | None = None
+    """Activation that the weights of a local file were trained with: true for QuickGELU (OpenAI, MetaCLIP, DFN), false for GELU. By
+    default derived, which works for tags, names of the Hub and of timm, and files whose SHA-256 digest open_clip lists."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the frozen tower; bf16 and fp16 use autocast on a GPU."""
     resolution_px: Annotated[int, Field(ge=1)] | None = None

@@ -135,6 +135,9 @@ def _words(report: Mapping[str, Any]) -> list[str]:
     ]
     if why := report.get("no_parameter_groups"):
         lines.insert(0, f"no parameter groups: {why}")
+    if kept := report.get("parameter_groups_kept"):
+        shares = ", ".join(f"P-{p} {100 * share:.0f}" for p, share in kept.items())
+        lines.insert(0, f"classes that keep their parameter group if the validation images are resampled (%): {shares}")
     if cost := report.get("cost"):
         lines.append(
             f"cost: {cost['trained_parameters']:,} trained parameters, {cost['train_s']:.0f} s of training steps, "

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lift_ray.errors import BadInput
-from lift_ray.methods.prior import Prior, fit
+from lift_ray.methods.prior import Prior, fit, resampled
 from lift_ray.model.device import counting_device
 from lift_ray.model.heads import MEAN_OF
 from lift_ray.model.losses import Loss
@@ -27,10 +27,26 @@ def zero_shot(config: RunConfig) -> RunConfig:
 def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
     """Fit the label prior to the zero-shot logits of the validation split (methods.prior.fit); the same on every rank.
 
+    Raises BadInput if there is no text tower, if a class has no validation image, or if no prior can be fitted.
+    """
+    return fitted(workspace, *_zero_shot_logits(workspace, config))
+
+
+def resampled_prior(workspace: Workspace, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log q (K,) of `label_prior`, and that of resampled validation images (n, K), on the CPU. Raises BadInput as it does."""
+    logits, labels = _zero_shot_logits(workspace, config)
+    prior = fitted(workspace, logits, labels)
+    where = counting_device(logits.device)
+    return prior.log_q.cpu(), resampled(logits.to(where), labels.to(where), prior).cpu()
+
+
+def _zero_shot_logits(workspace: Workspace, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of the foundation model on the validation split, and the labels.
+
     Training images take its place on a further fold, whose validation images are held out from everything, and if there is no
     validation split: the zero-shot model has seen neither.
 
-    Raises BadInput if there is no text tower, if a class has no validation image, or if no prior can be fitted.
+    Raises BadInput if there is no text tower.
     """
     if (backbone := workspace.backbone(config)).text is None:
         raise BadInput(
@@ -49,7 +65,7 @@ def label_prior(workspace: Workspace, config: RunConfig) -> Prior:
     features = workspace.frozen(plain, model, split, np.arange(split.num_samples)) if cached is None else cached[:]
     labels = torch.from_numpy(split.labels).to(features.device)
     with torch.inference_mode():
-        return fitted(workspace, torch.cat([model.classify(part) for part in features.split(1000)]), labels)
+        return torch.cat([model.classify(part) for part in features.split(1000)]), labels
 
 
 def fitted(workspace: Workspace, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:

@@ -105,6 +105,7 @@ class Workspace:
             self._backbones[key] = load_backbone(
                 wanted.model,
                 wanted.pretrained,
+                quickgelu=wanted.quickgelu,
                 device=self.ranks.device,
                 resolution_px=wanted.resolution_px,
                 checkpointing=wanted.checkpointing,
@@ -445,4 +446,11 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
 
 def _key(config: RunConfig) -> tuple[Any, ...]:
     wanted = config.backbone
-    return (wanted.model, wanted.pretrained, wanted.precision, wanted.resolution_px, wanted.checkpointing)
+    return (
+        wanted.model,
+        wanted.pretrained,
+        wanted.quickgelu,
+        wanted.precision,
+        wanted.resolution_px,
+        wanted.checkpointing,
+    )
