@@ -56,7 +56,7 @@ from record import record
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as torchvision
 
-from lift_ray.data.augment import SMALLEST_AREA, square_crop, training_image
+from lift_ray.data.augment import SMALLEST_AREA, Preprocessing, square_crop, training_image
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.terminal.tables import console
@@ -133,7 +133,7 @@ def compare(samples: Sequence[Sample], px: int) -> dict[str, dict[str, float]]:
     ours, pillow, tensor = [], [], []
     draws = np.random.default_rng(SEED).random((len(samples), 3))
     for (data, _, _), draw in zip(samples, draws, strict=True):
-        ours.append(training_image(data, px, partial(square_crop, smallest=SMALLEST_AREA, draw=draw)))
+        ours.append(training_image(data, Preprocessing(px), partial(square_crop, smallest=SMALLEST_AREA, draw=draw)))
         image = Image.open(io.BytesIO(data)).convert("RGB")
         crop = square_crop(*image.size, SMALLEST_AREA, draw)
         box = (crop.top, crop.left, crop.height, crop.width, [px, px], InterpolationMode.BICUBIC)

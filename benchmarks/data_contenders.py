@@ -236,12 +236,12 @@ class LiftRay(Contender):
         self.reader = RowReader(self.split, memory_bytes(self.split))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
-        from lift_ray.data.augment import SMALLEST_AREA, Augmentation, square_crop
+        from lift_ray.data.augment import SMALLEST_AREA, Augmentation, Preprocessing, square_crop
         from lift_ray.data.batches import training_batches
         from lift_ray.data.order import Sampling
 
         sampling = Sampling(SEED, self.setup.batch)
-        augmentation = Augmentation(self.setup.px, partial(square_crop, smallest=SMALLEST_AREA))
+        augmentation = Augmentation(Preprocessing(self.setup.px), partial(square_crop, smallest=SMALLEST_AREA))
         for batch in training_batches(self.reader, self.split, sampling, augmentation, epoch=epoch, start_step=start):
             yield normalised(batch.images), batch.labels
 
@@ -262,7 +262,7 @@ class Bare(Contender):
             self.encoded = reader.read(np.arange(split.num_samples))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
-        from lift_ray.data.augment import SMALLEST_AREA, square_crop, training_image
+        from lift_ray.data.augment import SMALLEST_AREA, Preprocessing, square_crop, training_image
 
         px, size = self.setup.px, self.setup.batch
         draws = np.random.default_rng([SEED, epoch]).random((len(self.encoded), 3))
@@ -270,7 +270,7 @@ class Bare(Contender):
             images = np.empty((size, 3, px, px), np.uint8)
             for place in range(size):
                 crop = partial(square_crop, smallest=SMALLEST_AREA, draw=draws[first + place])
-                images[place] = training_image(self.encoded[first + place], px, crop).transpose(2, 0, 1)
+                images[place] = training_image(self.encoded[first + place], Preprocessing(px), crop).transpose(2, 0, 1)
             yield normalised(torch.from_numpy(images)), self.labels[first : first + size]
 
 

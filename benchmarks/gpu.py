@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from step import NUM_CLASSES, SEED, Plain, Step, difference, new_lift, step_flops
 from torch import Tensor, nn
 
-from lift_ray.data.augment import SMALLEST_AREA, Augmentation, square_crop
+from lift_ray.data.augment import SMALLEST_AREA, Augmentation, Preprocessing, square_crop
 from lift_ray.data.batches import training_batches
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.open import open_dataset
@@ -205,7 +205,7 @@ def stream(data: str, threads: int) -> dict[str, float]:
     with RowReader(split) as reader:
         for _ in range(2):  # the first fills the reader's cache
             began = time.perf_counter()
-            augmentation = Augmentation(224, partial(square_crop, smallest=SMALLEST_AREA))
+            augmentation = Augmentation(Preprocessing(224), partial(square_crop, smallest=SMALLEST_AREA))
             batches = training_batches(reader, split, Sampling(0, 128), augmentation, epoch=0, num_threads=threads)
             next(batches)
             first = time.perf_counter() - began

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from record import record
 from torch import Tensor
 
+from lift_ray.data.augment import Preprocessing, View
 from lift_ray.data.batches import evaluation_batches
 from lift_ray.data.dataset import Split
 from lift_ray.data.longtail import keep_first
@@ -66,7 +67,9 @@ def features(backbone: Backbone, split: Split) -> tuple[Tensor, Tensor]:
         return backbone.tower((batch.images / 255 - mean) / std), batch.labels
 
     size = batch_size(torch.device("cpu"), backbone.tower)
-    batches = evaluation_batches(RowReader(split), split, size_px=backbone.tower.resolution_px, batch_size=size)
+    batches = evaluation_batches(
+        RowReader(split), split, View(Preprocessing(backbone.tower.resolution_px)), batch_size=size
+    )
     parts = list(on_cores(torch.device("cpu"), compute, batches))
     return torch.cat([f for f, _ in parts]), torch.cat([y for _, y in parts])
 

@@ -94,7 +94,7 @@ def measure(folder: Path, images: list[bytes], parquet: Path, rounds: int) -> di
     calibrated(folder, finished)
     figures: dict[str, Any] = {"calibration_s": round(time.perf_counter() - began, 2)}
     decoded = torch.from_numpy(
-        np.stack([np.moveaxis(evaluation_image(data, finished.size_px), -1, -3) for data in images])
+        np.stack([np.moveaxis(evaluation_image(data, finished.view.preprocessing), -1, -3) for data in images])
     )
 
     def tower(some: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lift_ray.training.checkpoint import Record
 
 COMBINE = ("logits", "probabilities")
+TTE = ("off", "five_crops", "ten_crops", "augmented")
 MOST_CONFUSED = 10  # pairs of classes that are printed
 
 
@@ -56,7 +57,13 @@ def evaluate(
             help="Strength of post-hoc logit adjustment; may be repeated.  [as trained]",
         ),
     ] = None,
-    tte: Annotated[bool, typer.Option("--tte", help="Average the logits of five crops.  [as trained]")] = False,
+    tte: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODE",
+            help="Average the logits of several crops: five_crops, ten_crops, augmented, or off.  [as trained]",
+        ),
+    ] = None,
     combine: Annotated[
         str | None, typer.Option(help="Average the logits or the probabilities of several models.  [logits]")
     ] = None,
@@ -105,24 +112,32 @@ def evaluate(
       python -m lift_ray.evaluate runs/mine --data s3://bucket/photos --split validation --json
       python -m lift_ray.evaluate runs/openai runs/laion runs/metaclip --combine probabilities --weights 2,1,1
       python -m lift_ray.evaluate runs/mine --gla
+      python -m lift_ray.evaluate runs/mine --split train
       python -m lift_ray.evaluate runs/mine --confusion confusion.csv
       python -m lift_ray.evaluate runs/mine --data photos/2026 --per-class classes.csv
       python -m lift_ray.evaluate runs/mine --data season.csv --root photos/ --label-column species --skip-bad --old-test
     """
-    from lift_ray.inference.evaluate import EvaluationRequest
+    from lift_ray.inference.evaluate import EvaluationRequest, not_held_out
     from lift_ray.inference.new_images import SourceOptions
     from lift_ray.storage.store import same_place
 
     records = _records(checkpoints)
     record, taus = records[0], _taus(checkpoints, records, tau, gla)
     _check_together(records, combine, weights)
+    if tte is not None and tte not in TTE:
+        raise BadInput("--tte", f"unknown value '{tte}'", remedy=did_you_mean(tte, TTE))
     options = SourceOptions(image_column, label_column, split_column, root, class_names)
     _check_data_options(data, {**options.given, "skip_bad": skip_bad, "old_test": old_test})
     with _opened(data, record, split, options, skip_bad) as images:
         dataset, split = images.dataset, images.split
         is_new = data is not None and not same_place(dataset.uri, record.dataset)
-        if any(one.train_on != "train" and same_place(one.dataset, dataset.uri) for one in records):
-            _check_held_out(checkpoints[0], split, gla)
+        if gla and any(not_held_out(one, dataset, "validation") for one in records):
+            raise BadInput(
+                "--gla",
+                "requires validation images that the models have not seen",
+                but=f"{checkpoints[0]} was trained on them",
+                remedy="train with train_on=train",
+            )
         if gla and images.is_temporary:
             raise BadInput("--gla", "requires a dataset with validation images", data, "leave it out")
         if old_test and not is_new:
@@ -131,7 +146,8 @@ def evaluate(
             )
         _check_shared(images, workers)
         old_dataset = _trained_on(record) if old_test else None
-        for note in (*images.notes(absent=is_new), *_other_rendering(images, record)):
+        seen = next(filter(None, (not_held_out(one, dataset, split) for one in records)), "")
+        for note in (*([seen] if seen else []), *images.notes(absent=is_new), *_other_rendering(images, record)):
             say(f"note: {note}", error=True)
         with_predictions = is_new or confusion is not None
         request = EvaluationRequest(
@@ -155,7 +171,7 @@ def evaluate(
 
         results = _old_test(request, record, old)
         new = NewResults.of(_predictions(dataset, split, found), record.groups.names, results)
-    _print(request, dataset, found, new)
+    _print(request, dataset, found, new, records)
     if note := record.groups.note:
         say(note)
     if confused is not None:
@@ -176,14 +192,19 @@ def evaluate(
     }
 
 
-def _print(request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: NewResults | None) -> None:
+def _print(
+    request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: NewResults | None, records: Sequence[Record]
+) -> None:
     """Print the table of an evaluation, and what new images have beside it."""
     from lift_ray.terminal.evaluation_tables import print_found
+    from lift_ray.terminal.tables import tte_in_words
 
+    modes = dict.fromkeys(request.tte or _tte(record) for record in records)
+    crops = " or ".join(tte_in_words(mode) or "one crop" for mode in modes) if {*modes} != {"off"} else ""
     name, split, taus = "ensemble" if found.report else request.checkpoints[0], request.split, request.taus
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
     print_found(
-        f"{dataset.uri} {split}, {count(dataset.split(split).num_samples, 'image')}, accuracy (%)",
+        f"{dataset.uri} {split}, {count(dataset.split(split).num_samples, 'image')}{crops and f', {crops}'}, accuracy (%)",
         split,
         shown,
         found.report,
@@ -278,11 +299,18 @@ def _old_test(request: EvaluationRequest, record: Record, old: Predictions | Non
     if old is not None:
         return OldTest({}, old)
     settings, rule = record.config["evaluation"], "no comparison with the old test split: "
-    changed = request.with_gla or request.combine or request.weights or (request.tte and not settings["tte"])
+    changed = request.with_gla or request.combine or request.weights or request.tte not in (None, _tte(record))
     if len(request.checkpoints) > 1 or changed or request.taus[-1] != settings["posthoc_tau"]:
         return f"{rule}results are stored for the settings of the run only; {EVALUATE_IT}"
     (checkpoint,) = request.checkpoints
     return read_old_test(checkpoint) or f"{rule}no results on it are stored with {checkpoint}; {EVALUATE_IT}"
+
+
+def _tte(record: Record) -> str:
+    """Return the mode of the test-time ensembling of a run."""
+    from lift_ray.settings.run import EvaluationConfig
+
+    return EvaluationConfig.model_validate(record.config["evaluation"]).tte
 
 
 def _predictions(dataset: Dataset, split: str, found: Evaluated) -> Predictions:
@@ -332,19 +360,6 @@ def _records(checkpoints: list[str]) -> list[Record]:
                 "evaluate them one by one",
             )
     return records
-
-
-def _check_held_out(checkpoint: str, split: str, gla: bool) -> None:
-    """Say that a model was trained on the validation images. Raises BadInput if they would be used to combine models."""
-    if gla:
-        raise BadInput(
-            "--gla",
-            "requires validation images that the models have not seen",
-            but=f"{checkpoint} was trained on them",
-            remedy="train with train_on=train",
-        )
-    if split == "validation":
-        say("note: the model was trained on these images, so this accuracy is not held out", error=True)
 
 
 def _taus(checkpoints: list[str], records: list[Record], tau: list[float] | None, gla: bool) -> tuple[float, ...]:

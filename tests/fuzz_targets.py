@@ -48,13 +48,13 @@ class Reply:
 
 def image(checkpoint: Path, data: bytes, folder: Path) -> None:
     """Decode an image as all verbs do. Those that `convert` accepts must be readable everywhere."""
-    from lift_ray.data.augment import any_crop, evaluation_image, five_crops, training_image
+    from lift_ray.data.augment import Preprocessing, any_crop, corners_and_centre, evaluation_image, training_image
     from lift_ray.data.bad_image import BadImage
     from lift_ray.data.bit_depth import Rendering
     from lift_ray.data.convert.images import Encoding
     from lift_ray.data.decode import decode, has_pages
 
-    draw = np.array([0.5, 0.2, 0.9])
+    draw, to = np.array([0.5, 0.2, 0.9]), Preprocessing(32)
 
     def is_accepted(read: Callable[[bytes], object]) -> bool:
         try:
@@ -65,10 +65,10 @@ def image(checkpoint: Path, data: bytes, folder: Path) -> None:
 
     stored, shrunk = (is_accepted(Encoding(short_side_px=side)) for side in (None, 24))
     readers: list[Callable[[bytes], object]] = [
-        partial(evaluation_image, size_px=32),
-        partial(five_crops, size_px=32),
+        partial(evaluation_image, preprocessing=to),
+        lambda data: corners_and_centre(decode(data), to),
         *(
-            partial(training_image, size_px=32, find=partial(any_crop, draw=draw), reduced=reduced)
+            partial(training_image, preprocessing=to, find=partial(any_crop, draw=draw), reduced=reduced)
             for reduced in (False, True)
         ),
     ]

@@ -22,19 +22,22 @@ from lift_ray.data.augment import (
     GROWTH,
     MOST_RESIZED,
     SMALLEST_AREA,
+    Augmentation,
     Crop,
     FindCrop,
+    Preprocessing,
+    View,
     any_crop,
     centre_crop,
     corners_and_centre,
     evaluation_image,
-    five_crops,
     resized_part,
     smallest_area,
     square_crop,
     training_image,
     training_images_on,
 )
+from lift_ray.data.decode import decode
 
 SIDES = st.integers(1, 3000)
 LEVELS = 1 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 0  # torch has other code for old processors
@@ -123,15 +126,15 @@ def test_the_area_is_uniform() -> None:
 
 def test_the_same_draw_gives_the_same_training_image_and_another_draw_another() -> None:
     for data in photos():
-        one = training_image(data, 48, square(0.3, 0.2, 0.9))
+        one = training_image(data, Preprocessing(48), square(0.3, 0.2, 0.9))
         assert one.shape == (48, 48, 3)
         assert one.dtype == np.uint8
-        assert np.array_equal(one, training_image(data, 48, square(0.3, 0.2, 0.9)))
-        assert not np.array_equal(one, training_image(data, 48, square(0.3, 0.9, 0.9)))
+        assert np.array_equal(one, training_image(data, Preprocessing(48), square(0.3, 0.2, 0.9)))
+        assert not np.array_equal(one, training_image(data, Preprocessing(48), square(0.3, 0.9, 0.9)))
 
 
 def test_a_crop_of_the_wanted_size_keeps_the_pixels() -> None:
-    image = training_image(png(60, 48), 48, square(0.0, 0.999, 0.0, smallest=1.0))
+    image = training_image(png(60, 48), Preprocessing(48), square(0.0, 0.999, 0.0, smallest=1.0))
     assert np.array_equal(image, pixels(60, 48)[:, 12:])
 
 
@@ -156,7 +159,7 @@ def test_evaluation_takes_the_center_of_eight_sevenths(size_px: int, resized: in
     for width, height in ((resized, resized), (resized + 20, resized), (resized, resized + 9)):
         left, top = round((width - size_px) / 2), round((height - size_px) / 2)
         whole = pixels(width, height)
-        got = evaluation_image(png(width, height), size_px)
+        got = evaluation_image(png(width, height), Preprocessing(size_px))
         assert np.array_equal(got, whole[top : top + size_px, left : left + size_px])
 
 
@@ -166,7 +169,7 @@ def test_evaluation_keeps_the_aspect(width: int, height: int) -> None:
     y = np.linspace(0, 255, height)[:, None].repeat(width, 1)
     out = io.BytesIO()
     Image.fromarray(np.stack([x, y, y], -1).round().astype(np.uint8)).save(out, "PNG")
-    red, green, _ = evaluation_image(out.getvalue(), 48).astype(float).transpose(2, 0, 1)
+    red, green, _ = evaluation_image(out.getvalue(), Preprocessing(48)).astype(float).transpose(2, 0, 1)
     scale = 55 / min(width, height)
     slope_x = (red[24, 40] - red[24, 8]) / 32 * width * scale / 255
     slope_y = (green[40, 24] - green[8, 24]) / 32 * height * scale / 255
@@ -178,8 +181,58 @@ def test_every_kind_of_image_becomes_rgb(mode: str) -> None:
     out = io.BytesIO()
     image = Image.fromarray(pixels(60, 50)).convert(mode)
     image.save(out, "JPEG" if mode == "CMYK" else "PNG")
-    assert evaluation_image(out.getvalue(), 48).shape == (48, 48, 3)
-    assert training_image(out.getvalue(), 48, square(0.5, 0.5, 0.5)).shape == (48, 48, 3)
+    assert evaluation_image(out.getvalue(), Preprocessing(48)).shape == (48, 48, 3)
+    assert training_image(out.getvalue(), Preprocessing(48), square(0.5, 0.5, 0.5)).shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "theirs"), [("bicubic", InterpolationMode.BICUBIC), ("bilinear", InterpolationMode.BILINEAR)]
+)
+def test_random_crops_and_evaluation_images_are_resized_as_asked(mode: str, theirs: InterpolationMode) -> None:
+    for number, data in enumerate(photos()):
+        image = tv.pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+        draw = np.random.default_rng(number).random(3)
+        crop = any_crop(image.shape[2], image.shape[1], draw)
+        cut = tv.resized_crop(image, crop.top, crop.left, crop.height, crop.width, [48, 48], theirs)
+        expected = (cut.flip(-1) if crop.flip else cut).permute(1, 2, 0).numpy()
+        augmentation = Augmentation(Preprocessing(48, mode), any_crop)
+        assert np.array_equal(augmentation.image(data, draw), expected)
+        small = tv.center_crop(tv.resize(image, [55], theirs), [48, 48]).permute(1, 2, 0).numpy()
+        assert np.array_equal(evaluation_image(data, Preprocessing(48, mode)), small)
+        squashed = tv.resize(image, [48, 48], theirs).permute(1, 2, 0).numpy()
+        assert np.array_equal(evaluation_image(data, Preprocessing(48, mode, squash=True)), squashed)
+        crops = corners_and_centre(decode(data), Preprocessing(48, mode, squash=True))
+        whole = tv.resize(image, [53, 53], theirs).permute(1, 2, 0).numpy()
+        assert np.array_equal(crops[0], whole[:48, :48])
+        assert np.array_equal(crops[3], whole[5:, 5:])
+
+
+def test_ten_crops_are_those_of_torchvision_and_the_margin_is_a_setting() -> None:
+    for data in photos():
+        image = tv.pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+        theirs = tv.ten_crop(tv.resize(image, [48 + 9], InterpolationMode.BILINEAR), [48, 48])
+        ten = View(Preprocessing(48, "bilinear"), "ten_crops", expand_px=9).of(decode(data))
+        assert np.array_equal(ten, np.stack([crop.permute(1, 2, 0).numpy() for crop in theirs]))
+        five = View(Preprocessing(48, "bilinear"), "five_crops", expand_px=9).of(decode(data))
+        assert np.array_equal(five, ten[:5])
+    large = png(300, 300)
+    assert np.array_equal(
+        View(Preprocessing(224), "five_crops").of(decode(large)),
+        View(Preprocessing(224), "five_crops", expand_px=24).of(decode(large)),
+    )
+
+
+def test_augmented_views_are_crops_as_in_training_and_the_same_each_time() -> None:
+    data = photos()[0]
+    view = View(Preprocessing(48), "augmented", num_augmented=4)
+    crops = view.of(decode(data))
+    assert crops.shape == (4, 48, 48, 3)
+    assert view.shape == (4, 3, 48, 48)
+    assert len({crop.tobytes() for crop in crops}) == 4
+    assert np.array_equal(crops, view.of(decode(data)))
+    draws = np.random.default_rng(0).random((4, 3))
+    expected = [training_image(data, Preprocessing(48), partial(any_crop, draw=draw)) for draw in draws]
+    assert np.array_equal(crops, np.stack(expected))
 
 
 def test_images_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pillow() -> None:
@@ -189,7 +242,7 @@ def test_images_are_those_of_torchvision_on_tensors_and_within_two_levels_of_pil
         find = square(*np.random.default_rng(number).random(3))
         image = Image.open(io.BytesIO(data)).convert("RGB")
         crop = find(*image.size)
-        ours = training_image(data, 96, find)
+        ours = training_image(data, Preprocessing(96), find)
         tensor = tv.pil_to_tensor(image)
         theirs = tv.resized_crop(
             tensor, crop.top, crop.left, crop.height, crop.width, [96, 96], InterpolationMode.BICUBIC
@@ -210,7 +263,9 @@ def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, i
         out, "JPEG", quality=92
     )
     for draw in ((0.9, 0.2, 0.6), (0.5, 0.9, 0.1)):
-        exact, reduced = (training_image(out.getvalue(), 48, square(*draw), reduced=which) for which in (False, True))
+        exact, reduced = (
+            training_image(out.getvalue(), Preprocessing(48), square(*draw), reduced=which) for which in (False, True)
+        )
         difference = np.abs(exact.astype(int) - reduced)
         shifted = np.abs(exact[:, 4:].astype(int) - reduced[:, :-4]).mean()
         assert 0 < difference.mean() < shifted / 2
@@ -219,42 +274,47 @@ def test_reduced_decoding_shows_the_same_part_of_a_large_jpeg(size: tuple[int, i
 def test_reduced_decoding_changes_nothing_where_the_crop_needs_every_pixel() -> None:
     for data in photos():
         assert np.array_equal(
-            *(training_image(data, 96, square(0.5, 0.5, 0.5), reduced=which) for which in (False, True))
+            *(training_image(data, Preprocessing(96), square(0.5, 0.5, 0.5), reduced=which) for which in (False, True))
         )
 
 
-def test_images_made_on_a_device_are_the_same_but_for_rounding() -> None:
-    """The code for a GPU, run on the CPU: it resizes in floats, and rounds once."""
+@pytest.mark.parametrize(("mode", "levels"), [("bicubic", 12), ("bilinear", 1)])
+def test_images_made_on_a_device_are_the_same_but_for_rounding(mode: str, levels: int) -> None:
+    """The code for a GPU, run on the CPU: it resizes in floats, and rounds and clamps once."""
+    to = Preprocessing(48, mode)
     encoded = [*photos()[:6], png(70, 60)]
     draws = np.random.default_rng(0).random((len(encoded), 3))
     finds: list[FindCrop] = [square(*draw) for draw in draws[:4]] + [partial(any_crop, draw=draw) for draw in draws[4:]]
-    on_device = training_images_on(torch.device("cpu"), encoded, 48, finds)
+    on_device = training_images_on(torch.device("cpu"), encoded, to, finds)
     for data, find, image in zip(encoded, finds, on_device, strict=True):
-        difference = np.abs(training_image(data, 48, find).astype(int) - image.permute(1, 2, 0).numpy())
-        assert difference.max() <= 6
+        difference = np.abs(training_image(data, to, find).astype(int) - image.permute(1, 2, 0).numpy())
+        assert difference.max() <= levels
         assert difference.mean() < 0.5
 
 
-def test_a_part_of_a_resized_image_has_its_pixels_for_any_sizes() -> None:
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_a_part_of_a_resized_image_has_its_pixels_for_any_sizes(mode: str) -> None:
     random = np.random.default_rng(0)
     for _ in range(60):
         height, width, down, right, size_px = (int(side) for side in random.integers(1, 90, 5))
         image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         down, right = down + size_px, right + size_px
         planar = torch.from_numpy(image).permute(2, 0, 1)[None]
-        whole = F.interpolate(planar, size=(down, right), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+        whole = F.interpolate(planar, size=(down, right), mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
         left, top = (int(random.integers(0, side - size_px + 1)) for side in (right, down))
-        part = resized_part(image, right, down, left, top, size_px).astype(int)
+        part = resized_part(image, right, down, left, top, size_px, mode).astype(int)
         assert np.abs(part - whole[top : top + size_px, left : left + size_px]).max() <= LEVELS, (image.shape, down)
 
 
-def cut_from_the_whole(image: np.ndarray, short_px: int, size_px: int, *, five: bool) -> tuple[np.ndarray, int]:
+def cut_from_the_whole(
+    image: np.ndarray, short_px: int, size_px: int, mode: str, *, five: bool
+) -> tuple[np.ndarray, int]:
     """The crops of the whole resized image, (n, size, size, 3), and its number of pixels: how all images were made at first."""
     height, width = image.shape[:2]
     shape = (int(short_px * height / width), short_px) if width < height else (short_px, int(short_px * width / height))
     planar = torch.from_numpy(image).permute(2, 0, 1)[None]
     if shape != (height, width):
-        planar = F.interpolate(planar, size=shape, mode="bicubic", antialias=True)
+        planar = F.interpolate(planar, size=shape, mode=mode, antialias=True)
     whole = planar[0].permute(1, 2, 0).numpy()
     down, right = shape[0] - size_px, shape[1] - size_px
     centre = [(round(down / 2), round(right / 2))]
@@ -262,10 +322,13 @@ def cut_from_the_whole(image: np.ndarray, short_px: int, size_px: int, *, five: 
     return np.stack([whole[top : top + size_px, left : left + size_px] for top, left in places]), math.prod(shape)
 
 
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("five", [False, True], ids=["center crop", "five crops"])
-def test_crops_have_the_pixels_of_the_whole_resized_image_also_where_only_they_are_computed(five: bool) -> None:
+def test_crops_have_the_pixels_of_the_whole_resized_image_also_where_only_they_are_computed(
+    five: bool, mode: str
+) -> None:
     short_px, size_px = 55, 50 if five else 48
-    make = corners_and_centre if five else lambda image, size_px: centre_crop(image, size_px)[None]
+    make = corners_and_centre if five else lambda image, to: centre_crop(image, to)[None]
     random, strips = np.random.default_rng(0), 0
     for long, short in (
         (61, 60),
@@ -282,8 +345,8 @@ def test_crops_have_the_pixels_of_the_whole_resized_image_also_where_only_they_a
     ):
         noise = random.integers(0, 256, (short, long, 3), dtype=np.uint8)
         for image in (noise, noise.transpose(1, 0, 2), np.where(noise > 127, 255, 0).astype(np.uint8)):
-            expected, pixels = cut_from_the_whole(image, short_px, size_px, five=five)
-            difference = np.abs(make(image, size_px).astype(int) - expected)
+            expected, pixels = cut_from_the_whole(image, short_px, size_px, mode, five=five)
+            difference = np.abs(make(image, Preprocessing(size_px, mode)).astype(int) - expected)
             is_whole = pixels <= MOST_RESIZED * len(expected) * size_px**2
             assert difference.max() <= (0 if is_whole else LEVELS), image.shape
             strips += not is_whole
@@ -304,11 +367,13 @@ def test_the_memory_for_a_line_follows_the_output(size: tuple[int, int], monkeyp
     monkeypatch.setattr(F, "interpolate", counted)
     tracemalloc.start()
     try:
-        assert (evaluation_image(out.getvalue(), 224) == 255).all()
-        assert (five_crops(out.getvalue(), 224) == 255).all()
+        assert (evaluation_image(out.getvalue(), Preprocessing(224)) == 255).all()
+        assert (corners_and_centre(decode(out.getvalue()), Preprocessing(224)) == 255).all()
         for draw in ((0.0, 0.0, 0.0), (0.9, 0.9, 0.9)):
-            assert (training_image(out.getvalue(), 224, square(*draw)) == 255).all()
-            assert (training_image(out.getvalue(), 224, partial(any_crop, draw=np.array(draw))) == 255).all()
+            assert (training_image(out.getvalue(), Preprocessing(224), square(*draw)) == 255).all()
+            assert (
+                training_image(out.getvalue(), Preprocessing(224), partial(any_crop, draw=np.array(draw))) == 255
+            ).all()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

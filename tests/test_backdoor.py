@@ -40,7 +40,7 @@ from lift_ray.training.predictor import SplitPredictor
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
-OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": True}
+OTHER = {"seed": 1, "backbone.resolution_px": 48, "evaluation.tte": "five_crops"}
 
 
 @pytest.fixture(scope="module")

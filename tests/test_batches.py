@@ -18,7 +18,15 @@ from PIL import Image
 
 from lift_ray.data import augment, order
 from lift_ray.data import batches as data_batches
-from lift_ray.data.augment import SMALLEST_AREA, Augmentation, evaluation_image, smallest_area, square_crop
+from lift_ray.data.augment import (
+    SMALLEST_AREA,
+    Augmentation,
+    Preprocessing,
+    View,
+    evaluation_image,
+    smallest_area,
+    square_crop,
+)
 from lift_ray.data.batches import Batch, evaluation_batches, training_batches
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Shard, Split
@@ -26,7 +34,7 @@ from lift_ray.data.decode import READABLE
 from lift_ray.data.open import open_dataset
 from lift_ray.data.order import Sampling, epoch_order, rank_positions, rank_slice, steps_per_epoch, times_drawn
 from lift_ray.data.reader import RowReader
-from lift_ray.data.resolutions import View, view_batches
+from lift_ray.data.resolutions import view_batches
 from lift_ray.errors import BadInput
 
 
@@ -50,7 +58,7 @@ def train(
 ) -> list[Batch]:
     sampling = Sampling(seed, batch, rank=rank, world_size=world_size)
     crop = partial(square_crop, smallest=smallest_area("convex", epoch, 4))
-    augmentation = Augmentation(size_px, crop, num_patches=9, patch_dropout=patch_dropout)
+    augmentation = Augmentation(Preprocessing(size_px), crop, num_patches=9, patch_dropout=patch_dropout)
     with RowReader(split) as reader:
         batches = training_batches(
             reader, split, sampling, augmentation, epoch=epoch, start_step=start_step, num_threads=num_threads
@@ -215,7 +223,7 @@ def test_the_images_of_one_batch_are_shared_by_threads(small: Split, monkeypatch
 
     monkeypatch.setattr(augment, "training_image", noted)
     with RowReader(small) as reader:
-        augmentation = Augmentation(24, partial(square_crop, smallest=SMALLEST_AREA))
+        augmentation = Augmentation(Preprocessing(24), partial(square_crop, smallest=SMALLEST_AREA))
         batches = training_batches(reader, small, Sampling(0, 96), augmentation, epoch=0, num_threads=3)
         assert len(next(batches).labels) == 96
     assert len({name for name in makers if name.startswith("lift-decode")}) == 3
@@ -266,7 +274,7 @@ def test_every_rank_takes_the_same_number_of_steps_of_the_same_size(samples: int
                     NoFiles(),  # type: ignore[arg-type]
                     split,
                     Sampling(0, batch, rank=rank, world_size=world_size),
-                    Augmentation(1, partial(square_crop, smallest=SMALLEST_AREA)),
+                    Augmentation(Preprocessing(1), partial(square_crop, smallest=SMALLEST_AREA)),
                     epoch=0,
                 )
             )
@@ -285,7 +293,13 @@ def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: i
         for rank in range(world_size):
             parts = list(
                 evaluation_batches(
-                    reader, test, size_px=16, batch_size=25, rank=rank, world_size=world_size, num_threads=2
+                    reader,
+                    test,
+                    View(Preprocessing(16)),
+                    batch_size=25,
+                    rank=rank,
+                    world_size=world_size,
+                    num_threads=2,
                 )
             )
             mine = rank_slice(test.num_samples, rank, world_size)
@@ -294,14 +308,18 @@ def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: i
         encoded = reader.read(np.arange(test.num_samples))
     assert labels.tolist() == test.labels.tolist()
     for index in range(0, test.num_samples, 7):
-        assert np.array_equal(images[index].permute(1, 2, 0).numpy(), evaluation_image(encoded[index], 16))
+        assert np.array_equal(
+            images[index].permute(1, 2, 0).numpy(), evaluation_image(encoded[index], Preprocessing(16))
+        )
 
 
 def test_more_ranks_than_samples_leave_some_without_work(small: Split) -> None:
     few = Split("test", small.shards, small.labels[:2], small.rows[:2])
     with RowReader(few) as reader:
         sizes = [
-            sum(len(b.labels) for b in evaluation_batches(reader, few, size_px=16, rank=rank, world_size=3))
+            sum(
+                len(b.labels) for b in evaluation_batches(reader, few, View(Preprocessing(16)), rank=rank, world_size=3)
+            )
             for rank in range(3)
         ]
     assert sorted(sizes) == [0, 1, 1]
@@ -333,7 +351,7 @@ def test_a_broken_image_gives_a_one_line_error_that_names_row_and_split(tmp_path
     with pytest.raises(BadInput, match=message):
         train(split, batch=8)
     with RowReader(split) as reader, pytest.raises(BadInput, match=message):
-        list(evaluation_batches(reader, split, size_px=16))
+        list(evaluation_batches(reader, split, View(Preprocessing(16))))
     huge = Image.new("1", (20_000, 20_000))
     bomb, avif = io.BytesIO(), io.BytesIO()
     huge.save(bomb, "PNG")
@@ -349,6 +367,6 @@ def test_a_broken_image_gives_a_one_line_error_that_names_row_and_split(tmp_path
         with pytest.raises(BadInput, match=expected):
             train(split, batch=8)
         with RowReader(split) as reader, pytest.raises(BadInput, match=expected):
-            list(evaluation_batches(reader, split, size_px=16, crops=True))
+            list(evaluation_batches(reader, split, View(Preprocessing(16), "five_crops")))
         with RowReader(split) as reader, pytest.raises(BadInput, match=expected):
-            list(view_batches(reader, split, [View(16)], batch_size=4))
+            list(view_batches(reader, split, [View(Preprocessing(16))], batch_size=4))

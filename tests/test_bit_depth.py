@@ -23,7 +23,7 @@ from PIL import Image
 from lift_ray import convert as verb
 from lift_ray.data import decode as decoding
 from lift_ray.data import deep_samples as deep
-from lift_ray.data.augment import evaluation_image
+from lift_ray.data.augment import Preprocessing, View, evaluation_image
 from lift_ray.data.bad_image import BadImage, NeedsWindow, TooManyPixels
 from lift_ray.data.batches import evaluation_batches
 from lift_ray.data.bit_depth import Rendering, ValueRange, Window, nominal_range, value_range
@@ -595,7 +595,7 @@ def test_parquet_with_16_bit_images_is_converted_in_the_same_way_and_opened_dire
     pq.write_table(table, tmp_path / "raw" / "train-00000-of-00001.parquet")
     split = open_dataset(f"{tmp_path}/raw").split("train")
     with RowReader(split) as reader, pytest.raises(BadInput) as raised:
-        list(evaluation_batches(reader, split, size_px=16))
+        list(evaluation_batches(reader, split, View(Preprocessing(16))))
     assert str(raised.value) == (
         f"{tmp_path}/raw: row 2 of train must be an 8-bit image, but got 16-bit image with values 0 to 4095; "
         "convert it with --window auto|minmax|percentile|LO,HI"
@@ -667,7 +667,9 @@ def test_a_model_renders_16_bit_files_as_its_training_did_bit_for_bit(trained: t
     assert _from_arrays(dataset.uri, _to_arrays(dataset)).rendering == model.rendering, "the cached index keeps it"
     split = dataset.split("train")
     with RowReader(split) as reader:
-        seen = {evaluation_image(data, 32).tobytes() for data in reader.read(np.arange(split.num_samples))}
+        seen = {
+            evaluation_image(data, Preprocessing(32)).tobytes() for data in reader.read(np.arange(split.num_samples))
+        }
     files = [model.image(path.read_bytes()).tobytes() for path in source.rglob("*.png")]
     assert seen < set(files)
     assert len(set(files)) == 16

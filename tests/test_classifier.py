@@ -34,7 +34,7 @@ def where(small_data: str, small_clip: str, tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("run")
     threads = torch.get_num_threads()
     config = {
-        "backbone": {"model": small_clip},
+        "backbone": {"model": small_clip, "interpolation": "bilinear"},
         "optim": {"epochs": 1, "global_batch_size": 16, "lr": 0.05},
         "evaluation": {"posthoc_tau": 0.5},
     }

@@ -16,6 +16,7 @@ from optuna.storages import InMemoryStorage
 from played import DATA, HELD_OUT, Played, accuracy_of, play, space, write_out_of_fold
 
 from lift_ray.epoch_metrics import EpochMetrics
+from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.searching.confirmation import (
     Choice,
@@ -35,6 +36,7 @@ from lift_ray.searching.study import Study
 from lift_ray.settings.search import TAUS, ScaleConfig
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
+from lift_ray.terminal.tables import tte_note
 
 GROUPS = np.array(["many", "few"])
 
@@ -308,3 +310,30 @@ def test_without_a_test_split_only_the_winner_is_trained_again(tmp_path: Path) -
     wanted = confirmed().model_copy(update={"test": "none"})
     result, worker = found(wanted, tmp_path, retrains=True)
     assert [key for key in worker.began if "refit" in key] == [f"train {result.choice.row.number} refit"]
+
+
+def test_test_time_ensembling_is_in_all_rows_of_a_comparison_or_in_rows_of_its_own(tmp_path: Path) -> None:
+    rows = [trial(0, 0.4, baseline=0), trial(1, 0.9)]
+
+    def modes(wanted: SpaceFile) -> dict[str, str]:
+        choice = chosen(wanted, tmp_path, rows, [0.4, 0.9])
+        return {entry.label: entry.model.tte for entry in comparison(wanted, rows, {}, DATA, choice)}
+
+    plain = confirmed(confirm=None, tte_best=1)
+    assert set(modes(plain).values()) == {"off", "five_crops"}
+    assert [label for label, mode in modes(plain).items() if mode != "off"] == ["best found, TTE"]
+    everywhere = plain.model_copy(update={"base": {**plain.base, "evaluation": {"tte": "ten_crops"}}})
+    assert set(modes(everywhere).values()) == {"ten_crops"}, "zero-shot and the baselines too"
+    assert "best found, TTE" not in modes(everywhere)
+
+
+def test_the_note_on_test_time_ensembling_names_a_baseline_that_has_another() -> None:
+    same = {"zero-shot": "five_crops", "probe": "five_crops", BEST_FOUND: "five_crops"}
+    assert tte_note(same, BEST_FOUND) == "Test-time ensembling: five crops of each image, in all rows."
+    assert "best/ uses it only with" in tte_note(
+        {"probe": "off", BEST_FOUND: "off", "best found, TTE": "five_crops"}, BEST_FOUND
+    )
+    assert tte_note({**same, "probe": "off"}, BEST_FOUND).endswith(
+        "probe is evaluated with one crop of each image, but best found with five crops of each image: give both the same "
+        "evaluation.tte before you compare them."
+    )

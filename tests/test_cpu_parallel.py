@@ -114,11 +114,11 @@ def test_batches_are_as_small_as_a_towers_activations_require(tower: AnyTower, m
     assert largest.num_bytes == BATCH * tower.activation_bytes
     monkeypatch.setattr(cpu_parallel, "ACTIVATION_BYTES", 12 * tower.activation_bytes)
     assert batch_size(CPU, tower) == 12
-    assert batch_size(CPU, tower, crops=True) == 2
+    assert batch_size(CPU, tower, num_crops=5) == 2
     monkeypatch.setattr(cpu_parallel, "ACTIVATION_BYTES", 1)
     assert batch_size(CPU, tower) == 1
-    assert batch_size(torch.device("cuda"), tower, crops=True, largest=250) == 250
-    assert batch_size(torch.device("cuda"), tower, crops=True) == 50
+    assert batch_size(torch.device("cuda"), tower, num_crops=10, largest=100) == 10
+    assert batch_size(torch.device("cuda"), tower, num_crops=5) == 50
 
 
 def test_many_cores_hold_four_times_the_images_of_one_batch_at_most(three_threads: None) -> None:

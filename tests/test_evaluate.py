@@ -14,6 +14,7 @@ from evaluation_json import flat_evaluation
 
 from lift_ray import evaluate
 from lift_ray.errors import BadInput
+from lift_ray.inference.classifier import Classifier
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.run import Run
@@ -94,3 +95,35 @@ def test_a_folder_without_a_checkpoint_gives_a_one_line_error(tmp_path: Path) ->
         BadInput, match=r"^CHECKPOINT: must be a folder or a URL of object storage, but got nonsense://x"
     ):
         evaluate.main(["nonsense://x/y"])
+
+
+def test_the_mode_of_test_time_ensembling_is_in_the_title_and_an_unknown_one_is_refused(
+    folder: str, capsys: pytest.CaptureFixture[str], same_threads: None
+) -> None:
+    evaluate.main([folder])
+    plain = capsys.readouterr().out
+    evaluate.main([folder, "--tte", "ten_crops"])
+    ten = capsys.readouterr().out
+    assert "24 images, accuracy (%)" in plain
+    assert "24 images, ten crops of each image, accuracy (%)" in " ".join(ten.split())
+    with pytest.raises(BadInput, match=r"^--tte: unknown value 'fivecrop'; did you mean 'five_crops'\?$"):
+        evaluate.main([folder, "--tte", "fivecrop"])
+
+
+def test_the_training_images_are_evaluated_as_the_others_with_a_note_that_the_model_has_seen_them(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], same_threads: None
+) -> None:
+    evaluate.main([folder, "--split", "train", "--per-class", str(tmp_path / "classes.csv")])
+    printed = capsys.readouterr()
+    assert "train, 96 images, accuracy (%)" in printed.out
+    assert printed.err.count("the model was trained on these images, so this accuracy is not held out") == 1
+    with (tmp_path / "classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["images"] for row in rows] == [row["train_images"] for row in rows]
+    from_api = Classifier.load(folder, temperature=1)
+    found = from_api.evaluate(from_api.record.dataset, "train")
+    assert found.metrics["accuracy"] == pytest.approx(sum(int(row["correct"]) for row in rows) / 96)
+    assert found.notes == ["the model was trained on these images, so this accuracy is not held out"]
+    assert not from_api.evaluate(from_api.record.dataset, "test").notes
+    evaluate.main([folder])
+    assert "held out" not in capsys.readouterr().err

@@ -15,6 +15,7 @@ from lift_ray.inference.classifier import Classifier
 from lift_ray.inference.export import export_checkpoint
 from lift_ray.inference.model_card import markdown_code, markdown_text
 from lift_ray.methods.world import Ranks
+from lift_ray.model.backbone import load_backbone
 from lift_ray.registry import HEADS, TUNERS
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
@@ -136,6 +137,19 @@ def test_another_posthoc_tau_is_in_the_file_and_in_the_card(small_data: str, sma
     torch.testing.assert_close(own - exported, (1.5 * (counts / counts.sum()).log()).expand(2, -1))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "measured with post-hoc tau 0.5; the exported files use tau 2." in card
+
+
+def test_the_card_and_the_open_clip_files_say_how_images_are_resized(
+    small_data: str, small_clip: str, tmp_path: Path
+) -> None:
+    config = {"tuner": {"kind": "linear_probe"}, "backbone": {"model": small_clip, "interpolation": "bilinear"}}
+    export_checkpoint(saved(small_data, small_clip, tmp_path / "run", config), tmp_path / "out", ["open_clip"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "to 37 px (bilinear, antialiased), then crop the center:" in card
+    assert "interpolation: bilinear" in card
+    written = json.loads((tmp_path / "out" / "open_clip" / "open_clip_config.json").read_text())
+    assert written["preprocess_cfg"]["interpolation"] == "bilinear"
+    assert load_backbone(f"local-dir:{tmp_path / 'out' / 'open_clip'}").interpolation == "bilinear"
 
 
 def test_the_card_has_the_test_metrics_if_a_search_has_measured_them(

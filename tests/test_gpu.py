@@ -13,7 +13,7 @@ from embedded import LIFT_TINY, jpegs
 from made_run import run_config
 from PIL import Image
 
-from lift_ray.data.augment import square_crop, training_image, training_images_on
+from lift_ray.data.augment import Preprocessing, square_crop, training_image, training_images_on
 from lift_ray.data.decode import decode, decode_on
 from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.methods.world import Ranks
@@ -121,9 +121,9 @@ def test_crops_made_on_the_gpu_are_those_of_the_cpu() -> None:
     images, random = jpegs(29, "test", step=7), np.random.default_rng(0)
     draws = random.random((len(images), 3))
     finds = [lambda w, h, draw=draw: square_crop(w, h, 0.3, draw) for draw in draws]
-    found = training_images_on(GPU, images, 48, finds).cpu().numpy()
+    found = training_images_on(GPU, images, Preprocessing(48), finds).cpu().numpy()
     for one, find, image in zip(images, finds, found, strict=True):
-        expected = np.moveaxis(training_image(one, 48, find), -1, 0)
+        expected = np.moveaxis(training_image(one, Preprocessing(48), find), -1, 0)
         assert np.abs(image.astype(int) - expected).mean() < 4
 
 

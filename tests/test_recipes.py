@@ -40,7 +40,7 @@ def test_lift_plus_is_the_default_but_for_tower_length_and_five_crops(data: str)
         "evaluation": config.evaluation,
         "optim": config.optim.model_copy(update={"epochs": 5}),
     }
-    assert (config.optim.epochs, config.evaluation.tte) == (epochs, True)
+    assert (config.optim.epochs, config.evaluation.tte) == (epochs, "five_crops")
     assert RunConfig().model_copy(update=changed) == config.model_copy(update={"optim": changed["optim"]})
     assert config.resolve(DATA[data][0], 12, 768).to_dict()["tuner"]["bottleneck"] == DATA[data][1]
 

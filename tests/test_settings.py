@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from pydantic import ValidationError
 from lift_ray.model.tuners.config import derived_width
 from lift_ray.registry import TUNERS
 from lift_ray.settings.messages import models_of
-from lift_ray.settings.overrides import apply_overrides
+from lift_ray.settings.overrides import apply_overrides, parse_overrides
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.run_file import batch_fault
+from lift_ray.settings.run_file import batch_fault, read_run
 
 KINDS: dict[str, tuple[str, ...]] = {  # the default first
     "augment": ("mda", "crop_flip", "none"),
@@ -49,6 +50,7 @@ def test_the_defaults_are_lift_plus() -> None:
             "quickgelu": None,
             "precision": "fp32",
             "resolution_px": None,
+            "interpolation": None,
             "compile": False,
             "checkpointing": False,
             "cache_gib": 2.0,
@@ -71,8 +73,20 @@ def test_the_defaults_are_lift_plus() -> None:
             "shuffle_mib": 192.0,
             "data_frac": 1.0,
         },
-        "evaluation": {"posthoc_tau": 0.0, "tte": False, "group_bounds": "auto"},
+        "evaluation": {"posthoc_tau": 0.0, "tte": "off", "expand_px": None, "views": 10, "group_bounds": "auto"},
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "mode"),
+    [("off", "off"), ("false", "off"), ("true", "five_crops"), ("five_crops", "five_crops"), ("'off'", "off")],
+)
+def test_the_mode_of_test_time_ensembling_is_also_read_as_earlier_versions_wrote_it(
+    written: str, mode: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"dataset: embedded:caltech101-lt\nevaluation: {{tte: {written}}}\n")
+    assert read_run(tmp_path / "run.yaml").evaluation.tte == mode
+    assert read_run(tmp_path / "run.yaml", parse_overrides([f"evaluation.tte={written}"])).evaluation.tte == mode
 
 
 def test_the_kinds_of_a_section_are_those_listed_here() -> None:
@@ -372,6 +386,7 @@ OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it 
     "quickgelu": True,
     "precision": "bf16",
     "resolution_px": 64,
+    "interpolation": "bilinear",
     "compile": True,
     "checkpointing": True,
     "cache_gib": 0.0,
@@ -409,7 +424,9 @@ OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it 
     "shuffle_mib": 1.0,
     "data_frac": 0.5,
     "posthoc_tau": 1.0,
-    "tte": True,
+    "tte": "ten_crops",
+    "expand_px": 21,
+    "views": 5,
     "threshold": 0.9,
     "unlabelled_ratio": 3,
     "cutout_frac": 0.25,
@@ -453,7 +470,7 @@ def one_setting_apart() -> list[dict[str, Any]]:
 
 
 def test_a_digest_is_stable_and_differs_with_any_setting_of_any_kind() -> None:
-    assert RunConfig().digest() == "c0ffa605a2a7"  # pragma: allowlist secret
+    assert RunConfig().digest() == "852b0f449bce"  # pragma: allowlist secret
     trees = one_setting_apart()
     assert len(trees) > 100
     digests = {RunConfig.model_validate(tree).digest() for tree in trees}

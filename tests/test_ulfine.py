@@ -263,7 +263,7 @@ def test_predictions_use_the_fused_logits_and_the_others_are_reported_next_to_th
     assert {k: again[k] for k in again if k.startswith("test/")} == pytest.approx(
         {k: v for k, v in fused.items() if k.startswith("test/")}, abs=1e-6
     )
-    (crops,), _ = evaluate_checkpoint(tmp_path / "here", DATA, "test", tte=True)
+    (crops,), _ = evaluate_checkpoint(tmp_path / "here", DATA, "test", tte="five_crops")
     assert crops["test/loss"] != fused["test/loss"]
     assert {k for k in crops if k.startswith("test/")} == {k for k in fused if k.startswith("test/")}
 

@@ -10,7 +10,7 @@ import torch
 from embedded import embedded
 from PIL import Image, ImageEnhance, ImageOps
 
-from lift_ray.data.augment import Augmentation, evaluation_image
+from lift_ray.data.augment import Augmentation, Preprocessing, evaluation_image
 from lift_ray.data.batches import Batch, unlabelled_batches
 from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels
@@ -48,7 +48,7 @@ def pool() -> Split:
 
 def image(number: int = 0) -> Pixels:
     with RowReader(pool()) as reader:
-        return evaluation_image(reader.read(np.array([number]))[0], 48)
+        return evaluation_image(reader.read(np.array([number]))[0], Preprocessing(48))
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.9])
@@ -104,9 +104,9 @@ def test_views_depend_on_their_draws_alone() -> None:
     with RowReader(pool()) as reader:
         (data,) = reader.read(np.array([3]))
     draws = np.random.default_rng(0).random((50, NUM_DRAWS))
-    first = [two_views(data, 48, draw, 0.5) for draw in draws]
+    first = [two_views(data, Preprocessing(48), draw, 0.5) for draw in draws]
     torch.manual_seed(1)
-    again = [two_views(data, 48, draw, 0.5) for draw in reversed(draws)][::-1]
+    again = [two_views(data, Preprocessing(48), draw, 0.5) for draw in reversed(draws)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert len({view[1].tobytes() for view in first}) == 50
     assert first[0].shape == (2, 48, 48, 3)
@@ -121,7 +121,7 @@ def batches(
                 reader,
                 pool(),
                 Sampling(5, 480, rank=rank, world_size=world_size),
-                Augmentation(16, None, num_patches=4, patch_dropout=0.5),
+                Augmentation(Preprocessing(16), None, num_patches=4, patch_dropout=0.5),
                 cutout_frac=0.5,
                 start_step=start_step,
                 num_steps=num_steps,

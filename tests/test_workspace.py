@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,18 @@ import torch
 from embedded import LIFT_TINY
 from made_run import run_config
 
-from lift_ray.data.augment import any_crop, five_crops, growing_px, training_image
+from lift_ray.data.augment import (
+    Preprocessing,
+    View,
+    any_crop,
+    corners_and_centre,
+    evaluation_image,
+    growing_px,
+    training_image,
+)
+from lift_ray.data.decode import decode
 from lift_ray.data.folds import Folds
+from lift_ray.data.order import Sampling
 from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.evaluator import evaluate
@@ -24,7 +36,7 @@ from lift_ray.model.tower import Block
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint
-from lift_ray.training.batches import micro_batches
+from lift_ray.training.batches import image_batches, micro_batches
 from lift_ray.training.feature_cache import FeatureCache
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace, first_of_each_class
@@ -178,14 +190,19 @@ def test_five_crops_are_the_corners_and_the_center_and_their_logits_are_averaged
 ) -> None:
     split = workspace.dataset.split("test")
     encoded = workspace.reader(split).read(np.arange(1))[0]
-    crops = five_crops(encoded, 32)
+    crops = corners_and_centre(decode(encoded), Preprocessing(32))
     assert crops.shape == (5, 32, 32, 3)
     assert len({crop.tobytes() for crop in crops}) == 5
     run = Run(settings(small_clip, evaluation__tte=True), workspace)
     with torch.inference_mode():
         logits = torch.cat([batch.logits for batch in run.predictor.logits(split)])
         pixels = torch.from_numpy(
-            np.stack([five_crops(data, 32) for data in workspace.reader(split).read(np.arange(24))])
+            np.stack(
+                [
+                    corners_and_centre(decode(data), Preprocessing(32))
+                    for data in workspace.reader(split).read(np.arange(24))
+                ]
+            )
         ).movedim(-1, -3)
         std, mean = (
             torch.tensor(v).view(3, 1, 1)
@@ -197,10 +214,101 @@ def test_five_crops_are_the_corners_and_the_center_and_their_logits_are_averaged
     plain = Run(settings(small_clip), workspace)
     plain.save(tmp_path / "plain")
     asked, own = (
-        evaluate_checkpoint(tmp_path / name, workspace.dataset.uri, "test", tte=name == "plain")[0][0]["test/loss"]
+        evaluate_checkpoint(
+            tmp_path / name, workspace.dataset.uri, "test", tte="five_crops" if name == "plain" else None
+        )[0][0]["test/loss"]
         for name in ("plain", "run")
     )
     assert asked == pytest.approx(own, abs=1e-5) != plain.evaluate("test").metrics["loss"]
+
+
+@pytest.mark.parametrize(("tte", "number"), [("ten_crops", 10), ("augmented", 3)])
+def test_logits_are_averaged_over_the_crops_of_every_mode(
+    tte: str, number: int, workspace: Workspace, small_clip: str
+) -> None:
+    split = workspace.dataset.split("test")
+    run = Run(settings(small_clip, evaluation__tte=tte, evaluation__expand_px=9, evaluation__views=3), workspace)
+    view = View(Preprocessing(32), tte, 9, 3)
+    assert workspace.view(run.config) == view
+    crops = np.stack([view.of(decode(data)) for data in workspace.reader(split).read(np.arange(6))])
+    assert crops.shape == (6, number, 32, 32, 3)
+    pixels = workspace.normalizer(run.config)(torch.from_numpy(crops).movedim(-1, -3))
+    with torch.inference_mode():
+        logits = torch.cat([batch.logits for batch in run.predictor.logits(split)])[:6]
+        by_hand = torch.stack([run.model(pixels[:, i]) for i in range(number)]).mean(0)
+    assert torch.allclose(logits, by_hand, atol=1e-4)
+
+
+def resizing(clip: str, folder: Path, **changes: str) -> str:
+    """The same CLIP, with other preprocessing of its weights."""
+    shutil.copytree(clip.removeprefix("local-dir:"), folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= changes
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+def test_images_are_resized_as_the_weights_were_trained_or_as_the_settings_say(
+    workspace: Workspace, small_clip: str, tmp_path: Path
+) -> None:
+    split = workspace.dataset.split("train")
+    encoded = workspace.reader(split).read(np.arange(16))
+    plain = settings(small_clip)
+    bilinear = settings(resizing(small_clip, tmp_path / "squash", interpolation="bilinear", resize_mode="squash"))
+    cases = [
+        (plain, Preprocessing(32, "bicubic")),
+        (settings(small_clip, backbone__interpolation="bilinear"), Preprocessing(32, "bilinear")),
+        (bilinear, Preprocessing(32, "bilinear", squash=True)),
+        (
+            run_config(bilinear.to_dict(), {"backbone__interpolation": "bicubic"}),
+            Preprocessing(32, "bicubic", squash=True),
+        ),
+    ]
+    for config, expected in cases:
+        assert workspace.preprocessing(config) == expected
+        run = Run(config, workspace)
+        pixels = torch.from_numpy(np.stack([evaluation_image(data, expected) for data in encoded])).movedim(-1, -3)
+        with torch.inference_mode():
+            by_hand = run.model(workspace.normalizer(config)(pixels))
+            cached = next(run.predictor.logits(split)).logits[:16]
+        assert torch.allclose(cached, by_hand, atol=1e-4), "cached features are those of the same preprocessing"
+        crop = run_config(config.to_dict(), {"augment": {"kind": "crop_flip"}})
+        ((images, _), labels) = next(image_batches(crop, workspace, run.model.tower, 0, 0))
+        draws = np.random.default_rng([0, 0, 0]).random((16, 3))
+        rank_samples = Sampling(0, 16, crop.optim.shuffle_bytes).of_epoch(split, 0)
+        position, sample = rank_samples(0)
+        assert images is not None
+        assert labels.tolist() == split.labels[sample].tolist()
+        data = workspace.reader(split).read(sample[:1])[0]
+        mine = training_image(data, expected, partial(any_crop, draw=draws[position[0]]))
+        assert torch.allclose(
+            images[0], workspace.normalizer(crop)(torch.from_numpy(mine.copy()).movedim(-1, 0)), atol=1e-5
+        )
+    with pytest.raises(
+        BadInput, match=r"^backbone\.model: must be trained on images that are cropped or squashed .* says longest"
+    ):
+        Run(settings(resizing(small_clip, tmp_path / "longest", resize_mode="longest")), workspace)
+
+
+@pytest.mark.parametrize("fold", [None, 2])
+def test_fewer_training_images_move_no_class_to_another_group(
+    fold: int | None, workspace: Workspace, small_clip: str, tmp_path: Path
+) -> None:
+    """The classes have 24, 18, 14, 12, 10, 8, 6 and 4 labeled training images."""
+    if fold is not None:
+        workspace = workspace.on(Folds(3, 0).view(workspace.dataset, fold))
+    config = settings(small_clip, evaluation__group_bounds=[10, 20], optim__epochs=1)
+    expected = ["many"] + 4 * ["medium"] + 3 * ["few"]
+    whole, part = (Run(run_config(config.to_dict(), {"optim__data_frac": frac}), workspace) for frac in (1.0, 0.3))
+    assert part.class_counts.sum() < whole.class_counts.sum() / 2
+    for run in (whole, part):
+        assert run.predictor.groups.names.tolist() == expected
+        run.save(tmp_path / run.config.digest())
+        record = checkpoint.read_record(tmp_path / run.config.digest())
+        assert record.groups.names.tolist() == expected
+        assert record.class_counts == run.class_counts.tolist()
+    figures = [run.evaluate("test").metrics for run in (whole, part)]
+    assert figures[0].keys() == figures[1].keys() >= {"many", "medium", "few"}
 
 
 def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logits(
@@ -220,7 +328,9 @@ def test_the_adjustment_after_training_favours_rare_classes_and_reuses_the_logit
 def test_a_random_crop_with_flip_is_decided_by_its_draw(workspace: Workspace) -> None:
     encoded = workspace.reader(workspace.dataset.split("train")).read(np.arange(1))[0]
     draws = np.random.default_rng(0).random((40, 3))
-    once, again = ([training_image(encoded, 16, partial(any_crop, draw=draw)) for draw in draws] for _ in range(2))
+    once, again = (
+        [training_image(encoded, Preprocessing(16), partial(any_crop, draw=draw)) for draw in draws] for _ in range(2)
+    )
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
     assert len({image.tobytes() for image in once}) == 40
     assert once[0].shape == (16, 16, 3)

@@ -1,4 +1,4 @@
-"""Convert decoded images to square uint8 images: random crops for training, a center crop or five crops for evaluation.
+"""Convert decoded images to square uint8 images: random crops for training, a center crop or several crops for evaluation.
 
 Images are resized by torch, bicubic or bilinear with antialiasing, like torchvision's transforms of tensors. Its vectorized
 code takes a third of Pillow's time. It differs from Pillow by one level in 0.3% of the values, by two in a few per million.
@@ -35,14 +35,28 @@ GROWTH: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle of an image in pixels, with its interpolation mode and flip."""
+    """A rectangle of an image in pixels, and whether it is flipped."""
 
     left: int
     top: int
     width: int
     height: int
-    mode: str = "bicubic"
     flip: bool = False
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become the square inputs of a backbone, in training and evaluation.
+
+    Args:
+        size_px: side of the inputs.
+        interpolation: bicubic or bilinear, both with antialiasing.
+        squash: resize a whole image to a square for evaluation, whatever its aspect; False keeps the aspect and crops.
+    """
+
+    size_px: int
+    interpolation: str = "bicubic"
+    squash: bool = False
 
 
 FindCrop = Callable[[int, int], Crop]
@@ -54,7 +68,7 @@ class Augmentation:
     """Changes of the training images of an epoch.
 
     Args:
-        size_px: side of the square images.
+        preprocessing: side of the square images, and how they are resized.
         crop: draws the crop of an image; None for the evaluation crop.
         reduced: decode large JPEGs at 1/2, 1/4 or 1/8 if the crop does not need more.
         device: decodes and resizes random crops; None for threads on the CPU.
@@ -62,7 +76,7 @@ class Augmentation:
         patch_dropout: fraction of the patches to drop, in [0, 1); at least one stays.
     """
 
-    size_px: int
+    preprocessing: Preprocessing
     crop: DrawCrop | None
     reduced: bool = False
     device: torch.device | None = None
@@ -72,8 +86,8 @@ class Augmentation:
     def image(self, encoded: bytes, draw: Draws) -> Pixels:
         """Return the augmented image, (size, size, 3) uint8."""
         if self.crop is None:
-            return evaluation_image(encoded, self.size_px)
-        return training_image(encoded, self.size_px, partial(self.crop, draw=draw), reduced=self.reduced)
+            return evaluation_image(encoded, self.preprocessing)
+        return training_image(encoded, self.preprocessing, partial(self.crop, draw=draw), reduced=self.reduced)
 
     def patches(self, random: np.random.Generator, positions: Int64s, *shape: int) -> torch.Tensor | None:
         """Draw the patches to keep for each image of a batch independently: (b, P) or (b, 2, P), ascending; None for all.
@@ -115,7 +129,7 @@ def square_crop(width: int, height: int, smallest: float, draw: Draws) -> Crop:
 
 
 def any_crop(width: int, height: int, draw: Draws) -> Crop:
-    """Draw a crop of 8% to 100% of the area and aspect 3/4 to 4/3, bilinear, flipped with probability 1/2 (arXiv 2309.10019).
+    """Draw a crop of 8% to 100% of the area and aspect 3/4 to 4/3, flipped with probability 1/2 (arXiv 2309.10019).
 
     Args:
         draw: three numbers in [0, 1) that decide everything.
@@ -131,66 +145,120 @@ def any_crop(width: int, height: int, draw: Draws) -> Crop:
     else:  # the largest center crop that the aspect allows
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    return Crop(left, top, w, h, "bilinear", bool(random.random() < 0.5))
+    return Crop(left, top, w, h, bool(random.random() < 0.5))
 
 
-def training_image(encoded: bytes, size_px: int, find: FindCrop, *, reduced: bool = False) -> Pixels:
+def training_image(encoded: bytes, preprocessing: Preprocessing, find: FindCrop, *, reduced: bool = False) -> Pixels:
     """Return a resized crop of an encoded image, (size, size, 3) uint8.
 
     Args:
+        preprocessing: size and interpolation.
         find: returns the crop for an image of (width, height).
-        reduced: decode a JPEG at a lower resolution if the crop still has at least `size_px` pixels per side.
+        reduced: decode a JPEG at a lower resolution if the crop still has at least as many pixels per side as the result.
     """
+    size_px = preprocessing.size_px
 
     def spare(width: int, height: int) -> float:
         crop = find(width, height)
         return min(crop.width, crop.height) / size_px
 
     image = decode(encoded, spare if reduced else None)
-    crop = find(image.shape[1], image.shape[0])
+    return _cut(image, find(image.shape[1], image.shape[0]), preprocessing)
+
+
+def _cut(image: Pixels, crop: Crop, preprocessing: Preprocessing) -> Pixels:
     part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    small = resized(part, size_px, size_px, crop.mode)
+    small = resized(part, preprocessing.size_px, preprocessing.size_px, preprocessing.interpolation)
     return small[:, ::-1] if crop.flip else small
 
 
-def training_images_on(device: torch.device, encoded: list[bytes], size_px: int, finds: list[FindCrop]) -> torch.Tensor:
+def training_images_on(
+    device: torch.device, encoded: list[bytes], preprocessing: Preprocessing, finds: list[FindCrop]
+) -> torch.Tensor:
     """Return images decoded and resized on a device, (b, 3, size, size) uint8."""
+    size_px, mode = preprocessing.size_px, preprocessing.interpolation
     out = torch.empty(len(encoded), 3, size_px, size_px, dtype=torch.uint8, device=device)
     for row, image, find in zip(out, decode_on(device, encoded), finds, strict=True):
         crop = find(image.shape[2], image.shape[1])
         part = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width].float()
-        small = F.interpolate(part[None], size=(size_px, size_px), mode=crop.mode, antialias=True)[0]
+        small = F.interpolate(part[None], size=(size_px, size_px), mode=mode, antialias=True)[0]
         row.copy_((small.flip(-1) if crop.flip else small).round_().clamp_(0, 255))
     return out
 
 
-def evaluation_image(encoded: bytes, size_px: int) -> Pixels:
-    """Return the evaluation crop, (size, size, 3) uint8: short side resized to 8/7 of the size (224 -> 256), then a center crop."""
-    return centre_crop(decode(encoded), size_px)
+def evaluation_image(encoded: bytes, preprocessing: Preprocessing) -> Pixels:
+    """Return `centre_crop` of an encoded image, (size, size, 3) uint8."""
+    return centre_crop(decode(encoded), preprocessing)
 
 
-def centre_crop(image: Pixels, size_px: int) -> Pixels:
-    """Return the evaluation crop of a decoded image, (size, size, 3)."""
-    return _crops(
-        image, round(size_px * 8 / 7), size_px, lambda right, bottom: [(round(right / 2), round(bottom / 2))]
-    )[0]
+def centre_crop(image: Pixels, preprocessing: Preprocessing) -> Pixels:
+    """Return the evaluation image of a decoded image, (size, size, 3).
+
+    The short side is resized to 8/7 of the size (224 -> 256), then the center is cropped. A squashed image is not cropped.
+    """
+    size_px = preprocessing.size_px
+    short_px = size_px if preprocessing.squash else round(size_px * 8 / 7)
+    return _crops(image, short_px, preprocessing, lambda right, bottom: [(round(right / 2), round(bottom / 2))])[0]
 
 
-def five_crops(encoded: bytes, size_px: int) -> Pixels:
+def corners_and_centre(image: Pixels, preprocessing: Preprocessing, expand_px: int | None = None) -> Pixels:
     """Return the corners and the center for test-time ensembling, (5, size, size, 3) uint8 (arXiv 2309.10019).
 
-    The short side is resized to size + 24 px; for sizes below 224 px, the margin of 24 shrinks in proportion.
+    Args:
+        expand_px: the short side (of a squashed image both sides) is resized to size + expand_px; None for 24 px, which shrink in
+            proportion for sizes below 224 px.
     """
-    return corners_and_centre(decode(encoded), size_px)
-
-
-def corners_and_centre(image: Pixels, size_px: int) -> Pixels:
-    """Return the five crops of a decoded image, (5, size, size, 3)."""
 
     def places(right: int, bottom: int) -> list[tuple[int, int]]:
         return [(0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2))]
 
-    return np.stack(_crops(image, size_px + min(24, round(size_px * 24 / 224)), size_px, places))
+    size_px = preprocessing.size_px
+    expand_px = min(24, round(size_px * 24 / 224)) if expand_px is None else expand_px
+    return np.stack(_crops(image, size_px + expand_px, preprocessing, places))
+
+
+@dataclass(frozen=True)
+class View:
+    """Input of a model at evaluation: the center crop of an image, or several crops for test-time ensembling.
+
+    Args:
+        preprocessing: size of the crops, and how they are resized.
+        tte: off, five_crops, ten_crops or augmented.
+        expand_px: argument of `corners_and_centre`.
+        num_augmented: number of random crops of augmented.
+    """
+
+    preprocessing: Preprocessing
+    tte: str = "off"
+    expand_px: int | None = None
+    num_augmented: int = 10
+
+    @property
+    def num_crops(self) -> int:
+        """Number of crops of an image."""
+        return {"off": 1, "five_crops": 5, "ten_crops": 10, "augmented": self.num_augmented}[self.tte]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of `of`, channels first: (3, size, size), or (crops, 3, size, size) with test-time ensembling."""
+        size_px = self.preprocessing.size_px
+        return (3, size_px, size_px) if self.tte == "off" else (self.num_crops, 3, size_px, size_px)
+
+    def of(self, image: Pixels) -> Pixels:
+        """Crop a decoded image: (H, W, 3) -> (size, size, 3) or (crops, size, size, 3) uint8."""
+        if self.tte == "off":
+            return centre_crop(image, self.preprocessing)
+        if self.tte == "augmented":
+            return self._augmented(image)
+        # as torchvision's ten crops: the center of a mirrored image may be a pixel away from that of the image
+        sides = (image, image[:, ::-1]) if self.tte == "ten_crops" else (image,)
+        return np.concatenate([corners_and_centre(side, self.preprocessing, self.expand_px) for side in sides])
+
+    def _augmented(self, image: Pixels) -> Pixels:
+        """Return random crops and flips. Their random numbers are the same for every image, so that an image has one result."""
+        draws = np.random.default_rng(0).random((self.num_augmented, CROP_DRAWS))
+        height, width = image.shape[:2]
+        return np.stack([_cut(image, any_crop(width, height, draw), self.preprocessing) for draw in draws])
 
 
 def resized(image: Pixels, width: int, height: int, mode: str = "bicubic") -> Pixels:
@@ -210,47 +278,71 @@ def growing_px(start_px: int, full_px: int, patch_px: int, epoch: int, epochs: i
 
 
 def _crops(
-    image: Pixels, short_px: int, size_px: int, places: Callable[[int, int], list[tuple[int, int]]]
+    image: Pixels,
+    short_px: int,
+    preprocessing: Preprocessing,
+    places: Callable[[int, int], list[tuple[int, int]]],
 ) -> list[Pixels]:
     """Return square crops of the image whose short side is resized, each (size, size, 3).
 
     A long strip would take far more memory as a whole than its crops do: then only the pixels of the crops are computed.
 
     Args:
-        short_px: short side after resizing.
+        short_px: short side after resizing; both sides of a squashed image.
         places: returns left and top of the crops for the largest left and top.
     """
-    height, width = image.shape[:2]
-    if width < height:
+    (height, width), size_px, mode = image.shape[:2], preprocessing.size_px, preprocessing.interpolation
+    if preprocessing.squash:
+        width = height = short_px
+    elif width < height:
         width, height = short_px, int(short_px * height / width)
     else:
         width, height = int(short_px * width / height), short_px
     wanted = places(width - size_px, height - size_px)
     if width * height > MOST_RESIZED * len(wanted) * size_px**2:
-        return [resized_part(image, width, height, left, top, size_px) for left, top in wanted]
-    whole = resized(image, width, height)
+        return [resized_part(image, width, height, left, top, size_px, mode) for left, top in wanted]
+    whole = resized(image, width, height, mode)
     return [whole[top : top + size_px, left : left + size_px] for left, top in wanted]
 
 
-def resized_part(image: Pixels, width: int, height: int, left: int, top: int, size_px: int) -> Pixels:
-    """Return a square of `resized(image, width, height)` from the pixels that it depends on, (size, size, 3).
+def resized_part(
+    image: Pixels, width: int, height: int, left: int, top: int, size_px: int, mode: str = "bicubic"
+) -> Pixels:
+    """Return a square of `resized(image, width, height, mode)` from the pixels that it depends on, (size, size, 3).
 
     It repeats the arithmetic of torch's code for uint8: columns first, then rows, each with weights of 16 bits, rounded to uint8.
     Other code of torch (for processors without AVX2) may differ by one level.
     """
-    across, down = _Side(image.shape[1], width), _Side(image.shape[0], height)
+    across, down = _Side(image.shape[1], width, mode), _Side(image.shape[0], height, mode)
     columns, rows = across.weights(across.centres(left, size_px)), down.weights(down.centres(top, size_px))
     first, last = rows[0][0], rows[-1][0] + len(rows[-1][1])
     narrow = _filtered(image[first:last].transpose(1, 0, 2), columns, across.bits).transpose(1, 0, 2)
     return _filtered(narrow, [(start - first, weights) for start, weights in rows], down.bits)
 
 
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights: NDArray[np.float64] = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    return weights * (x < 2)
+
+
+def _linear(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(1 - x, 0)
+
+
+# mode -> weight at a distance in pixels, and the distance from which on it is 0
+FILTERS: dict[str, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]], int]] = {
+    "bicubic": (_cubic, 2),
+    "bilinear": (_linear, 1),
+}
+
+
 @dataclass(frozen=True)
 class _Side:
-    """A side that is resized, bicubic with antialiasing, from `source` to `target` pixels."""
+    """A side that is resized with antialiasing from `source` to `target` pixels; `mode` is a key of FILTERS."""
 
     source: int
     target: int
+    mode: str
 
     def centres(self, start: int, number: int) -> NDArray[np.float64]:
         """Return where the centers of pixels [start, start + number) lie in the source."""
@@ -262,9 +354,10 @@ class _Side:
         return [self._weights(centre, stretch) for centre in centres]
 
     def _weights(self, centre: float, stretch: float) -> tuple[int, NDArray[np.float64]]:
-        first, stop = max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), self.source)
-        x = np.abs((np.arange(first, stop) - centre + 0.5) / stretch)
-        weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
+        weight, reach = FILTERS[self.mode]
+        reach_px = reach * stretch
+        first, stop = max(int(centre - reach_px + 0.5), 0), min(int(centre + reach_px + 0.5), self.source)
+        weights = weight(np.abs((np.arange(first, stop) - centre + 0.5) / stretch))
         return first, weights / weights.sum()
 
     @cached_property

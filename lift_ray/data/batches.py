@@ -23,14 +23,15 @@ from lift_ray.data.augment import (
     CROP_DRAWS,
     Augmentation,
     FindCrop,
+    Preprocessing,
+    View,
     evaluation_image,
-    five_crops,
     training_images_on,
 )
 from lift_ray.data.bad_image import BadImage, NeedsWindow, RequiresExtra
 from lift_ray.data.bit_depth import WINDOWS
 from lift_ray.data.dataset import Split
-from lift_ray.data.decode import Pixels
+from lift_ray.data.decode import Pixels, decode
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.order import READ_AHEAD_SAMPLES, Sampling, rank_slice, steps_per_epoch
 from lift_ray.data.reader import RowReader
@@ -84,7 +85,7 @@ def training_batches(
         draws = random.random((batch_size, CROP_DRAWS))[positions]
         if augmentation.device is not None and augmentation.crop is not None:
             finds: list[FindCrop] = [partial(augmentation.crop, draw=draw) for draw in draws]
-            batch = _batch_on(augmentation.device, reader, split, samples, augmentation.size_px, finds)
+            batch = _batch_on(augmentation.device, reader, split, samples, augmentation.preprocessing, finds)
         else:
             batch = _batch(reader, split, samples, lambda data, i: augmentation.image(data, draws[i]), decoders)
         return replace(batch, patches=augmentation.patches(random, positions, batch_size))
@@ -112,7 +113,7 @@ def unlabelled_batches(
     Each image has a weak and a strong view: images (b, 2, 3, H, W), patches (b, 2, P). The labels are for evaluation only.
 
     Args:
-        augmentation: size and patch dropout; the views replace its crop, and are decoded exactly on the CPU.
+        augmentation: preprocessing and patch dropout; the views replace its crop, and are decoded exactly on the CPU.
         cutout_frac: side of the gray square of the strong view, as a fraction of the image's side.
         start_step: number of steps since the run began, over all epochs; the batches of the next `num_steps` follow.
     """
@@ -127,7 +128,7 @@ def unlabelled_batches(
             reader,
             split,
             samples,
-            lambda data, i: two_views(data, augmentation.size_px, draws[i], cutout_frac),
+            lambda data, i: two_views(data, augmentation.preprocessing, draws[i], cutout_frac),
             decoders,
         )
         return replace(batch, patches=augmentation.patches(random, positions, batch_size, 2))
@@ -142,30 +143,29 @@ def unlabelled_batches(
 def evaluation_batches(
     reader: RowReader,
     split: Split,
+    view: View,
     *,
-    size_px: int,
     batch_size: int = 250,
     rank: int = 0,
     world_size: int = 1,
     num_threads: int = 1,
-    crops: bool = False,
     samples: Int64s | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's slice of a split, or of some of its samples; over all ranks, every sample comes exactly once.
 
     Args:
-        crops: take five crops of each image: images (b, 5, 3, H, W).
+        view: what the model gets of an image: images are (b, *view.shape).
         samples: sample numbers; None for all.
     """
     wanted = np.arange(split.num_samples) if samples is None else samples
     mine = wanted[rank_slice(len(wanted), rank, world_size)]
-    image, decoders = five_crops if crops else evaluation_image, _decoders(num_threads)
+    decoders = _decoders(num_threads)
 
     def samples_of(step: int) -> Int64s:
         return mine[step * batch_size : (step + 1) * batch_size]
 
     def make(step: int) -> Batch:
-        return _batch(reader, split, samples_of(step), lambda data, i: image(data, size_px), decoders)
+        return _batch(reader, split, samples_of(step), lambda data, i: view.of(decode(data)), decoders)
 
     steps, read_ahead = range(-(-len(mine) // batch_size)), -(-READ_AHEAD_SAMPLES // batch_size)
     return made_ahead(make, steps, num_threads, lambda step: reader.prefetch(samples_of(step)), read_ahead, decoders)
@@ -204,15 +204,20 @@ def _batch(
 
 
 def _batch_on(
-    device: torch.device, reader: RowReader, split: Split, samples: Int64s, size_px: int, finds: list[FindCrop]
+    device: torch.device,
+    reader: RowReader,
+    split: Split,
+    samples: Int64s,
+    preprocessing: Preprocessing,
+    finds: list[FindCrop],
 ) -> Batch:
     encoded = reader.read(samples)
     try:
-        images = training_images_on(device, encoded, size_px, finds)
+        images = training_images_on(device, encoded, preprocessing, finds)
     except BadImage:
         for sample, data in zip(samples, encoded, strict=True):
             try:
-                evaluation_image(data, size_px)
+                evaluation_image(data, preprocessing)
             except BadImage as error:
                 raise broken_image(split, sample, error) from None
         raise

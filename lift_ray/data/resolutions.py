@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lift_ray.data.augment import centre_crop, corners_and_centre
+from lift_ray.data.augment import View
 from lift_ray.data.bad_image import BadImage
 from lift_ray.data.batches import broken_image, made_ahead
 from lift_ray.data.dataset import Split
@@ -18,19 +17,7 @@ from lift_ray.data.longtail import Int64s
 from lift_ray.data.order import READ_AHEAD_SAMPLES, rank_slice
 from lift_ray.data.reader import RowReader
 
-Images = dict["View", Tensor]
-
-
-@dataclass(frozen=True)
-class View:
-    """Input of a model: the center crop of an image, or five crops, at a size."""
-
-    size_px: int
-    crops: bool = False
-
-    def of(self, image: Pixels) -> Pixels:
-        """Crop an image: (H, W, 3) -> (size, size, 3) or (5, size, size, 3), as in `evaluation_batches`."""
-        return (corners_and_centre if self.crops else centre_crop)(image, self.size_px)
+Images = dict[View, Tensor]
 
 
 def view_batches(
@@ -43,7 +30,7 @@ def view_batches(
     world_size: int = 1,
     num_threads: int = 1,
 ) -> Iterator[tuple[Images, Tensor]]:
-    """Yield this rank's slice of a split: for each view (b, 3, H, W) or (b, 5, 3, H, W) uint8, and labels (b,).
+    """Yield this rank's slice of a split: for each view (b, *view.shape) uint8, and labels (b,).
 
     Raises BadInput for an image that cannot be read.
     """

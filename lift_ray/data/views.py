@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from lift_ray.data.augment import Draws, evaluation_image
+from lift_ray.data.augment import Draws, Preprocessing, evaluation_image
 from lift_ray.data.decode import Pixels
 
 NUM_OPERATIONS = 2
@@ -26,14 +26,14 @@ STRONG_DRAWS = WEAK_DRAWS + 4 * NUM_OPERATIONS + 2
 NUM_DRAWS = WEAK_DRAWS + STRONG_DRAWS
 
 
-def two_views(encoded: bytes, size_px: int, draw: Draws, cutout_frac: float) -> Pixels:
+def two_views(encoded: bytes, preprocessing: Preprocessing, draw: Draws, cutout_frac: float) -> Pixels:
     """Return `weak_view` and `strong_view` of the evaluation crop, (2, size, size, 3) uint8.
 
     Args:
         draw: (NUM_DRAWS,) random numbers in [0, 1).
         cutout_frac: side of the gray square as a fraction of the image's side, in [0, 1].
     """
-    image = evaluation_image(encoded, size_px)
+    image = evaluation_image(encoded, preprocessing)
     return np.stack([weak_view(image, draw[:WEAK_DRAWS]), strong_view(image, draw[WEAK_DRAWS:], cutout_frac)])
 
 

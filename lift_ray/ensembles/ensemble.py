@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lift_ray.data.augment import View
 from lift_ray.data.dataset import Split
-from lift_ray.data.resolutions import View, view_batches
+from lift_ray.data.resolutions import view_batches
 from lift_ray.ensembles.combine import COMBINE
 from lift_ray.ensembles.group_table import GroupGainTable
 from lift_ray.epoch_metrics import GROUPS
@@ -224,7 +225,7 @@ def prior_left(config: RunConfig) -> float:
 def logits_of(models: Sequence[SplitPredictor], split: Split) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Yield, for this rank's part of a split, fp32 logits (B, K) of each model on the first one's device, and labels (B,)."""
     first = models[0].ranks
-    views = [View(model.lift.tower.resolution_px, model.config.evaluation.tte) for model in models]
+    views = [model.workspace.view(model.config) for model in models]
     batches = view_batches(
         models[0].workspace.reader(split),
         split,
@@ -232,7 +233,10 @@ def logits_of(models: Sequence[SplitPredictor], split: Split) -> Iterator[tuple[
         rank=first.rank,
         world_size=first.world_size,
         num_threads=first.num_threads,
-        batch_size=min(batch_size(first.device, model.lift.tower, model.config.evaluation.tte) for model in models),
+        batch_size=min(
+            batch_size(first.device, model.lift.tower, view.num_crops)
+            for model, view in zip(models, views, strict=True)
+        ),
     )
     forwards = [model.workspace.forward(model.config, model.lift) for model in models]
 

@@ -14,25 +14,25 @@ import torch
 from lift_ray.data.batches import Given, Made, in_order
 from lift_ray.model.resnet import AnyTower
 
-BATCH, BATCH_OF_CROPS = 250, 50  # images, on a GPU
+BATCH = 250  # crops of images, on a GPU
 CPU_BATCH = 25  # images: their activations stay in the core's cache; more are not faster
 ACTIVATION_BYTES = 32 * 2**20  # the allocator returns larger blocks to the system, which then maps new pages each time
 
 
-def batch_size(device: torch.device, tower: AnyTower, crops: bool = False, largest: int | None = None) -> int:
-    """Return the number of images of a batch: `largest` on a GPU; fewer on a CPU, at most 4 * `largest` on all its cores together.
+def batch_size(device: torch.device, tower: AnyTower, num_crops: int = 1, largest: int = BATCH) -> int:
+    """Return the number of images of a batch: `largest` crops on a GPU; fewer on a CPU, at most 4 * `largest` on all its cores.
 
     Args:
         device: the device.
         tower: the backbone.
-        crops: True if the backbone gets five crops of each image.
-        largest: BATCH by default, with crops BATCH_OF_CROPS.
+        num_crops: number of crops that the backbone gets of each image.
+        largest: number of crops.
     """
-    largest = largest or (BATCH_OF_CROPS if crops else BATCH)
+    most = max(1, largest // num_crops)
     if device.type != "cpu":
-        return largest
-    fit = ACTIVATION_BYTES // (tower.activation_bytes * (5 if crops else 1))
-    return max(1, min(largest, CPU_BATCH, 4 * largest // torch.get_num_threads(), fit))
+        return most
+    fit = ACTIVATION_BYTES // (tower.activation_bytes * num_crops)
+    return max(1, min(most, CPU_BATCH, 4 * most // torch.get_num_threads(), fit))
 
 
 def on_cores(device: torch.device, compute: Callable[[Given], Made], batches: Iterable[Given]) -> Iterator[Made]:

@@ -150,9 +150,8 @@ def _on_validation(classifier: Classifier, split: Split) -> tuple[Tensor, Tensor
         batches = evaluation_batches(
             reader,
             split,
-            size_px=classifier.size_px,
+            classifier.view,
             num_threads=ranks.num_threads,
-            crops=classifier.five_crops,
             batch_size=classifier.batch_size,
         )
         found = list(

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lift_ray.data.augment import centre_crop, corners_and_centre
 from lift_ray.data.bad_image import MAX_PIXELS
 from lift_ray.data.batches import made_ahead
 from lift_ray.data.bit_depth import Rendering
@@ -24,7 +23,7 @@ from lift_ray.errors import BadInput
 from lift_ray.evaluation.accumulator import shift_of
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.inference.calibration import Calibration, calibrated
-from lift_ray.inference.evaluate import EvaluationRequest, evaluate_with
+from lift_ray.inference.evaluate import EvaluationRequest, evaluate_with, not_held_out
 from lift_ray.inference.exported_model import exported_model
 from lift_ray.inference.given_images import AnyImage, pixels_of
 from lift_ray.inference.new_images import of_dataset, opened_images
@@ -36,7 +35,7 @@ from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint
 from lift_ray.training.workspace import Workspace
 
-BATCH = 100  # images, on a GPU
+BATCH = 100  # crops of images, on a GPU
 MOST_CLASSES = 5  # that are named for an image by default
 
 
@@ -70,7 +69,8 @@ class EvaluationResult:
     Attributes:
         metrics: by name, as accuracy, mean_class_accuracy, few.
         per_class: a row for each class: its name, group, training images, images, accuracy, and more.
-        notes: sentences about what was left out, such as classes that the model does not have.
+        notes: sentences about what was left out, such as classes that the model does not have, and about images that the model was
+            trained on.
     """
 
     metrics: dict[str, float]
@@ -137,6 +137,8 @@ class Classifier:
             RunConfig.model_validate(apply_overrides(self.record.config, here, RunConfig))
         )
         self.backbone = self._workspace.backbone(self.config)
+        self.view = self._workspace.view(self.config)
+        """What the model gets of an image."""
         self.model = self._workspace.build(self.config, trained_already=True)
         checkpoint.load_weights(folder, self.model)
         self.model.eval().requires_grad_(False)
@@ -156,22 +158,17 @@ class Classifier:
         return self.backbone.tower.resolution_px
 
     @property
-    def five_crops(self) -> bool:
-        """True if the logits are averaged over five crops of an image (test-time ensembling)."""
-        return self.config.evaluation.tte
-
-    @property
     def batch_size(self) -> int:
         """Number of images to classify at a time."""
-        return batch_size(self.ranks.device, self.backbone.tower, self.five_crops, BATCH)
+        return batch_size(self.ranks.device, self.backbone.tower, self.view.num_crops, BATCH)
 
     def image(self, encoded: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
-        """Decode an image as an evaluation does: (H, W, 3) or, for five crops, (5, H, W, 3) uint8. Raises what `decode` raises."""
+        """Decode an image as an evaluation does: (H, W, 3), or (crops, H, W, 3) for several, uint8. Raises what `decode` raises."""
         whole = decode(encoded, max_pixels=max_pixels, rendering=self.rendering)
-        return (corners_and_centre if self.five_crops else centre_crop)(whole, self.size_px)
+        return self.view.of(whole)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return adjusted logits (B, K) in fp32 on the device, for images (B, 3, H, W) or (B, 5, 3, H, W) in uint8."""
+        """Return adjusted logits (B, K) in fp32 on the device, for images (B, 3, H, W) or (B, crops, 3, H, W) in uint8."""
         with torch.inference_mode():
             return over_crops(self._predict(images)).float() - self.offset
 
@@ -219,7 +216,7 @@ class Classifier:
         return self._over(images, self.probabilities, len(self.classes))
 
     def embed(self, images: Sequence[AnyImage]) -> NDArray[np.float32]:
-        """Return features (N, D) before the classifier, not normalized; with five crops, their mean. Otherwise as `predict`."""
+        """Return features (N, D) before the classifier, not normalized; of several crops, their mean. Otherwise as `predict`."""
         features = self._workspace.forward(self.config, self.model.feature)
         return self._over(images, lambda batch: over_crops(features(batch)).float(), self.backbone.tower.width)
 
@@ -241,19 +238,20 @@ class Classifier:
             request = EvaluationRequest((self._where,), images.dataset, images.split, (tau,))
             found = evaluate_with(request, self.ranks)
             metrics = {name.partition("/")[2]: value for name, value in found.figures[0].items() if "/" in name}
-            return EvaluationResult(metrics, found.rows, images.notes(absent=True))
+            seen = not_held_out(self.record, images.dataset, images.split)
+            return EvaluationResult(metrics, found.rows, [*([seen] if seen else []), *images.notes(absent=True)])
 
     def _over(self, images: Sequence[AnyImage], compute: Callable[[Tensor], Tensor], width: int) -> NDArray[np.float32]:
         """Return `compute` of all images, (N, width); batches are decoded in threads while others are computed."""
         if isinstance(images, str | bytes | os.PathLike | Tensor) or not hasattr(images, "__len__"):
             raise BadInput("images", "must be a list of images", type(images).__name__, "put it into a list")
-        starts, crop = range(0, len(images), self.batch_size), corners_and_centre if self.five_crops else centre_crop
+        starts = range(0, len(images), self.batch_size)
 
         def decoded(number: int) -> Tensor:
             batch = []
             for at in range(starts[number], min(starts[number] + self.batch_size, len(images))):
                 try:
-                    batch.append(crop(pixels_of(images[at], self.rendering), self.size_px))
+                    batch.append(self.view.of(pixels_of(images[at], self.rendering)))
                 except BadInput as error:
                     raise BadInput(f"images[{at}]", str(error)) from None
             return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.stack(batch), -1, -3)))

@@ -25,6 +25,7 @@ from lift_ray.ray_runtime.session import connected, meeting_point
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.search import ScaleConfig
+from lift_ray.storage.store import same_place
 from lift_ray.training import checkpoint
 from lift_ray.training.predictor import SplitPredictor
 from lift_ray.training.workspace import Workspace
@@ -38,7 +39,7 @@ class EvaluationRequest:
         checkpoints: folders or URLs; several form an ensemble.
         dataset, split: images to evaluate on; a dataset by its URI, or an open one.
         taus: strengths of the post-hoc adjustment, one result for each.
-        tte: use test-time ensembling even if the run did not.
+        tte: mode of the test-time ensembling; None for that of each run.
         combine, weights, with_gla: arguments of `Ensemble.set_combination`.
         predictions: return the predicted class of each image and its probability.
     """
@@ -47,7 +48,7 @@ class EvaluationRequest:
     dataset: str | Dataset
     split: str
     taus: tuple[float, ...] = (0.0,)
-    tte: bool = False
+    tte: str | None = None
     combine: str | None = None
     weights: tuple[float, ...] = ()
     with_gla: bool = False
@@ -73,6 +74,15 @@ class Evaluated:
     confidence: NDArray[np.float64] | None = None
 
 
+def not_held_out(record: checkpoint.Record, dataset: Dataset, split: str) -> str:
+    """Return a note if a model was trained on the images of a split; otherwise ""."""
+    if split not in record.train_on.split("+") or not same_place(dataset.uri, record.dataset):
+        return ""
+    frac = record.config["optim"]["data_frac"]
+    images = "these images" if frac == 1 else f"a part of these images (optim.data_frac={frac:g})"
+    return f"the model was trained on {images}, so this accuracy is not held out"
+
+
 def evaluate_here(request: EvaluationRequest, callback: Callable[[float], None] = lambda fraction: None) -> Evaluated:
     """Evaluate in this process; several models are spread over its GPUs, if any. Raises BadInput.
 
@@ -83,7 +93,7 @@ def evaluate_here(request: EvaluationRequest, callback: Callable[[float], None] 
 
 
 def evaluate_checkpoint(
-    folder: Path, dataset: str, split: str, taus: Sequence[float] = (0.0,), tte: bool = False
+    folder: Path, dataset: str, split: str, taus: Sequence[float] = (0.0,), tte: str | None = None
 ) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """Return the figures of one checkpoint for each tau, and one row per class for the last tau."""
     found = evaluate_here(EvaluationRequest((str(folder),), dataset, split, tuple(taus), tte))
@@ -127,13 +137,13 @@ def evaluate_with(
 
 
 def _trained(
-    where: str, workspaces: list[Workspace], tte: bool
+    where: str, workspaces: list[Workspace], tte: str | None
 ) -> tuple[SplitPredictor | Ensemble, list[EpochMetrics]]:
     """Return the model of a checkpoint, and the metrics of its epochs."""
     with checkpoint.opened(where) as folder:
         record = checkpoint.read_record(folder)
         config = RunConfig.model_validate(
-            apply_overrides(record.config, {"evaluation.tte": True} if tte else {}, RunConfig)
+            apply_overrides(record.config, {} if tte is None else {"evaluation.tte": tte}, RunConfig)
         )
         model = model_of(config, workspaces, record.class_counts, record.groups)
         checkpoint.load_weights(folder, model)

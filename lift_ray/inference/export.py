@@ -133,7 +133,14 @@ def _open_clip(classifier: Classifier, folder: Path, program: GetProgram) -> tup
     wanted, model = classifier.config.backbone, classifier.model
     tower = merged(model.tower, model.tuner.per_block)
     (folder / OPEN_CLIP).mkdir()
-    write_open_clip(wanted.model, wanted.pretrained, tower, folder / OPEN_CLIP, quickgelu=wanted.quickgelu)
+    write_open_clip(
+        wanted.model,
+        wanted.pretrained,
+        tower,
+        folder / OPEN_CLIP,
+        quickgelu=wanted.quickgelu,
+        interpolation=wanted.interpolation,
+    )
     loaded = load_backbone(f"local-dir:{folder / OPEN_CLIP}", None)
     alone = Lift(loaded.tower, {"linear_probe": {}}, model.head)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (loaded.mean, loaded.std))

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lift_ray.epoch_metrics import ACCURACIES
 from lift_ray.model.merging import licence
+from lift_ray.terminal.tables import tte_in_words
 from lift_ray.text import count, printable
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def model_card(classifier: Classifier, exported: Sequence[Exported], metrics: Ma
         exported=exported,
         size_px=classifier.size_px,
         rendering=classifier.rendering.sentences(),
+        preprocessing=classifier.view.preprocessing,
         short_px=round(classifier.size_px * 8 / 7),
         counts=counts,
         num_images=count(int(counts.sum()), "training image"),
@@ -73,7 +75,7 @@ def model_card(classifier: Classifier, exported: Sequence[Exported], metrics: Ma
         metrics=metrics,
         splits=[split for split in ("validation", "test") if any(name.startswith(f"{split}/") for name in metrics)],
         shown=(*ACCURACIES, "worst_class", "calibration_error"),
-        five_crops=classifier.five_crops,
+        crops=tte_in_words(classifier.view.tte),
         trained_tau=classifier.trained_tau,
         shown_classes=SHOWN_CLASSES,
     )

@@ -119,10 +119,8 @@ class Predictor:
             reader.close()
 
     def _decoded(self, reader: ImageReader, start: int, stop: int) -> tuple[torch.Tensor, list[str | None]]:
-        """Return the readable images of [start, stop), (b, 3, H, W) or (b, 5, 3, H, W) uint8, and an error or None for each image."""
-        size_px = self._classifier.size_px
-        shape = (5, 3, size_px, size_px) if self._classifier.five_crops else (3, size_px, size_px)
-        images, good = np.empty((stop - start, *shape), np.uint8), 0
+        """Return the readable images of [start, stop), (b, *view.shape) uint8, and an error or None for each image."""
+        images, good = np.empty((stop - start, *self._classifier.view.shape), np.uint8), 0
         errors: list[str | None] = []
         for encoded in reader.read(start, stop):
             try:

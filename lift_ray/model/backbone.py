@@ -43,6 +43,8 @@ class Backbone:
         text: names -> (N, E) normalised text embeddings; None for towers without text.
         projection: (D, E), from image features to the shared space, the identity for a ResNet; None without text.
         logit_scale: CLIP's own 1 / temperature; 1 without text.
+        interpolation: bicubic or bilinear, as the images of the weights were resized.
+        squash: whole images were resized to a square, whatever their aspect.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Backbone:
     text: Callable[[list[str]], Tensor] | None
     projection: Tensor | None
     logit_scale: float
+    interpolation: str = "bicubic"
+    squash: bool = False
     _embedded: dict[tuple[str | tuple[str, ...], tuple[str, ...]], Tensor] = field(default_factory=dict)
 
     def text_embeddings(self, class_names: Sequence[str], template: str | list[str]) -> Tensor:
@@ -194,7 +198,25 @@ def _load_open_clip(model: str, pretrained: str | None, quickgelu: bool | None) 
         return torch.cat(parts).clone()
 
     scale = float(clip.logit_scale.exp())
-    return Backbone(model, tower, tuple(config["mean"]), tuple(config["std"]), text, projection, scale)
+    resizing = _resizing(model, config.get("interpolation"), config.get("resize_mode"))
+    return Backbone(model, tower, tuple(config["mean"]), tuple(config["std"]), text, projection, scale, *resizing)
+
+
+def _resizing(model: str, interpolation: str | None, mode: str | None) -> tuple[str, bool]:
+    """Return the interpolation of the weights' preprocessing, and whether it squashes images. Raises BadInput for another mode.
+
+    Args:
+        interpolation: bicubic unless it says bilinear, as in open_clip.
+        mode: open_clip's resize mode, or timm's crop mode, which names the same things.
+    """
+    if mode not in (None, "shortest", "center", "squash"):
+        raise BadInput(
+            "backbone.model",
+            "must be trained on images that are cropped or squashed to a square",
+            but=f"the preprocessing of {model} says {mode}",
+            remedy="use another model",
+        )
+    return "bilinear" if interpolation == "bilinear" else "bicubic", mode == "squash"
 
 
 def clip_of(model: str, pretrained: str | None, quickgelu: bool | None = None) -> tuple[Any, str, bool]:
@@ -304,7 +326,9 @@ def _load_timm(model: str, pretrained: str | None, quickgelu: bool | None) -> Ba
     if pretrained is not None:
         _fill(vit, model, pretrained)
     config = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
-    return Backbone(model, rebuild(vit, model), tuple(config["mean"]), tuple(config["std"]), None, None, 1.0)
+    resizing = _resizing(model, config.get("interpolation"), config.get("crop_mode"))
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Backbone(model, rebuild(vit, model), mean, std, None, None, 1.0, *resizing)
 
 
 def _fill(vit: Any, model: str, path: str) -> None:

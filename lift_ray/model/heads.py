@@ -95,7 +95,7 @@ class ZeroShotHead(nn.Module):
 
 
 def over_crops(logits: Tensor) -> Tensor:
-    """(b, K) as they are, (b, 5, K) to the mean of the crops."""
+    """(b, K) as they are, (b, crops, K) to the mean of the crops."""
     return logits.mean(1) if logits.dim() == 3 else logits
 
 
@@ -127,45 +127,56 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 @torch.no_grad()
 def probe_weights(
-    features: Tensor, labels: Tensor, num_classes: int, *, penalty: float = 0.01, steps: int = 100
+    features: Tensor, labels: Tensor, num_classes: int, *, penalty: float = 1.0, steps: int = 100
 ) -> Tensor:
-    """Weights of a linear probe: balanced multinomial logistic regression on f / |f| without a bias (arXiv 2309.10019).
+    """w_k = W_k / |W_k|, W of a linear probe: balanced multinomial logistic regression with a bias b (arXiv 2309.10019).
 
-    Minimises sum_i N / (K n_y) CE(W f_i / |f_i|, y_i) + penalty / 2 |W|^2 by L-BFGS from zero, the same result for the same
-    input. The rows are then divided by their mean length, so that a linear head predicts as the probe does and a normalising
-    head starts with rows of about length 1.
+    Minimizes sum_i N / (K n_y) CE(W f_i + b, y_i) + penalty / 2 |W|^2 on the features as they are, by L-BFGS from zero. b is not
+    penalized, and it is dropped. This is what the code of LIFT and LIFT+ does (trainer.py) with scikit-learn's
+    LogisticRegression(C=1, class_weight="balanced", max_iter=100), whose C is 1 / penalty. The same input gives the same result.
 
     Args:
         features: (N, D), as the tower gives them.
         labels: (N,).
-        penalty: strength of the L2 penalty. No source states one; 0.01 is what 1 would be on features of length 10.
+        penalty: strength of the L2 penalty.
         steps: L-BFGS steps at most.
 
     Returns:
-        (K, D).
+        (K, D) unit rows.
 
     Raises ValueError naming the classes without images.
     """
     num_images, rows = len(labels), max(1, CHUNK_VALUES // num_classes)
-    unit = F.normalize(features.float(), dim=-1)
     balance = 1 / (num_classes * _images_per_class(labels, num_classes).float())
-    chunks = list(zip(unit.split(rows), labels.split(rows), balance[labels].split(rows), strict=True))
+    chunks = list(zip(features.split(rows), labels.split(rows), balance[labels].split(rows), strict=True))
     weight = torch.zeros(num_classes, features.shape[1], device=features.device)
+    bias = torch.zeros(num_classes, 1, device=features.device)
 
     def objective() -> Tensor:
         value = penalty / num_images / 2 * weight.square().sum()
-        weight.grad = penalty / num_images * weight
-        for x, y, share in chunks:
-            log_p = (x @ weight.T).log_softmax(1)
+        weight.grad, bias.grad = penalty / num_images * weight, torch.zeros_like(bias)
+        for raw, y, share in chunks:
+            x = raw.float()
+            log_p = torch.addmm(bias.T, x, weight.T).log_softmax(1)
             value = value - share @ log_p.gather(1, y.unsqueeze(1)).squeeze(1)
             error = log_p.exp_().scatter_add_(1, y.unsqueeze(1), -torch.ones_like(share).unsqueeze(1))
-            weight.grad += (error * share.unsqueeze(1)).T @ x
+            error *= share.unsqueeze(1)
+            weight.grad += error.T @ x
+            bias.grad += error.sum(0).unsqueeze(1)
         return value
 
-    solver = torch.optim.LBFGS([weight], max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    # 100 steps seldom reach the minimum, so the solver is that of scikit-learn: ten steps of memory, as many evaluations as it needs
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=steps,
+        max_eval=20 * steps,
+        history_size=10,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
     solver.step(objective)
-    length: Tensor = weight.norm(dim=1).mean()
-    return weight.detach() / length.clamp(min=1e-12)
+    return F.normalize(weight.detach(), dim=-1)
 
 
 def _images_per_class(labels: Tensor, num_classes: int) -> Tensor:

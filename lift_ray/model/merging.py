@@ -45,13 +45,20 @@ def merged(tower: AnyTower, tuners: Sequence[BlockTuner]) -> AnyTower:
 
 
 def write_open_clip(
-    model: str, pretrained: str | None, tower: AnyTower, folder: Path, *, quickgelu: bool | None = None
+    model: str,
+    pretrained: str | None,
+    tower: AnyTower,
+    folder: Path,
+    *,
+    quickgelu: bool | None = None,
+    interpolation: str | None = None,
 ) -> None:
     """Write the whole CLIP, with this tower in place of its own: `open_clip.create_model("local-dir:FOLDER")` loads it.
 
     Args:
         model, pretrained, quickgelu: where the tower came from, as `backbone.load_backbone` takes them; not of timm.
         folder: an empty one.
+        interpolation: of the images that the tower was tuned on; by default that of its weights.
 
     Raises BadInput as `load_backbone`.
     """
@@ -70,6 +77,7 @@ def write_open_clip(
     if quick_gelu:
         config["quick_gelu"] = True
     preprocess = {name: clip.visual.preprocess_cfg[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+    preprocess["interpolation"] = interpolation or preprocess["interpolation"]
     save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n")
 

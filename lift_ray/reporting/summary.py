@@ -23,7 +23,7 @@ from lift_ray.reporting.winner import (
     unseen_in_words,
     winner_news,
 )
-from lift_ray.terminal.tables import mean_and_deviation
+from lift_ray.terminal.tables import TTE_ROW, mean_and_deviation, tte_note
 
 SCALING = "What would more training gain?"
 ZERO_SHOT = "zero-shot"
@@ -38,6 +38,7 @@ def summary(study: StudyFiles) -> list[str]:
         refit_in_words(study),
         unseen_in_words(study),
         groups_in_words(study),
+        tte_note(study.about["tte"], BEST_FOUND) if "tte" in study.about else "",
         posthoc_advice(study) if study.about.get("posthoc", {}).get("recommended") else "",
     ]
     sentences = (
@@ -90,7 +91,7 @@ def baselines(study: StudyFiles) -> list[Compared]:
     known = zip(study.compared, study.predictions, strict=True)
     ours = {BEST_FOUND, study.choice.baseline}
     others = [
-        (f, a) for f, a in known if f["label"].split(", tau ")[0] not in ours and not f["label"].endswith(", TTE")
+        (f, a) for f, a in known if f["label"].split(", tau ")[0] not in ours and not f["label"].endswith(TTE_ROW)
     ]
     return sorted(others, key=lambda pair: (pair[0]["label"] != ZERO_SHOT, pair[0].get(f"test/{MAIN}", 0.0)))
 

@@ -17,13 +17,14 @@ from lift_ray.searching.jobs import EvaluationJob, Job, TrainJob, trial_checkpoi
 from lift_ray.searching.search_data import SearchData
 from lift_ray.searching.seed_repeats import repeat_jobs, repeated, seed_results
 from lift_ray.settings.overrides import apply_overrides
-from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run import EvaluationConfig, RunConfig
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.layout import FINAL_CHECKPOINT
 from lift_ray.storage.output import Output
+from lift_ray.terminal.tables import TTE_ROW
 from lift_ray.text import count
 
-CROPS, TTE = 5, "-tte"  # test-time ensembling: crops per image, and the suffix of the model's name
+CROPS, TTE = 5, "-tte"  # added test-time ensembling: crops per image, and the suffix of the model's name
 REFIT = "-refit"  # suffix of the name of a model that was trained again
 WORKERS = "workers"  # in the result of a refit that Ray Train ran, which has its model where `train` writes it
 
@@ -39,6 +40,7 @@ class SearchResult:
         compared: (label, metrics of validation and test) of zero-shot, the baselines, the best trial, and its variants without
             further training: without post-hoc tau, test-time ensembling.
         front: the Pareto front of a search with several objectives; otherwise empty.
+        tte: label of each row of `compared` -> mode of its test-time ensembling.
         time_s: seconds of wall time by activity, from `time_breakdown`.
         seeds: label, seed and metrics of each run of the best settings and the baseline, if `search.seeds_best` is above 1.
         together: results of each finished trial of `method: backdoor`, from `ensemble_results`.
@@ -49,6 +51,7 @@ class SearchResult:
     final: Model
     compared: list[tuple[str, dict[str, Any]]]
     front: list[TrialRow]
+    tte: dict[str, str]
     time_s: dict[str, float]
     seeds: list[dict[str, Any]] = field(default_factory=list)
     together: list[dict[str, Any]] = field(default_factory=list)
@@ -74,6 +77,11 @@ class Model:
     def tau(self) -> float:
         """Strength of the post-hoc adjustment in its settings."""
         return float(self.config.get("evaluation", {}).get("posthoc_tau", 0.0))
+
+    @property
+    def tte(self) -> str:
+        """Mode of the test-time ensembling in its settings."""
+        return EvaluationConfig.model_validate(self.config.get("evaluation", {})).tte
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def zero_shot(space: SpaceFile) -> Model:
 def trained(space: SpaceFile, row: TrialRow, *, tte: bool = False) -> Model:
     """Return a finished trial's model, optionally with test-time ensembling."""
     config = space.config(row.values).to_dict()
-    config = apply_overrides(config, {"evaluation.tte": True}, RunConfig) if tte else config
+    config = apply_overrides(config, {"evaluation.tte": "five_crops"}, RunConfig) if tte else config
     path = trial_checkpoint_path(row.number, row.last.epoch)
     return Model(f"trial-{row.number:04d}{TTE if tte else ''}", config, path)
 
@@ -204,7 +212,7 @@ def comparison_seconds(
     if jobs is None:
         test = num_images.get("test", 0) if space.test == "split" else 0
         both = num_images["validation"] + test
-        images = (2 + CROPS * space.search.tte_best) * both + len(set(space.baseline_labels())) * test
+        images = (2 + CROPS * tte_rows(space)) * both + len(set(space.baseline_labels())) * test
         return image_s * images + run_s * further_trainings(space, retrains=retrains)
     evaluations = [job for job in jobs if isinstance(job, EvaluationJob)]
     images = sum(num_images[job.split] * (CROPS if job.model.endswith(TTE) else 1) for job in evaluations)
@@ -215,8 +223,13 @@ def further_trainings(space: SpaceFile, *, retrains: bool) -> int:
     """Return the number of trainings after the trials: for confirmation, on all labeled images, and with other seeds."""
     search, baselines = space.search, len(set(space.baseline_labels()))
     confirmed = min(space.num_trials, search.confirm.best + baselines) if search.confirm else 1
-    again = 1 + baselines + max(0, search.tte_best - 1) if retrains else 0
+    again = 1 + baselines + max(0, tte_rows(space) - 1) if retrains else 0
     return confirmed * (search.folds - 1) + again + (search.seeds_best - 1) * (1 + bool(baselines))
+
+
+def tte_rows(space: SpaceFile) -> int:
+    """Return the number of trials that are evaluated again with test-time ensembling: none if all evaluations of the search have it."""
+    return space.search.tte_best if zero_shot(space).tte == "off" else 0
 
 
 def own_last(model: Model, taus: Sequence[float]) -> tuple[float, ...]:
@@ -269,8 +282,10 @@ def comparison(
         out.append(Entry(BEST_FOUND, model, searched, posthoc.tau))
     else:
         out.append(Entry(BEST_FOUND, model, searched, posthoc.own, best))
-    for row in ranked(space, rows, best)[: space.search.tte_best]:
-        label = f"{BEST_FOUND}, TTE" if row is best else f"trial {row.number}, TTE"
+    for row in ranked(space, rows, best)[: tte_rows(space)]:
+        if trained(space, row).tte != "off":
+            continue
+        label = f"{BEST_FOUND if row is best else f'trial {row.number}'}{TTE_ROW}"
         model, searched = final(space, row, results, data, tte=True), trained(space, row, tte=True)
         out.append(Entry(label, model, searched, posthoc.tau if row is best else model.tau))
     return out
@@ -336,9 +351,10 @@ def conclude(
     time_s: dict[str, float],
 ) -> SearchResult:
     """Build the result from the trials and the final comparison."""
-    table = compared(space, comparison(space, rows, results, data, choice), results)
+    entries = comparison(space, rows, results, data, choice)
+    table, tte = compared(space, entries, results), {entry.label: entry.model.tte for entry in entries}
     seeds = seed_results(space, repeated(space, rows, choice), results, table, final_fold(space, data))
     front = pareto_front(rows, space.objectives) if len(space.objectives) > 1 else []
     together = ensemble_results(space, rows, results) if space.test == "split" else []
     model = final(space, choice.row, results, data)
-    return SearchResult(rows, choice, model, table, front, time_s, seeds, together)
+    return SearchResult(rows, choice, model, table, front, tte, time_s, seeds, together)

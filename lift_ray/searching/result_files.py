@@ -84,6 +84,7 @@ def write_result(space: SpaceFile, dataset: Dataset, data: SearchData, found: Se
             for at in choice.curve
         ],
         "compared": [{"label": label, **figures} for label, figures in found.compared],
+        "tte": found.tte,
         "seeds": found.seeds,
         "together": found.together,
         "pareto": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lift_ray.reporting.study_files import BEST_FOUND
 from lift_ray.searching.final_comparison import SearchResult
 from lift_ray.searching.result_files import label_of
 from lift_ray.searching.search_data import SearchData, unseen_line
@@ -11,7 +12,7 @@ from lift_ray.searching.tables import candidate_table, curve_table, measure, par
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
 from lift_ray.terminal.evaluation_tables import crossed_table, together_table
-from lift_ray.terminal.tables import accuracy_table, console, describe, seeds_table
+from lift_ray.terminal.tables import accuracy_table, console, describe, seeds_table, tte_note
 from lift_ray.text import count, say
 
 
@@ -70,8 +71,8 @@ def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[
             f"No post-hoc tau is used: the best one, {posthoc.best:g}, improves out-of-fold {measure(choice.metric)} by {gain}, "
             f"but the selection bias is about {bias}"
         )
-    if any(label.endswith(", TTE") for label, _ in found.compared):
-        yield "TTE: test-time ensembling, the mean over five crops of each image; best/ uses it only with evaluation.tte=true"
+    if set(found.tte.values()) != {"off"}:
+        yield tte_note(found.tte, BEST_FOUND)
     if found.final.refit is not None:
         yield f"best/ was trained again on {count(data.final_images, 'image')} ({data.train_on.replace('+', ' and ')})"
     if data.unseen:

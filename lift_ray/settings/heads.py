@@ -30,7 +30,7 @@ class HeadConfig(Config):
     kind: str
     init: Literal["semantic", "class_mean", "linear_probe", "random"] = "semantic"
     """semantic: from the class names through the text tower; class_mean: mean feature of at most 100 images per class;
-    linear_probe: balanced logistic regression on the frozen features; random: Kaiming uniform."""
+    linear_probe: balanced logistic regression on the frozen features, as scikit-learn's with C = 1; random: rows of unit length."""
     template: Template = "a photo of a {}."
     """Text around the class name for the semantic initialization: one, several (their mean), or `ensemble`, CLIP's own 80."""
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from lift_ray.registry import HEADS, LOSSES, METHODS, TUNERS, Config, TunerConfig, load_plugins
 from lift_ray.settings.base import OneOf
@@ -39,6 +39,14 @@ GroupBounds = Annotated[
 ]
 
 
+TteMode = Literal["off", "five_crops", "ten_crops", "augmented"]
+
+
+def _mode(tte: object) -> object:
+    """Return the mode for the values of earlier versions, true and false; any other value as it is."""
+    return ("five_crops" if tte else "off") if isinstance(tte, bool) else tte
+
+
 class BackboneConfig(Config):
     """The frozen foundation model."""
 
@@ -55,6 +63,9 @@ class BackboneConfig(Config):
     """Precision of the frozen tower; bf16 and fp16 use autocast on a GPU."""
     resolution_px: Annotated[int, Field(ge=1)] | None = None
     """Side of the images; by default the side that the backbone was trained with."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """How images are resized, in training and evaluation; by default as the weights' preprocessing says, or bicubic if it says
+    nothing. LIFT is bilinear, LIFT+ bicubic."""
     compile: bool = False
     """Compile the blocks with torch.compile: slower to start, faster steps on some GPUs."""
     checkpointing: bool = False
@@ -95,7 +106,8 @@ class MdaConfig(RandomCropsConfig):
 
 
 class CropFlipConfig(RandomCropsConfig):
-    """A random crop of any aspect and a random flip, bilinear, as LIFT has it (arXiv 2309.10019)."""
+    """A random crop of any aspect and a random flip, as LIFT has it (arXiv 2309.10019). LIFT also sets `backbone.interpolation` to
+    bilinear."""
 
     kind: Literal["crop_flip"] = "crop_flip"
 
@@ -163,8 +175,15 @@ class EvaluationConfig(Config):
 
     posthoc_tau: Annotated[float, Field(ge=0)] = 0.0
     """Subtract this times the log of the training prior from the logits (arXiv 2007.07314)."""
-    tte: bool = False
-    """Test-time ensembling: the mean of the logits of five crops (arXiv 2309.10019)."""
+    tte: Annotated[TteMode, BeforeValidator(_mode, json_schema_input_type=TteMode | bool)] = "off"
+    """Test-time ensembling: the mean of the logits of several crops of an image (arXiv 2309.10019). five_crops are the corners and the
+    center, ten_crops these and their mirror images, augmented random crops and flips, the same for every image. true is five_crops,
+    and false off. It holds in every evaluation, in training too."""
+    expand_px: Annotated[int, Field(ge=0)] | None = None
+    """Five or ten crops are cut from an image whose short side is larger than theirs by this. By default 24 px, or, if the images of
+    the backbone are smaller than 224 px, in proportion fewer. LIFT has 24 px, and 21 px for ViT-L/14."""
+    views: Annotated[int, Field(ge=1)] = 10
+    """Number of random crops of `tte: augmented`."""
     group_bounds: GroupBounds = "auto"
     """[LOW, HIGH]: few-shot classes have fewer than LOW labeled training images, many-shot classes more than HIGH. auto: [20, 100]
     if each group then has a class, otherwise thirds of the classes."""

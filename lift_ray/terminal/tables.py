@@ -15,6 +15,13 @@ from lift_ray.epoch_metrics import ACCURACIES, GROUPS, EpochMetrics
 from lift_ray.text import printable
 
 Named = EpochMetrics | Mapping[str, float]  # metrics by their flat names
+TTE_ROW = ", TTE"  # end of the label of a model that is evaluated again, with test-time ensembling
+TTE_WORDS = {
+    "off": "",
+    "five_crops": "five crops of each image",
+    "ten_crops": "ten crops of each image",
+    "augmented": "random crops of each image",
+}
 HEADINGS = ("overall", "mean class", *GROUPS)  # of ACCURACIES
 
 
@@ -54,6 +61,36 @@ def console(*, error: bool = False) -> Console:
     if not out.is_terminal:
         out.width = 110
     return out
+
+
+def tte_in_words(mode: str) -> str:
+    """Return the crops of a mode of `evaluation.tte`; "" for off."""
+    return TTE_WORDS.get(mode, mode)
+
+
+def tte_note(modes: Mapping[str, str], best: str) -> str:
+    """Return what to know about test-time ensembling in a comparison, whose rows should all have the same.
+
+    Args:
+        modes: mode of `evaluation.tte` of each row by its label.
+        best: label of the row that the others are compared with.
+    """
+    rows = {label: mode for label, mode in modes.items() if not label.endswith(TTE_ROW)}
+    usual = rows.get(best, "off")
+    others = {label: mode for label, mode in rows.items() if mode != usual}
+    all_rows = "all rows" if not others else "most rows"
+    notes = [f"Test-time ensembling: {tte_in_words(usual) or 'none'}, in {all_rows}."]
+    if len(rows) < len(modes):
+        notes[0] = (
+            f"Test-time ensembling: the mean over {tte_in_words('five_crops')}, in the rows marked TTE only, so compare these with "
+            "each other; best/ uses it only with evaluation.tte=five_crops."
+        )
+    for label, mode in others.items():
+        notes.append(
+            f"{label} is evaluated with {tte_in_words(mode) or 'one crop of each image'}, but {best} with "
+            f"{tte_in_words(usual) or 'one'}: give both the same evaluation.tte before you compare them."
+        )
+    return " ".join(notes)
 
 
 def titled(title: str, **more: Any) -> PlainTable:

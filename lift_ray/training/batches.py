@@ -31,7 +31,7 @@ def image_batches(config: RunConfig, workspace: Workspace, tower: AnyTower, epoc
     same images. The label of a view is the true one of its image; only statistics may use it.
     """
     ranks, optim, train = workspace.ranks, config.optim, workspace.training(config)
-    sampling, augmentation = _sampling(config, ranks), _augmentation(config, ranks, tower, epoch)
+    sampling, augmentation = _sampling(config, ranks), _augmentation(config, workspace, tower, epoch)
     reader, num_threads = workspace.reader(train, optim.shuffle_bytes), ranks.num_threads
     batches = training_batches(
         reader, train, sampling, augmentation, epoch=epoch, start_step=step, num_threads=num_threads
@@ -67,21 +67,22 @@ def _sampling(config: RunConfig, ranks: Ranks) -> Sampling:
     )
 
 
-def _augmentation(config: RunConfig, ranks: Ranks, tower: AnyTower, epoch: int) -> Augmentation:
-    augment, epochs, size_px = config.augment, config.optim.epochs, tower.resolution_px
+def _augmentation(config: RunConfig, workspace: Workspace, tower: AnyTower, epoch: int) -> Augmentation:
+    augment, epochs, preprocessing = config.augment, config.optim.epochs, workspace.preprocessing(config)
     if augment.start_px:
-        size_px = growing_px(augment.start_px, size_px, tower.patch_px, epoch, epochs)
+        size_px = growing_px(augment.start_px, preprocessing.size_px, tower.patch_px, epoch, epochs)
+        preprocessing = replace(preprocessing, size_px=size_px)
     crop: DrawCrop | None = None
     if isinstance(augment, MdaConfig):
         crop = partial(square_crop, smallest=smallest_area(augment.schedule, epoch, epochs))
     elif isinstance(augment, CropFlipConfig):
         crop = any_crop
     return Augmentation(
-        size_px,
+        preprocessing,
         crop,
         reduced=augment.decode == "reduced",
-        device=ranks.device if augment.decode == "gpu" else None,
-        num_patches=tower.num_patches(size_px),
+        device=workspace.ranks.device if augment.decode == "gpu" else None,
+        num_patches=tower.num_patches(preprocessing.size_px),
         patch_dropout=augment.patch_dropout,
     )
 

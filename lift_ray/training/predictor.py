@@ -77,9 +77,9 @@ class SplitPredictor:
                 yield LogitBatch(over_crops(self.lift.classify(features)), labels)
 
     def _features(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (features, labels) of this rank's part of a split: (b, D), with test-time ensembling (b, 5, D)."""
-        ranks, tte, workspace = self.ranks, self.config.evaluation.tte, self.workspace
-        if not tte and (cached := workspace.cached_features(self.config, self.lift, split)) is not None:
+        """Yield (features, labels) of this rank's part of a split: (b, D), with test-time ensembling (b, crops, D)."""
+        ranks, workspace, view = self.ranks, self.workspace, self.workspace.view(self.config)
+        if view.tte == "off" and (cached := workspace.cached_features(self.config, self.lift, split)) is not None:
             mine = rank_slice(split.num_samples, ranks.rank, ranks.world_size)
             for start in range(mine.start, mine.stop, CACHED_BATCH):
                 batch = slice(start, min(start + CACHED_BATCH, mine.stop))
@@ -90,12 +90,11 @@ class SplitPredictor:
         batches = evaluation_batches(
             workspace.reader(split),
             split,
-            size_px=self.lift.tower.resolution_px,
+            view,
             rank=ranks.rank,
             world_size=ranks.world_size,
             num_threads=ranks.num_threads,
-            crops=tte,
-            batch_size=batch_size(ranks.device, self.lift.tower, tte),
+            batch_size=batch_size(ranks.device, self.lift.tower, view.num_crops),
         )
         feature = workspace.forward(self.config, self.lift.feature)
 

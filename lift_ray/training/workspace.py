@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from lift_ray.data.augment import Preprocessing, View
 from lift_ray.data.batches import Batch, evaluation_batches
 from lift_ray.data.dataset import Dataset, Split
 from lift_ray.data.longtail import Int64s
@@ -113,6 +113,17 @@ class Workspace:
             self._seconds["load"] += time.monotonic() - began
         return self._backbones[key]
 
+    def preprocessing(self, config: RunConfig) -> Preprocessing:
+        """Return how images become the inputs of a run's backbone: as its weights say, unless the settings say otherwise."""
+        backbone = self.backbone(config)
+        interpolation = config.backbone.interpolation or backbone.interpolation
+        return Preprocessing(backbone.tower.resolution_px, interpolation, backbone.squash)
+
+    def view(self, config: RunConfig) -> View:
+        """Return what the model of a run gets of an image in an evaluation."""
+        wanted = config.evaluation
+        return View(self.preprocessing(config), wanted.tte, wanted.expand_px, wanted.views)
+
     def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
         """Return the open files of a split, with memory for the encoded images that are shuffled together."""
         if split.key not in self._readers:
@@ -188,7 +199,7 @@ class Workspace:
         if config.head.init == "semantic":
             return self.backbone(config).semantic_weights(self.dataset.class_names, config.head.template)
         split = self.training(config)
-        key = (*_key(config), config.head.init, split.key)
+        key = (*self._key(config), config.head.init, split.key)
 
         def compute() -> torch.Tensor:
             samples = first_of_each_class(split.labels, MEAN_OF)
@@ -201,10 +212,9 @@ class Workspace:
             features = found.float().cpu()
             make = class_means if config.head.init == "class_mean" else probe_weights
             try:
-                weights = make(features, torch.from_numpy(split.labels[samples]), self.dataset.num_classes)
+                return make(features, torch.from_numpy(split.labels[samples]), self.dataset.num_classes)
             except ValueError as error:
                 raise BadInput("head.init", str(error)) from None
-            return F.normalize(weights, dim=-1)
 
         return self.cache.get(key, compute)
 
@@ -231,8 +241,7 @@ class Workspace:
         self, config: RunConfig, model: Lift, split: Split, samples: Int64s, stop: int
     ) -> Iterator[torch.Tensor]:
         """Yield the output of the blocks below `stop`, batch by batch: from the deepest cached features, else from the images."""
-        ranks, tower = self.ranks, self.backbone(config).tower
-        size = batch_size(ranks.device, tower)
+        ranks, size = self.ranks, batch_size(self.ranks.device, self.backbone(config).tower)
         if found := self._deepest(config, model, split, stop):
             batches = (Features([found])[samples[at : at + size]] for at in range(0, len(samples), size))
             yield from on_cores(ranks.device, self._continue_frozen(config, model, found.stop, stop), batches)
@@ -246,7 +255,7 @@ class Workspace:
         images = evaluation_batches(
             self.reader(split),
             split,
-            size_px=tower.resolution_px,
+            View(self.preprocessing(config)),
             num_threads=ranks.num_threads,
             samples=samples,
             batch_size=size,
@@ -295,7 +304,7 @@ class Workspace:
 
     def _cached(self, config: RunConfig, model: Lift, split: Split, stop: int) -> Part | None:
         """Return the features of a whole split after the blocks below `stop`, or after fewer blocks if there is no room for these."""
-        key, limit = self._key(config, split, stop), config.backbone.cache_gib * GIB
+        key, limit = (*self._key(config), split.key, stop), config.backbone.cache_gib * GIB
         if key not in self.cache:
             num_bytes = split.num_samples * self._like(config, model, stop).nbytes
             # `frozen` is a collective call: sizes follow from settings and data alone, so all ranks decide the same.
@@ -304,7 +313,7 @@ class Workspace:
                     self.cache.get(key, lambda: self.frozen(config, model, split, np.arange(split.num_samples)))
             else:
                 first = self._shallowest(config)
-                if first < stop and self._key(config, split, first) not in self.cache:
+                if first < stop and (*self._key(config), split.key, first) not in self.cache:
                     self._share(config, model, split, first, limit - num_bytes)
                 self._share(config, model, split, stop, limit)
         return self._deepest(config, model, split, stop)
@@ -322,7 +331,7 @@ class Workspace:
 
         try:
             if file.fill(compute, self._telling(split.num_samples)):
-                self._keep(self._key(config, split, stop), file, like)
+                self._keep((*self._key(config), split.key, stop), file, like)
         finally:
             self.watch(None)
 
@@ -333,7 +342,7 @@ class Workspace:
     def _deepest(self, config: RunConfig, model: Lift, split: Split, stop: int) -> Part | None:
         """Return the cached features of a split after most blocks, but none from `stop` on; None if there are none."""
         for block in range(stop, 0, -1):
-            key = self._key(config, split, block)
+            key = (*self._key(config), split.key, block)
             if key not in self.cache and self.shared is not None:
                 name, chunks = self._file(config, split, block)
                 if file := self.shared.find(name, chunks):
@@ -354,7 +363,7 @@ class Workspace:
 
     def _file(self, config: RunConfig, split: Split, stop: int) -> tuple[str, list[range]]:
         """Return the name of the file that is shared with other processes, and its chunks."""
-        tower, key = self.backbone(config).tower, _key(config)
+        tower, key = self.backbone(config).tower, self._key(config)
         if key not in self._weights:
             checksum = 0
             for tensor in tower.state_dict().values():
@@ -376,12 +385,13 @@ class Workspace:
 
         return tell
 
-    def _key(self, config: RunConfig, split: Split, stop: int) -> tuple[Any, ...]:
-        return (*_key(config), split.key, stop)
+    def _key(self, config: RunConfig) -> tuple[Any, ...]:
+        """Return what decides the features of an image, but for the number of blocks."""
+        return (*_key(config), self.preprocessing(config))
 
     def _like(self, config: RunConfig, model: Lift, stop: int) -> torch.Tensor:
         """Return features of one black image, (T, D) or (D,)."""
-        key, px = (*_key(config), stop), self.backbone(config).tower.resolution_px
+        key, px = (*self._key(config), stop), self.backbone(config).tower.resolution_px
         if key not in self._likes:
             with torch.no_grad(), autocast(config, self.ranks.device):
                 self._likes[key] = model.frozen_part(torch.zeros(1, 3, px, px, device=self.ranks.device), stop)[0]
@@ -407,7 +417,7 @@ class Workspace:
     def forward(
         self, config: RunConfig, model: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return a function from uint8 images (b, 3, H, W) or (b, 5, 3, H, W) to the model's output, (b, ...) or (b, 5, ...)."""
+        """Return a function from uint8 images (b, 3, H, W) or (b, crops, 3, H, W) to the output, (b, ...) or (b, crops, ...)."""
         normalized, device = self.normalizer(config), self.ranks.device
 
         def predict(images: torch.Tensor) -> torch.Tensor:
