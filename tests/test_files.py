@@ -479,3 +479,64 @@ def test_other_datasets_are_taken_as_they_are_and_without_a_word(
     (tmp_path / "a.yaml").write_text("dataset: d\n")
     assert read_run("a.yaml").dataset == "d"
     assert capsys.readouterr().err == ""
+
+
+# ---- run files that change another one
+
+
+def written(folder: Path, **texts: str) -> str:
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return f"{folder}/{next(iter(texts))}.yaml"
+
+
+def test_a_run_file_changes_its_base(tmp_path: Path) -> None:
+    base = "dataset: d\nname: b\ntuner: {kind: lora, bottleneck: 4}\noptim: {lr: 0.1, epochs: 7}\nhead: {scale: 20.0}\n"
+    middle = "base: b.yaml\nname: m\noptim: {lr: 0.2}\nhead: {kind: cosine, init: random}\n"
+    run = read_run(written(tmp_path, a="base: m.yaml\ntuner: {kind: full}\n", m=middle, b=base))
+    assert (run.name, run.dataset, run.tuner.kind) == ("m", "d", "full")
+    assert (run.optim.lr, run.optim.epochs) == (0.2, 7)
+    assert run.head == RunConfig.parse({"head": {"scale": 20.0, "init": "random"}}).head
+    assert read_run(f"{tmp_path}/m.yaml", {"optim.epochs": 1}).optim.epochs == 1
+
+
+def test_a_base_can_be_a_shipped_file_and_paths_in_a_base_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "below" / "data").mkdir(parents=True)
+    written(tmp_path / "below", b="base: recipes/base/lift\ndataset: data\n")
+    run = read_run(written(tmp_path, a="base: below/b.yaml\nseed: 1\n"))
+    assert (run.dataset, run.optim.lr) == (f"{tmp_path}/below/data", 0.01)
+
+
+NOT_A_BASE = {
+    "a circle": (
+        {"a": "dataset: d\nbase: b.yaml\n", "b": "base: a.yaml\n"},
+        "{}/b.yaml:1 base: must not lead back to this file, but got 'a.yaml'; remove one base of the circle",
+    ),
+    "nothing": (
+        {"a": "dataset: d\nbase: b.yaml\n"},
+        "{}/a.yaml:2 base: must be a run file, but there is no {}/b.yaml; "
+        "give its path relative to this file, or the name of a shipped one",
+    ),
+    "a mapping": (
+        {"a": "base: {optim: {lr: 0.1}}\n"},
+        "{}/a.yaml:1 base: must be the path of a run file, but got {'optim': {'lr': 0.1}}; write base: other.yaml",
+    ),
+    "a space": (
+        {"a": "base: b.yaml\n", "b": "dataset: d\nspace: {}\n"},
+        "{}/b.yaml:2 space: must not be in a run file, but this is a space file; "
+        "use python -m lift_ray.tune, or the best.yaml that it writes",
+    ),
+    "faults in both": (
+        {"a": "base: b.yaml\noptim:\n  lr: -1\n", "b": "dataset: d\n\noptim: {epochs: 0}\n"},
+        "{}/a.yaml:3 optim.lr: must be greater than 0, but got -1; change it\n"
+        "{}/b.yaml:3 optim.epochs: must be greater than or equal to 1, but got 0; change it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_A_BASE)
+def test_a_fault_of_a_base_has_its_file_and_line(case: str, tmp_path: Path) -> None:
+    texts, message = NOT_A_BASE[case]
+    with pytest.raises(BadInput) as caught:
+        read_run(written(tmp_path, **texts))
+    assert sorted(str(caught.value).splitlines()) == sorted(message.replace("{}", str(tmp_path)).splitlines())

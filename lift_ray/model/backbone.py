@@ -291,6 +291,25 @@ def check_source(model: str, pretrained: str | None, quickgelu: bool | None = No
             raise BadInput("backbone.model", "must be a folder with open_clip_config.json", model, "check the path")
 
 
+def weights_are_here(model: str, pretrained: str | None) -> bool:
+    """Return True if the weights need no network: embedded ones, a file, or those in the cache of the Hugging Face Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if model.startswith((EMBEDDED, LOCAL)) or (pretrained is not None and Path(pretrained).is_file()):
+        return True
+    if model.startswith(TIMM):
+        from timm.models import get_pretrained_cfg
+
+        found: Any = get_pretrained_cfg(model.removeprefix(TIMM))
+        repository = found.hf_hub_id if found else ""
+    else:
+        from open_clip.pretrained import get_pretrained_cfg as open_clip_cfg
+
+        repository = open_clip_cfg(model, pretrained or "").get("hf_hub", "").rstrip("/")
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+    return bool(repository) and any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+
+
 def _timm_name(model: str, pretrained: str | None, quickgelu: bool | None) -> tuple[str, bool]:
     """timm's name for a model of ours, and whether its weights need QuickGELU.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,9 @@ def _redrawn_classes(weights: Floats, found: Ints, total: Ints, are_hits: bool) 
 
 
 def student(freedom: int) -> float:
-    """Return the 97.5% quantile of Student's t, by its expansion in 1 / freedom; exact to 1% from 3 degrees on."""
+    """Return the 97.5% quantile of Student's t: exact for 1 and 2 degrees, then by its expansion in 1 / freedom, to 1%."""
+    if freedom < 3:
+        return math.tan(0.475 * math.pi) if freedom == 1 else 0.95 * math.sqrt(2 / (1 - 0.95**2))
     z: float = Z
     powers = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + sum((term / freedom**power for power, term in enumerate(powers, 1)), 0.0)

@@ -39,7 +39,7 @@ def study_in(out: Output, space: SpaceFile, dataset: str, *, url: str | None, re
     database = open_storage(url, out.folder) if url is not None else None
     out.folder.mkdir(parents=True, exist_ok=True)
     is_local = "://" not in out.url
-    with _alone(out):
+    with alone_in(out):
         if database is None and not is_local and out.holds(JOURNAL):
             with out.fetched(JOURNAL) as journal:
                 shutil.copyfile(journal, out.folder / JOURNAL)
@@ -124,7 +124,7 @@ def _is_held(out: Output) -> bool:
 
 
 @contextmanager
-def _alone(out: Output) -> Iterator[None]:
+def alone_in(out: Output) -> Iterator[None]:
     """Hold the folder's lock. Raises BadInput if another driver holds it."""
     try:
         lock = _lock(out).acquire()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
@@ -17,13 +17,39 @@ from ray.tune.search import Searcher
 from lift_ray.errors import BadInput, RunFailed, last_line
 from lift_ray.searching.jobs import IdleJob, Job, SlotSettings
 from lift_ray.searching.slot import REPLY, SLOT
-from lift_ray.searching.state import Search
-from lift_ray.training.events import RunAborted, StepsDone
+from lift_ray.training.events import Reply, RunAborted, StepsDone
 
 MAX_FAILURES = (
     2  # tolerated failures of a job, and failed starts of slots in a row; one more ends the job or the search
 )
 LOOK_S = 5.0  # seconds between two queries of the cluster's size
+
+
+class JobSource(Protocol):
+    """Source of an engine's jobs, which takes their results: a search, or fixed runs."""
+
+    @property
+    def is_over(self) -> bool:
+        """True once nothing is left to do."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of jobs that `next_job` could hand out now."""
+
+    def next_job(self) -> Job | None:
+        """Return the next job; None if there is none now."""
+
+    def take(self, job: Job, reply: Reply) -> bool:
+        """Store a slot's reply. Returns whether the slot continues with this job."""
+
+    def interrupted(self, job: Job) -> None:
+        """Note that a job has lost its slot and waits for another one."""
+
+    def put_back(self, job: Job) -> None:
+        """Take a job back, to hand it out again."""
+
+    def failed(self, job: Job, error: str) -> None:
+        """Give up a job that failed too often."""
 
 
 class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
@@ -48,7 +74,7 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
     def __init__(
         self,
-        search: Search,
+        search: JobSource,
         slot: SlotSettings,
         size: Callable[[], int],
         *,

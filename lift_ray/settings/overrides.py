@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -96,6 +97,26 @@ def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any], model: type
         if leaf == "kind" and node.get("kind", _default_kind(model, parents)) != overrides[path]:
             node.clear()
         node[leaf] = overrides[path]
+    return out
+
+
+def merged(
+    base: Mapping[str, Any], changes: Mapping[str, Any], model: type[BaseModel], at: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return a settings tree with the changes of another one. A section of another kind replaces that of the base.
+
+    Args:
+        model: model of the tree; its defaults give the kind of a section without `kind`.
+        at: position in the tree.
+    """
+    out = dict(base)
+    for name, value in changes.items():
+        before = base.get(name)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            kind = before.get("kind", _default_kind(model, [*at, name]))
+            out[name] = merged(before, value, model, (*at, name)) if value.get("kind", kind) == kind else value
+        else:
+            out[name] = value
     return out
 
 

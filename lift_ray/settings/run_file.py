@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lift_ray.errors import BadInput
-from lift_ray.settings.overrides import apply_file_overrides
+from lift_ray.settings.overrides import apply_file_overrides, merged
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.shipped import find_space
+from lift_ray.settings.shipped import SPACES, find_space, shipped_files
 from lift_ray.settings.yaml_file import SettingsFile
 from lift_ray.text import count
 
@@ -48,15 +48,38 @@ def too_large(size: int, num_images: int) -> BadInput:
 
 
 def read_run(path: str | Path, overrides: dict[str, Any] | None = None) -> RunFile:
-    """Read and check a run file, given by its path or by the name of a shipped one.
+    """Read and check a run file, given by its path or by the name of a shipped one, with the files that it is based on.
 
     Raises BadInput with every problem found, one line each.
     """
-    file = SettingsFile.read(find_space(path))
+    file = _with_base(find_space(path), [])
     apply_file_overrides(file, overrides or {}, RunFile)
-    if "space" in file.data:
-        place, remedy = file.where(("space",)), "use python -m lift_ray.tune, or the best.yaml that it writes"
-        raise BadInput(place, "must not be in a run file", but="this is a space file", remedy=remedy)
     file.expand("dataset", "out")
     file.resolve("dataset")
     return file.validate(RunFile)
+
+
+def _with_base(path: str, above: list[Path]) -> SettingsFile:
+    """Read a run file and what its key `base` names: a run file that it changes.
+
+    Args:
+        above: the files that are based on it.
+    """
+    file = SettingsFile.read(path)
+    if "space" in file.data:
+        place, remedy = file.where(("space",)), "use python -m lift_ray.tune, or the best.yaml that it writes"
+        raise BadInput(place, "must not be in a run file", but="this is a space file", remedy=remedy)
+    if "base" not in file.data:
+        return file
+    place, name, above = file.where(("base",)), file.data.pop("base"), [*above, Path(path).resolve()]
+    if not isinstance(name, str):
+        raise BadInput(place, "must be the path of a run file", f"{name!r}", "write base: other.yaml")
+    base = shipped_files(SPACES).get(name, Path(path).parent / name)
+    if base.resolve() in above:
+        raise BadInput(place, "must not lead back to this file", f"{name!r}", "remove one base of the circle")
+    if not base.is_file():
+        remedy = "give its path relative to this file, or the name of a shipped one"
+        raise BadInput(place, "must be a run file", but=f"there is no {base}", remedy=remedy)
+    file.base = _with_base(str(base), above)
+    file.data = merged(file.base.data, file.data, RunFile)
+    return file

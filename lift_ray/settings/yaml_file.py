@@ -33,11 +33,16 @@ class SettingsFile:
         data: plain dicts, lists and scalars.
         lines: dotted position -> line number, counted from 1.
         first_line: line for what has no line of its own; 0 for data that is not from a file.
+
+    Attributes:
+        overridden: positions that the command line sets.
+        base: file whose data this one changes; None if it stands alone.
     """
 
     def __init__(self, source: str, data: dict[str, Any], lines: dict[Path_, int], first_line: int = 1) -> None:
         self.source, self.data, self.lines, self.first_line = source, data, lines, first_line
         self.overridden: set[Path_] = set()
+        self.base: SettingsFile | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> SettingsFile:
@@ -108,17 +113,28 @@ class SettingsFile:
 
     def line(self, path: Path_) -> int:
         """Return the line of a position, or of its nearest parent in the file."""
+        return self.lines.get(self._nearest(path), self.first_line)
+
+    def _nearest(self, path: Path_) -> Path_:
         while path and path not in self.lines:
             path = path[:-1]
-        return self.lines.get(path, self.first_line)
+        return path
+
+    def origin(self, path: Path_) -> SettingsFile:
+        """Return the file that sets a position: this one, or the base, or the base of that."""
+        if self.base is None:
+            return self
+        below = self.base.origin(path)
+        return below if len(below._nearest(path)) > len(self._nearest(path)) else self
 
     def where(self, path: Path_) -> str:
         """Return `file.yaml:14 tuner.kind`, or `command line tuner.kind` for a setting given there."""
         on_command_line = any(path[: len(setting)] == setting for setting in self.overridden) or (
             path not in self.lines and any(setting[: len(path)] == path != () for setting in self.overridden)
         )
-        line = self.line(path)
-        source = "command line" if on_command_line else f"{self.source}:{line}" if line else self.source
+        file = self.origin(path)
+        line = file.line(path)
+        source = "command line" if on_command_line else f"{file.source}:{line}" if line else file.source
         return f"{source} {_one_line(dotted(path))}".rstrip()
 
     def validate(self, model: type[Model], data: Any = None, at: Path_ = ()) -> Model:
@@ -163,7 +179,7 @@ class SettingsFile:
         return value
 
     def resolve(self, name: str) -> None:
-        """Take a relative path from the folder of this file if something is there, else from the working directory.
+        """Take a relative path from the folder of its file if something is there, else from the working directory.
 
         If the two differ, a line on stderr says which is used. Absolute paths, URLs, and paths from the command line stay as they are.
         """
@@ -172,7 +188,8 @@ class SettingsFile:
             return
         path = os.path.expanduser(value)
         beside, here = (
-            os.path.abspath(os.path.join(folder, path)) for folder in (Path(self.source).parent, Path.cwd())
+            os.path.abspath(os.path.join(folder, path))
+            for folder in (Path(self.origin((name,)).source).parent, Path.cwd())
         )
         if beside == here or not (os.path.exists(beside) or os.path.exists(here)):
             return
