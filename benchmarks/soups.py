@@ -11,7 +11,6 @@ mean class accuracy on the first seed.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -49,6 +48,7 @@ TUNED: dict[str, tuple[dict[str, Any], list[float]]] = {
 WAYS = ("one model", "one model, classifier again", "soup of seeds", "LT-Soups without the second stage", "LT-Soups")
 Weights = dict[str, Tensor]
 Found = dict[str, dict[str, float]]  # metrics of validation and test
+Measured = dict[tuple[str, float, int], dict[str, Found]]  # by what is tuned, rate and seed; then by way
 
 _workspaces: list[Workspace] = []
 
@@ -117,29 +117,36 @@ def measure(tuned: str, rate: float, seed: int, epochs: int) -> dict[str, Found]
         return {}
 
 
-def summary(
-    by_job: dict[tuple[str, float, int], dict[str, Found]], tuned: str, seeds: Sequence[int]
-) -> list[dict[str, Any]]:
+def best_rates(by_job: Measured, tuned: str, seed: int) -> dict[str, float]:
+    """Return the rate of each way with the best validation mean class accuracy."""
+    rates = [rate for rate in TUNED[tuned][1] if by_job[tuned, rate, seed]]
+    return {way: max(rates, key=lambda rate: by_job[tuned, rate, seed][way]["validation"][MAIN]) for way in WAYS}
+
+
+def summary(by_job: Measured, tuned: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row for each way at its best rate: test accuracies, and differences to one model with the same seed."""
-    rows, best = [], {}
-    for way in WAYS:
-        rates = [rate for rate in TUNED[tuned][1] if all(by_job[tuned, rate, seed] for seed in seeds)]
-        best[way] = max(rates, key=lambda rate: by_job[tuned, rate, seeds[0]][way]["validation"][MAIN])
-        tests = [by_job[tuned, best[way], seed][way]["test"] for seed in seeds]
-        base = [by_job[tuned, best[WAYS[0]], seed][WAYS[0]]["test"] for seed in seeds]
+    rows, best = [], best_rates(by_job, tuned, seeds[0])
+    base = [by_job[tuned, best[WAYS[0]], seed][WAYS[0]]["test"] for seed in seeds]
+    for way, rate in best.items():
+        tests = [by_job[tuned, rate, seed][way]["test"] for seed in seeds]
         gains = {name: mean_std(a[name] - b[name] for a, b in zip(tests, base, strict=True)) for name in (MAIN, "few")}
         test = {name: mean_std(one[name] for one in tests) for name in ACCURACIES if name in tests[0]}
-        rows.append({"tuned": tuned, "way": way, "rate": best[way], "test": test, "difference": gains})
+        rows.append({"tuned": tuned, "way": way, "rate": rate, "test": test, "difference": gains})
     return rows
 
 
 def main() -> None:
     options = parser(__doc__, epochs=3, minutes=60)
     args = options.parse_args()
-    jobs = [(t, rate, seed) for t in TUNED for rate, seed in itertools.product(TUNED[t][1], args.seeds)]
+    first, others = args.seeds[0], args.seeds[1:]
+    by_job: Measured = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, context, end_with_parent) as pool:
-        by_job = dict(zip(jobs, pool.map(partial(_measured, args.epochs), jobs), strict=True))
+        jobs = [(tuned, rate, first) for tuned in TUNED for rate in TUNED[tuned][1]]
+        by_job.update(zip(jobs, pool.map(partial(_measured, args.epochs), jobs), strict=True))
+        best = {tuned: sorted({*best_rates(by_job, tuned, first).values()}) for tuned in TUNED}
+        jobs = [(tuned, rate, seed) for tuned in TUNED for rate in best[tuned] for seed in others]
+        by_job.update(zip(jobs, pool.map(partial(_measured, args.epochs), jobs), strict=True))
     rows = [row for tuned in TUNED for row in summary(by_job, tuned, args.seeds)]
     out = Table(box=None, pad_edge=False)
     for heading in ("tuned", "way", *HEADINGS, "rate"):
