@@ -18,7 +18,7 @@ from lift_ray.errors import BadInput, run_and_exit
 from lift_ray.terminal.results_json import say_json, stdout_to_stderr
 from lift_ray.text import say
 
-VERBS = ("tune", "train", "evaluate", "predict", "export", "serve", "report", "init", "convert", "cluster", "reproduce")
+VERBS = ("tune", "train", "evaluate", "predict", "export", "serve", "report", "init", "reproduce", "convert", "cluster")
 SCRIPT = "lift-ray"
 PYTHON = "python -m lift_ray"
 OLD_OPTIONS = {  # by command: old names that still work, which no help shows

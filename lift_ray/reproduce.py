@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def reproduce(
     table: Annotated[
         str | None,
-        typer.Argument(metavar="[TABLE]", help="imagenet-lt, places-lt, inat2018 or cifar100-lt.  [all of them]"),
+        typer.Argument(metavar="[TABLE]", help="imagenet-lt, places-lt, inat2018, cifar100-lt, or all."),
     ] = None,
     show: Annotated[
         bool, typer.Option("--list", help="List the claims, what is there for each, and what brings the rest.")
@@ -45,19 +45,21 @@ def reproduce(
       python -m lift_ray.reproduce places-lt --data s3://bucket/data --out s3://bucket/reproduce
       python -m lift_ray.reproduce places-lt --stand-in --seeds 2
     """
+    if table is None and not show:
+        raise typer.BadParameter("give a TABLE, all, or --list.")
     from lift_ray.api.reproduce import Reproduction, planned
     from lift_ray.storage.output import Output
 
     if not show:
         say(f"checking {'the recipes' if stand_in else f'the recipes, {data} and the weights'} ...")
-    plan = planned(table, data, stand_in=stand_in)
+    plan = planned(None if table == "all" else table, data, stand_in=stand_in)
     if show:
         _list(plan)
         return
     target = out or ("runs/reproduce-stand-in" if stand_in else "runs/reproduce")
     given = {"--seeds": seeds, "--data": None if stand_in else data, "--out": target}
-    words = [table or "", *(f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)]
-    command = " ".join(filter(None, ["python -m lift_ray.reproduce", *words, "--stand-in" if stand_in else ""]))
+    words = [str(table), *(f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)]
+    command = " ".join(["python -m lift_ray.reproduce", *words, *(["--stand-in"] if stand_in else [])])
     found = Reproduction(plan, seeds, Output(target), stand_in, command)
     page = found.run()
     _print(found.measured(), stand_in)

@@ -29,6 +29,7 @@ from lift_ray.data.convert.cifar import longtailed_rows, scan_cifar
 from lift_ray.data.convert.index import ImageIndex
 from lift_ray.data.longtail import summary
 from lift_ray.data.open import open_dataset
+from lift_ray.epoch_metrics import GROUPS
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.metrics import ClassGroups
 
@@ -171,12 +172,22 @@ def test_cifar100_has_fine_and_coarse_labels_in_a_folder_in_any_store(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "imbalance", "total"), [(100, 10, 19573), (100, 50, 12608), (100, 100, 10847), (10, 100, 12406)]
+    ("num_classes", "imbalance", "total", "groups"),
+    [
+        (100, 10, 19573, (69, 31, 0)),
+        (100, 50, 12608, (41, 41, 18)),
+        (100, 100, 10847, (35, 35, 30)),
+        (10, 100, 12406, (8, 2, 0)),
+    ],
 )
-def test_the_long_tail_is_the_one_of_the_literature(num_classes: int, imbalance: float, total: int) -> None:
+def test_the_long_tail_is_the_one_of_the_literature(
+    num_classes: int, imbalance: float, total: int, groups: tuple[int, int, int]
+) -> None:
     labels = np.random.default_rng(0).permutation(np.arange(50000) % num_classes)
     rows = longtailed_rows(labels, num_classes, imbalance)
     assert len(set(rows.tolist())) == len(rows) == total
+    names = ClassGroups.of(np.bincount(labels[rows]), (20, 100)).names
+    assert tuple((names == group).sum() for group in GROUPS) == groups
     np.random.seed(0)  # the published code, which goes through the classes with NumPy's global generator
     expected = []
     for label in range(num_classes):

@@ -86,7 +86,15 @@ def test_a_search_over_sets_of_models_ends_with_what_each_gains_and_costs(
     )
     assert not tune.main([str(space), "--out", str(out), "--no-dashboard"])
     shown, study = capsys.readouterr().out, json.loads((out / "study.json").read_text())
-    for words in ("Ensembles, test accuracy (%)", "over best", "a+probe", "a+seed1", "P-many", "D-few"):
+    for words in (
+        "Ensembles, test accuracy (%)",
+        "over best",
+        "a+probe",
+        "a+seed1",
+        "P-many",
+        "D-few",
+        "keep their parameter group",
+    ):
         assert words in shown, words
     found = {one["values"]["method.use"]: one for one in study["together"]}
     assert set(found) == {"a+probe", "a+seed1"}

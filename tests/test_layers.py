@@ -258,7 +258,8 @@ def test_the_command_line_has_every_verb() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "line"), [("tune", "python -m lift_ray.tune search_spaces/quickstart.yaml"), ("cli", "tune       Search")]
+    ("module", "line"),
+    [("tune", "python -m lift_ray.tune search_spaces/quickstart.yaml"), ("cli", "tune       Search")],
 )
 def test_help_answers_without_what_is_slow_to_load(module: str, line: str) -> None:
     code = (

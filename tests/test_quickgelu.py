@@ -264,6 +264,12 @@ def test_the_digest_of_a_file_decides_over_its_name(quick: bool, weights: str, m
             open_clip_activation("ViT-B-16-quickgelu", weights, None)
 
 
+def test_every_tag_of_open_clip_gets_the_activation_of_its_list() -> None:
+    for model, tag in open_clip.list_pretrained():
+        quick = bool(open_clip.pretrained.get_pretrained_cfg(model, tag).get("quick_gelu"))
+        assert open_clip_activation(model, tag, None) is quick, f"{model} {tag}"
+
+
 def test_the_digests_are_those_that_open_clip_checks_a_download_with() -> None:
     listed = {weights.name: weights for weights in quickgelu._listed()}
     assert listed["ViT-B-16 openai"].digest.startswith("5806e77cd80f8b59")

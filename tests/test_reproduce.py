@@ -117,7 +117,7 @@ def test_a_stand_in_never_verifies_anything() -> None:
 
 def run(seed: int, *ensembling: bool) -> FixedRun:
     config = RunConfig.parse({"seed": seed, "evaluation": {"tte": True}})
-    return FixedRun(f"one-seed-{seed}", config, ensembling or (True,))
+    return FixedRun(f"one-seed-{seed}", "data", config, ensembling or (True,))
 
 
 def test_a_run_is_trained_once_and_tested_as_often_as_asked(tmp_path: Path) -> None:
@@ -153,6 +153,16 @@ def test_another_process_continues_with_what_is_not_done(tmp_path: Path) -> None
     assert again.results[test.key]["test/accuracy"] == 0.5
     assert FixedRuns(runs, out).is_over
     assert not FixedRuns([run(1)], out).is_over  # other settings, another run
+
+
+def test_the_same_settings_on_another_dataset_are_another_run(tmp_path: Path) -> None:
+    assert replace(run(0), dataset="other").training.key != run(0).training.key
+    plan = [replace(one, data_problem="", weights_problem="") for one in planned(None, str(tmp_path), stand_in=False)]
+    found = Reproduction(plan, 1, Output(f"{tmp_path}/out"), stand_in=False, command="c")
+    names = {one.name for one in found._merged.values()}
+    assert names == {
+        f"{claim.recipe.removeprefix('recipes/').replace('/', '-')}-seed-0" for claim in claims() if claim.recipe
+    }
 
 
 def test_a_run_that_diverges_is_not_tested_and_one_that_fails_ends_with_its_name(tmp_path: Path) -> None:

@@ -245,6 +245,16 @@ def test_inaturalist_2018_takes_names_from_its_categories_and_tests_on_val(tmp_p
     assert read(index)["test"] == [(jpegs()[5 + n], 1) for n in range(5)]
 
 
+def test_nothing_is_held_out_of_inaturalist_without_a_fraction_for_validation(tmp_path: Path) -> None:
+    """On made-up annotations: 40 images of each class, of which a tenth would be drawn."""
+    write(tmp_path, {**inat_2018(), "train2018.json": annotations([20, 0, 10, 30] * 40, HIDDEN)})
+    index = scan_inat(str(tmp_path))
+    whole = divide(index, Division(validation_frac=0.0))
+    assert {name: len(rows) for name, rows in whole.splits.items()} == {"train": 160, "test": 5}
+    assert sorted(whole.splits["train"]) == sorted(index.splits["train"])
+    assert len(divide(index, Division()).splits["validation"]) == 16
+
+
 def test_later_years_carry_the_taxonomy_themselves(tmp_path: Path) -> None:
     write(tmp_path, {"train2021.json": annotations([20, 0, 10, 30], CATEGORIES)})
     index = scan_inat(str(tmp_path), train="train2021.json", test=None)

@@ -71,6 +71,7 @@ def test_a_search_writes_what_it_promises(searched: Path) -> None:
     own = "best found, tau 0" if study["posthoc"]["recommended"] else "best found"
     labels = [row["label"] for row in study["compared"]]
     assert labels == ["zero-shot", "the recipe", *dict.fromkeys((own, "best found")), "best found, TTE"]
+    assert study["tte"] == {label: "five_crops" if label == "best found, TTE" else "off" for label in labels}
     found = next(row for row in study["compared"] if row["label"] == own)
     assert found["validation/mean_class_accuracy"] == best["validation/mean_class_accuracy"]
     assert all("test/mean_class_accuracy" in row for row in study["compared"])

@@ -96,7 +96,7 @@ def planned(table: str | None, data: str, *, stand_in: bool) -> list[Planned]:
     Raises BadInput for an unknown table.
     """
     if table is not None and table not in tables():
-        raise BadInput("TABLE", f"unknown table '{table}'", remedy=did_you_mean(table, tables()))
+        raise BadInput("TABLE", f"unknown table '{table}'", remedy=did_you_mean(table, [*tables(), "all"]))
     chosen = [claim for claim in claims() if table in (None, claim.table)]
     problems = {} if stand_in else _data_problems({claim.dataset for claim in chosen if claim.recipe}, data)
     return [_planned(claim, data, problems, stand_in) for claim in chosen]
@@ -212,19 +212,23 @@ class Reproduction:
     def _runs(self, one: Planned) -> list[FixedRun]:
         """Return the run of each seed that measures a claim."""
         assert one.config is not None
-        return [self._merged[training_key(one.config.model_copy(update={"seed": seed}))] for seed in range(self.seeds)]
+        return [self._merged[self._run(one, one.config, seed).training.key] for seed in range(self.seeds)]
+
+    def _run(self, one: Planned, config: RunConfig, seed: int) -> FixedRun:
+        from lift_ray.searching.fixed_runs import FixedRun
+
+        name = f"{(one.claim.recipe or '').removeprefix('recipes/').replace('/', '-')}-seed-{seed}"
+        dataset = STAND_IN_DATA if self.stand_in else one.claim.dataset  # wherever --data is
+        return FixedRun(name, dataset, config.model_copy(update={"seed": seed}), (one.claim.tte,))
 
     @cached_property
     def _merged(self) -> dict[str, FixedRun]:
         """The different runs by the keys of their trainings; claims that differ in test-time ensembling share one."""
-        from lift_ray.searching.fixed_runs import FixedRun
-
         found: dict[str, FixedRun] = {}
         for one, seed in product(self.plan, range(self.seeds)):
             if one.config is None:
                 continue
-            name = f"{(one.claim.recipe or '').removeprefix('recipes/').replace('/', '-')}-seed-{seed}"
-            new = FixedRun(name, one.config.model_copy(update={"seed": seed}), (one.claim.tte,))
+            new = self._run(one, one.config, seed)
             known = found.setdefault(new.training.key, new)
             both = tuple(sorted({*known.ensembling, one.claim.tte}, reverse=True))
             found[new.training.key] = replace(known, ensembling=both)
@@ -268,13 +272,6 @@ class Reproduction:
             "Written": time.strftime("%Y-%m-%d %H:%M"),
         }
         return write_pages(self.measured(), about, self.out, stand_in=self.stand_in)
-
-
-def training_key(config: RunConfig) -> str:
-    """Return the key of the training of a run."""
-    from lift_ray.searching.fixed_runs import FixedRun
-
-    return FixedRun("", config).training.key
 
 
 class Display:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MEAN_OF = 100  # images of a class in its mean (arXiv 2309.10019)
-CHUNK_VALUES = 1 << 25  # logits of the linear probe that are in memory at a time
+CHUNK_VALUES = 1 << 24  # logits of the linear probe that are in memory at a time
 
 
 class Head(nn.Module):
@@ -132,7 +132,7 @@ def probe_weights(
     """w_k = W_k / |W_k|, W of a linear probe: balanced multinomial logistic regression with a bias b (arXiv 2309.10019).
 
     Minimizes sum_i N / (K n_y) CE(W f_i + b, y_i) + penalty / 2 |W|^2 on the features as they are, by L-BFGS from zero. b is not
-    penalized, and it is dropped. This is what the code of LIFT and LIFT+ does (trainer.py) with scikit-learn's
+    penalized, and it is dropped. The code of LIFT and LIFT+ (trainer.py) does this with scikit-learn, also in double precision:
     LogisticRegression(C=1, class_weight="balanced", max_iter=100), whose C is 1 / penalty. The same input gives the same result.
 
     Args:
@@ -147,16 +147,16 @@ def probe_weights(
     Raises ValueError naming the classes without images.
     """
     num_images, rows = len(labels), max(1, CHUNK_VALUES // num_classes)
-    balance = 1 / (num_classes * _images_per_class(labels, num_classes).float())
+    balance = 1 / (num_classes * _images_per_class(labels, num_classes).double())
     chunks = list(zip(features.split(rows), labels.split(rows), balance[labels].split(rows), strict=True))
-    weight = torch.zeros(num_classes, features.shape[1], device=features.device)
-    bias = torch.zeros(num_classes, 1, device=features.device)
+    weight = torch.zeros(num_classes, features.shape[1], dtype=torch.double, device=features.device)
+    bias = torch.zeros(num_classes, 1, dtype=torch.double, device=features.device)
 
     def objective() -> Tensor:
         value = penalty / num_images / 2 * weight.square().sum()
         weight.grad, bias.grad = penalty / num_images * weight, torch.zeros_like(bias)
         for raw, y, share in chunks:
-            x = raw.float()
+            x = raw.double()
             log_p = torch.addmm(bias.T, x, weight.T).log_softmax(1)
             value = value - share @ log_p.gather(1, y.unsqueeze(1)).squeeze(1)
             error = log_p.exp_().scatter_add_(1, y.unsqueeze(1), -torch.ones_like(share).unsqueeze(1))
@@ -165,7 +165,7 @@ def probe_weights(
             bias.grad += error.sum(0).unsqueeze(1)
         return value
 
-    # 100 steps seldom reach the minimum, so the solver is that of scikit-learn: ten steps of memory, as many evaluations as it needs
+    # 100 steps seldom reach the minimum, so the solver is as scikit-learn's: ten steps of memory, as many evaluations as it needs
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=steps,
@@ -176,7 +176,7 @@ def probe_weights(
         line_search_fn="strong_wolfe",
     )
     solver.step(objective)
-    return F.normalize(weight.detach(), dim=-1)
+    return F.normalize(weight.detach(), dim=-1).float()
 
 
 def _images_per_class(labels: Tensor, num_classes: int) -> Tensor:

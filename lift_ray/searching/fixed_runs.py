@@ -6,6 +6,7 @@ rewritten after each job.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,25 +34,31 @@ class FixedRun:
 
     Args:
         name: name in results.
+        dataset: name of the dataset, which no setting holds.
         config: the settings. Test-time ensembling has no part in the training, so `ensembling` replaces it.
         ensembling: test with test-time ensembling, without, or both.
     """
 
     name: str
+    dataset: str
     config: RunConfig
     ensembling: tuple[bool, ...] = (True,)
 
     @cached_property
+    def digest(self) -> str:
+        """Eight hex digits that name dataset and settings."""
+        return hashlib.sha256(f"{self.dataset} {self._with(False).digest()}".encode()).hexdigest()[:8]
+
+    @cached_property
     def training(self) -> TrainJob:
-        """The job that trains it. Its number, which names the checkpoints, follows from the settings."""
-        plain = self._with(False)
-        return TrainJob(FIRST_REPEAT + int(plain.digest()[:8], 16), plain.to_dict(), EVERYTHING, then="keep")
+        """The job that trains it. Its number names the checkpoints."""
+        return TrainJob(FIRST_REPEAT + int(self.digest, 16), self._with(False).to_dict(), EVERYTHING, then="keep")
 
     def test(self, ensembling: bool) -> EvaluationJob:
         """Return the job that tests the trained model."""
-        plain, config = self._with(False), self.config if ensembling else self._with(False)
+        config = self.config if ensembling else self._with(False)
         path = trial_checkpoint_path(self.training.number, config.optim.epochs, EVERYTHING)
-        model = f"{self.name}-{plain.digest()[:6]}{TTE if ensembling else ''}"
+        model = f"{self.name}-{self.digest}{TTE if ensembling else ''}"
         taus = (config.evaluation.posthoc_tau,)
         return EvaluationJob(model, config.to_dict(), path, "test", taus, fold=EVERYTHING)
 
@@ -70,7 +77,7 @@ class FixedRun:
 class FixedRuns:
     """Source of jobs for an engine: trains runs and tests them as soon as they are trained.
 
-    Runs with the same settings are trained once.
+    Runs with the same dataset and settings are trained once.
 
     Args:
         runs: the runs.

@@ -11,7 +11,7 @@ from lift_ray.searching.search_data import SearchData, unseen_line
 from lift_ray.searching.tables import candidate_table, curve_table, measure, pareto_table, points
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
-from lift_ray.terminal.evaluation_tables import crossed_table, together_table
+from lift_ray.terminal.evaluation_tables import print_crossed, together_table
 from lift_ray.terminal.tables import accuracy_table, console, describe, seeds_table, tte_note
 from lift_ray.text import count, say
 
@@ -43,7 +43,7 @@ def print_result(space: SpaceFile, found: SearchResult, data: SearchData, out: O
         screen.print(accuracy_table("Test accuracy (%), held out from the search", "test", found.compared))
     if found.together:
         screen.print(together_table(found.together))
-        screen.print(crossed_table(next(one["report"] for one in found.together if one["trial"] == best.number)))
+        print_crossed(next(one["report"] for one in found.together if one["trial"] == best.number))
     if found.seeds:
         screen.print(seeds_table(found.seeds))
     for line in _notes(space, found, data):

@@ -24,6 +24,16 @@ def crossed_table(report: Mapping[str, Any]) -> PlainTable:
     return table
 
 
+def print_crossed(report: Mapping[str, Any]) -> None:
+    """Print the table of `crossed_table`, and how certain its parameter groups are."""
+    console().print(crossed_table(report))
+    if kept := report.get("parameter_groups_kept"):
+        shares = ", ".join(f"P-{p} {100 * share:.0f}" for p, share in kept.items())
+        say(f"classes that keep their parameter group if the validation images are resampled (%): {shares}")
+    if why := report.get("no_parameter_groups"):
+        say(f"no parameter groups: {why}")
+
+
 def together_table(found: Sequence[Mapping[str, Any]]) -> PlainTable:
     """Return a table of the test accuracy (%) of several ensembles (search.final_comparison.ensemble_results)."""
     title = "Ensembles, test accuracy (%); gain over the mean and over the best of their members"
@@ -107,7 +117,7 @@ def print_found(
     if shown and "unlabelled/recall" in (figures := shown[0][1]):
         say(f"pseudo-labels of the last epoch (%): {', '.join(_pseudo_labels(figures))}")
     if report:
-        screen.print(crossed_table(report))
+        print_crossed(report)
         say(*_words(report))
 
 
@@ -133,11 +143,6 @@ def _words(report: Mapping[str, Any]) -> list[str]:
         f"gain over the mean of the members (over the best one here, {report['best']}): {', '.join(gains)}",
         f"images on which two models disagree (%): {', '.join(differ)}",
     ]
-    if why := report.get("no_parameter_groups"):
-        lines.insert(0, f"no parameter groups: {why}")
-    if kept := report.get("parameter_groups_kept"):
-        shares = ", ".join(f"P-{p} {100 * share:.0f}" for p, share in kept.items())
-        lines.insert(0, f"classes that keep their parameter group if the validation images are resampled (%): {shares}")
     if cost := report.get("cost"):
         lines.append(
             f"cost: {cost['trained_parameters']:,} trained parameters, {cost['train_s']:.0f} s of training steps, "
