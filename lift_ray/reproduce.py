@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @cli.app.command(short_help="Run published recipes, and compare them with the claims.")
+@cli.with_json("reproduce")
 def reproduce(
     table: Annotated[
         str | None,
@@ -34,7 +35,7 @@ def reproduce(
     stand_in: Annotated[
         bool, typer.Option("--stand-in", help="Try the command on embedded images and model; this verifies nothing.")
     ] = False,
-) -> None:
+) -> dict[str, object]:
     """Run the recipes of published values whose dataset and weights are there, and write claimed beside measured.
 
     If it is interrupted, rerun the same command: finished runs are kept, and the others continue.
@@ -55,7 +56,7 @@ def reproduce(
     plan = planned(None if table == "all" else table, data, stand_in=stand_in)
     if show:
         _list(plan)
-        return
+        return {"claims": [one.for_json() for one in plan]}
     target = out or ("runs/reproduce-stand-in" if stand_in else "runs/reproduce")
     given = {"--seeds": seeds, "--data": None if stand_in else data, "--out": target}
     words = [str(table), *(f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)]
@@ -65,6 +66,8 @@ def reproduce(
     _print(found.measured(), stand_in)
     _print_missing(plan)
     say(f"page: {page}")
+    claims = [row.for_json() for row in found.measured()]
+    return {"out": target, "page": page, "stand_in": stand_in, "about": found.about(), "claims": claims}
 
 
 def _list(plan: list[Planned]) -> None:

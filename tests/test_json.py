@@ -28,6 +28,7 @@ WRONG = {  # words of which no verb can make a result
     "predict": ["missing", "photos", "--out", "names.txt"],
     "export": ["missing", "--out", "exported"],
     "report": ["missing"],
+    "reproduce": ["missing"],
     "init": ["missing"],
     "convert": ["folder", "missing", "data"],
     "cluster": ["check", "missing.yaml"],
@@ -163,6 +164,12 @@ def test_a_folder_of_images(photos: Path, tmp_path: Path, asked: Document) -> No
     assert made["left_out"] == 1
     assert Path(made["left_out_list"]).exists()
     assert sum(made["groups"].values()) == 2
+
+
+def test_published_values(tmp_path: Path, asked: Document) -> None:
+    (first, *_) = asked("reproduce --list", "places-lt", "--list", "--data", tmp_path)["claims"]
+    assert first["claim"]["table"] == "places-lt"
+    assert first["missing"]["data"] == f"no dataset in {tmp_path / 'places-lt'}"
 
 
 def test_a_cluster(asked: Document) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import product
@@ -79,6 +79,11 @@ class Planned:
         if self.config is None:
             return self.claim.note or "no recipe"
         return "; ".join(filter(None, self.problems))
+
+    def for_json(self) -> dict[str, Any]:
+        """Return the claim and what is missing for it, for JSON."""
+        missing = {"data": self.data_problem or None, "weights": self.weights_problem or None}
+        return {"claim": asdict(self.claim), "dataset": self.dataset, "missing": missing, "commands": self.commands}
 
 
 def tables() -> list[str]:
@@ -255,14 +260,14 @@ class Reproduction:
             f"{len(diverged)} of {count(self.seeds, 'seed')} diverged" if diverged else one.problem,
         )
 
-    def write(self) -> str:
-        """Write page, Markdown and JSON, and return the name of the page."""
+    def about(self) -> dict[str, str]:
+        """Return command, commit, versions, hardware and cost, by heading."""
         from lift_ray.searching.fixed_runs import stored_results
 
         results = stored_results(self.out).values()
         hours = sum(found["seconds"] for found in results) / 3600
         machines = dict.fromkeys(_hardware(found["machine"]) for found in results)
-        about = {
+        return {
             "Command": self.command,
             "Commit": ", ".join(dict.fromkeys(found["commit"] for found in results)) or commit(),
             "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
@@ -271,7 +276,10 @@ class Reproduction:
             "Seeds": f"0 to {self.seeds - 1}" if self.seeds > 1 else "0",
             "Written": time.strftime("%Y-%m-%d %H:%M"),
         }
-        return write_pages(self.measured(), about, self.out, stand_in=self.stand_in)
+
+    def write(self) -> str:
+        """Write page, Markdown and JSON, and return the name of the page."""
+        return write_pages(self.measured(), self.about(), self.out, stand_in=self.stand_in)
 
 
 class Display:

@@ -47,16 +47,16 @@ class FixedRun:
     @cached_property
     def digest(self) -> str:
         """Eight hex digits that name dataset and settings."""
-        return hashlib.sha256(f"{self.dataset} {self._with(False).digest()}".encode()).hexdigest()[:8]
+        return hashlib.sha256(f"{self.dataset} {self._plain.digest()}".encode()).hexdigest()[:8]
 
     @cached_property
     def training(self) -> TrainJob:
         """The job that trains it. Its number names the checkpoints."""
-        return TrainJob(FIRST_REPEAT + int(self.digest, 16), self._with(False).to_dict(), EVERYTHING, then="keep")
+        return TrainJob(FIRST_REPEAT + int(self.digest, 16), self._plain.to_dict(), EVERYTHING, then="keep")
 
     def test(self, ensembling: bool) -> EvaluationJob:
         """Return the job that tests the trained model."""
-        config = self.config if ensembling else self._with(False)
+        config = self.config if ensembling else self._plain
         path = trial_checkpoint_path(self.training.number, config.optim.epochs, EVERYTHING)
         model = f"{self.name}-{self.digest}{TTE if ensembling else ''}"
         taus = (config.evaluation.posthoc_tau,)
@@ -67,10 +67,10 @@ class FixedRun:
         """All its jobs, in order."""
         return [self.training, *map(self.test, self.ensembling)]
 
-    def _with(self, ensembling: bool) -> RunConfig:
-        return self.config.model_copy(
-            update={"evaluation": self.config.evaluation.model_copy(update={"tte": ensembling})}
-        )
+    @cached_property
+    def _plain(self) -> RunConfig:
+        """The settings without test-time ensembling."""
+        return self.config.model_copy(update={"evaluation": self.config.evaluation.model_copy(update={"tte": "off"})})
 
 
 @dataclass
