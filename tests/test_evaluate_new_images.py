@@ -9,6 +9,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def asked(run: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
     def ask(*words: object) -> tuple[dict[str, Any], str]:
         evaluate.main([str(run), *map(str, words), "--json"])
         printed = capsys.readouterr()
-        return flat_evaluation(printed.out), printed.err
+        lines = takewhile(lambda line: line.startswith(("note: ", "  ")), printed.err.splitlines(keepends=True))
+        return flat_evaluation(printed.out), "".join(lines)  # the tables follow on stderr
 
     return ask
 

@@ -24,6 +24,7 @@ EXCEPTIONS = {
     "--out": "the results of each verb are of another kind: a folder or URL, a new folder, or one file",
     "--resume": "a run continues from a checkpoint, a search with what is finished",
     "--dry-run": "what a verb checks and prints is its own",
+    "--data": "reproduce needs several datasets, evaluate one",
     "--posthoc-tau": "evaluate takes several",
     "--test": "the file is a list, or iNaturalist's annotations",
     "--group": "a table has columns, and folders are directories in every source",
