@@ -10,7 +10,7 @@ import pytest
 
 from lift_ray.data.longtail import semi_supervised_counts
 from lift_ray.settings.methods import LoftConfig, UlfineConfig
-from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run import EvaluationConfig, RunConfig
 from lift_ray.settings.run_file import read_run
 
 FOLDER = Path(__file__).parents[1] / "search_spaces" / "recipes"
@@ -100,7 +100,8 @@ def test_the_other_methods_have_the_published_rates_on_the_same_protocol(name: s
 def test_each_recipe_tests_with_five_crops_the_published_groups_and_all_training_images(name: str) -> None:
     run = read_run(FOLDER / f"{name}.yaml")
     assert (run.name, run.train_on) == (name.replace("/", "-"), "train")
-    assert (run.evaluation.tte, run.evaluation.group_bounds) == ("five_crops", [20, 100])
+    expand_px = 21 if "l14" in name else 24
+    assert run.evaluation == EvaluationConfig(tte="five_crops", expand_px=expand_px, group_bounds=[20, 100])
     tail = next((tail for tail in ("-50", "-10") if name.endswith(tail.replace("-", "_"))), "")
     assert run.dataset == f"s3://my-bucket/{name.split('/')[0].replace('_', '-')}{tail}"
 

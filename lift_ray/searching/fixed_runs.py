@@ -70,7 +70,8 @@ class FixedRun:
     @cached_property
     def _plain(self) -> RunConfig:
         """The settings without test-time ensembling."""
-        return self.config.model_copy(update={"evaluation": self.config.evaluation.model_copy(update={"tte": "off"})})
+        plain = {"tte": "off", "expand_px": None}
+        return self.config.model_copy(update={"evaluation": self.config.evaluation.model_copy(update=plain)})
 
 
 @dataclass
