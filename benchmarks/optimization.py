@@ -26,9 +26,9 @@ BASE: dict[str, Any] = {
     "tuner.kind": "adaptformer",
     "tuner.blocks.last": 2,
     "tuner.bottleneck": 16,
+    "optim.schedule": "cosine",
 }
-SGD, ADAMW = [0.01, 0.03, 0.1], [0.0005, 0.001, 0.003]
-BALANCED_LOSS = {"loss.kind": "cross_entropy", "optim.sampling": "balanced"}
+SGD, ADAMW = [0.01, 0.03, 0.1], [0.001, 0.003, 0.01]
 VARIANTS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "base": ({}, SGD),
     "cosine_by_epoch": ({"optim.schedule": "cosine_by_epoch"}, SGD),
@@ -37,7 +37,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "square_root": ({"optim.sampling": "square_root"}, SGD),
     "balanced": ({"optim.sampling": "balanced"}, SGD),
     "smoothing_0.1": ({"loss.label_smoothing": 0.1}, SGD),
-    "balanced, cross_entropy": (BALANCED_LOSS, SGD),
 }
 COMPARED = (MAIN, "few")
 

@@ -128,9 +128,9 @@ class OptimConfig(Config):
     optimizer: Literal["sgd", "sgd_nesterov", "adamw"] = "sgd"
     """sgd, as published; sgd_nesterov, which looks ahead along its momentum; or adamw (arXiv 1711.05101), whose steps have about the
     same size in every layer and need smaller rates."""
-    schedule: Literal["cosine", "cosine_by_epoch"] = "cosine"
-    """cosine lowers the rate in every step, to almost 0 at the end; cosine_by_epoch after every epoch, as published: the first
-    epoch has the full rate, the last of five a tenth of it."""
+    schedule: Literal["cosine_by_epoch", "cosine"] = "cosine_by_epoch"
+    """cosine_by_epoch lowers the rate after every epoch, as published: the first epoch has the full rate, the last of five a tenth of
+    it. cosine lowers it in every step, to almost 0 at the end."""
     epochs: Annotated[int, Field(ge=1)] = 5
     """Number of passes over the training images."""
     global_batch_size: Annotated[int, Field(ge=1)] = 128
