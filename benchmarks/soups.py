@@ -25,7 +25,7 @@ from record import record
 from rich.table import Table
 from torch import Tensor
 
-from lift_ray.data.dataset import Dataset
+from lift_ray.data.dataset import Dataset, joined
 from lift_ray.data.longtail import keep_first
 from lift_ray.epoch_metrics import ACCURACIES, MAIN
 from lift_ray.methods.world import Ranks
@@ -39,11 +39,11 @@ from lift_ray.training.workspace import Workspace
 
 COMMON = {"augment.kind": "none", "head.init": "class_mean"}
 TUNED: dict[str, tuple[dict[str, Any], list[float]]] = {
-    "AdaptFormer, last 2 blocks": (
+    "adaptformer": (
         {"tuner.kind": "adaptformer", "tuner.blocks.last": 2, "tuner.bottleneck": 16},
         [0.01, 0.03, 0.1],
     ),
-    "own weights, last block": ({"tuner.kind": "partial"}, [0.003, 0.01, 0.03]),
+    "last_block": ({"tuner.kind": "partial"}, [0.003, 0.01, 0.03]),
 }
 WAYS = ("one model", "one model, classifier again", "soup of seeds", "LT-Soups without the second stage", "LT-Soups")
 Weights = dict[str, Tensor]
@@ -58,8 +58,8 @@ def subsets(dataset: Dataset) -> Iterator[Dataset]:
     train, counts = dataset.split("train"), dataset.split("train").class_counts(dataset.num_classes)
     limit = int(counts.min())
     while limit < 2 * counts.max():
-        kept = train.take(keep_first(train.labels, counts.clip(max=limit)))
-        yield replace(dataset, splits={**dataset.splits, "train": kept})
+        kept = keep_first(train.labels, counts.clip(max=limit))
+        yield replace(dataset, splits={**dataset.splits, "train": joined("train", [(train, kept)])})
         limit *= 2
 
 
@@ -137,17 +137,18 @@ def summary(by_job: Measured, tuned: str, seeds: Sequence[int]) -> list[dict[str
 
 def main() -> None:
     options = parser(__doc__, epochs=3, minutes=60)
+    options.add_argument("--tuned", nargs="+", choices=list(TUNED), default=list(TUNED), metavar="WHAT")
     args = options.parse_args()
     first, others = args.seeds[0], args.seeds[1:]
     by_job: Measured = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, context, end_with_parent) as pool:
-        jobs = [(tuned, rate, first) for tuned in TUNED for rate in TUNED[tuned][1]]
+        jobs = [(tuned, rate, first) for tuned in args.tuned for rate in TUNED[tuned][1]]
         by_job.update(zip(jobs, pool.map(partial(_measured, args.epochs), jobs), strict=True))
-        best = {tuned: sorted({*best_rates(by_job, tuned, first).values()}) for tuned in TUNED}
-        jobs = [(tuned, rate, seed) for tuned in TUNED for rate in best[tuned] for seed in others]
+        best = {tuned: sorted({*best_rates(by_job, tuned, first).values()}) for tuned in args.tuned}
+        jobs = [(tuned, rate, seed) for tuned in args.tuned for rate in best[tuned] for seed in others]
         by_job.update(zip(jobs, pool.map(partial(_measured, args.epochs), jobs), strict=True))
-    rows = [row for tuned in TUNED for row in summary(by_job, tuned, args.seeds)]
+    rows = [row for tuned in args.tuned for row in summary(by_job, tuned, args.seeds)]
     out = Table(box=None, pad_edge=False)
     for heading in ("tuned", "way", *HEADINGS, "rate"):
         out.add_column(heading)
