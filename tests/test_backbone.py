@@ -148,7 +148,7 @@ def test_the_class_token_alone_gives_what_all_tokens_give(make: Callable[[], Blo
             None,
             "backbone.model: unknown embedded model 'embedded:lift-smal'; did you mean 'lift-small'?",
         ),
-        ("embedded:lift-small", "openai", "backbone.pretrained: must not be given with local-dir:"),
+        ("embedded:lift-small", "openai", "backbone.pretrained: must not be given with embedded:lift-small"),
         (
             "hf-hub:nobody/nothing",
             "openai",

@@ -388,6 +388,18 @@ def test_a_class_has_its_parameter_group_in_the_table_of_classes(
     assert "parameter_group" not in (tmp_path / "one.csv").read_text()
 
 
+def test_a_prior_that_cannot_be_fitted_to_resampled_images_leaves_the_parameter_groups_out(
+    folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise ValueError("the label prior must settle")
+
+    monkeypatch.setattr(priors, "resampled", fails)
+    report = said(folders, capsys)
+    assert "the label prior must settle" in report["no_parameter_groups"]
+    assert list(report["groups"]["all"]) == ["all"]
+
+
 def test_a_prior_that_cannot_be_fitted_gives_a_one_line_error_and_the_table_says_that_it_is_missing(
     folders: list[str], small_data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -218,7 +218,7 @@ UNKNOWN = (
             "embedded:lift-small",
             None,
             True,
-            "backbone.quickgelu: must not be given with local-dir:",
+            "backbone.quickgelu: must not be given with embedded:lift-small, but got true; ",
         ),
         (
             "timm:vit_base_patch16_clip_224",

@@ -176,9 +176,9 @@ class Reproduction:
         from lift_ray.terminal.waiting import waiting
 
         self.out.folder.mkdir(parents=True, exist_ok=True)
-        self.write()
         datasets = list(dict.fromkeys(one.dataset for one in self.plan if not one.problem))
         with Interrupts() as interrupts, alone_in(self.out):
+            self.write()
             if datasets:
                 with ExitStack() as cluster:
                     with waiting("starting Ray"):

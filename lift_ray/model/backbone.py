@@ -385,6 +385,7 @@ def _not_loaded(model: str, error: Exception) -> BadInput:
 
 def _source(model: str, pretrained: str | None, quickgelu: bool | None) -> tuple[str, bool]:
     """open_clip's name for a model of ours, and whether its weights need QuickGELU beyond what a folder's own config says."""
+    source = model
     if model.startswith(EMBEDDED):
         assets = importlib.resources.files("lift_ray") / "assets"
         folder = Path(str(assets / model.removeprefix(EMBEDDED)))
@@ -393,14 +394,14 @@ def _source(model: str, pretrained: str | None, quickgelu: bool | None) -> tuple
             raise BadInput(
                 "backbone.model", f"unknown embedded model '{model}'", remedy=did_you_mean(folder.name, known)
             )
-        model = f"{LOCAL}{folder}"
-    if ":" in model:
+        source = f"{LOCAL}{folder}"
+    if ":" in source:
         if pretrained is not None:
             raise BadInput(PLACE, f"must not be given with {model}", repr(pretrained), "remove it")
         if quickgelu is not None:
             rule, remedy = f"must not be given with {model}", "remove it; its open_clip_config.json says quick_gelu"
             raise BadInput(QUICKGELU, rule, str(quickgelu).lower(), remedy)
-        return model, False
+        return source, False
     import open_clip
 
     if model not in open_clip.list_models():

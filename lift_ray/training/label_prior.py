@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,8 @@ def resampled_prior(workspace: Workspace, config: RunConfig) -> tuple[torch.Tens
     logits, labels = _zero_shot_logits(workspace, config)
     prior = fitted(workspace, logits, labels)
     where = counting_device(logits.device)
-    return prior.log_q.cpu(), resampled(logits.to(where), labels.to(where), prior).cpu()
+    with _as_bad_input(workspace):
+        return prior.log_q.cpu(), resampled(logits.to(where), labels.to(where), prior).cpu()
 
 
 def _zero_shot_logits(workspace: Workspace, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,9 +73,16 @@ def _zero_shot_logits(workspace: Workspace, config: RunConfig) -> tuple[torch.Te
 
 def fitted(workspace: Workspace, logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Prior:
     """Call `methods.prior.fit` on the validation split. Raises BadInput if no prior can be fitted."""
-    try:
-        where = counting_device(logits.device)
+    where = counting_device(logits.device)
+    with _as_bad_input(workspace):
         return fit(logits.to(where), labels.to(where), **options)
+
+
+@contextmanager
+def _as_bad_input(workspace: Workspace) -> Iterator[None]:
+    """Raise BadInput if the block finds no label prior."""
+    try:
+        yield
     except ValueError as error:
         raise BadInput(f"{workspace.dataset.uri} validation", str(error), remedy="GLA cannot be used with it") from None
 
