@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lift_ray.training.checkpoint import Record
 
 COMBINE = ("logits", "probabilities")
-TTE = ("off", "five_crops", "ten_crops", "augmented")
 MOST_CONFUSED = 10  # pairs of classes that are printed
 
 
@@ -119,13 +118,15 @@ def evaluate(
     """
     from lift_ray.inference.evaluate import EvaluationRequest, not_held_out
     from lift_ray.inference.new_images import SourceOptions
+    from lift_ray.settings.run import TteMode
     from lift_ray.storage.store import same_place
 
     records = _records(checkpoints)
     record, taus = records[0], _taus(checkpoints, records, tau, gla)
     _check_together(records, combine, weights)
-    if tte is not None and tte not in TTE:
-        raise BadInput("--tte", f"unknown value '{tte}'", remedy=did_you_mean(tte, TTE))
+    modes = [tte or _tte(record) for record in records]
+    if tte is not None and tte not in get_args(TteMode):
+        raise BadInput("--tte", f"unknown value '{tte}'", remedy=did_you_mean(tte, get_args(TteMode)))
     options = SourceOptions(image_column, label_column, split_column, root, class_names)
     _check_data_options(data, {**options.given, "skip_bad": skip_bad, "old_test": old_test})
     with _opened(data, record, split, options, skip_bad) as images:
@@ -171,7 +172,7 @@ def evaluate(
 
         results = _old_test(request, record, old)
         new = NewResults.of(_predictions(dataset, split, found), record.groups.names, results)
-    _print(request, dataset, found, new, records)
+    _print(request, dataset, found, new, modes)
     if note := record.groups.note:
         say(note)
     if confused is not None:
@@ -183,6 +184,7 @@ def evaluate(
         "dataset": dataset.uri,
         "split": split,
         "images": dataset.split(split).num_samples,
+        "tte": modes,
         "figures": [{"tau": tau, **figures} for tau, figures in zip(taus, found.figures, strict=True)],
         "ensemble": found.report or None,
         "new_images": None if new is None else images.for_json() | new.for_json(),
@@ -193,14 +195,14 @@ def evaluate(
 
 
 def _print(
-    request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: NewResults | None, records: Sequence[Record]
+    request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: NewResults | None, modes: Sequence[str]
 ) -> None:
     """Print the table of an evaluation, and what new images have beside it."""
     from lift_ray.terminal.evaluation_tables import print_found
     from lift_ray.terminal.tables import tte_in_words
 
-    modes = dict.fromkeys(request.tte or _tte(record) for record in records)
-    crops = " or ".join(tte_in_words(mode) or "one crop" for mode in modes) if {*modes} != {"off"} else ""
+    different = dict.fromkeys(modes)
+    crops = " or ".join(tte_in_words(mode) or "one crop" for mode in different) if {*modes} != {"off"} else ""
     name, split, taus = "ensemble" if found.report else request.checkpoints[0], request.split, request.taus
     shown = [(f"{name}, tau {t:g}" if t else name, figures) for t, figures in zip(taus, found.figures, strict=True)]
     print_found(

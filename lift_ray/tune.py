@@ -26,6 +26,7 @@ PRINTED = (
     "choice",
     "posthoc",
     "compared",
+    "tte",
     "together",
     "seeds",
     "pareto",

@@ -1,4 +1,4 @@
-"""Reproduction of published values: the recipes whose dataset and weights are there run, and are compared with the claims."""
+"""Reproduction of published values: run the recipes whose dataset and weights are there, and compare them with the claims."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def planned(table: str | None, data: str, *, stand_in: bool) -> list[Planned]:
 
     Args:
         data: folder or URL with the datasets, each under its name.
-        stand_in: put embedded data and model in place of each dataset and model.
+        stand_in: use embedded data and model in place of each dataset and model.
 
     Raises BadInput for an unknown table.
     """
@@ -151,7 +151,7 @@ class Reproduction:
         plan: the claims, from `planned`.
         seeds: number of seeds of each recipe.
         out: receives everything.
-        stand_in: embedded data and model stand in, which every output says.
+        stand_in: embedded data and model stand in. Every output says so.
         command: the user's command.
     """
 
@@ -269,7 +269,7 @@ class Reproduction:
         machines = dict.fromkeys(_hardware(found["machine"]) for found in results)
         return {
             "Command": self.command,
-            "Commit": ", ".join(dict.fromkeys(found["commit"] for found in results)) or commit(),
+            "Commit": ", ".join(dict.fromkeys(found["commit"] for found in results)) or commit() or "unknown",
             "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
             "Hardware": "; ".join(machines) or platform.platform(),
             "Cost": f"{hours:.2f} hours of slots (one GPU each, or one core), over {count(len(results), 'job')}",
@@ -305,12 +305,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit of the checkout that runs; "" if it is installed from a wheel."""
+    """Return the commit of the checkout that runs; "" if it is installed from a wheel, or without git."""
     top = PACKAGE.parent
     if not (top / ".git").exists():
         return ""
     words = ["git", "-C", str(top), "describe", "--always", "--dirty"]
-    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _hardware(machine: dict[str, Any]) -> str:

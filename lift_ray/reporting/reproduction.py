@@ -126,9 +126,9 @@ class Measured:
 
     @property
     def half_width(self) -> float | None:
-        """Half of the interval in which one more run falls in 95 of 100 cases (Student's t); None with fewer than two seeds.
+        """Half of the 95% prediction interval for one more run (Student's t); None with fewer than two seeds.
 
-        The published value is such a run: it varies too, so the interval of the mean would be too narrow.
+        The published value is such a run. It varies too, so a confidence interval of the mean would be too narrow.
         """
         number = len(self.values)
         if number < 2:
