@@ -329,6 +329,7 @@ def test_test_time_ensembling_is_in_all_rows_of_a_comparison_or_in_rows_of_its_o
 
 def test_the_note_on_test_time_ensembling_names_a_baseline_that_has_another() -> None:
     same = {"zero-shot": "five_crops", "probe": "five_crops", BEST_FOUND: "five_crops"}
+    assert tte_note({BEST_FOUND: "off", "probe": "off"}, BEST_FOUND) == ""
     assert tte_note(same, BEST_FOUND) == "Test-time ensembling: five crops of each image, in all rows."
     assert "best/ uses it only with" in tte_note(
         {"probe": "off", BEST_FOUND: "off", "best found, TTE": "five_crops"}, BEST_FOUND

@@ -19,7 +19,7 @@ from processes import wait_for
 from lift_ray import convert, reproduce
 from lift_ray.api.reproduce import Reproduction, planned
 from lift_ray.errors import BadInput, RunFailed
-from lift_ray.reporting.reproduction import NOT_VERIFIED, STAND_IN, Measured, claims, published_data
+from lift_ray.reporting.reproduction import NOT_VERIFIED, STAND_IN, Claim, Measured, claims, published_data
 from lift_ray.searching.fixed_runs import FixedRun, FixedRuns
 from lift_ray.searching.jobs import EvaluationJob, TrainJob
 from lift_ray.settings.run import RunConfig
@@ -38,10 +38,7 @@ def test_the_first_hand_claims_of_lift_are_the_thirteen_published_rows_each_with
 
 
 @pytest.mark.parametrize("claim", [claim for claim in claims() if claim.recipe], ids=lambda claim: str(claim.recipe))
-def test_the_recipe_of_a_claim_is_of_its_dataset_and_tower(claim: object) -> None:
-    from lift_ray.reporting.reproduction import Claim
-
-    assert isinstance(claim, Claim)
+def test_the_recipe_of_a_claim_is_of_its_dataset_and_tower(claim: Claim) -> None:
     run = read_run(str(claim.recipe))
     assert run.dataset.endswith(f"/{claim.dataset}")
     tower = {"CLIP ViT-B/16": "ViT-B-16", "CLIP ViT-L/14": "ViT-L-14", "CLIP ViT-L/14@336": "ViT-L-14-336"}

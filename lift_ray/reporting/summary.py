@@ -38,7 +38,7 @@ def summary(study: StudyFiles) -> list[str]:
         refit_in_words(study),
         unseen_in_words(study),
         groups_in_words(study),
-        tte_note(study.about["tte"], BEST_FOUND) if "tte" in study.about else "",
+        tte_note(study.about.get("tte", {}), BEST_FOUND),
         posthoc_advice(study) if study.about.get("posthoc", {}).get("recommended") else "",
     ]
     sentences = (

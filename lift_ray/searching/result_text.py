@@ -71,8 +71,8 @@ def _notes(space: SpaceFile, found: SearchResult, data: SearchData) -> Iterator[
             f"No post-hoc tau is used: the best one, {posthoc.best:g}, improves out-of-fold {measure(choice.metric)} by {gain}, "
             f"but the selection bias is about {bias}"
         )
-    if set(found.tte.values()) != {"off"}:
-        yield tte_note(found.tte, BEST_FOUND)
+    if note := tte_note(found.tte, BEST_FOUND):
+        yield note
     if found.final.refit is not None:
         yield f"best/ was trained again on {count(data.final_images, 'image')} ({data.train_on.replace('+', ' and ')})"
     if data.unseen:

@@ -57,15 +57,15 @@ class BackboneConfig(Config):
     """open_clip's tag of the weights (openai, laion2b_s34b_b88k) or a local file; timm's own weights when not given; not with
     embedded, hf-hub or local-dir."""
     quickgelu: bool | None = None
-    """Activation that the weights of a local file were trained with: true for QuickGELU (OpenAI, MetaCLIP, DFN), false for GELU. By
-    default derived, which works for tags, names of the Hub and of timm, and files whose SHA-256 digest open_clip lists."""
+    """Activation that the weights of a local file were trained with: true for QuickGELU (OpenAI, MetaCLIP, DFN), false for GELU. It is
+    known, and need not be set, for tags, names of the Hub and of timm, and files whose SHA-256 digest open_clip lists."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the frozen tower; bf16 and fp16 use autocast on a GPU."""
     resolution_px: Annotated[int, Field(ge=1)] | None = None
     """Side of the images; by default the side that the backbone was trained with."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
-    """How images are resized, in training and evaluation; by default as the weights' preprocessing says, or bicubic if it says
-    nothing. LIFT is bilinear, LIFT+ bicubic."""
+    """How images are resized, in training and evaluation; by default that of the weights' preprocessing, or bicubic if it names
+    none. LIFT is bilinear, LIFT+ bicubic."""
     compile: bool = False
     """Compile the blocks with torch.compile: slower to start, faster steps on some GPUs."""
     checkpointing: bool = False
@@ -178,10 +178,10 @@ class EvaluationConfig(Config):
     tte: Annotated[TteMode, BeforeValidator(_mode, json_schema_input_type=TteMode | bool)] = "off"
     """Test-time ensembling: the mean of the logits of several crops of an image (arXiv 2309.10019). five_crops are the corners and the
     center, ten_crops these and their mirror images, augmented random crops and flips, the same for every image. true is five_crops,
-    and false off. It holds in every evaluation, in training too."""
+    and false off. It applies to every evaluation, also during training."""
     expand_px: Annotated[int, Field(ge=0)] | None = None
-    """Five or ten crops are cut from an image whose short side is larger than theirs by this. By default 24 px, or, if the images of
-    the backbone are smaller than 224 px, in proportion fewer. LIFT has 24 px, and 21 px for ViT-L/14."""
+    """Margin of five_crops and ten_crops: the short side of an image is resized to the side of the crops plus this. By default 24 px,
+    in proportion fewer if the images of the backbone are smaller than 224 px. LIFT has 24 px, and 21 px for ViT-L/14."""
     views: Annotated[int, Field(ge=1)] = 10
     """Number of random crops of `tte: augmented`."""
     group_bounds: GroupBounds = "auto"

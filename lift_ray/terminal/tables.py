@@ -69,12 +69,14 @@ def tte_in_words(mode: str) -> str:
 
 
 def tte_note(modes: Mapping[str, str], best: str) -> str:
-    """Return what to know about test-time ensembling in a comparison, whose rows should all have the same.
+    """Return what to know about test-time ensembling in a comparison, whose rows should all have the same; "" if none has it.
 
     Args:
         modes: mode of `evaluation.tte` of each row by its label.
         best: label of the row that the others are compared with.
     """
+    if set(modes.values()) <= {"off"}:
+        return ""
     rows = {label: mode for label, mode in modes.items() if not label.endswith(TTE_ROW)}
     usual = rows.get(best, "off")
     others = {label: mode for label, mode in rows.items() if mode != usual}
