@@ -1,4 +1,4 @@
-"""python -m lift_ray.reproduce: run published recipes, and compare what they reach with what is claimed."""
+"""python -m lift_ray.reproduce: run published recipes, and compare their results with the claims."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def reproduce(
         typer.Argument(metavar="[TABLE]", help="imagenet-lt, places-lt, inat2018, cifar100-lt, or all."),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--list", help="List the claims, what is there for each, and what brings the rest.")
+        bool, typer.Option("--list", help="List the claims, which data and weights are there, and commands that bring the rest.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Number of seeds of each recipe.")] = 3,
     data: Annotated[str, typer.Option(metavar="FOLDER", help="Folder or URL with the datasets by name.")] = "data",
@@ -38,7 +38,7 @@ def reproduce(
 ) -> dict[str, object]:
     """Run the recipes of published values whose dataset and weights are there, and write claimed beside measured.
 
-    If it is interrupted, rerun the same command: finished runs are kept, and the others continue.
+    If interrupted, rerun the same command: finished runs are kept, and the others continue.
 
     \b
     Examples:
@@ -116,7 +116,7 @@ def _print_missing(plan: list[Planned]) -> None:
     commands = list(dict.fromkeys(command for one in plan for command in one.commands))
     if commands:
         say("missing:", *(f"  {problem}" for problem in missing))
-        say("commands that bring it:", *(f"  {command}" for command in commands))
+        say("run these commands to bring it:", *(f"  {command}" for command in commands))
 
 
 main = partial(cli.run, "lift_ray.reproduce")

@@ -190,7 +190,7 @@ def test_a_dataset_that_is_not_the_published_one_is_refused(
     monkeypatch.setattr("lift_ray.model.backbone.weights_are_here", lambda *_: True)
     (tmp_path / "places-lt").symlink_to(small_data)
     plan = planned("places-lt", str(tmp_path), stand_in=False)
-    problem = f"{tmp_path}/places-lt has 96 training images, and not the published 62,500"
+    problem = f"{tmp_path}/places-lt has 96 training images, but the published dataset has 62,500"
     assert {one.problem for one in plan if one.config} == {problem}
     found = Reproduction(plan, 3, Output(f"{tmp_path}/out"), stand_in=False, command="c")
     assert {row.status for row in found.measured() if row.claim.recipe} == {problem}

@@ -139,7 +139,7 @@ def _data_problem(uri: str, published: int) -> str:
         return f"no dataset in {uri}"
     train = found.split("train").num_samples
     if train != published:
-        return f"{uri} has {train:,} training images, and not the published {published:,}"
+        return f"{uri} has {train:,} training images, but the published dataset has {published:,}"
     return "" if "test" in found.splits else f"{uri} has no test split"
 
 
@@ -283,7 +283,7 @@ class Reproduction:
 
 
 class Display:
-    """Lines of progress: one for each finished job, and one after a while without."""
+    """Lines of progress: one for each finished job, and one if none has finished for a while."""
 
     def __init__(self, source: FixedRuns) -> None:
         self.source, self.began = source, time.monotonic()

@@ -47,8 +47,8 @@ def fit(
     """Return the q that minimizes CE(z / T - log q + log r, y), r the class frequencies of this set (arXiv 2310.08106).
 
     GLA assumes a balanced set, where log r is the same for all classes and drops out; for any other set, its own prior is
-    removed here. The problem is convex in b = log r - log q and 1 / T. L-BFGS solves it, with a small ridge, so that there is a
-    solution for classes that are separated too. How many images it takes, and how exact q is: docs/concepts/ensembles.md.
+    removed here. The problem is convex in b = log r - log q and 1 / T. L-BFGS solves it, with a small ridge, so that
+    separable classes have a solution too. docs/concepts/ensembles.md says how many images that takes, and how exact q is.
 
     Args:
         logits: z (n, K) of a model that was not trained on the data, on held-out images; with several ranks, those of this rank.

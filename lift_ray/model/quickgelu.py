@@ -85,7 +85,7 @@ def open_clip_activation(model: str, pretrained: str, wanted: bool | None) -> bo
 
 
 def timm_activation(name: str, pretrained: str | None, wanted: bool | None) -> bool:
-    """Return whether weights under a name of timm need QuickGELU. Args and errors as of `open_clip_activation`.
+    """Return whether weights under a name of timm need QuickGELU. Raises BadInput as `open_clip_activation`.
 
     A tag in the name says which weights they are. timm's own `vit_base_patch16_clip_224.openai` has plain GELU, and a note that its
     weights need QuickGELU (timm issue 2031).
