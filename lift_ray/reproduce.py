@@ -25,7 +25,10 @@ def reproduce(
         typer.Argument(metavar="[TABLE]", help="imagenet-lt, places-lt, inat2018, cifar100-lt, or all."),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--list", help="List the claims, which data and weights are there, and commands that bring the rest.")
+        bool,
+        typer.Option(
+            "--list", help="List the claims, which data and weights are there, and commands that bring the rest."
+        ),
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Number of seeds of each recipe.")] = 3,
     data: Annotated[str, typer.Option(metavar="FOLDER", help="Folder or URL with the datasets by name.")] = "data",

@@ -18,6 +18,6 @@ def check_backbone(wanted: BackboneConfig) -> None:
 
 
 def check_weights_file(wanted: BackboneConfig) -> None:
-    """Call `check_backbone` if the weights are a file on this machine, or `quickgelu` is set. Other weights are checked when the run loads them."""
+    """Call `check_backbone` for a weights file on this machine, or with `quickgelu`; loading checks all other weights."""
     if wanted.quickgelu is not None or (wanted.pretrained and Path(wanted.pretrained).is_file()):
         check_backbone(wanted)
