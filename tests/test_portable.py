@@ -86,7 +86,7 @@ def test_a_lock_that_nobody_else_may_read_or_write_still_says_that_it_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lift_ray.errors import BadInput
-    from lift_ray.searching.driver_lock import _alone
+    from lift_ray.searching.driver_lock import alone_in
     from lift_ray.storage.output import Output
 
     def denied(self: Path, *args: Any, **options: Any) -> str:
@@ -97,11 +97,11 @@ def test_a_lock_that_nobody_else_may_read_or_write_still_says_that_it_is_held(
     monkeypatch.setattr(Path, "read_text", denied)
     monkeypatch.setattr(Path, "write_text", denied)
     out = Output(str(tmp_path))
-    with _alone(out):
-        with pytest.raises(BadInput) as caught, _alone(out):
+    with alone_in(out):
+        with pytest.raises(BadInput) as caught, alone_in(out):
             pass
         assert "must have one driver, but another process is working on it" in str(caught.value)
-    with _alone(out):
+    with alone_in(out):
         pass
 
 

@@ -238,8 +238,8 @@ def test_a_driver_that_is_killed_gives_its_lock_back_at_once(resume: bool, tmp_p
     with study_in(out, space(), "d", url=None, resume=False):
         pass
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom lift_ray.searching.driver_lock import _alone\n"
-        f"from lift_ray.storage.output import Output\nwith _alone(Output({out.url!r})):\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lift_ray.searching.driver_lock import alone_in\n"
+        f"from lift_ray.storage.output import Output\nwith alone_in(Output({out.url!r})):\n"
         "    print('locked', flush=True)\n    time.sleep(300)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
