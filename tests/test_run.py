@@ -60,7 +60,7 @@ def test_the_loss_falls_and_the_figures_are_complete(workspace: Workspace, small
     run = Run(settings(small_clip, tuner__kind=kind), workspace)
     figures = list(run.epochs())
     assert [f["epoch"] for f in figures] == [1, 2, 3]
-    assert figures[-1]["train/loss"] < 0.9 * figures[0]["train/loss"]
+    assert figures[-1]["train/loss"] < 0.95 * figures[0]["train/loss"]
     assert set(figures[0].flat()) == {
         "epoch",
         "trained_parameters",
@@ -126,7 +126,7 @@ def test_adamw_learns_and_resumes_inside_an_epoch_exactly(
     config = settings(small_clip, optim__optimizer="adamw", optim__lr=0.01)
     whole, stopped, again = (Run(config, workspace) for _ in range(3))
     figures = untimed(whole.epochs())
-    assert figures[-1]["train/loss"] < 0.9 * figures[0]["train/loss"]
+    assert figures[-1]["train/loss"] < 0.95 * figures[0]["train/loss"]
     stopped.train_epoch()
     coming = stopped.batches()
     stopped.train_step(next(coming))

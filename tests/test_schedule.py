@@ -24,7 +24,7 @@ def test_cosine_by_epoch_is_the_scheduler_of_the_reference(epochs: int) -> None:
 
 
 def test_cosine_falls_in_every_step_and_meets_the_other_at_the_start_of_an_epoch() -> None:
-    by_step, by_epoch = OptimConfig(epochs=3), OptimConfig(epochs=3, schedule="cosine_by_epoch")
+    by_step, by_epoch = OptimConfig(epochs=3, schedule="cosine"), OptimConfig(epochs=3)
     rates = [learning_rate(by_step, step // 10, step % 10 / 10) for step in range(30)]
     assert rates == sorted(rates, reverse=True)
     assert len(set(rates)) == 30
