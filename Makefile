@@ -26,7 +26,7 @@ quickstart: .venv/.installed  ## search for the best way to fine-tune a ViT-S/14
 test: .venv/.installed-dev  ## run the tests, save those of the next two targets
 	@$(BIN)/python -m pytest -m "not slow and not cluster"
 
-slow: .venv/.installed-dev  ## run the tests that kill whole runs, export every kind of model, and type the tutorial
+slow: .venv/.installed-dev  ## run the long tests: whole runs on workers and killed ones, every kind of export, the tutorial
 	@$(BIN)/python -m pytest -m slow
 
 clusters: .venv/.installed-dev  ## run the tests that start clusters, lose their nodes and wait for new ones

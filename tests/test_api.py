@@ -57,6 +57,7 @@ def test_a_search_from_python_ends_with_its_study_and_its_model(
     assert lr.FinishedStudy(out).best.trial == study.best.trial
 
 
+@pytest.mark.slow
 def test_resume_begins_a_search_that_is_not_there_yet(
     small_data: str, small_clip: str, tmp_path: Path, ray_session: None
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_training_from_python_gives_metrics_history_and_the_model(
     assert lr.fit(config, data, out=tmp_path / "a", resume=True).metrics == result.metrics
 
 
+@pytest.mark.slow
 def test_a_training_on_ray_workers_is_that_of_this_process(
     small_data: str, small_clip: str, tmp_path: Path, ray_session: None
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_width_that_follows_from_the_classes_requires_classes(small_clip: str)
         lr.add_tuner(lr.load_backbone(small_clip), lr.AdaptformerConfig())
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_searches_and_stops_the_ray_that_it_started(
     small_data: str, small_clip: str, tmp_path: Path
 ) -> None:

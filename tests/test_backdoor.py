@@ -135,6 +135,7 @@ def test_each_image_is_decoded_once(folders: list[str], monkeypatch: pytest.Monk
     assert len(decoded) == len(set(decoded)) == 24
 
 
+@pytest.mark.slow
 def test_workers_give_the_figures_of_one_process(
     folders: list[str], capsys: pytest.CaptureFixture[str], ray_session: None
 ) -> None:

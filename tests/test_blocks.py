@@ -392,6 +392,7 @@ def tuned_blocks(checkpoint: Path) -> list[int]:
     return sorted({int(match[1]) for match in found if match})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "sampler", "name", "expected"),
     [

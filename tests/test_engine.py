@@ -105,6 +105,7 @@ def test_a_search_with_fewer_trials_than_slots_ends(tmp_path: Path, ray_session:
     assert log_of(tmp_path) == lines, "a search that is over did something again"
 
 
+@pytest.mark.slow
 def test_each_fault_of_a_slot_is_retried_twice_and_the_other_trials_continue(tmp_path: Path, ray_session: None) -> None:
     faults = {"1": "die once", "2": "raise", "3": "diverge", "4": "die"}
     out = tmp_path / "out"

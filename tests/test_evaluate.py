@@ -40,6 +40,7 @@ def evaluated(words: list[str], capsys: pytest.CaptureFixture[str], table: Path)
         return flat_evaluation(capsys.readouterr().out), [row["images"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_figures_of_one(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_session: None
 ) -> None:

@@ -162,6 +162,7 @@ print(torch.allclose(LOSSES.build("smooth", torch.ones(3), **options)(logits, la
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_plugin_keeps_the_contract_of_tuners() -> None:
     words = ["-o", "addopts=", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_tuners.py"), "-k", "gain"]
     done = python("-m", "pytest", *words)

@@ -375,6 +375,7 @@ def test_progress_is_one_text_for_the_slots_that_compute_together() -> None:
     assert progress_table.features_line(FeaturesDone(0, 1, 0.0)).endswith("0 of 1 image")
 
 
+@pytest.mark.slow
 def test_a_search_of_two_slots_computes_each_chunk_once_and_finds_what_one_process_finds(
     folder: Path,
     small_data: str,

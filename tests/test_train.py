@@ -76,6 +76,7 @@ def test_a_run_keeps_its_last_two_checkpoints_the_best_its_figures_and_tensorboa
     assert b"validation/mean_class_accuracy" in events.read_bytes()
 
 
+@pytest.mark.slow
 def test_one_ray_worker_trains_what_this_process_does(
     run_file: Path, tmp_path: Path, alone: Path, ray_session: None
 ) -> None:
