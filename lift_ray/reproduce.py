@@ -54,8 +54,7 @@ def reproduce(
     from lift_ray.api.reproduce import Reproduction, planned
     from lift_ray.storage.output import Output
 
-    if not show:
-        say(f"checking {'the recipes' if stand_in else f'the recipes, {data} and the weights'} ...")
+    say(f"checking {'the recipes' if stand_in else f'the recipes, {data} and the weights'} ...")
     plan = planned(None if table == "all" else table, data, stand_in=stand_in)
     if show:
         _list(plan)
