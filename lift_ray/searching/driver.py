@@ -6,7 +6,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lift_ray.errors import RunFailed, Stopped, last_line
@@ -72,13 +72,13 @@ def run_search(
     search = Search(study, out, data)
     monitor = Monitor(search, show)
 
-    @cache
-    def best_so_far() -> str:
+    @lru_cache(maxsize=1)
+    def best_so_far(num_ended: int) -> str:
         return _write_best_so_far(search, dataset, out)
 
     def should_stop() -> bool:
         if interrupts.came:
-            best_so_far()  # before the slots stop, because SIGKILL may follow soon
+            best_so_far(search.num_ended)  # before the slots stop, because SIGKILL may follow soon
         return interrupts.came
 
     def on_step() -> None:
@@ -112,9 +112,9 @@ def run_search(
         try:
             refit_all(search, dataset, need, interrupts, on_step)
         except Stopped:
-            raise Stopped(best_so_far(), 128 + (interrupts.signum or signal.SIGTERM)) from None
+            raise Stopped(best_so_far(search.num_ended), 128 + (interrupts.signum or signal.SIGTERM)) from None
     if not search.is_over:  # a signal arrived, or something else ended Tune
-        raise Stopped(best_so_far(), 128 + interrupts.signum if interrupts.came else 1)
+        raise Stopped(best_so_far(search.num_ended), 128 + interrupts.signum if interrupts.came else 1)
     times = time_breakdown(search.rows(), monitor, max(1, engine.num_slots), time.monotonic() - began)
     if (found := search.result(times)) is None:
         raise none_finished(search.rows(), out)
