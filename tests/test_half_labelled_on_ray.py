@@ -107,5 +107,7 @@ def test_a_search_over_sets_of_models_ends_with_what_each_gains_and_costs(
         assert whole["gain_over_best"] == pytest.approx(whole["together"] - max(alone), abs=1e-6)
         assert report["cost"]["train_s"] > 0
     compared = {one["label"]: one for one in study["compared"]}
-    best = compared.get("best found, tau 0", compared["best found"])  # the first is there if another post-hoc tau is used
+    best = compared.get(
+        "best found, tau 0", compared["best found"]
+    )  # the first is there if another post-hoc tau is used
     assert found[study["best"]["values"]["method.use"]]["test/loss"] == pytest.approx(best["test/loss"], abs=1e-6)
