@@ -65,10 +65,11 @@ def reproduce(
     command = " ".join(["python -m lift_ray.reproduce", *words, *(["--stand-in"] if stand_in else [])])
     found = Reproduction(plan, seeds, Output(target), stand_in, command)
     page = found.run()
-    _print(found.measured(), stand_in)
+    rows = found.measured()
+    _print(rows, stand_in)
     _print_missing(plan)
     say(f"page: {page}")
-    claims = [row.for_json() for row in found.measured()]
+    claims = [row.for_json() for row in rows]
     return {"out": target, "page": page, "stand_in": stand_in, "about": found.about(), "claims": claims}
 
 

@@ -57,7 +57,6 @@ class Planned:
         config: settings of its run; None without a recipe.
         data_problem, weights_problem: what is missing; "" for nothing.
         commands: commands that bring what is missing.
-        stand_in: embedded data and model stand in.
     """
 
     claim: Claim
@@ -66,11 +65,10 @@ class Planned:
     data_problem: str = ""
     weights_problem: str = ""
     commands: tuple[str, ...] = ()
-    stand_in: bool = False
 
     @property
     def problems(self) -> tuple[str, str]:
-        """What is missing of data and weights."""
+        """Missing data and missing weights, in words; "" for nothing."""
         return self.data_problem, self.weights_problem
 
     @property
@@ -113,7 +111,7 @@ def _planned(claim: Claim, data: str, problems: dict[str, str], stand_in: bool) 
     dataset = STAND_IN_DATA if stand_in else join(data, claim.dataset)
     config = read_run(claim.recipe, STAND_IN if stand_in else {"dataset": dataset}).config
     if stand_in:
-        return Planned(claim, dataset, config, stand_in=True)
+        return Planned(claim, dataset, config)
     from lift_ray.model.backbone import weights_are_here
 
     backbone, commands, weights_problem = config.backbone, [], ""

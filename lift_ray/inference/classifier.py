@@ -138,7 +138,7 @@ class Classifier:
         )
         self.backbone = self._workspace.backbone(self.config)
         self.view = self._workspace.view(self.config)
-        """What the model gets of an image."""
+        """Input of the model: how an image is resized and cropped."""
         self.model = self._workspace.build(self.config, trained_already=True)
         checkpoint.load_weights(folder, self.model)
         self.model.eval().requires_grad_(False)

@@ -160,7 +160,7 @@ class _Problem:
 
 
 def resampled(logits: Tensor, labels: Tensor, prior: Prior, times: int = RESAMPLES) -> Tensor:
-    """Return log q of so many sets of resampled images, (times, K): the spread of each column is the standard error of log q.
+    """Return log q of sets of resampled images, (times, K): the spread of each column is the standard error of log q.
 
     The weights of the images are exponential (the Bayesian bootstrap), so that no class loses all its images. They are the same
     for every model with the same images.

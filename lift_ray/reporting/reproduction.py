@@ -101,7 +101,7 @@ def _content() -> Any:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a claim.
+    """Claim with the values that were measured for it.
 
     Attributes:
         claim: the claim.
@@ -142,7 +142,7 @@ class Measured:
 
     @property
     def status(self) -> str:
-        """What the measurement says about the claim."""
+        """Verdict on the claim, in words."""
         if self.stand_in and self.claim.recipe is not None:
             return NOT_VERIFIED
         if self.problem:

@@ -54,6 +54,11 @@ class FixedRun:
         """The job that trains it. Its number names the checkpoints."""
         return TrainJob(FIRST_REPEAT + int(self.digest, 16), self._plain.to_dict(), EVERYTHING, then="keep")
 
+    @cached_property
+    def tests(self) -> list[EvaluationJob]:
+        """The jobs that test the trained model, as `ensembling`."""
+        return [self.test(ensembling) for ensembling in self.ensembling]
+
     def test(self, ensembling: bool) -> EvaluationJob:
         """Return the job that tests the trained model."""
         config = self.config if ensembling else self._plain
@@ -65,7 +70,7 @@ class FixedRun:
     @property
     def jobs(self) -> list[Job]:
         """All its jobs, in order."""
-        return [self.training, *map(self.test, self.ensembling)]
+        return [self.training, *self.tests]
 
     @cached_property
     def _plain(self) -> RunConfig:
@@ -133,7 +138,7 @@ class FixedRuns:
             if (trained := self.results.get(run.training.key)) is None:
                 trainings[run.training.key] = run.training
             elif "diverged" not in trained:
-                tests |= {job.key: job for job in map(run.test, run.ensembling)}
+                tests |= {job.key: job for job in run.tests}
         return [job for key, job in {**tests, **trainings}.items() if key not in {*self.results, *self.running}]
 
     def next_job(self) -> Job | None:
