@@ -44,7 +44,7 @@ from lift_ray.data.open import open_dataset
 from lift_ray.data.order import Sampling
 from lift_ray.data.reader import RowReader
 from lift_ray.methods.world import Ranks
-from lift_ray.model.backbone import rebuild
+from lift_ray.model.loading import rebuild
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training.plan import memory
@@ -93,7 +93,7 @@ def steps(batch: int, rounds: int, times: int) -> dict[str, Any]:
     torch.manual_seed(SEED)
     logging.disable(logging.WARNING)  # open_clip's, of random weights
     visual = open_clip.create_model(TOWER).visual
-    tower = rebuild(visual, TOWER)
+    tower = rebuild(visual)
     model, bottleneck = new_lift(tower, 4, NUM_CLASSES), 4
     plain = Plain(visual, model).train().cuda()
     model = model.cuda()

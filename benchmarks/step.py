@@ -33,7 +33,7 @@ from record import record
 from torch import Tensor, nn
 
 from lift_ray.methods.lift import Lift
-from lift_ray.model.backbone import rebuild
+from lift_ray.model.loading import rebuild
 from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.tower import Tower
 from lift_ray.model.tuners.adaptformer.module import Adaptformer
@@ -206,7 +206,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(SEED)
     logging.disable(logging.WARNING)  # open_clip's, of random weights
     visual = open_clip.create_model(case.source).visual
-    tower, batch = rebuild(visual, name), args.batch or case.batch
+    tower, batch = rebuild(visual), args.batch or case.batch
     bottleneck = derived_width(NUM_CLASSES, 2 * tower.num_blocks)
     model = new_lift(tower, bottleneck, NUM_CLASSES)
     images = torch.randn(batch, 3, tower.resolution_px, tower.resolution_px)

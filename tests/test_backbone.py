@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from lift_ray.errors import BadInput
 from lift_ray.model.backbone import Backbone, load_backbone
-from lift_ray.model.loading import quick_gelu, rebuild
-from lift_ray.model.tower import Tower
+from lift_ray.model.loading import rebuild
+from lift_ray.model.rebuilt import quick_gelu
+from lift_ray.model.tower import BlockShape, Tower
 from lift_ray.model.tuners.adaptformer.module import Adaptformer
 from lift_ray.model.tuners.base import BlockTuner
 from lift_ray.model.tuners.lora.module import Lora
@@ -122,11 +123,14 @@ def plain_features(tower: Tower, batch: torch.Tensor, tuners: list[BlockTuner]) 
         a = x + block.attn.out_proj(torch.cat(parts, -1))
         hidden = block.mlp.activation(block.mlp.in_proj(block.norm2(a)))
         x = tuner.beside_mlp(a, a + block.mlp.out_proj(hidden))
-    return tower.norm_post(x)[:, 0]  # type: ignore[no-any-return]
+    return tower.pool(x)  # type: ignore[no-any-return]
+
+
+SHAPE = BlockShape(48, num_heads=1, hidden=192, activation=F.gelu)
 
 
 @pytest.mark.parametrize(
-    "make", [BlockTuner, lambda: Lora(48, 192, 3), lambda: Adaptformer(48, 3)], ids=["none", "lora", "adaptformer"]
+    "make", [BlockTuner, lambda: Lora(SHAPE, 3), lambda: Adaptformer(48, 3)], ids=["none", "lora", "adaptformer"]
 )
 def test_the_class_token_alone_gives_what_all_tokens_give(make: Callable[[], BlockTuner]) -> None:
     tower = rebuild(clip_of(SIZES["three blocks, one head"]).visual)

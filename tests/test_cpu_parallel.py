@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lift_ray.evaluation import cpu_parallel
 from lift_ray.evaluation.cpu_parallel import CPU_BATCH, batch_size, on_cores
-from lift_ray.model.resnet import AnyTower, ResNetTower
-from lift_ray.model.tower import Tower
+from lift_ray.model.resnet import ResNetTower
+from lift_ray.model.tower import BlockShape, FrozenTower, Tower
 
 CPU = torch.device("cpu")
 BATCH = 7
-SMALL = Tower(width=8, num_blocks=1, num_heads=1, hidden=16, patch_px=8, resolution_px=16, activation=F.gelu)
+SMALL = Tower(BlockShape(8, num_heads=1, hidden=16, activation=F.gelu), num_blocks=1, patch_px=8, resolution_px=16)
 
 
 @pytest.fixture
@@ -103,12 +103,14 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize(
     "tower",
     [
-        Tower(width=64, num_blocks=2, num_heads=2, hidden=1024, patch_px=16, resolution_px=64, activation=F.gelu),
+        Tower(BlockShape(64, num_heads=2, hidden=1024, activation=F.gelu), num_blocks=2, patch_px=16, resolution_px=64),
         ResNetTower(layers=[1, 1, 1, 1], stem_width=16, width=64, num_heads=2, resolution_px=64),
     ],
     ids=["transformer", "residual network"],
 )
-def test_batches_are_as_small_as_a_towers_activations_require(tower: AnyTower, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_as_small_as_a_towers_activations_require(
+    tower: FrozenTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Largest() as largest, torch.inference_mode():
         tower.eval()(torch.rand(BATCH, 3, 64, 64))
     assert largest.num_bytes == BATCH * tower.activation_bytes

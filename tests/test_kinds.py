@@ -10,7 +10,7 @@ import torch
 
 from lift_ray.methods.lift import Lift
 from lift_ray.model.heads import CosineHead, random_weights
-from lift_ray.model.tower import Tower
+from lift_ray.model.tower import BlockShape, Tower
 from lift_ray.model.tuners.sparse.module import Sparse
 from lift_ray.registry import HEADS, LOSSES, METHODS, SAMPLERS, TUNERS
 from lift_ray.settings.messages import models_of
@@ -27,13 +27,10 @@ IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 def tower() -> Tower:
     torch.manual_seed(0)
     tower = Tower(
-        width=WIDTH,
+        BlockShape(WIDTH, num_heads=2, hidden=4 * WIDTH, activation=torch.nn.functional.gelu),
         num_blocks=BLOCKS,
-        num_heads=2,
-        hidden=4 * WIDTH,
         patch_px=8,
         resolution_px=16,
-        activation=torch.nn.functional.gelu,
     )
     return tower.eval().requires_grad_(False)
 

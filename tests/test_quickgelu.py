@@ -22,7 +22,7 @@ from lift_ray import train, tune
 from lift_ray.errors import BadInput
 from lift_ray.model import quickgelu
 from lift_ray.model.backbone import Backbone, check_source, load_backbone
-from lift_ray.model.loading import quick_gelu
+from lift_ray.model.rebuilt import quick_gelu
 from lift_ray.model.quickgelu import Published, open_clip_activation, timm_activation
 
 CONFIG: dict[str, Any] = {

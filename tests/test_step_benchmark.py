@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from lift_ray.model.backbone import rebuild
+from lift_ray.model.loading import rebuild
 
 BATCH, CLASSES, BOTTLENECK = 3, 7, 4
 COUNTS = torch.arange(1.0, CLASSES + 1)

@@ -18,7 +18,8 @@ from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import check_source, check_tuner, load_backbone
 from lift_ray.model.heads import CosineHead, random_weights
-from lift_ray.model.loading import quick_gelu, rebuild
+from lift_ray.model.loading import rebuild
+from lift_ray.model.rebuilt import quick_gelu
 from lift_ray.model.resnet import FrozenStatistics, ResNetTower, SsfConv
 from lift_ray.model.tower import Tower
 from lift_ray.model.tuners.base import Both
@@ -123,7 +124,7 @@ def test_a_tower_from_timm_gives_timms_class_token(options: dict[str, Any]) -> N
 )
 def test_a_timm_vision_transformer_of_another_architecture_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as caught:
-        rebuild(vit_of(**options), "timm:test_vit")
+        rebuild(vit_of(**options))
     assert str(caught.value) == (
         "backbone.model: must be a plain vision transformer with a class token, but timm:test_vit is a VisionTransformer "
         "with other parts; use one of CLIP's ViT models"

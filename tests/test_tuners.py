@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lift_ray.methods.lift import Lift
 from lift_ray.model.heads import CosineHead, random_weights
-from lift_ray.model.tower import Tower
+from lift_ray.model.tower import BlockShape, Tower
 from lift_ray.registry import TUNERS
 from lift_ray.settings.run import OptimConfig
 from lift_ray.training.step import make_optimizer
@@ -75,13 +75,10 @@ def new_tower(checkpointing: bool = False) -> Tower:
     torch.manual_seed(0)
     tower = (
         Tower(
-            width=WIDTH,
+            BlockShape(WIDTH, num_heads=2, hidden=4 * WIDTH, activation=torch.nn.functional.gelu),
             num_blocks=BLOCKS,
-            num_heads=2,
-            hidden=4 * WIDTH,
             patch_px=PATCH_PX,
             resolution_px=16,
-            activation=torch.nn.functional.gelu,
             checkpointing=checkpointing,
         )
         .eval()

@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from lift_ray.data.batches import Given, Made, in_order
-from lift_ray.model.resnet import AnyTower
+from lift_ray.model.tower import FrozenTower
 
 BATCH = 250  # crops of images, on a GPU
 CPU_BATCH = 25  # images: their activations stay in the core's cache; more are not faster
 ACTIVATION_BYTES = 32 * 2**20  # the allocator returns larger blocks to the system, which then maps new pages each time
 
 
-def batch_size(device: torch.device, tower: AnyTower, num_crops: int = 1, largest: int = BATCH) -> int:
+def batch_size(device: torch.device, tower: FrozenTower, num_crops: int = 1, largest: int = BATCH) -> int:
     """Return the number of images of a batch: `largest` crops on a GPU; fewer on a CPU, at most 4 * `largest` on all its cores.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import Backbone
 from lift_ray.model.merging import merged
-from lift_ray.model.resnet import AnyTower
+from lift_ray.model.tower import FrozenTower
 from lift_ray.model.tuners.base import BlockTuner
 
 
@@ -29,7 +29,7 @@ class ExportedModel(nn.Module):
 
     def __init__(
         self,
-        tower: AnyTower,
+        tower: FrozenTower,
         tuners: Sequence[BlockTuner],
         head: nn.Module,
         *,
@@ -47,7 +47,7 @@ class ExportedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K) for RGB images (B, 3, H, W) in uint8."""
         x = (images.float() - self.mean) / self.std
-        logits: Tensor = self.head(self.tower.finish(self.tower.embed(x), self.tuners))
+        logits: Tensor = self.head(self.tower(x, self.tuners))
         return logits - self.offset
 
 

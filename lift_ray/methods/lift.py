@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lift_ray.model.resnet import ResNetTower
-from lift_ray.model.tower import Tower
+from lift_ray.model.tower import FrozenTower
 from lift_ray.model.tuners.base import Tuner, own_names
 from lift_ray.registry import TUNERS, imported
 
@@ -24,7 +23,7 @@ class Lift(nn.Module):
         head: from features to logits.
     """
 
-    def __init__(self, tower: Tower | ResNetTower, parts: dict[str, dict[str, Any]], head: nn.Module) -> None:
+    def __init__(self, tower: FrozenTower, parts: dict[str, dict[str, Any]], head: nn.Module) -> None:
         super().__init__()
         self.first_tuned = min((first_block(kind, options, tower.num_blocks) for kind, options in parts.items()))
         self.tower = tower
@@ -41,7 +40,8 @@ class Lift(nn.Module):
 
     def feature(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) normalized images, (B, P) patches to look at (all if None) -> (B, D) before CLIP's projection."""
-        return self.tower.finish(self.tower.embed(images, patches), self.tuner.per_block)
+        feature: Tensor = self.tower(images, self.tuner.per_block, patches)
+        return feature
 
     def forward(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) images and optional (B, P) patches -> (B, K) raw logits in fp32, also if the tower computes in less."""

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.model.heads import ZeroShotHead
-from lift_ray.model.loading import rebuild
+from lift_ray.model.loading import image_tower, rebuild
 from lift_ray.model.packed import read_packed
 from lift_ray.model.quickgelu import PLACE as QUICKGELU
 from lift_ray.model.quickgelu import open_clip_activation, timm_activation
-from lift_ray.model.resnet import AnyTower
+from lift_ray.model.tower import FrozenTower
 from lift_ray.model.weights_file import PLACE, POSITIONS, check_fit, check_kind, fill_clip, read_weights
 from lift_ray.storage.file_kinds import SAFETENSORS
 
@@ -41,19 +41,21 @@ class Backbone:
         mean: of each channel, for images in [0, 1].
         std: the same.
         text: names -> (N, E) normalised text embeddings; None for towers without text.
-        projection: (D, E), from image features to the shared space, the identity for a ResNet; None without text.
+        projection: (D, E), from image features to the shared space, the identity if they are in it; None without text.
+        projection_bias: (E,), added there; None for none.
         logit_scale: CLIP's own 1 / temperature; 1 without text.
         interpolation: bicubic or bilinear, as the images of the weights were resized.
         squash: whole images were resized to a square, whatever their aspect.
     """
 
     name: str
-    tower: AnyTower
+    tower: FrozenTower
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     text: Callable[[list[str]], Tensor] | None
     projection: Tensor | None
     logit_scale: float
+    projection_bias: Tensor | None = None
     interpolation: str = "bicubic"
     squash: bool = False
     _embedded: dict[tuple[str | tuple[str, ...], tuple[str, ...]], Tensor] = field(default_factory=dict)
@@ -108,7 +110,7 @@ class Backbone:
             )
         text = self.text_embeddings(class_names, template)
         assert self.projection is not None
-        return ZeroShotHead(self.projection, text, self.logit_scale)
+        return ZeroShotHead(self.projection, text, self.logit_scale, self.projection_bias)
 
 
 def _templates(template: str | list[str]) -> list[Callable[[str], str]]:
@@ -161,16 +163,16 @@ def load_backbone(
     return backbone
 
 
-def check_tuner(tower: AnyTower, kind: str) -> None:
+def check_tuner(tower: FrozenTower, kind: str) -> None:
     """Raises BadInput, with the make of the tower, when a kind of tuner has no place in it."""
-    if not tower.attention and kind not in ON_RESNET:
+    if tower.family != "transformer" and kind not in ON_RESNET:
         raise BadInput(
             f"tuner {kind}",
             "requires attention blocks",
             but="this backbone (ModifiedResNet) has none",
             remedy="use ssf, bitfit, batchnorm or linear_probe",
         )
-    if tower.attention and kind == "batchnorm":
+    if tower.family == "transformer" and kind == "batchnorm":
         raise BadInput(
             f"tuner {kind}",
             "requires batch norms",
@@ -188,8 +190,8 @@ def _load_open_clip(model: str, pretrained: str | None, quickgelu: bool | None) 
     except Exception as error:  # as in `clip_of`
         raise _not_loaded(model, error) from None
     clip.eval().requires_grad_(False)
-    tower = rebuild(clip.visual, model)
-    projection = clip.visual.proj.detach() if tower.attention else torch.eye(tower.width)
+    images = image_tower(clip.visual)
+    projection = torch.eye(images.tower.width) if images.projection is None else images.projection
     config = clip.visual.preprocess_cfg
 
     @torch.inference_mode()
@@ -199,7 +201,8 @@ def _load_open_clip(model: str, pretrained: str | None, quickgelu: bool | None) 
 
     scale = float(clip.logit_scale.exp())
     resizing = _resizing(model, config.get("interpolation"), config.get("resize_mode"))
-    return Backbone(model, tower, tuple(config["mean"]), tuple(config["std"]), text, projection, scale, *resizing)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Backbone(model, images.tower, mean, std, text, projection, scale, images.bias, *resizing)
 
 
 def _resizing(model: str, interpolation: str | None, mode: str | None) -> tuple[str, bool]:
@@ -319,7 +322,7 @@ def _timm_name(model: str, pretrained: str | None, quickgelu: bool | None) -> tu
 
     name = model.removeprefix(TIMM)
     arch = name.partition(".")[0]
-    known = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+    known = timm.list_models()
     if timm.is_model(arch):
         known = [arch, *timm.list_models(f"{arch}.*", pretrained=True)]
     if (name != arch and name not in known) or not timm.is_model(arch):
@@ -338,8 +341,7 @@ def _load_timm(model: str, pretrained: str | None, quickgelu: bool | None) -> Ba
     name, quick = _timm_name(model, pretrained, quickgelu)
     activation: dict[str, Any] = {"act_layer": "quick_gelu"} if quick else {}
     try:
-        with torch.device("cpu" if pretrained is None else "meta"):  # a file's weights replace all of them
-            vit = timm.create_model(name, pretrained=pretrained is None, **activation)
+        vit = timm.create_model(name, pretrained=pretrained is None, **activation)
     except Exception as error:  # as open_clip
         raise _not_loaded(model, error) from None
     if pretrained is not None:
@@ -347,19 +349,26 @@ def _load_timm(model: str, pretrained: str | None, quickgelu: bool | None) -> Ba
     config = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
     resizing = _resizing(model, config.get("interpolation"), config.get("crop_mode"))
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    return Backbone(model, rebuild(vit, model), mean, std, None, None, 1.0, *resizing)
+    return Backbone(model, rebuild(vit), mean, std, None, None, 1.0, None, *resizing)
 
 
 def _fill(vit: Any, model: str, path: str) -> None:
     """Load a file into timm's model, strictly except for the classifier; position embeddings may be for another image size."""
-    state = {key: value for key, value in read_weights(path, (SAFETENSORS,)).items() if not key.startswith("head.")}
+    named = vit.pretrained_cfg.get("classifier") or ()
+    classifiers = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    state = {key: value for key, value in read_weights(path, (SAFETENSORS,)).items() if not key.startswith(classifiers)}
     vit.reset_classifier(0)
     positions = state.get("pos_embed", torch.empty(0))
-    num_patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
+    num_patches = positions.shape[1] - _prefix_positions(vit) if positions.ndim == 3 else 0
     if num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches:
-        vit.pos_embed = nn.Parameter(torch.empty(positions.shape, device="meta"))
+        vit.pos_embed = nn.Parameter(torch.empty(positions.shape))
     check_fit(vit.state_dict(), state, model, path)
     vit.load_state_dict(state, strict=True, assign=True)
+
+
+def _prefix_positions(vit: Any) -> int:
+    """Return the number of position embeddings before those of the patches, in a model of timm."""
+    return 0 if getattr(vit, "no_embed_class", False) else getattr(vit, "num_prefix_tokens", 1)
 
 
 class BackboneUnavailable(BadInput):

@@ -72,26 +72,33 @@ class LayerNormHead(Head):
 
 
 class ZeroShotHead(nn.Module):
-    """CLIP's own zero-shot classifier: z_k = logit_scale * cos(f @ projection, text_k) (arXiv 2103.00020). Not trained.
+    """CLIP's own zero-shot classifier: z_k = logit_scale * cos(f @ projection + bias, text_k) (arXiv 2103.00020). Not trained.
 
     Args:
         projection: (D, E), from features to the shared space.
         text: (K, E), normalised text embeddings of the classes.
         logit_scale: CLIP's 1 / temperature.
+        bias: (E,), of the projection; None for none.
     """
 
     projection: Tensor
     text: Tensor
+    bias: Tensor | None
 
-    def __init__(self, projection: Tensor, text: Tensor, logit_scale: float) -> None:
+    def __init__(self, projection: Tensor, text: Tensor, logit_scale: float, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("bias", None if bias is None else bias.detach().clone().float())
         self.register_buffer("projection", projection.detach().clone().float())
         self.register_buffer("text", text.detach().clone().float())
         self.logit_scale = logit_scale
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, D) -> (B, K)."""
-        return self.logit_scale * F.normalize(feature @ self.projection, dim=-1) @ self.text.T
+        return self.logit_scale * F.normalize(self._shared(feature), dim=-1) @ self.text.T
+
+    def _shared(self, feature: Tensor) -> Tensor:
+        """(B, D) -> (B, E), features in the space of the texts."""
+        return feature @ self.projection if self.bias is None else feature @ self.projection + self.bias
 
 
 def over_crops(logits: Tensor) -> Tensor:

@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lift_ray.model.backbone import TIMM, clip_of
-from lift_ray.model.loading import _open_clip_resnet, _open_clip_vit
-from lift_ray.model.resnet import AnyTower
-from lift_ray.model.tower import resized
+from lift_ray.model.positions import resized
+from lift_ray.model.tower import FrozenTower
 from lift_ray.model.tuners.base import BlockTuner
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"  # as `local-dir:` wants them
 
 
 @torch.no_grad()
-def merged(tower: AnyTower, tuners: Sequence[BlockTuner]) -> AnyTower:
+def merged(tower: FrozenTower, tuners: Sequence[BlockTuner]) -> FrozenTower:
     """A copy of the tower that computes without tuners what this one does with them.
 
     Args:
@@ -47,7 +46,7 @@ def merged(tower: AnyTower, tuners: Sequence[BlockTuner]) -> AnyTower:
 def write_open_clip(
     model: str,
     pretrained: str | None,
-    tower: AnyTower,
+    tower: FrozenTower,
     folder: Path,
     *,
     quickgelu: bool | None = None,
@@ -66,12 +65,10 @@ def write_open_clip(
     from safetensors.torch import save_file
 
     clip, source, quick_gelu = clip_of(model, pretrained, quickgelu)
-    found = _open_clip_vit(clip.visual) or _open_clip_resnet(clip.visual)
-    assert found is not None, "it was rebuilt before"
-    theirs = [name for name in clip.visual.state_dict() if name != "proj"]
     state, ours = clip.state_dict(), _at_its_size(tower)
-    for name, renamed in zip(theirs, found[1], strict=True):
-        state[f"visual.{name}"] = ours[renamed]
+    assert tower.origin_names is not None, "the caller checks that"
+    for name, theirs in tower.origin_names.items():
+        state[f"visual.{theirs}"] = ours[name]
     config: dict[str, Any] = open_clip.get_model_config(source)
     config["vision_cfg"]["image_size"] = tower.resolution_px
     if quick_gelu:
@@ -82,11 +79,11 @@ def write_open_clip(
     (folder / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n")
 
 
-def _at_its_size(tower: AnyTower) -> dict[str, Tensor]:
+def _at_its_size(tower: FrozenTower) -> dict[str, Tensor]:
     """The tower's tensors, with the position embeddings of its image size."""
-    side = tower.resolution_px // tower.patch_px
+    side, prefix = tower.resolution_px // tower.patch_px, getattr(tower, "prefix_positions", 1)
     return {
-        name: resized(value, side) if name.endswith("positions") else value
+        name: resized(value, side, prefix) if name.endswith("positions") else value
         for name, value in tower.state_dict().items()
     }
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lift_ray.errors import BadInput
-from lift_ray.model.tower import FrozenTower, Tower, resized
+from lift_ray.model.positions import resized
+from lift_ray.model.tower import FrozenTower
 from lift_ray.model.tuners.base import BlockTuner, Identity
 from lift_ray.model.tuners.ssf.module import ScaleShift
 
@@ -130,7 +131,7 @@ class ResNetTower(FrozenTower):
         checkpointing: compute activations again in the backward pass, to save memory.
     """
 
-    attention = False
+    family = "resnet"
     patch_px = 32
 
     def __init__(
@@ -178,8 +179,16 @@ class ResNetTower(FrozenTower):
             x = self.blocks[index](x, _IDENTITY)
         return x
 
-    def finish(self, x: Tensor, tuners: Sequence[BlockTuner] | None = None, start: int = 0) -> Tensor:
-        """The blocks from `start` on, and the attention pool: (B, C, H, W) -> (B, D)."""
+    def finish(
+        self,
+        x: Tensor,
+        tuners: Sequence[BlockTuner] | None = None,
+        start: int = 0,
+        *,
+        patches: Tensor | None = None,
+        size_px: int | None = None,
+    ) -> Tensor:
+        """The blocks from `start` on, and the attention pool: (B, C, H, W) -> (B, D); `patches` and `size_px` are those of `Tower`."""
         tuners = tuners or [_IDENTITY] * self.num_blocks
         for index in range(start, self.num_blocks):
             if self.checkpointing and torch.is_grad_enabled():
@@ -195,5 +204,4 @@ class ResNetTower(FrozenTower):
         return SsfConv(block.channels, **options)
 
 
-AnyTower = Tower | ResNetTower
 _IDENTITY = Identity()

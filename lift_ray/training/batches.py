@@ -14,7 +14,7 @@ from lift_ray.data.batches import training_batches, unlabelled_batches
 from lift_ray.data.dataset import Split
 from lift_ray.data.order import Sampling, steps_per_epoch
 from lift_ray.methods.world import Ranks
-from lift_ray.model.resnet import AnyTower
+from lift_ray.model.tower import FrozenTower
 from lift_ray.settings.methods import HalfLabelledConfig
 from lift_ray.settings.run import CropFlipConfig, MdaConfig, RunConfig
 from lift_ray.training.feature_cache import Features
@@ -24,7 +24,7 @@ Inputs = Sequence[torch.Tensor | None]
 Batches = Iterator[tuple[Inputs, torch.Tensor]]
 
 
-def image_batches(config: RunConfig, workspace: Workspace, tower: AnyTower, epoch: int, step: int) -> Batches:
+def image_batches(config: RunConfig, workspace: Workspace, tower: FrozenTower, epoch: int, step: int) -> Batches:
     """Yield ((images, patches), labels) for the steps of an epoch from `step` on, this rank's part of each.
 
     With a method for half-labeled data a batch contains labeled images, then weak views of unlabeled images, then strong views of the
@@ -67,7 +67,7 @@ def _sampling(config: RunConfig, ranks: Ranks) -> Sampling:
     )
 
 
-def _augmentation(config: RunConfig, workspace: Workspace, tower: AnyTower, epoch: int) -> Augmentation:
+def _augmentation(config: RunConfig, workspace: Workspace, tower: FrozenTower, epoch: int) -> Augmentation:
     augment, epochs, preprocessing = config.augment, config.optim.epochs, workspace.preprocessing(config)
     if augment.start_px:
         size_px = growing_px(augment.start_px, preprocessing.size_px, tower.patch_px, epoch, epochs)

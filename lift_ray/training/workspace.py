@@ -153,7 +153,7 @@ class Workspace:
                 remedy="use fixmatch or loft",
             )
         for name in ("patch_dropout", "start_px"):
-            if getattr(config.augment, name) and not tower.attention:
+            if getattr(config.augment, name) and not tower.can_drop_patches:
                 raise BadInput(
                     f"augment.{name}",
                     "requires a backbone with patches",

@@ -135,7 +135,7 @@ for _place in ("norm1", "query", "key", "value", "attention_out", "norm2", "mlp_
 def own_names(tower: nn.Module, trains: Callable[[str, bool], bool], blocks: Sequence[int]) -> list[str]:
     """Names of the tower's own parameters in these blocks that a kind trains (TunerKind.trains)."""
     inside = [n for n, _ in tower.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in blocks]
-    norms = {n for n, m in tower.named_modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d)}
+    norms = {n for n, m in tower.named_modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d)}
     return [name for name in inside if trains(name, name.rpartition(".")[0] in norms)]
 
 
@@ -144,7 +144,7 @@ class Tuner(nn.Module):
 
     Args:
         parts: options of each kind: the arguments of its `build`, and `blocks`. Kinds without a `build` are ignored.
-        tower: its width, hidden, patch_px, num_blocks and attention are used; without attention, its `make_ssf`.
+        tower: where they go; each kind says which of its sizes it uses.
     """
 
     def __init__(self, parts: dict[str, dict[str, Any]], tower: Any) -> None:

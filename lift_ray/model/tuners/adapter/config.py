@@ -25,7 +25,7 @@ def build(tower: Any, block: int, bottleneck: int) -> Any:
     """The tuner of one block."""
     from lift_ray.model.tuners.adapter.module import Adapter
 
-    return Adapter(tower.width, bottleneck)
+    return Adapter(tower.block_width(block), bottleneck)
 
 
 register_tuner(AdapterConfig, build)

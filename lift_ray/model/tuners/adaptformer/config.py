@@ -25,7 +25,7 @@ def build(tower: Any, block: int, bottleneck: int) -> Any:
     """The tuner of one block."""
     from lift_ray.model.tuners.adaptformer.module import Adaptformer
 
-    return Adaptformer(tower.width, bottleneck)
+    return Adaptformer(tower.block_width(block), bottleneck)
 
 
 register_tuner(AdaptformerConfig, build)

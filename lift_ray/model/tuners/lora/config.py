@@ -27,7 +27,7 @@ def build(tower: Any, block: int, bottleneck: int, mlp: bool = False) -> Any:
     """The tuner of one block."""
     from lift_ray.model.tuners.lora.module import Lora
 
-    return Lora(tower.width, tower.hidden, bottleneck, mlp)
+    return Lora(tower.shape, bottleneck, mlp)
 
 
 register_tuner(LoraConfig, build)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lift_ray.model.tower import BlockShape
 from lift_ray.model.tuners.base import BlockTuner
 
 
@@ -32,12 +33,13 @@ class LowRank(nn.Module):
 class Lora(BlockTuner):
     """Low-rank changes of the query and value projections, on request of the MLP's too (arXiv 2106.09685)."""
 
-    def __init__(self, width: int, hidden: int, bottleneck: int, mlp: bool = False) -> None:
+    def __init__(self, shape: BlockShape, bottleneck: int, mlp: bool = False) -> None:
         super().__init__()
-        self.q = LowRank(width, bottleneck)
-        self.v = LowRank(width, bottleneck)
+        self.q = LowRank(shape.width, bottleneck)
+        self.v = LowRank(shape.width, bottleneck)
         if mlp:
-            self.fc1, self.fc2 = LowRank(width, bottleneck, hidden), LowRank(hidden, bottleneck, width)
+            self.fc1 = LowRank(shape.width, bottleneck, shape.mlp_inputs)
+            self.fc2 = LowRank(shape.hidden, bottleneck, shape.width)
         self.mlp = mlp
 
     can_merge = True

@@ -38,7 +38,7 @@ def build(tower: Any, block: int, length: int) -> Any:
     """The tuner of one block."""
     from lift_ray.model.tuners.prompt.module import Prompt
 
-    return Prompt(tower.width, tower.patch_px, length)
+    return Prompt(tower.shape.width, tower.patch_px, length, tower.prompts_at)
 
 
 register_tuner(VptShallowConfig, build, owns=PROMPT_TOKENS)

@@ -21,7 +21,7 @@ def build(tower: Any, block: int, norms: bool = False) -> Any:
     """The tuner of one block; a convolutional tower makes its own."""
     from lift_ray.model.tuners.ssf.module import Ssf
 
-    return Ssf(tower.width, tower.hidden, norms) if tower.attention else tower.make_ssf(block, norms=norms)
+    return tower.make_ssf(block, norms=norms) if tower.family == "resnet" else Ssf(tower.shape, norms)
 
 
 register_tuner(SsfConfig, build)

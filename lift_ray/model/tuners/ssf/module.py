@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lift_ray.model.tower import BlockShape
 from lift_ray.model.tuners.base import BlockTuner
 
 
@@ -31,15 +32,16 @@ class ScaleShift(nn.Module):
 class Ssf(BlockTuner):
     """Scale and shift after each projection, on request after the norms too (arXiv 2210.08823). Starts near the identity."""
 
-    def __init__(self, width: int, hidden: int, norms: bool = False) -> None:
+    def __init__(self, shape: BlockShape, norms: bool = False) -> None:
         super().__init__()
+        width = shape.width
         self.width, self.norms = width, norms
+        # a shift needs a bias to become part of, which RMS norms lack
+        self.can_merge = not norms or getattr(shape.norm(1), "bias", None) is not None
         self.attn_in, self.attn_out = ScaleShift(3 * width), ScaleShift(width)
-        self.mlp_1, self.mlp_2 = ScaleShift(hidden), ScaleShift(width)
+        self.mlp_1, self.mlp_2 = ScaleShift(shape.mlp_inputs), ScaleShift(width)
         if norms:
             self.after_norm1, self.after_norm2 = ScaleShift(width), ScaleShift(width)
-
-    can_merge = True
 
     def merge_into(self, block: Any) -> None:
         """Fold each scale and shift into the layer before it."""
