@@ -23,12 +23,52 @@ from lift_ray.model.packed import read_packed
 from lift_ray.model.quickgelu import PLACE as QUICKGELU
 from lift_ray.model.quickgelu import open_clip_activation, timm_activation
 from lift_ray.model.resnet import AnyTower
+from lift_ray.model.tower import FrozenTower
 from lift_ray.model.weights_file import PLACE, POSITIONS, check_fit, check_kind, fill_clip, read_weights
 from lift_ray.storage.file_kinds import SAFETENSORS
 
 EMBEDDED, TIMM, LOCAL = "embedded:", "timm:", "local-dir:"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
-ON_RESNET = ("ssf", "bitfit", "batchnorm", "full", "partial", "linear_probe", "zero_shot")
+NORMS = {"layernorm": "layer norms", "batchnorm": "batch norms"}  # kinds that train one sort of norm
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Kinds of tuners that fit a family of towers, and the error for the others.
+
+    Attributes:
+        kinds: their names; None for all, those of plugins too.
+        rule, but, remedy: parts of the error; {make} is the tower's architecture, {norm} the kind that trains its norms.
+    """
+
+    kinds: tuple[str, ...] | None = None
+    rule: str = ""
+    but: str = ""
+    remedy: str = ""
+
+
+BEHIND = ("linear_probe", "zero_shot", "clip_adapter")  # need no place inside the tower
+FITS = {
+    "transformer": Fit(),
+    "resnet": Fit(
+        ("ssf", "bitfit", "batchnorm", "full", "partial", *BEHIND),
+        "requires attention blocks",
+        "this backbone ({make}) has none",
+        "use ssf, bitfit, {norm} or linear_probe",
+    ),
+    "stages": Fit(
+        ("adaptformer", "adapter", "bitfit", "layernorm", "batchnorm", "full", "partial", *BEHIND),
+        "requires the blocks of a plain transformer",
+        "this backbone ({make}) has none",
+        "use adaptformer, adapter, bitfit or linear_probe",
+    ),
+    "opaque": Fit(
+        BEHIND,
+        "requires places inside the backbone",
+        "this backbone ({make}) has none",
+        "use linear_probe or clip_adapter",
+    ),
+}
 
 
 @dataclass
@@ -161,21 +201,21 @@ def load_backbone(
     return backbone
 
 
-def check_tuner(tower: AnyTower, kind: str) -> None:
+def check_tuner(tower: FrozenTower, kind: str) -> None:
     """Raises BadInput, with the make of the tower, when a kind of tuner has no place in it."""
-    if not tower.attention and kind not in ON_RESNET:
+    of: Any = tower
+    family = getattr(of, "family", "transformer")
+    make, norm = getattr(of, "make", "VisionTransformer"), getattr(of, "norm", "layernorm")
+    fit = FITS[family]
+    if fit.kinds is not None and kind not in fit.kinds:
+        words = {"make": make, "norm": norm}
+        raise BadInput(f"tuner {kind}", fit.rule, but=fit.but.format(**words), remedy=fit.remedy.format(**words))
+    if kind in NORMS and kind != norm:
         raise BadInput(
             f"tuner {kind}",
-            "requires attention blocks",
-            but="this backbone (ModifiedResNet) has none",
-            remedy="use ssf, bitfit, batchnorm or linear_probe",
-        )
-    if tower.attention and kind == "batchnorm":
-        raise BadInput(
-            f"tuner {kind}",
-            "requires batch norms",
-            but="this backbone (VisionTransformer) has none",
-            remedy="use layernorm",
+            f"requires {NORMS[kind]}",
+            but=f"this backbone ({make}) has none",
+            remedy=f"use {norm or 'bitfit'}",
         )
 
 

@@ -135,8 +135,17 @@ for _place in ("norm1", "query", "key", "value", "attention_out", "norm2", "mlp_
 def own_names(tower: nn.Module, trains: Callable[[str, bool], bool], blocks: Sequence[int]) -> list[str]:
     """Names of the tower's own parameters in these blocks that a kind trains (TunerKind.trains)."""
     inside = [n for n, _ in tower.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in blocks]
-    norms = {n for n, m in tower.named_modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d)}
+    has_batch_norms = any(isinstance(m, nn.BatchNorm2d) for m in tower.modules())
+    make = (
+        nn.BatchNorm2d if has_batch_norms else nn.LayerNorm
+    )  # FastViT's few layer norms are not what `batchnorm` names
+    norms = {n for n, m in tower.named_modules() if isinstance(m, make)}
     return [name for name in inside if trains(name, name.rpartition(".")[0] in norms)]
+
+
+def block_width(tower: Any, block: int) -> int:
+    """Channels of a block's output: the width of the tower, or of the block's stage if the tower has stages."""
+    return int(tower.block_width(block) if hasattr(tower, "block_width") else tower.width)
 
 
 class Tuner(nn.Module):
@@ -144,7 +153,8 @@ class Tuner(nn.Module):
 
     Args:
         parts: options of each kind: the arguments of its `build`, and `blocks`. Kinds without a `build` are ignored.
-        tower: its width, hidden, patch_px, num_blocks and attention are used; without attention, its `make_ssf`.
+        tower: its width, hidden, patch_px, num_blocks and attention are used; without attention, its `make_ssf`; of stages, its
+            `block_width`.
     """
 
     def __init__(self, parts: dict[str, dict[str, Any]], tower: Any) -> None:

@@ -24,8 +24,9 @@ class AdapterConfig(TunerConfig):
 def build(tower: Any, block: int, bottleneck: int) -> Any:
     """The tuner of one block."""
     from lift_ray.model.tuners.adapter.module import Adapter
+    from lift_ray.model.tuners.base import block_width
 
-    return Adapter(tower.width, bottleneck)
+    return Adapter(block_width(tower, block), bottleneck)
 
 
 register_tuner(AdapterConfig, build)

@@ -24,8 +24,9 @@ class AdaptformerConfig(TunerConfig):
 def build(tower: Any, block: int, bottleneck: int) -> Any:
     """The tuner of one block."""
     from lift_ray.model.tuners.adaptformer.module import Adaptformer
+    from lift_ray.model.tuners.base import block_width
 
-    return Adaptformer(tower.width, bottleneck)
+    return Adaptformer(block_width(tower, block), bottleneck)
 
 
 register_tuner(AdaptformerConfig, build)
