@@ -359,3 +359,83 @@ def test_any_module_from_images_to_features_is_hosted() -> None:
 def test_some_patches_of_a_hosted_tower_cannot_be_chosen() -> None:
     with pytest.raises(ValueError, match="patches: must not be given"):
         tower_of("ConvNeXt")(images(64), patches=torch.zeros(4, 2, dtype=torch.int64))
+
+
+def visual_of(name: str = "test_convnext", **options: Any) -> Any:
+    torch.manual_seed(0)
+    return shaken(TimmModel(name, 12, 64, **options))
+
+
+def shared_space(visual: Any, head: TimmHead) -> torch.Tensor:
+    """The hosted trunk's feature after the head's matrix or tail."""
+    tower = host(visual.trunk, "visual", resolution_px=64, tail=head.tail)
+    feature = tower.train()(images(64))
+    if head.projection is not None:
+        assert head.projection.shape == (tower.width, 12)
+        feature = feature @ head.projection
+    return feature if head.bias is None else feature + head.bias
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_vit", "test_efficientnet", "fastvit_t8"])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_a_linear_head_is_a_projection(name: str, bias: bool) -> None:
+    visual = visual_of(name, pool="", proj="linear", proj_bias=bias, drop=0.5)
+    head = timm_projection(visual)
+    assert ((head.bias is None), head.tail) == (not bias, None)
+    assert head.projection is not None
+    assert_close(shared_space(visual, head), visual(images(64)))
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_vit", "test_efficientnet", "fastvit_mci0"])
+@pytest.mark.parametrize("proj", [None, ""])
+@torch.inference_mode()
+def test_without_a_head_the_trunks_classifier_is_the_projection(name: str, proj: Any) -> None:
+    visual = visual_of(name, pool="token" if name == "test_vit" else "avg", proj=proj)
+    head = timm_projection(visual)
+    assert head.tail is None
+    assert head.projection is not None
+    assert head.bias is not None
+    assert_close(shared_space(visual, head), visual(images(64)))
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+@torch.inference_mode()
+def test_without_any_projection_the_feature_is_the_shared_space(name: str) -> None:
+    visual = visual_of(name, pool="avg", proj="none")
+    assert timm_projection(visual) == TimmHead(None, None, None)
+    assert_close(shared_space(visual, TimmHead()), visual(images(64)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"proj": "mlp", "pool": "", "drop": 0.5},
+        {"proj": "mlp", "pool": "avg", "proj_bias": True},
+        {"proj": "", "pool": "rot_attn"},
+        {"proj": "linear", "pool": "rot_attn"},
+        {"proj": "linear", "pool": "abs_attn"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["test_convnext", "test_byobnet"])
+@torch.inference_mode()
+def test_a_head_that_is_no_matrix_becomes_a_part_of_the_tower(name: str, options: dict[str, Any]) -> None:
+    visual = visual_of(name, **options)
+    head = timm_projection(visual)
+    assert (head.projection, head.bias) == (None, None)
+    assert head.tail is not None
+    side = visual.trunk.pretrained_cfg["input_size"][1]  # the positions of the attention pool are for this size
+    tower = host(visual.trunk, "visual", resolution_px=side, tail=head.tail)
+    assert tower.width == 12
+    assert_close(tower.train()(images(side)), visual(images(side)))
+    assert {p.data_ptr() for p in tower.parameters()} == {p.data_ptr() for p in visual.parameters()}
+    assert tower.family == ("stages" if name == "test_convnext" else "opaque")
+
+
+def test_two_projections_are_refused() -> None:
+    with pytest.raises(BadInput) as caught:
+        timm_projection(visual_of("deit_tiny_distilled_patch16_224", pool="token", proj=None))
+    assert str(caught.value) == (
+        "backbone.model: must have one projection, but its VisionTransformerDistilled has 2; use another model"
+    )

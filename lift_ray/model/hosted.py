@@ -297,6 +297,8 @@ def timm_projection(visual: Any) -> TimmHead:
 
     Args:
         visual: an image tower of open_clip with a `trunk` and a `head`.
+
+    Raises BadInput for a trunk with two classifiers.
     """
     layers = [layer for layer in visual.head if not isinstance(layer, nn.Dropout | nn.Identity)]
     if not layers:
@@ -304,6 +306,11 @@ def timm_projection(visual: Any) -> TimmHead:
     if not layers:
         return TimmHead()
     last = layers[0]
+    if isinstance(last, tuple):
+        make = type(visual.trunk).__name__
+        raise BadInput(
+            "backbone.model", "must have one projection", but=f"its {make} has {len(last)}", remedy="use another model"
+        )
     if len(layers) == 1 and isinstance(last, nn.Linear):
         bias: Tensor | None = last.bias
         return TimmHead(last.weight.detach().T, None if bias is None else bias.detach())
