@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lift_ray.errors import BadInput
 from lift_ray.model.backbone import Backbone, load_backbone
-from lift_ray.model.loading import rebuild
+from lift_ray.model.loading import image_tower, rebuild
 from lift_ray.model.rebuilt import quick_gelu
 from lift_ray.model.tower import BlockShape, Tower
 from lift_ray.model.tuners.adaptformer.module import Adaptformer
@@ -181,33 +181,42 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, small_clip: str) ->
         load_backbone(f"local-dir:{tmp_path}", None)
 
 
-def test_a_tower_that_is_no_vision_transformer_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.inference_mode()
+def test_a_clip_around_a_convolutional_model_of_timm_gives_its_embeddings() -> None:
     vision = {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "linear"}
-    clip = open_clip.CLIP(16, vision, TEXT)
-    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: clip)
-    with pytest.raises(BadInput) as caught:
-        load_backbone("RN50", "openai")
-    assert str(caught.value) == (
-        "backbone.model: must be a plain vision transformer with a class token, but RN50 is a TimmModel; "
-        "use one of CLIP's ViT models"
-    )
+    clip, batch = open_clip.CLIP(16, vision, TEXT).eval(), images(32)
+    found = image_tower(clip.visual)
+    assert (found.tower.family, found.bias) == ("stages", None)
+    expected = clip.encode_image(batch)
+    assert float((found.tower(batch) @ found.projection - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize(
     "option",
     [
         {"pool_type": "avg"},
-        {"attentional_pool": True, "attn_pooler_queries": 4},
-        {"block_type": "custom", "scale_attn": True},
+        {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True},
+        {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
         {"ls_init_value": 0.1},
-        {"image_size": [16, 24]},
         {"act_kwargs": {"approximate": "tanh"}},
+        {"block_type": "custom", "scale_attn": True},
     ],
+    ids=str,
 )
-def test_a_vision_transformer_of_another_architecture_is_refused(option: dict[str, Any]) -> None:
-    visual = clip_of({**SIZES["one block"], **option}).visual
-    with pytest.raises(BadInput, match="must be a plain vision transformer with a class token, but this tower is a"):
-        rebuild(visual)
+@torch.inference_mode()
+def test_other_parts_of_a_vision_transformer_of_open_clip_give_its_embeddings(option: dict[str, Any]) -> None:
+    visual, batch = clip_of({**SIZES["one block"], **option}).visual, images(16)
+    found = image_tower(visual)
+    assert found.tower.family == ("opaque" if "block_type" in option else "transformer")
+    expected, got = visual(batch), found.tower(batch)
+    got = got if found.projection is None else got @ found.projection
+    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_a_clip_for_images_that_are_not_square_is_refused() -> None:
+    visual = clip_of({**SIZES["one block"], "image_size": [16, 24]}).visual
+    with pytest.raises(BadInput, match="must take square images, but ViT-mine does not; use another model"):
+        image_tower(visual, "ViT-mine")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from golden_figures import FOLDER, GOLDEN, drawn
 
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import Backbone
-from lift_ray.model.loading import rebuild
 from lift_ray.model.heads import CosineHead
+from lift_ray.model.loading import rebuild
 from lift_ray.model.tuners.config import derived_width
 from lift_ray.registry import LOSSES
 from lift_ray.settings.run import OptimConfig

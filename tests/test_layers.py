@@ -75,9 +75,15 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "open_clip": (
         set(),
-        {f"lift_ray/model/{name}" for name in ("backbone", "rebuild_open_clip", "merging", "quickgelu", "weights_file")},
+        {
+            f"lift_ray/model/{name}"
+            for name in ("backbone", "rebuild_open_clip", "merging", "quickgelu", "weights_file")
+        },
     ),
-    "timm": (set(), {f"lift_ray/model/{name}" for name in ("backbone", "positions", "rebuild_timm", "merging", "quickgelu")}),
+    "timm": (
+        set(),
+        {f"lift_ray/model/{name}" for name in ("backbone", "positions", "rebuild_timm", "merging", "quickgelu")},
+    ),
     "pydantic": ({"lift_ray/settings/", "lift_ray/registry", "lift_ray/model/tuners/"}, set()),
     "pydantic_core": ({"lift_ray/settings/"}, set()),
     "ruamel": ({"lift_ray/settings/"}, {"lift_ray/train"}),

@@ -22,8 +22,8 @@ from lift_ray import train, tune
 from lift_ray.errors import BadInput
 from lift_ray.model import quickgelu
 from lift_ray.model.backbone import Backbone, check_source, load_backbone
-from lift_ray.model.rebuilt import quick_gelu
 from lift_ray.model.quickgelu import Published, open_clip_activation, timm_activation
+from lift_ray.model.rebuilt import quick_gelu
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 24,

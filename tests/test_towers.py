@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import SwiGLU
-from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
 from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
@@ -111,24 +111,37 @@ def test_a_tower_from_timm_gives_timms_class_token(options: dict[str, Any]) -> N
         {"act_layer": "gelu_tanh"},
         {"act_layer": "relu"},
         {"no_embed_class": True},
-        {"img_size": (16, 64)},
         {"qkv_bias": False},
         {"fc_norm": True},
         {"final_norm": False},
         {"block_fn": ResPostBlock},
-        {"attn_layer": "diff"},
         {"pos_embed": "none"},
         {"embed_norm_layer": "layernorm"},
     ],
     ids=str,
 )
-def test_a_timm_vision_transformer_of_another_architecture_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(BadInput) as caught:
-        rebuild(vit_of(**options))
-    assert str(caught.value) == (
-        "backbone.model: must be a plain vision transformer with a class token, but timm:test_vit is a VisionTransformer "
-        "with other parts; use one of CLIP's ViT models"
-    )
+@torch.inference_mode()
+def test_other_parts_of_a_timm_vision_transformer_are_rebuilt(options: dict[str, Any]) -> None:
+    vit = vit_of(**options)
+    tower = rebuild(vit)
+    assert tower.family == "transformer"
+    assert_close(tower(images(48)), vit.forward_head(vit.forward_features(images(48)), pre_logits=True))
+
+
+@pytest.mark.parametrize("options", [{"attn_layer": "diff"}, {"block_fn": ParallelScalingBlock}], ids=str)
+@torch.inference_mode()
+def test_a_timm_vision_transformer_with_unknown_parts_is_one_piece(options: dict[str, Any]) -> None:
+    vit = vit_of(**options)
+    tower = rebuild(vit)
+    assert tower.family == "opaque"
+    assert_close(tower(images(48)), vit.forward_head(vit.forward_features(images(48)), pre_logits=True))
+
+
+def test_a_tower_for_images_that_are_not_square_is_refused() -> None:
+    with pytest.raises(
+        BadInput, match=r"backbone\.model: must take square images, but timm:test_vit does not"
+    ):
+        rebuild(vit_of(img_size=(16, 64)), "timm:test_vit")
 
 
 @torch.inference_mode()

@@ -28,7 +28,46 @@ from lift_ray.storage.file_kinds import SAFETENSORS
 
 EMBEDDED, TIMM, LOCAL = "embedded:", "timm:", "local-dir:"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
-ON_RESNET = ("ssf", "bitfit", "batchnorm", "full", "partial", "linear_probe", "zero_shot")
+NORMS = {"layernorm": "layer norms", "batchnorm": "batch norms"}  # kinds that train one sort of norm
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Kinds of tuners that fit a family of towers, and the error for the others.
+
+    Attributes:
+        kinds: their names; None for all, those of plugins too.
+        rule, but, remedy: parts of the error; {make} is the tower's architecture, {norm} the kind that trains its norms.
+    """
+
+    kinds: tuple[str, ...] | None = None
+    rule: str = ""
+    but: str = ""
+    remedy: str = ""
+
+
+BEHIND = ("linear_probe", "zero_shot", "clip_adapter")  # need no place inside the tower
+FITS = {
+    "transformer": Fit(),
+    "resnet": Fit(
+        ("ssf", "bitfit", "batchnorm", "full", "partial", *BEHIND),
+        "requires attention blocks",
+        "this backbone ({make}) has none",
+        "use ssf, bitfit, {norm} or linear_probe",
+    ),
+    "stages": Fit(
+        ("adaptformer", "adapter", "bitfit", "layernorm", "batchnorm", "full", "partial", *BEHIND),
+        "requires the blocks of a plain transformer",
+        "this backbone ({make}) has none",
+        "use adaptformer, adapter, bitfit or linear_probe",
+    ),
+    "opaque": Fit(
+        BEHIND,
+        "requires places inside the backbone",
+        "this backbone ({make}) has none",
+        "use linear_probe or clip_adapter",
+    ),
+}
 
 
 @dataclass
@@ -165,19 +204,16 @@ def load_backbone(
 
 def check_tuner(tower: FrozenTower, kind: str) -> None:
     """Raises BadInput, with the make of the tower, when a kind of tuner has no place in it."""
-    if tower.family != "transformer" and kind not in ON_RESNET:
+    fit, make, norm = FITS[tower.family], tower.make, tower.norm
+    if fit.kinds is not None and kind not in fit.kinds:
+        words = {"make": make, "norm": norm}
+        raise BadInput(f"tuner {kind}", fit.rule, but=fit.but.format(**words), remedy=fit.remedy.format(**words))
+    if kind in NORMS and kind != norm:
         raise BadInput(
             f"tuner {kind}",
-            "requires attention blocks",
-            but="this backbone (ModifiedResNet) has none",
-            remedy="use ssf, bitfit, batchnorm or linear_probe",
-        )
-    if tower.family == "transformer" and kind == "batchnorm":
-        raise BadInput(
-            f"tuner {kind}",
-            "requires batch norms",
-            but="this backbone (VisionTransformer) has none",
-            remedy="use layernorm",
+            f"requires {NORMS[kind]}",
+            but=f"this backbone ({make}) has none",
+            remedy=f"use {norm or 'bitfit'}",
         )
 
 
@@ -190,7 +226,7 @@ def _load_open_clip(model: str, pretrained: str | None, quickgelu: bool | None) 
     except Exception as error:  # as in `clip_of`
         raise _not_loaded(model, error) from None
     clip.eval().requires_grad_(False)
-    images = image_tower(clip.visual)
+    images = image_tower(clip.visual, model)
     projection = torch.eye(images.tower.width) if images.projection is None else images.projection
     config = clip.visual.preprocess_cfg
 
@@ -349,7 +385,7 @@ def _load_timm(model: str, pretrained: str | None, quickgelu: bool | None) -> Ba
     config = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
     resizing = _resizing(model, config.get("interpolation"), config.get("crop_mode"))
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    return Backbone(model, rebuild(vit), mean, std, None, None, 1.0, None, *resizing)
+    return Backbone(model, rebuild(vit, model), mean, std, None, None, 1.0, None, *resizing)
 
 
 def _fill(vit: Any, model: str, path: str) -> None:

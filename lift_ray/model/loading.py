@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lift_ray.model.hosted import host, timm_projection
+from lift_ray.model.hosted import OpaqueTower, host, timm_projection
 from lift_ray.model.rebuild_open_clip import rebuild_resnet, rebuild_vit
 from lift_ray.model.rebuild_timm import rebuild_timm
 from lift_ray.model.tower import FrozenTower
@@ -27,23 +27,31 @@ class ImageTower:
     bias: Tensor | None = None
 
 
-def image_tower(visual: Any) -> ImageTower:
+def image_tower(visual: Any, name: str = "this tower") -> ImageTower:
     """Return the tower of a model of timm, or of the image half of a CLIP of open_clip, frozen, with its projection.
 
     The feature of a model of timm is that before its classifier.
+
+    Args:
+        name: as the settings name it, for error messages.
+
+    Raises BadInput for a module that does not turn square images into one feature.
     """
     if hasattr(visual, "trunk"):  # of open_clip, around a model of timm
-        projection, bias, tail = timm_projection(visual)
-        if tail is not None:
-            return ImageTower(host(visual, type(visual.trunk).__name__))
-        return ImageTower(rebuild(visual.trunk), projection, bias)
-    found = rebuild_resnet(visual) or rebuild_vit(visual) or rebuild_timm(visual)
+        head = timm_projection(visual)
+        return ImageTower(_tower(visual.trunk, name, visual.image_size[0], head.tail), head.projection, head.bias)
+    tower = _tower(visual, name)
+    is_projected = isinstance(tower, OpaqueTower) or not hasattr(visual, "proj")
+    return ImageTower(tower, None if is_projected else visual.proj.detach())
+
+
+def _tower(visual: Any, name: str, resolution_px: int | None = None, tail: nn.Module | None = None) -> FrozenTower:
+    """Return the tower, rebuilt if its parts are known, else hosted; with what follows up to the feature, if anything."""
+    found = (rebuild_resnet(visual) or rebuild_vit(visual) or rebuild_timm(visual)) if tail is None else None
     tower = found.filled() if found else None
-    if tower is None:
-        return ImageTower(host(visual, type(visual).__name__))
-    return ImageTower(tower, visual.proj.detach() if hasattr(visual, "proj") else None)
+    return host(visual, name, resolution_px=resolution_px, tail=tail) if tower is None else tower
 
 
-def rebuild(visual: Any) -> FrozenTower:
+def rebuild(visual: Any, name: str = "this tower") -> FrozenTower:
     """Return the tower of `image_tower`."""
-    return image_tower(visual).tower
+    return image_tower(visual, name).tower

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lift_ray.errors import BadInput
 from lift_ray.model.positions import resized
-from lift_ray.model.tower import FrozenTower
-from lift_ray.model.tuners.base import BlockTuner, Identity
+from lift_ray.model.sequence import SequenceTower
+from lift_ray.model.tuners.base import BlockTuner
 from lift_ray.model.tuners.ssf.module import ScaleShift
 
 
@@ -117,7 +116,7 @@ class SsfConv(BlockTuner):
         return torch.addcmul(part.shift.to(x.dtype)[:, None, None], x, part.scale.to(x.dtype)[:, None, None])
 
 
-class ResNetTower(FrozenTower):
+class ResNetTower(SequenceTower):
     """A frozen residual network of CLIP with the interface of Tower; its blocks are those of all four stages.
 
     The feature is the attention pool's output, its last projection included, so the shared space is the feature's own.
@@ -131,7 +130,7 @@ class ResNetTower(FrozenTower):
         checkpointing: compute activations again in the backward pass, to save memory.
     """
 
-    family = "resnet"
+    family, make, norm = "resnet", "ModifiedResNet", "batchnorm"
     patch_px = 32
 
     def __init__(
@@ -165,36 +164,14 @@ class ResNetTower(FrozenTower):
         """Bytes of the largest activation of one image in fp32: the output of the stem, before its pool."""
         return 4 * self.conv3.out_channels * (self.resolution_px // 2) ** 2
 
-    def embed(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
-        """The stem: (B, 3, H, W) -> (B, C, H / 4, W / 4). Raises ValueError when only some patches are asked for."""
-        if patches is not None:
-            raise ValueError("patches: must not be given for a convolutional tower; set augment.patch_dropout=0")
+    def stem(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H / 4, W / 4)."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         return F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
 
-    def blocks_until(self, x: Tensor, stop: int, start: int = 0) -> Tensor:
-        """The blocks from `start` to `stop` without tuners, which are the same for every model: (B, C, H, W) -> (B, C', H', W')."""
-        for index in range(start, stop):
-            x = self.blocks[index](x, _IDENTITY)
-        return x
-
-    def finish(
-        self,
-        x: Tensor,
-        tuners: Sequence[BlockTuner] | None = None,
-        start: int = 0,
-        *,
-        patches: Tensor | None = None,
-        size_px: int | None = None,
-    ) -> Tensor:
-        """The blocks from `start` on, and the attention pool: (B, C, H, W) -> (B, D); `patches` and `size_px` are those of `Tower`."""
-        tuners = tuners or [_IDENTITY] * self.num_blocks
-        for index in range(start, self.num_blocks):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.blocks[index], x, tuners[index], use_reentrant=False)
-            else:
-                x = self.blocks[index](x, tuners[index])
+    def pool(self, x: Tensor) -> Tensor:
+        """The attention pool: (B, C, H, W) -> (B, D)."""
         feature: Tensor = self.attnpool(x)
         return feature
 
@@ -202,6 +179,3 @@ class ResNetTower(FrozenTower):
         """The scales and shifts of one block."""
         block: Any = self.blocks[index]
         return SsfConv(block.channels, **options)
-
-
-_IDENTITY = Identity()

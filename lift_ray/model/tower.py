@@ -203,6 +203,8 @@ class FrozenTower(nn.Module):
 
     Attributes:
         family: transformer, resnet, stages or opaque: which tuners have a place in it.
+        make: name of the architecture, for messages.
+        norm: the kind of tuner that trains the norms of the blocks; "" without norms.
         blocks: that tuners can change.
         width: D, of the feature.
         patch_px: side of a patch; of the square that a place of the last stage stands for, if it is convolutional.
@@ -212,6 +214,8 @@ class FrozenTower(nn.Module):
     """
 
     family: str
+    make: str
+    norm: str
     num_blocks: int
     blocks: nn.ModuleList
     checkpointing: bool
@@ -333,7 +337,7 @@ class Tower(FrozenTower):
         checkpointing: compute activations again in the backward pass, to save memory.
     """
 
-    family = "transformer"
+    family, make, norm = "transformer", "VisionTransformer", "layernorm"
 
     def __init__(
         self,
@@ -446,7 +450,8 @@ class Tower(FrozenTower):
         if self.rotary is None:
             return None
         side = size_px // self.patch_px if size_px else math.isqrt(x.shape[1] - self.num_prefix)
-        return self.rotary(side, patches)
+        angles: Tensor = self.rotary(side, patches)
+        return angles
 
     def _positions(self, side: int, dtype: torch.dtype) -> Tensor | None:
         """(P + side^2, D): resized (bicubic) if the images have another size than the weights were trained with."""

@@ -17,6 +17,7 @@ from lift_ray.training.workspace import DTYPES, Workspace
 
 MIB = 2**20
 PROBE_IMAGES = 2
+SINGLE = (torch.nn.LayerNorm, torch.nn.RMSNorm)  # modules whose inputs stay in fp32
 
 
 def plan(run: RunFile, data: Dataset, workers: int, checkpoint_s: float) -> tuple[RunConfig, dict[str, str]]:
@@ -109,7 +110,7 @@ def saved_bytes(model: Lift, value_bytes: int = 4) -> int:
     def note_input(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         inputs.append(given[0].numel() * 4 if given[0].requires_grad else 0)
 
-    hooks = [m.register_forward_pre_hook(note_single) for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+    hooks = [m.register_forward_pre_hook(note_single) for m in model.modules() if isinstance(m, SINGLE)]
     hooks += [block.register_forward_pre_hook(note_input) for block in getattr(tower, "blocks", ())]
     before, tower.checkpointing = tower.checkpointing, False
     try:

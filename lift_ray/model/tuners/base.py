@@ -135,7 +135,10 @@ for _place in ("norm1", "query", "key", "value", "attention_out", "norm2", "mlp_
 def own_names(tower: nn.Module, trains: Callable[[str, bool], bool], blocks: Sequence[int]) -> list[str]:
     """Names of the tower's own parameters in these blocks that a kind trains (TunerKind.trains)."""
     inside = [n for n, _ in tower.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) in blocks]
-    norms = {n for n, m in tower.named_modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm | nn.BatchNorm2d)}
+    # FastViT has a few layer norms beside its batch norms, which are what `batchnorm` names
+    has_batch_norms = any(isinstance(m, nn.BatchNorm2d) for m in tower.modules())
+    sorts: tuple[type[nn.Module], ...] = (nn.BatchNorm2d,) if has_batch_norms else (nn.LayerNorm, nn.RMSNorm)
+    norms = {n for n, m in tower.named_modules() if isinstance(m, sorts)}
     return [name for name in inside if trains(name, name.rpartition(".")[0] in norms)]
 
 
