@@ -55,7 +55,7 @@ def test_the_settings_accept_exactly_the_registered_kinds() -> None:
         assert kinds_of(fields[section].annotation) == set(kinds), section
     assert set(typing.get_args(SearchConfig.model_fields["sampler"].annotation)) == set(SAMPLERS)
     for kind in TUNERS.values():
-        ways = [bool(way) for way in (kind.build, kind.trains, kind.prepare)]
+        ways = [bool(way) for way in (kind.build, kind.trains, kind.prepare, kind.behind)]
         assert sum(ways) == (kind.name not in ("linear_probe", "zero_shot")), "one way to tune, or none"
 
 
@@ -121,6 +121,18 @@ def test_prompts_stand_after_the_class_token_in_the_place_of_earlier_ones(
         if isinstance(prompt, int):
             learned = model.get_parameter(f"tuner.{kind}.{prompt}.prompt")
             assert torch.equal(x[:, 1:4], learned.expand(len(IMAGES), -1, -1))
+
+
+@pytest.mark.parametrize("ratio", [0.2, 1.0])
+def test_clip_adapter_mixes_its_bottleneck_with_the_towers_feature(tower: Tower, ratio: float) -> None:
+    model = lift(tower, {"clip_adapter": {"bottleneck": 3, "ratio": ratio}})
+    down, up = (model.tuner.behind.get_parameter(f"clip_adapter.{name}.weight") for name in ("down", "up"))
+    feature = tower(IMAGES)
+    inner = torch.einsum("rd,bd->br", down, feature).clamp(min=0)
+    expected = ratio * torch.einsum("dr,br->bd", up, inner).clamp(min=0) + (1 - ratio) * feature
+    assert (expected != feature).any(dim=1).all()
+    for found in (model.feature(IMAGES), model.feature_from_frozen(model.frozen_part(IMAGES))):
+        assert torch.allclose(found, expected, atol=1e-6)
 
 
 def sparse_parts(model: Lift) -> dict[str, Sparse]:

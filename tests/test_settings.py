@@ -168,8 +168,9 @@ def test_a_template_without_a_place_for_the_name_is_refused(kind: str, template:
 BESIDE = ("adaptformer", "adapter", "lora", "ssf")
 PROMPTS = ("vpt_shallow", "vpt_deep")
 OWN_WEIGHTS = ("bitfit", "layernorm", "batchnorm", "sparse", "full", "partial")
+BEHIND = ("clip_adapter",)
 NOTHING = ("linear_probe", "zero_shot")
-SAME, IDLE = "they are the same", "one of them trains nothing in the tower"
+SAME, IDLE = "they are the same", "one of them trains nothing before the classifier"
 TOKENS, WEIGHTS = "both own the prompt tokens", "both train the tower's own weights, and share some of them"
 
 
@@ -186,7 +187,7 @@ def refusal(first: str, second: str) -> str | None:
 
 
 def test_two_tuners_go_together_when_they_change_different_places() -> None:
-    assert sorted((*BESIDE, *PROMPTS, *OWN_WEIGHTS, *NOTHING)) == sorted(KINDS["tuner"])
+    assert sorted((*BESIDE, *PROMPTS, *OWN_WEIGHTS, *BEHIND, *NOTHING)) == sorted(KINDS["tuner"])
     refused: dict[str | None, int] = {}
     for first, second in itertools.product(KINDS["tuner"], repeat=2):
         reason, tree = refusal(first, second), {"tuner": {"kind": first}, "extra_tuner": {"kind": second}}
@@ -201,7 +202,7 @@ def test_two_tuners_go_together_when_they_change_different_places() -> None:
         assert problem["msg"] == (
             f"Value error, must change other places than tuner, but got {first} and {second}: {reason}; remove one"
         )
-    assert refused == {None: 100, SAME: 14, IDLE: 50, TOKENS: 2, WEIGHTS: 30}
+    assert refused == {None: 124, SAME: 15, IDLE: 54, TOKENS: 2, WEIGHTS: 30}
 
 
 def test_there_is_one_tuner_unless_a_second_is_named() -> None:
@@ -331,6 +332,8 @@ FOUR = [0, 1, 2, 3]
         ({"kind": "sparse", "ratio": 0.25}, 1000, 4, {"ratio": 0.25, "blocks": FOUR}),
         ({"kind": "full"}, 1000, 4, {"blocks": FOUR}),
         ({"kind": "partial", "last": 4}, 1000, 4, {}),
+        ({"kind": "clip_adapter"}, 1000, 4, {"bottleneck": 192}),
+        ({"kind": "clip_adapter", "bottleneck": 7, "ratio": 0.5}, 1000, 4, {}),
         ({"kind": "linear_probe"}, 1000, 4, {}),
         ({"kind": "zero_shot"}, 1000, 4, {}),
     ],
@@ -353,7 +356,9 @@ def test_resolve_fills_widths_and_blocks_and_nothing_else(
 
 @pytest.mark.parametrize("given_blocks", [[4], [0, 1, 2, 3, 4], []])
 @pytest.mark.parametrize("section", ["tuner", "extra_tuner"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS["tuner"] if kind not in (*NOTHING, "vpt_shallow", "partial")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS["tuner"] if kind not in (*NOTHING, *BEHIND, "vpt_shallow", "partial")]
+)
 def test_resolve_refuses_blocks_that_the_tower_lacks(kind: str, section: str, given_blocks: list[int]) -> None:
     beside = "lora" if kind == "adaptformer" else "adaptformer"
     config = RunConfig.model_validate({"tuner": {"kind": beside}} | {section: {"kind": kind, "blocks": given_blocks}})

@@ -166,8 +166,8 @@ BROKEN = {
     ),
     "a second tuner that does not go with all that are drawn": (
         HEAD + "space:\n" + KINDS + "base: {extra_tuner: {kind: bitfit}}",
-        "3 space: must change other places than tuner, but got linear_probe and bitfit: one of them trains nothing in the "
-        "tower; remove one",
+        "3 space: must change other places than tuner, but got linear_probe and bitfit: one of them trains nothing before "
+        "the classifier; remove one",
     ),
     "a second tuner that searches no kind": (
         param("extra_tuner.bottleneck: {choices: [2]}"),

@@ -35,6 +35,7 @@ FITTING = {
     "full": {"blocks": ALL},
     "partial": {"blocks": [4, 5]},
     "ssf": {"blocks": [1, 3, 5]},
+    "clip_adapter": {"bottleneck": 6},
     "linear_probe": {},
 }
 
@@ -272,6 +273,8 @@ def trained_names(tower: ResNetTower, kind: str) -> set[str]:
     names = {name for name, _ in tower.named_parameters() if name.startswith("blocks.")}
     if kind == "linear_probe":
         return set()
+    if kind == "clip_adapter":
+        return {"tuner.behind.clip_adapter.down.weight", "tuner.behind.clip_adapter.up.weight"}
     if kind == "ssf":
         convolutions = {1: 4, 3: 4, 5: 3}  # the last block of a stage has no shortcut of its own
         return {
@@ -298,7 +301,7 @@ def test_tuners_that_fit_a_resnet_train_just_their_parameters(kind: str, checkpo
     model = lift(tower, kind).train()
     start = {name: parameter.detach().clone() for name, parameter in model.trained().items()}
     assert set(start) == trained_names(tower, kind) | {"head.weight"}
-    if kind != "ssf":
+    if kind not in ("ssf", "clip_adapter"):
         assert torch.equal(model.feature(images(64)), tower(images(64)))
     optimizer = torch.optim.SGD(model.trained().values(), lr=0.003)
     losses = []
@@ -363,7 +366,7 @@ def test_a_tuner_of_attention_blocks_is_refused_on_a_resnet(kind: str, resnet: R
         check_tuner(resnet, kind)
     assert str(caught.value) == (
         f"tuner {kind}: requires attention blocks, but this backbone (ModifiedResNet) has none; "
-        "use ssf, bitfit, batchnorm or linear_probe"
+        "use ssf, bitfit, batchnorm, clip_adapter or linear_probe"
     )
     check_tuner(rebuild(vit_of()), kind)
 

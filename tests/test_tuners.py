@@ -29,6 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {  # options that are not derived here, small
     "vpt_shallow": {"length": LENGTH},
     "vpt_deep": {"length": LENGTH},
     "sparse": SPARSE,
+    "clip_adapter": NARROW,
 }
 # every kind that is registered, those of plugins too; batchnorm needs a convolutional tower (test_towers.py)
 ALONE: dict[str, dict[str, dict[str, Any]]] = {
@@ -41,11 +42,21 @@ PAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "lora + bitfit": {"lora": NARROW, "bitfit": {}},
     "vpt_deep + layernorm": {"vpt_deep": {"length": LENGTH}, "layernorm": {}},
     "adapter + sparse": {"adapter": NARROW, "sparse": SPARSE},
+    "lora + clip_adapter": {"lora": NARROW, "clip_adapter": NARROW},
 }
 CASES = ALONE | PAIRS
 TRAINED = [case for case in CASES if case != "zero_shot"]
-IN_CHOSEN_BLOCKS = [case for case in CASES if case not in ("vpt_shallow", "linear_probe", "zero_shot")]
-STARTS_ELSEWHERE = ("ssf", "ssf with norms", "vpt_shallow", "vpt_deep", "vpt_deep + layernorm")
+WITHOUT_BLOCKS = ("vpt_shallow", "clip_adapter", "linear_probe", "zero_shot")
+IN_CHOSEN_BLOCKS = [case for case in CASES if case not in WITHOUT_BLOCKS]
+STARTS_ELSEWHERE = (
+    "ssf",
+    "ssf with norms",
+    "vpt_shallow",
+    "vpt_deep",
+    "vpt_deep + layernorm",
+    "clip_adapter",
+    "lora + clip_adapter",
+)
 OWN_WEIGHTS = ("bitfit", "layernorm", "sparse", "full", "partial")
 # trained values of one block for width D, bottleneck R and P prompt tokens; the MLPs are 4 D wide
 LINEARS = {"in_proj": (3, 1), "out_proj": (1, 1), "mlp_in": (4, 1), "mlp_out": (1, 4)}  # (rows, columns) in D
@@ -63,6 +74,7 @@ NUMBERS: dict[str, Callable[[int, int, int], int]] = {
     "sparse": lambda d, r, p: sum(round(RATIO * a * b * d * d) + round(RATIO * a * d) for a, b in LINEARS.values()),
     "full": lambda d, r, p: 12 * d * d + 9 * d + 4 * d,
     "partial": lambda d, r, p: 12 * d * d + 9 * d + 4 * d,
+    "clip_adapter": lambda d, r, p: 2 * d * r,
     "linear_probe": lambda d, r, p: 0,
     "zero_shot": lambda d, r, p: 0,
 }
@@ -106,8 +118,9 @@ def lift(tower: Tower, case: str, blocks: tuple[int, ...] = EVERY, seed: int = 2
     torch.manual_seed(head_seed)
     head = CosineHead(random_weights(CLASSES, WIDTH), 25.0)
     torch.manual_seed(seed)
-    chosen = {"blocks": list(blocks)} if case in IN_CHOSEN_BLOCKS else {}
-    return Lift(tower, {kind: {**options, **chosen} for kind, options in CASES[case].items()}, head)
+    chosen = {"blocks": list(blocks)}
+    parts = {kind: options if kind in WITHOUT_BLOCKS else options | chosen for kind, options in CASES[case].items()}
+    return Lift(tower, parts, head)
 
 
 def perturbed(model: Lift) -> Lift:
@@ -118,6 +131,12 @@ def perturbed(model: Lift) -> Lift:
             parameter.add_((0.02 if name.startswith("tower.") else 0.2) * torch.randn_like(parameter))
             if name.endswith("down.bias"):
                 parameter.fill_(3.0)
+        for (
+            adapter
+        ) in model.tuner.behind:  # without biases: units that are open for an image, and all outputs that see them
+            feature = model.tower.finish(model.tower.embed(IMAGES), model.tuner.per_block)
+            adapter.down.weight.copy_(feature[:BOTTLENECK] / WIDTH)
+            adapter.up.weight.abs_()
     return model
 
 
@@ -164,13 +183,14 @@ def test_a_fresh_tuner_is_the_identity_where_its_paper_says_so(tower: Tower, cas
 @pytest.mark.parametrize("case", PUBLISHED)
 @pytest.mark.parametrize("blocks", [EVERY, (1,)])
 def test_the_number_of_trained_values_is_exact(tower: Tower, case: str, blocks: tuple[int, ...]) -> None:
-    num_blocks = len(blocks) if case in IN_CHOSEN_BLOCKS else 1
-    in_blocks = num_blocks * sum(NUMBERS[kind](WIDTH, BOTTLENECK, LENGTH) for kind in case.split(" + "))
+    numbers = {kind: NUMBERS[kind](WIDTH, BOTTLENECK, LENGTH) for kind in case.split(" + ")}
+    in_tuners = sum(n * (1 if kind in WITHOUT_BLOCKS else len(blocks)) for kind, n in numbers.items())
     trained = lift(tower, case, blocks).trained()
     in_head = 0 if case == "zero_shot" else CLASSES * WIDTH
-    assert sum(p.numel() for p in trained.values()) == in_blocks + in_head
+    assert sum(p.numel() for p in trained.values()) == in_tuners + in_head
     for name in trained:
-        assert name.startswith(("head.", "tower.blocks.", *(f"tuner.{kind}." for kind in CASES[case])))
+        where = "tuner.behind." if "clip_adapter." in name else "tuner."
+        assert name.startswith(("head.", "tower.blocks.", *(f"{where}{kind}." for kind in CASES[case])))
 
 
 @pytest.mark.parametrize("case", TRAINED)
@@ -269,7 +289,8 @@ def test_frozen_weights_are_shared_with_the_tower_and_not_copied(tower: Tower, c
 @pytest.mark.parametrize("blocks", [(0,), (2,), (0, 2)])
 def test_only_the_chosen_blocks_change(tower: Tower, case: str, blocks: tuple[int, ...]) -> None:
     model = perturbed(lift(tower, case, blocks))
-    assert {int(name.split(".")[2]) for name in model.trained() if not name.startswith("head.")} == set(blocks)
+    in_blocks = [name for name in model.trained() if not name.startswith(("head.", "tuner.behind."))]
+    assert {int(name.split(".")[2]) for name in in_blocks} == set(blocks)
     with torch.no_grad(), seen_by_blocks(tower) as plain:
         tower(IMAGES)
     with torch.no_grad(), seen_by_blocks(model.tower) as tuned:

@@ -87,7 +87,8 @@ def not_for_open_clip(classifier: Classifier) -> str:
     kinds = " and ".join(tuner.kind for tuner in classifier.config.tuners())
     if classifier.backbone.name.startswith(TIMM):
         return f"requires a CLIP backbone, but got {classifier.backbone.name}"
-    if not all(tuner.can_merge for tuner in classifier.model.tuner.per_block):
+    tuner = classifier.model.tuner
+    if len(tuner.behind) or not all(of_block.can_merge for of_block in tuner.per_block):
         return f"requires a tuner that can be merged into the weights, but got {kinds}"
     return ""
 

@@ -24,11 +24,12 @@ from lift_ray.model.quickgelu import PLACE as QUICKGELU
 from lift_ray.model.quickgelu import open_clip_activation, timm_activation
 from lift_ray.model.resnet import AnyTower
 from lift_ray.model.weights_file import PLACE, POSITIONS, check_fit, check_kind, fill_clip, read_weights
+from lift_ray.registry import TUNERS
 from lift_ray.storage.file_kinds import SAFETENSORS
 
 EMBEDDED, TIMM, LOCAL = "embedded:", "timm:", "local-dir:"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
-ON_RESNET = ("ssf", "bitfit", "batchnorm", "full", "partial", "linear_probe", "zero_shot")
+ON_RESNET = ("ssf", "bitfit", "batchnorm", "full", "partial")  # and all kinds that change no block
 
 
 @dataclass
@@ -163,12 +164,12 @@ def load_backbone(
 
 def check_tuner(tower: AnyTower, kind: str) -> None:
     """Raises BadInput, with the make of the tower, when a kind of tuner has no place in it."""
-    if not tower.attention and kind not in ON_RESNET:
+    if not tower.attention and TUNERS[kind].changes_tower and kind not in ON_RESNET:
         raise BadInput(
             f"tuner {kind}",
             "requires attention blocks",
             but="this backbone (ModifiedResNet) has none",
-            remedy="use ssf, bitfit, batchnorm or linear_probe",
+            remedy="use ssf, bitfit, batchnorm, clip_adapter or linear_probe",
         )
     if tower.attention and kind == "batchnorm":
         raise BadInput(
