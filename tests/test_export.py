@@ -24,6 +24,9 @@ TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 MERGED: dict[str, dict[str, Any]] = {
     "lora": {"bottleneck": 4},
     "lora_mlp": {"bottleneck": 4, "mlp": True, "blocks": [1]},
+    "dora": {"bottleneck": [4, 2]},
+    "dora_mlp": {"bottleneck": 4, "mlp": True},
+    "ia3": {},
     "ssf": {},
     "ssf_norms": {"norms": True},
     "bitfit": {},

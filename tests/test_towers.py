@@ -360,7 +360,9 @@ def test_a_resnet_has_no_patches_to_leave_out(resnet: ResNetTower) -> None:
         resnet(images(64), patches=torch.zeros(4, 2, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("kind", ["adaptformer", "adapter", "lora", "vpt_shallow", "vpt_deep", "layernorm", "sparse"])
+@pytest.mark.parametrize(
+    "kind", ["adaptformer", "adapter", "lora", "dora", "ia3", "vpt_shallow", "vpt_deep", "layernorm", "sparse"]
+)
 def test_a_tuner_of_attention_blocks_is_refused_on_a_resnet(kind: str, resnet: ResNetTower) -> None:
     with pytest.raises(BadInput) as caught:
         check_tuner(resnet, kind)

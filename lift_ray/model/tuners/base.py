@@ -160,11 +160,17 @@ class Tuner(nn.Module):
             blocks = options.pop("blocks", None) or [0]
             if not TUNERS[kind].build:
                 continue
-            tuned = {str(i): TUNERS.build(kind, tower, i, **options) for i in blocks}
+            tuned = {str(i): TUNERS.build(kind, tower, i, **_of_block(options, at)) for at, i in enumerate(blocks)}
             self.add_module(kind, nn.ModuleDict(tuned))
             for i in blocks:
                 before = self.per_block[i]
                 self.per_block[i] = tuned[str(i)] if before is _IDENTITY else Both(before, tuned[str(i)])
+
+
+def _of_block(options: dict[str, Any], at: int) -> dict[str, Any]:
+    """Options of one tuned block: of several bottlenecks, that of the `at`-th block."""
+    widths = options.get("bottleneck")
+    return options | {"bottleneck": widths[at]} if isinstance(widths, list) else options
 
 
 _IDENTITY = Identity()
