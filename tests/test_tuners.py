@@ -306,6 +306,8 @@ def test_frozen_weights_are_shared_with_the_tower_and_not_copied(tower: Tower, c
     own = {name.removeprefix("tower.") for name in model.trained() if name.startswith("tower.blocks.")}
     assert frozen == {name: place for name, place in original.items() if name not in own}
     assert (model.tower is tower) == (not set(CASES[case]) & set(OWN_WEIGHTS))
+    storages = {parameter.untyped_storage().data_ptr() for parameter in tower.parameters()}
+    assert all(buffer.untyped_storage().data_ptr() in storages for buffer in model.tuner.buffers())
 
 
 @pytest.mark.parametrize("case", IN_CHOSEN_BLOCKS)

@@ -36,8 +36,8 @@ class Decomposed(LowRank):
     def changed(self, x: Tensor, out: Tensor) -> Tensor:
         """Input (..., D) and output W x + b (..., D') of the frozen projection -> output of this one."""
         scale = self.scale()
-        moved: Tensor = scale.to(out.dtype) * (out + self(x))
-        return moved + ((1 - scale) * self.bias).to(out.dtype)  # s (W x + A x) + b, without b subtracted first
+        rest: Tensor = (1 - scale) * self.bias  # s (W x + A x) + b, without subtracting b first
+        return scale.to(out.dtype) * (out + self(x)) + rest.to(out.dtype)
 
     def fold_into(self, weight: Tensor, bias: Tensor) -> None:
         """Give a linear's weight and bias, in place, what `changed` adds to its output."""

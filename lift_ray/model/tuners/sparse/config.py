@@ -15,8 +15,8 @@ class SparseConfig(TunerConfig):
 
     kind: Literal["sparse"] = "sparse"
     ratio: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Fraction of the weights; derived as K / (L (12 D + 9)), as many values as the classifier has. For attention
-    alone 4 D + 4 is in the place of 12 D + 9, for the MLP 8 D + 5."""
+    """Fraction of the weights; derived as K / (L (12 D + 9)), as many values as the classifier has. With
+    `places: attention` the divisor is L (4 D + 4), with `places: mlp` L (8 D + 5)."""
     places: Annotated[Literal["all", "attention", "mlp"], Field(exclude_if=lambda places: places == "all")] = "all"
     """Choose from the weights of attention and MLP, or of one of them."""
     blocks: Blocks = None
