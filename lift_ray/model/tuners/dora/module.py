@@ -31,16 +31,18 @@ class Decomposed(LowRank):
 
     def scale(self) -> Tensor:
         """m / |W + A|, (D',)."""
-        return self.magnitude / (self.weight + self.change().detach()).norm(dim=1)
+        norm: Tensor = (self.weight + self.change().detach()).norm(dim=1)
+        return self.magnitude / norm
 
     def changed(self, x: Tensor, out: Tensor) -> Tensor:
         """Input (..., D) and output W x + b (..., D') of the frozen projection -> output of this one."""
         scale = self.scale()
-        rest: Tensor = (1 - scale) * self.bias  # s (W x + A x) + b, without subtracting b first
-        return scale.to(out.dtype) * (out + self(x)) + rest.to(out.dtype)
+        moved: Tensor = scale.to(out.dtype) * (out + self(x))
+        rest: Tensor = (1 - scale) * self.bias  # so that b is added once and not scaled
+        return moved + rest.to(out.dtype)
 
     def fold_into(self, weight: Tensor, bias: Tensor) -> None:
-        """Give a linear's weight and bias, in place, what `changed` adds to its output."""
+        """Change a linear's weight and bias in place, so that it gives what `changed` gives."""
         scale = self.scale()
         weight.add_(self.change()).mul_(scale[:, None])
         bias.mul_(scale).add_((1 - scale) * self.bias)
