@@ -26,8 +26,8 @@ from lift_ray.settings.space import SpaceFile
 
 Schema = dict[str, Any]
 SECTIONS = {  # of a run that have kinds, and the words about them
-    "tuner": "What is trained in the blocks of the backbone. `extra_tuner` takes the same settings, for a second tuner that "
-    "changes other places.",
+    "tuner": "What is trained in the blocks of the backbone, or behind it. `extra_tuner` takes the same settings, for a second "
+    "tuner that changes other places.",
     "head": "The classifier, and the initialization of its weights.",
     "loss": "",
     "augment": "How training images are changed.",

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from lift_ray.model.backbone import load_backbone as load_backbone
     from lift_ray.model.tuners.adapter.config import AdapterConfig as AdapterConfig
     from lift_ray.model.tuners.adaptformer.config import AdaptformerConfig as AdaptformerConfig
+    from lift_ray.model.tuners.clip_adapter.config import ClipAdapterConfig as ClipAdapterConfig
+    from lift_ray.model.tuners.dora.config import DoraConfig as DoraConfig
+    from lift_ray.model.tuners.ia3.config import Ia3Config as Ia3Config
     from lift_ray.model.tuners.lora.config import LoraConfig as LoraConfig
     from lift_ray.model.tuners.own_weights.config import BatchnormConfig as BatchnormConfig
     from lift_ray.model.tuners.own_weights.config import BitfitConfig as BitfitConfig
@@ -64,6 +67,9 @@ _HOMES = {
     "model.backbone": "load_backbone",
     "model.tuners.adapter.config": "AdapterConfig",
     "model.tuners.adaptformer.config": "AdaptformerConfig",
+    "model.tuners.clip_adapter.config": "ClipAdapterConfig",
+    "model.tuners.dora.config": "DoraConfig",
+    "model.tuners.ia3.config": "Ia3Config",
     "model.tuners.lora.config": "LoraConfig",
     "model.tuners.own_weights.config": "BatchnormConfig BitfitConfig FullConfig LayernormConfig PartialConfig",
     "model.tuners.prompt.config": "VptDeepConfig VptShallowConfig",

@@ -91,18 +91,25 @@ class TunerKind(Kind):
         build: (tower, block number, **options) -> a model.tuners.base.BlockTuner for one block. It imports torch itself.
         trains: (name, whether it belongs to a norm) -> whether a parameter of the tower in a tuned block is trained itself.
         prepare: (tower with modules of its own, **options) changes that tower; or an import path.
+        behind: (tower, **options) -> a module from features (B, D) to features (B, D) behind the tower; or an import path.
         owns: a claim that only one of two tuners may make; the words after "both" in the error message.
     """
 
     build: Callable[..., Any] | str = ""
     trains: Callable[[str, bool], bool] | None = None
     prepare: Callable[..., None] | str = ""
+    behind: Callable[..., Any] | str = ""
     owns: str = ""
 
     @property
     def changes_tower(self) -> bool:
         """True if the kind tunes anything in the tower."""
         return bool(self.build or self.trains or self.prepare)
+
+    @property
+    def changes_features(self) -> bool:
+        """True if the kind tunes anything before the classifier."""
+        return self.changes_tower or bool(self.behind)
 
 
 @dataclass(frozen=True)
@@ -204,10 +211,11 @@ def register_tuner(
     *,
     trains: Callable[[str, bool], bool] | None = None,
     prepare: Callable[..., None] | str = "",
+    behind: Callable[..., Any] | str = "",
     owns: str = "",
 ) -> None:
     """Register a kind of tuner; TunerKind says what the arguments are."""
-    TUNERS.add(TunerKind(config, build, trains, prepare, owns))
+    TUNERS.add(TunerKind(config, build, trains, prepare, behind, owns))
 
 
 def register_head(config: type[Config], build: Callable[..., Any] | str) -> None:

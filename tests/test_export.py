@@ -24,6 +24,9 @@ TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 MERGED: dict[str, dict[str, Any]] = {
     "lora": {"bottleneck": 4},
     "lora_mlp": {"bottleneck": 4, "mlp": True, "blocks": [1]},
+    "dora": {"bottleneck": [4, 2]},
+    "dora_mlp": {"bottleneck": 4, "mlp": True},
+    "ia3": {},
     "ssf": {},
     "ssf_norms": {"norms": True},
     "bitfit": {},
@@ -39,6 +42,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 4, "blocks": [0]},
     "vpt_shallow": {"length": 3},
     "vpt_deep": {"length": 3},
+    "clip_adapter": {"bottleneck": 4},
 }
 
 
@@ -189,6 +193,22 @@ def test_a_tuner_next_to_another_that_cannot_be_merged_is_exported(
     ):
         export_checkpoint(folder, tmp_path / "other", ["open_clip"])
     assert not (tmp_path / "other").exists()
+
+
+def test_behind_the_tower_stays_while_the_blocks_are_merged(small_data: str, small_clip: str, tmp_path: Path) -> None:
+    config = {"tuner": {"kind": "lora", "bottleneck": 4}, "extra_tuner": {"kind": "clip_adapter"}}
+    folder = saved(small_data, small_clip, tmp_path / "checkpoint", config)
+    exported, left_out = export_checkpoint(folder, tmp_path / "out", ["torch"])
+    assert [each.name for each in exported] == ["torch"]
+    assert exported[0].difference <= 1e-4
+    assert not left_out
+    module: Any = Classifier(folder, Ranks.alone(num_cpus=torch.get_num_threads())).module
+    assert not list(module.tuners)
+    assert [type(part).__name__ for part in module.behind] == ["ClipAdapter"]
+    with pytest.raises(
+        BadInput, match=r"^--format open_clip: requires a tuner that can be merged .* lora and clip_adapter"
+    ):
+        export_checkpoint(folder, tmp_path / "other", ["open_clip"])
 
 
 @pytest.mark.parametrize("head", sorted({*HEADS} - {"cosine"}))  # cosine: all tests above

@@ -63,6 +63,18 @@ BROKEN = {
         D + "tuner: {bottleneck: 0}",
         "run.yaml:2 tuner.bottleneck: must be greater than or equal to 1, but got 0; change it",
     ),
+    "no widths": (
+        D + "tuner: {bottleneck: []}",
+        "run.yaml:2 tuner.bottleneck: must have at least 1 item, but got []; change it",
+    ),
+    "a width of 0 in a list": (
+        D + "tuner: {kind: dora, bottleneck: [4, 0]}",
+        "run.yaml:2 tuner.bottleneck.1: must be greater than or equal to 1, but got 0; change it",
+    ),
+    "a list of widths where there is one": (
+        D + "tuner: {kind: clip_adapter, bottleneck: [4]}",
+        "run.yaml:2 tuner.bottleneck: must be a valid integer, but got [4]; change it",
+    ),
     "a block below 0": (
         D + "tuner:\n  kind: lora\n  blocks:\n    - 0\n    - -1",
         "run.yaml:6 tuner.blocks.1: must be greater than or equal to 0, but got -1; change it",

@@ -1,7 +1,8 @@
-"""The settings and the code offer the same kinds; pairs of tuners; where prompts go; what sparse fine-tuning trains."""
+"""The settings and the code offer the same kinds; pairs of tuners; formulas; where prompts go; what sparse fine-tuning trains."""
 
 from __future__ import annotations
 
+import copy
 import typing
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lift_ray.methods.lift import Lift
 from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.tower import BlockShape, Tower
+from lift_ray.model.tuners.dora.module import Decomposed
 from lift_ray.model.tuners.sparse.module import Sparse
 from lift_ray.registry import HEADS, LOSSES, METHODS, SAMPLERS, TUNERS
 from lift_ray.settings.messages import models_of
@@ -52,7 +54,7 @@ def test_the_settings_accept_exactly_the_registered_kinds() -> None:
         assert kinds_of(fields[section].annotation) == set(kinds), section
     assert set(typing.get_args(SearchConfig.model_fields["sampler"].annotation)) == set(SAMPLERS)
     for kind in TUNERS.values():
-        ways = [bool(way) for way in (kind.build, kind.trains, kind.prepare)]
+        ways = [bool(way) for way in (kind.build, kind.trains, kind.prepare, kind.behind)]
         assert sum(ways) == (kind.name not in ("linear_probe", "zero_shot")), "one way to tune, or none"
 
 
@@ -118,6 +120,97 @@ def test_prompts_stand_after_the_class_token_in_the_place_of_earlier_ones(
         if isinstance(prompt, int):
             learned = model.get_parameter(f"tuner.{kind}.{prompt}.prompt")
             assert torch.equal(x[:, 1:4], learned.expand(len(IMAGES), -1, -1))
+
+
+@pytest.mark.parametrize("ratio", [0.2, 1.0])
+def test_clip_adapter_mixes_its_bottleneck_with_the_towers_feature(tower: Tower, ratio: float) -> None:
+    model = lift(tower, {"clip_adapter": {"bottleneck": 3, "ratio": ratio}})
+    down, up = (model.tuner.behind.get_parameter(f"clip_adapter.{name}.weight") for name in ("down", "up"))
+    feature = tower(IMAGES)
+    inner = torch.einsum("rd,bd->br", down, feature).clamp(min=0)
+    expected = ratio * torch.einsum("dr,br->bd", up, inner).clamp(min=0) + (1 - ratio) * feature
+    assert (expected != feature).any(dim=1).all()
+    for found in (model.feature(IMAGES), model.feature_from_frozen(model.frozen_part(IMAGES))):
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def away_from_the_start(model: Lift) -> Lift:
+    with torch.no_grad():
+        for parameter in model.trained().values():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def test_ia3_scales_keys_values_and_what_the_mlp_computes_inside(tower: Tower) -> None:
+    model = away_from_the_start(lift(tower, {"ia3": {"blocks": [0, 2]}}))
+    changed = copy.deepcopy(tower)
+    for index in (0, 2):
+        block: Any = changed.blocks[index]
+        k, v, inner = (model.get_parameter(f"tuner.ia3.{index}.{name}") for name in ("k", "v", "inner"))
+        scales = torch.cat([torch.ones(WIDTH), k, v])
+        block.attn.in_proj.weight.copy_(torch.diag(scales) @ block.attn.in_proj.weight)
+        block.attn.in_proj.bias.mul_(scales)
+        before = block.mlp.activation
+        block.mlp.activation = lambda x, before=before, inner=inner: inner * before(x)
+    assert not torch.allclose(changed(IMAGES), tower(IMAGES), atol=1e-3)
+    assert torch.allclose(model.feature(IMAGES), changed(IMAGES), atol=1e-5)
+
+
+@torch.no_grad()
+def test_dora_gives_each_output_a_magnitude_and_a_direction(tower: Tower) -> None:
+    model = away_from_the_start(lift(tower, {"dora": {"bottleneck": 4, "mlp": True, "blocks": [0, 2]}}))
+    changed = copy.deepcopy(tower)
+    for index in (0, 2):
+        block: Any = changed.blocks[index]
+        attention, mlp = block.attn.in_proj.weight, block.mlp
+        weights = {
+            "q": attention[:WIDTH],
+            "v": attention[2 * WIDTH :],
+            "fc1": mlp.in_proj.weight,
+            "fc2": mlp.out_proj.weight,
+        }
+        for name, weight in weights.items():
+            m, down, up = (
+                model.get_parameter(f"tuner.dora.{index}.{name}.{part}") for part in ("magnitude", "down", "up")
+            )
+            moved = weight + torch.einsum("ir,ro->oi", down, up) / 4
+            weight.copy_(m[:, None] * moved / moved.square().sum(1, keepdim=True).sqrt())
+    assert not torch.allclose(changed(IMAGES), tower(IMAGES), atol=1e-3)
+    assert torch.allclose(model.feature(IMAGES), changed(IMAGES), atol=1e-5)
+
+
+def test_no_gradient_goes_through_doras_norm() -> None:
+    torch.manual_seed(3)
+    linear = torch.nn.Linear(WIDTH, 3)
+    part = Decomposed(linear.weight, linear.bias, 2)
+    torch.nn.init.normal_(part.up)
+    x = torch.randn(5, WIDTH)
+    part.changed(x, linear(x)).sum().backward()
+    expected = (x @ part.down / 2).sum(0)[:, None] * part.scale()
+    assert part.up.grad is not None
+    assert torch.allclose(part.up.grad, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adaptformer", "adapter", "lora", "dora"])
+def test_each_tuned_block_may_have_a_bottleneck_of_its_own(tower: Tower, kind: str) -> None:
+    config = RunConfig.model_validate({"tuner": {"kind": kind, "bottleneck": [2, 7], "blocks": [2, 0]}})
+    options = config.resolve(CLASSES, BLOCKS, WIDTH).tuner.options(BLOCKS)
+    model = lift(tower, {kind: options})
+    for block, width in ((0, 2), (2, 7)):
+        downs = [p for name, p in model.get_submodule(f"tuner.{kind}.{block}").named_parameters() if "down" in name]
+        assert downs
+        assert all(width in down.shape for down in downs)
+
+
+@pytest.mark.parametrize(("places", "start"), [("attention", "attn."), ("mlp", "mlp.")])
+def test_sparse_can_be_limited_to_attention_or_mlp(tower: Tower, places: str, start: str) -> None:
+    model = lift(tower, {"sparse": {"ratio": RATIO, "blocks": [1], "places": places}})
+    names = [name.removeprefix("tower.blocks.1.") for name in sparse_parts(model)]
+    assert len(names) == TENSORS_PER_BLOCK // 2
+    assert all(name.startswith(start) for name in names)
+    everywhere = sparse_parts(lift(tower, {"sparse": {"ratio": RATIO, "blocks": [1]}}))
+    assert all(torch.equal(part.index, everywhere[name].index) for name, part in sparse_parts(model).items())
 
 
 def sparse_parts(model: Lift) -> dict[str, Sparse]:

@@ -401,6 +401,25 @@ def test_a_setting_that_some_kinds_have_is_ranked_among_their_trials(study: Path
     assert {row["setting"]: row["among"] for row in drawn.rows}["tuner.bottleneck"] == "trials that have it"
 
 
+@pytest.mark.filterwarnings("error")
+def test_choices_of_numbers_and_lists_are_reported_with_a_curve_over_the_numbers(tmp_path: Path) -> None:
+    trials, choices = make_trials(60), [8, 16, "[4, 8]"]
+    for trial in trials:
+        if trial["tuner.bottleneck"] is not None:
+            trial["tuner.bottleneck"] = str(choices[trial["number"] // 3 % 3])  # as in trials.parquet: one type
+    folder = write_study(tmp_path / "out", trials)
+    about = json.loads((folder / "study.json").read_text())
+    about["space"]["space"]["tuner.bottleneck"] |= {"choices": choices, "int": None, "log": False}
+    (folder / "study.json").write_text(json.dumps(about))
+    found = read_study(folder, "out")
+    assert {trial["tuner.bottleneck"] for trial in found.trials} == {*choices, None}
+    within = importances_within(found)
+    made, _ = figures_of(StudySection(found, importances(found), within))
+    drawn = next(figure for figure in made if figure.name == "width-tuner-bottleneck")
+    assert {row["tuner.bottleneck"] for row in drawn.rows} == {8, 16}
+    assert "tuner.bottleneck" in within
+
+
 def test_too_few_trials_have_no_importances(tmp_path: Path) -> None:
     assert importances(read_study(write_study(tmp_path / "out", make_trials(5)), "out")) == {}
 

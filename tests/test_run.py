@@ -55,7 +55,7 @@ def trained(
     return untimed(figures), folders, run
 
 
-@pytest.mark.parametrize("kind", ["adaptformer", "lora", "linear_probe"])
+@pytest.mark.parametrize("kind", ["adaptformer", "lora", "clip_adapter", "linear_probe"])
 def test_the_loss_falls_and_the_figures_are_complete(workspace: Workspace, small_clip: str, kind: str) -> None:
     run = Run(settings(small_clip, tuner__kind=kind), workspace)
     figures = list(run.epochs())

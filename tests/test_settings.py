@@ -165,11 +165,12 @@ def test_a_template_without_a_place_for_the_name_is_refused(kind: str, template:
     assert problem["msg"] == rule
 
 
-BESIDE = ("adaptformer", "adapter", "lora", "ssf")
+BESIDE = ("adaptformer", "adapter", "dora", "ia3", "lora", "ssf")
 PROMPTS = ("vpt_shallow", "vpt_deep")
 OWN_WEIGHTS = ("bitfit", "layernorm", "batchnorm", "sparse", "full", "partial")
+BEHIND = ("clip_adapter",)
 NOTHING = ("linear_probe", "zero_shot")
-SAME, IDLE = "they are the same", "one of them trains nothing in the tower"
+SAME, IDLE = "they are the same", "one of them trains nothing before the classifier"
 TOKENS, WEIGHTS = "both own the prompt tokens", "both train the tower's own weights, and share some of them"
 
 
@@ -186,7 +187,7 @@ def refusal(first: str, second: str) -> str | None:
 
 
 def test_two_tuners_go_together_when_they_change_different_places() -> None:
-    assert sorted((*BESIDE, *PROMPTS, *OWN_WEIGHTS, *NOTHING)) == sorted(KINDS["tuner"])
+    assert sorted((*BESIDE, *PROMPTS, *OWN_WEIGHTS, *BEHIND, *NOTHING)) == sorted(KINDS["tuner"])
     refused: dict[str | None, int] = {}
     for first, second in itertools.product(KINDS["tuner"], repeat=2):
         reason, tree = refusal(first, second), {"tuner": {"kind": first}, "extra_tuner": {"kind": second}}
@@ -201,7 +202,7 @@ def test_two_tuners_go_together_when_they_change_different_places() -> None:
         assert problem["msg"] == (
             f"Value error, must change other places than tuner, but got {first} and {second}: {reason}; remove one"
         )
-    assert refused == {None: 100, SAME: 14, IDLE: 50, TOKENS: 2, WEIGHTS: 30}
+    assert refused == {None: 178, SAME: 17, IDLE: 62, TOKENS: 2, WEIGHTS: 30}
 
 
 def test_there_is_one_tuner_unless_a_second_is_named() -> None:
@@ -317,6 +318,10 @@ FOUR = [0, 1, 2, 3]
         ({"kind": "adapter", "blocks": [3]}, 1000, 4, {"bottleneck": 256, "blocks": [3]}),
         ({"kind": "lora"}, 1000, 12, {"bottleneck": 16, "blocks": list(range(12))}),
         ({"kind": "lora", "mlp": True, "blocks": [0, 1]}, 1000, 12, {"bottleneck": 64, "blocks": [0, 1]}),
+        ({"kind": "lora", "bottleneck": [4, 8], "blocks": [3, 0]}, 1000, 12, {"blocks": [0, 3]}),
+        ({"kind": "dora"}, 1000, 12, {"bottleneck": 16, "blocks": list(range(12))}),
+        ({"kind": "dora", "bottleneck": [1, 2, 3, 4]}, 1000, 4, {"blocks": FOUR}),
+        ({"kind": "ia3"}, 1000, 4, {"blocks": FOUR}),
         ({"kind": "ssf"}, 1000, 4, {"blocks": FOUR}),
         ({"kind": "vpt_shallow"}, 1000, 12, {"length": 64}),
         ({"kind": "vpt_shallow", "length": 5}, 1000, 12, {"length": 5}),
@@ -328,9 +333,13 @@ FOUR = [0, 1, 2, 3]
         ({"kind": "sparse"}, 1000, 4, {"ratio": 1000 / (4 * (12 * 768 + 9)), "blocks": FOUR}),
         ({"kind": "sparse", "blocks": [3, 2]}, 1000, 4, {"ratio": 1000 / (2 * (12 * 768 + 9)), "blocks": [2, 3]}),
         ({"kind": "sparse"}, 10**6, 4, {"ratio": 1.0, "blocks": FOUR}),
+        ({"kind": "sparse", "places": "attention"}, 1000, 4, {"ratio": 1000 / (4 * (4 * 768 + 4)), "blocks": FOUR}),
+        ({"kind": "sparse", "places": "mlp"}, 1000, 4, {"ratio": 1000 / (4 * (8 * 768 + 5)), "blocks": FOUR}),
         ({"kind": "sparse", "ratio": 0.25}, 1000, 4, {"ratio": 0.25, "blocks": FOUR}),
         ({"kind": "full"}, 1000, 4, {"blocks": FOUR}),
         ({"kind": "partial", "last": 4}, 1000, 4, {}),
+        ({"kind": "clip_adapter"}, 1000, 4, {"bottleneck": 192}),
+        ({"kind": "clip_adapter", "bottleneck": 7, "ratio": 0.5}, 1000, 4, {}),
         ({"kind": "linear_probe"}, 1000, 4, {}),
         ({"kind": "zero_shot"}, 1000, 4, {}),
     ],
@@ -353,7 +362,9 @@ def test_resolve_fills_widths_and_blocks_and_nothing_else(
 
 @pytest.mark.parametrize("given_blocks", [[4], [0, 1, 2, 3, 4], []])
 @pytest.mark.parametrize("section", ["tuner", "extra_tuner"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS["tuner"] if kind not in (*NOTHING, "vpt_shallow", "partial")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS["tuner"] if kind not in (*NOTHING, *BEHIND, "vpt_shallow", "partial")]
+)
 def test_resolve_refuses_blocks_that_the_tower_lacks(kind: str, section: str, given_blocks: list[int]) -> None:
     beside = "lora" if kind == "adaptformer" else "adaptformer"
     config = RunConfig.model_validate({"tuner": {"kind": beside}} | {section: {"kind": kind, "blocks": given_blocks}})
@@ -369,6 +380,29 @@ def test_resolve_refuses_more_last_blocks_than_the_tower_has(section: str) -> No
         config.resolve(100, 4, 8)
     assert str(caught.value) == f"{section}.last: must be at most the tower's 4 blocks, but got 5; lower it"
     assert config.resolve(100, 5, 8).to_dict()[section] == {"kind": "partial", "last": 5}
+
+
+@pytest.mark.parametrize("kind", ["adaptformer", "adapter", "lora", "dora"])
+@pytest.mark.parametrize(("blocks", "number"), [(None, 4), ([3, 1], 2), ({"last": 1}, 1)])
+def test_resolve_refuses_a_list_of_bottlenecks_that_is_not_one_for_each_tuned_block(
+    kind: str, blocks: Any, number: int
+) -> None:
+    for length in (number - 1, number + 1) if number > 1 else (2,):
+        widths = [4] * length
+        config = RunConfig.model_validate({"tuner": {"kind": kind, "bottleneck": widths, "blocks": blocks}})
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            config.resolve(100, 4, 8)
+        assert str(caught.value) == (
+            f"tuner.bottleneck: must be one width, or a list of {number}, one for each tuned block, but got {widths}; change it"
+        )
+
+
+def test_the_places_of_sparse_tuning_are_in_the_settings_only_if_they_are_not_all_places() -> None:
+    """So digests are those of versions without the setting."""
+    plain, mlp = (RunConfig.model_validate({"tuner": {"kind": "sparse", "places": p}}) for p in ("all", "mlp"))
+    assert plain.to_dict()["tuner"] == {"kind": "sparse", "ratio": None, "blocks": None}
+    assert mlp.to_dict()["tuner"]["places"] == "mlp"
+    assert [RunConfig.parse(config.to_dict()) for config in (plain, mlp)] == [plain, mlp]
 
 
 @given(classes=st.integers(1, 10**6), divisor=st.integers(1, 200))
@@ -402,6 +436,7 @@ OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it 
     "norms": True,
     "length": 3,
     "ratio": 0.5,
+    "places": "mlp",
     "last": 2,
     "scale": 20.0,
     "init": "random",

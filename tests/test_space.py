@@ -23,7 +23,7 @@ SHIPPED = sorted(path for path in FOLDER.glob("*.yaml") if "\nspace:" in path.re
 QUICKSTART = (FOLDER / "quickstart.yaml").read_text()
 HEAD = "name: n\ndataset: embedded:caltech101-lt\n"
 SEED = HEAD + "space:\n  seed: {int: [1, 9]}\n"
-LAST = "tuner.ratio, tuner.norms, tuner.mlp, tuner.length, tuner.last, tuner.kind, tuner.bottleneck, tuner.blocks.last"
+LAST = "tuner.ratio, tuner.places, tuner.norms, tuner.mlp, tuner.length, tuner.last, tuner.kind, tuner.bottleneck"
 
 
 def written(folder: Path, text: str) -> Path:
@@ -166,8 +166,8 @@ BROKEN = {
     ),
     "a second tuner that does not go with all that are drawn": (
         HEAD + "space:\n" + KINDS + "base: {extra_tuner: {kind: bitfit}}",
-        "3 space: must change other places than tuner, but got linear_probe and bitfit: one of them trains nothing in the "
-        "tower; remove one",
+        "3 space: must change other places than tuner, but got linear_probe and bitfit: one of them trains nothing before "
+        "the classifier; remove one",
     ),
     "a second tuner that searches no kind": (
         param("extra_tuner.bottleneck: {choices: [2]}"),
@@ -303,6 +303,16 @@ def test_a_kind_that_is_searched_drops_the_fields_that_the_base_gives_the_defaul
         "label_smoothing": 0.0,
         "tau": 0.5,
     }
+
+
+def test_bottlenecks_of_each_block_are_searched_as_choices(tmp_path: Path) -> None:
+    text = (
+        HEAD
+        + "space:\n  tuner.bottleneck: {choices: [16, [4, 8], null]}\nbase: {tuner: {kind: lora, blocks: {last: 2}}}\n"
+    )
+    space = read_space(written(tmp_path, text))
+    drawn = [space.config(values).tuner for values in seeded_draws(space.space, 20)]
+    assert {str(tuner.bottleneck) for tuner in drawn} == {"16", "[4, 8]", "None"}  # type: ignore[attr-defined]
 
 
 def test_the_command_line_reaches_the_file(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ FITTING = {
     "full": {"blocks": ALL},
     "partial": {"blocks": [4, 5]},
     "ssf": {"blocks": [1, 3, 5]},
+    "clip_adapter": {"bottleneck": 6},
     "linear_probe": {},
 }
 
@@ -138,9 +139,7 @@ def test_a_timm_vision_transformer_with_unknown_parts_is_one_piece(options: dict
 
 
 def test_a_tower_for_images_that_are_not_square_is_refused() -> None:
-    with pytest.raises(
-        BadInput, match=r"backbone\.model: must take square images, but timm:test_vit does not"
-    ):
+    with pytest.raises(BadInput, match=r"backbone\.model: must take square images, but timm:test_vit does not"):
         rebuild(vit_of(img_size=(16, 64)), "timm:test_vit")
 
 
@@ -286,6 +285,8 @@ def trained_names(tower: ResNetTower, kind: str) -> set[str]:
     names = {name for name, _ in tower.named_parameters() if name.startswith("blocks.")}
     if kind == "linear_probe":
         return set()
+    if kind == "clip_adapter":
+        return {"tuner.behind.clip_adapter.down.weight", "tuner.behind.clip_adapter.up.weight"}
     if kind == "ssf":
         convolutions = {1: 4, 3: 4, 5: 3}  # the last block of a stage has no shortcut of its own
         return {
@@ -312,7 +313,7 @@ def test_tuners_that_fit_a_resnet_train_just_their_parameters(kind: str, checkpo
     model = lift(tower, kind).train()
     start = {name: parameter.detach().clone() for name, parameter in model.trained().items()}
     assert set(start) == trained_names(tower, kind) | {"head.weight"}
-    if kind != "ssf":
+    if kind not in ("ssf", "clip_adapter"):
         assert torch.equal(model.feature(images(64)), tower(images(64)))
     optimizer = torch.optim.SGD(model.trained().values(), lr=0.003)
     losses = []
@@ -371,7 +372,9 @@ def test_a_resnet_has_no_patches_to_leave_out(resnet: ResNetTower) -> None:
         resnet(images(64), patches=torch.zeros(4, 2, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("kind", ["adaptformer", "adapter", "lora", "vpt_shallow", "vpt_deep", "layernorm", "sparse"])
+@pytest.mark.parametrize(
+    "kind", ["adaptformer", "adapter", "lora", "dora", "ia3", "vpt_shallow", "vpt_deep", "layernorm", "sparse"]
+)
 def test_a_tuner_of_attention_blocks_is_refused_on_a_resnet(kind: str, resnet: ResNetTower) -> None:
     with pytest.raises(BadInput) as caught:
         check_tuner(resnet, kind)

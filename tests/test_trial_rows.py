@@ -87,6 +87,13 @@ def test_whole_and_broken_numbers_of_one_setting_share_a_column(tmp_path: Path) 
     assert pq.read_table(tmp_path / "trials.parquet").column("optim.lr").to_pylist() == [1.0, 0.5]
 
 
+def test_numbers_beside_text_in_one_setting_are_text(tmp_path: Path) -> None:
+    """As with `choices: [16, [4, 8]]`: Parquet has one type for a column."""
+    rows = [row(0, "finished", 0.1, tuner__bottleneck=16), row(1, "finished", 0.2, tuner__bottleneck="[4, 8]")]
+    write_rows([*rows, row(2, "failed")], tmp_path)
+    assert pq.read_table(tmp_path / "trials.parquet").column("tuner.bottleneck").to_pylist() == ["16", "[4, 8]", None]
+
+
 def test_rows_replace_those_written_before(tmp_path: Path) -> None:
     write_rows(ROWS[:1], tmp_path)
     write_rows(ROWS, tmp_path)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lift_ray.methods.lift import Lift
 from lift_ray.model.heads import CosineHead, random_weights
+from lift_ray.model.merging import merged
 from lift_ray.model.tower import BlockShape, Tower
 from lift_ray.registry import TUNERS
 from lift_ray.settings.run import OptimConfig
@@ -26,14 +27,19 @@ SIZES: dict[str, dict[str, Any]] = {  # options that are not derived here, small
     "adaptformer": NARROW,
     "adapter": NARROW,
     "lora": NARROW,
+    "dora": NARROW,
     "vpt_shallow": {"length": LENGTH},
     "vpt_deep": {"length": LENGTH},
     "sparse": SPARSE,
+    "clip_adapter": NARROW,
 }
 # every kind that is registered, those of plugins too; batchnorm needs a convolutional tower (test_towers.py)
 ALONE: dict[str, dict[str, dict[str, Any]]] = {
     **{kind: {kind: SIZES.get(kind, {})} for kind in TUNERS if kind != "batchnorm"},
     "lora with mlp": {"lora": {**NARROW, "mlp": True}},
+    "dora with mlp": {"dora": {**NARROW, "mlp": True}},
+    "sparse attention": {"sparse": {**SPARSE, "places": "attention"}},
+    "sparse mlp": {"sparse": {**SPARSE, "places": "mlp"}},
     "ssf with norms": {"ssf": {"norms": True}},
 }
 PAIRS: dict[str, dict[str, dict[str, Any]]] = {
@@ -41,28 +47,47 @@ PAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "lora + bitfit": {"lora": NARROW, "bitfit": {}},
     "vpt_deep + layernorm": {"vpt_deep": {"length": LENGTH}, "layernorm": {}},
     "adapter + sparse": {"adapter": NARROW, "sparse": SPARSE},
+    "ia3 + lora with mlp": {"ia3": {}, "lora": {**NARROW, "mlp": True}},
+    "dora with mlp + ia3": {"dora": {**NARROW, "mlp": True}, "ia3": {}},
+    "ssf + dora with mlp": {"ssf": {}, "dora": {**NARROW, "mlp": True}},
+    "lora + clip_adapter": {"lora": NARROW, "clip_adapter": NARROW},
 }
 CASES = ALONE | PAIRS
 TRAINED = [case for case in CASES if case != "zero_shot"]
-IN_CHOSEN_BLOCKS = [case for case in CASES if case not in ("vpt_shallow", "linear_probe", "zero_shot")]
-STARTS_ELSEWHERE = ("ssf", "ssf with norms", "vpt_shallow", "vpt_deep", "vpt_deep + layernorm")
+WITHOUT_BLOCKS = ("vpt_shallow", "clip_adapter", "linear_probe", "zero_shot")
+IN_CHOSEN_BLOCKS = [case for case in CASES if case not in WITHOUT_BLOCKS]
+STARTS_ELSEWHERE = [case for case in CASES if {"ssf", "vpt_shallow", "vpt_deep", "clip_adapter"} & {*CASES[case]}]
+CANNOT_MERGE = {"adaptformer", "adapter", "vpt_shallow", "vpt_deep"}
 OWN_WEIGHTS = ("bitfit", "layernorm", "sparse", "full", "partial")
 # trained values of one block for width D, bottleneck R and P prompt tokens; the MLPs are 4 D wide
 LINEARS = {"in_proj": (3, 1), "out_proj": (1, 1), "mlp_in": (4, 1), "mlp_out": (1, 4)}  # (rows, columns) in D
+
+
+def sparse_values(d: int, linear: str) -> int:
+    rows, columns = LINEARS[linear]
+    return round(RATIO * rows * columns * d * d) + round(RATIO * rows * d)
+
+
 NUMBERS: dict[str, Callable[[int, int, int], int]] = {
     "adaptformer": lambda d, r, p: 1 + 2 * d + (d * r + r) + (r * d + d),
     "adapter": lambda d, r, p: 2 * d + (d * r + r) + (r * d + d),
     "lora": lambda d, r, p: 2 * 2 * d * r,
     "lora with mlp": lambda d, r, p: 2 * 2 * d * r + 2 * (d + 4 * d) * r,
+    "dora": lambda d, r, p: 2 * (2 * d * r + d),
+    "dora with mlp": lambda d, r, p: 2 * (2 * d * r + d) + 2 * (d + 4 * d) * r + (4 * d + d),
+    "ia3": lambda d, r, p: (1 + 1 + 4) * d,
     "ssf": lambda d, r, p: 2 * (3 + 1 + 4 + 1) * d,
     "ssf with norms": lambda d, r, p: 2 * (3 + 1 + 4 + 1 + 2) * d,
     "vpt_shallow": lambda d, r, p: p * d,
     "vpt_deep": lambda d, r, p: p * d,
     "bitfit": lambda d, r, p: (2 + 3 + 1 + 4 + 1) * d,
     "layernorm": lambda d, r, p: 4 * d,
-    "sparse": lambda d, r, p: sum(round(RATIO * a * b * d * d) + round(RATIO * a * d) for a, b in LINEARS.values()),
+    "sparse": lambda d, r, p: sum(sparse_values(d, name) for name in LINEARS),
+    "sparse attention": lambda d, r, p: sparse_values(d, "in_proj") + sparse_values(d, "out_proj"),
+    "sparse mlp": lambda d, r, p: sparse_values(d, "mlp_in") + sparse_values(d, "mlp_out"),
     "full": lambda d, r, p: 12 * d * d + 9 * d + 4 * d,
     "partial": lambda d, r, p: 12 * d * d + 9 * d + 4 * d,
+    "clip_adapter": lambda d, r, p: 2 * d * r,
     "linear_probe": lambda d, r, p: 0,
     "zero_shot": lambda d, r, p: 0,
 }
@@ -103,8 +128,9 @@ def lift(tower: Tower, case: str, blocks: tuple[int, ...] = EVERY, seed: int = 2
     torch.manual_seed(head_seed)
     head = CosineHead(random_weights(CLASSES, WIDTH), 25.0)
     torch.manual_seed(seed)
-    chosen = {"blocks": list(blocks)} if case in IN_CHOSEN_BLOCKS else {}
-    return Lift(tower, {kind: {**options, **chosen} for kind, options in CASES[case].items()}, head)
+    chosen = {"blocks": list(blocks)}
+    parts = {kind: options if kind in WITHOUT_BLOCKS else options | chosen for kind, options in CASES[case].items()}
+    return Lift(tower, parts, head)
 
 
 def perturbed(model: Lift) -> Lift:
@@ -115,6 +141,12 @@ def perturbed(model: Lift) -> Lift:
             parameter.add_((0.02 if name.startswith("tower.") else 0.2) * torch.randn_like(parameter))
             if name.endswith("down.bias"):
                 parameter.fill_(3.0)
+        for (
+            adapter
+        ) in model.tuner.behind:  # without biases: units that are open for an image, and all outputs that see them
+            feature = model.tower.finish(model.tower.embed(IMAGES), model.tuner.per_block)
+            adapter.down.weight.copy_(feature[:BOTTLENECK] / WIDTH)
+            adapter.up.weight.abs_()
     return model
 
 
@@ -161,13 +193,24 @@ def test_a_fresh_tuner_is_the_identity_where_its_paper_says_so(tower: Tower, cas
 @pytest.mark.parametrize("case", PUBLISHED)
 @pytest.mark.parametrize("blocks", [EVERY, (1,)])
 def test_the_number_of_trained_values_is_exact(tower: Tower, case: str, blocks: tuple[int, ...]) -> None:
-    num_blocks = len(blocks) if case in IN_CHOSEN_BLOCKS else 1
-    in_blocks = num_blocks * sum(NUMBERS[kind](WIDTH, BOTTLENECK, LENGTH) for kind in case.split(" + "))
+    numbers = {kind: NUMBERS[kind](WIDTH, BOTTLENECK, LENGTH) for kind in case.split(" + ")}
+    in_tuners = sum(n * (1 if kind in WITHOUT_BLOCKS else len(blocks)) for kind, n in numbers.items())
     trained = lift(tower, case, blocks).trained()
     in_head = 0 if case == "zero_shot" else CLASSES * WIDTH
-    assert sum(p.numel() for p in trained.values()) == in_blocks + in_head
+    assert sum(p.numel() for p in trained.values()) == in_tuners + in_head
     for name in trained:
-        assert name.startswith(("head.", "tower.blocks.", *(f"tuner.{kind}." for kind in CASES[case])))
+        where = "tuner.behind." if "clip_adapter." in name else "tuner."
+        assert name.startswith(("head.", "tower.blocks.", *(f"{where}{kind}." for kind in CASES[case])))
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_a_tuner_that_changes_only_weights_can_be_merged_into_them(tower: Tower, case: str) -> None:
+    model = perturbed(lift(tower, case))
+    assert all(tuner.can_merge for tuner in model.tuner.per_block) == (not CANNOT_MERGE & {*CASES[case]})
+    if not CANNOT_MERGE & {*CASES[case]}:
+        plain = merged(model.tower, model.tuner.per_block)
+        assert {name for name, _ in plain.named_parameters()} == {name for name, _ in tower.named_parameters()}
+        assert torch.allclose(model.tuner.behind(plain(IMAGES)), model.feature(IMAGES), atol=1e-4)
 
 
 @pytest.mark.parametrize("case", TRAINED)
@@ -260,13 +303,16 @@ def test_frozen_weights_are_shared_with_the_tower_and_not_copied(tower: Tower, c
     own = {name.removeprefix("tower.") for name in model.trained() if name.startswith("tower.blocks.")}
     assert frozen == {name: place for name, place in original.items() if name not in own}
     assert (model.tower is tower) == (not set(CASES[case]) & set(OWN_WEIGHTS))
+    storages = {parameter.untyped_storage().data_ptr() for parameter in tower.parameters()}
+    assert all(buffer.untyped_storage().data_ptr() in storages for buffer in model.tuner.buffers())
 
 
 @pytest.mark.parametrize("case", IN_CHOSEN_BLOCKS)
 @pytest.mark.parametrize("blocks", [(0,), (2,), (0, 2)])
 def test_only_the_chosen_blocks_change(tower: Tower, case: str, blocks: tuple[int, ...]) -> None:
     model = perturbed(lift(tower, case, blocks))
-    assert {int(name.split(".")[2]) for name in model.trained() if not name.startswith("head.")} == set(blocks)
+    in_blocks = [name for name in model.trained() if not name.startswith(("head.", "tuner.behind."))]
+    assert {int(name.split(".")[2]) for name in in_blocks} == set(blocks)
     with torch.no_grad(), seen_by_blocks(tower) as plain:
         tower(IMAGES)
     with torch.no_grad(), seen_by_blocks(model.tower) as tuned:

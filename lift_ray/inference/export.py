@@ -89,7 +89,8 @@ def not_for_open_clip(classifier: Classifier) -> str:
         return f"requires a CLIP backbone, but got {classifier.backbone.name}"
     if classifier.backbone.tower.origin_names is None:
         return f"requires a vision transformer or ResNet of CLIP, but got {classifier.backbone.name}"
-    if not all(tuner.can_merge for tuner in classifier.model.tuner.per_block):
+    tuner = classifier.model.tuner
+    if len(tuner.behind) or not all(of_block.can_merge for of_block in tuner.per_block):
         return f"requires a tuner that can be merged into the weights, but got {kinds}"
     return ""
 

@@ -19,6 +19,7 @@ class ExportedModel(nn.Module):
     """The whole classifier, from uint8 images to logits: normalization, tower, tuners, head and post-hoc adjustment.
 
     Args:
+        behind: from the tower's features (B, D) to the head's input (B, D).
         mean, std: mean and standard deviation of each channel, for images in [0, 1].
         offset: (K,), subtracted from the logits.
     """
@@ -31,6 +32,7 @@ class ExportedModel(nn.Module):
         self,
         tower: FrozenTower,
         tuners: Sequence[BlockTuner],
+        behind: nn.Module,
         head: nn.Module,
         *,
         mean: Sequence[float],
@@ -38,7 +40,7 @@ class ExportedModel(nn.Module):
         offset: Tensor,
     ) -> None:
         super().__init__()
-        self.tower, self.head = tower, head
+        self.tower, self.behind, self.head = tower, behind, head
         self.tuners: Any = nn.ModuleList(tuners)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
@@ -47,13 +49,14 @@ class ExportedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K) for RGB images (B, 3, H, W) in uint8."""
         x = (images.float() - self.mean) / self.std
-        logits: Tensor = self.head(self.tower(x, self.tuners))
+        logits: Tensor = self.head(self.behind(self.tower(x, self.tuners)))
         return logits - self.offset
 
 
 def exported_model(model: Lift, backbone: Backbone, offset: Tensor) -> ExportedModel:
-    """Return the module of a trained model; tuners are merged into the weights if possible, so that they cost no time."""
+    """Return the module of a trained model; tuners of blocks are merged into the weights if possible, so that they cost no time."""
     tower, tuners = model.tower, model.tuner.per_block
     if all(tuner.can_merge for tuner in tuners):
         tower, tuners = merged(tower, tuners), []
-    return ExportedModel(tower, tuners, model.head, mean=backbone.mean, std=backbone.std, offset=offset).eval()
+    behind, mean, std = model.tuner.behind, backbone.mean, backbone.std
+    return ExportedModel(tower, tuners, behind, model.head, mean=mean, std=std, offset=offset).eval()

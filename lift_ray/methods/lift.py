@@ -40,8 +40,7 @@ class Lift(nn.Module):
 
     def feature(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) normalized images, (B, P) patches to look at (all if None) -> (B, D) before CLIP's projection."""
-        feature: Tensor = self.tower(images, self.tuner.per_block, patches)
-        return feature
+        return self._behind(self.tower(images, self.tuner.per_block, patches))
 
     def forward(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) images and optional (B, P) patches -> (B, K) raw logits in fp32, also if the tower computes in less."""
@@ -54,8 +53,13 @@ class Lift(nn.Module):
     def feature_from_frozen(self, activations: Tensor) -> Tensor:
         """(B, D) features from the activations that `frozen_part` returned."""
         if self.first_tuned == self.tower.num_blocks:
-            return activations
-        return self.tower.finish(activations, self.tuner.per_block, self.first_tuned)
+            return self._behind(activations)
+        return self._behind(self.tower.finish(activations, self.tuner.per_block, self.first_tuned))
+
+    def _behind(self, feature: Tensor) -> Tensor:
+        """Features of the tower (B, D) -> the classifier's input (B, D)."""
+        out: Tensor = self.tuner.behind(feature)
+        return out
 
     def frozen_part(self, images: Tensor, stop: int | None = None) -> Tensor:
         """Activations of images (B, T, D) after the blocks below `stop`; features (B, D) after all blocks.
@@ -98,5 +102,5 @@ class Lift(nn.Module):
 
 
 def first_block(kind: str, options: dict[str, Any], num_blocks: int) -> int:
-    """The first block that a kind changes; `num_blocks` when it changes none."""
+    """The first block that a kind changes; `num_blocks` when it changes none, as behind the tower."""
     return int(min(options.get("blocks") or [0])) if TUNERS[kind].changes_tower else num_blocks

@@ -23,7 +23,9 @@ from lift_ray.model.packed import read_packed
 from lift_ray.model.quickgelu import PLACE as QUICKGELU
 from lift_ray.model.quickgelu import open_clip_activation, timm_activation
 from lift_ray.model.tower import FrozenTower
+from lift_ray.model.tuners.config import PROMPT_TOKENS
 from lift_ray.model.weights_file import PLACE, POSITIONS, check_fit, check_kind, fill_clip, read_weights
+from lift_ray.registry import TUNERS
 from lift_ray.storage.file_kinds import SAFETENSORS
 
 EMBEDDED, TIMM, LOCAL = "embedded:", "timm:", "local-dir:"
@@ -33,10 +35,10 @@ NORMS = {"layernorm": "layer norms", "batchnorm": "batch norms"}  # kinds that t
 
 @dataclass(frozen=True)
 class Fit:
-    """Kinds of tuners that fit a family of towers, and the error for the others.
+    """Kinds of tuners that have a place in a family of towers, and the error for the others.
 
     Attributes:
-        kinds: their names; None for all, those of plugins too.
+        kinds: their names; None for all, those of plugins too. Kinds that change nothing in the tower fit every family.
         rule, but, remedy: parts of the error; {make} is the tower's architecture, {norm} the kind that trains its norms.
     """
 
@@ -46,23 +48,22 @@ class Fit:
     remedy: str = ""
 
 
-BEHIND = ("linear_probe", "zero_shot", "clip_adapter")  # need no place inside the tower
 FITS = {
     "transformer": Fit(),
     "resnet": Fit(
-        ("ssf", "bitfit", "batchnorm", "full", "partial", *BEHIND),
+        ("ssf", "bitfit", "batchnorm", "full", "partial"),
         "requires attention blocks",
         "this backbone ({make}) has none",
         "use ssf, bitfit, {norm} or linear_probe",
     ),
     "stages": Fit(
-        ("adaptformer", "adapter", "bitfit", "layernorm", "batchnorm", "full", "partial", *BEHIND),
+        ("adaptformer", "adapter", "bitfit", "layernorm", "batchnorm", "full", "partial"),
         "requires the blocks of a plain transformer",
         "this backbone ({make}) has none",
         "use adaptformer, adapter, bitfit or linear_probe",
     ),
     "opaque": Fit(
-        BEHIND,
+        (),
         "requires places inside the backbone",
         "this backbone ({make}) has none",
         "use linear_probe or clip_adapter",
@@ -205,7 +206,7 @@ def load_backbone(
 def check_tuner(tower: FrozenTower, kind: str) -> None:
     """Raises BadInput, with the make of the tower, when a kind of tuner has no place in it."""
     fit, make, norm = FITS[tower.family], tower.make, tower.norm
-    if fit.kinds is not None and kind not in fit.kinds:
+    if fit.kinds is not None and TUNERS[kind].changes_tower and kind not in fit.kinds:
         words = {"make": make, "norm": norm}
         raise BadInput(f"tuner {kind}", fit.rule, but=fit.but.format(**words), remedy=fit.remedy.format(**words))
     if kind in NORMS and kind != norm:
@@ -214,6 +215,13 @@ def check_tuner(tower: FrozenTower, kind: str) -> None:
             f"requires {NORMS[kind]}",
             but=f"this backbone ({make}) has none",
             remedy=f"use {norm or 'bitfit'}",
+        )
+    if TUNERS[kind].owns == PROMPT_TOKENS and not tower.can_drop_patches:
+        raise BadInput(
+            f"tuner {kind}",
+            "requires a backbone that takes more tokens",
+            but=f"this one ({make}) has a bias for each pair of its own",
+            remedy="use adaptformer or lora",
         )
 
 

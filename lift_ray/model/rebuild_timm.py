@@ -76,6 +76,7 @@ def rebuild_timm(vit: Any) -> Rebuilt | None:
             norm_first=not isinstance(getattr(vit, "norm_pre", nn.Identity()), nn.Identity),
             rotary=None if rotary is None else Rotary(adopted(rotary)),
         )
+    tower.make = type(vit).__name__
     renamed = RENAMED if is_plain else {old: new for old, new in RENAMED.items() if old != "patch.embedding.proj."}
     return Rebuilt(tower, rebuilt(tower, _state(vit, blocks, pool), renamed).state, {})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -322,7 +322,7 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
         dataset=about.get("dataset", ""),
         objectives=space.get("objectives", DEFAULT_OBJECTIVES),
         space=named,
-        trials=trials,
+        trials=[_as_chosen(trial, named) for trial in trials],
         compared=compared,
         predictions=[_predictions(_predictions_path(folder, f, i), shown) for i, f in enumerate(compared)],
         best=about["best"]["trial"] if "best" in about else None,
@@ -333,6 +333,16 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
         class_counts=best.get("class_counts", []),
         record=best,
     )
+
+
+def _as_chosen(trial: Trial, space: Mapping[str, Any]) -> Trial:
+    """Return a row of trials.parquet with numbers in place of their text: a column of numbers and text holds text only."""
+    choices = {name: param["choices"] for name, param in space.items() if param.get("choices")}
+    numbers = {name: {str(c): c for c in some if not isinstance(c, str)} for name, some in choices.items()}
+    return {
+        name: numbers[name].get(value, value) if name in numbers and isinstance(value, str) else value
+        for name, value in trial.items()
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -121,10 +121,17 @@ def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:
         for row in rows
     ]
     columns = list(dict.fromkeys(name for record in records for name in record))
-    table = pa.table({name: [record.get(name) for record in records] for name in columns})
+    table = pa.table({name: _column([record.get(name) for record in records]) for name in columns})
     for name, write in ((TRIALS, pq.write_table), (TRIALS_CSV, pyarrow.csv.write_csv)):
         with replacing(folder / name) as temporary:
             write(table, temporary)
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Return values of one type: all as text if some are, as with the choices 16 and "[4, 8]" (a list) of one setting."""
+    if not any(isinstance(value, str) for value in values):
+        return values
+    return [None if value is None else str(value) for value in values]
 
 
 def write_json(data: Mapping[str, Any], path: Path) -> None:

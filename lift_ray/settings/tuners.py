@@ -17,8 +17,8 @@ def check_pair(first: str, second: str) -> None:
     one, other = TUNERS[first], TUNERS[second]
     if first == second:
         reason = "they are the same"
-    elif not (one.changes_tower and other.changes_tower):
-        reason = "one of them trains nothing in the tower"
+    elif not (one.changes_features and other.changes_features):
+        reason = "one of them trains nothing before the classifier"
     elif one.owns and one.owns == other.owns:
         reason = f"both {one.owns}"
     else:

@@ -1,8 +1,8 @@
-"""The small trained parts of a frozen tower: the places that a tuner may change, and the tuners of all blocks.
+"""The small trained parts of a frozen tower: the places that a tuner may change, the tuners of all blocks, and those behind.
 
 Most kinds are one BlockTuner for each tuned block: the block asks it at fixed places, and a tuner overrides the places it
 changes. Parameter names in a checkpoint are `<tuner>.<block>.<parameter>`. Other kinds train parameters that the tower
-has already (`own_names`), or a few of their values (`Sparse`).
+has already (`own_names`), or a few of their values (`Sparse`), or are a module behind the tower (`behind.<tuner>.<parameter>`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lift_ray.registry import TUNERS
+from lift_ray.registry import TUNERS, imported
 
 
 class BlockTuner(nn.Module):
@@ -143,26 +143,37 @@ def own_names(tower: nn.Module, trains: Callable[[str, bool], bool], blocks: Seq
 
 
 class Tuner(nn.Module):
-    """The tuners of all blocks: one for each tuned block, Identity elsewhere.
+    """The tuners of all blocks, one for each tuned block and Identity elsewhere, and what is behind the tower.
+
+    `behind` maps features (B, D) to the classifier's input (B, D): the modules of the kinds that have one, in the order given.
 
     Args:
-        parts: options of each kind: the arguments of its `build`, and `blocks`. Kinds without a `build` are ignored.
+        parts: options of each kind: the arguments of its `build`, and `blocks`; or those of its `behind`. Other kinds are ignored.
         tower: where they go; each kind says which of its sizes it uses.
     """
 
     def __init__(self, parts: dict[str, dict[str, Any]], tower: Any) -> None:
         super().__init__()
         self.per_block: list[BlockTuner] = [_IDENTITY] * tower.num_blocks
+        self.behind = nn.Sequential()
         for kind, given in parts.items():
             options = dict(given)
+            if behind := TUNERS[kind].behind:
+                self.behind.add_module(kind, imported(behind)(tower, **options))
             blocks = options.pop("blocks", None) or [0]
             if not TUNERS[kind].build:
                 continue
-            tuned = {str(i): TUNERS.build(kind, tower, i, **options) for i in blocks}
+            tuned = {str(i): TUNERS.build(kind, tower, i, **_of_block(options, at)) for at, i in enumerate(blocks)}
             self.add_module(kind, nn.ModuleDict(tuned))
             for i in blocks:
                 before = self.per_block[i]
                 self.per_block[i] = tuned[str(i)] if before is _IDENTITY else Both(before, tuned[str(i)])
+
+
+def _of_block(options: dict[str, Any], at: int) -> dict[str, Any]:
+    """Options of one tuned block: of several bottlenecks, that of the `at`-th block."""
+    widths = options.get("bottleneck")
+    return options | {"bottleneck": widths[at]} if isinstance(widths, list) else options
 
 
 _IDENTITY = Identity()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
-from lift_ray.registry import Config
+from lift_ray.registry import Config, TunerConfig
 
 Width = Annotated[int, Field(ge=1)]
 Numbers = list[Annotated[int, Field(ge=0)]]
@@ -39,6 +39,44 @@ Blocks = Annotated[
     WrapValidator(_by_form),
     Field(description="Block numbers from 0, or {last: K} for the last K; all when not given."),
 ]
+
+_WIDTH: TypeAdapter[Width | None] = TypeAdapter(Width | None, config=ConfigDict(strict=True))
+_WIDTHS: TypeAdapter[list[Width]] = TypeAdapter(
+    Annotated[list[Width], Field(min_length=1)], config=ConfigDict(strict=True)
+)
+
+
+def _one_or_many(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Validate each form by itself, as `_by_form`."""
+    return (_WIDTHS if isinstance(value, list) else _WIDTH).validate_python(value)
+
+
+Bottleneck = Annotated[Width | list[Width] | None, WrapValidator(_one_or_many)]
+
+
+class BottleneckConfig(TunerConfig):
+    """The settings of a tuner with a bottleneck in each tuned block, of one width or of one for each block in ascending order."""
+
+    bottleneck: Bottleneck = None
+    blocks: Blocks = None
+
+    divisor: ClassVar[int] = 2
+    """The derived width is 2^max(0, floor(log2(K / (divisor * L)))) for K classes and L tuned blocks."""
+
+    def derived(self, num_classes: int, num_tuned: int, width: int) -> dict[str, Any]:
+        """The bottleneck."""
+        return {"bottleneck": self.bottleneck or derived_width(num_classes, self.divisor * num_tuned)}
+
+    def problem(self, num_blocks: int) -> str:
+        """Not one width for each tuned block."""
+        tuned = len(self.blocks) if isinstance(self.blocks, list) else num_blocks
+        if not isinstance(self.bottleneck, list) or len(self.bottleneck) == tuned:
+            return ""
+        return (
+            f"bottleneck: must be one width, or a list of {tuned}, one for each tuned block, but got {self.bottleneck}; "
+            "change it"
+        )
+
 
 # TunerKind.owns: two tuners of one model must not own the same
 PROMPT_TOKENS = "own the prompt tokens"

@@ -255,7 +255,8 @@ def small_front(trials: Sequence[Trial]) -> list[Trial]:
 
 def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> Figure | None:
     """Accuracy of the finished trials against one searched number, with the mean at each value of a discrete setting."""
-    trials = [t for t in study.finished if t.get(setting) is not None]
+    every = numbers(study.finished, setting)  # NaN for a choice that is a list, such as a bottleneck for each block
+    trials = [t for t, value in zip(study.finished, every, strict=True) if not np.isnan(value)]
     x = numbers(trials, setting)
     if len(np.unique(x)) < 2:
         return None

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lift_ray.model.tuners.config import Blocks, Width, derived_width
-from lift_ray.registry import TunerConfig, register_tuner
+from lift_ray.model.tuners.config import Bottleneck, BottleneckConfig
+from lift_ray.registry import register_tuner
 
 
-class AdapterConfig(TunerConfig):
+class AdapterConfig(BottleneckConfig):
     """A bottleneck after the MLP of each block (arXiv 1902.00751)."""
 
     kind: Literal["adapter"] = "adapter"
-    bottleneck: Width | None = None
-    """Width R; derived as 2^max(0, floor(log2(K / 2L)))."""
-    blocks: Blocks = None
-
-    def derived(self, num_classes: int, num_tuned: int, width: int) -> dict[str, Any]:
-        """The bottleneck."""
-        return {"bottleneck": self.bottleneck or derived_width(num_classes, 2 * num_tuned)}
+    bottleneck: Bottleneck = None
+    """Width R; derived as 2^max(0, floor(log2(K / 2L))). A list has one for each tuned block."""
 
 
 def build(tower: Any, block: int, bottleneck: int) -> Any:

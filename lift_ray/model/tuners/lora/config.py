@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lift_ray.model.tuners.config import Blocks, Width, derived_width
-from lift_ray.registry import TunerConfig, register_tuner
+from lift_ray.model.tuners.config import Bottleneck, BottleneckConfig
+from lift_ray.registry import register_tuner
 
 
-class LoraConfig(TunerConfig):
+class LoraConfig(BottleneckConfig):
     """Low-rank changes of the query and value projections (arXiv 2106.09685)."""
 
     kind: Literal["lora"] = "lora"
-    bottleneck: Width | None = None
-    """Rank R; derived as 2^max(0, floor(log2(K / 4L)))."""
+    bottleneck: Bottleneck = None
+    """Rank R; derived as 2^max(0, floor(log2(K / 4L))). A list has one for each tuned block."""
     mlp: bool = False
     """Change both projections of the MLP too."""
-    blocks: Blocks = None
 
-    def derived(self, num_classes: int, num_tuned: int, width: int) -> dict[str, Any]:
-        """The rank."""
-        return {"bottleneck": self.bottleneck or derived_width(num_classes, 4 * num_tuned)}
+    divisor = 4
 
 
 def build(tower: Any, block: int, bottleneck: int, mlp: bool = False) -> Any:

@@ -29,11 +29,16 @@ class Sparse(nn.Module):
         return frozen.flatten().index_copy(0, self.index, self.values).view_as(frozen)
 
 
-def add_sparse(tower: nn.Module, blocks: Sequence[int], ratio: float) -> None:
+NAMES = {"all": "", "attention": "attn.", "mlp": "mlp."}
+"""Value of `places` -> start of the names of the linears in a block."""
+
+
+def add_sparse(tower: nn.Module, blocks: Sequence[int], ratio: float, places: str = "all") -> None:
     """Train a random fraction of the weights and biases of the linears in these blocks (AFT, arXiv 2309.10019)."""
     for index in blocks:
         block: nn.Module = tower.blocks[index]  # type: ignore[index,assignment]
-        for at, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
+        linears = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear) and n.startswith(NAMES[places])]
+        for at, linear in linears:
             for name in ("weight", "bias"):
                 sparse = Sparse(getattr(linear, name), ratio, f"{index}.{at}.{name}")
                 parametrize.register_parametrization(linear, name, sparse)
