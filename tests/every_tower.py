@@ -1,0 +1,189 @@
+"""Every image tower that open_clip and timm can build without a network, compared with ours; writes docs/reference/towers.md.
+
+Architectures are compared at full width with two blocks (one block a stage) and small images, on random weights. At full depth they
+are rebuilt without memory, on the meta device: names and shapes of all tensors must fit.
+
+    python tests/every_tower.py             # the table, into docs/reference/towers.md; some minutes
+    python tests/every_tower.py ViT-B-16    # only print what is said of these
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+from lift_ray.model.hosted import StagedTower
+from lift_ray.model.loading import ImageTower, image_tower
+from lift_ray.model.resnet import ResNetTower
+from lift_ray.model.tower import FrozenTower, Pool, Tower
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "towers.md"
+TIMM = [  # an architecture of each kind that people choose; all other models of timm are tried in the same way when they are loaded
+    "vit_base_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "vit_7b_patch16_dinov3",
+    "vit_large_patch16_dinov3_qkvb",
+    "deit3_base_patch16_224",
+    "deit_base_distilled_patch16_224",
+    "eva02_base_patch14_448",
+    "eva_giant_patch14_224",
+    "vit_base_patch16_siglip_224",
+    "vit_so400m_patch16_siglip_512",
+    "vit_pe_core_base_patch16_224",
+    "vit_pe_spatial_large_patch14_448",
+    "beit_base_patch16_224",
+    "beitv2_base_patch16_224",
+    "aimv2_large_patch14_224",
+    "vit_base_patch16_rope_mixed_224",
+    "vit_so150m2_patch16_reg1_gap_256",
+    "convnext_base",
+    "convnextv2_base",
+    "resnet50",
+    "fastvit_mci2",
+    "swin_base_patch4_window7_224",
+    "swinv2_base_window8_256",
+    "efficientnet_b0",
+    "maxvit_tiny_tf_224",
+]
+PLAIN = ("VisionTransformer", "Eva", "Beit", "VisionTransformerDistilled", "VisionTransformerRelPos")
+STAGES = {"ConvNeXt": "depths", "FastVit": "layers", "ResNet": "layers"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A tower beside its origin.
+
+    Attributes:
+        kind: what it is, in words.
+        blocks: number of blocks that tuners can change, at full depth.
+        difference: largest difference of the embeddings, by the largest absolute value of the origin's.
+    """
+
+    name: str
+    family: str
+    kind: str
+    blocks: int
+    resolution_px: int
+    needs: str
+    difference: float
+
+
+def shake(module: torch.nn.Module) -> None:
+    """Move norms, scales, biases and statistics away from 0 and 1, so that none can be forgotten."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.rand_like(tensor) if "running_var" in name else torch.randn_like(tensor)
+                tensor.add_(0.1 * noise if tensor.ndim < 2 else 0.02 * noise)
+
+
+def kind_of(tower: FrozenTower) -> str:
+    """Say in words what a tower is made of."""
+    if isinstance(tower, ResNetTower):
+        return "CLIP's ResNet"
+    if isinstance(tower, StagedTower):
+        return f"{tower.make}, by stages" if tower.family == "stages" else f"{tower.make}, in one piece"
+    assert isinstance(tower, Tower)
+    pool = tower.pool
+    words = [f"{pool.kind} {'token' if pool.kind == 'class' else 'pooling'}" if isinstance(pool, Pool) else "attention pooling"]
+    words += ["rotary positions"] if tower.rotary is not None else []
+    words += ["bias by distance"] if tower.shape.relative_side else []
+    words += [f"{len(tower.registers)} registers"] if tower.registers is not None else []
+    words += ["gated MLP"] if tower.shape.gated_mlp else []
+    words += ["norms behind"] if tower.shape.post_norm else []
+    return ", ".join(words)
+
+
+@contextmanager
+def shallow(make: Callable[..., Any], module: Any) -> Iterator[None]:
+    """Let a module's `timm.create_model` build two blocks, for small images where the size is free."""
+
+    def create(name: str, **options: Any) -> Any:
+        with torch.device("meta"):
+            whole = make(name, **options)
+        return make(name, **options, **smaller(whole))
+
+    original = module.create_model
+    module.create_model = create
+    try:
+        yield
+    finally:
+        module.create_model = original
+
+
+def smaller(whole: Any) -> dict[str, Any]:
+    """Return options of timm with which a model of this class has few blocks and small images."""
+    kind = type(whole).__name__
+    if kind in STAGES:
+        return {STAGES[kind]: (1, 1, 1, 1)}
+    if kind not in PLAIN:
+        return {}
+    embed = getattr(whole, "patch_embed", None)
+    is_hybrid = type(embed).__name__ != "PatchEmbed"
+    is_free = not is_hybrid and kind != "VisionTransformerRelPos"
+    size = {"img_size": 4 * embed.patch_size[0]} if is_free and embed is not None else {}
+    return {} if is_hybrid and len(whole.blocks) > 12 else {"depth": 2, **size}
+
+
+def compare(ours: ImageTower, theirs: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Return the largest difference of the embeddings of random images, by the largest value."""
+    px = ours.tower.resolution_px
+    images = torch.randn(2, 3, px, px, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, got = theirs(images), ours.tower(images)
+        got = got if ours.projection is None else got @ ours.projection
+        got = got if ours.bias is None else got + ours.bias
+    assert float(expected.std(0).max()) > 1e-4 * float(expected.abs().max()), "the images are not told apart"
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def of_open_clip(name: str) -> Compared:
+    """Compare an architecture of open_clip: its image tower alone, so that no text tower is looked for in the network."""
+    config = open_clip.get_model_config(name)
+    vision, quick = dict(config["vision_cfg"]), config.get("quick_gelu", False)
+
+    def build(options: dict[str, Any]) -> Any:
+        return _build_vision_tower(config["embed_dim"], CLIPVisionCfg(**options), quick).eval()
+
+    with torch.device("meta"):
+        full = image_tower(build(vision), name).tower
+    torch.manual_seed(0)
+    if "timm_model_name" in vision:
+        with shallow(timm.create_model, open_clip.timm_model.timm):
+            visual = build(vision)
+        sized = getattr(visual.trunk, "patch_embed", None)
+        visual.image_size = getattr(sized, "img_size", None) or visual.image_size
+    else:
+        layers = [1, 1, 1, 1] if isinstance(vision["layers"], list) else 2
+        px = 2 * 32 if isinstance(layers, list) else 4 * vision["patch_size"]
+        visual = build({**vision, "layers": layers, "image_size": px, "output_tokens": False})
+    shake(visual)
+    text = config.get("text_cfg", {})
+    needs = "Hugging Face's text tower" if text.get("hf_model_name") else ""
+    needs = needs or ("Hugging Face's tokenizer" if text.get("hf_tokenizer_name") else "")
+    found = compare(image_tower(visual, name), visual)
+    return Compared(name, full.family, kind_of(full), full.num_blocks, int(vision["image_size"]), needs, found)
+
+
+def of_timm(name: str) -> Compared:
+    """Compare an architecture of timm by the feature before its classifier."""
+    with torch.device("meta"):
+        whole = timm.create_model(name).eval()
+        full = image_tower(whole, name).tower
+    torch.manual_seed(0)
+    origin = timm.create_model(name, **smaller(whole)).eval()
+    shake(origin)
+    found = compare(image_tower(origin, name), lambda x: origin.forward_head(origin.forward_features(x), pre_logits=True))
+    return Compared(f"timm:{name}", full.family, kind_of(full), full.num_blocks, full.resolution_px, "", found)
