@@ -21,6 +21,7 @@ from lift_ray.inference.model_card import Exported, model_card
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import TIMM, load_backbone
+from lift_ray.model.hosted import StagedTower
 from lift_ray.model.merging import merged, write_open_clip
 from lift_ray.storage.layout import BEST_METRICS
 
@@ -87,6 +88,8 @@ def not_for_open_clip(classifier: Classifier) -> str:
     kinds = " and ".join(tuner.kind for tuner in classifier.config.tuners())
     if classifier.backbone.name.startswith(TIMM):
         return f"requires a CLIP backbone, but got {classifier.backbone.name}"
+    if isinstance(classifier.model.tower, StagedTower):
+        return f"requires a backbone with the blocks of a plain transformer, or CLIP's ResNet, but got {classifier.backbone.name}"
     if not all(tuner.can_merge for tuner in classifier.model.tuner.per_block):
         return f"requires a tuner that can be merged into the weights, but got {kinds}"
     return ""
