@@ -24,7 +24,7 @@ from lift_ray.inference.exported_model import exported_model
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import FITS, Backbone, check_tuner
 from lift_ray.model.heads import CosineHead, random_weights
-from lift_ray.model.hosted import OpaqueTower, StagedTower, TimmHead, host, timm_projection
+from lift_ray.model.hosted import OpaqueTower, StagedTower, TimmHead, fill_buffers, host, timm_projection
 from lift_ray.model.tuners.base import Identity
 from lift_ray.registry import TUNERS
 from lift_ray.settings.run import RunConfig
@@ -522,3 +522,43 @@ def test_a_run_trains_on_a_hosted_tower_from_cached_features(
             workspace.resolve(config)
     with pytest.raises(BadInput, match=r"^tuner lora: "):
         workspace.resolve(RunConfig.parse({**tree, "tuner": {"kind": "lora"}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        STAGED["Swin"],
+        STAGED["Swin V2"],
+        OPAQUE["relative positions"],
+        ("beit_base_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}),
+        ("eva02_tiny_patch14_224", {"depth": 1}),
+        ("vit_small_patch16_dinov3", {"depth": 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tables_that_no_file_holds_are_computed(name: str, options: dict[str, Any]) -> None:
+    real = shaken(timm.create_model(name, **options))
+    with torch.device("meta"):
+        empty = timm.create_model(name, **options)
+    empty.load_state_dict(real.state_dict(), assign=True)
+    missing = [key for key, buffer in empty.named_buffers() if buffer.is_meta]
+    assert missing
+    fill_buffers(empty)
+    expected = dict(real.named_buffers())
+    for key, buffer in empty.named_buffers():
+        assert torch.equal(buffer, expected[key]), key
+    assert set(empty.state_dict()) == set(real.state_dict())
+    side = empty.patch_embed.img_size[0]
+    with torch.inference_mode():
+        assert torch.equal(empty.eval()(images(side, 1)), real(images(side, 1)))
+
+
+def test_tables_that_nobody_can_compute_are_refused() -> None:
+    trunk = nn.Linear(2, 2)
+    trunk.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+    with pytest.raises(BadInput) as caught:
+        fill_buffers(trunk)
+    assert str(caught.value) == (
+        "backbone.pretrained: must not be a file for this backbone, but a file does not hold the tables of its Linear; "
+        "remove it, or update timm"
+    )
