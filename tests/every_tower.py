@@ -9,8 +9,6 @@ are rebuilt without memory, on the meta device: names and shapes of all tensors 
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +52,7 @@ TIMM = [  # an architecture of each kind that people choose; all other models of
     "fastvit_mci2",
     "swin_base_patch4_window7_224",
     "swinv2_base_window8_256",
-    "efficientnet_b0",
+    "regnety_008",
     "maxvit_tiny_tf_224",
 ]
 PLAIN = ("VisionTransformer", "Eva", "Beit", "VisionTransformerDistilled", "VisionTransformerRelPos")
@@ -97,7 +95,11 @@ def kind_of(tower: FrozenTower) -> str:
         return f"{tower.make}, by stages" if tower.family == "stages" else f"{tower.make}, in one piece"
     assert isinstance(tower, Tower)
     pool = tower.pool
-    words = [f"{pool.kind} {'token' if pool.kind == 'class' else 'pooling'}" if isinstance(pool, Pool) else "attention pooling"]
+    words = [
+        f"{pool.kind} {'token' if pool.kind == 'class' else 'pooling'}"
+        if isinstance(pool, Pool)
+        else "attention pooling"
+    ]
     words += ["rotary positions"] if tower.rotary is not None else []
     words += ["bias by distance"] if tower.shape.relative_side else []
     words += [f"{len(tower.registers)} registers"] if tower.registers is not None else []
@@ -127,7 +129,10 @@ def smaller(whole: Any) -> dict[str, Any]:
     """Return options of timm with which a model of this class has few blocks and small images."""
     kind = type(whole).__name__
     if kind in STAGES:
-        return {STAGES[kind]: (1, 1, 1, 1)}
+        return {
+            STAGES[kind]: (1,)
+            * len([name for name, _ in whole.named_children() if name.startswith("layer")] or whole.stages)
+        }
     if kind not in PLAIN:
         return {}
     embed = getattr(whole, "patch_embed", None)
@@ -164,7 +169,8 @@ def of_open_clip(name: str) -> Compared:
         with shallow(timm.create_model, open_clip.timm_model.timm):
             visual = build(vision)
         sized = getattr(visual.trunk, "patch_embed", None)
-        visual.image_size = getattr(sized, "img_size", None) or visual.image_size
+        is_free = type(visual.trunk).__name__ in STAGES
+        visual.image_size = (64, 64) if is_free else getattr(sized, "img_size", None) or visual.image_size
     else:
         layers = [1, 1, 1, 1] if isinstance(vision["layers"], list) else 2
         px = 2 * 32 if isinstance(layers, list) else 4 * vision["patch_size"]
@@ -185,5 +191,7 @@ def of_timm(name: str) -> Compared:
     torch.manual_seed(0)
     origin = timm.create_model(name, **smaller(whole)).eval()
     shake(origin)
-    found = compare(image_tower(origin, name), lambda x: origin.forward_head(origin.forward_features(x), pre_logits=True))
+    found = compare(
+        image_tower(origin, name), lambda x: origin.forward_head(origin.forward_features(x), pre_logits=True)
+    )
     return Compared(f"timm:{name}", full.family, kind_of(full), full.num_blocks, full.resolution_px, "", found)
