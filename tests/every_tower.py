@@ -9,6 +9,8 @@ are rebuilt without memory, on the meta device: names and shapes of all tensors 
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +58,7 @@ TIMM = [  # an architecture of each kind that people choose; all other models of
     "maxvit_tiny_tf_224",
 ]
 PLAIN = ("VisionTransformer", "Eva", "Beit", "VisionTransformerDistilled", "VisionTransformerRelPos")
+LARGE = 100_000_000  # parameters
 STAGES = {"ConvNeXt": "depths", "FastVit": "layers", "ResNet": "layers"}
 
 
@@ -66,7 +69,9 @@ class Compared:
     Attributes:
         kind: what it is, in words.
         blocks: number of blocks that tuners can change, at full depth.
-        difference: largest difference of the embeddings, by the largest absolute value of the origin's.
+        needs: what its text half needs beyond open_clip.
+        difference: largest difference of the embeddings, by the largest absolute value of the origin's; None for a large tower that
+            runs as it is, in one piece, where there is nothing to compare.
     """
 
     name: str
@@ -75,7 +80,7 @@ class Compared:
     blocks: int
     resolution_px: int
     needs: str
-    difference: float
+    difference: float | None
 
 
 def shake(module: torch.nn.Module) -> None:
@@ -157,30 +162,52 @@ def compare(ours: ImageTower, theirs: Callable[[torch.Tensor], torch.Tensor]) ->
 def of_open_clip(name: str) -> Compared:
     """Compare an architecture of open_clip: its image tower alone, so that no text tower is looked for in the network."""
     config = open_clip.get_model_config(name)
-    vision, quick = dict(config["vision_cfg"]), config.get("quick_gelu", False)
-
-    def build(options: dict[str, Any]) -> Any:
-        return _build_vision_tower(config["embed_dim"], CLIPVisionCfg(**options), quick).eval()
-
     with torch.device("meta"):
-        full = image_tower(build(vision), name).tower
-    torch.manual_seed(0)
-    if "timm_model_name" in vision:
-        with shallow(timm.create_model, open_clip.timm_model.timm):
-            visual = build(vision)
-        sized = getattr(visual.trunk, "patch_embed", None)
-        is_free = type(visual.trunk).__name__ in STAGES
-        visual.image_size = (64, 64) if is_free else getattr(sized, "img_size", None) or visual.image_size
+        full = image_tower(_visual(name, config["vision_cfg"]), name).tower
+    text, needs = config.get("text_cfg", {}), ""
+    for key, what in (
+        ("hf_tokenizer_name", "a tokenizer of Hugging Face"),
+        ("hf_model_name", "a text tower of Hugging Face"),
+    ):
+        needs = what if text.get(key) else needs
+    is_large = sum(p.numel() for p in full.parameters()) > LARGE
+    key = json.dumps([config["vision_cfg"] | {"image_size": 0}, config["embed_dim"], config.get("quick_gelu")])
+    difference = None if full.family == "opaque" and is_large else _difference_of(key, name)
+    px = int(config["vision_cfg"]["image_size"])
+    return Compared(name, full.family, kind_of(full), full.num_blocks, px, needs, difference)
+
+
+_differences: dict[str, float] = {}
+
+
+def _difference_of(key: str, name: str) -> float:
+    """Compare a small version of an architecture; those with the same key differ in the size of the images at most."""
+    if key not in _differences:
+        torch.manual_seed(0)
+        visual = _small_visual(name)
+        shake(visual)
+        _differences[key] = compare(image_tower(visual, name), visual)
+    return _differences[key]
+
+
+def _visual(name: str, vision: dict[str, Any]) -> Any:
+    config = open_clip.get_model_config(name)
+    return _build_vision_tower(config["embed_dim"], CLIPVisionCfg(**vision), config.get("quick_gelu", False)).eval()
+
+
+def _small_visual(name: str) -> Any:
+    vision = open_clip.get_model_config(name)["vision_cfg"]
+    if "timm_model_name" not in vision:
+        is_resnet = isinstance(vision["layers"], list)
+        layers, px = ([1, 1, 1, 1], 64) if is_resnet else (2, 4 * vision["patch_size"])
+        return _visual(name, {**vision, "layers": layers, "image_size": px, "output_tokens": False})
+    with shallow(timm.create_model, open_clip.timm_model.timm):
+        visual = _visual(name, vision)
+    if type(visual.trunk).__name__ in STAGES:
+        visual.image_size = (64, 64)
     else:
-        layers = [1, 1, 1, 1] if isinstance(vision["layers"], list) else 2
-        px = 2 * 32 if isinstance(layers, list) else 4 * vision["patch_size"]
-        visual = build({**vision, "layers": layers, "image_size": px, "output_tokens": False})
-    shake(visual)
-    text = config.get("text_cfg", {})
-    needs = "Hugging Face's text tower" if text.get("hf_model_name") else ""
-    needs = needs or ("Hugging Face's tokenizer" if text.get("hf_tokenizer_name") else "")
-    found = compare(image_tower(visual, name), visual)
-    return Compared(name, full.family, kind_of(full), full.num_blocks, int(vision["image_size"]), needs, found)
+        visual.image_size = getattr(getattr(visual.trunk, "patch_embed", None), "img_size", None) or visual.image_size
+    return visual
 
 
 def of_timm(name: str) -> Compared:
@@ -195,3 +222,77 @@ def of_timm(name: str) -> Compared:
         image_tower(origin, name), lambda x: origin.forward_head(origin.forward_features(x), pre_logits=True)
     )
     return Compared(f"timm:{name}", full.family, kind_of(full), full.num_blocks, full.resolution_px, "", found)
+
+
+INTRODUCTION = """# Backbones
+
+For whoever chooses a backbone. `python tests/every_tower.py` writes this page: it builds every architecture that open_clip {version}
+knows, and some of timm {timm}, and compares each with ours.
+
+| you have | take |
+|---|---|
+| photos of things that have names | `ViT-B-16` with `openai` or `laion2b_s34b_b88k`; DFN: `ViT-B-16-quickgelu` with `dfn2b` |
+| class names in other languages | SigLIP 2: `ViT-B-16-SigLIP2-256` with `webli` |
+| species | BioCLIP 2: `hf-hub:imageomics/bioclip-2` |
+| classes without useful names (defects, findings) | DINOv3: `timm:vit_base_patch16_dinov3`; the classifier starts from class means |
+| a phone as the target | MobileCLIP 2: `MobileCLIP2-S2` |
+| the best features, at any cost | PE: `PE-Core-L-14-336`; SigLIP 2: `ViT-SO400M-16-SigLIP2-384` |
+
+These are the weights that people publish good results with; none was measured here.
+
+**Of {total} architectures of open_clip, {accepted} are accepted, and {places} of them have places for tuners in every block.**
+
+* Every kind: all tuners of [the settings](settings.md).
+* By stages: bottlenecks (`adaptformer`, `adapter`), own weights (`bitfit`, norms, `full`, `partial`), and what is behind the tower.
+* In one piece, or behind the tower: `linear_probe`, `zero_shot` and `clip_adapter`.
+
+The difference is the largest of the embeddings on random weights in fp32, by the largest absolute value. Towers by stages and in one
+piece run the origin's own modules, so theirs is 0.
+
+Names after `hf-hub:` and `local-dir:` are accepted if their architecture is. Text towers and tokenizers of Hugging Face need
+`pip install 'lift_ray[tokenizers]'`.
+"""
+TUNERS = {
+    "transformer": "every kind",
+    "resnet": "`ssf`, own weights",
+    "stages": "bottlenecks, own weights",
+    "opaque": "behind the tower",
+}
+
+
+def page(towers: list[Compared]) -> str:
+    """Return the page: an introduction, and a table with a line for each kind of tower."""
+    clips = [tower for tower in towers if not tower.name.startswith("timm:")]
+    text = INTRODUCTION.format(
+        version=open_clip.__version__,
+        timm=timm.__version__,
+        total=len(open_clip.list_models()),
+        accepted=len(clips),
+        places=sum(tower.family != "opaque" for tower in clips),
+    )
+    for title, some in (("open_clip", clips), ("timm", [tower for tower in towers if tower not in clips])):
+        text += f"\n## {title}\n\n| tower | tuners | models | text needs | difference |\n|---|---|---|---|---|\n"
+        groups: dict[tuple[str, str, str], list[Compared]] = {}
+        for tower in some:
+            groups.setdefault((tower.kind, tower.family, tower.needs), []).append(tower)
+        for (kind, family, needs), those in sorted(groups.items(), key=lambda item: -len(item[1])):
+            worst = max((tower.difference or 0.0 for tower in those), default=0.0)
+            names = ", ".join(f"`{tower.name}`" for tower in those)
+            text += f"| {kind} | {TUNERS[family]} | {names} | {needs or '-'} | {f'{worst:.1e}' if worst else '0'} |\n"
+    return text
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    names = sys.argv[1:] or [*open_clip.list_models(), *(f"timm:{name}" for name in TIMM)]
+    towers = []
+    for name in names:
+        towers.append(of_timm(name.removeprefix("timm:")) if name.startswith("timm:") else of_open_clip(name))
+        print(towers[-1], flush=True)
+    if not sys.argv[1:]:
+        PAGE.write_text(page(towers))
+        print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
