@@ -12,6 +12,7 @@ from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import Backbone
 from lift_ray.model.merging import merged
 from lift_ray.model.resnet import AnyTower
+from lift_ray.model.text_head import TextHead
 from lift_ray.model.tuners.base import BlockTuner
 
 
@@ -52,8 +53,12 @@ class ExportedModel(nn.Module):
 
 
 def exported_model(model: Lift, backbone: Backbone, offset: Tensor) -> ExportedModel:
-    """Return the module of a trained model; tuners are merged into the weights if possible, so that they cost no time."""
+    """Return the module of a trained model; tuners are merged into the weights if possible, so that they cost no time.
+
+    A classifier by texts becomes one by their embeddings, without its text side.
+    """
     tower, tuners = model.tower, model.tuner.per_block
     if all(tuner.can_merge for tuner in tuners):
         tower, tuners = merged(tower, tuners), []
-    return ExportedModel(tower, tuners, model.head, mean=backbone.mean, std=backbone.std, offset=offset).eval()
+    head = model.head.constant() if isinstance(model.head, TextHead) else model.head
+    return ExportedModel(tower, tuners, head, mean=backbone.mean, std=backbone.std, offset=offset).eval()

@@ -20,11 +20,18 @@ from lift_ray.model.tuners.base import BlockTuner, Identity
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with its projections as plain linears."""
+    """Multi-head self-attention with its projections as plain linears.
+
+    Attributes:
+        bias_mask: (T, T) that is added to the scores, -inf where a token must not look; None without. Fewer tokens use its corner.
+    """
+
+    bias_mask: Tensor | None
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.register_buffer("bias_mask", None, persistent=False)
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
@@ -46,6 +53,7 @@ class Attention(nn.Module):
             q.unflatten(-1, heads).transpose(1, 2),
             k.unflatten(-1, heads).transpose(1, 2),
             v.unflatten(-1, heads).transpose(1, 2),
+            attn_mask=None if self.bias_mask is None else self.bias_mask[: h.shape[1], : h.shape[1]],
         )
         return self._out(out.transpose(1, 2).flatten(2), tuner)
 
@@ -104,8 +112,20 @@ class Block(nn.Module):
         return tuner.beside_mlp(a, a + self.mlp(tuner.norm2(self.norm2(a)), tuner))
 
 
-class FrozenTower(nn.Module):
-    """Interface of all towers: `embed`, then `blocks_until` and `finish`, which each kind implements."""
+class SharedWeights(nn.Module):
+    """A frozen module, copies of which share its tensors."""
+
+    def with_own(self, names: Iterable[str]) -> Self:
+        """The same module with copies of the named parameters to train; all other tensors are shared."""
+        own = set(names)
+        shared: dict[int, Tensor] = {id(b): b for b in self.buffers()}
+        for name, p in self.named_parameters():
+            shared[id(p)] = nn.Parameter(p.detach().clone()) if name in own else p
+        return copy.deepcopy(self, shared)
+
+
+class FrozenTower(SharedWeights):
+    """Interface of all image towers: `embed`, then `blocks_until` and `finish`, which each kind implements."""
 
     patch_px: int
     embed: Callable[..., Tensor]
@@ -125,14 +145,6 @@ class FrozenTower(nn.Module):
             patches: (B, P), the patches to look at; all when not given.
         """
         return self.finish(self.embed(images, patches), tuners)
-
-    def with_own(self, names: Iterable[str]) -> Self:
-        """The same tower with copies of the named parameters to train; all other tensors are shared."""
-        own = set(names)
-        shared: dict[int, Tensor] = {id(b): b for b in self.buffers()}
-        for name, p in self.named_parameters():
-            shared[id(p)] = nn.Parameter(p.detach().clone()) if name in own else p
-        return copy.deepcopy(self, shared)
 
 
 class Tower(FrozenTower):
