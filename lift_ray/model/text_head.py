@@ -38,6 +38,22 @@ class Lines:
     start: int
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Text embeddings, (K, E), and the trained parameters that gave them.
+
+    The values are compared, because torch does not count the changes that its fused optimizers make.
+    """
+
+    parameters: list[Tensor]
+    text: Tensor
+
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Return True if these parameters give the same embeddings."""
+        pairs = zip(self.parameters, parameters, strict=True)
+        return all(kept.device == now.device and torch.equal(kept, now) for kept, now in pairs)
+
+
 class TextHead(nn.Module):
     """z_k = scale * cos(f @ projection, t_k), t_k the text embedding of class k (arXiv 2103.00020).
 
@@ -93,7 +109,9 @@ class TextHead(nn.Module):
         tuned = [first_block(kind, options, tower.num_blocks) for kind, options in parts.items()]
         self.first_tuned = 0 if context is not None else min(tuned, default=tower.num_blocks)
         self._frozen: Tensor | None = None
-        self._kept: tuple[list[tuple[int, int]], Tensor] | None = None
+        shared = {id(p) for p in tower.parameters()}
+        self._own = [p for p in self.parameters() if id(p) not in shared]
+        self._kept: Kept | None = None
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, D) -> (B, K)."""
@@ -103,12 +121,10 @@ class TextHead(nn.Module):
         """Normalized text embeddings of the classes, (K, E): computed anew for a gradient, else once for the parameters as they are."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return self._embeddings()
-        # torch counts the changes of a tensor; a tensor on another device has another address
-        state = [(p.data_ptr(), p._version) for p in self.parameters()]
-        if self._kept is None or self._kept[0] != state:
+        if self._kept is None or not self._kept.is_of(self._own):
             with torch.inference_mode(False), torch.no_grad():  # usable outside of inference too
-                self._kept = state, self._embeddings()
-        return self._kept[1]
+                self._kept = Kept([p.detach().clone() for p in self._own], self._embeddings())
+        return self._kept.text
 
     def constant(self) -> ZeroShotHead:
         """The same classifier without its text side."""
