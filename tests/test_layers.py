@@ -75,7 +75,10 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "open_clip": (
         set(),
-        {f"lift_ray/model/{name}" for name in ("backbone", "loading", "merging", "quickgelu", "weights_file")},
+        {
+            f"lift_ray/model/{name}"
+            for name in ("backbone", "loading", "merging", "quickgelu", "text_tower", "weights_file")
+        },
     ),
     "timm": (set(), {f"lift_ray/model/{name}" for name in ("backbone", "loading", "merging", "quickgelu")}),
     "pydantic": ({"lift_ray/settings/", "lift_ray/registry", "lift_ray/model/tuners/"}, set()),

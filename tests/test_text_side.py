@@ -24,6 +24,7 @@ from lift_ray.registry import TUNERS
 from lift_ray.settings.checks import read_space
 from lift_ray.settings.heads import TextHeadConfig
 from lift_ray.settings.run import RunConfig
+from lift_ray.training.plan import memory
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace
 
@@ -385,6 +386,15 @@ def test_parts_of_a_batch_and_computing_again_change_no_figure(workspace: Worksp
     plain = losses()
     assert losses(optim__accumulate=3) == pytest.approx(plain, abs=1e-4)
     assert losses(backbone__checkpointing=True) == pytest.approx(plain, abs=1e-4)
+
+
+def test_a_dry_run_counts_the_texts_of_a_step_once(workspace: Workspace, small_clip: str) -> None:
+    run = Run(settings(small_clip, head__context=4), workspace)
+    few, many = (memory(run.model, run.config, images)["activations"] for images in (16, 160))
+    assert isinstance(run.model.head, TextHead), "it is put back"
+    texts = run.model.head.ids.numel()
+    assert few > texts * 32 * 4 * 8, "a block of width 32 saves at least eight values of each token"
+    assert many - few < few / 4
 
 
 # ---- settings
