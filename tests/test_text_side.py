@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from lift_ray.errors import BadInput
 from lift_ray.inference.classifier import Classifier
-from lift_ray.methods.world import Ranks
+from lift_ray.methods.world import Ranks, join_group
 from lift_ray.model.backbone import Backbone, load_backbone
 from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.text_head import TextHead, build
@@ -386,6 +388,40 @@ def test_parts_of_a_batch_and_computing_again_change_no_figure(workspace: Worksp
     plain = losses()
     assert losses(optim__accumulate=3) == pytest.approx(plain, abs=1e-4)
     assert losses(backbone__checkpointing=True) == pytest.approx(plain, abs=1e-4)
+
+
+def train_as_rank(rank: int, port: int, data: str, config: dict[str, Any], out: str) -> None:
+    torch.set_num_threads(1)
+    join_group(rank, 2, "127.0.0.1", port, torch.device("cpu"))
+    run = Run(RunConfig.model_validate(config), Workspace(data, Ranks(rank, 2, torch.device("cpu"))))
+    losses = [figures["train/loss"] for figures in run.epochs()]
+    torch.save((losses, run.model.stored()), Path(out, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_learn_the_text_side_that_one_does(
+    workspace: Workspace, small_clip: str, as_two_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    config = settings(small_clip, head__context=2, head__tuner={"kind": "lora"}, head__projections=True)
+    run = Run(config, workspace)
+    losses = [figures["train/loss"] for figures in run.epochs()]
+    as_two_ranks(train_as_rank, workspace.dataset.uri, config.to_dict(), str(tmp_path))
+    (first, stored), (_, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == pytest.approx(losses, abs=1e-4)
+    for name, value in run.model.stored().items():
+        assert torch.equal(stored[name], others[name]), name
+        torch.testing.assert_close(stored[name], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"head__context": 4}, {"head__projections": True}])
+def test_a_compiled_text_side_gives_the_same_figures(
+    workspace: Workspace, small_clip: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    changed = {**options, "augment__kind": "mda", "optim__epochs": 1, "optim__global_batch_size": 48}
+    runs = [Run(settings(small_clip, backbone__compile=compiled, **changed), workspace) for compiled in (True, False)]
+    compiled, plain = ([figures["train/loss"] for figures in run.epochs()] for run in runs)
+    assert compiled == pytest.approx(plain, abs=1e-4)
 
 
 def test_a_dry_run_counts_the_texts_of_a_step_once(workspace: Workspace, small_clip: str) -> None:
