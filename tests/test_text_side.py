@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from made_run import run_config
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CLIP, CustomTextCLIP, _build_text_tower
 from torch import Tensor
 
 from lift_ray.errors import BadInput
@@ -22,6 +23,7 @@ from lift_ray.model.backbone import Backbone, load_backbone
 from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.text_head import TextHead, build
 from lift_ray.model.text_tower import rebuild_text
+from lift_ray.model.tuners.lora.module import Lora
 from lift_ray.registry import TUNERS
 from lift_ray.settings.checks import read_space
 from lift_ray.settings.heads import TextHeadConfig
@@ -105,6 +107,21 @@ def test_the_rebuilt_text_tower_equals_open_clips(make: type, quick: bool, text:
 )
 def test_a_text_tower_of_another_make_is_not_rebuilt_wrongly(make: type, text: dict[str, Any]) -> None:
     assert rebuild_text(clip_of(make, **text)) is None
+
+
+def test_all_text_towers_that_open_clip_builds_alone_are_rebuilt_but_those_of_coca() -> None:
+    refused, found = set(), 0
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        if "hf_model_name" in config["text_cfg"]:
+            continue
+        with torch.device("meta"):
+            text = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
+        tower = rebuild_text(SimpleNamespace(text=text))
+        found += tower is not None
+        refused |= {name} if tower is None else set()
+    assert all("coca" in name for name in refused)
+    assert found >= 131
 
 
 @torch.inference_mode()
@@ -492,6 +509,9 @@ def test_what_the_backbone_or_the_data_do_not_allow_is_refused_in_one_line(
             Run(settings(small_clip, **changes), workspace)
         assert str(caught.value).startswith(message)
     backbone = load_backbone(small_clip)
+    monkeypatch.setattr(Lora, "tokens", lambda self, x, number: (x, number))  # as that of a tuner from outside may be
+    with pytest.raises(BadInput, match=r"^head.tuner: must not add tokens to texts, but got lora; use head.context$"):
+        head_of(backbone, tuner={"kind": "lora"})
     monkeypatch.setattr(backbone, "clip", clip_of(CustomTextCLIP, embed_cls=True))
     with pytest.raises(BadInput, match=r"head text: requires one of open_clip's own text towers .* of another make"):
         head_of(backbone, context=4)

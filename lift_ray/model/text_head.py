@@ -14,7 +14,7 @@ from lift_ray.errors import BadInput
 from lift_ray.model.backbone import Backbone, Template, Texts, spoken, templates_of
 from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.text_tower import TextTower
-from lift_ray.model.tuners.base import Tuner, first_block, with_own_weights
+from lift_ray.model.tuners.base import BlockTuner, Tuner, first_block, with_own_weights
 
 CHUNK = 1024  # texts that go through the tower at a time
 PROJECTIONS = ("projection", "projection_bias")  # of the text tower
@@ -95,6 +95,10 @@ class TextHead(nn.Module):
         own = [name for name in PROJECTIONS if getattr(tower, name) is not None] if projections else []
         self.tower = with_own_weights(tower, parts, own)
         self.tuner = Tuner(parts, tower)
+        if any(
+            type(tuner).tokens is not BlockTuner.tokens for tuner in self.tuner.per_block
+        ):  # the pooled token would move
+            raise BadInput("head.tuner", "must not add tokens to texts", " and ".join(parts), "use head.context")
         self.context = None if context is None else nn.Parameter(context.detach().clone().float())
         start = projection.detach().clone().float()
         if projections:
