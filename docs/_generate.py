@@ -28,7 +28,8 @@ Schema = dict[str, Any]
 SECTIONS = {  # of a run that have kinds, and the words about them
     "tuner": "What is trained in the blocks of the backbone, or behind it. `extra_tuner` takes the same settings, for a second "
     "tuner that changes other places.",
-    "head": "The classifier, and the initialization of its weights.",
+    "head": "The classifier, and the initialization of its weights. `head.tuner` takes the same settings as `tuner`, "
+    "for the text tower.",
     "loss": "",
     "augment": "How training images are changed.",
     "method": "What is built of tuner, head and loss. `method: ulfine` is short for `method: {kind: ulfine}`.",

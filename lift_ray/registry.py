@@ -93,6 +93,7 @@ class TunerKind(Kind):
         prepare: (tower with modules of its own, **options) changes that tower; or an import path.
         behind: (tower, **options) -> a module from features (B, D) to features (B, D) behind the tower; or an import path.
         owns: a claim that only one of two tuners may make; the words after "both" in the error message.
+        not_in_text: the remedy in the error message if it has no places in the blocks of a text tower; "" if it has.
     """
 
     build: Callable[..., Any] | str = ""
@@ -100,6 +101,7 @@ class TunerKind(Kind):
     prepare: Callable[..., None] | str = ""
     behind: Callable[..., Any] | str = ""
     owns: str = ""
+    not_in_text: str = ""
 
     @property
     def changes_tower(self) -> bool:
@@ -110,6 +112,19 @@ class TunerKind(Kind):
     def changes_features(self) -> bool:
         """True if the kind tunes anything before the classifier."""
         return self.changes_tower or bool(self.behind)
+
+
+@dataclass(frozen=True)
+class HeadKind(Kind):
+    """A kind of classifier.
+
+    Attributes:
+        build: (weights (K, D), **options) -> a model.heads.Head; with `from_text`, (backbone, class names, config, torch's type of
+            its products) -> a module from features (B, D) to logits (B, K).
+        from_text: it classifies by texts, so that it requires a text tower.
+    """
+
+    from_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,14 +228,15 @@ def register_tuner(
     prepare: Callable[..., None] | str = "",
     behind: Callable[..., Any] | str = "",
     owns: str = "",
+    not_in_text: str = "",
 ) -> None:
     """Register a kind of tuner; TunerKind says what the arguments are."""
-    TUNERS.add(TunerKind(config, build, trains, prepare, behind, owns))
+    TUNERS.add(TunerKind(config, build, trains, prepare, behind, owns, not_in_text))
 
 
-def register_head(config: type[Config], build: Callable[..., Any] | str) -> None:
-    """Register a kind of classifier: `build(weights (K, D), **options)` returns a model.heads.Head."""
-    HEADS.add(Kind(config, build))
+def register_head(config: type[Config], build: Callable[..., Any] | str, *, from_text: bool = False) -> None:
+    """Register a kind of classifier: `build(weights (K, D), **options)` returns a model.heads.Head; HeadKind says more."""
+    HEADS.add(HeadKind(config, build, from_text))
 
 
 def register_loss(
@@ -280,7 +296,7 @@ def _load_tuners() -> None:
 
 
 TUNERS: Kinds[TunerKind] = Kinds("tuner", _load_tuners)
-HEADS: Kinds[Kind] = Kinds("head", partial(importlib.import_module, "lift_ray.settings.heads"))
+HEADS: Kinds[HeadKind] = Kinds("head", partial(importlib.import_module, "lift_ray.settings.heads"))
 LOSSES: Kinds[LossKind] = Kinds("loss", partial(importlib.import_module, "lift_ray.settings.losses"))
 METHODS: Kinds[Kind] = Kinds("method", partial(importlib.import_module, "lift_ray.settings.methods"))
 SAMPLERS: Kinds[SamplerKind] = Kinds("sampler", partial(importlib.import_module, "lift_ray.settings.search"))

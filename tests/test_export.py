@@ -211,14 +211,19 @@ def test_behind_the_tower_stays_while_the_blocks_are_merged(small_data: str, sma
         export_checkpoint(folder, tmp_path / "other", ["open_clip"])
 
 
-@pytest.mark.parametrize("head", sorted({*HEADS} - {"cosine"}))  # cosine: all tests above
+TEXT_SIDE: dict[str, Any] = {"kind": "text", "scale": 20.0, "context": 4, "tuner": {"kind": "ssf"}, "projections": True}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [*({"kind": kind} for kind in sorted({*HEADS} - {"cosine"})), TEXT_SIDE],  # cosine: all tests above
+)
 @pytest.mark.slow
-def test_every_head_is_exported(head: str, small_data: str, small_clip: str, tmp_path: Path) -> None:
+def test_every_head_is_exported(head: dict[str, Any], small_data: str, small_clip: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    config = {"tuner": {"kind": "linear_probe"}, "head": {"kind": head}}
-    exported, _ = export_checkpoint(
-        saved(small_data, small_clip, tmp_path / "checkpoint", config), tmp_path / "out", ["torch", "onnx"]
-    )
+    config = {"tuner": {"kind": "linear_probe"}, "head": head}
+    exported, _ = export_checkpoint(saved(small_data, small_clip, tmp_path / "checkpoint", config), tmp_path / "out")
+    assert [each.name for each in exported] == ["open_clip", "torch", "onnx"]
     assert max(each.difference for each in exported) <= 1e-4
 
 

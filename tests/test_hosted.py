@@ -480,7 +480,7 @@ def test_a_hosted_tower_with_tuners_can_be_exported_but_not_as_weights_of_open_c
         pixels = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
         assert torch.allclose(program.module()(pixels), model((pixels / 255 - 0.5) / 0.2), atol=1e-4)
     classifier: Any = SimpleNamespace(backbone=backbone, model=model, config=RunConfig())
-    assert not_for_open_clip(classifier).startswith("requires a backbone with the blocks of a plain transformer")
+    assert not_for_open_clip(classifier).startswith("requires a vision transformer or ResNet of CLIP")
 
 
 @pytest.mark.parametrize(

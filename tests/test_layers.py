@@ -77,7 +77,7 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
         set(),
         {
             f"lift_ray/model/{name}"
-            for name in ("backbone", "rebuild_open_clip", "merging", "quickgelu", "weights_file")
+            for name in ("backbone", "rebuild_open_clip", "merging", "quickgelu", "text_tower", "weights_file")
         },
     ),
     "timm": (

@@ -22,7 +22,7 @@ from lift_ray.settings.run_file import batch_fault, read_run
 KINDS: dict[str, tuple[str, ...]] = {  # the default first
     "augment": ("mda", "crop_flip", "none"),
     "tuner": ("adaptformer", *sorted({*TUNERS} - {"adaptformer"})),
-    "head": ("cosine", "linear", "l2norm", "layernorm"),
+    "head": ("cosine", "linear", "l2norm", "layernorm", "text"),
     "loss": (
         "logit_adjusted",
         "cross_entropy",
@@ -440,6 +440,10 @@ OTHER: dict[str, Any] = {  # another value for each setting, whichever kinds it 
     "last": 2,
     "scale": 20.0,
     "init": "random",
+    "context": 4,
+    "projections": True,
+    "head.tuner": {"kind": "lora"},
+    "texts": {"cat": ["a small animal"]},
     "template": "{}",
     "tau": 0.5,
     "gamma": 1.0,
@@ -499,7 +503,7 @@ def one_setting_apart() -> list[dict[str, Any]]:
             trees += [
                 {section: {**kind, name: OTHER.get(f"{section}.{name}", OTHER.get(name))}}
                 for name in model.model_fields
-                if name != "kind"
+                if name != "kind" and (kind.get("kind"), name) != ("text", "init")  # that has a single value
             ]
     return trees
 

@@ -171,7 +171,7 @@ BROKEN = {
     ),
     "a second tuner that searches no kind": (
         param("extra_tuner.bottleneck: {choices: [2]}"),
-        "3 space: must have a kind, but got {'bottleneck': 2}; add `kind: ...`",
+        "4 space.extra_tuner.bottleneck: must have a kind, but got {'bottleneck': 2}; add `kind: ...`",
     ),
     "when of an unknown setting": (
         HEAD + "space:\n" + KINDS + "  tuner.bottleneck:\n    int: [1, 3]\n    when: {tuner.knid: lora}",

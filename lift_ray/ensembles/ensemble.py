@@ -133,7 +133,7 @@ class Ensemble:
         models = {}
         for model in self.models.values():
             if model.workspace.backbone(model.config).text is not None:
-                models[model.config.backbone, str(model.config.head.template)] = model
+                models[model.config.backbone, str((model.config.head.template, model.config.head.texts))] = model
         if not models:
             return "no model has a text tower"
         if "validation" not in self.workspace.dataset.splits:

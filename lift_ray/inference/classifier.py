@@ -30,6 +30,7 @@ from lift_ray.inference.new_images import of_dataset, opened_images
 from lift_ray.methods.world import Ranks
 from lift_ray.model.device import best_device, device_named, precision_fault
 from lift_ray.model.heads import over_crops
+from lift_ray.model.text_head import TextHead
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint
@@ -142,6 +143,8 @@ class Classifier:
         self.model = self._workspace.build(self.config, trained_already=True)
         checkpoint.load_weights(folder, self.model)
         self.model.eval().requires_grad_(False)
+        if isinstance(self.model.head, TextHead):
+            self.model.head.text()  # once, before threads share the model
         self._predict = self._workspace.forward(self.config, self.model)
         counts = np.array(self.record.class_counts)
         self.offset = shift_of(self.config.evaluation.posthoc_tau, counts).to(ranks.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lift_ray.methods.lift import Lift
 from lift_ray.model.backbone import Backbone
 from lift_ray.model.merging import merged
+from lift_ray.model.text_head import TextHead
 from lift_ray.model.tower import FrozenTower
 from lift_ray.model.tuners.base import BlockTuner
 
@@ -54,9 +55,13 @@ class ExportedModel(nn.Module):
 
 
 def exported_model(model: Lift, backbone: Backbone, offset: Tensor) -> ExportedModel:
-    """Return the module of a trained model; tuners of blocks are merged into the weights if possible, so that they cost no time."""
+    """Return the module of a trained model; tuners of blocks are merged into the weights if possible, so that they cost no time.
+
+    A classifier by texts becomes one by their embeddings, without its text side.
+    """
     tower, tuners = model.tower, model.tuner.per_block
     if all(tuner.can_merge for tuner in tuners):
         tower, tuners = merged(tower, tuners), []
+    head = model.head.constant() if isinstance(model.head, TextHead) else model.head
     behind, mean, std = model.tuner.behind, backbone.mean, backbone.std
-    return ExportedModel(tower, tuners, behind, model.head, mean=mean, std=std, offset=offset).eval()
+    return ExportedModel(tower, tuners, behind, head, mean=mean, std=std, offset=offset).eval()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lift_ray.model.tower import FrozenTower
-from lift_ray.model.tuners.base import Tuner, own_names
-from lift_ray.registry import TUNERS, imported
+from lift_ray.model.tuners.base import Tuner, first_block, with_own_weights
+
+FROZEN = ("tower.", "head.tower.")  # names of what a checkpoint does not hold unless it is trained
 
 
 class Lift(nn.Module):
@@ -26,14 +27,7 @@ class Lift(nn.Module):
     def __init__(self, tower: FrozenTower, parts: dict[str, dict[str, Any]], head: nn.Module) -> None:
         super().__init__()
         self.first_tuned = min((first_block(kind, options, tower.num_blocks) for kind, options in parts.items()))
-        self.tower = tower
-        for kind, options in parts.items():
-            known = TUNERS[kind]
-            if known.trains:
-                self.tower = tower.with_own(own_names(tower, known.trains, options["blocks"]))
-            elif known.prepare:
-                self.tower = tower.with_own([])
-                imported(known.prepare)(self.tower, **options)
+        self.tower = with_own_weights(tower, parts)
         self.tuner, self.head = Tuner(parts, tower), head
         if "zero_shot" in parts:
             head.requires_grad_(False)
@@ -86,9 +80,9 @@ class Lift(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def stored(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint holds: the trained parameters and the head, also if the head is not trained."""
+        """Tensors that a checkpoint holds: the trained parameters and the head, also if the head is not trained; no frozen tower."""
         trained = self.trained()
-        return {n: value for n, value in self.state_dict().items() if n in trained or not n.startswith("tower.")}
+        return {n: value for n, value in self.state_dict().items() if n in trained or not n.startswith(FROZEN)}
 
     def load_stored(self, state: dict[str, Tensor]) -> None:
         """Load a checkpoint's tensors, strictly. Raises ValueError that names what is missing or too much."""
@@ -99,8 +93,3 @@ class Lift(nn.Module):
         with torch.no_grad():
             for name, value in expected.items():
                 value.copy_(state[name])
-
-
-def first_block(kind: str, options: dict[str, Any], num_blocks: int) -> int:
-    """The first block that a kind changes; `num_blocks` when it changes none, as behind the tower."""
-    return int(min(options.get("blocks") or [0])) if TUNERS[kind].changes_tower else num_blocks

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lift_ray.model.loading import image_tower, rebuild
 from lift_ray.model.packed import read_packed
 from lift_ray.model.quickgelu import PLACE as QUICKGELU
 from lift_ray.model.quickgelu import open_clip_activation, timm_activation
+from lift_ray.model.text_tower import TextTower, rebuild_text
 from lift_ray.model.tower import FrozenTower
 from lift_ray.model.tuners.config import PROMPT_TOKENS
 from lift_ray.model.weights_file import PLACE, POSITIONS, check_fit, check_kind, fill_clip, read_weights
@@ -31,6 +32,8 @@ from lift_ray.storage.file_kinds import SAFETENSORS
 
 EMBEDDED, TIMM, LOCAL = "embedded:", "timm:", "local-dir:"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
+Template = str | list[str]
+Texts = Mapping[str, list[str]]  # descriptions of classes in place of the template, by class name
 NORMS = {"layernorm": "layer norms", "batchnorm": "batch norms"}  # kinds that train one sort of norm
 
 
@@ -87,6 +90,8 @@ class Backbone:
         logit_scale: CLIP's own 1 / temperature; 1 without text.
         interpolation: bicubic or bilinear, as the images of the weights were resized.
         squash: whole images were resized to a square, whatever their aspect.
+        clip: the model of open_clip that `text` asks; None without text.
+        tokenizer: lines of text and a length T -> token ids (N, T), as open_clip's; None without text.
     """
 
     name: str
@@ -99,16 +104,37 @@ class Backbone:
     projection_bias: Tensor | None = None
     interpolation: str = "bicubic"
     squash: bool = False
-    _embedded: dict[tuple[str | tuple[str, ...], tuple[str, ...]], Tensor] = field(default_factory=dict)
+    clip: Any = None
+    tokenizer: Callable[[list[str], int], Tensor] | None = None
+    _embedded: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def text_embeddings(self, class_names: Sequence[str], template: str | list[str]) -> Tensor:
-        """Normalised text embeddings of the classes, (K, E); computed once for a list of names and a template.
+    @cached_property
+    def text_tower(self) -> TextTower:
+        """The text tower with places for tuners and context, frozen; it shares all tensors with `clip`.
+
+        Raises BadInput if there is no text tower, or if it is of another make than open_clip's own.
+        """
+        tower = rebuild_text(self.clip) if self.clip is not None else None
+        if tower is None:
+            own = "has none" if self.text is None else f"has one of another make ({type(self.clip).__name__})"
+            raise BadInput(
+                "head text",
+                "requires one of open_clip's own text towers to train its text side",
+                but=f"{self.name} {own}",
+                remedy="leave out head.context, head.tuner and head.projections, or use another backbone",
+            )
+        tower.checkpointing = self.tower.checkpointing
+        return tower
+
+    def text_embeddings(self, class_names: Sequence[str], template: Template, texts: Texts | None = None) -> Tensor:
+        """Normalised text embeddings of the classes, (K, E); computed once for a list of names and what is said of them.
 
         Underscores in names become spaces (arXiv 2309.10019).
 
         Args:
             template: text with {} for the name; several for the mean of their normalised embeddings, normalised again;
                 `ensemble` for CLIP's own 80 (arXiv 2103.00020).
+            texts: of the classes in it, the texts in place of the template; several as for templates.
 
         Raises BadInput for a tower without text, a class without a name and a template without a place for it.
         """
@@ -119,42 +145,65 @@ class Backbone:
                 but=f"{self.name} has none",
                 remedy="use head.init=class_mean",
             )
-        names = [name.replace("_", " ") for name in class_names]
-        unnamed = [k for k, name in enumerate(names) if not name.strip()]
-        if unnamed:
-            raise BadInput(
-                "head.init",
-                "semantic requires a name for every class",
-                but=f"class {unnamed[0]} has none",
-                remedy="add names or use head.init=class_mean",
-            )
-        key = (template if isinstance(template, str) else tuple(template), tuple(class_names))
+        names = spoken(class_names)
+        own = {k: texts[name] for k, name in enumerate(class_names) if name in texts} if texts else {}
+        key = (
+            template if isinstance(template, str) else tuple(template),
+            tuple(class_names),
+            *((k, *lines) for k, lines in own.items()),
+        )
         if key not in self._embedded:
-            first, *others = _templates(template)
+            first, *others = templates_of(template)
             embedded = self.text([first(name) for name in names])
             for around in others:
                 embedded = embedded + self.text([around(name) for name in names])
-            self._embedded[key] = F.normalize(embedded, dim=-1) if others else embedded
+            embedded = F.normalize(embedded, dim=-1) if others else embedded
+            if own:
+                embedded = embedded.clone()
+                found = self.text([line for lines in own.values() for line in lines])
+                for k, rows in zip(own, found.split([len(lines) for lines in own.values()]), strict=True):
+                    embedded[k] = F.normalize(rows.sum(0), dim=-1) if len(rows) > 1 else rows[0]
+            self._embedded[key] = embedded
         return self._embedded[key]
 
-    def semantic_weights(self, class_names: Sequence[str], template: str | list[str]) -> Tensor:
+    def semantic_weights(self, class_names: Sequence[str], template: Template, texts: Texts | None = None) -> Tensor:
         """Classifier weights from class names: w_k = normalise(text_k @ projection^T), (K, D) (arXiv 2309.10019)."""
-        text = self.text_embeddings(class_names, template)
+        text = self.text_embeddings(class_names, template, texts)
         assert self.projection is not None
         return F.normalize(text @ self.projection.T, dim=-1)
 
-    def zero_shot_head(self, class_names: Sequence[str], template: str | list[str]) -> ZeroShotHead:
-        """CLIP's own classifier for these classes (arXiv 2103.00020). Raises BadInput as `text_embeddings`."""
+    def zero_shot_head(
+        self, class_names: Sequence[str], template: Template, texts: Texts | None = None, scale: float | None = None
+    ) -> ZeroShotHead:
+        """CLIP's own classifier for these classes (arXiv 2103.00020). Raises BadInput as `text_embeddings`.
+
+        Args:
+            scale: factor of the cosines; None for CLIP's own.
+        """
         if self.text is None:
             raise BadInput(
                 "tuner zero_shot", "requires a text tower", but=f"{self.name} has none", remedy="use linear_probe"
             )
-        text = self.text_embeddings(class_names, template)
+        text = self.text_embeddings(class_names, template, texts)
         assert self.projection is not None
-        return ZeroShotHead(self.projection, text, self.logit_scale, self.projection_bias)
+        return ZeroShotHead(self.projection, text, self.logit_scale if scale is None else scale, self.projection_bias)
 
 
-def _templates(template: str | list[str]) -> list[Callable[[str], str]]:
+def spoken(class_names: Sequence[str]) -> list[str]:
+    """The names as text: underscores become spaces (arXiv 2309.10019). Raises BadInput for a class without a name."""
+    names = [name.replace("_", " ") for name in class_names]
+    unnamed = [k for k, name in enumerate(names) if not name.strip()]
+    if unnamed:
+        raise BadInput(
+            "head.init",
+            "semantic requires a name for every class",
+            but=f"class {unnamed[0]} has none",
+            remedy="add names or use head.init=class_mean",
+        )
+    return names
+
+
+def templates_of(template: Template) -> list[Callable[[str], str]]:
     """For each template a function from a class name to a line of text."""
     if template == "ensemble":
         import open_clip
@@ -247,7 +296,7 @@ def _load_open_clip(model: str, pretrained: str | None, quickgelu: bool | None) 
     scale = float(clip.logit_scale.exp())
     resizing = _resizing(model, config.get("interpolation"), config.get("resize_mode"))
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    return Backbone(model, images.tower, mean, std, text, projection, scale, images.bias, *resizing)
+    return Backbone(model, images.tower, mean, std, text, projection, scale, images.bias, *resizing, clip, tokenizer)
 
 
 def _resizing(model: str, interpolation: str | None, mode: str | None) -> tuple[str, bool]:

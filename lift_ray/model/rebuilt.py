@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lift_ray.model.resnet import ResNetTower
-from lift_ray.model.tower import Activation, MakeNorm, Tower
+from lift_ray.model.tower import Activation, FrozenTower, MakeNorm
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Rebuilt:
         names: our name of each tensor that the origin has too -> the origin's name.
     """
 
-    tower: Tower | ResNetTower
+    tower: FrozenTower
     state: dict[str, Tensor]
     names: dict[str, str]
 
-    def filled(self) -> Tower | ResNetTower | None:
+    def filled(self) -> FrozenTower | None:
         """Return the tower with its weights, frozen; None if they do not fit, which means that the origin has other parts."""
         try:
             self.tower.load_state_dict(self.state, strict=True, assign=True)
@@ -37,7 +37,7 @@ class Rebuilt:
         return self.tower.eval().requires_grad_(False)
 
 
-def rebuilt(tower: Tower | ResNetTower, state: Mapping[str, Tensor], renamed: Mapping[str, str]) -> Rebuilt:
+def rebuilt(tower: Any, state: Mapping[str, Tensor], renamed: Mapping[str, str]) -> Rebuilt:
     """Return an empty tower with the tensors of its origin, every part of a name replaced that `renamed` holds.
 
     Parts that begin with a dot are replaced in blocks only.

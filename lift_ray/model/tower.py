@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     Attributes:
         relative: bias of the scores by the distance of two patches (BEiT); None for towers without it.
-        mask: (T, T), added to the scores; None if every token sees all.
+        mask: (T, T), added to the scores, -inf where a token must not look; None without. Fewer tokens use its corner.
     """
 
     mask: Tensor | None
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.norm = shape.norm(shape.width) if shape.inner_norm else None
         self.out_proj = nn.Linear(shape.width, shape.width)
         self.relative = RelativeBias(shape.relative_side, shape.num_heads) if shape.relative_side else None
-        self.mask = None
+        self.register_buffer("mask", None, persistent=False)
 
     def forward(self, h: Tensor, tuner: BlockTuner, class_token_only: bool, rotary: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, 1, D) when only the class token is asked for.
@@ -118,8 +118,11 @@ class Attention(nn.Module):
 
     def _bias(self, num_tokens: int, class_token_only: bool, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores, (T, T) or (H, T, T), only its first row for the class token; None for nothing."""
-        bias = self.mask if self.relative is None else self.relative(num_tokens)
-        if bias is None:
+        if self.relative is not None:
+            bias: Tensor = self.relative(num_tokens)
+        elif self.mask is not None:
+            bias = self.mask[:num_tokens, :num_tokens]
+        else:
             return None
         return (bias[..., :1, :] if class_token_only else bias).to(dtype)
 
@@ -198,7 +201,19 @@ class Block(nn.Module):
         return tuner.beside_mlp(a, a + self.mlp(tuner.norm2(self.norm2(a)), tuner))
 
 
-class FrozenTower(nn.Module):
+class SharedWeights(nn.Module):
+    """A frozen module, copies of which share its tensors."""
+
+    def with_own(self, names: Iterable[str]) -> Self:
+        """The same module with copies of the named parameters to train; all other tensors are shared."""
+        own = set(names)
+        shared: dict[int, Tensor] = {id(b): b for b in self.buffers()}
+        for name, p in self.named_parameters():
+            shared[id(p)] = nn.Parameter(p.detach().clone()) if name in own else p
+        return copy.deepcopy(self, shared)
+
+
+class FrozenTower(SharedWeights):
     """Interface of all towers: `embed`, then `blocks_until` and `finish`, which each kind implements.
 
     Attributes:
@@ -255,14 +270,6 @@ class FrozenTower(nn.Module):
             patches: (B, P), the patches to look at; all when not given.
         """
         return self.finish(self.embed(images, patches), tuners, patches=patches, size_px=images.shape[-1])
-
-    def with_own(self, names: Iterable[str]) -> Self:
-        """The same tower with copies of the named parameters to train; all other tensors are shared."""
-        own = set(names)
-        shared: dict[int, Tensor] = {id(b): b for b in self.buffers()}
-        for name, p in self.named_parameters():
-            shared[id(p)] = nn.Parameter(p.detach().clone()) if name in own else p
-        return copy.deepcopy(self, shared)
 
 
 class Pool(nn.Module):

@@ -26,6 +26,7 @@ from lift_ray.settings.space import (
     listed,
     parents_first,
     replaced,
+    section_of,
     seeded_draws,
     setting_of,
 )
@@ -246,12 +247,14 @@ def _value_problem(
     file: SettingsFile, space: SpaceFile, values: dict[str, Any], at: Path_, problem: ErrorDetails
 ) -> BadInput:
     path = walk(RunConfig, problem["loc"])[0] + (("kind",) if problem["type"] == "union_tag_invalid" else ())
-    cause = next((value for value in values if setting_of(value) == setting_of(dotted(path))), "")
+    name = dotted(path)
+    cause = next((one for one in values if setting_of(one) == setting_of(name) or one.startswith(f"{name}.")), "")
     place = file.where((*at, cause) if cause else at)
     if problem["type"] == "extra_forbidden" and cause:
-        kind = f"{path[0]}.kind"
+        kind = f"{section_of(name)}.kind"
         remedy = f"add when: {{{kind}: [the kinds that have it]}}" if kind in space.space else "remove it"
-        return fault(place, f"has no effect with {kind} {problem['loc'][1]}", remedy=remedy)
+        own = problem["loc"][2 * kind.count(".") - 1]  # the kinds of the sections are in the position too
+        return fault(place, f"has no effect with {kind} {own}", remedy=remedy)
     return explain(RunConfig, problem, path, place)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from lift_ray.registry import HEADS, Config, register_head
+from lift_ray.registry import HEADS, TUNERS, Config, TunerConfig, register_head
 from lift_ray.settings.base import OneOf
+from lift_ray.settings.tuners import AnyTunerConfig
 
 
 def _holds_place(template: str | list[str]) -> str | list[str]:
@@ -24,6 +25,10 @@ Template = Annotated[
 ]
 
 
+Line = Annotated[str, Field(min_length=1)]
+Texts = dict[str, Annotated[list[Line], Field(min_length=1)]]
+
+
 class HeadConfig(Config):
     """The classifier, and the initialization of its weights."""
 
@@ -33,6 +38,9 @@ class HeadConfig(Config):
     linear_probe: balanced logistic regression on the frozen features, as scikit-learn's with C = 1; random: rows of unit length."""
     template: Template = "a photo of a {}."
     """Text around the class name for the semantic initialization: one, several (their mean), or `ensemble`, CLIP's own 80."""
+    # left out of the tree if not set, so that digests are those of versions without it
+    texts: Annotated[Texts | None, Field(exclude_if=lambda texts: texts is None)] = None
+    """Descriptions of classes in place of the template, for those that are named: `{puffin: [a black and white sea bird, ...]}`."""
 
 
 class CosineHeadConfig(HeadConfig):
@@ -61,10 +69,64 @@ class LayerNormHeadConfig(HeadConfig):
     kind: Literal["layernorm"] = "layernorm"
 
 
+class TextHeadConfig(HeadConfig):
+    """z_k = scale * cos(f P, t_k): the text embeddings t_k of the classes classify, as in CLIP, in place of a classifier with weights
+    (arXiv 2103.00020). By itself it trains nothing; the options train the text side."""
+
+    kind: Literal["text"] = "text"
+    init: Literal["semantic"] = "semantic"
+    """The texts are the classifier, so there is no other initialization."""
+    context: Annotated[int, Field(ge=0)] = 0
+    """Number of learned tokens in place of the template's words before the name, shared by all classes (CoOp, arXiv 2109.01134). They
+    start as these words if there are as many, else from N(0, 0.02). 0 keeps the words."""
+    tuner: AnyTunerConfig | None = None
+    """A tuner for the blocks of the text tower: any kind with places in transformer blocks. L is its number of tuned blocks."""
+    projections: bool = False
+    """Train both projections to the shared space, that of the images and that of the texts."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """Factor of the cosines; by default CLIP's own, which it learned in pre-training."""
+
+    @property
+    def trains(self) -> bool:
+        """True if the text side is trained."""
+        return bool(self.context or self.tuner or self.projections)
+
+    @field_validator("context")
+    @classmethod
+    def _one_template(cls, context: int, info: ValidationInfo) -> int:
+        template = info.data.get("template", "")
+        if context and (template == "ensemble" or (isinstance(template, list) and len(template) > 1)):
+            raise ValueError(
+                f"requires a single template, but got {context} with several; set head.template to one text"
+            )
+        return context
+
+    @field_validator("tuner")
+    @classmethod
+    def _fits_text(cls, tuner: TunerConfig | None) -> TunerConfig | None:
+        if tuner is None:
+            return None
+        if not TUNERS[tuner.kind].changes_tower:
+            raise ValueError(f"must train the text tower, but got {tuner.kind}, which trains nothing in it; use null")
+        if remedy := TUNERS[tuner.kind].not_in_text:
+            raise ValueError(f"must have places in the blocks of a text tower, but got {tuner.kind}; {remedy}")
+        return tuner
+
+
 register_head(CosineHeadConfig, "lift_ray.model.heads:CosineHead")
 register_head(LinearHeadConfig, "lift_ray.model.heads:LinearHead")
 register_head(L2NormHeadConfig, "lift_ray.model.heads:L2NormHead")
 register_head(LayerNormHeadConfig, "lift_ray.model.heads:LayerNormHead")
+register_head(TextHeadConfig, "lift_ray.model.text_head:build", from_text=True)
+
+
+def _follow() -> None:
+    """Accept tuners that were registered after this module was imported."""
+    TextHeadConfig.model_fields["tuner"].annotation = TUNERS.union() | None
+    TextHeadConfig.model_rebuild(force=True)
+
+
+TUNERS.followers.append(_follow)
 
 if TYPE_CHECKING:
     AnyHeadConfig = HeadConfig

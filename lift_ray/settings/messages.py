@@ -123,6 +123,8 @@ def elsewhere(model: type[BaseModel], path: str) -> str:
         for name in (*known, *sorted(sections - known.keys()))
         if name and (name.endswith(f".{path}") or path.endswith(f".{name}"))
     ]
+    outermost = min((name.count(".") for name in found), default=0)
+    found = [name for name in found if name.count(".") == outermost]
     return f"did you mean {' or '.join(map(repr, found))}?" if 0 < len(found) <= 3 else ""
 
 

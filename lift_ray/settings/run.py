@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from lift_ray.registry import HEADS, LOSSES, METHODS, TUNERS, Config, TunerConfig, load_plugins
 from lift_ray.settings.base import OneOf
-from lift_ray.settings.heads import AnyHeadConfig
+from lift_ray.settings.heads import AnyHeadConfig, HeadConfig
 from lift_ray.settings.losses import AnyLossConfig
 from lift_ray.settings.messages import explain_first
 from lift_ray.settings.methods import AnyMethodConfig, BackdoorConfig, MethodConfig, check_suits
@@ -214,6 +214,16 @@ class RunConfig(Config):
         if extra is not None and "tuner" in info.data:
             check_pair(info.data["tuner"].kind, extra.kind)
         return extra
+
+    @field_validator("head")
+    @classmethod
+    def _has_texts(cls, head: HeadConfig, info: ValidationInfo) -> HeadConfig:
+        backbone = info.data.get("backbone")
+        if HEADS[head.kind].from_text and backbone is not None and not backbone.has_text:
+            raise ValueError(
+                f"kind {head.kind} requires a text tower, but got backbone.model {backbone.model}; use cosine with init class_mean"
+            )
+        return head
 
     @field_validator("method")
     @classmethod

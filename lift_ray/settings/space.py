@@ -260,9 +260,17 @@ def replaced(base: dict[str, Any], always: Collection[str]) -> set[str]:
     }
 
 
+NESTED = "head.tuner"  # the only section with kinds inside another one
+
+
+def section_of(name: str) -> str:
+    """Return the section of a dotted setting: `tuner` of `tuner.blocks.last`, `head.tuner` of `head.tuner.blocks`."""
+    return NESTED if name.startswith(f"{NESTED}.") else name.split(".")[0]
+
+
 def setting_of(name: str) -> str:
     """Return the setting of which a dotted name is all or a part: `tuner.blocks` of `tuner.blocks.last`."""
-    return ".".join(name.split(".")[:2])
+    return ".".join(name.split(".")[: section_of(name).count(".") + 2])
 
 
 def is_active(param: Param, values: dict[str, Any]) -> bool:

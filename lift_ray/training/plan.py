@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from lift_ray.data.batches import AHEAD
@@ -10,6 +12,7 @@ from lift_ray.data.order import memory_bytes, steps_per_epoch
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import BackboneUnavailable
+from lift_ray.model.text_head import TextHead
 from lift_ray.settings.methods import HalfLabelledConfig
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.run_file import RunFile
@@ -73,25 +76,37 @@ def memory(model: Lift, config: RunConfig, images: int) -> dict[str, int]:
         images: number of images of a worker in one step.
     """
     trained = sum(p.numel() for p in model.trained().values())
-    tower = sum(p.numel() for p in model.tower.parameters())
-    at_once = -(-images // config.optim.accumulate)
-    image = 3 * model.tower.resolution_px**2
+    tower, head = sum(p.numel() for p in model.tower.parameters()), model.head
+    px, at_once = model.tower.resolution_px, -(-images // config.optim.accumulate)
+    image = 3 * px**2
     value_bytes = DTYPES[config.backbone.precision].itemsize
+    of_texts = 0  # activations of the text side, which are the same for any number of images
+    if isinstance(head, TextHead):
+        tower += sum(p.numel() for p in head.tower.parameters())
+        of_texts = saved_bytes(head, value_bytes, head.text)
+        model.head = head.constant()
+    try:
+        probed = saved_bytes(model, value_bytes, lambda: model(torch.zeros(PROBE_IMAGES, 3, px, px)))
+    finally:
+        model.head = head
     return {
         "tower": 4 * tower + (value_bytes * tower if value_bytes < 4 else 0),  # autocast keeps a copy
         "trained, gradients and optimizer": (4 if config.optim.optimizer == "adamw" else 3) * 4 * trained,
-        "activations": int(saved_bytes(model, value_bytes) / PROBE_IMAGES * at_once) if trained else 0,
+        "activations": int(probed / PROBE_IMAGES * at_once) + of_texts if trained else 0,
         "batches": (AHEAD + 2) * images * image + 4 * images * image,
     }
 
 
-def saved_bytes(model: Lift, value_bytes: int = 4) -> int:
-    """Measure the bytes of activations that autograd saves for PROBE_IMAGES images, each tensor counted once.
+def saved_bytes(model: Lift | TextHead, value_bytes: int, forward: Callable[[], torch.Tensor]) -> int:
+    """Measure the bytes of activations that autograd saves in a forward pass, each tensor counted once.
 
     Inputs of layer norms stay in fp32 even if the products use a smaller type. With activation checkpointing the result is the input of
     every block, plus what one block saves while it is recomputed.
+
+    Args:
+        forward: the forward pass of the model, or of a part of it.
     """
-    px, tower = model.tower.resolution_px, model.tower
+    tower = model.tower
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
     single: dict[int, int] = {}
@@ -115,7 +130,7 @@ def saved_bytes(model: Lift, value_bytes: int = 4) -> int:
     before, tower.checkpointing = tower.checkpointing, False
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            kept = model(torch.zeros(PROBE_IMAGES, 3, px, px))
+            kept = forward()
     finally:
         tower.checkpointing = before
         for hook in hooks:

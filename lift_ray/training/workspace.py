@@ -21,17 +21,20 @@ from lift_ray.data.longtail import Int64s
 from lift_ray.data.open import open_dataset
 from lift_ray.data.order import SHUFFLE_BYTES, memory_bytes, rank_slice
 from lift_ray.data.reader import RowReader
-from lift_ray.errors import BadInput
+from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
-from lift_ray.methods.lift import Lift, first_block
+from lift_ray.methods.lift import Lift
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.methods.world import Ranks
 from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
 from lift_ray.model.device import WITH_STREAMS, precision_fault
 from lift_ray.model.heads import MEAN_OF, CosineHead, class_means, probe_weights, random_weights
+from lift_ray.model.tuners.base import first_block
 from lift_ray.registry import HEADS
+from lift_ray.settings.heads import HeadConfig, TextHeadConfig
 from lift_ray.settings.methods import UlfineConfig
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
+from lift_ray.settings.tuners import resolve_tuner
 from lift_ray.training.events import FeaturesDone
 from lift_ray.training.feature_cache import FeatureCache, Features, Part
 from lift_ray.training.shared_features import FeatureFile, SharedFeatures, chunks_of
@@ -160,10 +163,27 @@ class Workspace:
                     but=f"{backbone.name} has none",
                     remedy="remove it",
                 )
+        self._check_texts(config)
         try:
-            return config.resolve(self.dataset.num_classes, tower.num_blocks, tower.width)
+            resolved = config.resolve(self.dataset.num_classes, tower.num_blocks, tower.width)
+            return resolved.model_copy(update={"head": self._resolved_head(config)})
         except ValueError as error:
             raise BadInput(str(error)) from None
+
+    def _check_texts(self, config: RunConfig) -> None:
+        """Raise BadInput for texts of a class that the dataset does not have."""
+        names = self.dataset.class_names
+        if unknown := sorted((config.head.texts or {}).keys() - set(names)):
+            raise BadInput("head.texts", f"unknown class '{unknown[0]}'", remedy=did_you_mean(unknown[0], names))
+
+    def _resolved_head(self, config: RunConfig) -> HeadConfig:
+        """Return the head with derived values filled in. Raises ValueError as `resolve_tuner`."""
+        head = config.head
+        if not isinstance(head, TextHeadConfig) or head.tuner is None:
+            return head
+        text = self.backbone(config).text_tower
+        tuner = resolve_tuner(head.tuner, "head.tuner", self.dataset.num_classes, text.num_blocks, text.width)
+        return head.model_copy(update={"tuner": tuner})
 
     def build(self, config: RunConfig, trained_already: bool = False) -> Lift:
         """Return a new model on the shared backbone, for resolved settings; the same on every rank.
@@ -179,25 +199,35 @@ class Workspace:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             if "zero_shot" in parts:
-                classifier: torch.nn.Module = backbone.zero_shot_head(self.dataset.class_names, head.template)
+                classifier: torch.nn.Module = backbone.zero_shot_head(
+                    self.dataset.class_names, head.template, head.texts
+                )
                 return Lift(tower, parts, classifier).to(self.ranks.device)
-            options = head.model_dump(exclude={"kind", "init", "template"})
+            if HEADS[head.kind].from_text:
+                dtype = DTYPES[config.backbone.precision]
+                classifier = HEADS.build(head.kind, backbone, self.dataset.class_names, head, dtype)
+                return Lift(tower, parts, classifier).to(self.ranks.device)
+            options = head.model_dump(exclude={"kind", "init", "template", "texts"})
             start = random_weights(self.dataset.num_classes, tower.width)
             if not trained_already and head.init != "random":
                 start = self._start_weights(config)
             classifier = HEADS.build(head.kind, start, **options)
             if isinstance(config.method, UlfineConfig):
-                text = start if trained_already else backbone.semantic_weights(self.dataset.class_names, head.template)
+                text = start if trained_already else self._semantic_weights(config)
                 assert isinstance(classifier, CosineHead)
                 classifier = FusedHead(
                     classifier, text, **config.method.model_dump(include={"mu", "ema", "pseudo_ema", "eta"})
                 )
             return Lift(tower, parts, classifier).to(self.ranks.device)
 
+    def _semantic_weights(self, config: RunConfig) -> torch.Tensor:
+        head = config.head
+        return self.backbone(config).semantic_weights(self.dataset.class_names, head.template, head.texts)
+
     def _start_weights(self, config: RunConfig) -> torch.Tensor:
         """Return the initial weights of the classifier, (K, D)."""
         if config.head.init == "semantic":
-            return self.backbone(config).semantic_weights(self.dataset.class_names, config.head.template)
+            return self._semantic_weights(config)
         split = self.training(config)
         key = (*self._key(config), config.head.init, split.key)
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lift_ray.registry import TUNERS, imported
+
+if TYPE_CHECKING:
+    from lift_ray.model.tower import SharedWeights
+
+AnyTower = TypeVar("AnyTower", bound="SharedWeights")
 
 
 class BlockTuner(nn.Module):
@@ -140,6 +145,30 @@ def own_names(tower: nn.Module, trains: Callable[[str, bool], bool], blocks: Seq
     sorts: tuple[type[nn.Module], ...] = (nn.BatchNorm2d,) if has_batch_norms else (nn.LayerNorm, nn.RMSNorm)
     norms = {n for n, m in tower.named_modules() if isinstance(m, sorts)}
     return [name for name in inside if trains(name, name.rpartition(".")[0] in norms)]
+
+
+def with_own_weights(tower: AnyTower, parts: dict[str, dict[str, Any]], also: Sequence[str] = ()) -> AnyTower:
+    """The tower with parameters of its own wherever these kinds train the tower's; the tower itself if they train none.
+
+    Args:
+        tower: a model.tower.SharedWeights, which never changes.
+        parts: options of each kind of tuner, as in `Tuner`. Of kinds that train the tower's own parameters there is one at most.
+        also: names of other parameters to train.
+    """
+    for kind, options in parts.items():
+        known = TUNERS[kind]
+        if known.trains:
+            return tower.with_own([*own_names(tower, known.trains, options["blocks"]), *also])
+        if known.prepare:
+            own = tower.with_own(also)
+            imported(known.prepare)(own, **options)
+            return own
+    return tower.with_own(also) if also else tower
+
+
+def first_block(kind: str, options: dict[str, Any], num_blocks: int) -> int:
+    """The first block that a kind changes; `num_blocks` when it changes none."""
+    return int(min(options.get("blocks") or [0])) if TUNERS[kind].changes_tower else num_blocks
 
 
 class Tuner(nn.Module):

@@ -94,6 +94,10 @@ SETTINGS = {
     "augment.kind": "cropping",
     "head.kind": "classifier",
     "head.init": "classifier initialization",
+    "head.context": "learned context tokens",
+    "head.tuner.kind": "tuner of the text tower",
+    "head.tuner.bottleneck": "bottleneck width in the text tower",
+    "head.projections": "projections trained",
 }
 
 

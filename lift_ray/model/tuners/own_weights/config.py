@@ -58,6 +58,11 @@ class PartialConfig(TunerConfig):
 
 register_tuner(BitfitConfig, trains=lambda name, norm: name.endswith("bias"), owns=TOWER_WEIGHTS)
 register_tuner(LayernormConfig, trains=lambda name, norm: norm, owns=TOWER_WEIGHTS)
-register_tuner(BatchnormConfig, trains=lambda name, norm: norm, owns=TOWER_WEIGHTS)
+register_tuner(
+    BatchnormConfig,
+    trains=lambda name, norm: norm,
+    owns=TOWER_WEIGHTS,
+    not_in_text="use layernorm, as it has layer norms",
+)
 register_tuner(FullConfig, trains=lambda name, norm: True, owns=TOWER_WEIGHTS)
 register_tuner(PartialConfig, trains=lambda name, norm: True, owns=TOWER_WEIGHTS)

@@ -41,5 +41,5 @@ def build(tower: Any, block: int, length: int) -> Any:
     return Prompt(tower.shape.width, tower.patch_px, length, tower.prompts_at)
 
 
-register_tuner(VptShallowConfig, build, owns=PROMPT_TOKENS)
-register_tuner(VptDeepConfig, build, owns=PROMPT_TOKENS)
+for _config in (VptShallowConfig, VptDeepConfig):
+    register_tuner(_config, build, owns=PROMPT_TOKENS, not_in_text="use head.context for learned tokens of texts")
