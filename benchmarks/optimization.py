@@ -20,7 +20,10 @@ from record import record
 from lift_ray.epoch_metrics import MAIN
 from lift_ray.terminal.tables import console
 
-BASE: dict[str, Any] = {
+Settings = dict[str, Any]
+Variants = dict[str, tuple[Settings, list[float]]]  # name -> settings beside the base, and learning rates to compare
+
+BASE: Settings = {
     "augment.kind": "none",
     "head.init": "class_mean",
     "tuner.kind": "adaptformer",
@@ -29,7 +32,7 @@ BASE: dict[str, Any] = {
     "optim.schedule": "cosine",
 }
 SGD, ADAMW = [0.01, 0.03, 0.1], [0.001, 0.003, 0.01]
-VARIANTS: dict[str, tuple[dict[str, Any], list[float]]] = {
+VARIANTS: Variants = {
     "base": ({}, SGD),
     "cosine_by_epoch": ({"optim.schedule": "cosine_by_epoch"}, SGD),
     "sgd_nesterov": ({"optim.optimizer": "sgd_nesterov"}, SGD),
@@ -41,11 +44,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[float]]] = {
 COMPARED = (MAIN, "few")
 
 
-def possible_jobs(variants: Sequence[str], seeds: Sequence[int], epochs: int) -> list[Job]:
+def possible_jobs(base: Settings, variants: Variants, seeds: Sequence[int], epochs: int) -> list[Job]:
     """Every run that may be needed, by variant, then seed, then rate."""
     return [
-        Job(name, seed, epochs, rate, BASE | changed)
-        for name, (changed, rates) in ((name, VARIANTS[name]) for name in variants)
+        Job(name, seed, epochs, rate, base | changed)
+        for name, (changed, rates) in variants.items()
         for seed in seeds
         for rate in rates
     ]
@@ -70,14 +73,21 @@ def differences(rows: Sequence[Row], summaries: Sequence[Summary]) -> dict[str, 
     return out
 
 
-def main() -> None:
-    options = parser(__doc__, epochs=3, minutes=60)
-    options.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS)[1:], default=list(VARIANTS)[1:], metavar="NAME"
-    )
+def compare(title: str, about: str | None, base: Settings, variants: Variants) -> None:
+    """Compare variants with the first of them, print the table, and record it on request.
+
+    Args:
+        title: name of the benchmark.
+        about: what it is, for --help.
+        base: settings of all variants.
+    """
+    first, *others = variants
+    options = parser(about, epochs=3, minutes=60)
+    options.add_argument("--variants", nargs="+", choices=others, default=others, metavar="NAME")
     args = options.parse_args()
-    names = ["base", *args.variants]
-    path, jobs = file_of(args, "optimization"), possible_jobs(names, args.seeds, args.epochs)
+    names = [first, *args.variants]
+    jobs = possible_jobs(base, {name: variants[name] for name in names}, args.seeds, args.epochs)
+    path = file_of(args, title)
     rows = work_through(path, jobs, partial(choose, jobs), cold=False, minutes=args.minutes)
     summaries = summarise(sorted(rows, key=lambda row: names.index(row["name"])), args.seeds[0])
     screen, compared = console(), differences(rows, summaries)
@@ -87,11 +97,13 @@ def main() -> None:
             f"{metric.replace('_', ' ')} {100 * value['mean']:+.1f} ± {100 * value['standard_error']:.1f}"
             for metric, value in by_metric.items()
         )
-        screen.print(f"{name}, difference to the base (mean ± standard error): {', '.join(shown)}")
+        screen.print(f"{name}, difference to {first} (mean ± standard error): {', '.join(shown)}")
+    for s in summaries:
+        screen.print(f"{s['method']}: {s['cpu_s']:.0f} s of processor time a run")
     if args.record:
-        figures = {"epochs": args.epochs, "base": BASE, "variants": summaries, "differences": compared}
-        print(record("optimization", command(), figures, seeds=args.seeds))
+        figures = {"epochs": args.epochs, "base": base, "variants": summaries, "differences": compared}
+        print(record(title, command(), figures, seeds=args.seeds))
 
 
 if __name__ == "__main__":
-    main()
+    compare("optimization", __doc__, BASE, VARIANTS)

@@ -33,8 +33,8 @@ from record import record
 from torch import Tensor, nn
 
 from lift_ray.methods.lift import Lift
-from lift_ray.model.loading import rebuild
 from lift_ray.model.heads import CosineHead, random_weights
+from lift_ray.model.loading import rebuild
 from lift_ray.model.tower import Tower
 from lift_ray.model.tuners.adaptformer.module import Adaptformer
 from lift_ray.model.tuners.config import derived_width

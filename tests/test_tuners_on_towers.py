@@ -1,0 +1,153 @@
+"""The contract of tuners on one tower of each kind: pooling, positions, norms and MLPs other than CLIP's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_tuners import BLOCKS, CANNOT_MERGE, CASES, IMAGES, PATCH_PX, TRAINED, WIDTH, gradients, lift, perturbed
+from timm.layers import AttentionPoolLatent, RotaryEmbeddingCat, RotaryEmbeddingMixed
+from torch import nn
+
+from lift_ray.errors import BadInput
+from lift_ray.model.backbone import check_tuner
+from lift_ray.model.merging import merged
+from lift_ray.model.positions import Rotary
+from lift_ray.model.tower import AttentionPool, BlockShape, Pool, Tower
+
+torch.set_num_threads(1)
+
+
+def attention_pool() -> AttentionPool:
+    pool = AttentionPoolLatent(WIDTH, num_heads=2, mlp_ratio=2, norm_layer=nn.LayerNorm)
+    return AttentionPool(pool, nn.LayerNorm(WIDTH), nn.Identity())
+
+
+def rotary(mixed: bool = False) -> Rotary:
+    if mixed:
+        return Rotary(RotaryEmbeddingMixed(dim=WIDTH, depth=BLOCKS, num_heads=2))
+    return Rotary(RotaryEmbeddingCat(WIDTH // 2, in_pixels=False, feat_shape=[2, 2]))
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gated": {"gated_mlp": True, "mlp_norm": True, "inner_norm": True, "activation": torch.nn.functional.silu},
+    "norms behind": {"post_norm": True},
+    "RMS norms": {"norm": nn.RMSNorm, "query_norm": True},
+    "bias by distance": {"relative_side": 2},
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "mean": {"pool": lambda: Pool("mean", nn.LayerNorm(WIDTH))},
+    "mean without class token": {
+        "pool": lambda: Pool("mean", nn.LayerNorm(WIDTH), norm_last=True, first_patch=0),
+        "class_token": False,
+        "norm_first": False,
+    },
+    "attention pooling": {"pool": attention_pool, "class_token": False},
+    "rotary": {"rotary": rotary, "num_registers": 2, "positions": "none"},
+    "mixed rotary": {"rotary": lambda: rotary(mixed=True), "positions": "patches"},
+}
+KINDS = [*SHAPES, *PARTS]
+SOME = [case for case in CASES if case not in ("adapter", "full", "sparse mlp", "dora", "vpt_shallow", "lora")]
+
+
+def tower_of(kind: str, checkpointing: bool = False) -> Tower:
+    torch.manual_seed(0)
+    shape = {"num_heads": 2, "hidden": 4 * WIDTH, "activation": torch.nn.functional.gelu} | SHAPES.get(kind, {})
+    parts = {key: make() if callable(make) else make for key, make in PARTS.get(kind, {}).items()}
+    tower = Tower(
+        BlockShape(WIDTH, **shape),
+        num_blocks=BLOCKS,
+        patch_px=PATCH_PX,
+        resolution_px=16,
+        checkpointing=checkpointing,
+        **parts,
+    )
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return tower.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tower(request: pytest.FixtureRequest) -> Tower:
+    return tower_of(request.param)
+
+
+def skip_without_place(tower: Tower, case: str) -> None:
+    try:
+        for kind in CASES[case]:
+            check_tuner(tower, kind)
+    except BadInput as refused:
+        pytest.skip(str(refused))
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_the_frozen_part_is_computed_once_and_nothing_below_is_in_the_graph(tower: Tower, case: str) -> None:
+    skip_without_place(tower, case)
+    model = perturbed(lift(tower, case, (1, 2)))
+    kept = model.frozen_part(IMAGES)
+    assert not kept.requires_grad
+    logits = model(IMAGES)
+    assert torch.allclose(model.from_frozen(kept), logits, atol=1e-5, rtol=0)
+    assert not torch.allclose(logits, lift(tower, case, (1, 2))(IMAGES), atol=1e-4) or case in (
+        "linear_probe",
+        "zero_shot",
+    )
+
+
+@pytest.mark.parametrize("case", [case for case in SOME if case in TRAINED])
+def test_exactly_what_is_trained_gets_a_gradient_also_with_checkpointing(tower: Tower, case: str, request: Any) -> None:
+    skip_without_place(tower, case)
+    model = perturbed(lift(tower, case, (1, 2)))
+    found = gradients(model)
+    assert {name for name, gradient in found.items() if gradient is not None} == set(model.trained())
+    again = gradients(perturbed(lift(tower_of(request.node.callspec.params["tower"], True), case, (1, 2))))
+    for name in model.trained():
+        one, other = found[name], again[name]
+        assert one is not None
+        assert other is not None
+        assert torch.allclose(one, other, atol=1e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("case", [case for case in SOME if not CANNOT_MERGE & {*CASES[case]}])
+def test_a_tuner_that_changes_only_weights_is_merged_into_them(tower: Tower, case: str) -> None:
+    skip_without_place(tower, case)
+    model = perturbed(lift(tower, case))
+    if not all(tuner.can_merge for tuner in model.tuner.per_block):
+        assert getattr(tower.blocks[0].norm1, "bias", None) is None  # a shift has no place in a norm without bias
+        return
+    plain = merged(model.tower, model.tuner.per_block)
+    assert torch.allclose(model.tuner.behind(plain(IMAGES)), model.feature(IMAGES), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["adaptformer", "vpt_deep", "linear_probe"])
+def test_patches_can_be_given_in_any_order_and_left_out(tower: Tower, case: str) -> None:
+    if not tower.can_drop_patches:
+        pytest.skip("looks at whole images")
+    model = perturbed(lift(tower, case))
+    shuffled = torch.tensor([2, 0, 3, 1]).expand(len(IMAGES), -1)
+    assert torch.allclose(model(IMAGES, shuffled), model(IMAGES), atol=1e-4)
+    other = IMAGES.clone()
+    other[:, :, :PATCH_PX, PATCH_PX:] += 1  # patch 1
+    without, beside = shuffled[:, :3], shuffled[:, 1:]
+    assert torch.equal(model(other, without), model(IMAGES, without))
+    assert not torch.allclose(model(other, beside), model(IMAGES, beside), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vpt_shallow", "vpt_deep"])
+def test_prompts_are_refused_where_each_pair_of_tokens_has_a_bias(kind: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        check_tuner(tower_of("bias by distance"), kind)
+    assert str(caught.value) == (
+        f"tuner {kind}: requires a backbone that takes more tokens, but this one (VisionTransformer) has a bias for each pair "
+        "of its own; use adaptformer or lora"
+    )
+
+
+def test_larger_images_have_their_own_angles_and_biases() -> None:
+    for kind in KINDS:
+        tower = tower_of(kind)
+        larger = torch.nn.functional.interpolate(IMAGES, scale_factor=2)
+        assert tower(larger).shape == tower(IMAGES).shape
+        assert tower.num_patches(32) == 4 * tower.num_patches(16)
