@@ -75,11 +75,11 @@ BROKEN = {
     "an unknown section": (SEED + "serch: {trials: 3}", "5 serch: unknown key 'serch'; did you mean 'search'?"),
     "a setting without a range": (
         param("optim.lr: {}"),
-        "4 space.optim.lr: must have exactly one of choices, int, float, but got none; add one",
+        "4 space.optim.lr: must have exactly one of choices, named, int, float, but got none; add one",
     ),
     "a setting with two ranges": (
         param("optim.lr: {float: [0.1, 1], int: [1, 2]}"),
-        "4 space.optim.lr: must have exactly one of choices, int, float, but got ['int', 'float']; keep one",
+        "4 space.optim.lr: must have exactly one of choices, named, int, float, but got ['int', 'float']; keep one",
     ),
     "a setting that is a number": (
         param("optim.lr: 3"),

@@ -10,7 +10,7 @@ from lift_ray.ray_runtime.capacity import gpus_here, lacking, need, num_fitting
 from lift_ray.searching.final_comparison import further_trainings
 from lift_ray.searching.search_data import SearchData, unseen_line
 from lift_ray.settings.search import expected_epochs
-from lift_ray.settings.space import SpaceFile
+from lift_ray.settings.space import SpaceFile, backbones
 from lift_ray.text import count
 
 Line = tuple[str, str]
@@ -50,8 +50,10 @@ def _held_out(space: SpaceFile, facts: SearchData) -> Iterator[Line]:
 
 
 def _space(space: SpaceFile) -> Iterator[Line]:
-    backbone = space.config({}).backbone
-    yield "backbone", f"{backbone.model} {backbone.pretrained or ''} in {backbone.precision}"
+    for label, values in backbones(space).items():
+        backbone = space.config(values).backbone
+        name = f"{label}: " if label else ""
+        yield "backbone", f"{name}{backbone.model} {backbone.pretrained or ''} in {backbone.precision}"
     for metric, mode in space.objectives.items():
         yield "objective", f"{metric}, {mode}"
     for metric, limit in space.constraints.items():
