@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,19 +12,25 @@ import timm
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
+from safetensors.torch import load_file
 from test_towers import images, shaken
 from torch import nn
 
+import lift_ray
 from lift_ray.errors import BadInput
 from lift_ray.evaluation.cpu_parallel import batch_size
+from lift_ray.inference.export import not_for_open_clip
+from lift_ray.inference.exported_model import exported_model
 from lift_ray.methods.lift import Lift
-from lift_ray.model.backbone import FITS, check_tuner
+from lift_ray.model.backbone import FITS, Backbone, check_tuner
 from lift_ray.model.heads import CosineHead, random_weights
-from lift_ray.model.hosted import OpaqueTower, StagedTower, TimmHead, host, timm_projection
+from lift_ray.model.hosted import OpaqueTower, StagedTower, TimmHead, fill_buffers, host, timm_projection
 from lift_ray.model.tuners.base import Identity
 from lift_ray.registry import TUNERS
 from lift_ray.settings.run import RunConfig
-from lift_ray.training.workspace import first_tuned
+from lift_ray.training.plan import memory
+from lift_ray.training.run import Run
+from lift_ray.training.workspace import Workspace, first_tuned
 
 torch.set_num_threads(1)  # small tensors, and other processes of the tests beside them
 LABELS = torch.arange(4) % 3
@@ -46,6 +54,7 @@ OPAQUE: dict[str, tuple[str, dict[str, Any]]] = {
     "class and distillation": ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 1, "proj_drop_rate": 0.5}),
 }
 ALL = {**STAGED, **OPAQUE}
+EACH = ("ConvNeXt", "MobileCLIP", "ResNet", "Swin")  # one for each way to be cut
 NORMS = {"Swin": "layernorm", "Swin V2": "layernorm", "ConvNeXt": "layernorm", "ConvNeXt V2": "layernorm"}
 PLACES = ("adaptformer", "adapter")  # kinds with modules of their own
 OWN = ("bitfit", "norms", "full", "partial")  # kinds that train the tower's parameters
@@ -88,9 +97,7 @@ def trained_by(origin: Any, case: str, kind: str) -> list[torch.Tensor]:
     """The origin's parameters that a kind trains, found by timm's own names and types."""
     norm = nn.LayerNorm if case in NORMS else nn.BatchNorm2d
     is_stage = ("stages.", "layers.", "layer1", "layer2", "layer3", "layer4")
-    last = {"ResNet": ("layer3", "layer4"), "ResNet bottleneck": ("layer3", "layer4")}.get(
-        case, ("stages.2", "stages.3")
-    )
+    last = ("layer3", "layer4") if case == "ResNet" else ("stages.2", "stages.3")
     last = ("layers.1",) if case.startswith("Swin") else last
     norms = {id(p) for module in origin.modules() if isinstance(module, norm) for p in module.parameters()}
     kept: dict[str, Callable[[str, nn.Parameter], bool]] = {
@@ -158,7 +165,7 @@ def test_cached_blocks_continue_to_the_same_feature(case: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*OWN, *PLACES, "linear_probe"])
-@pytest.mark.parametrize("case", STAGED)
+@pytest.mark.parametrize("case", EACH)
 def test_a_step_changes_what_the_kind_trains_and_nothing_else(case: str, kind: str) -> None:
     origin = origin_of(case)
     tower = host(origin, case, resolution_px=64)
@@ -199,7 +206,7 @@ def test_a_step_changes_what_the_kind_trains_and_nothing_else(case: str, kind: s
 
 
 @pytest.mark.parametrize("kind", ["full", "adaptformer"])
-@pytest.mark.parametrize("case", STAGED)
+@pytest.mark.parametrize("case", EACH)
 def test_checkpointing_gives_the_same_gradients(case: str, kind: str) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -386,8 +393,16 @@ def test_a_linear_head_is_a_projection(name: str, bias: bool) -> None:
     assert_close(shared_space(visual, head), visual(images(64)))
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_vit", "test_efficientnet", "fastvit_mci0"])
-@pytest.mark.parametrize("proj", [None, ""])
+@pytest.mark.parametrize(
+    ("name", "proj"),
+    [
+        ("test_convnext", None),
+        ("test_resnet", ""),
+        ("test_vit", None),
+        ("test_efficientnet", None),
+        ("fastvit_mci0", ""),
+    ],
+)
 @torch.inference_mode()
 def test_without_a_head_the_trunks_classifier_is_the_projection(name: str, proj: Any) -> None:
     visual = visual_of(name, pool="token" if name == "test_vit" else "avg", proj=proj)
@@ -437,4 +452,119 @@ def test_two_projections_are_refused() -> None:
         timm_projection(visual_of("deit_tiny_distilled_patch16_224", pool="token", proj=None))
     assert str(caught.value) == (
         "backbone.model: must have one projection, but its VisionTransformerDistilled has 2; use another model"
+    )
+
+
+def test_a_tuner_without_a_place_is_refused_by_add_tuner() -> None:
+    tower: Any = tower_of("ConvNeXt")
+    backbone = Backbone("timm:convnext_atto", tower, (0, 0, 0), (1, 1, 1), None, None, 1.0)
+    with pytest.raises(
+        BadInput, match=r"^tuner lora: requires the blocks of a plain transformer, but this backbone \(ConvNeXt\)"
+    ):
+        lift_ray.add_tuner(backbone, lift_ray.LoraConfig(), num_classes=3)
+    model = lift_ray.add_tuner(backbone, lift_ray.AdaptformerConfig(bottleneck=2), num_classes=3)
+    assert torch.equal(model.feature(images(64)), tower(images(64)))
+    assert len(model.trained()) == 7 * tower.num_blocks + 1
+
+
+def test_a_hosted_tower_with_tuners_can_be_exported_but_not_as_weights_of_open_clip() -> None:
+    tower = tower_of("ConvNeXt")
+    model = lift_of(tower, "ConvNeXt", "adaptformer")
+    with torch.no_grad():
+        for parameter in model.tuner.parameters():
+            parameter.add_(0.1)
+        backbone: Any = Backbone("convnext_tiny", tower, (0.5,) * 3, (0.2,) * 3, None, None, 1.0)  # type: ignore[arg-type]
+        module, pixels = exported_model(model, backbone, torch.zeros(3)), torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+        batch = torch.export.Dim("batch")
+        program = torch.export.export(module, (pixels,), dynamic_shapes=({0: batch},), strict=True)
+        pixels = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+        assert torch.allclose(program.module()(pixels), model((pixels / 255 - 0.5) / 0.2), atol=1e-4)
+    classifier: Any = SimpleNamespace(backbone=backbone, model=model, config=RunConfig())
+    assert not_for_open_clip(classifier).startswith("requires a backbone with the blocks of a plain transformer")
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "augment"),
+    [
+        ("ConvNeXt", "adaptformer", "none"),
+        ("MobileCLIP", "bitfit", "none"),
+        ("ResNet", "partial", "none"),
+        ("Swin", "layernorm", "crop_flip"),
+        ("relative positions", "linear_probe", "none"),
+        ("relative positions", "linear_probe", "crop_flip"),
+    ],
+)
+def test_a_run_trains_on_a_hosted_tower_from_cached_features(
+    case: str, kind: str, augment: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tower: Any = tower_of(case)
+    backbone = Backbone(case, tower, (0.5,) * 3, (0.25,) * 3, None, None, 1.0)  # type: ignore[arg-type]
+    monkeypatch.setattr("lift_ray.training.workspace.load_backbone", lambda *args, **kwargs: backbone)
+    tree = {
+        "backbone": {"model": f"{case} {kind}"},
+        "tuner": {"kind": kind} | ({"last": 1} if kind == "partial" else {}),
+        "head": {"init": "class_mean"},
+        "augment": {"kind": augment},
+        "optim": {"epochs": 2, "global_batch_size": 16, "lr": 0.01},
+    }
+    if kind in ("adaptformer", "bitfit"):
+        tree["tuner"] = {"kind": kind, "blocks": {"last": 1}}
+    run = Run(RunConfig.parse(tree), workspace)
+    before = {name: p.detach().clone() for name, p in run.model.trained().items()}
+    cached = workspace.cached_features(run.config, run.model, run.train) if augment == "none" else None
+    assert (cached is not None) == (augment == "none")
+    epochs = [epoch.flat() for epoch in run.epochs()]
+    assert len(epochs) == 2
+    assert any(not torch.equal(before[name], p) for name, p in run.model.trained().items())
+    assert sum(memory(run.model, run.config, 16).values()) > 4 * sum(p.numel() for p in tower.parameters())
+    run.save(tmp_path / "checkpoint")
+    stored = load_file(tmp_path / "checkpoint" / "weights.safetensors")
+    assert set(stored) == set(run.model.stored())
+    for patched, value in (("patch_dropout", 0.5), ("start_px", 32)):
+        config = RunConfig.parse({**tree, "augment": {"kind": "crop_flip", patched: value}})
+        with pytest.raises(
+            BadInput, match=f"^augment.{patched}: requires a backbone with patches, but {case} has none"
+        ):
+            workspace.resolve(config)
+    with pytest.raises(BadInput, match=r"^tuner lora: "):
+        workspace.resolve(RunConfig.parse({**tree, "tuner": {"kind": "lora"}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        STAGED["Swin"],
+        STAGED["Swin V2"],
+        OPAQUE["relative positions"],
+        ("beit_base_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}),
+        ("eva02_tiny_patch14_224", {"depth": 1}),
+        ("vit_small_patch16_dinov3", {"depth": 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tables_that_no_file_holds_are_computed(name: str, options: dict[str, Any]) -> None:
+    real = shaken(timm.create_model(name, **options))
+    with torch.device("meta"):
+        empty = timm.create_model(name, **options)
+    empty.load_state_dict(real.state_dict(), assign=True)
+    missing = [key for key, buffer in empty.named_buffers() if buffer.is_meta]
+    assert missing
+    fill_buffers(empty)
+    expected = dict(real.named_buffers())
+    for key, buffer in empty.named_buffers():
+        assert torch.equal(buffer, expected[key]), key
+    assert set(empty.state_dict()) == set(real.state_dict())
+    side = empty.patch_embed.img_size[0]
+    with torch.inference_mode():
+        assert torch.equal(empty.eval()(images(side, 1)), real(images(side, 1)))
+
+
+def test_tables_that_nobody_can_compute_are_refused() -> None:
+    trunk = nn.Linear(2, 2)
+    trunk.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+    with pytest.raises(BadInput) as caught:
+        fill_buffers(trunk)
+    assert str(caught.value) == (
+        "backbone.pretrained: must not be a file for this backbone, but a file does not hold the tables of its Linear; "
+        "remove it, or update timm"
     )

@@ -9,7 +9,7 @@ from torch import nn
 
 from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
-from lift_ray.model.backbone import Backbone
+from lift_ray.model.backbone import Backbone, check_tuner
 from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.registry import TunerConfig
 from lift_ray.settings.tuners import resolve_tuner
@@ -37,9 +37,11 @@ def add_tuner(
         num_classes: K, for a cosine classifier with random weights.
         template: text with {} for the class name.
 
-    Raises BadInput for blocks that the backbone does not have, and for a width that would be derived from K without classes.
+    Raises BadInput for a tuner or blocks that the backbone has no place for, and for a width that would be derived from K without
+    classes.
     """
     tower, names = backbone.tower, list(class_names or ())
+    check_tuner(tower, tuner.kind)
     number = len(names) or num_classes
     try:
         resolved = resolve_tuner(tuner, "tuner", number or 2, tower.num_blocks, tower.width)

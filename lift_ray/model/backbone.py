@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.model.heads import ZeroShotHead
+from lift_ray.model.hosted import fill_buffers
 from lift_ray.model.loading import image_tower, rebuild
 from lift_ray.model.packed import read_packed
 from lift_ray.model.quickgelu import PLACE as QUICKGELU
@@ -385,7 +386,8 @@ def _load_timm(model: str, pretrained: str | None, quickgelu: bool | None) -> Ba
     name, quick = _timm_name(model, pretrained, quickgelu)
     activation: dict[str, Any] = {"act_layer": "quick_gelu"} if quick else {}
     try:
-        vit = timm.create_model(name, pretrained=pretrained is None, **activation)
+        with torch.device("cpu" if pretrained is None else "meta"):  # a file's weights replace all of them
+            vit = timm.create_model(name, pretrained=pretrained is None, **activation)
     except Exception as error:  # as open_clip
         raise _not_loaded(model, error) from None
     if pretrained is not None:
@@ -405,9 +407,10 @@ def _fill(vit: Any, model: str, path: str) -> None:
     positions = state.get("pos_embed", torch.empty(0))
     num_patches = positions.shape[1] - _prefix_positions(vit) if positions.ndim == 3 else 0
     if num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches:
-        vit.pos_embed = nn.Parameter(torch.empty(positions.shape))
+        vit.pos_embed = nn.Parameter(torch.empty(positions.shape, device="meta"))
     check_fit(vit.state_dict(), state, model, path)
     vit.load_state_dict(state, strict=True, assign=True)
+    fill_buffers(vit)
 
 
 def _prefix_positions(vit: Any) -> int:

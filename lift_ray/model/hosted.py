@@ -309,6 +309,32 @@ def timm_projection(visual: Any) -> TimmHead:
     return TimmHead(tail=nn.Sequential(*layers))
 
 
+def fill_buffers(trunk: nn.Module) -> None:
+    """Compute the buffers that no weights file holds (tables of positions), for a trunk that timm made on the meta device.
+
+    Args:
+        trunk: its parameters are loaded already.
+
+    Raises BadInput for a module that does not say how.
+    """
+    device = next(trunk.parameters()).device
+    for module in trunk.modules():
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if not empty:
+            continue
+        for name in empty:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        compute = getattr(module, "init_non_persistent_buffers", None)
+        if compute is None:
+            raise BadInput(
+                "backbone.pretrained",
+                "must not be a file for this backbone",
+                but=f"a file does not hold the tables of its {type(module).__name__}",
+                remedy="remove it, or update timm",
+            )
+        compute()
+
+
 def _drop_classifier(trunk: Any) -> None:
     """Replace the classifier, which the feature does not need."""
     if not hasattr(trunk, "get_classifier"):
