@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loading_slot import LoadingSlot
+from made_study import make_trials, write_study
 from optuna.storages import InMemoryStorage
 from played import DATA
 
@@ -16,6 +18,10 @@ from lift_ray import tune
 from lift_ray.data.open import open_dataset
 from lift_ray.errors import BadInput
 from lift_ray.ray_runtime.capacity import Need
+from lift_ray.reporting.figures.comparison import calibration_figure
+from lift_ray.reporting.figures.search import positions
+from lift_ray.reporting.importance import importances
+from lift_ray.reporting.study_files import read_study
 from lift_ray.searching.driver import run_search
 from lift_ray.searching.engine import Engine
 from lift_ray.searching.final_comparison import zero_shots
@@ -254,6 +260,25 @@ def test_a_dry_run_names_each_backbone(small_data: str, small_clip: str, tmp_pat
     said = capsys.readouterr().out
     assert "small: local-dir:" in said
     assert "own: embedded:lift-small" in said
+
+
+def test_a_report_shows_named_choices_and_zero_shot_of_each_backbone(tmp_path: Path) -> None:
+    trials = make_trials(20)
+    for row in trials:
+        row["backbone"] = ("clip", "dino")[row["number"] % 2]
+    folder = write_study(tmp_path / "out", trials)
+    about = json.loads((folder / "study.json").read_text())
+    about["compared"][0]["label"], about["compared"][1]["label"] = "zero-shot clip", "zero-shot dino"
+    named = {name: {} for name in ("clip", "dino")}
+    about["space"]["space"]["backbone"] = {"choices": None, "named": named, "int": None, "float": None, "when": {}}
+    (folder / "study.json").write_text(json.dumps(about))
+    study = read_study(folder, "out")
+    assert study.space["backbone"]["choices"] == ["clip", "dino"]
+    assert "backbone" in importances(study)
+    assert positions(study.trials, "backbone", study.space["backbone"])[0][:2] == [0.0, 1.0]
+    figure = calibration_figure(study)
+    assert figure is not None
+    assert [trace["name"] for trace in figure.traces[1:]] == ["best found", "zero-shot clip", "zero-shot dino"]
 
 
 @pytest.mark.slow

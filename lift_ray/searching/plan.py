@@ -52,14 +52,16 @@ def _held_out(space: SpaceFile, facts: SearchData) -> Iterator[Line]:
 def _space(space: SpaceFile) -> Iterator[Line]:
     for label, values in backbones(space).items():
         backbone = space.config(values).backbone
-        name = f"{label}: " if label else ""
-        yield "backbone", f"{name}{backbone.model} {backbone.pretrained or ''} in {backbone.precision}"
+        name, weights = f"{label}: " if label else "", " ".join(filter(None, (backbone.model, backbone.pretrained)))
+        yield "backbone", f"{name}{weights} in {backbone.precision}"
     for metric, mode in space.objectives.items():
         yield "objective", f"{metric}, {mode}"
     for metric, limit in space.constraints.items():
         ends = (("at least", limit.min), ("at most", limit.max))
         yield "constraint", f"{metric} {' and '.join(f'{word} {end:g}' for word, end in ends if end is not None)}"
     for name, param in space.space.items():
+        if name == "backbone":  # listed above
+            continue
         when = f"   when {', '.join(f'{k} is {v}' for k, v in param.when.items())}" if param.when else ""
         yield name, f"{param}{when}"
 
