@@ -75,11 +75,11 @@ BROKEN = {
     "an unknown section": (SEED + "serch: {trials: 3}", "5 serch: unknown key 'serch'; did you mean 'search'?"),
     "a setting without a range": (
         param("optim.lr: {}"),
-        "4 space.optim.lr: must have exactly one of choices, int, float, but got none; add one",
+        "4 space.optim.lr: must have exactly one of choices, named, int, float, but got none; add one",
     ),
     "a setting with two ranges": (
         param("optim.lr: {float: [0.1, 1], int: [1, 2]}"),
-        "4 space.optim.lr: must have exactly one of choices, int, float, but got ['int', 'float']; keep one",
+        "4 space.optim.lr: must have exactly one of choices, named, int, float, but got ['int', 'float']; keep one",
     ),
     "a setting that is a number": (
         param("optim.lr: 3"),
@@ -411,13 +411,15 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(
     assert tune.main([str(FOLDER / "inat.yaml"), "search.trials=24", "--dry-run"]) is None
     out = capsys.readouterr().out
     lines = [line.strip() for line in out.splitlines()]
-    assert lines[:2] == ["looking up ViT-B-16 ...", "inat2018-vit-b16: plan"]
+    looked_up = ["looking up ViT-B-16 ...", "looking up hf-hub:imageomics/bioclip ..."]
+    assert lines[:3] == [*looked_up, "inat2018-vit-b16: plan"]
     assert lines[-1] == "checked: no errors found"
     for piece in (
         "s3://my-bucket/inat2018 (remote: not opened in a dry run)",
-        "ViT-B-16 openai in bf16",
+        "clip: ViT-B-16 openai in bf16",
+        "bioclip: hf-hub:imageomics/bioclip in bf16",
         "validation/mean_class_accuracy, max",
-        "4 ... 512 (log)   when tuner.kind is ['adaptformer', 'lora']",
+        "4 ... 512 (log)   when tuner.kind is ['adaptformer', 'lora', 'dora']",
         "24 trials, 1 baseline first, then tpe; stops early: asha",
         "at most 24 x 15 = 360",
         "about 115 with early stopping",

@@ -24,7 +24,7 @@ from lift_ray.storage.output import Output
 FILES = (STUDY, SPACE, TRIALS, f"{BEST}/{RECORD}")
 OUT_OF_FOLD_PATH = f"{BEST}/{OUT_OF_FOLD_FILE}"
 PREDICTION_COLUMNS = ["label", "predicted", "confidence"]
-BEST_FOUND = "best found"
+BEST_FOUND, ZERO_SHOT = "best found", "zero-shot"
 COPY_AGAIN = "copy the folder again"
 DEFAULT_OBJECTIVES = {MAIN_METRIC: "max"}
 
@@ -312,6 +312,7 @@ def _study(about: dict[str, Any], trials: list[Trial], best: dict[str, Any], fol
     space, compared = about.get("space", {}), about.get("compared", [])
     seen = {"number", "state", "epochs", "error", TRAINED_PARAMETERS, "train_s", "evaluate_s", "began_at", "ended_at"}
     named = {n: {} for t in trials[:1] for n in t if n not in seen and "/" not in n} if not space else space["space"]
+    named = {n: {**p, "choices": list(p["named"])} if p.get("named") else p for n, p in named.items()}
     if any("label" not in figures for figures in compared):
         raise KeyError("label")
     if trials and (missing := {"number", "state"} - trials[0].keys()):

@@ -10,7 +10,7 @@ from lift_ray.epoch_metrics import MAIN, TRAINED_PARAMETERS
 from lift_ray.reporting.confidence import Interval, accuracy_gains, accuracy_intervals, heavy_tuning, seed_spread
 from lift_ray.reporting.figures.charts import HEAVY, WORDS, posthoc_advice, short_count
 from lift_ray.reporting.scaling_law import Law
-from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
+from lift_ray.reporting.study_files import BEST_FOUND, ZERO_SHOT, Predictions, StudyFiles
 from lift_ray.reporting.winner import (
     ORDER,
     best_in_words,
@@ -26,7 +26,6 @@ from lift_ray.reporting.winner import (
 from lift_ray.terminal.tables import TTE_ROW, mean_and_deviation, tte_note
 
 SCALING = "What would more training gain?"
-ZERO_SHOT = "zero-shot"
 Compared = tuple[dict[str, Any], Predictions | None]
 
 
@@ -93,7 +92,9 @@ def baselines(study: StudyFiles) -> list[Compared]:
     others = [
         (f, a) for f, a in known if f["label"].split(", tau ")[0] not in ours and not f["label"].endswith(TTE_ROW)
     ]
-    return sorted(others, key=lambda pair: (pair[0]["label"] != ZERO_SHOT, pair[0].get(f"test/{MAIN}", 0.0)))
+    return sorted(
+        others, key=lambda pair: (not pair[0]["label"].startswith(ZERO_SHOT), pair[0].get(f"test/{MAIN}", 0.0))
+    )
 
 
 def _significance(found: Compared, others: Sequence[Compared], study: StudyFiles) -> str:

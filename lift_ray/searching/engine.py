@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from lift_ray.errors import BadInput, RunFailed, last_line
-from lift_ray.searching.jobs import IdleJob, Job, SlotSettings
+from lift_ray.searching.jobs import IdleJob, Job, Loaded, SlotSettings, backbone_of
 from lift_ray.searching.slot import REPLY, SLOT
 from lift_ray.training.events import Reply, RunAborted, StepsDone
 
@@ -36,8 +36,8 @@ class JobSource(Protocol):
     def num_waiting(self) -> int:
         """Number of jobs that `next_job` could hand out now."""
 
-    def next_job(self) -> Job | None:
-        """Return the next job; None if there is none now."""
+    def next_job(self, loaded: Collection[Loaded] = ()) -> Job | None:
+        """Return the next job, if possible one whose backbone is among these; None if there is none now."""
 
     def take(self, job: Job, reply: Reply) -> bool:
         """Store a slot's reply. Returns whether the slot continues with this job."""
@@ -91,6 +91,8 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self.open_slots: set[int] = set()
         self._opening: set[str] = set()  # ids of Tune's trials that wait for a new slot
         self._numbers: dict[str, int] = {}  # slot of each of Tune's trials, running or to be started
+        self._free: list[int] = []  # open slots without a job, in the order in which Tune uses them again
+        self._loaded: dict[int, set[Loaded]] = {}  # backbones of the jobs that each slot has run
         self._waiting: list[Any] = []  # Tune's trials that no slot runs yet, oldest first
         self._errors: dict[str, str] = {}
         self._failures: Counter[str] = Counter()  # by the job's key
@@ -118,15 +120,21 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         if opens:
             job: Job | None = IdleJob() if self.search.num_waiting > len(self._opening) else None
         else:
-            job = self.search.next_job() or (IdleJob() if self.keeps_slots and not self._pending() else None)
+            self._free = [slot for slot in self._free if slot in self.open_slots]
+            loaded = self._loaded.get(self._free[0], set()) if self._free else set()
+            job = self.search.next_job(loaded) or (IdleJob() if self.keeps_slots and not self._pending() else None)
         if job is None:
             if not opens:  # Tune keeps one slot without a job and ends the others
                 self.open_slots = set(sorted(self.open_slots)[: len(self.jobs) - len(self._opening) + 1])
             return None
         if opens:
             self._opening.add(trial_id)
+        elif self._free:
+            del self._free[0]
         # A new slot gets the lowest free number; an open one that takes the job keeps its own.
         number = min(set(range(len(self.jobs) + 1)) - set(self._numbers.values()))
+        if opens:
+            self._loaded.pop(number, None)
         self.jobs[trial_id], self._numbers[trial_id] = job, number
         return {"slot": replace(self.slot, number=number), "job": job}
 
@@ -163,7 +171,15 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         for job in self.jobs.values():
             if not isinstance(job, IdleJob):
                 self.search.put_back(job)
-        for known in (self.jobs, self._numbers, self._opening, self.open_slots, self._waiting):
+        for known in (
+            self.jobs,
+            self._numbers,
+            self._opening,
+            self.open_slots,
+            self._waiting,
+            self._free,
+            self._loaded,
+        ):
             known.clear()
 
     # TrialScheduler
@@ -195,6 +211,8 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self._opening.discard(trial_id)
         self.open_slots.add(self._numbers[trial_id])
         self._failed_starts = 0
+        if (backbone := backbone_of(job)) is not None:
+            self._loaded.setdefault(self._numbers[trial_id], set()).add(backbone)
         if isinstance(job, IdleJob):
             return not (self.search.num_waiting or self._pending())
         return self.search.take(job, reply)
@@ -220,6 +238,7 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         else:
             self._failures[job.key] += 1
         self.open_slots.discard(number)
+        self._loaded.pop(number, None)
         self._opening.add(trial.trial_id)  # now the job waits for a slot of its own
         trial.set_config({**trial.config, "slot": replace(self.slot, number=number)})
         with self.errors_kept():
@@ -240,7 +259,8 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
 
     def _forget(self, trial_id: str) -> None:
         self.jobs.pop(trial_id, None)
-        self._numbers.pop(trial_id, None)
+        if (number := self._numbers.pop(trial_id, None)) in self.open_slots and number not in self._free:
+            self._free.append(number)
         self._opening.discard(trial_id)
 
     # Stopper

@@ -10,15 +10,15 @@ from typing import Any
 from lift_ray.data.folds import EVERYTHING, SEARCHED
 from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
-from lift_ray.reporting.study_files import BEST_FOUND, predictions_of
+from lift_ray.reporting.study_files import BEST_FOUND, ZERO_SHOT, predictions_of
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
 from lift_ray.searching.confirmation import Choice, Results, candidates, compared_baselines, fold_jobs, ranked
 from lift_ray.searching.jobs import EvaluationJob, Job, TrainJob, trial_checkpoint_path, trial_checkpoints
 from lift_ray.searching.search_data import SearchData
 from lift_ray.searching.seed_repeats import repeat_jobs, repeated, seed_results
 from lift_ray.settings.overrides import apply_overrides
-from lift_ray.settings.run import EvaluationConfig, RunConfig
-from lift_ray.settings.space import SpaceFile
+from lift_ray.settings.run import BackboneConfig, EvaluationConfig, RunConfig
+from lift_ray.settings.space import SpaceFile, backbones
 from lift_ray.storage.layout import FINAL_CHECKPOINT
 from lift_ray.storage.output import Output
 from lift_ray.terminal.tables import TTE_ROW
@@ -83,6 +83,11 @@ class Model:
         """Mode of the test-time ensembling in its settings."""
         return EvaluationConfig.model_validate(self.config.get("evaluation", {})).tte
 
+    @property
+    def has_text(self) -> bool:
+        """True if its backbone has a text tower."""
+        return BackboneConfig.model_validate(self.config.get("backbone", {})).has_text
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -101,10 +106,15 @@ class Entry:
     row: TrialRow | None = None
 
 
-def zero_shot(space: SpaceFile) -> Model:
-    """Return the foundation model without fine-tuning."""
-    changes = {"method.kind": "lift", "tuner.kind": "zero_shot", "extra_tuner": None}
-    return Model("zero-shot", apply_overrides(space.base, changes, RunConfig), None)
+def zero_shots(space: SpaceFile) -> dict[str, Model]:
+    """Return each foundation model of the search without fine-tuning, by its label in the comparison."""
+    plain = {"method.kind": "lift", "tuner.kind": "zero_shot", "extra_tuner": None}
+    found = {}
+    for number, (label, values) in enumerate(backbones(space).items(), 1):
+        name = f"{ZERO_SHOT}-{number}" if label else ZERO_SHOT
+        config = apply_overrides(space.base, space.settings(values) | plain, RunConfig)
+        found[f"{ZERO_SHOT} {label}".strip()] = Model(name, config, None)
+    return found
 
 
 def trained(space: SpaceFile, row: TrialRow, *, tte: bool = False) -> Model:
@@ -212,7 +222,8 @@ def comparison_seconds(
     if jobs is None:
         test = num_images.get("test", 0) if space.test == "split" else 0
         both = num_images["validation"] + test
-        images = (2 + CROPS * tte_rows(space)) * both + len(set(space.baseline_labels())) * test
+        plain = sum(model.has_text for model in zero_shots(space).values())
+        images = (1 + plain + CROPS * tte_rows(space)) * both + len(set(space.baseline_labels())) * test
         return image_s * images + run_s * further_trainings(space, retrains=retrains)
     evaluations = [job for job in jobs if isinstance(job, EvaluationJob)]
     images = sum(num_images[job.split] * (CROPS if job.model.endswith(TTE) else 1) for job in evaluations)
@@ -229,7 +240,7 @@ def further_trainings(space: SpaceFile, *, retrains: bool) -> int:
 
 def tte_rows(space: SpaceFile) -> int:
     """Return the number of trials that are evaluated again with test-time ensembling: none if all evaluations of the search have it."""
-    return space.search.tte_best if zero_shot(space).tte == "off" else 0
+    return space.search.tte_best if next(iter(zero_shots(space).values())).tte == "off" else 0
 
 
 def own_last(model: Model, taus: Sequence[float]) -> tuple[float, ...]:
@@ -258,8 +269,8 @@ def comparison(
     space: SpaceFile, rows: Sequence[TrialRow], results: Results, data: SearchData, choice: Choice | None
 ) -> list[Entry]:
     """Return the entries of the comparison that are known: zero-shot and finished baselines, and then the winner's."""
-    labels, plain = space.baseline_labels(), zero_shot(space)
-    out = [Entry("zero-shot", plain, plain, plain.tau)] if space.config({}).backbone.has_text else []
+    labels = space.baseline_labels()
+    out = [Entry(label, model, model, model.tau) for label, model in zero_shots(space).items() if model.has_text]
     baselines = {
         row.number: labels[row.baseline]
         for row in compared_baselines(space, rows, is_over=choice is not None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,15 @@ from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.trial_rows import write_json
 from lift_ray.searching.final_comparison import TTE
-from lift_ray.searching.jobs import FIRST_REPEAT, EvaluationJob, Job, TrainJob, trial_checkpoint_path
+from lift_ray.searching.jobs import (
+    FIRST_REPEAT,
+    EvaluationJob,
+    Job,
+    Loaded,
+    TrainJob,
+    first_fitting,
+    trial_checkpoint_path,
+)
 from lift_ray.settings.run import RunConfig
 from lift_ray.storage.layout import RESULTS
 from lift_ray.storage.output import Output
@@ -141,11 +149,11 @@ class FixedRuns:
                 tests |= {job.key: job for job in run.tests}
         return [job for key, job in {**tests, **trainings}.items() if key not in {*self.results, *self.running}]
 
-    def next_job(self) -> Job | None:
-        """Return the next job; None if there is none."""
+    def next_job(self, loaded: Collection[Loaded] = ()) -> Job | None:
+        """Return the next job, if possible one whose backbone is loaded; None if there is none."""
         if not (waiting := self._waiting()):
             return None
-        job = waiting[0]
+        job = first_fitting(waiting, loaded)
         self.running[job.key] = job
         self._spent[job.key], self._since[job.key] = 0.0, time.monotonic()
         return job

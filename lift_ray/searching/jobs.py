@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lift_ray.data.folds import EVERYTHING, SEARCHED, Folds
 from lift_ray.ray_runtime.capacity import Need
+from lift_ray.settings.run import BackboneConfig
 from lift_ray.storage.layout import CHECKPOINTS
 
 
@@ -127,7 +129,23 @@ class IdleJob:
 
 
 Job = TrainJob | EvaluationJob | IdleJob
+AnyJob = TypeVar("AnyJob", TrainJob, Job)
+Loaded = tuple[str, str | None, int | None]  # a backbone: its model, weights, and side of the images
 FIRST_REPEAT = 1_000_000  # lowest number of the repeats with other seeds
+
+
+def backbone_of(job: Job) -> Loaded | None:
+    """Return the backbone that a job needs; None if it needs none. Members of `method: backdoor` may need others too."""
+    if isinstance(job, IdleJob):
+        return None
+    wanted = BackboneConfig.model_validate(job.config.get("backbone", {}))
+    return wanted.model, wanted.pretrained, wanted.resolution_px
+
+
+def first_fitting(jobs: Sequence[AnyJob], loaded: Collection[Loaded]) -> AnyJob:
+    """Return the first job whose backbone a slot has loaded, else the first one. No evaluation overtakes a training that waits."""
+    alike = (job for job in jobs if isinstance(job, type(jobs[0])))
+    return next((job for job in alike if backbone_of(job) in loaded), jobs[0])
 
 
 def trial_checkpoints(number: int, fold: int = SEARCHED) -> str:

@@ -10,7 +10,7 @@ from lift_ray.ray_runtime.capacity import gpus_here, lacking, need, num_fitting
 from lift_ray.searching.final_comparison import further_trainings
 from lift_ray.searching.search_data import SearchData, unseen_line
 from lift_ray.settings.search import expected_epochs
-from lift_ray.settings.space import SpaceFile
+from lift_ray.settings.space import SpaceFile, backbones
 from lift_ray.text import count
 
 Line = tuple[str, str]
@@ -50,14 +50,18 @@ def _held_out(space: SpaceFile, facts: SearchData) -> Iterator[Line]:
 
 
 def _space(space: SpaceFile) -> Iterator[Line]:
-    backbone = space.config({}).backbone
-    yield "backbone", f"{backbone.model} {backbone.pretrained or ''} in {backbone.precision}"
+    for label, values in backbones(space).items():
+        backbone = space.config(values).backbone
+        name, weights = f"{label}: " if label else "", " ".join(filter(None, (backbone.model, backbone.pretrained)))
+        yield "backbone", f"{name}{weights} in {backbone.precision}"
     for metric, mode in space.objectives.items():
         yield "objective", f"{metric}, {mode}"
     for metric, limit in space.constraints.items():
         ends = (("at least", limit.min), ("at most", limit.max))
         yield "constraint", f"{metric} {' and '.join(f'{word} {end:g}' for word, end in ends if end is not None)}"
     for name, param in space.space.items():
+        if name == "backbone":  # listed above
+            continue
         when = f"   when {', '.join(f'{k} is {v}' for k, v in param.when.items())}" if param.when else ""
         yield name, f"{param}{when}"
 

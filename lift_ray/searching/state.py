@@ -5,6 +5,7 @@ Each step writes to the study first, so a driver that is killed between any two 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
@@ -13,7 +14,7 @@ from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.searching import final_comparison
 from lift_ray.searching.confirmation import Choice, candidates, choose, fold_jobs
 from lift_ray.searching.final_comparison import SearchResult
-from lift_ray.searching.jobs import EvaluationJob, Job, TrainJob, trial_checkpoints
+from lift_ray.searching.jobs import EvaluationJob, Job, Loaded, TrainJob, first_fitting, trial_checkpoints
 from lift_ray.searching.search_data import SearchData
 from lift_ray.searching.stopping import decide
 from lift_ray.searching.study import Study
@@ -74,13 +75,16 @@ class Search:
         """True once nothing is left to do, the final comparison included."""
         return self.trials_are_over and not self.running and not self.final_jobs()
 
-    def next_job(self) -> Job | None:
-        """Return the next job: an interrupted trial, else a new one, else a job of the final comparison; None if there is none."""
-        if (row := self._next_row()) is not None:
+    def next_job(self, loaded: Collection[Loaded] = ()) -> Job | None:
+        """Return the next job: an interrupted trial, else a new one, else a job of the final comparison; None if there is none.
+
+        Of several that wait, one whose backbone is loaded comes first. What is drawn does not depend on that.
+        """
+        if (row := self._next_row(loaded)) is not None:
             row.state = "running"
-            job: Job = TrainJob(row.number, self.space.config(row.values).to_dict())
+            job: Job = self._training(row)
         elif waiting := self._waiting():
-            job = waiting[0]
+            job = first_fitting(waiting, loaded)
         else:
             return None
         self.running[job.key] = job
@@ -140,13 +144,19 @@ class Search:
         running = sum(self._row(job) is not None for job in self.running.values())
         return self.space.num_trials - self.num_ended - running
 
-    def _next_row(self) -> TrialRow | None:
+    def _training(self, row: TrialRow) -> TrainJob:
+        return TrainJob(row.number, self.space.config(row.values).to_dict())
+
+    def _next_row(self, loaded: Collection[Loaded]) -> TrialRow | None:
         """Return a trial to resume or start; None if as many run or have ended as were requested."""
         if self._num_to_start() <= 0:
             return None
-        rows = self.study.rows.values()
-        free = (r for r in rows if r.state == "waiting" and TrainJob(r.number, {}).key not in self.running)
-        return next(free, None) or self.study.next()
+        rows = (row for row in self.study.rows.values() if row.state == "waiting")
+        free = {row.number: row for row in rows if TrainJob(row.number, {}).key not in self.running}
+        if not free:
+            return self.study.next()
+        job = first_fitting([self._training(row) for row in free.values()], loaded)
+        return free[job.number]
 
     def final_jobs(self) -> list[Job]:
         """Return the known jobs of the final comparison for slots that are not done; determined again when a job has ended."""

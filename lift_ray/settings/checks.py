@@ -19,6 +19,7 @@ from lift_ray.settings.search import NoSchedulerConfig
 from lift_ray.settings.shipped import find_space
 from lift_ray.settings.space import (
     LARGEST_GRID,
+    NAMED,
     RENAMED,
     SpaceFile,
     grid_points,
@@ -102,7 +103,7 @@ def grid_problem(space: SpaceFile, place: str) -> BadInput | None:
 
 def cmaes_problem(space: SpaceFile, place: str) -> BadInput | None:
     """Feature of a space that `cmaes` does not support, if any."""
-    named = next((name for name, param in space.space.items() if param.choices is not None or param.when), "")
+    named = next((name for name, param in space.space.items() if param.values is not None or param.when), "")
     if named:
         rule = "cmaes requires int and float settings without `when`"
         return fault(place, rule, named, "use tpe, or move it to base")
@@ -147,7 +148,12 @@ def _base_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
 
 def _overridden_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     """Values of `base` that no trial uses, because the space always sets them."""
-    always = {name for name, param in space.space.items() if not param.when}
+    always = {
+        setting
+        for name, param in space.space.items()
+        if not param.when
+        for setting in set.intersection(*param.names_set(name))
+    }
     return [
         fault(
             file.where(("base", *name.split("."))),
@@ -163,7 +169,9 @@ def _name_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     out: list[BadInput] = []
     paths = known_paths()
     for name, param in space.space.items():
-        if name not in paths:
+        if param.named is not None:
+            out += _named_problems(file, space, name)
+        elif name not in paths:
             place = file.where(("space", name))
             out.append(fault(place, f"unknown setting '{name}'", remedy=did_you_mean(name, paths)))
         elif (whole := setting_of(name)) != name and whole in space.space:
@@ -181,13 +189,26 @@ def _name_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     return out
 
 
+def _named_problems(file: SettingsFile, space: SpaceFile, name: str) -> list[BadInput]:
+    """Choices by name of what is no section, or of settings that are searched on their own too."""
+    if name not in NAMED:
+        place, remedy = file.where(("space", name, "named")), "use choices, or write it for one of these"
+        return [fault(place, f"`named` must be for one of {', '.join(NAMED)}", name, remedy)]
+    ours = {setting_of(setting) for settings in space.space[name].names_set(name) for setting in settings}
+    return [
+        fault(file.where(("space", other)), f"must not be beside {name}, which sets it", remedy="remove one of them")
+        for other in space.space
+        if setting_of(other) in ours
+    ]
+
+
 def _when_problems(file: SettingsFile, space: SpaceFile) -> list[BadInput]:
     """Values of `when` that the named setting never takes."""
     return [
         fault(
             file.where(("space", name, "when", parent)),
             f"{parent} never takes the value {value!r}",
-            remedy=did_you_mean(value, space.space[parent].choices or [str(space.space[parent])]),
+            remedy=did_you_mean(value, space.space[parent].values or [str(space.space[parent])]),
         )
         for name, param in space.space.items()
         for parent, wanted in param.when.items()
@@ -249,6 +270,10 @@ def _value_problem(
     path = walk(RunConfig, problem["loc"])[0] + (("kind",) if problem["type"] == "union_tag_invalid" else ())
     name = dotted(path)
     cause = next((one for one in values if setting_of(one) == setting_of(name) or one.startswith(f"{name}.")), "")
+    section = str(path[0]) if path else ""
+    if not cause and section in values and space.space[section].named is not None:
+        at = ("space", section, "named", values[section], *path[1:])
+        return explain(RunConfig, problem, path, file.where(at))
     place = file.where((*at, cause) if cause else at)
     if problem["type"] == "extra_forbidden" and cause:
         kind = f"{section_of(name)}.kind"

@@ -14,7 +14,7 @@ from lift_ray.errors import BadInput, did_you_mean
 from lift_ray.settings.base import Holds
 
 Path_ = tuple[str | int, ...]
-RANGES = ("choices", "int", "float")  # what the space may say of a setting
+RANGES = ("choices", "named", "int", "float")  # what the space may say of a setting
 
 
 def dotted(path: Path_) -> str:

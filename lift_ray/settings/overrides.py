@@ -16,7 +16,7 @@ from lift_ray.settings.base import Holds
 from lift_ray.settings.messages import Path_, elsewhere
 from lift_ray.settings.yaml_file import SettingsFile, _plain
 
-RANGES, RANGE_OPTIONS = ("choices", "int", "float"), ("log", "step", "when")
+RANGES, RANGE_OPTIONS = ("choices", "named", "int", "float"), ("log", "step", "when")
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _set_searched(data: dict[str, Any], path: str, value: Any) -> Path_:
     before = space.get(name)
     kept = before if isinstance(before, dict) else {}
     if word in RANGES:  # a setting has one range: the new one replaces it
-        kept = {k: v for k, v in kept.items() if k not in RANGES and (k == "when" or word != "choices")}
+        kept = {k: v for k, v in kept.items() if k not in RANGES and (k == "when" or word not in ("choices", "named"))}
     space[name] = kept | {word: value}
     return "space", name
 

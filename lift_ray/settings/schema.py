@@ -9,7 +9,7 @@ from typing import Any
 from lift_ray.errors import BadInput
 from lift_ray.settings.checks import OBJECTIVES, known_paths
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.space import SpaceFile
+from lift_ray.settings.space import NAMED, SpaceFile
 from lift_ray.storage.atomic import replacing
 
 
@@ -18,7 +18,7 @@ def space_schema() -> dict[str, Any]:
     schema = SpaceFile.model_json_schema(by_alias=True)
     run = RunConfig.model_json_schema(ref_template="#/$defs/{model}")
     schema["$defs"] |= run.pop("$defs")
-    names, parts = sorted(known_paths()), schema["properties"]
+    names, parts = sorted({*known_paths(), *NAMED}), schema["properties"]
     parts["base"] = run | {"title": "Base", "description": "Settings shared by all trials.", "default": {}}
     parts["space"]["propertyNames"] = {"enum": names}
     parts["baselines"]["items"]["propertyNames"] = {"enum": ["name", *names]}

@@ -1,4 +1,4 @@
-"""Search-space files: the vocabulary of Optuna (choices, int, float, log, step), plus `when` and `baselines`."""
+"""Search-space files: the vocabulary of Optuna (choices, int, float, log, step), plus `named`, `when` and `baselines`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 RENAMED = {"start": "baselines"}  # keys of earlier versions, still read
 LARGEST_GRID = 10_000
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 LARGEST_BOUND = 1e15  # above this, samplers lose integer precision
+NAMED = ("backbone", "augment", "head", "loss")  # sections whose settings `named` chooses together
+TOWER = ("backbone", "backbone.model", "backbone.pretrained", "backbone.quickgelu", "backbone.resolution_px")
 
 
 def _unpacked(value: Any) -> Any:
@@ -44,10 +47,14 @@ else:  # a list or a mapping becomes text, because Optuna's categories, tables o
 
 
 class Param(Config):
-    """Range of a searched setting: exactly one of choices, int and float."""
+    """Range of a searched setting: exactly one of choices, named, int and float."""
 
     choices: Annotated[list[Value], Field(min_length=1)] | None = None
     """Values to choose from."""
+    named: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] | None = None
+    """Settings of a section that belong together, to choose from by name: `backbone: {named: {clip: {model: ViT-B-16, pretrained:
+    openai}, dinov3: {...}}}`. `when`, baselines and tables have the names. What a choice does not set is that of `base`. Possible
+    for backbone, augment, head and loss."""
     ints: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(None, alias="int")
     """[LOW, HIGH] of an integer, both included."""
     floats: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(None, alias="float")
@@ -61,13 +68,15 @@ class Param(Config):
 
     @model_validator(mode="after")
     def _one_range(self) -> Param:
-        ranges = {"choices": self.choices, "int": self.ints, "float": self.floats}
+        ranges = {"choices": self.choices, "named": self.named, "int": self.ints, "float": self.floats}
         given = [name for name, value in ranges.items() if value is not None]
         if len(given) != 1:
             got = f"{given}; keep one" if given else "none; add one"
-            raise ValueError(f"must have exactly one of choices, int, float, but got {got}")
-        if self.choices is not None and (self.log or self.step):
-            raise ValueError("log and step require int or float, but got choices; remove them")
+            raise ValueError(f"must have exactly one of choices, named, int, float, but got {got}")
+        if strange := next((name for name in self.named or {} if not re.fullmatch(NAME, name)), ""):
+            raise ValueError(f"names must be letters, digits, '.', '_' and '-', but got {strange!r}; rename it")
+        if self.values is not None and (self.log or self.step):
+            raise ValueError(f"log and step require int or float, but got {given[0]}; remove them")
         if self.log and self.step:
             raise ValueError("must not have both log and step, but got both; remove one")
         bounds = self.bounds
@@ -91,6 +100,25 @@ class Param(Config):
         return bool(abs(steps - round(steps)) < 1e-8)
 
     @property
+    def values(self) -> list[Value] | None:
+        """The values to choose from, or their names; None for int and float."""
+        return list(self.named) if self.named is not None else self.choices
+
+    def settings(self, name: str, value: Value) -> dict[str, Any]:
+        """Return the settings that a value stands for, by dotted name: itself, or those of a named choice.
+
+        Args:
+            name: what is searched.
+        """
+        if self.named is None:
+            return {name: _unpacked(value)}
+        return {f"{name}.{key}": one for key, one in dotted(self.named[str(value)])}
+
+    def names_set(self, name: str) -> list[set[str]]:
+        """Return the settings that are set by each named choice; a single setting is its own."""
+        return [set(self.settings(name, one)) for one in self.named] if self.named is not None else [{name}]
+
+    @property
     def bounds(self) -> tuple[Any, Any] | None:
         """(low, high), both inclusive; None for choices."""
         pair = self.ints or self.floats
@@ -98,16 +126,16 @@ class Param(Config):
 
     def holds(self, value: Any) -> bool:
         """Return True if the setting can take this value."""
-        if self.choices is not None:
-            return value in self.choices
+        if self.values is not None:
+            return value in self.values
         number = isinstance(value, int) if self.ints else isinstance(value, int | float)
         low, high = self.bounds  # type: ignore[misc]
         return number and not isinstance(value, bool) and low <= value <= high and self._on_step(value)
 
     def options(self) -> list[Value] | None:
         """Return every value if they can be enumerated (choices, integers, steps), else None."""
-        if self.choices is not None:
-            return list(self.choices)
+        if self.values is not None:
+            return list(self.values)
         low, high = self.bounds  # type: ignore[misc]
         step = self.step or (1 if self.ints else None)
         if step is None:
@@ -117,8 +145,8 @@ class Param(Config):
 
     def suggest(self, trial: optuna.trial.BaseTrial, name: str) -> Value:
         """Suggest a value with Optuna."""
-        if self.choices is not None:
-            return trial.suggest_categorical(name, self.choices)
+        if self.values is not None:
+            return trial.suggest_categorical(name, self.values)
         low, high = self.bounds  # type: ignore[misc]
         if self.ints:
             return trial.suggest_int(name, low, high, log=self.log, step=round(self.step or 1))
@@ -126,8 +154,8 @@ class Param(Config):
 
     def __str__(self) -> str:
         text = (
-            ", ".join(map(str, self.choices))
-            if self.choices is not None
+            ", ".join(map(str, self.values))
+            if self.values is not None
             else " ... ".join(f"{b:g}" for b in self.bounds or ())
         )
         return text + (" (log)" if self.log else "")
@@ -136,7 +164,7 @@ class Param(Config):
 class SpaceFile(Config):
     """Search-space file: what is searched, how, and with which resources."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     """Name of the search, which is part of the default output folder."""
     dataset: str
     """Path or fsspec URL of Parquet shards, or embedded:NAME."""
@@ -198,10 +226,37 @@ class SpaceFile(Config):
             return self.config({}).optim.epochs
         return int(max(searched.choices or searched.bounds or ()))
 
+    def settings(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that the values of a trial stand for, by dotted name."""
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found |= self.space[name].settings(name, value) if name in self.space else {name: _unpacked(value)}
+        return found
+
     def config(self, values: dict[str, Any]) -> RunConfig:
         """Return the run settings for the values of a trial. Raises pydantic's ValidationError."""
-        given = {name: _unpacked(value) for name, value in values.items()}
-        return RunConfig.model_validate(apply_overrides(self.base, given, RunConfig))
+        return RunConfig.model_validate(apply_overrides(self.base, self.settings(values), RunConfig))
+
+
+def backbones(space: SpaceFile) -> dict[str, dict[str, Any]]:
+    """Return the values that choose each backbone of a search, by a label; one with an empty label if none is searched.
+
+    Settings that are searched in a range without steps are left out.
+    """
+    chosen = {name: param for name, param in space.space.items() if name in TOWER and param.options() is not None}
+    with_parents = dict(chosen)
+    while parents := {
+        name: space.space[name]
+        for param in with_parents.values()
+        for name in param.when
+        if name in space.space and name not in with_parents and space.space[name].options() is not None
+    }:
+        with_parents |= parents
+    found: dict[str, dict[str, Any]] = {}
+    for point in grid_points(with_parents):
+        values = {name: value for name, value in point.items() if name in chosen}
+        found.setdefault(", ".join(map(str, values.values())), values)
+    return found
 
 
 def grid_points(space: dict[str, Param]) -> list[dict[str, Value]]:

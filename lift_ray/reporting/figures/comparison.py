@@ -21,7 +21,7 @@ from lift_ray.reporting.figures.charts import (
     plot_text,
     scatter,
 )
-from lift_ray.reporting.study_files import BEST_FOUND, Predictions, StudyFiles
+from lift_ray.reporting.study_files import BEST_FOUND, ZERO_SHOT, Predictions, StudyFiles
 from lift_ray.text import count
 
 SHOWN = (MAIN, *GROUPS)
@@ -120,15 +120,16 @@ def calibration_figure(study: StudyFiles) -> Figure | None:
     traces = [diagonal("perfect", [0, 100])]
     rows, errors = [], []
     split, best = study.measured or ("test", None)
-    zero_shot = study.entry("zero-shot") if split == "test" else None
-    for label, place, predictions in ((BEST_FOUND, 0, best), ("zero-shot", 2, zero_shot[1] if zero_shot else None)):
+    plain = [(f["label"], p) for f, p in zip(study.compared, study.predictions, strict=True) if split == "test"]
+    shown = [(BEST_FOUND, best), *((label, p) for label, p in plain if label.startswith(ZERO_SHOT))]
+    for (label, predictions), place in zip(shown, (0, 2, 4, 3, 1), strict=False):  # as many as there are colors
         if predictions is None:
             continue
         bins = reliability(predictions)
         traces.append(
             scatter(
                 "lines+markers",
-                name=label,
+                name=plot_text(label),
                 x=percents([b[0] for b in bins]),
                 y=percents([b[1] for b in bins]),
                 text=[f"{count(b[2], 'image')}" for b in bins],
