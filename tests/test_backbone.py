@@ -354,3 +354,16 @@ def test_a_tower_without_text_cannot_start_from_names() -> None:
     with pytest.raises(BadInput) as caught:
         backbone_of(None).zero_shot_head(["cat"], "{}")
     assert str(caught.value) == "tuner zero_shot: requires a text tower, but mine has none; use linear_probe"
+
+
+def test_a_clip_whose_tokenizer_is_not_installed_is_refused_before_any_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: pytest.fail("it was asked for"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput) as caught:
+        load_backbone("ViT-B-16-SigLIP2-256", "webli")
+    assert str(caught.value) == (
+        "backbone.model: ViT-B-16-SigLIP2-256 requires the package transformers, which has the tokenizer "
+        "timm/ViT-B-16-SigLIP2-256, but it is not installed; pip install 'lift_ray[tokenizers]'"
+    )
+    with pytest.raises(pytest.fail.Exception, match="asked for"):
+        load_backbone("ViT-B-16", "openai")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -488,6 +489,19 @@ def _not_loaded(model: str, error: Exception) -> BadInput:
     )
 
 
+def _check_tokenizer(model: str, config: dict[str, Any]) -> None:
+    """Raise BadInput, before anything is downloaded, if the text half needs a package that is not installed."""
+    text = config.get("text_cfg", {})
+    needed = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+    if needed and importlib.util.find_spec("transformers") is None:
+        raise BadInput(
+            "backbone.model",
+            f"{model} requires the package transformers, which has the tokenizer {needed}",
+            but="it is not installed",
+            remedy="pip install 'lift_ray[tokenizers]'",
+        )
+
+
 def _source(model: str, pretrained: str | None, quickgelu: bool | None) -> tuple[str, bool]:
     """open_clip's name for a model of ours, and whether its weights need QuickGELU beyond what a folder's own config says."""
     source = model
@@ -524,4 +538,6 @@ def _source(model: str, pretrained: str | None, quickgelu: bool | None) -> tuple
     if _is_file(model, pretrained):
         check_kind(pretrained)
     # open_clip only warns when OpenAI's weights meet a config with plain GELU, and not even that for a file.
-    return model, open_clip_activation(model, pretrained, quickgelu)
+    quick_gelu = open_clip_activation(model, pretrained, quickgelu)
+    _check_tokenizer(model, open_clip.get_model_config(model) or {})
+    return model, quick_gelu
