@@ -356,7 +356,9 @@ def test_a_tower_without_text_cannot_start_from_names() -> None:
     assert str(caught.value) == "tuner zero_shot: requires a text tower, but mine has none; use linear_probe"
 
 
-def test_a_clip_whose_tokenizer_is_not_installed_is_refused_before_any_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_whose_tokenizer_is_not_installed_is_refused_before_any_download(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: pytest.fail("it was asked for"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput) as caught:

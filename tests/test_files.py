@@ -291,7 +291,10 @@ def test_overrides_reach_the_run_and_their_faults_name_the_path(tmp_path: Path) 
     for overrides, message in (
         ({"optm.lr": 1}, "command line optm.lr: unknown key 'optm'; did you mean 'optim'?"),
         ({"loss.tau": -1}, "command line loss.tau: must be greater than or equal to 0, but got -1; change it"),
-        ({"head.kind": "CE"}, "command line head.kind: unknown value 'CE'; known: cosine, l2norm, layernorm, linear, text"),
+        (
+            {"head.kind": "CE"},
+            "command line head.kind: unknown value 'CE'; known: cosine, l2norm, layernorm, linear, text",
+        ),
         ({"loss": 3}, "command line loss: must be a mapping, but got 3; write {key: value}"),
         (
             {"tuner.kind": "linear_probe", "tuner.bottleneck": 4},

@@ -28,7 +28,7 @@ from lift_ray.model.hosted import OpaqueTower, StagedTower, TimmHead, fill_buffe
 from lift_ray.model.tuners.base import Identity
 from lift_ray.registry import TUNERS
 from lift_ray.settings.run import RunConfig
-from lift_ray.training.plan import memory
+from lift_ray.training.plan import memory, saved_bytes
 from lift_ray.training.run import Run
 from lift_ray.training.workspace import Workspace, first_tuned
 
@@ -568,3 +568,23 @@ def test_tables_that_nobody_can_compute_are_refused() -> None:
         "backbone.pretrained: must not be a file for this backbone, but a file does not hold the tables of its Linear; "
         "remove it, or update timm"
     )
+
+
+def test_the_memory_of_checkpointing_is_that_of_the_largest_block() -> None:
+    tower = host(origin_of("ConvNeXt"), "ConvNeXt", resolution_px=64)
+    model = Lift(tower, {"full": {"blocks": list(range(tower.num_blocks))}}, torch.nn.Identity())
+    batch = images(64)[:2]
+
+    def estimate() -> int:
+        return saved_bytes(model, 4, lambda: model.feature(batch))
+
+    whole = estimate()
+    tower.checkpointing = model.tower.checkpointing = True
+    inputs = [batch.new_empty(0)]
+    hooks = [block.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in model.tower.blocks]
+    least = estimate()
+    for hook in hooks:
+        hook.remove()
+    between = sum(x.numel() * 4 for x in inputs if x.requires_grad)
+    mean, largest = whole / tower.num_blocks, least - between
+    assert 1.2 * mean < largest < whole

@@ -135,6 +135,17 @@ def test_patches_can_be_given_in_any_order_and_left_out(tower: Tower, case: str)
     assert not torch.allclose(model(other, beside), model(IMAGES, beside), atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["adaptformer", "lora", "bitfit"])
+def test_bf16_stays_close_on_every_kind_of_tower(tower: Tower, case: str) -> None:
+    model = perturbed(lift(tower, case))
+    exact = model(IMAGES).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(IMAGES)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert float((rough.detach() - exact).abs().max()) < 0.05 * float(exact.abs().max())
+
+
 @pytest.mark.parametrize("kind", ["vpt_shallow", "vpt_deep"])
 def test_prompts_are_refused_where_each_pair_of_tokens_has_a_bias(kind: str) -> None:
     with pytest.raises(BadInput) as caught:

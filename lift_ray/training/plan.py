@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -101,21 +102,21 @@ def saved_bytes(model: Lift | TextHead, value_bytes: int, forward: Callable[[], 
     """Measure the bytes of activations that autograd saves in a forward pass, each tensor counted once.
 
     Inputs of layer norms stay in fp32 even if the products use a smaller type. With activation checkpointing the result is the input of
-    every block, plus what one block saves while it is recomputed.
+    every block, plus what the largest one saves while it is recomputed: blocks of stages differ.
 
     Args:
         forward: the forward pass of the model, or of a part of it.
     """
     tower = model.tower
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
+    found: dict[int, tuple[int, int]] = {}  # by storage: the block that saved it first, counted from 1, and its bytes
     single: dict[int, int] = {}
     inputs: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+            found.setdefault(storage.data_ptr(), (len(inputs), storage.nbytes()))
         return tensor
 
     def note_single(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
@@ -136,6 +137,9 @@ def saved_bytes(model: Lift | TextHead, value_bytes: int, forward: Callable[[], 
         for hook in hooks:
             hook.remove()
     del kept
-    size = sum(number * single.get(pointer, value_bytes) // 4 for pointer, number in found.items())
-    computed = sum(1 for number in inputs if number)
-    return sum(inputs) + size // computed if before and computed else size
+    by_block = Counter[int]()
+    for pointer, (block, number) in found.items():
+        by_block[block] += number * single.get(pointer, value_bytes) // 4
+    if before and any(inputs):
+        return sum(inputs) + max(by_block.values())
+    return by_block.total()
