@@ -226,7 +226,7 @@ def load_backbone(
     resolution_px: int | None = None,
     checkpointing: bool = False,
 ) -> Backbone:
-    """Load a frozen CLIP through open_clip, or a vision transformer without text through timm.
+    """Load a frozen CLIP through open_clip, or an image tower without text through timm.
 
     Args:
         model: `embedded:lift-small`, an open_clip name, `hf-hub:...`, `local-dir:...` or `timm:NAME`.

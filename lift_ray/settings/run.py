@@ -51,8 +51,8 @@ class BackboneConfig(Config):
     """The frozen foundation model."""
 
     model: str = "embedded:lift-small"
-    """`embedded:lift-small`, a name open_clip knows (ViT-B-16, RN50), `hf-hub:...`, `local-dir:...`, or `timm:NAME` for a ViT without
-    text tower."""
+    """`embedded:lift-small`, a name open_clip knows (ViT-B-16, RN50), `hf-hub:...`, `local-dir:...`, or `timm:NAME` for an image
+    tower without text."""
     pretrained: str | None = None
     """open_clip's tag of the weights (openai, laion2b_s34b_b88k) or a local file; timm's own weights when not given; not with
     embedded, hf-hub or local-dir."""
