@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from lift_ray.errors import BadInput
 from lift_ray.model.backbone import Backbone, load_backbone
+from lift_ray.model.blocks import BlockShape
 from lift_ray.model.loading import image_tower, rebuild
 from lift_ray.model.rebuilt import quick_gelu
-from lift_ray.model.tower import BlockShape, Tower
+from lift_ray.model.tower import Tower
 from lift_ray.model.tuners.adaptformer.module import Adaptformer
 from lift_ray.model.tuners.base import BlockTuner
 from lift_ray.model.tuners.lora.module import Lora

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lift_ray.evaluation import cpu_parallel
 from lift_ray.evaluation.cpu_parallel import CPU_BATCH, batch_size, on_cores
+from lift_ray.model.blocks import BlockShape
 from lift_ray.model.resnet import ResNetTower
-from lift_ray.model.tower import BlockShape, FrozenTower, Tower
+from lift_ray.model.tower import FrozenTower, Tower
 
 CPU = torch.device("cpu")
 BATCH = 7

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lift_ray.methods.lift import Lift
+from lift_ray.model.blocks import BlockShape
 from lift_ray.model.heads import CosineHead, random_weights
-from lift_ray.model.tower import BlockShape, Tower
+from lift_ray.model.tower import Tower
 from lift_ray.model.tuners.dora.module import Decomposed
 from lift_ray.model.tuners.sparse.module import Sparse
 from lift_ray.registry import HEADS, LOSSES, METHODS, SAMPLERS, TUNERS

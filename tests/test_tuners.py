@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lift_ray.methods.lift import Lift
+from lift_ray.model.blocks import BlockShape
 from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.merging import merged
-from lift_ray.model.tower import BlockShape, Tower
+from lift_ray.model.tower import Tower
 from lift_ray.registry import TUNERS
 from lift_ray.settings.run import OptimConfig
 from lift_ray.training.step import make_optimizer

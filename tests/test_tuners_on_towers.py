@@ -12,9 +12,10 @@ from torch import nn
 
 from lift_ray.errors import BadInput
 from lift_ray.model.backbone import check_tuner
+from lift_ray.model.blocks import BlockShape
 from lift_ray.model.merging import merged
 from lift_ray.model.positions import Rotary
-from lift_ray.model.tower import AttentionPool, BlockShape, Pool, Tower
+from lift_ray.model.tower import AttentionPool, Pool, Tower
 
 torch.set_num_threads(1)
 

@@ -32,7 +32,7 @@ from lift_ray.errors import BadInput
 from lift_ray.evaluation.evaluator import evaluate
 from lift_ray.inference.evaluate import evaluate_checkpoint
 from lift_ray.methods.world import Ranks
-from lift_ray.model.tower import Block
+from lift_ray.model.blocks import Block
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
 from lift_ray.training import checkpoint

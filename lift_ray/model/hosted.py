@@ -176,7 +176,7 @@ class Trunk(nn.Module):
         return feature
 
 
-class Pool(nn.Module):
+class HostedPool(nn.Module):
     """timm's norm or convolution after the last stage, and its head up to the classifier."""
 
     def __init__(self, before: nn.Module, head: nn.Module) -> None:
@@ -249,12 +249,12 @@ def _parts(trunk: Any) -> _Parts | None:
     if not kind.__module__.startswith("timm."):
         return None
     if kind.__name__ == "ConvNeXt":
-        parts = _Parts(trunk.stem, _numbered(trunk, "stages"), Pool(trunk.norm_pre, trunk.head))
+        parts = _Parts(trunk.stem, _numbered(trunk, "stages"), HostedPool(trunk.norm_pre, trunk.head))
     elif kind.__name__ == "FastVit" and not trunk.fork_feat:
-        pool = Pool(trunk.final_conv, trunk.head)
+        pool = HostedPool(trunk.final_conv, trunk.head)
         parts = _Parts(trunk.stem, _numbered(trunk, "stages"), pool, ("downsample", "pos_emb"))
     elif kind.__name__ in ("SwinTransformer", "SwinTransformerV2"):
-        pool = Pool(trunk.norm, trunk.head)
+        pool = HostedPool(trunk.norm, trunk.head)
         parts = _Parts(trunk.patch_embed, _numbered(trunk, "layers"), pool, channels_last=True)
     elif kind.__name__ == "ResNet":
         stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.act1, trunk.maxpool)

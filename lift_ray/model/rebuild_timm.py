@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lift_ray.model.blocks import BlockShape
 from lift_ray.model.positions import Rotary
 from lift_ray.model.rebuilt import Rebuilt, activation_of, adopted, norm_like, rebuilt
-from lift_ray.model.tower import AttentionPool, BlockShape, Pool, Tower
+from lift_ray.model.tower import AttentionPool, Pool, Tower
 
 RENAMED = {
     "patch_embed.": "patch.embedding.",

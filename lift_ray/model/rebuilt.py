@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lift_ray.model.tower import Activation, FrozenTower, MakeNorm
+from lift_ray.model.blocks import Activation, MakeNorm
+from lift_ray.model.tower import FrozenTower
 
 
 @dataclass(frozen=True)

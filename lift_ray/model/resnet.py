@@ -58,7 +58,7 @@ class Bottleneck(nn.Module):
         return F.relu(out + x)
 
 
-class AttentionPool(nn.Module):
+class MeanAttentionPool(nn.Module):
     """Attention of the mean over all places: (B, C, H, W) -> (B, D). Only that query is computed."""
 
     def __init__(self, channels: int, width: int, num_heads: int, side: int) -> None:
@@ -157,7 +157,7 @@ class ResNetTower(SequenceTower):
             for index in range(number):
                 self.blocks.append(Bottleneck(inputs, planes, 2 if stage and not index else 1))
                 inputs = 4 * planes
-        self.attnpool = AttentionPool(inputs, width, num_heads, resolution_px // self.patch_px)
+        self.attnpool = MeanAttentionPool(inputs, width, num_heads, resolution_px // self.patch_px)
 
     @property
     def activation_bytes(self) -> int:

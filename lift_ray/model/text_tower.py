@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lift_ray.model.blocks import Attention, Block, BlockShape
 from lift_ray.model.rebuilt import activation_of, rebuilt
-from lift_ray.model.tower import Attention, Block, BlockShape, SharedWeights
+from lift_ray.model.tower import SharedWeights
 from lift_ray.model.tuners.base import BlockTuner, Identity
 
 NAMES = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lift_ray.model.tower import BlockShape
+from lift_ray.model.blocks import BlockShape
 from lift_ray.model.tuners.base import BlockTuner
 
 
