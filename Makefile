@@ -40,7 +40,7 @@ clean-install: .venv/.installed-dev  ## install the wheel into a fresh environme
 
 # The parts that meet Ray, PyTorch, Arrow, Optuna, pydantic, typer and the others: half of `make test`.
 OLDEST := patches session capacity layers cli text settings schema samplers space tables table_files trial_rows open convert decode \
-	augment weights_file backbone towers tuners run worker workspace device portable predict evaluate export report_page live trainer \
+	augment weights_file backbone towers hosted tuners tuners_on_towers text_side run worker workspace device portable predict evaluate export report_page live trainer \
 	tune serve_http api engine
 
 oldest:  ## run half of the tests with the lowest versions that pyproject.toml allows, in .venv-oldest; 15 to 25 minutes
