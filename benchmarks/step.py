@@ -124,7 +124,7 @@ def step_flops(tower: Tower, bottleneck: int, num_classes: int, batch: int) -> i
     flops = 2 * batch * (tokens - 1) * 3 * tower.patch_px**2 * width
     for index in range(tower.num_blocks):
         outer = 1 if index == tower.num_blocks - 1 else tokens  # tokens that leave the block
-        linears = 2 * batch * outer * (4 * width * width + 2 * width * tower.hidden)
+        linears = 2 * batch * outer * (4 * width * width + 2 * width * tower.shape.hidden)
         heads = tower.blocks[0].attn.num_heads if outer == 1 else 1  # each sees normed tokens of full width
         attention = 2 * batch * 2 * outer * tokens * width * heads
         tuner = 2 * batch * outer * 2 * width * rank
@@ -177,7 +177,7 @@ def matmuls(tower: Tower, batch: int) -> dict[str, tuple[Callable[[], Any], int]
 
     Each by torch.mm (MKL on x86), and by oneDNN where torch has it, which is faster on AMD.
     """
-    rows, width, hidden = batch * (tower.num_patches(tower.resolution_px) + 1), tower.width, tower.hidden
+    rows, width, hidden = batch * (tower.num_patches(tower.resolution_px) + 1), tower.width, tower.shape.hidden
     own = [(rows, width, 3 * width), (rows, width, hidden), (rows, hidden, width)]
     calls: dict[str, tuple[Callable[[], Any], int]] = {}
     for m, k, n in [(s, s, s) for s in SQUARES] + own:

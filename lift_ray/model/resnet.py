@@ -144,7 +144,7 @@ class ResNetTower(SequenceTower):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.hidden, self.num_blocks = width, 32 * stem_width, sum(layers)
+        self.width, self.num_blocks = width, sum(layers)
         self.resolution_px, self.checkpointing = resolution_px, checkpointing
         half = stem_width // 2
         self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), FrozenStatistics(half)
