@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_tuners import BLOCKS, CANNOT_MERGE, CASES, IMAGES, PATCH_PX, TRAINED, WIDTH, gradients, lift, perturbed
+from test_tuners import (
+    BLOCKS,
+    CANNOT_MERGE,
+    CASES,
+    CLASSES,
+    IMAGES,
+    PATCH_PX,
+    TRAINED,
+    WIDTH,
+    gradients,
+    lift,
+    perturbed,
+)
 from timm.layers import AttentionPoolLatent, RotaryEmbeddingCat, RotaryEmbeddingMixed
 from torch import nn
 
 from lift_ray.errors import BadInput
+from lift_ray.inference.exported_model import exported_model
 from lift_ray.model.backbone import check_tuner
 from lift_ray.model.blocks import BlockShape
 from lift_ray.model.merging import merged
@@ -163,3 +177,17 @@ def test_larger_images_have_their_own_angles_and_biases() -> None:
         larger = torch.nn.functional.interpolate(IMAGES, scale_factor=2)
         assert tower(larger).shape == tower(IMAGES).shape
         assert tower.num_patches(32) == 4 * tower.num_patches(16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["adaptformer", "lora"])
+def test_every_kind_of_tower_can_be_exported_for_any_batch(tower: Tower, case: str) -> None:
+    model = perturbed(lift(tower, case, (1, 2)))
+    backbone = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    module: Any = exported_model(model, backbone, torch.zeros(CLASSES))  # type: ignore[arg-type]
+    pixels = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        module(pixels[:2])  # positions are resized before the tracer comes
+        batch = torch.export.Dim("batch")
+        program = torch.export.export(module, (pixels[:2],), dynamic_shapes=({0: batch},), strict=True)
+        assert torch.allclose(program.module()(pixels), module(pixels), atol=1e-4)

@@ -32,29 +32,34 @@ class Rotary(nn.Module):
     def __init__(self, origin: Any) -> None:
         super().__init__()
         self.origin = origin
-        self._angles: dict[tuple[int, torch.device], Tensor] = {}
+        self._angles: dict[int, Tensor] = {}
         self._lock = threading.Lock()  # several threads run the same tower on a CPU
 
-    def forward(self, side: int, patches: Tensor | None = None) -> Tensor:
-        """Return sine and cosine of the angles (N, 2 D / H), or (blocks, H, N, 2 D / H) if every block has its own.
+    def forward(self, side: int, device: torch.device, patches: Tensor | None = None) -> Tensor:
+        """Return sine and cosine of the angles (N, 2 D / H), or (blocks, 1, H, N, 2 D / H) if every block has its own.
 
         Args:
             side: patches on a side of the image; N is its square.
+            device: of the result.
             patches: (B, P), chosen patches: the result is then (B, 1, P, ...), or (blocks, B, H, P, ...).
         """
-        device = next(self.origin.buffers(), next(self.origin.parameters(), torch.empty(0))).device
-        with self._lock:
-            if (side, device) not in self._angles:
-                if hasattr(self.origin, "update_feat_shape"):
-                    self.origin.update_feat_shape([side, side])
-                with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                    self._angles[side, device] = self.origin.get_embed(shape=[side, side]).to(device)
-        angles = self._angles[side, device]
+        angles = self._angles.get(side)
+        if angles is None or angles.device != device:
+            angles = self._compute(side, device)
         if patches is None:
             return angles[:, None] if angles.dim() == 4 else angles
         if angles.dim() == 4:
             return angles[:, :, patches].transpose(1, 2)
         return angles[patches].unsqueeze(1)
+
+    def _compute(self, side: int, device: torch.device) -> Tensor:
+        """Return the angles (N, ...), or (blocks, H, N, ...), and keep them."""
+        with self._lock, torch.no_grad(), torch.autocast(device.type, enabled=False):
+            if hasattr(self.origin, "update_feat_shape"):
+                self.origin.update_feat_shape([side, side])
+            angles: Tensor = self.origin.get_embed(shape=[side, side]).to(device)
+            self._angles[side] = angles
+        return angles
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
         """Nothing here is trained, so copies of a tower share it."""

@@ -276,7 +276,7 @@ class Tower(FrozenTower):
         if self.rotary is None:
             return None
         side = size_px // self.patch_px if size_px else math.isqrt(x.shape[1] - self.num_prefix)
-        angles: Tensor = self.rotary(side, patches)
+        angles: Tensor = self.rotary(side, x.device, patches)
         return angles
 
     def _positions(self, side: int, dtype: torch.dtype) -> Tensor | None:
