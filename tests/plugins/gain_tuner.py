@@ -25,7 +25,7 @@ def build(tower: Any, block: int, start: float = 1.0) -> Any:
     class Gain(BlockTuner):
         def __init__(self) -> None:
             super().__init__()
-            self.gain = nn.Parameter(torch.full((tower.width,), start))
+            self.gain = nn.Parameter(torch.full((tower.block_width(block),), start))
 
         def beside_mlp(self, a: Tensor, out: Tensor) -> Tensor:
             """Scale the block's output (B, T, D)."""
