@@ -226,7 +226,7 @@ def of_timm(name: str) -> Compared:
 
 INTRODUCTION = """# Backbones
 
-For whoever chooses a backbone. `python tests/every_tower.py` writes this page: it builds every architecture that open_clip {version}
+For people who choose a backbone. `python tests/every_tower.py` writes this page: it builds every architecture that open_clip {version}
 knows, and some of timm {timm}, and compares each with ours.
 
 | you have | take |
