@@ -16,7 +16,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
 from lift_ray.errors import BadInput
 from lift_ray.methods.lift import Lift
-from lift_ray.model.backbone import check_source, check_tuner, load_backbone
+from lift_ray.model.backbone import check_precision, check_source, check_tuner, load_backbone
 from lift_ray.model.heads import CosineHead, random_weights
 from lift_ray.model.loading import rebuild
 from lift_ray.model.rebuilt import quick_gelu
@@ -421,3 +421,29 @@ def test_a_resized_tower_still_trains_after_an_evaluation(kind: str) -> None:
             assert torch.equal(model.feature(images(size)), expected)
         F.cross_entropy(model(images(size)), LABELS).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trained().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "refused"),
+    [
+        ("vit_small_patch16_dinov3", {"depth": 1, "img_size": 32, "embed_dim": 64, "num_heads": 2}, True),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
+            True,
+        ),
+        ("test_vit", {}, False),
+    ],
+)
+def test_fp16_is_refused_for_towers_that_overflow_in_it(name: str, options: dict[str, Any], refused: bool) -> None:
+    tower = rebuild(timm.create_model(name, **options))
+    check_precision(tower, "bf16")
+    if not refused:
+        check_precision(tower, "fp16")
+        return
+    with pytest.raises(BadInput) as caught:
+        check_precision(tower, "fp16")
+    assert str(caught.value) == (
+        "backbone.precision: must be fp32 or bf16 for DINOv3 and Swin, whose activations are too large for fp16, but got fp16; "
+        "set backbone.precision=bf16"
+    )

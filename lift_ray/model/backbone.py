@@ -276,6 +276,17 @@ def check_tuner(tower: FrozenTower, kind: str) -> None:
         )
 
 
+def check_precision(tower: FrozenTower, precision: str) -> None:
+    """Raise BadInput for fp16 and a tower whose activations are too large for it."""
+    if precision == "fp16" and tower.overflows_in_fp16:
+        raise BadInput(
+            "backbone.precision",
+            "must be fp32 or bf16 for DINOv3 and Swin, whose activations are too large for fp16",
+            precision,
+            "set backbone.precision=bf16",
+        )
+
+
 def _load_open_clip(model: str, pretrained: str | None, quickgelu: bool | None) -> Backbone:
     import open_clip
 

@@ -79,6 +79,7 @@ class StagedTower(SequenceTower):
         super().__init__()
         self.stem, self.blocks, self.pool = stem, nn.ModuleList(blocks), pool
         self.widths, self.make, self.patch_px = list(widths), make, patch_px
+        self.overflows_in_fp16 = make.startswith("SwinTransformer")  # microsoft/Swin-Transformer, pull request 345
         self.num_blocks, self.checkpointing = len(self.blocks), False
         found = [type(module) for module in self.blocks.modules()]
         sorts = {"batchnorm": nn.BatchNorm2d, "layernorm": nn.LayerNorm}

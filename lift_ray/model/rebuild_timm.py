@@ -78,6 +78,7 @@ def rebuild_timm(vit: Any) -> Rebuilt | None:
             rotary=None if rotary is None else Rotary(adopted(rotary)),
         )
     tower.make = type(vit).__name__
+    tower.overflows_in_fp16 = type(rotary).__name__ == "RotaryEmbeddingDinoV3"  # facebookresearch/dinov3, issue 181
     renamed = RENAMED if is_plain else {old: new for old, new in RENAMED.items() if old != "patch.embedding.proj."}
     return Rebuilt(tower, rebuilt(tower, _state(vit, blocks, pool), renamed).state, {})
 

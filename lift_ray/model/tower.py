@@ -44,6 +44,7 @@ class FrozenTower(SharedWeights):
         patch_px: side of a patch; of the square that a place of the last stage stands for, if it is convolutional.
         resolution_px: side of the images.
         can_drop_patches: images can be looked at in part.
+        overflows_in_fp16: its activations are too large for fp16.
         origin_names: our name of each tensor -> its name in the origin; None if some were joined or scaled.
     """
 
@@ -61,6 +62,7 @@ class FrozenTower(SharedWeights):
     finish: Callable[..., Tensor]
     origin_names: dict[str, str] | None = None
     can_drop_patches = False
+    overflows_in_fp16 = False
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: nothing in a frozen tower is random or follows the batch."""

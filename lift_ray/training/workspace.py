@@ -26,7 +26,7 @@ from lift_ray.evaluation.cpu_parallel import batch_size, on_cores
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.ulfine import FusedHead
 from lift_ray.methods.world import Ranks
-from lift_ray.model.backbone import Backbone, check_tuner, load_backbone
+from lift_ray.model.backbone import Backbone, check_precision, check_tuner, load_backbone
 from lift_ray.model.device import WITH_STREAMS, precision_fault
 from lift_ray.model.heads import MEAN_OF, CosineHead, class_means, probe_weights, random_weights
 from lift_ray.model.tuners.base import first_block
@@ -105,7 +105,7 @@ class Workspace:
             if fault := precision_fault(wanted.precision, self.ranks.device):
                 raise fault
             began = time.monotonic()
-            self._backbones[key] = load_backbone(
+            loaded = load_backbone(
                 wanted.model,
                 wanted.pretrained,
                 quickgelu=wanted.quickgelu,
@@ -113,6 +113,8 @@ class Workspace:
                 resolution_px=wanted.resolution_px,
                 checkpointing=wanted.checkpointing,
             )
+            check_precision(loaded.tower, wanted.precision)
+            self._backbones[key] = loaded
             self._seconds["load"] += time.monotonic() - began
         return self._backbones[key]
 
