@@ -60,8 +60,8 @@ class BackboneConfig(Config):
     """Activation that the weights of a local file were trained with: true for QuickGELU (OpenAI, MetaCLIP, DFN), false for GELU. It is
     known, and need not be set, for tags, names of the Hub and of timm, and files whose SHA-256 digest open_clip lists."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the frozen tower; bf16 and fp16 use autocast on a GPU. fp16 is refused for DINOv3 and Swin, whose activations are too
-    large."""
+    """Precision of the frozen tower; bf16 and fp16 use autocast on a GPU. fp16 is refused for DINOv3 and Swin, whose activations are
+    too large."""
     resolution_px: Annotated[int, Field(ge=1)] | None = None
     """Side of the images; by default the side that the backbone was trained with."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
