@@ -144,7 +144,7 @@ def perturbed(model: Lift) -> Lift:
                 parameter.fill_(3.0)
         for (
             adapter
-        ) in model.tuner.behind:  # without biases: units that are open for an image, and all outputs that see them
+        ) in model.tuner.behind:  # no biases: units that are open for an image, and outputs that see all of them
             feature = model.tower.finish(model.tower.embed(IMAGES), model.tuner.per_block)
             adapter.down.weight.copy_(feature[:BOTTLENECK] / WIDTH)
             adapter.up.weight.abs_()
@@ -158,6 +158,27 @@ def loss_of(model: Lift) -> Tensor:
 def gradients(model: Lift) -> dict[str, Tensor | None]:
     loss_of(model).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_only_given_patches_matter(model: Lift) -> None:
+    shuffled = torch.tensor([2, 0, 3, 1]).expand(len(IMAGES), -1)
+    assert torch.allclose(model(IMAGES, shuffled), model(IMAGES), atol=1e-4)
+    other = IMAGES.clone()
+    other[:, :, :PATCH_PX, PATCH_PX:] += 1  # patch 1
+    without, beside = shuffled[:, :3], shuffled[:, 1:]
+    assert torch.equal(model(other, without), model(IMAGES, without))
+    assert not torch.allclose(model(other, beside), model(IMAGES, beside), atol=1e-4)
+
+
+def close_in_bf16(model: Lift) -> Tensor:
+    """The logits in bf16, which stay close to the exact ones."""
+    exact = model(IMAGES).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(IMAGES)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert float((rough.detach() - exact).abs().max()) < 0.05 * float(exact.abs().max())
+    return rough
 
 
 def shifts_all_keys(model: Lift, name: str) -> Tensor:
@@ -367,24 +388,13 @@ def test_checkpointing_computes_again_and_gives_the_same_gradients(tower: Tower,
 @pytest.mark.parametrize("case", CASES)
 def test_patches_that_are_left_out_have_no_effect(tower: Tower, case: str) -> None:
     model = perturbed(lift(tower, case))
-    shuffled = torch.tensor([2, 0, 3, 1]).expand(len(IMAGES), -1)
-    assert torch.allclose(model(IMAGES, shuffled), model(IMAGES), atol=1e-4)
-    other = IMAGES.clone()
-    other[:, :, :PATCH_PX, PATCH_PX:] += 1  # patch 1
-    without, beside = shuffled[:, :3], shuffled[:, 1:]
-    assert torch.equal(model(other, without), model(IMAGES, without))
-    assert not torch.allclose(model(other, beside), model(IMAGES, beside), atol=1e-4)
+    assert_only_given_patches_matter(model)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bf16_stays_close_and_gives_fp32_logits(tower: Tower, case: str) -> None:
     model = perturbed(lift(tower, case))
-    exact = model(IMAGES).detach()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(IMAGES)
-    assert rough.dtype == torch.float32
-    assert not torch.equal(rough, exact)
-    assert float((rough.detach() - exact).abs().max()) < 0.05 * float(exact.abs().max())
+    rough = close_in_bf16(model)
     if case != "zero_shot":
         torch.nn.functional.cross_entropy(rough, LABELS).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trained().values())

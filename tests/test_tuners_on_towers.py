@@ -16,6 +16,8 @@ from test_tuners import (
     PATCH_PX,
     TRAINED,
     WIDTH,
+    assert_only_given_patches_matter,
+    close_in_bf16,
     gradients,
     lift,
     perturbed,
@@ -141,24 +143,12 @@ def test_patches_can_be_given_in_any_order_and_left_out(tower: Tower, case: str)
     if not tower.can_drop_patches:
         pytest.skip("looks at whole images")
     model = perturbed(lift(tower, case))
-    shuffled = torch.tensor([2, 0, 3, 1]).expand(len(IMAGES), -1)
-    assert torch.allclose(model(IMAGES, shuffled), model(IMAGES), atol=1e-4)
-    other = IMAGES.clone()
-    other[:, :, :PATCH_PX, PATCH_PX:] += 1  # patch 1
-    without, beside = shuffled[:, :3], shuffled[:, 1:]
-    assert torch.equal(model(other, without), model(IMAGES, without))
-    assert not torch.allclose(model(other, beside), model(IMAGES, beside), atol=1e-4)
+    assert_only_given_patches_matter(model)
 
 
 @pytest.mark.parametrize("case", ["adaptformer", "lora", "bitfit"])
 def test_bf16_stays_close_on_every_kind_of_tower(tower: Tower, case: str) -> None:
-    model = perturbed(lift(tower, case))
-    exact = model(IMAGES).detach()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(IMAGES)
-    assert rough.dtype == torch.float32
-    assert not torch.equal(rough, exact)
-    assert float((rough.detach() - exact).abs().max()) < 0.05 * float(exact.abs().max())
+    close_in_bf16(perturbed(lift(tower, case)))
 
 
 @pytest.mark.parametrize("kind", ["vpt_shallow", "vpt_deep"])
@@ -177,6 +167,20 @@ def test_larger_images_have_their_own_angles_and_biases() -> None:
         larger = torch.nn.functional.interpolate(IMAGES, scale_factor=2)
         assert tower(larger).shape == tower(IMAGES).shape
         assert tower.num_patches(32) == 4 * tower.num_patches(16)
+
+
+class NarrowMean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1)[:, : WIDTH // 2]
+
+
+@pytest.mark.parametrize("case", [case for case in TRAINED if "clip_adapter" not in case])
+def test_tuners_have_the_width_of_the_blocks_where_the_feature_has_another(case: str) -> None:
+    shape = BlockShape(WIDTH, num_heads=2, hidden=4 * WIDTH, activation=torch.nn.functional.gelu)
+    pool = AttentionPool(NarrowMean(), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH // 2))
+    tower = Tower(shape, num_blocks=BLOCKS, patch_px=PATCH_PX, resolution_px=16, pool=pool, feature_width=WIDTH // 2)
+    model = lift(tower.eval().requires_grad_(False), case)
+    assert model.feature(IMAGES).shape == (len(IMAGES), WIDTH // 2)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         return self.relative is None and self.mask is None and self.k_norm is None and rotary is None
 
     def _bias(self, num_tokens: int, class_token_only: bool, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores, (T, T) or (H, T, T), only its first row for the class token; None for nothing."""
+        """Return the bias of the scores, (T, T) or (H, T, T), only its first row for the class token; None for nothing."""
         if self.relative is not None:
             bias: Tensor = self.relative(num_tokens)
         elif self.mask is not None:

@@ -272,7 +272,7 @@ def _numbered(trunk: Any, name: str) -> list[tuple[str, Any]]:
 
 
 class TimmHead(NamedTuple):
-    """What follows the trunk of open_clip's TimmModel. Without a projection the feature lies in the shared space.
+    """The parts behind the trunk of open_clip's TimmModel. Without a projection the feature lies in the shared space.
 
     Attributes:
         projection: (D, E), from the trunk's feature to the shared space.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lift_ray.model.blocks import BlockShape
-from lift_ray.model.rebuilt import Rebuilt, activation_of, adopted, norm_like, rebuilt
+from lift_ray.model.rebuilt import OPEN_CLIP_BLOCKS, Rebuilt, activation_of, adopted, norm_like, rebuilt
 from lift_ray.model.resnet import ResNetTower
 from lift_ray.model.tower import AttentionPool, Pool, Tower
 
@@ -67,14 +67,7 @@ def rebuild_vit(visual: Any) -> Rebuilt | None:
         "ln_pre.": "norm_pre.",
         "ln_post.": "pool.norm_last." if visual.attn_pool is not None else "pool.norm.",
         "attn_pool.": "pool.pool.",
-        "transformer.resblocks.": "blocks.",
-        ".ln_1.": ".norm1.",
-        ".ln_2.": ".norm2.",
-        ".attn.in_proj_": ".attn.in_proj.",
-        ".c_fc.": ".in_proj.",
-        ".c_proj.": ".out_proj.",
-        ".ls_1.": ".attn.",
-        ".ls_2.": ".mlp.",
+        **OPEN_CLIP_BLOCKS,
     }
     return rebuilt(tower, {key: value for key, value in visual.state_dict().items() if key != "proj"}, renamed)
 
@@ -82,12 +75,9 @@ def rebuild_vit(visual: Any) -> Rebuilt | None:
 def _pool_of(visual: Any) -> Pool | AttentionPool | None:
     """Return the pool of a vision transformer with its norm; None for one that the towers do not know."""
     if visual.attn_pool is not None:
-        known = visual.attn_pool_contrastive is None and visual.pool_type == "tok"
-        return (
-            AttentionPool(_FirstQuery(adopted(visual.attn_pool)), nn.Identity(), adopted(visual.ln_post))
-            if known
-            else None
-        )
+        if visual.attn_pool_contrastive is not None or visual.pool_type != "tok":
+            return None
+        return AttentionPool(_FirstQuery(adopted(visual.attn_pool)), nn.Identity(), adopted(visual.ln_post))
     kinds = {"tok": "class", "avg": "mean"}
     if visual.pool_type not in kinds:
         return None

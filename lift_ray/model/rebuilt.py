@@ -15,6 +15,17 @@ from torch import Tensor, nn
 from lift_ray.model.blocks import Activation, MakeNorm
 from lift_ray.model.tower import FrozenTower
 
+OPEN_CLIP_BLOCKS = {  # names of open_clip's transformers, image and text, and ours
+    "transformer.resblocks.": "blocks.",
+    ".ln_1.": ".norm1.",
+    ".ln_2.": ".norm2.",
+    ".attn.in_proj_": ".attn.in_proj.",
+    ".c_fc.": ".in_proj.",
+    ".c_proj.": ".out_proj.",
+    ".ls_1.": ".attn.",
+    ".ls_2.": ".mlp.",
+}
+
 
 @dataclass(frozen=True)
 class Rebuilt:

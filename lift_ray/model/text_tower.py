@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lift_ray.model.blocks import Attention, Block, BlockShape
-from lift_ray.model.rebuilt import activation_of, rebuilt
+from lift_ray.model.rebuilt import OPEN_CLIP_BLOCKS, activation_of, rebuilt
 from lift_ray.model.tower import SharedWeights
 from lift_ray.model.tuners.base import BlockTuner, Identity
 
@@ -22,14 +22,7 @@ NAMES = {
     "text_projection.weight": "projection",
     "text_projection.bias": "projection_bias",
     "text_projection": "projection",
-    "transformer.resblocks.": "blocks.",
-    ".ln_1.": ".norm1.",
-    ".ln_2.": ".norm2.",
-    ".attn.in_proj_": ".attn.in_proj.",
-    ".c_fc.": ".in_proj.",
-    ".c_proj.": ".out_proj.",
-    ".ls_1.": ".attn.",
-    ".ls_2.": ".mlp.",
+    **OPEN_CLIP_BLOCKS,
 }
 """Names of open_clip and ours."""
 

@@ -293,7 +293,7 @@ class Tower(FrozenTower):
 
 def _of_block(angles: Tensor | None, index: int) -> Tensor | None:
     """Return the angles of a block: its own if every block has some, (blocks, H, N, ...), else those of all."""
-    return angles[index] if angles is not None and angles.dim() == 4 + 1 else angles
+    return angles[index] if angles is not None and angles.dim() == 5 else angles
 
 
 _IDENTITY = Identity()

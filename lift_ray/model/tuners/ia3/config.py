@@ -19,7 +19,7 @@ def build(tower: Any, block: int) -> Any:
     """The tuner of one block."""
     from lift_ray.model.tuners.ia3.module import Ia3
 
-    return Ia3(tower.width, tower.blocks[block].mlp.out_proj.weight)
+    return Ia3(tower.block_width(block), tower.blocks[block].mlp.out_proj.weight)
 
 
 register_tuner(Ia3Config, build)

@@ -23,10 +23,8 @@ class SparseConfig(TunerConfig):
 
     def derived(self, num_classes: int, num_tuned: int, width: int) -> dict[str, Any]:
         """The fraction, for an MLP that is 4 D wide."""
-        values = {"all": 12 * width + 9, "attention": 4 * width + 4, "mlp": 8 * width + 5}[
-            self.places
-        ]  # of a block, over D
-        return {"ratio": self.ratio or min(1.0, num_classes / (num_tuned * values))}
+        of_block = {"all": 12 * width + 9, "attention": 4 * width + 4, "mlp": 8 * width + 5}  # values, divided by D
+        return {"ratio": self.ratio or min(1.0, num_classes / (num_tuned * of_block[self.places]))}
 
 
 register_tuner(SparseConfig, prepare="lift_ray.model.tuners.sparse.module:add_sparse", owns=TOWER_WEIGHTS)
