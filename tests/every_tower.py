@@ -26,6 +26,7 @@ from lift_ray.model.hosted import StagedTower
 from lift_ray.model.loading import ImageTower, image_tower
 from lift_ray.model.resnet import ResNetTower
 from lift_ray.model.tower import FrozenTower, Pool, Tower
+from lift_ray.text import count
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "towers.md"
 TIMM = [  # an architecture of each kind that people choose; all other models of timm are tried in the same way when they are loaded
@@ -107,7 +108,7 @@ def kind_of(tower: FrozenTower) -> str:
     ]
     words += ["rotary positions"] if tower.rotary is not None else []
     words += ["bias by distance"] if tower.shape.relative_side else []
-    words += [f"{len(tower.registers)} registers"] if tower.registers is not None else []
+    words += [count(len(tower.registers), "register")] if tower.registers is not None else []
     words += ["gated MLP"] if tower.shape.gated_mlp else []
     words += ["norms behind"] if tower.shape.post_norm else []
     return ", ".join(words)
