@@ -9,6 +9,9 @@ alike; ratios are formed in each round. On a busy machine the processor time is 
 `first` is the time from making the data set to its first batch, imports left out, with the files in the page cache and
 Hugging Face's Arrow files written before; `resumed` the same in the middle of an epoch. `peak` is the process's memory, and in
 brackets what it was after the imports. How this stream's memory grows is measured with the images repeated to a larger set.
+
+`--processes` are numbers of decoding processes to compare, 0 for threads: the stream on all cores, until a uint8 batch can be read in
+the training process. A bare loop on each of as many cores is the limit, and the processor time is that of the training process.
 Before anything is timed, images are compared with torchvision's, with the same crops.
 
     python benchmarks/data.py                                   # the embedded images
@@ -50,7 +53,7 @@ from typing import Any
 import numpy as np
 import rich.table
 import torch
-from data_contenders import CONTENDERS, SEED, TRANSFORMS, Sample, Setup
+from data_contenders import CONTENDERS, SEED, STREAM, TRANSFORMS, Sample, Setup
 from PIL import Image
 from record import record
 from torchvision.transforms import InterpolationMode
@@ -60,6 +63,7 @@ from lift_ray.data.augment import SMALLEST_AREA, Preprocessing, square_crop, tra
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
 from lift_ray.terminal.tables import console
+from lift_ray.text import count
 
 MARKS = (2_000, 10_000, 50_000)  # images after which the peak memory is looked at
 COMPARED, RESUMES = 512, 3
@@ -79,14 +83,19 @@ class Process:
 
     Args:
         folder: for its temporary files; MosaicML leaves lock files behind.
+        core: index of the core that it runs on.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, core: int = -1) -> None:
         path = Path(__file__).with_name("data_contenders.py")
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, str(path), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, str(path), name, str(core)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
         )
 
     def __enter__(self) -> Process:
@@ -97,10 +106,18 @@ class Process:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to a request of data_contenders.serve; exits when the process has ended."""
+        self.send(**request)
+        return self.answer()
+
+    def send(self, **request: Any) -> None:
+        """Make a request."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """The answer to the first request without one."""
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"{self.name}: its process ended with {self.process.wait()}")
@@ -194,9 +211,42 @@ def measure(args: argparse.Namespace, names: Sequence[str], folder: Path) -> dic
         found |= {"first_batch_s": first[name]["seconds"], "imported_bytes": first[name]["imported_bytes"]}
         found |= {"resumed_s": median(r[name] for r in resumes)}
         found["version"] = importlib.metadata.version(PACKAGES[name])
+    if args.processes:
+        CONTENDERS["bare"].write(samples, class_names, folder)
+        figures["processes"] = by_processes(args.processes, folder, setup, args.rounds)
     if "lift_ray" in names and args.memory:
         figures["memory"] = memory(samples, class_names, folder / "many", setup, args.memory)
     return figures
+
+
+def by_processes(numbers: Sequence[int], folder: Path, setup: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """The stream with so many decoding processes, and bare loops on as many cores; medians over rounds in which they take turns."""
+    found = []
+    for number in numbers:
+        cores = number or os.cpu_count() or 1
+        with ExitStack() as stack:
+            stream = stack.enter_context(Process(STREAM, folder))
+            loops = [stack.enter_context(Process("bare", folder, core)) for core in range(cores)]
+            stream.ask(setup={**setup, "floats": False, "processes": number}, start=0)
+            for loop in loops:
+                loop.ask(setup={**setup, "floats": False}, start=0)
+            epochs, bare = [], []
+            for index in range(rounds + 1):
+                epochs.append(stream.ask(epoch=1 + index))
+                for loop in loops:
+                    loop.send(epoch=1 + index)
+                bare.append(sum(a["images"] / a["wall_s"] for a in [loop.answer() for loop in loops]))
+        speeds = [epoch["images"] / epoch["wall_s"] for epoch in epochs]
+        found.append(
+            {
+                "processes": number,
+                "images_per_s": median(speeds[1:]),
+                "bare_images_per_s": median(bare[1:]),
+                "of_bare": median(ours / limit for ours, limit in zip(speeds[1:], bare[1:], strict=True)),
+                "training_process_ms_per_1000": median(1e6 * e["processor_s"] / e["images"] for e in epochs[1:]),
+            }
+        )
+    return found
 
 
 def memory(
@@ -271,6 +321,18 @@ def show(figures: dict[str, Any]) -> None:
         *compared,
         sep="\n",
     )
+    if "processes" in figures:
+        by_number = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("decoded by", "images/s", "of bare", "training process, ms per 1,000"):
+            by_number.add_column(heading, justify="left" if heading == "decoded by" else "right", no_wrap=True)
+        for row in figures["processes"]:
+            by_number.add_row(
+                count(row["processes"], "process") if row["processes"] else "threads",
+                f"{row['images_per_s']:.0f}",
+                f"{row['of_bare']:.0%}",
+                f"{row['training_process_ms_per_1000']:.0f}",
+            )
+        out.print(by_number)
     if "memory" in figures:
         of = figures["memory"]
         peaks = ", ".join(f"{p / MIB:.0f} after {n:,}" for n, p in zip(of["images"], of["peak_bytes"], strict=True))
@@ -289,6 +351,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
     parser.add_argument(
         "--memory", nargs="*", type=int, default=MARKS, metavar="IMAGES", help="when to look at the peak"
+    )
+    parser.add_argument(
+        "--processes",
+        nargs="*",
+        type=int,
+        default=[0, 1, 2],
+        metavar="N",
+        help="decoding processes to compare; 0 for threads",
     )
     parser.add_argument("--record", action="store_true", help="append a row to benchmarks/results/data.jsonl")
     args = parser.parse_args()

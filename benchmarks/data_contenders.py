@@ -40,12 +40,16 @@ class Setup:
         transforms: of the contenders that use torchvision's, a key of TRANSFORMS.
         px: side of the square images.
         batch: images in a batch.
+        floats: float32 and normalised, or uint8 as this stream decodes them (its own contenders only).
+        processes: of `stream`, that decode; 0 for a thread on each core.
     """
 
     folder: str
     transforms: str = "classic"
     px: int = 96
     batch: int = 128
+    floats: bool = True
+    processes: int = 0
 
 
 class Contender(ABC):
@@ -224,26 +228,47 @@ def normalised(images: Tensor) -> Tensor:
 class LiftRay(Contender):
     """lift_ray's stream, with one thread."""
 
-    imports = ("lift_ray.data.batches", "lift_ray.data.open", "lift_ray.data.reader")
+    imports: tuple[str, ...] = ("lift_ray.data.batches", "lift_ray.data.open", "lift_ray.data.reader")
 
     def __init__(self, setup: Setup) -> None:
+        from lift_ray.data.batches import ONE_THREAD
         from lift_ray.data.open import open_dataset
-        from lift_ray.data.order import memory_bytes
+        from lift_ray.data.order import Sampling, memory_bytes
         from lift_ray.data.reader import RowReader
 
-        self.setup = setup
+        self.setup, self.decoders = setup, ONE_THREAD
+        self.sampling = Sampling(SEED, setup.batch)
         self.split = open_dataset(f"{setup.folder}/parquet").split("train")
         self.reader = RowReader(self.split, memory_bytes(self.split))
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
+    def decoded(self, epoch: int, start: int) -> Iterator[Any]:
+        """The uint8 batches of the stream."""
         from lift_ray.data.augment import SMALLEST_AREA, Augmentation, Preprocessing, square_crop
         from lift_ray.data.batches import training_batches
-        from lift_ray.data.order import Sampling
 
-        sampling = Sampling(SEED, self.setup.batch)
         augmentation = Augmentation(Preprocessing(self.setup.px), partial(square_crop, smallest=SMALLEST_AREA))
-        for batch in training_batches(self.reader, self.split, sampling, augmentation, epoch=epoch, start_step=start):
+        return training_batches(
+            self.reader, self.split, self.sampling, augmentation, epoch=epoch, start_step=start, decoders=self.decoders
+        )
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
+        for batch in self.decoded(epoch, start):
             yield normalised(batch.images), batch.labels
+
+
+class Stream(LiftRay):
+    """lift_ray's stream on all cores, until a uint8 batch can be read in this process."""
+
+    def __init__(self, setup: Setup) -> None:
+        from lift_ray.data.batches import Decoders
+        from lift_ray.data.decoder_pool import DecoderPool
+
+        super().__init__(setup)
+        self.decoders = Decoders(os.cpu_count() or 1, DecoderPool(setup.processes) if setup.processes else None)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Labelled]:
+        for batch in self.decoded(epoch, start):
+            yield batch.images, batch.labels
 
 
 class Bare(Contender):
@@ -271,7 +296,8 @@ class Bare(Contender):
             for place in range(size):
                 crop = partial(square_crop, smallest=SMALLEST_AREA, draw=draws[first + place])
                 images[place] = training_image(self.encoded[first + place], Preprocessing(px), crop).transpose(2, 0, 1)
-            yield normalised(torch.from_numpy(images)), self.labels[first : first + size]
+            made = torch.from_numpy(images)
+            yield normalised(made) if self.setup.floats else made, self.labels[first : first + size]
 
 
 CONTENDERS: dict[str, type[Contender]] = {
@@ -284,10 +310,14 @@ CONTENDERS: dict[str, type[Contender]] = {
 }
 
 
+STREAM = "stream"
+ALL: dict[str, type[Contender]] = {**CONTENDERS, STREAM: Stream}
+
+
 def first_batch(name: str, setup: Setup, start: int) -> tuple[Contender, float]:
     """A new contender, and the seconds until it has given batch `start` of the first epoch."""
     began = time.perf_counter()
-    contender = CONTENDERS[name](setup)
+    contender = ALL[name](setup)
     batches = contender.batches(0, start)
     next(batches)
     return contender, time.perf_counter() - began
@@ -323,16 +353,16 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def serve(name: str, answers: Any) -> None:
-    """Answer requests, a line of JSON each, from standard input; on one core, with one thread of torch.
+def serve(name: str, core: int, answers: Any) -> None:
+    """Answer requests, a line of JSON each, from standard input; on one core (STREAM on all), with one thread of torch.
 
     {setup, start} makes a contender and times its first batch, {epoch} and {marks} are `whole_epoch` and `growth` of the first
     one made. What the contender imports is there the first request is read.
     """
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if name != STREAM and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     torch.set_num_threads(1)
-    for module in CONTENDERS[name].imports:
+    for module in ALL[name].imports:
         import_module(module)
     imported_bytes = peak_bytes()
     opened: Contender | None = None
@@ -349,4 +379,4 @@ def serve(name: str, answers: Any) -> None:
 
 if __name__ == "__main__":
     with os.fdopen(os.dup(1), "w") as out, contextlib.redirect_stdout(sys.stderr):
-        serve(sys.argv[1], out)
+        serve(sys.argv[1], int(sys.argv[2]), out)

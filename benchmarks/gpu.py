@@ -5,7 +5,7 @@ The step is that of `benchmarks/step.py` (AdaptFormer in every block, forward, l
 torch's product of two 8192 x 8192 bf16 matrices.
 
 A run is `lift_ray.train --no-ray` on JPEGs of 256 px with the same tower; its figures are those of its last epoch. The stream is what
-decodes its images, alone, by the number of threads.
+decodes its images, alone, by the number of threads and of processes.
 
     python benchmarks/gpu.py --rounds 5 --images 6000
 """
@@ -38,8 +38,9 @@ from step import NUM_CLASSES, SEED, Plain, Step, difference, new_lift, step_flop
 from torch import Tensor, nn
 
 from lift_ray.data.augment import SMALLEST_AREA, Augmentation, Preprocessing, square_crop
-from lift_ray.data.batches import training_batches
+from lift_ray.data.batches import Decoders, training_batches
 from lift_ray.data.convert.shards import publish, write_split
+from lift_ray.data.decoder_pool import DecoderPool
 from lift_ray.data.open import open_dataset
 from lift_ray.data.order import Sampling
 from lift_ray.data.reader import RowReader
@@ -199,14 +200,14 @@ def run(data: str, weights: str, threads: int, **overrides: Any) -> dict[str, fl
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def stream(data: str, threads: int) -> dict[str, float]:
+def stream(data: str, decoders: Decoders) -> dict[str, float]:
     """Images/s of a training epoch's stream alone, and milliseconds to its first batch."""
     split = open_dataset(data).split("train")
     with RowReader(split) as reader:
         for _ in range(2):  # the first fills the reader's cache
             began = time.perf_counter()
             augmentation = Augmentation(Preprocessing(224), partial(square_crop, smallest=SMALLEST_AREA))
-            batches = training_batches(reader, split, Sampling(0, 128), augmentation, epoch=0, num_threads=threads)
+            batches = training_batches(reader, split, Sampling(0, 128), augmentation, epoch=0, decoders=decoders)
             next(batches)
             first = time.perf_counter() - began
             number = 1 + sum(1 for _ in batches)
@@ -236,6 +237,7 @@ def main() -> None:
     figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "step": steps(args.batch, args.rounds, args.times)}
     kinds = {
         "bf16": {},
+        "bf16, decoded by threads": {"optim.decode_processes": 0},
         "compiled": {"backbone.compile": True},
         "decode gpu": {"augment.decode": "gpu"},
         "fp32": {"backbone.precision": "fp32"},
@@ -249,8 +251,10 @@ def main() -> None:
         data = photographs(Path(folder), args.images)
         torch.set_num_threads(args.threads)
         for threads in sorted({1, 4, max(1, args.threads - 1)}):
-            figures[f"stream, {threads} threads"] = stream(data, threads)
-            print(f"stream, {threads} threads", figures[f"stream, {threads} threads"], flush=True)
+            for kind, decoders in (("threads", Decoders(threads)), ("processes", Decoders(1, DecoderPool(threads)))):
+                name = f"stream, {threads} {kind}"
+                figures[name] = stream(data, decoders)
+                print(name, figures[name], flush=True)
         for name, overrides in kinds.items():
             try:
                 figures[name] = run(data, weights, args.threads, **overrides)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from lift_ray.epoch_metrics import MAIN, MAIN_METRIC, named
 from lift_ray.settings.overrides import apply_overrides
@@ -93,7 +94,7 @@ def measure(job: Job, cold: bool, keep: Callable[[Job, Any], None] | None = None
     from lift_ray.training.workspace import Workspace
 
     if cold or not _workspaces or _workspaces[0].dataset.uri != job.dataset:
-        shared = None if cold else SharedFeatures(f"benchmark-{os.getppid()}")
+        shared = None if cold else SharedFeatures()
         _workspaces[:] = [Workspace(job.dataset, Ranks.alone(num_cpus=1), shared)]
     workspace, watch, curve, pseudo_labels = _workspaces[0], Stopwatch(), [], []
     row: Row = {"key": job.key, "name": job.name, "seed": job.seed, "epochs": job.epochs, "rate": job.rate}
@@ -164,7 +165,12 @@ def work_through(
     running: dict[Future[Row], str] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, context, end_with_parent) as pool, path.open("a") as file:
+    with (
+        tempfile.TemporaryDirectory() as cache,  # features of earlier searches are not found there
+        patch.dict(os.environ, LIFT_CACHE=cache),
+        ProcessPoolExecutor(PROCESSES, context, end_with_parent) as pool,
+        path.open("a") as file,
+    ):
         while True:
             todo = [job for job in choose(rows) if job.key not in done and job.key not in running.values()]
             late = time.monotonic() - began > 60 * minutes

@@ -48,7 +48,7 @@ def measure(cache_gib: float, epochs: int, threads: int) -> tuple[float, float, 
     workspace = Workspace(DATASET, Ranks.alone(num_cpus=threads))
     run = Run(config, workspace)
     began = time.monotonic()
-    workspace.cached_features(run.config, run.model, run.train)
+    workspace.cached_features(run.config, run.model, workspace.images(run.config, run.train))
     before = time.monotonic() - began
     trained = sum(run.train_epoch()["time/train_s"] for _ in range(epochs))
     found = {name: run.evaluate(name).metrics for name in ("validation", "test")}
@@ -66,7 +66,7 @@ def tunings(num_blocks: int) -> list[RunConfig]:
 
 def slot(share: bool, barrier: Any, results: Any) -> None:
     """Get all features as a slot of a search does; put seconds and bytes into the queue, and wait until memory was measured."""
-    shared = SharedFeatures("benchmark") if share else None
+    shared = SharedFeatures() if share else None
     workspace = Workspace(DATASET, Ranks.alone(), shared)
     num_blocks = workspace.backbone(RunConfig()).tower.num_blocks
     workspace.tunings = tunings(num_blocks) if share else ()
@@ -76,7 +76,7 @@ def slot(share: bool, barrier: Any, results: Any) -> None:
     for run in runs:
         for name in ("train", "validation"):
             split = workspace.dataset.split(name)
-            features = workspace.cached_features(run.config, run.model, split)
+            features = workspace.cached_features(run.config, run.model, workspace.images(run.config, split))
             assert features is not None
             for start in range(0, split.num_samples, 64):
                 features[np.arange(start, min(start + 64, split.num_samples))].sum()
@@ -88,6 +88,12 @@ def slot(share: bool, barrier: Any, results: Any) -> None:
 
 def slots(share: bool) -> Figures:
     """Measure slots that share their features, or that compute them each for itself: seconds, bytes, peak memory."""
+    with tempfile.TemporaryDirectory() as folder:  # features of earlier searches are not found there
+        os.environ["LIFT_CACHE"] = folder
+        return _slots(share)
+
+
+def _slots(share: bool) -> Figures:
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(SLOTS + 1), spawn.Queue()
     processes = [spawn.Process(target=slot, args=(share, barrier, results), daemon=True) for _ in range(SLOTS)]

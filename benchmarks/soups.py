@@ -12,7 +12,6 @@ mean class accuracy on the first seed.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -95,7 +94,7 @@ def metrics(run: Run) -> Found:
 def measure(tuned: str, rate: float, seed: int, epochs: int) -> dict[str, Found]:
     """Return the metrics of each way to train; empty if a loss diverged."""
     if not _workspaces:
-        _workspaces.append(Workspace(DATASET, Ranks.alone(num_cpus=1), SharedFeatures(f"benchmark-{os.getppid()}")))
+        _workspaces.append(Workspace(DATASET, Ranks.alone(num_cpus=1), SharedFeatures()))
     whole = _workspaces[0]
     own = {"seed": seed, "optim.epochs": epochs, "optim.lr": rate}
     config = RunConfig.model_validate(apply_overrides({}, {**COMMON, **TUNED[tuned][0], **own}, RunConfig))

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from lift_ray.methods.lift import Lift
 from lift_ray.model.heads import CosineHead, random_weights
+from lift_ray.model.linear import prepack
 from lift_ray.model.loading import rebuild
 from lift_ray.model.tower import Tower
 from lift_ray.model.tuners.adaptformer.module import Adaptformer
@@ -52,14 +53,28 @@ class Case:
     """A model and its batch.
 
     Args:
-        source: what open_clip.create_model loads; random weights where open_clip would need a download.
+        source: what open_clip.create_model loads, or open_clip's settings of an image tower; random weights where it would
+            need a download.
     """
 
-    source: str
+    source: str | dict[str, int]
     batch: int
 
+    def visual(self) -> nn.Module:
+        """Its image tower."""
+        if isinstance(self.source, str):
+            return open_clip.create_model(self.source).visual
+        return open_clip.CLIP(self.source["width"], self.source, {"width": 64, "heads": 1, "layers": 1}).visual
 
-CASES = {"vit-b-32": Case("ViT-B-32", 32), "lift-tiny": Case("local-dir:tests/lift-tiny", 128)}
+
+LIFT_SMALL = {"image_size": 70, "patch_size": 14, "width": 384, "layers": 12}
+CASES = {
+    "vit-b-32": Case("ViT-B-32", 32),
+    "lift-tiny": Case("local-dir:tests/lift-tiny", 128),
+    "lift-small": Case(LIFT_SMALL, 32),
+    "vit-b-16": Case("ViT-B-16", 8),
+    "vit-l-14": Case("ViT-L-14", 4),
+}
 
 
 class PlainBlock(nn.Module):
@@ -190,6 +205,27 @@ def matmuls(tower: Tower, batch: int) -> dict[str, tuple[Callable[[], Any], int]
     return calls
 
 
+KINDS = {  # of torch's operations, by parts of their names
+    "matmuls": ("linear_pointwise", "::mm", "::addmm", "::bmm", "convolution"),
+    "attention": ("scaled_dot_product",),
+    "activations": ("gelu", "relu"),
+    "norms": ("layer_norm",),
+}
+
+
+def operations(step: Step) -> dict[str, float]:
+    """Share of a step's processor time by kind of operation; `rest` is additions, copies, loss, optimizer and Python between them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step()
+    events = [(event.key, event.self_cpu_time_total) for event in found.key_averages()]
+    total = sum(micros for _, micros in events)
+    shares = {
+        kind: sum(micros for key, micros in events if any(part in key for part in parts)) / total
+        for kind, parts in KINDS.items()
+    }
+    return shares | {"rest": 1 - sum(shares.values())}
+
+
 def seconds_of(call: Callable[[], Any], at_least_s: float, clock: Callable[[], float]) -> float:
     """The median time of a call, over calls that together take `at_least_s`."""
     times: list[float] = []
@@ -205,7 +241,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
     torch.manual_seed(SEED)
     logging.disable(logging.WARNING)  # open_clip's, of random weights
-    visual = open_clip.create_model(case.source).visual
+    visual = case.visual()
     tower, batch = rebuild(visual), args.batch or case.batch
     bottleneck = derived_width(NUM_CLASSES, 2 * tower.num_blocks)
     model = new_lift(tower, bottleneck, NUM_CLASSES)
@@ -222,6 +258,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         again.tower.checkpointing = True
         steps["checkpointed"] = step(again)
     compile_s = None
+    if args.prepacked:
+        packed = copy.deepcopy(model)
+        prepack(packed.tower)
+        steps["prepacked"] = step(packed)
     if args.compile:
         steps["compiled"] = step(torch.compile(copy.deepcopy(model)))
         began = time.perf_counter()
@@ -244,6 +284,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         rounds += [seconds] if index else []
     figures = evaluate(rounds, list(steps), step_flops(tower, bottleneck, NUM_CLASSES, batch), batch, peaks)
     figures |= {"differences": differences, "batch": batch, "bottleneck": bottleneck}
+    figures["operations"] = operations(steps["ours"])
     if compile_s is not None:
         figures["compile_s"] = compile_s - figures["variants"]["compiled"]["step_s"]
     return figures
@@ -310,6 +351,7 @@ def show(name: str, figures: dict[str, Any], rounds: int) -> None:
         table,
         "matmuls, GFLOP/s: " + ", ".join(f"{key} {rate:.1f}" for key, rate in figures["matmul_gflop_per_s"].items()),
         f"peak: {figures['peak']}; torch.mm's: {figures['mm_peak']}",
+        "time of ours: " + ", ".join(f"{kind} {share:.0%}" for kind, share in figures["operations"].items()),
         *(
             f"{other} differs from ours by {v:.1e} of a tensor's largest value"
             for other, v in figures["differences"].items()
@@ -322,7 +364,7 @@ def show(name: str, figures: dict[str, Any], rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES)[:2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each variant in a round, at least")
@@ -332,6 +374,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images a step (default: 32 and 128)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of ours, and what its start costs")
     parser.add_argument("--checkpointing", action="store_true", help="also ours with activation checkpointing")
+    parser.add_argument("--prepacked", action="store_true", help="also ours with prepacked frozen weights")
     parser.add_argument("--record", action="store_true", help="append a row to benchmarks/results/step.jsonl")
     args = parser.parse_args()
     if args.processor_time and args.threads != 1:

@@ -29,7 +29,7 @@ from lift_ray.epoch_metrics import MAIN, MAIN_METRIC, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.methods.world import Ranks
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.searching import stopping
+from lift_ray.searching.stopping import Stopping
 from lift_ray.settings.run import RunConfig
 from lift_ray.settings.space import SpaceFile, seeded_draws
 from lift_ray.training.run import Run
@@ -86,7 +86,7 @@ def train_arms(out: Path, arms: int, epochs: int, data_frac: float) -> list[list
 def by_scheduler(scheduler: dict[str, Any], epochs: int) -> Rule:
     """One of the search's own rules: true to stop."""
     plan = space(scheduler, epochs)
-    return lambda row, rows: stopping.decide(plan, row, rows) == "stop"
+    return lambda row, rows: Stopping(plan, rows).decide(row) == "stop"
 
 
 def by_law(z: float, grace: int, epochs: int) -> Rule:

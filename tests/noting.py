@@ -52,11 +52,11 @@ def note_chunks(log: Path, chunk_s: float) -> None:
     shared_features.CHUNK = 1  # a batch
     computed = Workspace._activations
 
-    def noted(self: Workspace, config: Any, model: Any, split: Any, samples: Any, stop: int) -> Iterator[torch.Tensor]:
-        yield from computed(self, config, model, split, samples, stop)
+    def noted(self: Workspace, config: Any, model: Any, images: Any, samples: Any, stop: int) -> Iterator[torch.Tensor]:
+        yield from computed(self, config, model, images, samples, stop)
         time.sleep(chunk_s)
         with log.open("a") as file:
-            file.write(f"{os.getpid()} {split.key[:6]} {stop} {samples[0]}\n")
+            file.write(f"{os.getpid()} {images.split.key[:6]} {stop} {samples[0]}\n")
 
     Workspace._activations = noted  # type: ignore[method-assign]
 
@@ -78,11 +78,11 @@ def cached_here(folder: Path, data: str, config: Any, barrier: Any) -> None:
     from lift_ray.training.workspace import Workspace
 
     note_chunks(folder / "log", 0.2)
-    shared = SharedFeatures("two")
+    shared = SharedFeatures()
     workspace = Workspace(data, Ranks.alone(), shared)
     run = Run(config, workspace)
     barrier.wait(100)
-    features = workspace.cached_features(run.config, run.model, run.train)
+    features = workspace.cached_features(run.config, run.model, workspace.images(run.config, run.train))
     assert features is not None
     np.save(folder / f"{os.getpid()}.npy", features[:].numpy())
     barrier.wait(100)

@@ -25,7 +25,7 @@ from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.evaluation.metrics import ClassGroups
 from lift_ray.ray_runtime.capacity import Need
 from lift_ray.searching.interrupts import Interrupts
-from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
+from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, Pack, SlotSettings, TrainJob, trial_checkpoints
 from lift_ray.searching.predictions import out_of_fold_folder, part_name, write_predictions
 from lift_ray.searching.search_data import SearchData
 from lift_ray.searching.state import Search
@@ -33,7 +33,7 @@ from lift_ray.searching.study import Study, open_storage
 from lift_ray.settings.search import TAUS
 from lift_ray.settings.space import SpaceFile
 from lift_ray.storage.output import Output
-from lift_ray.training.events import EpochEnded, JobDone, Reply, RunAborted, RunDiverged, RunStarted
+from lift_ray.training.events import EpochEnded, JobDone, Replies, Reply, RunAborted, RunDiverged, RunStarted
 
 METRIC = "validation/mean_class_accuracy"
 EPOCHS = 9
@@ -42,13 +42,17 @@ DATA = SearchData(groups=ClassGroups.of([200, 50, 5]), num_images=IMAGES, final_
 HELD_OUT = 60  # images of a fold
 
 
-def space(epochs: int = EPOCHS, **search: Any) -> SpaceFile:
-    """Return a space with ten trials by default, the first of which is a baseline."""
+def space(epochs: int = EPOCHS, blocks: Any = None, **search: Any) -> SpaceFile:
+    """Return a space with ten trials by default, the first of which is a baseline.
+
+    Args:
+        blocks: of the tuner; trials that do not tune the first one train in packs.
+    """
     return SpaceFile.model_validate(
         {
             "name": "played",
             "dataset": "d",
-            "base": {"optim": {"epochs": epochs}},
+            "base": {"optim": {"epochs": epochs}, "tuner": {"blocks": blocks}},
             "space": {"optim.lr": {"float": [0.01, 1.0], "log": True}, "loss.tau": {"float": [0.0, 2.0]}},
             "baselines": [{"optim.lr": 0.02, "loss.tau": 1.0}],
             "search": {"trials": 10, "sampler": "random", **search},
@@ -144,6 +148,10 @@ class Played:
             yield JobDone({})
             while not self.stopped.wait(0.05):
                 yield JobDone({})
+        elif isinstance(job, Pack):
+            trainings = {each.number: self._train(each) for each in job.jobs}
+            while True:
+                yield Replies({number: next(training) for number, training in trainings.items()})  # type: ignore[misc]
         else:
             yield from self._train(job)
 
@@ -255,7 +263,7 @@ def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[
     """Run a search on the connected Ray with the real engine, and return what happened.
 
     Args:
-        options: trials, slots, search, and those of Played.
+        options: trials, slots, blocks, search, and those of Played.
     """
     from lift_ray.searching.driver import run_search
 
@@ -263,6 +271,7 @@ def run_on_ray(out: Path, options: dict[str, Any], callbacks: Any = ()) -> dict[
     own = {name: options[name] for name in ("epoch_s", "load_s", "alone_epochs", "faults", "broken") if name in options}
     wanted = space(
         options.get("epochs", 3),
+        options.get("blocks"),
         **{
             "trials": options.get("trials", 12),
             "tte_best": 0,

@@ -27,7 +27,7 @@ from lift_ray.data.augment import (
     smallest_area,
     square_crop,
 )
-from lift_ray.data.batches import Batch, evaluation_batches, training_batches
+from lift_ray.data.batches import ONE_THREAD, Batch, Decoders, evaluation_batches, training_batches
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Shard, Split
 from lift_ray.data.decode import READABLE
@@ -53,7 +53,7 @@ def train(
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    num_threads: int = 1,
+    decoders: Decoders = ONE_THREAD,
     patch_dropout: float = 0.0,
 ) -> list[Batch]:
     sampling = Sampling(seed, batch, rank=rank, world_size=world_size)
@@ -61,7 +61,7 @@ def train(
     augmentation = Augmentation(Preprocessing(size_px), crop, num_patches=9, patch_dropout=patch_dropout)
     with RowReader(split) as reader:
         batches = training_batches(
-            reader, split, sampling, augmentation, epoch=epoch, start_step=start_step, num_threads=num_threads
+            reader, split, sampling, augmentation, epoch=epoch, start_step=start_step, decoders=decoders
         )
         return list(batches)
 
@@ -205,7 +205,7 @@ def test_images_change_with_seed_and_epoch(small: Split) -> None:
 
 @pytest.mark.parametrize("num_threads", [2, 5])
 def test_threads_change_nothing(small: Split, num_threads: int) -> None:
-    assert_same(train(small, num_threads=num_threads), train(small))
+    assert_same(train(small, decoders=Decoders(num_threads)), train(small))
 
 
 def test_the_images_of_one_batch_are_shared_by_threads(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_the_images_of_one_batch_are_shared_by_threads(small: Split, monkeypatch
     monkeypatch.setattr(augment, "training_image", noted)
     with RowReader(small) as reader:
         augmentation = Augmentation(Preprocessing(24), partial(square_crop, smallest=SMALLEST_AREA))
-        batches = training_batches(reader, small, Sampling(0, 96), augmentation, epoch=0, num_threads=3)
+        batches = training_batches(reader, small, Sampling(0, 96), augmentation, epoch=0, decoders=Decoders(3))
         assert len(next(batches).labels) == 96
     assert len({name for name in makers if name.startswith("lift-decode")}) == 3
 
@@ -299,7 +299,7 @@ def test_evaluation_covers_each_sample_once_in_order(small: Split, world_size: i
                     batch_size=25,
                     rank=rank,
                     world_size=world_size,
-                    num_threads=2,
+                    decoders=Decoders(2),
                 )
             )
             mine = rank_slice(test.num_samples, rank, world_size)

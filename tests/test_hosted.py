@@ -511,7 +511,11 @@ def test_a_run_trains_on_a_hosted_tower_from_cached_features(
         tree["tuner"] = {"kind": kind, "blocks": {"last": 1}}
     run = Run(RunConfig.parse(tree), workspace)
     before = {name: p.detach().clone() for name, p in run.model.trained().items()}
-    cached = workspace.cached_features(run.config, run.model, run.train) if augment == "none" else None
+    cached = (
+        workspace.cached_features(run.config, run.model, workspace.images(run.config, run.train))
+        if augment == "none"
+        else None
+    )
     assert (cached is not None) == (augment == "none")
     epochs = [epoch.flat() for epoch in run.epochs()]
     assert len(epochs) == 2

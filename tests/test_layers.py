@@ -70,7 +70,7 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "optuna": (
-        {"lift_ray/searching/study", "lift_ray/searching/samplers", "lift_ray/reporting/importance"},
+        {*(f"lift_ray/searching/{name}" for name in ("study", "journal", "samplers")), "lift_ray/reporting/importance"},
         {"lift_ray/settings/space"},
     ),
     "open_clip": (

@@ -19,7 +19,7 @@ from lift_ray.errors import BadInput
 from lift_ray.methods.world import Ranks
 from lift_ray.reporting.report import write_report
 from lift_ray.reporting.trial_rows import TrialRow, best_row, pareto_front, write_json, write_rows
-from lift_ray.searching.stopping import decide
+from lift_ray.searching.stopping import Stopping
 from lift_ray.searching.study import Study
 from lift_ray.searching.tables import pareto_table, trial_table
 from lift_ray.settings.checks import OBJECTIVES
@@ -90,7 +90,7 @@ def searched(wanted: SpaceFile, histories: dict[float, list[EpochMetrics]]) -> l
     while (row := study.next()) is not None:
         for metrics in histories[row.values["optim.data_frac"]]:
             study.report(row, metrics)
-            if decide(wanted, row, list(study.rows.values())) == "stop":
+            if Stopping(wanted, study.rows.values()).decide(row) == "stop":
                 break
         study.end(row, "finished" if row.is_done else "pruned")
     return list(study.rows.values())

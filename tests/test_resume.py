@@ -13,15 +13,19 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import InMemoryStorage
+from optuna.storages import InMemoryStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from played import DATA, METRIC, Played, metrics_of, play, searched, space
 
+from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput, RunFailed
 from lift_ray.reporting.trial_rows import best_row
 from lift_ray.searching.driver_lock import study_in
 from lift_ray.searching.jobs import EvaluationJob
+from lift_ray.searching.journal import Journal, repaired
 from lift_ray.searching.state import Search
-from lift_ray.searching.study import Study, differences, open_storage, repaired, reports_in
+from lift_ray.searching.study import Study, differences, open_storage, reports_in
 from lift_ray.settings.search import TAUS
 from lift_ray.storage.layout import JOURNAL, LOCK
 from lift_ray.storage.output import Output
@@ -314,17 +318,54 @@ def test_a_storage_that_cannot_be_used_gives_a_one_line_error_without_the_passwo
     assert "\n" not in str(caught.value)
 
 
-def test_half_a_line_and_the_lock_of_a_killed_driver_are_removed(tmp_path: Path) -> None:
+def test_half_a_line_of_a_killed_driver_is_removed_and_its_lock_holds_nobody_up(tmp_path: Path) -> None:
     journal = tmp_path / JOURNAL
     study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
     study.ask()
     whole = journal.read_bytes()
     journal.write_bytes(whole + b'{"op_code": 4, "wor')
-    (tmp_path / f"{JOURNAL}.lock").symlink_to(journal)
+    (tmp_path / f"{JOURNAL}.lock").symlink_to(journal)  # of an earlier version
     assert repaired(journal).read_bytes() == whole
-    assert not os.path.lexists(f"{journal}.lock"), "Optuna would wait for the lock of the killed driver"
     optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").ask()
     assert len(optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").trials) == 2
+
+
+def test_records_that_belong_together_are_written_together_also_after_an_error(tmp_path: Path) -> None:
+    journal = tmp_path / JOURNAL
+    study = Study(space(), "d", Journal(journal))
+    before = journal.read_bytes()
+
+    def begin() -> None:
+        row = study.next()
+        assert row
+        with study.at_once():
+            study.report(row, EpochMetrics(1, validation={"mean_class_accuracy": 0.5}))
+        assert journal.read_bytes() == before, "the outer block is not over"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), study.at_once():
+        begin()
+    after = journal.read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") > before.count(b"\n") + 3
+    study.end(study.rows[0], "pruned")
+    assert outcome(Study(space(), "d", Journal(journal), resume=True)) == outcome(study)
+    assert study.rows[0].state == "pruned"
+
+
+def test_optuna_reads_the_journal_and_finds_the_trials_that_wait(tmp_path: Path) -> None:
+    ours = optuna.create_study(storage=Journal(tmp_path / JOURNAL), study_name="s")
+    ours.enqueue_trial({"x": 0.25})
+    assert [trial.state for trial in ours.get_trials(states=(TrialState.WAITING,))] == [TrialState.WAITING]
+    again = optuna.load_study(storage=Journal(tmp_path / JOURNAL), study_name="s")
+    drawn = [again.ask().suggest_float("x", 0, 1) for _ in range(3)]
+    assert drawn[0] == 0.25
+    assert 0.25 not in drawn[1:]
+    assert again.get_trials(states=(TrialState.WAITING,)) == []
+    again.enqueue_trial({"x": 0.75})
+    again.ask().suggest_float("x", 0, 1)
+    theirs = optuna.load_study(storage=JournalStorage(JournalFileBackend(str(tmp_path / JOURNAL))), study_name="s")
+    assert [trial.params["x"] for trial in theirs.trials] == [*drawn, 0.75]
 
 
 def test_a_failed_trial_reaches_optuna_as_failed_and_a_diverged_one_with_the_worst_value(tmp_path: Path) -> None:

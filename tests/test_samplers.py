@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import optuna
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +22,7 @@ from lift_ray.errors import BadInput
 from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow, pareto_front
 from lift_ray.searching.samplers import check_sampler
-from lift_ray.searching.stopping import RULES, decide
+from lift_ray.searching.stopping import Decision, Stopping, quantile
 from lift_ray.searching.study import Study
 from lift_ray.settings.search import (
     AnyScheduler,
@@ -70,9 +71,8 @@ def play(wanted: SpaceFile) -> Study:
     return study
 
 
-def test_there_is_a_sampler_and_a_rule_for_every_choice_of_the_settings() -> None:
+def test_there_is_a_sampler_for_every_choice_of_the_settings() -> None:
     assert set(SAMPLERS) == set(get_args(SearchConfig.model_fields["sampler"].annotation))
-    assert set(RULES) == set(get_args(AnyScheduler))
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
@@ -178,6 +178,11 @@ def rows_of(*histories: list[float], epochs: int = 9, **fields: Any) -> list[Tri
     ]
 
 
+def decide(wanted: SpaceFile, row: TrialRow, rows: list[TrialRow]) -> Decision:
+    """Decide about a trial among others; one of its number is left out."""
+    return Stopping(wanted, [*(other for other in rows if other.number != row.number), row]).decide(row)
+
+
 def test_asha_stops_trials_below_the_best_third_at_its_rungs() -> None:
     wanted = space(PLAIN, search={"scheduler": {"kind": "asha"}})
     assert rungs(wanted.search.scheduler, 9) == [1, 3]
@@ -217,7 +222,7 @@ def test_median_stops_trials_that_were_never_as_good_as_half_of_the_others() -> 
 @limits(max_examples=60)
 @given(
     values=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=9),
-    kind=st.sampled_from(["none", "asha", "hyperband", "median"]),
+    kind=st.sampled_from([scheduler().kind for scheduler in get_args(AnyScheduler)]),
 )
 def test_no_rule_stops_the_best_and_order_does_not_matter(values: list[list[float]], kind: str) -> None:
     wanted, rows = space(PLAIN, search={"scheduler": {"kind": kind}}), rows_of(*values)
@@ -226,6 +231,32 @@ def test_no_rule_stops_the_best_and_order_does_not_matter(values: list[list[floa
         assert decision == decide(wanted, row, rows[::-1])
         best = all(max(v[: len(row.history)]) <= row.history[-1][METRIC] for v in values)
         assert decision == "continue" or (kind != "none" and not best)
+
+
+@limits(max_examples=60)
+@given(
+    values=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=9),
+    kind=st.sampled_from([scheduler().kind for scheduler in get_args(AnyScheduler)]),
+)
+def test_epochs_that_are_reported_one_by_one_are_compared_as_if_they_were_read_from_the_journal(
+    values: list[list[float]], kind: str
+) -> None:
+    wanted, rows = space(PLAIN, search={"scheduler": {"kind": kind}}), rows_of(*values)
+    stopping, histories = Stopping(wanted), [row.history for row in rows]
+    for row in rows:
+        row.history = []
+    for epoch in range(8):
+        for row, history in zip(rows, histories, strict=True):
+            if epoch < len(history):
+                row.history = history[: epoch + 1]
+                stopping.reported(row)
+                assert stopping.decide(row) == Stopping(wanted, rows).decide(row)
+
+
+@limits(max_examples=60)
+@given(values=st.lists(st.floats(-1, 1), min_size=1), share=st.floats(0, 1))
+def test_a_quantile_is_that_of_numpy(values: list[float], share: float) -> None:
+    assert quantile(sorted(values), share) == float(np.quantile(values, share))
 
 
 @pytest.mark.parametrize(

@@ -201,14 +201,15 @@ class Source:
         self.jobs: list[Job] = [train(0, "x"), train(1, "y"), train(2, "y"), train(3, "x")]
         self.heard: list[set[str]] = []
 
-    def next_job(self, loaded: Any = ()) -> Job | None:
+    def next_job(self, loaded: Any = (), num_slots: int = 1) -> Job | None:
         self.heard.append({model for model, _, _ in loaded})
         return self.jobs.pop(0) if self.jobs else None
 
     def take(self, job: Job, reply: Reply) -> bool:
         return False
 
-    def interrupted(self, job: Job) -> None: ...
+    def interrupted(self, job: Job) -> Job:
+        return job
 
     def put_back(self, job: Job) -> None: ...
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,14 +66,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def shared() -> Iterator[SharedFeatures]:
-    found = SharedFeatures("search")
+    found = SharedFeatures()
     yield found
     found.close()
 
 
 def in_a_process(code: str) -> subprocess.Popen[str]:
     """Start a process with a file of the search, and wait until it says something."""
-    begin = "import time; from noting import *; shared = SharedFeatures('search'); file = file_of(shared)\n"
+    begin = "import time; from noting import *; shared = SharedFeatures(); file = file_of(shared)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", begin + code],
         stdout=subprocess.PIPE,
@@ -87,9 +88,10 @@ def in_a_process(code: str) -> subprocess.Popen[str]:
 HANGS = "file.fill(hang, tell)"
 
 
-def folders() -> list[str]:
-    """Return the names of the searches that have a folder."""
-    return [folder.name for folder in (root_folder() / socket.gethostname()).iterdir() if folder.is_dir()]
+def suffixes() -> list[str]:
+    """Return the suffixes of the files that are there, but for the lock and the mark of the system's start."""
+    there = (root_folder() / socket.gethostname()).iterdir()
+    return sorted(file.suffix for file in there if file.suffix and file.name != ".lock")
 
 
 def test_a_split_is_cut_into_whole_batches_whoever_computes_them() -> None:
@@ -137,11 +139,17 @@ def test_two_processes_share_the_work_and_find_the_figures_of_one(
     assert processes_in(folder / "log") == {str(process.pid) for process in both}
     workspace = Workspace(small_data, Ranks.alone())
     run = Run(config, workspace)
-    alone = workspace.cached_features(run.config, run.model, run.train)
+    alone = workspace.cached_features(run.config, run.model, workspace.images(run.config, run.train))
     assert alone is not None
     for process in both:
         np.testing.assert_array_equal(np.load(folder / f"{process.pid}.npy"), alone[:].numpy())
-    assert not folders(), "the last one that leaves removes the files"
+    assert suffixes() == [".features", ".state"], "nothing is left but the features"
+    alone_there = spawn.Barrier(1)
+    third = spawn.Process(target=cached_here, args=(folder, small_data, config, alone_there))
+    third.start()
+    third.join(150)
+    assert chunks_in(folder / "log") == chunks, "a later search finds them"
+    np.testing.assert_array_equal(np.load(folder / f"{third.pid}.npy"), alone[:].numpy())
 
 
 def test_the_chunk_of_a_process_that_died_is_taken_over(shared: SharedFeatures) -> None:
@@ -186,48 +194,95 @@ def test_an_error_frees_the_chunk(shared: SharedFeatures) -> None:
     assert (file.state[:, 0] == DONE).all()
 
 
-def test_a_folder_that_somebody_removed_turns_the_cache_off_and_ends_nothing() -> None:
-    shared = SharedFeatures("removed")
+def test_a_folder_that_somebody_removed_ends_nothing() -> None:
+    shared = SharedFeatures()
     file = file_of(shared)
     file.path.unlink()
     assert not file.fill(numbers, tell), "another process found the disk full before this one opened the file"
-    shutil.rmtree(shared.folder)
-    assert shared.file("more", [range(4)], 8, 1e9) is None
-    assert shared.find("more", [range(4)]) is None
     assert "features of the frozen blocks are not cached" in shared.problem
+    shutil.rmtree(shared.folder)
+    assert shared.find("more", file.chunks) is None
+    again = shared.file("more", file.chunks, ONE, 1e9)
+    assert again is not None
+    assert again.fill(numbers, tell)
     shared.close()
 
 
 def test_a_file_that_was_not_begun_to_its_end_does_not_count_twice() -> None:
-    shared = SharedFeatures("begun")
+    shared = SharedFeatures()
     (shared.folder / "some.features").write_bytes(bytes(32))
     assert shared.file("some", [range(4)], 8, 40) is not None
     shared.close()
 
 
-def test_the_folder_of_a_killed_search_is_removed_by_the_next_one_and_that_of_a_living_one_is_not() -> None:
-    other = in_a_process("print('there', flush=True); time.sleep(600)")
-    one = SharedFeatures("another")
-    assert sorted(folders()) == ["another", "search"]
+def test_what_a_killed_process_computed_is_kept_and_what_it_held_is_not() -> None:
+    other = in_a_process("file.fill(numbers, tell); print('there', flush=True); time.sleep(600)")
+    assert suffixes() == [".features", ".member", ".state", ".uses"]
     other.kill()
     other.wait(30)
-    two = SharedFeatures("third")
-    assert sorted(folders()) == ["another", "third"]
-    one.close()
-    two.close()
-    assert not folders()
-
-
-def test_files_of_the_same_search_are_not_trusted_when_all_its_slots_have_died() -> None:
-    other = in_a_process("file.fill(numbers, tell); print('there', flush=True); time.sleep(600)")
-    shared = SharedFeatures("search")
+    shared = SharedFeatures()
+    assert suffixes() == [".features", ".member", ".state"]
     assert file_of(shared).is_done
     shared.close()
-    other.kill()
-    other.wait(30)
-    shared = SharedFeatures("search")
+    assert suffixes() == [".features", ".state"]
+
+
+def test_files_of_an_earlier_start_of_the_system_are_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash of the system may have cut off data that were noted as done."""
+    shared = SharedFeatures()
+    assert file_of(shared).fill(numbers, tell)
+    shared.close()
+    (folder / "boot").write_text("another start")
+    monkeypatch.setattr(shared_features, "BOOT_ID", folder / "boot")
+    shared = SharedFeatures()
     assert not file_of(shared).state.any()
     shared.close()
+
+
+def test_files_that_nobody_has_used_for_a_week_are_removed() -> None:
+    shared = SharedFeatures()
+    old, new = (shared.file(name, chunks_of(1000, 100), ONE, 1e9) for name in ("old", "new"))
+    assert old is not None
+    assert new is not None
+    long_ago = time.time() - shared_features.KEEP_S - 60
+    os.utime(old.path.with_suffix(".state"), (long_ago, long_ago))
+    beside = SharedFeatures()
+    assert old.path.exists(), "a living process uses it"
+    beside.close()
+    shared.close()
+    SharedFeatures().close()
+    assert (old.path.exists(), new.path.exists()) == (False, True)
+
+
+def test_the_files_used_least_recently_make_room_but_not_those_in_use() -> None:
+    chunks, limit = chunks_of(1000, 100), 3000 * ONE
+    before = SharedFeatures()
+    for age, name in enumerate(("third", "first", "second")):
+        file = before.file(name, chunks, ONE, limit)
+        assert file is not None
+        used = time.time() - 100 + {"first": 0, "second": 1, "third": 2}[name] + age / 10
+        os.utime(file.path.with_suffix(".state"), (used, used))
+    beside = SharedFeatures()
+    assert beside.file("more", chunks, ONE, limit) is None
+    before.close()
+    assert beside.file("second", chunks, ONE, limit)
+    assert beside.file("more", chunks, ONE, limit)
+    assert sorted(file.stem for file in beside.folder.glob("*.features")) == ["more", "second", "third"]
+    assert beside.file("large", chunks, 2 * ONE, limit) is None, "two are in use"
+    assert (beside.folder / "third.features").exists(), "nothing is removed in vain"
+    beside.close()
+
+
+def test_a_file_that_failed_is_tried_again_by_the_next_search(shared: SharedFeatures) -> None:
+    file = file_of(shared)
+    shared.fail(file, OSError("No space left on device"))
+    beside = SharedFeatures()
+    assert beside.file("name", file.chunks, ONE, 1e9) is None
+    beside.close()
+    shared.close()
+    later = SharedFeatures()
+    assert file_of(later).fill(numbers, tell)
+    later.close()
 
 
 def test_all_files_together_stay_within_the_limit(shared: SharedFeatures) -> None:
@@ -276,7 +331,7 @@ def stops(shared: SharedFeatures) -> list[int]:
 
 def features_of(workspace: Workspace, config: RunConfig) -> tuple[Features, Run]:
     run = Run(config, workspace)
-    found = workspace.cached_features(run.config, run.model, run.train)
+    found = workspace.cached_features(run.config, run.model, workspace.images(run.config, run.train))
     assert found is not None
     return found, run
 
@@ -284,7 +339,9 @@ def features_of(workspace: Workspace, config: RunConfig) -> tuple[Features, Run]
 def direct(data: str, config: RunConfig) -> torch.Tensor:
     workspace = Workspace(data, Ranks.alone())
     run = Run(config, workspace)
-    return workspace.frozen(run.config, run.model, run.train, np.arange(run.train.num_samples))
+    return workspace.frozen(
+        run.config, run.model, workspace.images(run.config, run.train), np.arange(run.train.num_samples)
+    )
 
 
 def test_deeper_features_come_from_the_shallowest_that_a_run_of_the_search_needs(
@@ -331,7 +388,7 @@ def test_blocks_run_for_each_batch_if_only_fewer_of_them_fit(small_data: str, sh
 def test_nothing_is_cached_that_does_not_fit(small_data: str, small_clip: str, shared: SharedFeatures) -> None:
     workspace = Workspace(small_data, Ranks.alone(), shared)
     run = Run(settings(small_clip, backbone__cache_gib=1e-6), workspace)
-    assert workspace.cached_features(run.config, run.model, run.train) is None
+    assert workspace.cached_features(run.config, run.model, workspace.images(run.config, run.train)) is None
     assert not stops(shared)
 
 
@@ -384,6 +441,9 @@ def test_a_search_of_two_slots_computes_each_chunk_once_and_finds_what_one_proce
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(progress_table, "FEATURES_EVERY_S", 0.5)
+    cache = Path(os.environ["SEARCH_CACHE"])
+    for features in cache.glob("lift_ray-features-*/*/*.state"):  # of other tests
+        features.unlink()
     space = SpaceFile.model_validate(
         SPACE
         | {
@@ -402,7 +462,7 @@ def test_a_search_of_two_slots_computes_each_chunk_once_and_finds_what_one_proce
     assert {stop for _, stop, _ in chunks} == {"4", "5", "6"}
     assert len(processes_in(folder / "chunks")) == 2
     assert " and trial 1: computing features of the frozen blocks: " in capsys.readouterr().out
-    assert not list(Path(os.environ["SEARCH_CACHE"]).glob("lift_ray-features-*/*-shared-*")), "the slots left files"
+    assert not list(cache.glob("lift_ray-features-*/*/*.member")), "the slots have left"
     workspace = Workspace(small_data, Ranks.alone())
     for row in study.rows.values():
         alone = list(Run(space.config(row.values), workspace, TAUS).epochs())

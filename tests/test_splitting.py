@@ -67,6 +67,15 @@ def test_a_stratified_split_deals_out_every_image_once_and_no_split_lacks_a_clas
     assert all((again[split] == part).all() for split, part in parts.items())
 
 
+def test_thousands_of_classes_are_drawn_as_one_after_another() -> None:
+    labels = np.random.default_rng(0).integers(0, 3000, 20_000)
+    rng, expected = np.random.default_rng(7), []
+    for label in np.unique(labels):
+        drawn = rng.permutation(np.flatnonzero(labels == label))
+        expected.append(drawn[: max(round(0.2 * len(drawn)), int(len(drawn) > 1))])
+    assert stratified_split(labels, 0.2, 0.0, 7)["validation"].tolist() == sorted(np.concatenate(expected).tolist())
+
+
 def test_classes_of_one_to_sixty_images_are_divided_as_documented() -> None:
     divided = divide(index_of([60, 30, 10, 5, 4, 3, 2, 1]), Division())
     assert sizes_of(divided.splits, 8) == {

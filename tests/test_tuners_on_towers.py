@@ -113,6 +113,17 @@ def test_the_frozen_part_is_computed_once_and_nothing_below_is_in_the_graph(towe
     )
 
 
+def test_frozen_blocks_continue_with_the_patches_that_were_kept(tower: Tower) -> None:
+    if not tower.can_drop_patches:
+        pytest.skip("looks at whole images")
+    model, size_px = perturbed(lift(tower, "adaptformer", (2,))), IMAGES.shape[-1]
+    patches = torch.rand(len(IMAGES), tower.num_patches(size_px)).argsort(1)[:, :3]
+    with torch.no_grad():
+        first = model.continue_frozen(tower.embed(IMAGES, patches), 0, 1, patches, size_px)
+        frozen = model.continue_frozen(first, 1, 2, patches, size_px)
+    assert torch.equal(model.from_frozen(frozen, patches, size_px), model(IMAGES, patches))
+
+
 @pytest.mark.parametrize("case", [case for case in SOME if case in TRAINED])
 def test_exactly_what_is_trained_gets_a_gradient_also_with_checkpointing(tower: Tower, case: str, request: Any) -> None:
     skip_without_place(tower, case)

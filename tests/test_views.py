@@ -11,12 +11,12 @@ from embedded import embedded
 from PIL import Image, ImageEnhance, ImageOps
 
 from lift_ray.data.augment import Augmentation, Preprocessing, evaluation_image
-from lift_ray.data.batches import Batch, unlabelled_batches
+from lift_ray.data.batches import Batch, Decoders, unlabelled_batches
 from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels
 from lift_ray.data.order import Sampling, epoch_order
 from lift_ray.data.reader import RowReader
-from lift_ray.data.views import GRAY, NUM_DRAWS, OPERATIONS, STRONG_DRAWS, strong_view, two_views, weak_view
+from lift_ray.data.views import GRAY, NUM_DRAWS, OPERATIONS, STRONG_DRAWS, TwoViews, strong_view, weak_view
 
 AFFINE = Image.Transform.AFFINE
 # the operations of FixMatch's published code, on Pillow; strength from 0.1 to 0.9
@@ -103,10 +103,10 @@ def test_the_gray_square_grows_with_the_image_and_is_cut_at_its_border(share: fl
 def test_views_depend_on_their_draws_alone() -> None:
     with RowReader(pool()) as reader:
         (data,) = reader.read(np.array([3]))
-    draws = np.random.default_rng(0).random((50, NUM_DRAWS))
-    first = [two_views(data, Preprocessing(48), draw, 0.5) for draw in draws]
+    views, draws = TwoViews(Preprocessing(48), 0.5), np.random.default_rng(0).random((50, NUM_DRAWS))
+    first = [views.image(data, draw) for draw in draws]
     torch.manual_seed(1)
-    again = [two_views(data, Preprocessing(48), draw, 0.5) for draw in reversed(draws)][::-1]
+    again = [views.image(data, draw) for draw in reversed(draws)][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert len({view[1].tobytes() for view in first}) == 50
     assert first[0].shape == (2, 48, 48, 3)
@@ -125,7 +125,7 @@ def batches(
                 cutout_frac=0.5,
                 start_step=start_step,
                 num_steps=num_steps,
-                num_threads=num_threads,
+                decoders=Decoders(num_threads),
             )
         )
 

@@ -273,7 +273,7 @@ def test_images_are_resized_as_the_weights_were_trained_or_as_the_settings_say(
             cached = next(run.predictor.logits(split)).logits[:16]
         assert torch.allclose(cached, by_hand, atol=1e-4), "cached features are those of the same preprocessing"
         crop = run_config(config.to_dict(), {"augment": {"kind": "crop_flip"}})
-        ((images, _), labels) = next(image_batches(crop, workspace, run.model.tower, 0, 0))
+        ((images, _), labels) = next(image_batches(crop, workspace, 0, 0))
         draws = np.random.default_rng([0, 0, 0]).random((16, 3))
         rank_samples = Sampling(0, 16, crop.optim.shuffle_bytes).of_epoch(split, 0)
         position, sample = rank_samples(0)
@@ -382,9 +382,9 @@ def test_folds_share_the_pass_that_starts_their_classifiers(
     passes: list[str] = []
     frozen = Workspace.frozen
 
-    def counted(self: Workspace, config: RunConfig, model: Any, split: Any, samples: Any) -> torch.Tensor:
-        passes.append(split.name)
-        return frozen(self, config, model, split, samples)
+    def counted(self: Workspace, config: RunConfig, model: Any, images: Any, samples: Any) -> torch.Tensor:
+        passes.append(images.split.name)
+        return frozen(self, config, model, images, samples)
 
     config = settings(small_clip, head__init="class_mean")
     views = [workspace.on(Folds(3).view(workspace.dataset, fold)) for fold in (2, 3)]

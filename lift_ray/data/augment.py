@@ -83,6 +83,11 @@ class Augmentation:
     num_patches: int = 0
     patch_dropout: float = 0.0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image, channels first: (3, size, size)."""
+        return (3, self.preprocessing.size_px, self.preprocessing.size_px)
+
     def image(self, encoded: bytes, draw: Draws) -> Pixels:
         """Return the augmented image, (size, size, 3) uint8."""
         if self.crop is None:
@@ -243,6 +248,10 @@ class View:
         """Shape of `of`, channels first: (3, size, size), or (crops, 3, size, size) with test-time ensembling."""
         size_px = self.preprocessing.size_px
         return (3, size_px, size_px) if self.tte == "off" else (self.num_crops, 3, size_px, size_px)
+
+    def image(self, encoded: bytes, draw: Draws) -> Pixels:
+        """Return `of` an encoded image. There is nothing to draw."""
+        return self.of(decode(encoded))
 
     def of(self, image: Pixels) -> Pixels:
         """Crop a decoded image: (H, W, 3) -> (size, size, 3) or (crops, size, size, 3) uint8."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -22,24 +22,21 @@ from torch import Tensor
 from lift_ray.data.augment import (
     CROP_DRAWS,
     Augmentation,
+    Draws,
     FindCrop,
     Preprocessing,
-    View,
     evaluation_image,
     training_images_on,
 )
-from lift_ray.data.bad_image import BadImage, NeedsWindow, RequiresExtra
-from lift_ray.data.bit_depth import WINDOWS
+from lift_ray.data.bad_image import BadImage
 from lift_ray.data.dataset import Split
-from lift_ray.data.decode import Pixels, decode
+from lift_ray.data.decoder_pool import AHEAD, DecoderPool, Drawn, Work
+from lift_ray.data.decoder_process import PIECE, ImageMaker, broken_image, decode_piece
 from lift_ray.data.longtail import Int64s
-from lift_ray.data.order import READ_AHEAD_SAMPLES, Sampling, rank_slice, steps_per_epoch
+from lift_ray.data.order import Sampling, rank_slice, steps_per_epoch
 from lift_ray.data.reader import RowReader
-from lift_ray.data.views import NUM_DRAWS, two_views
-from lift_ray.errors import BadInput, one_line
+from lift_ray.data.views import NUM_DRAWS, TwoViews
 
-AHEAD = 3
-PIECE = 8  # images that a thread decodes at a time
 MOST_DECODERS = 4  # more threads wait for each other in one interpreter, and delay the training thread
 
 Given = TypeVar("Given")
@@ -61,6 +58,22 @@ class Batch:
     patches: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Decoders:
+    """Where images are decoded.
+
+    Args:
+        num_threads: number of threads of this process.
+        pool: processes that decode instead; None for the threads.
+    """
+
+    num_threads: int = 1
+    pool: DecoderPool | None = None
+
+
+ONE_THREAD = Decoders()
+
+
 def training_batches(
     reader: RowReader,
     split: Split,
@@ -69,32 +82,38 @@ def training_batches(
     *,
     epoch: int,
     start_step: int = 0,
-    num_threads: int = 1,
+    fixed_draws: Draws | None = None,
+    decoders: Decoders = ONE_THREAD,
 ) -> Iterator[Batch]:
     """Yield this rank's part of every global batch of an epoch; an incomplete last batch is dropped.
 
     Args:
         start_step: number of steps of this epoch already done.
+        fixed_draws: random numbers of the augmentation of each sample, (N, CROP_DRAWS); by default each step draws its own.
     """
-    batch_size, decoders = sampling.global_batch_size, _decoders(num_threads)
+    batch_size = sampling.global_batch_size
     rank_samples = sampling.of_epoch(split, epoch)
 
-    def make(step: int) -> Batch:
+    def draw(step: int) -> Drawn:
         positions, samples = rank_samples(step)
         random = np.random.default_rng([sampling.seed, epoch, step])
         draws = random.random((batch_size, CROP_DRAWS))[positions]
-        if augmentation.device is not None and augmentation.crop is not None:
-            finds: list[FindCrop] = [partial(augmentation.crop, draw=draw) for draw in draws]
-            batch = _batch_on(augmentation.device, reader, split, samples, augmentation.preprocessing, finds)
-        else:
-            batch = _batch(reader, split, samples, lambda data, i: augmentation.image(data, draws[i]), decoders)
-        return replace(batch, patches=augmentation.patches(random, positions, batch_size))
+        draws = draws if fixed_draws is None else fixed_draws[samples]
+        return Drawn(samples, draws, augmentation.patches(random, positions, batch_size))
 
     steps = range(start_step, steps_per_epoch(split, batch_size))
-    read_ahead = -(-READ_AHEAD_SAMPLES // batch_size)
-    return made_ahead(
-        make, steps, num_threads, lambda step: reader.prefetch(rank_samples(step)[1]), read_ahead, decoders
-    )
+    work = Work(split, augmentation, steps, lambda step: rank_samples(step)[1], draw, batch_size // sampling.world_size)
+    device, crop = augmentation.device, augmentation.crop
+    if device is None or crop is None:
+        return _decoded(reader, work, decoders)
+
+    def make(step: int) -> Batch:
+        drawn = draw(step)
+        finds: list[FindCrop] = [partial(crop, draw=numbers) for numbers in drawn.draws]
+        images = _images_on(device, reader, split, drawn.samples, augmentation.preprocessing, finds)
+        return _batch(split, drawn, images)
+
+    return _made_on_threads(make, reader, work, decoders.num_threads)
 
 
 def unlabelled_batches(
@@ -106,7 +125,7 @@ def unlabelled_batches(
     cutout_frac: float,
     start_step: int,
     num_steps: int,
-    num_threads: int = 1,
+    decoders: Decoders = ONE_THREAD,
 ) -> Iterator[Batch]:
     """Yield this rank's part of the batches of a split whose labels are not used for training; passes follow each other.
 
@@ -117,120 +136,119 @@ def unlabelled_batches(
         cutout_frac: side of the gray square of the strong view, as a fraction of the image's side.
         start_step: number of steps since the run began, over all epochs; the batches of the next `num_steps` follow.
     """
-    batch_size, decoders = sampling.global_batch_size, _decoders(num_threads)
+    batch_size = sampling.global_batch_size
     rank_samples = sampling.of_passes(split)
 
-    def make(step: int) -> Batch:
+    def draw(step: int) -> Drawn:
         positions, samples = rank_samples(step)
         random = np.random.default_rng([sampling.seed, step, 0, 1])
         draws = random.random((batch_size, NUM_DRAWS))[positions]
-        batch = _batch(
-            reader,
-            split,
-            samples,
-            lambda data, i: two_views(data, augmentation.preprocessing, draws[i], cutout_frac),
-            decoders,
-        )
-        return replace(batch, patches=augmentation.patches(random, positions, batch_size, 2))
+        return Drawn(samples, draws, augmentation.patches(random, positions, batch_size, 2))
 
-    steps = range(start_step, start_step + num_steps)
-    read_ahead = -(-READ_AHEAD_SAMPLES // batch_size)
-    return made_ahead(
-        make, steps, num_threads, lambda step: reader.prefetch(rank_samples(step)[1]), read_ahead, decoders
-    )
+    steps, views = range(start_step, start_step + num_steps), TwoViews(augmentation.preprocessing, cutout_frac)
+    work = Work(split, views, steps, lambda step: rank_samples(step)[1], draw, batch_size // sampling.world_size)
+    return _decoded(reader, work, decoders)
 
 
 def evaluation_batches(
     reader: RowReader,
     split: Split,
-    view: View,
+    view: ImageMaker,
     *,
     batch_size: int = 250,
     rank: int = 0,
     world_size: int = 1,
-    num_threads: int = 1,
+    decoders: Decoders = ONE_THREAD,
     samples: Int64s | None = None,
+    draws: Draws | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's slice of a split, or of some of its samples; over all ranks, every sample comes exactly once.
 
     Args:
         view: what the model gets of an image: images are (b, *view.shape).
         samples: sample numbers; None for all.
+        draws: random numbers of each sample of the split for `view`, (N, ...), if it draws.
     """
     wanted = np.arange(split.num_samples) if samples is None else samples
     mine = wanted[rank_slice(len(wanted), rank, world_size)]
-    decoders = _decoders(num_threads)
+    drawn = np.empty((split.num_samples, 0)) if draws is None else draws
 
     def samples_of(step: int) -> Int64s:
         return mine[step * batch_size : (step + 1) * batch_size]
 
+    def draw(step: int) -> Drawn:
+        return Drawn(samples_of(step), drawn[samples_of(step)])
+
+    steps = range(-(-len(mine) // batch_size))
+    return _decoded(reader, Work(split, view, steps, samples_of, draw, batch_size), decoders)
+
+
+def _decoded(reader: RowReader, work: Work, decoders: Decoders) -> Iterator[Batch]:
+    """Yield the batches of a stream, decoded by threads or by processes."""
+    if decoders.pool is not None:
+        for drawn, images in decoders.pool.decode(work, reader.cache_bytes):
+            yield _batch(work.split, drawn, images)
+        return
+    several = decoders.num_threads > 1
+    # threads share the images of a batch, so that the first one is ready soon
+    sharing = ThreadPoolExecutor(min(decoders.num_threads, MOST_DECODERS), "lift-decode") if several else None
+
     def make(step: int) -> Batch:
-        return _batch(reader, split, samples_of(step), lambda data, i: view.of(decode(data)), decoders)
+        drawn = work.draw(step)
+        return _batch(work.split, drawn, _images(reader, work, drawn, sharing))
 
-    steps, read_ahead = range(-(-len(mine) // batch_size)), -(-READ_AHEAD_SAMPLES // batch_size)
-    return made_ahead(make, steps, num_threads, lambda step: reader.prefetch(samples_of(step)), read_ahead, decoders)
-
-
-def _decoders(num_threads: int) -> ThreadPoolExecutor | None:
-    """Return threads that share the images of a batch, so that the first batch is ready soon; None for a single thread."""
-    return ThreadPoolExecutor(min(num_threads, MOST_DECODERS), "lift-decode") if num_threads > 1 else None
+    yield from _made_on_threads(make, reader, work, decoders.num_threads, sharing)
 
 
-def _batch(
+def _batch(split: Split, drawn: Drawn, images: Tensor) -> Batch:
+    return Batch(images, torch.from_numpy(split.labels[drawn.samples]), drawn.patches)
+
+
+def _made_on_threads(
+    make: Callable[[int], Batch],
     reader: RowReader,
-    split: Split,
-    samples: Int64s,
-    image: Callable[[bytes, int], Pixels],
-    decoders: ThreadPoolExecutor | None,
-) -> Batch:
-    encoded = reader.read(samples)
+    work: Work,
+    num_threads: int,
+    sharing: ThreadPoolExecutor | None = None,
+) -> Iterator[Batch]:
+    def prefetch(step: int) -> None:
+        reader.prefetch(work.samples_of(step))
 
-    def planar(place: int) -> Pixels:
-        try:
-            return np.moveaxis(image(encoded[place], place), -1, -3)
-        except BadImage as error:
-            raise broken_image(split, samples[place], error) from None
+    return made_ahead(make, work.steps, num_threads, prefetch, work.read_ahead, sharing)
+
+
+def _images(reader: RowReader, work: Work, drawn: Drawn, sharing: ThreadPoolExecutor | None) -> Tensor:
+    """Decode the samples of a step on these threads, or on the calling one: (b, *maker.shape)."""
+    encoded, rows = reader.read(drawn.samples), work.split.rows[drawn.samples]
+    images = np.empty((len(encoded), *work.maker.shape), np.uint8)
 
     def fill(places: range) -> None:
-        for place in places:
-            images[place] = planar(place)
+        if fault := decode_piece(work.split, work.maker, encoded, rows, drawn.draws, images, places):
+            raise fault[1] from None
 
-    first = planar(0)  # its shape is that of the batch, whose rows several threads then fill in place
-    images = np.empty((len(samples), *first.shape), np.uint8)
-    images[0] = first
-    pieces = [range(start, min(start + PIECE, len(samples))) for start in range(1, len(samples), PIECE)]
-    deque((decoders.map if decoders else map)(fill, pieces), maxlen=0)
-    return Batch(torch.from_numpy(images), torch.from_numpy(split.labels[samples]))
+    pieces = [range(start, min(start + PIECE, len(rows))) for start in range(0, len(rows), PIECE)]
+    deque((sharing.map if sharing else map)(fill, pieces), maxlen=0)
+    return torch.from_numpy(images)
 
 
-def _batch_on(
+def _images_on(
     device: torch.device,
     reader: RowReader,
     split: Split,
     samples: Int64s,
     preprocessing: Preprocessing,
     finds: list[FindCrop],
-) -> Batch:
+) -> Tensor:
     encoded = reader.read(samples)
     try:
-        images = training_images_on(device, encoded, preprocessing, finds)
+        return training_images_on(device, encoded, preprocessing, finds)
     except BadImage:
         for sample, data in zip(samples, encoded, strict=True):
             try:
                 evaluation_image(data, preprocessing)
             except BadImage as error:
-                raise broken_image(split, sample, error) from None
+                raise broken_image(split, int(split.rows[sample]), error) from None
         raise
-    return Batch(images, torch.from_numpy(split.labels[samples]))
-
-
-def broken_image(split: Split, sample: int, error: BadImage) -> BadInput:
-    """Return the error for a sample that cannot be decoded. `convert` decodes with the same code and would refuse it too."""
-    where, row = split.shards[0].url.rsplit("/", 1)[0], f"row {split.rows[sample]} of {split.name}"
-    if isinstance(error, NeedsWindow):
-        return BadInput(where, f"{row} must be an 8-bit image", error.seen, f"convert it with --window {WINDOWS}")
-    remedy = "install it" if isinstance(error, RequiresExtra) else "convert again with --skip-bad"
-    return BadInput(where, f"{row} must be a readable image", one_line(error), remedy)
 
 
 def made_ahead(
@@ -239,17 +257,17 @@ def made_ahead(
     num_threads: int,
     prefetch: Callable[[int], None] = lambda step: None,
     read_ahead: int = 0,
-    decoders: ThreadPoolExecutor | None = None,
+    sharing: ThreadPoolExecutor | None = None,
 ) -> Iterator[Made]:
     """Yield batches in order; threads make a few ahead, and the data of `read_ahead` further steps is prefetched.
 
     Args:
         num_threads: number of threads that make batches, at most MOST_DECODERS.
-        decoders: threads that `make` delegates to, shut down at the end; the threads here then only wait for them.
+        sharing: threads that `make` delegates to, shut down at the end; the threads here then only wait for them.
     """
     coming, to_read = iter(steps), iter(steps)
-    makers = AHEAD if decoders else min(num_threads, MOST_DECODERS)
-    with decoders or nullcontext(), ThreadPoolExecutor(makers, "lift-data") as pool:
+    makers = AHEAD if sharing else min(num_threads, MOST_DECODERS)
+    with sharing or nullcontext(), ThreadPoolExecutor(makers, "lift-data") as pool:
         for step in islice(to_read, read_ahead):
             prefetch(step)
 
@@ -259,7 +277,7 @@ def made_ahead(
                     prefetch(later)
                 yield step
 
-        yield from in_order(pool, make, steps_read_ahead(), AHEAD + (0 if decoders else makers - 1))
+        yield from in_order(pool, make, steps_read_ahead(), AHEAD + (0 if sharing else makers - 1))
 
 
 def in_order(

@@ -83,6 +83,16 @@ class Split:
         digest.update(np.ascontiguousarray(self.rows).tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def row_group_starts(self) -> Int64s:
+        """Number of the first row of each row group, counted across the shards, and of all rows, (G + 1,)."""
+        sizes = [rows for shard in self.shards for rows in shard.row_groups]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+    def row_groups_of(self, rows: Int64s) -> Int64s:
+        """Return the number of the row group of each row, counted across the shards."""
+        return np.searchsorted(self.row_group_starts, rows, side="right") - 1
+
     def class_counts(self, num_classes: int) -> Int64s:
         """Return the number of kept samples of each class, (K,)."""
         return np.bincount(self.labels, minlength=num_classes).astype(np.int64)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lift_ray.data.dataset import Split
 from lift_ray.data.longtail import Int64s
@@ -79,6 +80,13 @@ def epoch_order(split: Split, seed: int, epoch: int, shuffle_bytes: int = SHUFFL
         random.shuffle(order)
         return order
     return order[np.argsort(np.arange(len(order)) + buffer * random.random(len(order)), kind="stable")]
+
+
+def view_draws(split: Split, seed: int, view: int, number: int) -> NDArray[np.float64]:
+    """Return random numbers in [0, 1) for a view of each sample, (N, number). They stay with an image in every part of its split."""
+    if split.parts:
+        return np.concatenate([view_draws(whole, seed, view, number)[samples] for whole, samples in split.parts])
+    return np.random.default_rng([seed, 0, view]).random((int(split.row_group_starts[-1]), number))[split.rows]
 
 
 def times_drawn(labels: Int64s, power: float, random: np.random.Generator) -> Int64s:

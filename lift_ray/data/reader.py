@@ -42,8 +42,7 @@ class RowReader:
         """
         self._split, self.cache_bytes, self._patience_s = split, cache_bytes, patience_s
         self._homes = [(s, g) for s, shard in enumerate(split.shards) for g in range(len(shard.row_groups))]
-        sizes = [rows for shard in split.shards for rows in shard.row_groups]
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+        self._starts = split.row_group_starts
         self._copies = ShardCopies(shard_limit_bytes(), patience_s)
         self._footers: dict[int, _Once] = {}
         self._cache: OrderedDict[int, _RowGroup] = OrderedDict()
@@ -67,7 +66,11 @@ class RowReader:
 
         Raises BadInput if a shard cannot be read or has changed since the split was opened, or a row has no image.
         """
-        rows, groups = self._rows_and_groups(samples)
+        return self.read_rows(self._split.rows[samples])
+
+    def read_rows(self, rows: Int64s) -> list[bytes]:
+        """Return the encoded images of rows, numbered across the shards, as `read`."""
+        groups = self._split.row_groups_of(rows)
         order = np.argsort(groups, kind="stable").tolist()
         images = [b""] * len(rows)
         if len(groups) and groups[order[0]] != groups[order[-1]]:
@@ -89,8 +92,11 @@ class RowReader:
         Space is freed by dropping row groups that were read and that these samples do not need. If loading fails, `read` tries
         again and reports the error.
         """
-        _, groups = self._rows_and_groups(samples)
-        self._start(groups.tolist())
+        self.prefetch_rows(self._split.rows[samples])
+
+    def prefetch_rows(self, rows: Int64s) -> None:
+        """Start loading the row groups of rows, numbered across the shards, as `prefetch`."""
+        self._start(self._split.row_groups_of(rows).tolist())
 
     def close(self) -> None:
         """Empty the cache and stop reading ahead; a later read starts from scratch."""
@@ -101,10 +107,6 @@ class RowReader:
             self._cached_bytes = 0
         if pool:
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def _rows_and_groups(self, samples: Int64s) -> tuple[Int64s, Int64s]:
-        rows = self._split.rows[samples]
-        return rows, np.searchsorted(self._starts, rows, side="right") - 1
 
     def _start(self, groups: list[int]) -> None:
         """Start loading row groups, in this order, as far as there is space."""

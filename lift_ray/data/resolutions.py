@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lift_ray.data.augment import View
 from lift_ray.data.bad_image import BadImage
-from lift_ray.data.batches import broken_image, made_ahead
+from lift_ray.data.batches import made_ahead
 from lift_ray.data.dataset import Split
 from lift_ray.data.decode import Pixels, decode
+from lift_ray.data.decoder_process import broken_image
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.order import READ_AHEAD_SAMPLES, rank_slice
 from lift_ray.data.reader import RowReader
@@ -47,7 +48,7 @@ def view_batches(
                 for view, made in rows.items():
                     made.append(np.moveaxis(view.of(image), -1, -3))
             except BadImage as error:
-                raise broken_image(split, sample, error) from None
+                raise broken_image(split, int(split.rows[sample]), error) from None
         images = {view: torch.from_numpy(np.stack(made)) for view, made in rows.items()}
         return images, torch.from_numpy(split.labels[samples(step)])
 

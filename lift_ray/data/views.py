@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -26,15 +27,31 @@ STRONG_DRAWS = WEAK_DRAWS + 4 * NUM_OPERATIONS + 2
 NUM_DRAWS = WEAK_DRAWS + STRONG_DRAWS
 
 
-def two_views(encoded: bytes, preprocessing: Preprocessing, draw: Draws, cutout_frac: float) -> Pixels:
-    """Return `weak_view` and `strong_view` of the evaluation crop, (2, size, size, 3) uint8.
+@dataclass(frozen=True)
+class TwoViews:
+    """`weak_view` and `strong_view` of the evaluation crop.
 
     Args:
-        draw: (NUM_DRAWS,) random numbers in [0, 1).
+        preprocessing: size of the views, and how images are resized.
         cutout_frac: side of the gray square as a fraction of the image's side, in [0, 1].
     """
-    image = evaluation_image(encoded, preprocessing)
-    return np.stack([weak_view(image, draw[:WEAK_DRAWS]), strong_view(image, draw[WEAK_DRAWS:], cutout_frac)])
+
+    preprocessing: Preprocessing
+    cutout_frac: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image's views, channels first: (2, 3, size, size)."""
+        return (2, 3, self.preprocessing.size_px, self.preprocessing.size_px)
+
+    def image(self, encoded: bytes, draw: Draws) -> Pixels:
+        """Return both views, (2, size, size, 3) uint8.
+
+        Args:
+            draw: (NUM_DRAWS,) random numbers in [0, 1).
+        """
+        image = evaluation_image(encoded, self.preprocessing)
+        return np.stack([weak_view(image, draw[:WEAK_DRAWS]), strong_view(image, draw[WEAK_DRAWS:], self.cutout_frac)])
 
 
 def weak_view(image: Pixels, draw: Draws) -> Pixels:

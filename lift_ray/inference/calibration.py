@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lift_ray.data.batches import evaluation_batches
+from lift_ray.data.batches import Decoders, evaluation_batches
 from lift_ray.data.dataset import Dataset, Split
 from lift_ray.data.open import open_dataset
 from lift_ray.data.reader import RowReader
@@ -151,7 +151,7 @@ def _on_validation(classifier: Classifier, split: Split) -> tuple[Tensor, Tensor
             reader,
             split,
             classifier.view,
-            num_threads=ranks.num_threads,
+            decoders=Decoders(ranks.num_threads),
             batch_size=classifier.batch_size,
         )
         found = list(

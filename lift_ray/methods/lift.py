@@ -40,15 +40,18 @@ class Lift(nn.Module):
         """(B, 3, H, W) images and optional (B, P) patches -> (B, K) raw logits in fp32, also if the tower computes in less."""
         return self.classify(self.feature(images, patches))
 
-    def from_frozen(self, activations: Tensor) -> Tensor:
-        """(B, K) raw logits from the activations that `frozen_part` returned."""
-        return self.classify(self.feature_from_frozen(activations))
+    def from_frozen(self, activations: Tensor, patches: Tensor | None = None, size_px: int | None = None) -> Tensor:
+        """(B, K) raw logits from the activations that `frozen_part` returned, of patches that it looked at."""
+        return self.classify(self.feature_from_frozen(activations, patches, size_px))
 
-    def feature_from_frozen(self, activations: Tensor) -> Tensor:
+    def feature_from_frozen(
+        self, activations: Tensor, patches: Tensor | None = None, size_px: int | None = None
+    ) -> Tensor:
         """(B, D) features from the activations that `frozen_part` returned."""
         if self.first_tuned == self.tower.num_blocks:
             return self._behind(activations)
-        return self._behind(self.tower.finish(activations, self.tuner.per_block, self.first_tuned))
+        tuners, first = self.tuner.per_block, self.first_tuned
+        return self._behind(self.tower.finish(activations, tuners, first, patches=patches, size_px=size_px))
 
     def _behind(self, feature: Tensor) -> Tensor:
         """Features of the tower (B, D) -> the classifier's input (B, D)."""
@@ -63,11 +66,22 @@ class Lift(nn.Module):
         """
         return self.continue_frozen(self.tower.embed(images), 0, self.first_tuned if stop is None else stop)
 
-    def continue_frozen(self, activations: Tensor, start: int, stop: int) -> Tensor:
-        """Return `frozen_part` for `stop` from that for `start`."""
+    def continue_frozen(
+        self,
+        activations: Tensor,
+        start: int,
+        stop: int,
+        patches: Tensor | None = None,
+        size_px: int | None = None,
+    ) -> Tensor:
+        """Return `frozen_part` for `stop` from that for `start`; at block 0 from what `tower.embed` returned.
+
+        Args:
+            patches, size_px: as for `tower.finish`.
+        """
         if stop == self.tower.num_blocks and start < stop:
-            return self.tower.finish(activations, start=start)
-        return self.tower.blocks_until(activations, stop, start)
+            return self.tower.finish(activations, start=start, patches=patches, size_px=size_px)
+        return self.tower.blocks_until(activations, stop, start, patches=patches, size_px=size_px)
 
     def classify(self, feature: Tensor) -> Tensor:
         """(B, D) -> (B, K) raw logits in fp32."""

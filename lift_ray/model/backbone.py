@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lift_ray.errors import BadInput, did_you_mean, one_line
 from lift_ray.model.heads import ZeroShotHead
 from lift_ray.model.hosted import fill_buffers
+from lift_ray.model.linear import prepack
 from lift_ray.model.loading import image_tower, rebuild
 from lift_ray.model.packed import read_packed
 from lift_ray.model.quickgelu import PLACE as QUICKGELU
@@ -225,6 +226,7 @@ def load_backbone(
     device: torch.device | str = "cpu",
     resolution_px: int | None = None,
     checkpointing: bool = False,
+    prepacked: bool = False,
 ) -> Backbone:
     """Load a frozen CLIP through open_clip, or an image tower without text through timm.
 
@@ -235,6 +237,7 @@ def load_backbone(
         quickgelu: True if a weights file was trained with QuickGELU, False if with GELU; None for weights whose activation is known.
         resolution_px: side of the images, a multiple of the patch size; by default the side that the backbone was trained with.
         checkpointing: compute activations again in the backward pass, to save memory.
+        prepacked: see `linear.prepack`, for the image tower.
 
     Raises:
         BadInput: unknown names, missing weights, or a tower that cannot be rebuilt.
@@ -251,6 +254,8 @@ def load_backbone(
             )
         tower.resolution_px = resolution_px
     tower.checkpointing = checkpointing
+    if prepacked:
+        prepack(tower)
     return backbone
 
 

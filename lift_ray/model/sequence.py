@@ -30,7 +30,9 @@ class SequenceTower(FrozenTower):
             raise ValueError("patches: must not be given for a convolutional tower; set augment.patch_dropout=0")
         return self.stem(images)
 
-    def blocks_until(self, x: Tensor, stop: int, start: int = 0) -> Tensor:
+    def blocks_until(
+        self, x: Tensor, stop: int, start: int = 0, *, patches: Tensor | None = None, size_px: int | None = None
+    ) -> Tensor:
         """The blocks from `start` to `stop` without tuners, which are the same for every model: (B, C, H, W) -> (B, C', H', W')."""
         for index in range(start, stop):
             x = self.blocks[index](x, _IDENTITY)

@@ -233,9 +233,15 @@ class Tower(FrozenTower):
         out: Tensor = self.norm_pre(x)
         return out
 
-    def blocks_until(self, x: Tensor, stop: int, start: int = 0) -> Tensor:
-        """The blocks from `start` to `stop` without tuners, which are the same for every model: (B, T, D) -> (B, T or 1, D)."""
-        angles = self._angles(x, None, None)
+    def blocks_until(
+        self, x: Tensor, stop: int, start: int = 0, *, patches: Tensor | None = None, size_px: int | None = None
+    ) -> Tensor:
+        """The blocks from `start` to `stop` without tuners, which are the same for every model: (B, T, D) -> (B, T or 1, D).
+
+        Args:
+            patches, size_px: as for `finish`.
+        """
+        angles = self._angles(x, patches, size_px)
         for index in range(start, stop):
             x = self.blocks[index](x, _IDENTITY, self._is_last(index), _of_block(angles, index))
         return x

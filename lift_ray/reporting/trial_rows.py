@@ -88,15 +88,17 @@ def pareto_front(rows: Iterable[TrialRow], objectives: Mapping[str, str]) -> lis
     finished = [row for row in rows if row.state == "finished" and all(metric in row.last for metric in objectives)]
     signs = {metric: 1 if mode == "max" else -1 for metric, mode in objectives.items()}
     points = {row.number: [round(sign * row.last[metric], 12) for metric, sign in signs.items()] for row in finished}
-    front = [
-        row
-        for row in finished
-        if not any(
-            theirs != points[row.number] and all(a >= b for a, b in zip(theirs, points[row.number], strict=True))
-            for theirs in points.values()
-        )
-    ]
-    return sorted(front, key=lambda row: [-value for value in points[row.number]])
+    front: list[TrialRow] = []
+    best: list[list[float]] = []  # the points of the front, each once
+    # In this order a trial can only be dominated by one before it, and then also by one of the front.
+    for row in sorted(finished, key=lambda row: [-value for value in points[row.number]]):
+        mine = points[row.number]
+        if mine in best[-1:]:
+            front.append(row)
+        elif not any(all(a >= b for a, b in zip(theirs, mine, strict=True)) for theirs in best):
+            front.append(row)
+            best.append(mine)
+    return front
 
 
 def write_rows(rows: Iterable[TrialRow], folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from lift_ray.errors import RunFailed, Stopped, last_line
 from lift_ray.ray_runtime.autoscaler import autoscaler_config
 from lift_ray.ray_runtime.capacity import Need
+from lift_ray.ray_runtime.feature_exchange import start_exchange
 from lift_ray.reporting.trial_rows import best_of
 from lift_ray.searching.engine import Engine
 from lift_ray.searching.final_comparison import SearchResult, none_finished
@@ -87,15 +87,16 @@ def run_search(
         monitor.tick(engine.num_slots)
         metrics.tick()
 
+    exchange, _actor = start_exchange()  # it lives as long as this reference
     slot = SlotSettings(
         dataset,
         need,
         out.url,
         study.space.name,
         folds=search.data.folds,
-        features=f"{study.space.name}-{secrets.token_hex(6)}",
         tunings=tunings(study.space),
         is_only=need.workers == 1 and study.space.scale.use_gpu == "auto" and size() == 1,
+        exchange=exchange,
     )
     keeps_slots = not autoscaler_config()
     engine = Engine(search, slot, size, should_stop=should_stop, on_step=on_step, keeps_slots=keeps_slots)

@@ -36,14 +36,18 @@ class JobSource(Protocol):
     def num_waiting(self) -> int:
         """Number of jobs that `next_job` could hand out now."""
 
-    def next_job(self, loaded: Collection[Loaded] = ()) -> Job | None:
-        """Return the next job, if possible one whose backbone is among these; None if there is none now."""
+    def next_job(self, loaded: Collection[Loaded] = (), num_slots: int = 1) -> Job | None:
+        """Return the next job, if possible one whose backbone is among these; None if there is none now.
+
+        Args:
+            num_slots: number of slots that share the jobs that are left.
+        """
 
     def take(self, job: Job, reply: Reply) -> bool:
         """Store a slot's reply. Returns whether the slot continues with this job."""
 
-    def interrupted(self, job: Job) -> None:
-        """Note that a job has lost its slot and waits for another one."""
+    def interrupted(self, job: Job) -> Job:
+        """Note that a job has lost its slot. Returns the job that is to wait for another one."""
 
     def put_back(self, job: Job) -> None:
         """Take a job back, to hand it out again."""
@@ -122,7 +126,9 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         else:
             self._free = [slot for slot in self._free if slot in self.open_slots]
             loaded = self._loaded.get(self._free[0], set()) if self._free else set()
-            job = self.search.next_job(loaded) or (IdleJob() if self.keeps_slots and not self._pending() else None)
+            job = self.search.next_job(loaded, self._slots_now()) or (
+                IdleJob() if self.keeps_slots and not self._pending() else None
+            )
         if job is None:
             if not opens:  # Tune keeps one slot without a job and ends the others
                 self.open_slots = set(sorted(self.open_slots)[: len(self.jobs) - len(self._opening) + 1])
@@ -240,9 +246,9 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self.open_slots.discard(number)
         self._loaded.pop(number, None)
         self._opening.add(trial.trial_id)  # now the job waits for a slot of its own
-        trial.set_config({**trial.config, "slot": replace(self.slot, number=number)})
         with self.errors_kept():
-            self.search.interrupted(job)
+            self.jobs[trial.trial_id] = job = self.search.interrupted(job)
+        trial.set_config({**trial.config, "slot": replace(self.slot, number=number), "job": job})
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Return the newest waiting trial.

@@ -149,7 +149,7 @@ class FixedRuns:
                 tests |= {job.key: job for job in run.tests}
         return [job for key, job in {**tests, **trainings}.items() if key not in {*self.results, *self.running}]
 
-    def next_job(self, loaded: Collection[Loaded] = ()) -> Job | None:
+    def next_job(self, loaded: Collection[Loaded] = (), num_slots: int = 1) -> Job | None:
         """Return the next job, if possible one whose backbone is loaded; None if there is none."""
         if not (waiting := self._waiting()):
             return None
@@ -183,10 +183,11 @@ class FixedRuns:
         self._spent[job.key] += sum(metrics.seconds.get(name, 0.0) for metrics in epochs for name in SPENT)
         self._since[job.key] = time.monotonic()
 
-    def interrupted(self, job: Job) -> None:
-        """Note that a job has lost its slot, and waits for another one."""
+    def interrupted(self, job: Job) -> Job:
+        """Note that a job has lost its slot, and waits for another one. Returns the job."""
         self.progress.pop(job.key, None)
         self._spent[job.key], self._since[job.key] = 0.0, time.monotonic()
+        return job
 
     def put_back(self, job: Job) -> None:
         """Forget that a job is running."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lift_ray.settings.run import NoAugmentConfig
 from lift_ray.settings.space import SpaceFile, grid_points
 
 SECTIONS = ("tuner", "extra_tuner", "augment")
@@ -12,7 +11,7 @@ MOST_POINTS = 1000
 
 
 def tunings(space: SpaceFile) -> tuple[dict[str, Any], ...]:
-    """Return the settings of the tuners of all trials and baselines whose training images never change, each once.
+    """Return the settings of the tuners of all trials and baselines whose training images come again, each once.
 
     None are returned if they cannot be told: if the choice depends on settings with too many values.
     """
@@ -30,7 +29,7 @@ def tunings(space: SpaceFile) -> tuple[dict[str, Any], ...]:
     for config in configs:
         for run in config.members().values() or [config]:
             one = run.model_dump(mode="json", include={"tuner", "extra_tuner"})
-            if isinstance(run.augment, NoAugmentConfig) and one not in found:
+            if run.augment.is_fixed and one not in found:
                 found.append(one)
     return tuple(found)
 
@@ -38,4 +37,4 @@ def tunings(space: SpaceFile) -> tuple[dict[str, Any], ...]:
 def _decides(name: str) -> bool:
     """Return True if a setting decides which blocks are tuned, or whether the images change."""
     section, _, key = name.partition(".")
-    return section in SECTIONS and key.split(".")[0] in ("", "kind", "blocks", "last")
+    return section in SECTIONS and key.split(".")[0] in ("", "kind", "blocks", "last", "views")

@@ -23,9 +23,9 @@ class SlotSettings:
         study: name of the search, which tags its metrics.
         number: number of the slot, from 0. A slot keeps the number that it was started with.
         folds: division of the labeled images.
-        features: name of the folder in which the slots of a node share cached features; "" to share none.
         tunings: `frozen_cuts.tunings` of the space.
         is_only: no other slot runs, so this one may take a GPU that Ray does not count.
+        exchange: name of the exchange of features with other nodes; "" if there are none.
     """
 
     dataset: str
@@ -34,9 +34,9 @@ class SlotSettings:
     study: str
     number: int = 0
     folds: Folds = field(default_factory=Folds)
-    features: str = ""
     tunings: tuple[dict[str, Any], ...] = ()
     is_only: bool = False
+    exchange: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,31 @@ class TrainJob:
         if self.number >= FIRST_REPEAT:
             return "another seed"
         return f"trial {self.number}{'' if self.fold == SEARCHED else f', {self._of_fold}'}"
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Train several trials in one pass. Its replies are Replies, one for each trial that has something to tell."""
+
+    jobs: tuple[TrainJob, ...]
+
+    @property
+    def fold(self) -> int:
+        """The fold that the trials hold out."""
+        return self.jobs[0].fold
+
+    @property
+    def key(self) -> str:
+        """Name of the job."""
+        return "train " + "+".join(str(job.number) for job in self.jobs)
+
+    @property
+    def title(self) -> str:
+        """The job in words, for the display of progress."""
+        numbers = [job.number for job in self.jobs]
+        if len(numbers) > 2 and numbers == [*range(numbers[0], numbers[-1] + 1)]:
+            return f"trials {numbers[0]} to {numbers[-1]}"
+        return f"trials {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +153,7 @@ class IdleJob:
     fold: int = SEARCHED
 
 
-Job = TrainJob | EvaluationJob | IdleJob
+Job = TrainJob | Pack | EvaluationJob | IdleJob
 AnyJob = TypeVar("AnyJob", TrainJob, Job)
 Loaded = tuple[str, str | None, int | None]  # a backbone: its model, weights, and side of the images
 FIRST_REPEAT = 1_000_000  # lowest number of the repeats with other seeds
@@ -138,7 +163,8 @@ def backbone_of(job: Job) -> Loaded | None:
     """Return the backbone that a job needs; None if it needs none. Members of `method: backdoor` may need others too."""
     if isinstance(job, IdleJob):
         return None
-    wanted = BackboneConfig.model_validate(job.config.get("backbone", {}))
+    config = job.jobs[0].config if isinstance(job, Pack) else job.config
+    wanted = BackboneConfig.model_validate(config.get("backbone", {}))
     return wanted.model, wanted.pretrained, wanted.resolution_px
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
@@ -13,7 +14,7 @@ from rich.live import Live
 from lift_ray.epoch_metrics import SECONDS
 from lift_ray.reporting.trial_rows import TrialRow, best_row, write_rows
 from lift_ray.searching.final_comparison import comparison_seconds
-from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, TrainJob
+from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, Pack, TrainJob
 from lift_ray.searching.state import Search
 from lift_ray.searching.tables import trial_table
 from lift_ray.terminal.tables import console, describe, plain
@@ -23,7 +24,16 @@ from lift_ray.training.events import FeaturesDone, StepsDone
 LINE_EVERY_S = 30.0  # longest time without a line, if there is no terminal
 FEATURES_EVERY_S = 10.0  # the same while features are computed
 SHOW_EVERY_S = 1.0
+DRAW_EVERY_S = 0.25  # shortest time between two drawings of the live table, which look at all trials
 WRITE_FRACTION = 0.05  # largest fraction of the time for writing the table of trials
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Seconds that a trial took in its slot, and seconds of each of its evaluations."""
+
+    slot_s: float
+    evaluate_s: list[float]
 
 
 class Monitor:
@@ -45,7 +55,9 @@ class Monitor:
         self._changed, self._write_at = False, self.began
         self._num_told = 0  # number of jobs of the final comparison that were shown
         self._warned: set[str] = set()
+        self._spent: dict[int, _Spent] = {}  # of the trials that have ended, by number
         self._said_at = self._shown_at = self.began
+        self._drawn_at = float("-inf")
         self.console = console()
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
 
@@ -131,9 +143,10 @@ class Monitor:
         self._changed, self._write_at = False, time.monotonic() + (time.monotonic() - began) / WRITE_FRACTION
 
     def _show(self) -> None:
-        if self.live:
+        if self.live and time.monotonic() - self._drawn_at >= DRAW_EVERY_S:
             table = self._table(limit=max(5, self.console.height - 10))
             self.live.update(Group(table, plain(self._status())), refresh=True)
+            self._drawn_at = time.monotonic()
 
     def _table(self, limit: int) -> Any:
         rows = list(self.rows.values())
@@ -179,7 +192,7 @@ class Monitor:
         at = self.search.progress.get(job.key, StepsDone(0, 0))
         if isinstance(job, EvaluationJob):
             return f"evaluating {job.title} {100 * at.evaluated:.0f}%"
-        assert isinstance(job, TrainJob)
+        assert isinstance(job, TrainJob | Pack)
         name = job.title
         if (began := self.search.began.get(job.key)) is None:
             return f"{name} starting"
@@ -190,23 +203,30 @@ class Monitor:
 
     def seconds_left(self) -> float | None:
         """Estimate the time left from the trials so far, the final comparison included; None before the first has ended."""
-        ended = [row for row in self.rows.values() if row.has_ended and row.history]
-        if not ended:
+        if not (ended := self._spent_by_ended()):
             return None
-        mean_s = statistics.fmean(_slot_seconds(row) for row in ended)
+        mean_s = statistics.fmean(one.slot_s for one in ended)
         running = [row for row in self.rows.values() if not row.has_ended and row.history]
         left_s = mean_s * max(0, self.space.num_trials - self.search.num_ended)
         left_s -= sum(min(mean_s, _slot_seconds(row)) for row in running)
         return max(0.0, left_s + self._comparison_s(ended)) / self.num_slots
 
-    def _comparison_s(self, ended: list[TrialRow]) -> float:
+    def _spent_by_ended(self) -> list[_Spent]:
+        """Return the time of each trial that has ended, added up once: this is asked every second."""
+        for number, row in self.rows.items():
+            if number not in self._spent and row.has_ended and row.history:
+                seconds = [metrics.seconds for metrics in row.history]
+                evaluate_s = [one["evaluate_s"] for one in seconds if "evaluate_s" in one]
+                self._spent[number] = _Spent(_slot_seconds(row), evaluate_s)
+        return list(self._spent.values())
+
+    def _comparison_s(self, ended: list[_Spent]) -> float:
         """Estimate the seconds of slot time that are left of the final comparison."""
-        history = [metrics.seconds for row in ended for metrics in row.history]
-        epochs = [seconds["evaluate_s"] for seconds in history if "evaluate_s" in seconds]
+        epochs = [seconds for one in ended for seconds in one.evaluate_s]
         data = self.search.data
         if not epochs or "validation" not in data.num_images:
             return 0.0
-        image_s, run_s = statistics.fmean(epochs) / data.num_images["validation"], max(map(_slot_seconds, ended))
+        image_s, run_s = statistics.fmean(epochs) / data.num_images["validation"], max(one.slot_s for one in ended)
         jobs = self.search.final_jobs() if self.search.trials_are_over else None
         return comparison_seconds(self.space, jobs, data.num_images, image_s, run_s, retrains=data.retrains)
 

@@ -6,20 +6,21 @@ Each step writes to the study first, so a driver that is killed between any two 
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 from typing import Any, Protocol
 
 from lift_ray.epoch_metrics import TRAINED_PARAMETERS, EpochMetrics
 from lift_ray.errors import RunFailed
 from lift_ray.reporting.trial_rows import TrialRow
-from lift_ray.searching import final_comparison
+from lift_ray.searching import final_comparison, packs
 from lift_ray.searching.confirmation import Choice, candidates, choose, fold_jobs
 from lift_ray.searching.final_comparison import SearchResult
-from lift_ray.searching.jobs import EvaluationJob, Job, Loaded, TrainJob, first_fitting, trial_checkpoints
+from lift_ray.searching.jobs import EvaluationJob, Job, Loaded, Pack, TrainJob, first_fitting, trial_checkpoints
 from lift_ray.searching.search_data import SearchData
-from lift_ray.searching.stopping import decide
+from lift_ray.searching.stopping import Stopping
 from lift_ray.searching.study import Study
 from lift_ray.storage.output import Output
-from lift_ray.training.events import EpochEnded, JobDone, Reply, RunDiverged, RunStarted, StepsDone
+from lift_ray.training.events import EpochEnded, JobDone, Replies, Reply, RunDiverged, RunStarted, StepsDone
 
 
 class Watcher(Protocol):
@@ -45,8 +46,6 @@ class Search:
         progress: the last progress of each running job.
         began: the first reply of each running job that trains.
         done: the finished jobs of the final comparison, in order.
-        num_ended: number of trials that have ended. Counted as they end, because Tune asks at each of its steps whether the
-            search is over.
     """
 
     def __init__(self, study: Study, out: Output, data: SearchData) -> None:
@@ -57,13 +56,21 @@ class Search:
         self.began: dict[str, RunStarted] = {}
         self.done: list[Job] = []
         self._told: set[int] = set()  # trials whose start the watchers know about
+        self._alone: set[int] = set()  # trials that train in no pack any more
         self._final: list[Job] | None = None  # cache of final_jobs; None when outdated
         self._choice: Choice | None = None
-        self.num_ended = sum(row.has_ended for row in study.rows.values())
+        self._stopping = Stopping(self.space, study.rows.values())
+        # Trials that have not ended: Tune asks at each of its steps whether the search is over, and a free slot for those that wait.
+        self._going = {number: row for number, row in study.rows.items() if not row.has_ended}
         # The last driver may have been killed between storing an epoch and deciding about its trial: decide now.
-        for row in self.study.rows.values():
-            if not row.has_ended and row.history and not self._after_epoch(row):
+        for row in [*self._going.values()]:
+            if row.history and not self._after_epoch(row):
                 self._trial_ended(row)
+
+    @property
+    def num_ended(self) -> int:
+        """Number of trials that have ended."""
+        return len(self.study.rows) - len(self._going)
 
     @property
     def trials_are_over(self) -> bool:
@@ -75,19 +82,17 @@ class Search:
         """True once nothing is left to do, the final comparison included."""
         return self.trials_are_over and not self.running and not self.final_jobs()
 
-    def next_job(self, loaded: Collection[Loaded] = ()) -> Job | None:
+    def next_job(self, loaded: Collection[Loaded] = (), num_slots: int = 1) -> Job | None:
         """Return the next job: an interrupted trial, else a new one, else a job of the final comparison; None if there is none.
 
-        Of several that wait, one whose backbone is loaded comes first. What is drawn does not depend on that.
+        Of several that wait, one whose backbone is loaded comes first. What is drawn does not depend on that. With a trial come others
+        that can train in one pass with it, if there are enough for all slots.
         """
-        if (row := self._next_row(loaded)) is not None:
-            row.state = "running"
-            job: Job = self._training(row)
-        elif waiting := self._waiting():
+        job: Job | None = self._next_training(loaded, num_slots)
+        if job is None and (waiting := self._waiting()):
             job = first_fitting(waiting, loaded)
-        else:
-            return None
-        self.running[job.key] = job
+        if job is not None:
+            self.running[job.key] = job
         return job
 
     @property
@@ -96,30 +101,47 @@ class Search:
         return max(0, self._num_to_start()) + len(self._waiting())
 
     def take(self, job: Job, reply: Reply) -> bool:
-        """Store a slot's reply and act on it. Returns whether the slot continues with this job."""
+        """Store a slot's reply and act on it. Returns whether the slot continues with this job.
+
+        A pack ends with the first of its trials. The others wait, and make the next pack.
+        """
         if isinstance(reply, StepsDone):
             self.progress[job.key] = reply
             return True
         self.progress.pop(job.key, None)
-        if isinstance(reply, RunStarted):
-            self.began[job.key] = reply
-        row = self._row(job)
-        continues = self._later(job, reply) if row is None else self._trial(row, reply)
+        first: Reply
+        if isinstance(reply, Replies):
+            going = [self._trial(self.study.rows[number], one) for number, one in reply.of.items()]
+            continues, first = all(going), next(iter(reply.of.values()))
+        else:
+            first, row = reply, self._row(job)
+            continues = self._later(job, reply) if row is None else self._trial(row, reply)
         if not continues:
-            if row is not None:
-                self._trial_ended(row)
-            self._ended(job)
+            self.put_back(job)
+        elif isinstance(first, RunStarted):
+            self.began[job.key] = first
         return continues
 
-    def interrupted(self, job: Job) -> None:
-        """Note that a job has lost its slot and waits for another one."""
+    def interrupted(self, job: Job) -> Job:
+        """Note that a job has lost its slot. Returns the job that is to wait for another one: of a pack, the first trial.
+
+        A trial of a pack may be what ended the slot, so from now on each trains alone.
+        """
         self.progress.pop(job.key, None)
-        if (row := self._row(job)) is not None:
+        if isinstance(job, Pack):
+            self._alone |= {each.number for each in job.jobs}
+            self.put_back(job)
+            job = job.jobs[0]
+            self.running[job.key] = job
+        elif (row := self._row(job)) is not None:
             row.state = "waiting"
+        return job
 
     def put_back(self, job: Job) -> None:
         """Take a job back, to hand it out again."""
-        self.interrupted(job)
+        for each in job.jobs if isinstance(job, Pack) else (job,):
+            if (row := self._row(each)) is not None and not row.has_ended:
+                row.state = "waiting"
         self._ended(job)
 
     def failed(self, job: Job, error: str) -> None:
@@ -141,22 +163,62 @@ class Search:
         self._final = None
 
     def _num_to_start(self) -> int:
-        running = sum(self._row(job) is not None for job in self.running.values())
-        return self.space.num_trials - self.num_ended - running
+        return self.space.num_trials - self.num_ended - len(self._training_now())
+
+    def _training_now(self) -> set[int]:
+        """Return the numbers of the trials that slots work on."""
+        jobs = (job.jobs if isinstance(job, Pack) else (job,) for job in self.running.values())
+        return {row.number for job in chain.from_iterable(jobs) if (row := self._row(job)) and not row.has_ended}
 
     def _training(self, row: TrialRow) -> TrainJob:
         return TrainJob(row.number, self.space.config(row.values).to_dict())
+
+    def _next_training(self, loaded: Collection[Loaded], num_slots: int) -> TrainJob | Pack | None:
+        """Return the next trial or pack; None if as many run or have ended as were requested."""
+        with self.study.at_once():
+            if (row := self._next_row(loaded)) is None:
+                return None
+            return self._with_others(row, packs.size_of(self.space, self.space.num_trials - self.num_ended, num_slots))
 
     def _next_row(self, loaded: Collection[Loaded]) -> TrialRow | None:
         """Return a trial to resume or start; None if as many run or have ended as were requested."""
         if self._num_to_start() <= 0:
             return None
-        rows = (row for row in self.study.rows.values() if row.state == "waiting")
-        free = {row.number: row for row in rows if TrainJob(row.number, {}).key not in self.running}
-        if not free:
-            return self.study.next()
+        if not (free := self._free_rows()):
+            return self._new_row()
         job = first_fitting([self._training(row) for row in free.values()], loaded)
         return free[job.number]
+
+    def _free_rows(self) -> dict[int, TrialRow]:
+        """Return the trials that wait for a slot."""
+        running = self._training_now()
+        return {number: row for number, row in self._going.items() if row.state == "waiting" and number not in running}
+
+    def _new_row(self) -> TrialRow | None:
+        """Return a new trial; None if there are as many as requested."""
+        if (row := self.study.next()) is not None:
+            self._going[row.number] = row
+        return row
+
+    def _with_others(self, row: TrialRow, most: int) -> TrainJob | Pack:
+        """Return the job of a trial, or of a pack of at most as many: trials that wait, then new ones as long as they fit."""
+        jobs = [self._training(row)]
+        row.state = "running"
+        shared = packs.shared_by(jobs[0]) if most > 1 and row.number not in self._alone else None
+        if shared is None:
+            return jobs[0]
+        waiting = iter([*self._free_rows().values()])
+        while len(jobs) < most:
+            if (other := next(waiting, None)) is None and not row.history and not self._free_rows():
+                other = self._new_row()
+            if other is None:
+                break
+            job = self._training(other)
+            fits = other.number not in self._alone and len(other.history) == len(row.history)
+            if fits and packs.shared_by(job) == shared:
+                other.state = "running"
+                jobs.append(job)
+        return jobs[0] if len(jobs) == 1 else Pack(tuple(jobs))
 
     def final_jobs(self) -> list[Job]:
         """Return the known jobs of the final comparison for slots that are not done; determined again when a job has ended."""
@@ -200,14 +262,19 @@ class Search:
         return [job for job in free if not isinstance(job, EvaluationJob) or (job.model, job.split) not in busy]
 
     def _trial(self, row: TrialRow, reply: Reply) -> bool:
+        """Store the reply of a trial. Returns whether it continues."""
         if isinstance(reply, RunStarted):
-            return self._began(row, reply)
-        if isinstance(reply, RunDiverged):
+            continues = self._began(row, reply)
+        elif isinstance(reply, RunDiverged):
             self.study.end(row, "failed", reply.reason, diverged=True)
-            return False
-        assert isinstance(reply, EpochEnded)
-        self._reported(row, reply.metrics)
-        return self._after_epoch(row)
+            continues = False
+        else:
+            assert isinstance(reply, EpochEnded)
+            self._reported(row, reply.metrics)
+            continues = self._after_epoch(row)
+        if not continues:
+            self._trial_ended(row)
+        return continues
 
     def _began(self, row: TrialRow, reply: RunStarted) -> bool:
         row.state, row.num_epochs = "running", reply.epochs
@@ -229,6 +296,7 @@ class Search:
 
     def _reported(self, row: TrialRow, metrics: EpochMetrics) -> None:
         self.study.report(row, metrics)
+        self._stopping.reported(row)
         for watcher in self.watchers:
             watcher.reported(row)
 
@@ -236,12 +304,12 @@ class Search:
         """End a trial that is done or that early stopping ends. Returns whether it continues."""
         if row.is_done:
             self.study.end(row, "finished")
-        elif decide(self.space, row, list(self.study.rows.values())) == "stop":
+        elif self._stopping.decide(row) == "stop":
             self.study.end(row, "pruned")
         return not row.has_ended
 
     def _trial_ended(self, row: TrialRow) -> None:
-        self.num_ended += 1
+        del self._going[row.number]
         if row.state != "finished" and row.history:
             self.out.remove(f"checkpoints/{row.number:04d}")
         for watcher in self.watchers:

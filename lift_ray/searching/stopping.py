@@ -1,77 +1,97 @@
-"""Early stopping, as pure functions of the metrics reported so far.
+"""Early stopping: a trial that reaches a rung is compared with those that have reached it before.
 
-They keep no state, so a search that is resumed after its driver was killed decides as it would have without the interruption.
+All that it remembers follows from the epochs reported so far, so a search that is resumed after its driver was killed decides as it
+would have without the interruption.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Literal
-
-import numpy as np
 
 from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.searching.study import WORST
-from lift_ray.settings.search import AshaConfig, HyperbandConfig, MedianConfig, NoSchedulerConfig, num_brackets, rungs
+from lift_ray.settings.search import AshaConfig, HyperbandConfig, MedianConfig, num_brackets, rungs
 from lift_ray.settings.space import SpaceFile
 
 Decision = Literal["continue", "stop"]
 
 
-def decide(space: SpaceFile, row: TrialRow, rows: Sequence[TrialRow]) -> Decision:
-    """Decide whether a trial continues after its last reported epoch. Baselines are never stopped early.
+class Stopping:
+    """Decides which trials end early. A decision looks at the scores of one rung, which are kept sorted, and at no trial.
 
     Args:
-        rows: all trials, in any order; a trial is only compared with those of its group.
+        rows: the trials so far, in any order. A trial is only compared with those of its group.
     """
-    if not row.history or row.is_done or row.baseline is not None:
-        return "continue"
-    others = [other for other in rows if other.number != row.number and other.group == row.group]
-    return RULES[type(space.search.scheduler)](space, row, others)
+
+    def __init__(self, space: SpaceFile, rows: Iterable[TrialRow] = ()) -> None:
+        self._scheduler, (self._metric, mode) = space.search.scheduler, space.objective
+        self._sign = 1 if mode == "max" else -1
+        self._rungs: list[set[int]] = []  # by bracket
+        if isinstance(self._scheduler, AshaConfig | HyperbandConfig):
+            most = space.most_epochs()
+            brackets = range(num_brackets(self._scheduler, most))
+            self._rungs = [set(rungs(self._scheduler, most, bracket)) for bracket in brackets]
+        self._there: defaultdict[tuple[str, int, int], list[float]] = defaultdict(list)  # by group, bracket and epoch
+        for row in rows:
+            for epoch in range(1, len(row.history) + 1):
+                self._add(row, epoch)
+
+    def reported(self, row: TrialRow) -> None:
+        """Take the trial's last epoch into account."""
+        self._add(row, len(row.history))
+
+    def decide(self, row: TrialRow) -> Decision:
+        """Decide whether a trial continues after its last reported epoch. Baselines are never stopped early."""
+        epoch = len(row.history)
+        if not epoch or row.is_done or row.baseline is not None or not self._is_rung(row, epoch):
+            return "continue"
+        there = self._there[self._key(row, epoch)]
+        own = bisect_left(there, self._compared(row, epoch))
+        others = there[:own] + there[own + 1 :]
+        if isinstance(self._scheduler, MedianConfig):
+            best = max(self._score(row, e) for e in range(1, epoch + 1))
+            is_worse = len(others) >= self._scheduler.min_trials and best < statistics.median(others)
+        else:
+            assert isinstance(self._scheduler, AshaConfig | HyperbandConfig)
+            share = 1 - 1 / self._scheduler.reduction_factor
+            is_worse = bool(others) and self._score(row, epoch) < quantile(others, share)
+        return "stop" if is_worse else "continue"
+
+    def _add(self, row: TrialRow, epoch: int) -> None:
+        if self._is_rung(row, epoch):
+            insort(self._there[self._key(row, epoch)], self._compared(row, epoch))
+
+    def _is_rung(self, row: TrialRow, epoch: int) -> bool:
+        """Return True if trials are compared after this epoch: for ASHA at the rungs of the trial's bracket."""
+        if isinstance(self._scheduler, MedianConfig):
+            return epoch >= self._scheduler.grace_epochs
+        return bool(self._rungs) and epoch in self._rungs[row.number % len(self._rungs)]
+
+    def _key(self, row: TrialRow, epoch: int) -> tuple[str, int, int]:
+        return row.group, row.number % max(1, len(self._rungs)), epoch
+
+    def _compared(self, row: TrialRow, epoch: int) -> float:
+        """Return what others are compared with: the score, or with the median rule its mean up to the epoch."""
+        if isinstance(self._scheduler, MedianConfig):
+            return statistics.fmean(self._score(row, e) for e in range(1, epoch + 1))
+        return self._score(row, epoch)
+
+    def _score(self, row: TrialRow, epoch: int) -> float:
+        """Return the first objective after an epoch, larger is better; the worst value if there is none."""
+        value = row.history[epoch - 1].get(self._metric)
+        return -WORST if value is None or math.isnan(value) else value * self._sign
 
 
-def _never(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
-    return "continue"
-
-
-def _asha(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
-    """Stop a trial at a rung if it is worse than the best 1 / reduction_factor of the trials that have reached the rung."""
-    scheduler = space.search.scheduler
-    assert isinstance(scheduler, AshaConfig | HyperbandConfig)
-    most, epoch = space.most_epochs(), len(row.history)
-    number = num_brackets(scheduler, most)
-    if epoch not in rungs(scheduler, most, row.number % number):
-        return "continue"
-    there = [
-        _score(space, o, epoch) for o in others if o.number % number == row.number % number and len(o.history) >= epoch
-    ]
-    if not there:
-        return "continue"
-    cutoff = np.percentile(there, 100 * (1 - 1 / scheduler.reduction_factor))
-    return "stop" if _score(space, row, epoch) < cutoff else "continue"
-
-
-def _median(space: SpaceFile, row: TrialRow, others: Sequence[TrialRow]) -> Decision:
-    """Stop a trial whose best score so far is worse than the median of the other trials' mean scores up to the same epoch."""
-    scheduler = space.search.scheduler
-    assert isinstance(scheduler, MedianConfig)
-    epoch = len(row.history)
-    there = [
-        statistics.fmean(_score(space, o, e) for e in range(1, epoch + 1)) for o in others if len(o.history) >= epoch
-    ]
-    if epoch < scheduler.grace_epochs or len(there) < scheduler.min_trials:
-        return "continue"
-    best = max(_score(space, row, e) for e in range(1, epoch + 1))
-    return "stop" if best < statistics.median(there) else "continue"
-
-
-def _score(space: SpaceFile, row: TrialRow, epoch: int) -> float:
-    """Return the first objective after an epoch, with its sign set so that larger is better; the worst value if it is missing."""
-    metric, mode = space.objective
-    value = row.history[epoch - 1].get(metric)
-    return -WORST if value is None else value * (1 if mode == "max" else -1)
-
-
-Rule = Callable[[SpaceFile, TrialRow, Sequence[TrialRow]], Decision]
-RULES: dict[type, Rule] = {NoSchedulerConfig: _never, AshaConfig: _asha, HyperbandConfig: _asha, MedianConfig: _median}
+def quantile(values: list[float], share: float) -> float:
+    """Return the value that this share of sorted values is below, between two of them by linear interpolation, as numpy rounds it."""
+    place = share * (len(values) - 1)
+    index = min(math.floor(place), len(values) - 2)
+    if index < 0:
+        return values[0]
+    (below, above), part = values[index : index + 2], place - index
+    return below + (above - below) * part if part < 0.5 else above - (above - below) * (1 - part)

@@ -11,13 +11,14 @@ import platform
 import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -25,6 +26,7 @@ from lift_ray.epoch_metrics import EpochMetrics
 from lift_ray.errors import BadInput, one_line
 from lift_ray.registry import SAMPLERS
 from lift_ray.reporting.trial_rows import TrialRow
+from lift_ray.searching.journal import Journal
 from lift_ray.settings.base import changes, dotted
 from lift_ray.settings.space import RENAMED, Draw, SpaceFile, grid_points
 from lift_ray.storage.layout import JOURNAL
@@ -48,6 +50,7 @@ class Study:
     Attributes:
         rows: the trials, by number.
         results: metrics of the final comparison, by their keys.
+        at_once: makes a context manager: what is stored within it is written at its end, where the storage can do that.
         replaced: True if this study replaces one whose driver failed before the first epoch.
 
     Raises:
@@ -64,6 +67,7 @@ class Study:
         self.rows: dict[int, TrialRow] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self.replaced = False
+        self.at_once = storage.at_once if isinstance(storage, Journal) else nullcontext
         self._trials: dict[int, optuna.Trial] = {}
         self._points = grid_points(space.space) if space.search.sampler == "grid" else space.baseline_values()
         self._beaten_at = -math.inf
@@ -104,6 +108,8 @@ class Study:
             for frozen in study.get_trials(deepcopy=False):
                 self._take_up(kind, study, frozen)
         self.rows = dict(sorted(self.rows.items()))
+        self._sizes = Counter(dict.fromkeys(self._studies, 0))  # number of trials by kind
+        self._sizes.update(row.group for row in self.rows.values())
         found = self._first.user_attrs.items()
         self.results = {key.removeprefix(RESULT): value for key, value in found if key.startswith(RESULT)}
 
@@ -174,38 +180,44 @@ class Study:
         if number >= self.space.num_trials:
             return None
         point = self._points[number] if number < len(self._points) else None
-        sizes = {kind: sum(row.group == kind for row in self.rows.values()) for kind in self._studies}
-        kind = min(sizes, key=lambda name: sizes[name])
+        kind = min(self._studies, key=self._sizes.__getitem__)
         if point is not None and "" not in self._studies:
             kind = str(point["tuner.kind"])
-        study = self._studies[kind]
-        if point is not None and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.enqueue_trial(point)
-        study.sampler = SAMPLERS.build(self.space.search.sampler, (self.space.search.seed * 1_000_003 + number) % 2**32)
-        trial = study.ask()
-        values = Draw(self.space.of_kind(kind))(trial)
-        is_baseline = point is not None and self.space.search.sampler != "grid"
+        with self.at_once():
+            trial = self._asked(kind, number, point)
+            values = Draw(self.space.of_kind(kind))(trial)
+            baseline = number if point is not None and self.space.search.sampler != "grid" else None
+            trial.set_user_attr("trial", {"number": number, "values": values, "baseline": baseline})
         row = TrialRow(
             number,
             values,
             self._num_epochs(values),
             "waiting",
             group=kind,
-            baseline=number if is_baseline else None,
+            baseline=baseline,
             began_at=time.time(),
         )
-        trial.set_user_attr("trial", {"number": number, "values": values, "baseline": row.baseline})
         self.rows[number], self._trials[number] = row, trial
+        self._sizes[kind] += 1
         return row
+
+    def _asked(self, kind: str, number: int, point: dict[str, Any] | None) -> optuna.Trial:
+        """Return Optuna's next trial, of settings that are given (`point`) or that its sampler draws."""
+        study = self._studies[kind]
+        if point is not None and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.enqueue_trial(point)
+        study.sampler = SAMPLERS.build(self.space.search.sampler, (self.space.search.seed * 1_000_003 + number) % 2**32)
+        return study.ask()
 
     def report(self, row: TrialRow, metrics: EpochMetrics) -> None:
         """Store the metrics of the trial's next epoch. The sampler is not told of an epoch that lacks the objective."""
         row.num_epochs = int(metrics.get("num_epochs", row.num_epochs))
         trial, epoch = self._trials[row.number], len(row.history) + 1
-        trial.set_user_attr(f"epoch {epoch}", metrics.flat())
         value = metrics.get(self.space.objective[0])
-        if len(self.space.objectives) == 1 and value is not None:
-            trial.report(value, epoch)
+        with self.at_once():
+            trial.set_user_attr(f"epoch {epoch}", metrics.flat())
+            if len(self.space.objectives) == 1 and value is not None:
+                trial.report(value, epoch)
         row.history.append(metrics)
 
     def end(
@@ -226,8 +238,6 @@ class Study:
         metrics = known or row.last
         limits = self.space.constraints.items()
         excess = {name: limit.excess(metrics[name]) for name, limit in limits if name in metrics}
-        for name, value in excess.items():
-            self._trials[row.number].set_constraint(name, value)
         tell = TELL[state].name
         if state == "finished" and (broken := [name for name, value in excess.items() if value > 0]):
             state, error = "infeasible", ", ".join(f"{name} is {metrics[name]:g}" for name in broken)
@@ -237,8 +247,11 @@ class Study:
         end: dict[str, Any] = {"state": state, "error": error, "tell": tell, "values": values}
         if diverged or (tell == TrialState.COMPLETE.name and not all(map(math.isfinite, values))):
             end |= {"tell": TrialState.COMPLETE.name, "values": worst}
-        self._trials[row.number].set_user_attr("end", end)
-        self._tell(row, end)
+        with self.at_once():
+            for name, value in excess.items():
+                self._trials[row.number].set_constraint(name, value)
+            self._trials[row.number].set_user_attr("end", end)
+            self._tell(row, end)
 
     def _tell(self, row: TrialRow, end: Mapping[str, Any]) -> None:
         state = TrialState[end["tell"]]
@@ -314,10 +327,7 @@ def _me() -> str:
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """Open Optuna's storage: the database at a URL, or a journal file in `folder`. Raises BadInput if it cannot be opened."""
     if url is None:
-        journal = str(repaired(folder / JOURNAL))
-        # Optuna's own choice is a symbolic link, which Windows lets only administrators make.
-        lock = JournalFileOpenLock(journal) if os.name == "nt" else None
-        return JournalStorage(JournalFileBackend(journal, lock))
+        return Journal(folder / JOURNAL)
     shown = re.sub(r"//[^@/]*@", "//", url)  # messages must not show the password
     try:
         return RDBStorage(url)
@@ -336,15 +346,6 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
             f"{shown} ({text})",
             "for example postgresql://user@host/name or sqlite:///file.db",
         ) from None
-
-
-def repaired(journal: Path) -> Path:
-    """Remove what a killed driver may have left: a lock, and half a line at the end. Requires that no other driver is running."""
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists() and (data := journal.read_bytes()) and not data.endswith(b"\n"):
-        with journal.open("rb+") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-    return journal
 
 
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}

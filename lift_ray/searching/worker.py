@@ -19,10 +19,11 @@ from lift_ray.errors import BadInput, RunFailed, one_line
 from lift_ray.evaluation.evaluator import Counter, LogitSource, evaluate
 from lift_ray.methods.world import Ranks, join_group
 from lift_ray.model.device import CPU, accelerator, best_device
+from lift_ray.ray_runtime.feature_exchange import FeatureExchange
 from lift_ray.ray_runtime.session import meeting_point
 from lift_ray.reporting.study_files import predictions_of
-from lift_ray.searching.backdoor_trial import trial_of
-from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, SlotSettings, TrainJob, trial_checkpoints
+from lift_ray.searching.backdoor_trial import BackdoorTrial, trial_of
+from lift_ray.searching.jobs import EvaluationJob, IdleJob, Job, Pack, SlotSettings, TrainJob, trial_checkpoints
 from lift_ray.searching.logit_writer import LogitWriter, logit_writer
 from lift_ray.searching.predictions import prediction_table, write_predictions
 from lift_ray.settings.run import RunConfig
@@ -36,6 +37,8 @@ from lift_ray.training.events import (
     Event,
     FeaturesDone,
     JobDone,
+    OfTrial,
+    Replies,
     Reply,
     RunAborted,
     RunDiverged,
@@ -44,8 +47,9 @@ from lift_ray.training.events import (
 )
 from lift_ray.training.heap import return_freed_memory
 from lift_ray.training.loop import StepCallback, StopAsked, trained_epochs
-from lift_ray.training.run import Diverged
+from lift_ray.training.run import Diverged, Run
 from lift_ray.training.shared_features import SharedFeatures
+from lift_ray.training.together import train_together
 from lift_ray.training.workspace import Workspace
 
 SHORTEST_IDLE_S, LONGEST_IDLE_S = 0.05, 1.0
@@ -80,6 +84,8 @@ class Worker:
         self._shared: SharedFeatures | None = None
         self._warning = ""
         self._fold = SEARCHED  # of the last job
+        self._trials: dict[int, Run | BackdoorTrial] = {}  # that the job trains, by number
+        self._features_s = 0.0  # seconds of cached features that an epoch has reported, or a job before
 
     def begin(self, job: Job) -> None:
         """Set the next job, which `next` starts. The previous job must have replied, and is dropped."""
@@ -112,8 +118,11 @@ class Worker:
         return_freed_memory()  # of the job before
         try:
             workspace = self._view(job.fold)
+            self._trials, self._features_s = {}, workspace.features_s
             if isinstance(job, IdleJob):
                 yield from self._idle()
+            elif isinstance(job, Pack):
+                yield from self._train_together(job, workspace)
             elif isinstance(job, TrainJob):
                 yield from self._train(job, workspace)
             else:
@@ -142,9 +151,9 @@ class Worker:
         if self.address is not None:
             join_group(self.rank, need.workers, *self.address, ranks.device)
             ranks = Ranks(self.rank, need.workers, ranks.device, ranks.num_threads)
-        elif self.slot.features:
+        else:
             try:
-                self._shared = SharedFeatures(self.slot.features)
+                self._shared = SharedFeatures(FeatureExchange.named(self.slot.exchange))
             except OSError as error:
                 self._warning = f"slots do not share cached features: {one_line(error)}; set LIFT_CACHE to a folder"
         tunings = [RunConfig.model_validate(tuning) for tuning in self.slot.tunings]
@@ -166,19 +175,32 @@ class Worker:
             yield JobDone({})
             pause_s = min(LONGEST_IDLE_S, 1.2 * pause_s)
 
-    def _train(self, job: TrainJob, workspace: Workspace) -> Iterator[Reply]:
+    def _train_together(self, pack: Pack, workspace: Workspace) -> Iterator[Reply]:
+        """Yield Replies with what the trials reply alone; those of an epoch come together.
+
+        Trials that were interrupted after different epochs first come to the same one.
+        """
+        trainings = {job.number: self._train(job, workspace) for job in pack.jobs}
+        yield Replies({number: next(training) for number, training in trainings.items()})
+        runs = {number: self._trials[number] for number in trainings}
+        while True:
+            first = min(run.epoch for run in runs.values())
+            behind = [number for number, run in runs.items() if run.epoch == first]
+            train_together([run for number in behind if isinstance(run := runs[number], Run)])
+            yield Replies({number: next(trainings[number]) for number in behind})
+
+    def _train(self, job: TrainJob, workspace: Workspace) -> Iterator[OfTrial]:
         """Yield RunStarted, then EpochEnded for each epoch, and JobDone unless it is a trial; or RunDiverged."""
         began, features_s = time.monotonic() - self._opened_s, workspace.features_s
         trial = trial_of(RunConfig.model_validate(job.config), workspace, self._output, job.fold)
-        trial.callback = self._callback(workspace)
+        trial.callback, self._trials[job.number] = self._callback(workspace), trial
         checkpoints = CheckpointManager(self._output, POLICY, trial_checkpoints(job.number, job.fold))
         times = {"begin_s": 0.0, "load_s": 0.0}
 
         def complete(metrics: EpochMetrics) -> EpochMetrics:
-            nonlocal features_s
-            seconds = {**metrics.seconds, **times, "features_s": workspace.features_s - features_s}
+            seconds = {**metrics.seconds, **times, "features_s": workspace.features_s - self._features_s}
             times.update(begin_s=0.0, load_s=0.0)
-            features_s = workspace.features_s
+            self._features_s = workspace.features_s
             return replace(metrics, seconds=seconds, num_epochs=trial.num_epochs)
 
         try:

@@ -141,6 +141,9 @@ class ScaleConfig(Config):
         Literal["auto"] | Annotated[int, Field(ge=1)], OneOf("auto or an integer of at least 1")
     ] = "auto"
     """Number of trials at a time, at most; auto: as many as fit."""
+    fused: Literal["auto", "off"] = "auto"
+    """auto: trials of a slot that see the same images train in one pass, which decodes them, and computes the blocks that the trials
+    leave frozen, once. It pays with augmented images that are drawn anew, and changes no result; off: one at a time."""
     refit_workers: Annotated[int, Field(ge=1)] = 1
     """Number of Ray Train workers that train best/ again at the end, as `train --workers` does; 1: a slot of the search."""
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
-from lift_ray.data.augment import Augmentation, DrawCrop, any_crop, growing_px, smallest_area, square_crop
 from lift_ray.data.batches import training_batches, unlabelled_batches
 from lift_ray.data.dataset import Split
 from lift_ray.data.order import Sampling, steps_per_epoch
 from lift_ray.methods.world import Ranks
-from lift_ray.model.tower import FrozenTower
 from lift_ray.settings.methods import HalfLabelledConfig
-from lift_ray.settings.run import CropFlipConfig, MdaConfig, RunConfig
+from lift_ray.settings.run import RunConfig
 from lift_ray.training.feature_cache import Features
 from lift_ray.training.workspace import Workspace
 
@@ -24,17 +21,24 @@ Inputs = Sequence[torch.Tensor | None]
 Batches = Iterator[tuple[Inputs, torch.Tensor]]
 
 
-def image_batches(config: RunConfig, workspace: Workspace, tower: FrozenTower, epoch: int, step: int) -> Batches:
+def image_batches(config: RunConfig, workspace: Workspace, epoch: int, step: int) -> Batches:
     """Yield ((images, patches), labels) for the steps of an epoch from `step` on, this rank's part of each.
 
     With a method for half-labeled data a batch contains labeled images, then weak views of unlabeled images, then strong views of the
     same images. The label of a view is the true one of its image; only statistics may use it.
     """
     ranks, optim, train = workspace.ranks, config.optim, workspace.training(config)
-    sampling, augmentation = _sampling(config, ranks), _augmentation(config, workspace, tower, epoch)
-    reader, num_threads = workspace.reader(train, optim.shuffle_bytes), ranks.num_threads
+    sampling, decoders = _sampling(config, ranks), workspace.decoders(config)
+    augmentation, fixed = workspace.augmentation(config, epoch), workspace.training_images(config, train, epoch)
     batches = training_batches(
-        reader, train, sampling, augmentation, epoch=epoch, start_step=step, num_threads=num_threads
+        workspace.reader(train, optim.shuffle_bytes),
+        train,
+        sampling,
+        augmentation,
+        epoch=epoch,
+        start_step=step,
+        fixed_draws=None if fixed is None else fixed.draws,
+        decoders=decoders,
     )
     labelled = workspace.device_batches(config, batches)
     if not isinstance(config.method, HalfLabelledConfig):
@@ -48,7 +52,7 @@ def image_batches(config: RunConfig, workspace: Workspace, tower: FrozenTower, e
         cutout_frac=config.method.cutout_frac,
         start_step=epoch * num_steps + step,
         num_steps=num_steps - step,
-        num_threads=num_threads,
+        decoders=decoders,
     )
     views = workspace.device_batches(config, batches)
     return (
@@ -67,26 +71,6 @@ def _sampling(config: RunConfig, ranks: Ranks) -> Sampling:
     )
 
 
-def _augmentation(config: RunConfig, workspace: Workspace, tower: FrozenTower, epoch: int) -> Augmentation:
-    augment, epochs, preprocessing = config.augment, config.optim.epochs, workspace.preprocessing(config)
-    if augment.start_px:
-        size_px = growing_px(augment.start_px, preprocessing.size_px, tower.patch_px, epoch, epochs)
-        preprocessing = replace(preprocessing, size_px=size_px)
-    crop: DrawCrop | None = None
-    if isinstance(augment, MdaConfig):
-        crop = partial(square_crop, smallest=smallest_area(augment.schedule, epoch, epochs))
-    elif isinstance(augment, CropFlipConfig):
-        crop = any_crop
-    return Augmentation(
-        preprocessing,
-        crop,
-        reduced=augment.decode == "reduced",
-        device=workspace.ranks.device if augment.decode == "gpu" else None,
-        num_patches=tower.num_patches(preprocessing.size_px),
-        patch_dropout=augment.patch_dropout,
-    )
-
-
 def _joined(labelled: torch.Tensor, pairs: torch.Tensor | None) -> torch.Tensor:
     """(B, ...) and (U, 2, ...) -> (B + 2 U, ...)."""
     assert pairs is not None
@@ -99,7 +83,7 @@ def cached_batches(
     """Yield ((features,), labels) for the steps of an epoch from `step` on, this rank's part of each.
 
     Args:
-        features: cached features of the whole training split (Workspace.cached_features).
+        features: cached features of the images of this epoch (Workspace.cached_features).
     """
     sampling, device = _sampling(config, workspace.ranks), features.device
     rank_samples = sampling.of_epoch(train, epoch)

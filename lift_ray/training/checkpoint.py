@@ -24,7 +24,7 @@ from lift_ray.epoch_metrics import POSTHOC, EpochMetrics, named
 from lift_ray.errors import BadInput, first_few, one_line
 from lift_ray.evaluation.metrics import ClassGroups, labelled_counts, stored_groups, write_per_class
 from lift_ray.settings.messages import check_json
-from lift_ray.settings.run import RunConfig
+from lift_ray.settings.run import RunConfig, experiment
 from lift_ray.storage.file_kinds import JSON, SAFETENSORS, file_kind, remedy
 from lift_ray.storage.layout import BEST, FINAL_CHECKPOINT, OPTIMIZER, PER_CLASS, RECORD, STATE, WEIGHTS
 from lift_ray.storage.output import Output
@@ -239,12 +239,13 @@ def difference(there: Sequence[str], here: Sequence[str], other: str = "the data
 
 def check_same(folder: Path, record: Record, config: Mapping[str, Any], class_names: Sequence[str]) -> None:
     """Raise BadInput, with the first difference, if a checkpoint has other settings or classes."""
-    for section, value in config.items():
-        if record.config.get(section) != value:
+    before = experiment(record.config)
+    for section, value in experiment(config).items():
+        if before.get(section) != value:
             raise BadInput(
                 str(folder),
                 "must have the same settings",
-                but=f"{section} was {record.config.get(section)} and is now {value}",
+                but=f"{section} was {before.get(section)} and is now {value}",
                 remedy="use another --out, or the settings it started with",
             )
     if record.class_names != list(class_names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,5 +126,20 @@ class JobDone:
     value: dict[str, Any]
 
 
+# reply of a training; JobDone only of one that is not a trial
+OfTrial = RunStarted | EpochEnded | RunDiverged | JobDone
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Replies of trials that train in one pass.
+
+    Args:
+        of: the reply by the number of the trial.
+    """
+
+    of: Mapping[int, OfTrial]
+
+
 Event = RunStarted | StepsDone | EpochEnded | TestEnded | RunStopped | WorkersLost | RunAborted
-Reply = RunStarted | StepsDone | EpochEnded | RunDiverged | JobDone | RunAborted  # of a slot of a search
+Reply = OfTrial | Replies | StepsDone | RunAborted  # of a slot of a search

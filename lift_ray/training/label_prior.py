@@ -64,8 +64,9 @@ def _zero_shot_logits(workspace: Workspace, config: RunConfig) -> tuple[torch.Te
         split = training.take(first_of_each_class(training.labels, MEAN_OF))
     plain = workspace.resolve(zero_shot(config))
     model = workspace.build(plain)
-    cached = workspace.cached_features(plain, model, split)
-    features = workspace.frozen(plain, model, split, np.arange(split.num_samples)) if cached is None else cached[:]
+    images = workspace.images(plain, split)
+    cached = workspace.cached_features(plain, model, images)
+    features = workspace.frozen(plain, model, images, np.arange(split.num_samples)) if cached is None else cached[:]
     labels = torch.from_numpy(split.labels).to(features.device)
     with torch.inference_mode():
         return torch.cat([model.classify(part) for part in features.split(1000)]), labels

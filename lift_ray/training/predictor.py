@@ -79,7 +79,8 @@ class SplitPredictor:
     def _features(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (features, labels) of this rank's part of a split: (b, D), with test-time ensembling (b, crops, D)."""
         ranks, workspace, view = self.ranks, self.workspace, self.workspace.view(self.config)
-        if view.tte == "off" and (cached := workspace.cached_features(self.config, self.lift, split)) is not None:
+        images = workspace.images(self.config, split)
+        if view.tte == "off" and (cached := workspace.cached_features(self.config, self.lift, images)) is not None:
             mine = rank_slice(split.num_samples, ranks.rank, ranks.world_size)
             for start in range(mine.start, mine.stop, CACHED_BATCH):
                 batch = slice(start, min(start + CACHED_BATCH, mine.stop))
@@ -93,7 +94,7 @@ class SplitPredictor:
             view,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            num_threads=ranks.num_threads,
+            decoders=workspace.decoders(self.config),
             batch_size=batch_size(ranks.device, self.lift.tower, view.num_crops),
         )
         feature = workspace.forward(self.config, self.lift.feature)

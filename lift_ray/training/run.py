@@ -20,7 +20,7 @@ from lift_ray.evaluation.metrics import PerClass, pseudo_label_figures
 from lift_ray.methods.world import Ranks
 from lift_ray.model.device import random_state, set_random_state
 from lift_ray.settings.methods import check_splits
-from lift_ray.settings.run import NoAugmentConfig, OptimConfig, RunConfig
+from lift_ray.settings.run import OptimConfig, RunConfig
 from lift_ray.settings.run_file import batch_fault, too_large
 from lift_ray.training import checkpoint
 from lift_ray.training.batches import Batches, Inputs, cached_batches, image_batches
@@ -157,28 +157,33 @@ class Run:
         """Yield the remaining batches of this epoch."""
         forward, coming = self._batches()
         for _ in range(self.step, self.steps_per_epoch):
-            self._asked = time.monotonic()
+            asked = time.monotonic()
             inputs, labels = next(coming)
-            self.seconds["data_wait_s"] += time.monotonic() - self._asked
+            self.step_began(asked, time.monotonic() - asked)
             yield forward, inputs, labels
+
+    def step_began(self, at: float, waited_s: float) -> None:
+        """Note when a step began, by time.monotonic(), and how long it waited for its batch."""
+        self._began_at = at
+        self.seconds["data_wait_s"] += waited_s
 
     def _batches(self) -> tuple[Forward, Batches]:
         """Return the forward function, and the rest of this epoch's (inputs, labels): images, or cached features."""
         assert self.stepper is not None
         config, workspace, model = self.config, self.workspace, self.model
-        if isinstance(config.augment, NoAugmentConfig):
-            cached = workspace.cached_features(config, model, self.train)
+        if (images := workspace.training_images(config, self.train, self.epoch)) is not None:
+            cached = workspace.cached_features(config, model, images)
             if cached is not None:
                 batches = cached_batches(config, workspace, self.train, cached, self.epoch, self.step)
                 return model.from_frozen, batches
-        return self.stepper.forward, image_batches(config, workspace, model.tower, self.epoch, self.step)
+        return self.stepper.forward, image_batches(config, workspace, self.epoch, self.step)
 
     def train_step(self, batch: StepBatch) -> None:
         """Do one step, over the ranks' parts of a global batch; nothing is read back from the device."""
         assert self.stepper is not None
         self.losses[self.step] = self.stepper(*batch, self.lr(self.epoch, self.step))
         self.step += 1
-        self.seconds["train_s"] += time.monotonic() - self._asked
+        self.seconds["train_s"] += time.monotonic() - self._began_at
         self.callback(self)
 
     def lr(self, epoch: int, step: int) -> float:

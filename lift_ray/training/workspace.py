@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lift_ray.data.augment import Preprocessing, View
-from lift_ray.data.batches import Batch, evaluation_batches
-from lift_ray.data.dataset import Dataset, Split
+from lift_ray.data.augment import Augmentation, Preprocessing, View
+from lift_ray.data.batches import Batch, Decoders, evaluation_batches
+from lift_ray.data.dataset import Dataset, Shard, Split
+from lift_ray.data.decoder_pool import CAN_START, DecoderPool
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.open import open_dataset
 from lift_ray.data.order import SHUFFLE_BYTES, memory_bytes, rank_slice
@@ -35,12 +37,14 @@ from lift_ray.settings.heads import HeadConfig, TextHeadConfig
 from lift_ray.settings.methods import UlfineConfig
 from lift_ray.settings.run import NoAugmentConfig, RunConfig
 from lift_ray.settings.tuners import resolve_tuner
+from lift_ray.training.augmentation import FixedImages, augmentation, training_images
 from lift_ray.training.events import FeaturesDone
 from lift_ray.training.feature_cache import FeatureCache, Features, Part
 from lift_ray.training.shared_features import FeatureFile, SharedFeatures, chunks_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 2**30
+MOST_PROCESSES = 16  # that decode for a GPU, unless the settings ask for more: several thousand images/s
 
 
 class Workspace:
@@ -72,7 +76,8 @@ class Workspace:
         self._readers: dict[str, RowReader] = {}
         self._subsets: dict[float, Split] = {}
         self._likes: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._weights: dict[tuple[Any, ...], int] = {}  # checksums
+        self._weights: dict[tuple[Any, ...], str] = {}  # digests
+        self._pools: dict[int, DecoderPool] = {}  # by number of processes
         self.cache, self.shared, self.tunings = FeatureCache(), shared, tunings
         self.watch: Callable[[FeaturesDone | None], None] = lambda done: None
         self._seconds = {"load": time.monotonic() - began, "features": 0.0}  # shared by all views
@@ -105,6 +110,8 @@ class Workspace:
             if fault := precision_fault(wanted.precision, self.ranks.device):
                 raise fault
             began = time.monotonic()
+            if (pool := self.decoders(config).pool) is not None:
+                pool.start()  # they import torch meanwhile
             loaded = load_backbone(
                 wanted.model,
                 wanted.pretrained,
@@ -112,6 +119,7 @@ class Workspace:
                 device=self.ranks.device,
                 resolution_px=wanted.resolution_px,
                 checkpointing=wanted.checkpointing,
+                prepacked=wanted.prepacked,
             )
             check_precision(loaded.tower, wanted.precision)
             self._backbones[key] = loaded
@@ -129,6 +137,18 @@ class Workspace:
         wanted = config.evaluation
         return View(self.preprocessing(config), wanted.tte, wanted.expand_px, wanted.views)
 
+    def augmentation(self, config: RunConfig, epoch: int) -> Augmentation:
+        """Return the augmentation of an epoch of a run."""
+        return augmentation(config, self.preprocessing(config), self.backbone(config).tower, self.ranks.device, epoch)
+
+    def images(self, config: RunConfig, split: Split) -> FixedImages:
+        """Return the evaluation crops of a split."""
+        return FixedImages(split, View(self.preprocessing(config)))
+
+    def training_images(self, config: RunConfig, split: Split, epoch: int) -> FixedImages | None:
+        """Return the training images of an epoch of a run, if they come again in this run or another."""
+        return training_images(config, split, self.augmentation(config, epoch), epoch)
+
     def reader(self, split: Split, shuffle_bytes: int = SHUFFLE_BYTES) -> RowReader:
         """Return the open files of a split, with memory for the encoded images that are shuffled together."""
         if split.key not in self._readers:
@@ -136,6 +156,23 @@ class Workspace:
         reader = self._readers[split.key]
         reader.cache_bytes = memory_bytes(split, shuffle_bytes)
         return reader
+
+    def decoders(self, config: RunConfig) -> Decoders:
+        """Return where the images of a run are decoded: in processes if there is a GPU, otherwise in threads, or as the settings say.
+
+        On a CPU the forward pass needs the cores, and a process would take memory for nothing.
+        """
+        threads, wanted = self.ranks.num_threads, config.optim.decode_processes
+        has_gpu = self.ranks.device.type != "cpu"
+        number = wanted if wanted != "auto" else min(threads, MOST_PROCESSES) if has_gpu and threads > 1 else 0
+        if not number or not CAN_START:
+            return Decoders(threads)
+        if number not in self._pools:
+            for pool in self._pools.values():
+                pool.close()
+            self._pools.clear()
+            self._pools[number] = DecoderPool(number)
+        return Decoders(threads, self._pools[number])
 
     def training(self, config: RunConfig) -> Split:
         """Return the training split of a run, or the fraction of it that it uses. Raises BadInput if there is none."""
@@ -239,8 +276,9 @@ class Workspace:
             # In a search, training needs the features of all images too if they never change. And folds overlap, so that one pass
             # over all their images is cheaper than a pass over these samples for each fold.
             is_needed = split.parts or (isinstance(config.augment, NoAugmentConfig) and self.tunings)
-            whole = self.cached_features(config, probe, split) if is_needed else None
-            found = self.frozen(config, probe, split, samples) if whole is None else whole[samples]
+            images = self.images(config, split)
+            whole = self.cached_features(config, probe, images) if is_needed else None
+            found = self.frozen(config, probe, images, samples) if whole is None else whole[samples]
             features = found.float().cpu()
             make = class_means if config.head.init == "class_mean" else probe_weights
             try:
@@ -250,7 +288,7 @@ class Workspace:
 
         return self.cache.get(key, compute)
 
-    def frozen(self, config: RunConfig, model: Lift, split: Split, samples: Int64s) -> torch.Tensor:
+    def frozen(self, config: RunConfig, model: Lift, images: FixedImages, samples: Int64s) -> torch.Tensor:
         """Return the output of the blocks below the first tuned one for these samples, on every rank.
 
         Its shape is (N, T, D), or (N, D) if no block is tuned. All ranks must call it together: each computes its slice, and the
@@ -261,7 +299,7 @@ class Workspace:
         out, at = like.new_zeros(len(samples), *like.shape), mine.start
         tell = self._telling(mine.stop - mine.start)
         try:
-            for part in self._activations(config, model, split, samples[mine], model.first_tuned):
+            for part in self._activations(config, model, images, samples[mine], model.first_tuned):
                 out[at : at + len(part)] = part
                 at += len(part)
                 tell(at - mine.start)
@@ -270,11 +308,11 @@ class Workspace:
         return ranks.sum(out)
 
     def _activations(
-        self, config: RunConfig, model: Lift, split: Split, samples: Int64s, stop: int
+        self, config: RunConfig, model: Lift, images: FixedImages, samples: Int64s, stop: int
     ) -> Iterator[torch.Tensor]:
         """Yield the output of the blocks below `stop`, batch by batch: from the deepest cached features, else from the images."""
         ranks, size = self.ranks, batch_size(self.ranks.device, self.backbone(config).tower)
-        if found := self._deepest(config, model, split, stop):
+        if found := self._deepest(config, model, images, stop):
             batches = (Features([found])[samples[at : at + size]] for at in range(0, len(samples), size))
             yield from on_cores(ranks.device, self._continue_frozen(config, model, found.stop, stop), batches)
             return
@@ -284,15 +322,16 @@ class Workspace:
             with torch.no_grad(), autocast(config, ranks.device):
                 return model.frozen_part(normalized(batch.images), stop)
 
-        images = evaluation_batches(
-            self.reader(split),
-            split,
-            View(self.preprocessing(config)),
-            num_threads=ranks.num_threads,
+        decoded = evaluation_batches(
+            self.reader(images.split),
+            images.split,
+            images.maker,
+            decoders=self.decoders(config),
             samples=samples,
+            draws=images.draws,
             batch_size=size,
         )
-        yield from on_cores(ranks.device, frozen, images)
+        yield from on_cores(ranks.device, frozen, decoded)
 
     def _continue_frozen(
         self, config: RunConfig, model: Lift, start: int, stop: int
@@ -303,14 +342,14 @@ class Workspace:
 
         return continued
 
-    def cached_features(self, config: RunConfig, model: Lift, split: Split) -> Features | None:
-        """Return `frozen` of a whole split, computed once for all runs; None if it does not fit or nothing is frozen.
+    def cached_features(self, config: RunConfig, model: Lift, images: FixedImages) -> Features | None:
+        """Return `frozen` of all images, computed once for all runs; None if they do not fit or nothing is frozen.
 
         If it does not fit beside cached features of fewer blocks, the blocks in between run for each batch.
         """
         stop, began = model.first_tuned, time.monotonic()
         try:
-            parts = self._cached_parts(config, model, split) if stop else None
+            parts = self._cached_parts(config, model, images) if stop else None
         finally:
             self._seconds["features"] += time.monotonic() - began
         if parts is None:
@@ -325,45 +364,46 @@ class Workspace:
 
         return Features(parts, deepen)
 
-    def _cached_parts(self, config: RunConfig, model: Lift, split: Split) -> list[Part] | None:
+    def _cached_parts(self, config: RunConfig, model: Lift, images: FixedImages) -> list[Part] | None:
         """Return the cached features of the splits that a fold is made of, which all folds share; None if some do not fit."""
         parts = []
-        for whole, samples in split.parts or ((split, None),):
-            if not (found := self._cached(config, model, whole, model.first_tuned)):
+        for whole, samples in images.split.parts or ((images.split, None),):
+            if not (found := self._cached(config, model, replace(images, split=whole), model.first_tuned)):
                 return None
             parts.append(replace(found, samples=samples))
         return parts
 
-    def _cached(self, config: RunConfig, model: Lift, split: Split, stop: int) -> Part | None:
-        """Return the features of a whole split after the blocks below `stop`, or after fewer blocks if there is no room for these."""
-        key, limit = (*self._key(config), split.key, stop), config.backbone.cache_gib * GIB
+    def _cached(self, config: RunConfig, model: Lift, images: FixedImages, stop: int) -> Part | None:
+        """Return the features of all images after the blocks below `stop`, or after fewer blocks if there is no room for these."""
+        key, limit = (*self._key(config), *images.key, stop), config.backbone.cache_gib * GIB
         if key not in self.cache:
-            num_bytes = split.num_samples * self._like(config, model, stop).nbytes
+            number = images.split.num_samples
+            num_bytes = number * self._like(config, model, stop).nbytes
             # `frozen` is a collective call: sizes follow from settings and data alone, so all ranks decide the same.
-            if self.shared is None or not split.num_samples:
+            if self.shared is None or not number:
                 if self.cache.fits(key, num_bytes, limit):
-                    self.cache.get(key, lambda: self.frozen(config, model, split, np.arange(split.num_samples)))
+                    self.cache.get(key, lambda: self.frozen(config, model, images, np.arange(number)))
             else:
                 first = self._shallowest(config)
-                if first < stop and (*self._key(config), split.key, first) not in self.cache:
-                    self._share(config, model, split, first, limit - num_bytes)
-                self._share(config, model, split, stop, limit)
-        return self._deepest(config, model, split, stop)
+                if first < stop and (*self._key(config), *images.key, first) not in self.cache:
+                    self._share(config, model, images, first, limit - num_bytes)
+                self._share(config, model, images, stop, limit)
+        return self._deepest(config, model, images, stop)
 
-    def _share(self, config: RunConfig, model: Lift, split: Split, stop: int, limit_bytes: float) -> None:
+    def _share(self, config: RunConfig, model: Lift, images: FixedImages, stop: int, limit_bytes: float) -> None:
         """Compute features together with other processes, and cache them if they fit."""
         assert self.shared is not None
-        like, (name, chunks) = self._like(config, model, stop), self._file(config, split, stop)
+        like, (name, chunks) = self._like(config, model, stop), self._file(config, images, stop)
         file = self.shared.file(name, chunks, like.nbytes, limit_bytes)
         if file is None:
             return
 
         def compute(chunk: range) -> Iterator[torch.Tensor]:
-            return self._activations(config, model, split, np.arange(chunk.start, chunk.stop), stop)
+            return self._activations(config, model, images, np.arange(chunk.start, chunk.stop), stop)
 
         try:
-            if file.fill(compute, self._telling(split.num_samples)):
-                self._keep((*self._key(config), split.key, stop), file, like)
+            if file.fill(compute, self._telling(images.split.num_samples)):
+                self._keep((*self._key(config), *images.key, stop), file, like)
         finally:
             self.watch(None)
 
@@ -371,12 +411,12 @@ class Workspace:
         """Cache the features of a file that is done: mapped, or copied to a GPU."""
         self.cache.get(key, lambda: file.tensor(like.shape, like.dtype).to(self.ranks.device))
 
-    def _deepest(self, config: RunConfig, model: Lift, split: Split, stop: int) -> Part | None:
-        """Return the cached features of a split after most blocks, but none from `stop` on; None if there are none."""
+    def _deepest(self, config: RunConfig, model: Lift, images: FixedImages, stop: int) -> Part | None:
+        """Return the cached features of images after most blocks, but none from `stop` on; None if there are none."""
         for block in range(stop, 0, -1):
-            key = (*self._key(config), split.key, block)
+            key = (*self._key(config), *images.key, block)
             if key not in self.cache and self.shared is not None:
-                name, chunks = self._file(config, split, block)
+                name, chunks = self._file(config, images, block)
                 if file := self.shared.find(name, chunks):
                     self._keep(key, file, self._like(config, model, block))
             if key in self.cache:
@@ -387,24 +427,24 @@ class Workspace:
         """Return the first block that a run of the search tunes, but for those that tune the very first; all blocks if unknown."""
         tower = self.backbone(config).tower
         stops = [tower.num_blocks]
-        for tuning in self.tunings if isinstance(config.augment, NoAugmentConfig) else ():
+        for tuning in self.tunings if config.augment.is_fixed else ():
             with suppress(ValueError):  # it names blocks of another backbone
                 resolved = tuning.resolve(self.dataset.num_classes, tower.num_blocks, tower.width)
                 stops.append(first_tuned(resolved, tower.num_blocks))
         return min(filter(None, stops))
 
-    def _file(self, config: RunConfig, split: Split, stop: int) -> tuple[str, list[range]]:
+    def _file(self, config: RunConfig, images: FixedImages, stop: int) -> tuple[str, list[range]]:
         """Return the name of the file that is shared with other processes, and its chunks."""
         tower, key = self.backbone(config).tower, self._key(config)
         if key not in self._weights:
-            checksum = 0
+            digest = sha256()
             for tensor in tower.state_dict().values():
-                checksum = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, checksum)
-            self._weights[key] = checksum
-        files = [(shard.num_bytes, shard.identity, shard.sha256) for shard in split.shards]
+                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            self._weights[key] = digest.hexdigest()
+        files = [_content(shard) for shard in images.split.shards]
         size = batch_size(self.ranks.device, tower)
-        identity = repr((key, self._weights[key], split.key, files, size))
-        return f"{sha256(identity.encode()).hexdigest()[:24]}-{stop}", chunks_of(split.num_samples, size)
+        identity = repr((key, self._weights[key], images.key, files, size, self.ranks.device.type, _code()))
+        return f"{sha256(identity.encode()).hexdigest()[:24]}-{stop}", chunks_of(images.split.num_samples, size)
 
     def _telling(self, total: int) -> Callable[[int], None]:
         """Return a function that reports how many of the images are done."""
@@ -480,6 +520,22 @@ def first_tuned(config: RunConfig, num_blocks: int) -> int:
     return min(first_block(tuner.kind, tuner.options(num_blocks), num_blocks) for tuner in config.tuners())
 
 
+def _content(shard: Shard) -> tuple[int | str, ...]:
+    """Return what changes with the content of a file: its checksum, the store's identity, or the time of its last change."""
+    known = shard.sha256 or shard.identity
+    path = Path(shard.url.removeprefix("file://"))
+    return shard.num_bytes, known or (path.stat().st_mtime_ns if path.exists() else "")
+
+
+@lru_cache(1)
+def _code() -> str:
+    """Return what changes with the code that computes features: a version is not enough for those who change it."""
+    package, digest = Path(__file__).parent.parent, sha256(torch.__version__.encode())
+    for file in sorted([*package.glob("data/*.py"), *package.glob("model/**/*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """Return the autocast context of the precision that the frozen backbone computes in."""
     dtype = DTYPES[config.backbone.precision]
@@ -495,4 +551,5 @@ def _key(config: RunConfig) -> tuple[Any, ...]:
         wanted.precision,
         wanted.resolution_px,
         wanted.checkpointing,
+        wanted.prepacked,
     )

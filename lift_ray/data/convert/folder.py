@@ -82,12 +82,13 @@ def _index(
     train = next((split for split in directories if SPLIT_DIRECTORIES.get(split.lower()) == "train"), "")
     names_of = _names_of(source, [name for here in directories.values() for name in here], similar_names)
     class_names = tuple(dict.fromkeys(names_of[name] for name in sorted(directories[train])))
+    label_of = {name: label for label, name in enumerate(class_names)}
     for split, here in directories.items():
-        if extra := [name for name in here if names_of[name] not in class_names]:
+        if extra := [name for name in here if names_of[name] not in label_of]:
             raise BadInput(
                 f"{source}/{split}", f"must contain only classes of {train}", f"{extra[0]!r}", f"add it to {train}"
             )
-    labels = {name: class_names.index(own) for name, own in names_of.items()}
+    labels = {name: label_of[own] for name, own in names_of.items()}
     notes = notes_on_names(class_names) if names_file is None else ()
     if names_file is not None:
         num_classes = len(class_names)

@@ -179,8 +179,11 @@ def stratified_split(labels: Int64s, validation_frac: float, test_frac: float, s
     """
     rng = np.random.default_rng(seed)
     parts: dict[str, list[Int64s]] = {split: [np.zeros(0, np.int64)] for split in ("train", *DRAWN)}
-    for label in np.unique(labels):
-        drawn = rng.permutation(np.flatnonzero(labels == label))
+    # sorted once, because a pass over all images for each of thousands of classes takes minutes
+    order = np.argsort(labels, kind="stable")
+    _, starts = np.unique(labels[order], return_index=True)
+    for images in np.split(order, starts)[1:]:
+        drawn = rng.permutation(images)
         num_validation, num_test = _held_out(len(drawn), validation_frac, test_frac)
         cuts = np.split(drawn, [num_validation, num_validation + num_test])
         for split, rows in zip((*DRAWN, "train"), cuts, strict=True):

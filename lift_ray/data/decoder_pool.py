@@ -1,0 +1,429 @@
+"""Processes that decode images for this one, into memory that all of them map.
+
+Decoding in threads of a training process makes them and the training thread wait for each other's interpreter lock. These processes
+read row groups, decode and augment; this one hands out work and waits, and does nothing per image. The memory is an anonymous file,
+which the kernel frees when the last process that holds it ends, so nothing can leak. A process that dies is replaced, and its work is
+given to the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from mmap import ALLOCATIONGRANULARITY
+from multiprocessing.connection import Connection, wait
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lift_ray.data.augment import Draws
+from lift_ray.data.dataset import Split
+from lift_ray.data.decoder_process import Closed, Coming, Decoded, ImageMaker, Images, Message, Opened, Piece, mapped
+from lift_ray.data.longtail import Int64s
+from lift_ray.data.order import READ_AHEAD_SAMPLES
+from lift_ray.errors import RunFailed
+
+AHEAD = 3  # batches that are decoded before they are asked for
+LENT = 2  # batches that the caller may hold at a time without a copy
+MOST_DEATHS = 3  # of a process in a row, without a finished piece in between
+CAN_START = os.name == "posix"  # Windows cannot pass an open file to a program that it starts
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One rank's samples of a step, (b,), the random numbers of their augmentation, (b, ...), and the patches that the model sees."""
+
+    samples: Int64s
+    draws: Draws
+    patches: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stream of batches to decode.
+
+    Args:
+        split: where the images are.
+        maker: what becomes of an image.
+        steps: numbers of the batches.
+        samples_of: returns the samples of a step, (b,).
+        draw: returns what is drawn for a step.
+        batch_size: most samples of a step.
+    """
+
+    split: Split
+    maker: ImageMaker
+    steps: range
+    samples_of: Callable[[int], Int64s]
+    draw: Callable[[int], Drawn]
+    batch_size: int
+
+    @property
+    def read_ahead(self) -> int:
+        """Number of steps whose row groups are read ahead."""
+        return -(-READ_AHEAD_SAMPLES // self.batch_size)
+
+
+class Division:
+    """Who decodes which images.
+
+    A row group stays with the processes that have read it, so that few read it twice. No process may be ahead of the mean by more than
+    twice its share of a batch: what is too much for the readers of a group goes to the process with the least work.
+
+    Args:
+        number: number of processes.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._given = np.zeros(number)
+        self._readers: dict[int, list[int]] = {}
+
+    def divide(self, groups: Int64s) -> Int64s:
+        """Return the process for each image of a batch, given its row group: (b,)."""
+        given, out = self._given, np.empty(len(groups), np.int64)
+        order = np.argsort(groups, kind="stable")
+        found, starts = np.unique(groups[order], return_index=True)
+        # the most that a process may have after this batch: the mean, and twice its share of a batch
+        most = (given.sum() + 3 * len(groups)) / len(given)
+        for group, members in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
+            readers = self._readers.setdefault(group, [])
+            for reader in readers:
+                taken = members[: max(0, int(most - given[reader]))]
+                out[taken], members = reader, members[len(taken) :]
+                given[reader] += len(taken)
+            while len(members):
+                reader = int(given.argmin())
+                taken = members[: max(1, int(most - given[reader]))]
+                out[taken], members = reader, members[len(taken) :]
+                given[reader] += len(taken)
+                if reader not in readers:
+                    readers.append(reader)
+        return out
+
+
+class _Decoder:
+    """One process: its socket, and the work that it has not answered yet."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self.opened: dict[int, Opened | None] = {}  # by stream; None: the stream is closed, and the answer is to come
+        self.pieces: dict[tuple[int, int], Piece] = {}  # by stream and step
+        self.deaths = 0
+        self._start()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = (
+                f"import sys; sys.path[:] = {sys.path!r}; "
+                f"from lift_ray.data.decoder_process import main; main({theirs.fileno()}, {self._file})"
+            )
+            one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._file),
+                env={**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": ""},
+            )
+        self.connection = Connection(ours.detach())
+
+    def send(self, message: Message) -> None:
+        """Send a message. If the process has died, `receive` finds out and repeats what is open."""
+        if isinstance(message, Opened):
+            self.opened[message.stream] = message
+        elif isinstance(message, Piece):
+            self.pieces[message.stream, message.step] = message
+        elif isinstance(message, Closed):
+            self.opened[message.stream] = None
+            self.pieces = {key: piece for key, piece in self.pieces.items() if key[0] != message.stream}
+        with suppress(OSError):
+            self.connection.send(message)
+
+    def receive(self) -> Message | None:
+        """Return an answer; None if the process has died and was replaced. Raises RunFailed if that happens again and again."""
+        try:
+            answer: Message = self.connection.recv()
+        except (EOFError, OSError):
+            self._replace()
+            return None
+        if isinstance(answer, Decoded):
+            self.deaths = 0
+            self.pieces.pop((answer.stream, answer.step), None)
+        return answer
+
+    def _replace(self) -> None:
+        self.connection.close()
+        code, self.deaths = self.process.wait(), self.deaths + 1
+        self._start()
+        with suppress(OSError):
+            for stream, opened in self.opened.items():
+                self.connection.send(opened or Closed(stream))
+            for piece in self.pieces.values() if self.deaths < MOST_DEATHS else ():
+                self.connection.send(piece)
+        if self.deaths == MOST_DEATHS:
+            self.deaths = 0  # another run may use this process
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            raise RunFailed(
+                f"a process that decodes images ended {how} {MOST_DEATHS} times{self._where()}; give the worker more memory, "
+                "or set optim.decode_processes=0 to decode in threads"
+            )
+
+    def _where(self) -> str:
+        """Return where the oldest piece of work begins, if there is any."""
+        for piece in self.pieces.values():
+            if (opened := self.opened[piece.stream]) is not None:
+                return f", last at row {piece.rows[0]} of {opened.split} or after it"
+        return ""
+
+    def close(self) -> None:
+        """End the process."""
+        self.connection.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class DecoderPool:
+    """Processes that decode for this one. They start with the first stream, or with `start`, and are used by one stream after another
+    or by several at once.
+
+    Args:
+        number: number of processes.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._decoders: list[_Decoder] = []
+        self._file: IO[bytes] | None = None
+        self._regions: dict[int, tuple[int, int]] = {}  # number of a stream -> offset and bytes in the file
+        self._streams: dict[int, _Stream] = {}
+        self._last = 0
+        self._lock = threading.RLock()
+        self._end: Callable[[], object] = lambda: None
+
+    def start(self) -> None:
+        """Start the processes, if there are none yet, and return at once."""
+        with self._lock:
+            if not self._decoders:
+                self._file = _anonymous_file()
+                self._decoders = [_Decoder(self._file.fileno()) for _ in range(self.number)]
+                self._end = weakref.finalize(self, _close, self._decoders, self._file)
+
+    def close(self) -> None:
+        """End the processes, as the garbage collector does too. Batches that were handed out stay valid."""
+        with self._lock:
+            self._end()
+            self._decoders, self._file = [], None
+            self._regions.clear()
+            self._streams.clear()
+
+    def decode(self, work: Work, cache_bytes: int) -> Iterator[tuple[Drawn, Tensor]]:
+        """Yield what was drawn for each step and its images, in order: (b, *maker.shape) uint8.
+
+        A batch is memory that the processes write again when the caller no longer refers to it. If the caller keeps more than LENT
+        of them, it gets copies.
+
+        Args:
+            cache_bytes: limit of the encoded images in memory, in all processes together about twice that.
+
+        Raises BadInput for an image or a shard that cannot be read, RunFailed if a process dies again and again.
+        """
+        with self._lock:
+            self.start()
+            stream = self._opened(work, cache_bytes)
+        try:
+            while stream.has_steps:
+                with self._lock:
+                    stream.send(self._decoders)
+                    while not stream.is_ready:
+                        self._receive()
+                    got = stream.taken()
+                yield got
+        finally:
+            with self._lock:
+                for decoder in self._decoders:
+                    decoder.send(Closed(stream.number))
+                stream.is_closed = True
+
+    def _opened(self, work: Work, cache_bytes: int) -> _Stream:
+        slots, self._last = AHEAD + 1 + LENT, self._last + 1
+        shape = (slots, work.batch_size, *work.maker.shape)
+        offset = self._place(self._last, int(np.prod(shape)))
+        assert self._file is not None
+        stream = _Stream(self._last, work, self.number, mapped(self._file.fileno(), offset, shape))
+        self._streams[stream.number] = stream
+        split = work.split
+        # a process reads the row groups of its own images, and some that others read too
+        cache_bytes = min(cache_bytes, 2 * cache_bytes // self.number)
+        opened = Opened(
+            stream.number,
+            split.shards,
+            split.image_column,
+            split.name,
+            work.maker,
+            offset,
+            slots,
+            work.batch_size,
+            cache_bytes,
+        )
+        for decoder in self._decoders:
+            decoder.send(opened)
+        return stream
+
+    def _place(self, number: int, num_bytes: int) -> int:
+        """Return the offset of free memory in the file, which grows if there is not enough."""
+        assert self._file is not None
+        for old in [old for old, stream in self._streams.items() if stream.is_free]:
+            del self._streams[old], self._regions[old]
+        num_bytes = -(-num_bytes // ALLOCATIONGRANULARITY) * ALLOCATIONGRANULARITY
+        if not self._regions:  # what earlier streams wrote goes back to the system
+            self._file.truncate(0)
+        at = 0
+        for offset, length in sorted(self._regions.values()):
+            if offset - at >= num_bytes:
+                break
+            at = offset + length
+        self._regions[number] = at, num_bytes
+        self._file.truncate(max(offset + length for offset, length in self._regions.values()))
+        return at
+
+    def _receive(self) -> None:
+        """Wait for answers, and take all that are there."""
+        connections = {decoder.connection: decoder for decoder in self._decoders}
+        for connection in wait(list(connections)):
+            decoder = connections[connection]  # type: ignore[index]
+            answer = decoder.receive()
+            stream = None if answer is None else self._streams.get(answer.stream)
+            if stream is None:
+                continue
+            if isinstance(answer, Closed):
+                decoder.opened.pop(answer.stream, None)
+                stream.closed_by += 1
+            elif isinstance(answer, Decoded):
+                stream.note(answer)
+
+
+class _Stream:
+    """The batches of a stream between the steps that are sent and those that are taken.
+
+    Args:
+        slots: (slots, batch_size, ...), the mapped memory.
+    """
+
+    def __init__(self, number: int, work: Work, num_decoders: int, slots: Images) -> None:
+        self.number, self.work, self.slots = number, work, slots
+        self.is_closed, self.closed_by = False, 0
+        self._num_decoders = num_decoders
+        self._to_send, self._to_read = iter(work.steps), iter(work.steps)
+        self._left = len(work.steps)
+        self._division = Division(num_decoders)
+        self._divided: dict[int, Int64s] = {}
+        self._free = deque(range(len(slots)))
+        self._returned: deque[int] = deque()  # by the garbage collector, which must not wait for a lock
+        self._num_lent = 0
+        self._sent: deque[tuple[int, int, Drawn]] = deque()  # step, slot and what was drawn, in order
+        self._missing: dict[int, int] = {}  # step -> pieces that are not decoded yet
+        self._faults: dict[int, tuple[int, Exception]] = {}
+
+    @property
+    def has_steps(self) -> bool:
+        """True if there are batches to take."""
+        return self._left > 0
+
+    @property
+    def is_ready(self) -> bool:
+        """True if the next batch is decoded."""
+        return not self._missing[self._sent[0][0]]
+
+    @property
+    def is_free(self) -> bool:
+        """True if nobody uses its memory any more."""
+        self._take_back()
+        return self.is_closed and self.closed_by == self._num_decoders and not self._num_lent
+
+    def send(self, decoders: list[_Decoder]) -> None:
+        """Give the next steps to the processes, as far as there are slots, and tell them what to read ahead."""
+        self._take_back()
+        if self._left == len(self.work.steps):
+            self._read(decoders, self.work.read_ahead)
+        while self._free and len(self._sent) <= AHEAD and (step := next(self._to_send, None)) is not None:
+            self._read(decoders, 1)
+            drawn, slot, owners = self.work.draw(step), self._free.popleft(), self._divided.pop(step)
+            rows = self.work.split.rows[drawn.samples]
+            self._sent.append((step, slot, drawn))
+            self._missing[step] = 0
+            for number, decoder in enumerate(decoders):
+                mine = np.flatnonzero(owners == number)
+                if len(mine):
+                    self._missing[step] += 1
+                    decoder.send(Piece(self.number, step, slot, rows[mine], drawn.draws[mine], mine))
+
+    def _read(self, decoders: list[_Decoder], number: int) -> None:
+        """Divide further steps between the processes, which begin to read their row groups."""
+        for step in islice(self._to_read, number):
+            rows = self.work.split.rows[self.work.samples_of(step)]
+            self._divided[step] = owners = self._division.divide(self.work.split.row_groups_of(rows))
+            for index, decoder in enumerate(decoders):
+                if len(mine := rows[owners == index]):
+                    decoder.send(Coming(self.number, mine))
+
+    def note(self, answer: Decoded) -> None:
+        """Take an answer of a process."""
+        if answer.step in self._missing:
+            self._missing[answer.step] -= 1
+            if answer.fault is not None:
+                self._faults[answer.step] = min(
+                    self._faults.get(answer.step, answer.fault), answer.fault, key=lambda f: f[0]
+                )
+
+    def taken(self) -> tuple[Drawn, Tensor]:
+        """Return the next step and its images. Raises the error of its first image that could not be decoded."""
+        step, slot, drawn = self._sent.popleft()
+        del self._missing[step]
+        self._left -= 1
+        if fault := self._faults.pop(step, None):
+            raise fault[1] from None
+        images = self.slots[slot][: len(drawn.samples)]
+        self._take_back()
+        if self._num_lent >= LENT:
+            self._free.append(slot)
+            return drawn, torch.from_numpy(images.copy())
+        self._num_lent += 1
+        weakref.finalize(images, self._returned.append, slot).atexit = False
+        return drawn, torch.from_numpy(images)
+
+    def _take_back(self) -> None:
+        """Take back the slots whose images nobody refers to any more."""
+        while self._returned:
+            self._free.append(self._returned.popleft())
+            self._num_lent -= 1
+
+
+def _close(decoders: list[_Decoder], file: IO[bytes]) -> None:
+    for decoder in decoders:
+        decoder.connection.close()  # all of them end at the same time
+    for decoder in decoders:
+        decoder.close()
+    file.close()
+
+
+def _anonymous_file() -> IO[bytes]:
+    """Return a file in memory without a name; where there is none, a temporary file that is removed already."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("lift-decoded"), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
