@@ -24,10 +24,10 @@ quickstart: .venv/.installed  ## search for the best way to fine-tune a ViT-S/14
 	@$(BIN)/python -m lift_ray.tune search_spaces/quickstart.yaml
 
 test: .venv/.installed-dev  ## run the tests, save those of the next two targets
-	@$(BIN)/python -m pytest -m "not slow and not cluster"
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not cluster"
 
 slow: .venv/.installed-dev  ## run the long tests: whole runs on workers and killed ones, every kind of export, the tutorial
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 clusters: .venv/.installed-dev  ## run the tests that start clusters, lose their nodes and wait for new ones
 	@$(BIN)/python -m pytest -m cluster

@@ -42,6 +42,22 @@ search: {{trials: 8, scheduler: {{kind: asha, grace_epochs: 1, reduction_factor:
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist (`--dist loadgroup`) one file is one group, and all files that use Ray in their own process are another."""
+    on_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_share_of_the_cores() -> None:
+    """Tests that run at once do not compete: torch in each of pytest-xdist's processes takes its share of the cores."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is kept of remote data sets does not outlive the tests."""
