@@ -20,6 +20,7 @@ from made_study import make_trials, with_folds, write_study
 from processes import wait_for
 
 from lift_ray import report
+from lift_ray.epoch_metrics import MAIN_METRIC
 from lift_ray.errors import BadInput
 from lift_ray.reporting import report as reporting
 from lift_ray.reporting.confidence import Interval
@@ -249,6 +250,22 @@ def test_every_kind_of_study_gets_a_page(change: Any, words: str, number: int, t
     assert words in page
     for figure in drawn_in(page).values():
         go.Figure(figure)
+
+
+def test_plots_of_thousands_of_trials_draw_the_best_and_a_sample(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path / "out", make_trials(3000)), "out")
+    drawn = study.drawn(study.trials)
+    assert len(drawn) == 1000
+    best = sorted(study.finished, key=lambda t: -t[MAIN_METRIC])[:250]
+    assert {t["number"] for t in best} <= {t["number"] for t in drawn}
+    figures = {figure.name: figure for figure in figures_of(StudySection(study))[0]}
+    for name in ("size", "tau", "history", "parallel", "cost"):
+        assert len(figures[name].rows) >= len(study.finished)
+        points = {"parallel": len(study.settings) + 2, "size": 4, "tau": 4}  # of a trial
+        marked = [trace for trace in figures[name].traces if "markers" in trace.get("mode", "")]
+        assert 500 <= sum(len(trace["x"]) for trace in marked) / points.get(name, 1) <= 1050, name
+    assert figures["cost"].traces[0]["y"][-1] == pytest.approx(100 * best[0][MAIN_METRIC], abs=0.01)
+    assert "Plots show 1,000 of them" in summary(study)[-1]
 
 
 def test_several_objectives_and_a_diverged_trial_get_a_page_with_the_front(tmp_path: Path) -> None:

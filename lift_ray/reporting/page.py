@@ -96,7 +96,7 @@ def figures_of(section: StudySection) -> tuple[list[Figure], list[str]]:
         "all settings of all trials": lambda: search.parallel_figure(study),
         "setting importance": lambda: search.importance_figure(study, section.importances, section.importances_within),
         "cost": lambda: search.cost_figure(study),
-        "scaling law": lambda: search.scaling_figure(law),
+        "scaling law": lambda: search.scaling_figure(study, law),
     }
     made = {name: make() for name, make in makers.items()}
     found = [figure for figure in made.values() if figure is not None]

@@ -27,6 +27,7 @@ PREDICTION_COLUMNS = ["label", "predicted", "confidence"]
 BEST_FOUND, ZERO_SHOT = "best found", "zero-shot"
 COPY_AGAIN = "copy the folder again"
 DEFAULT_OBJECTIVES = {MAIN_METRIC: "max"}
+MOST_DRAWN, BEST_DRAWN = 1000, 250  # trials in a plot, and the best of them; a browser takes a minute for 10,000
 
 Trial = dict[str, Any]
 
@@ -178,6 +179,22 @@ class StudyFiles:
     def finished(self) -> list[Trial]:
         """Trials that were trained to the end and have the first objective, in order of number."""
         return [t for t in self.trials if t["state"] == "finished" and t.get(self.objective[0]) is not None]
+
+    def drawn(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return those of the trials that plots draw: all, or of thousands the best, the Pareto front and an even sample."""
+        numbers = self._drawn_numbers
+        return [t for t in trials if t["number"] in numbers]
+
+    @cached_property
+    def _drawn_numbers(self) -> set[int]:
+        every = [t["number"] for t in self.trials]
+        if len(every) <= MOST_DRAWN:
+            return set(every)
+        metric, mode = self.objective
+        best = sorted(self.finished, key=lambda t: t[metric], reverse=mode == "max")[:BEST_DRAWN]
+        chosen = {t["number"] for t in best} | {row["trial"] for row in self.about.get("pareto", [])}
+        others = [number for number in every if number not in chosen]
+        return chosen | {others[i] for i in np.linspace(0, len(others) - 1, MOST_DRAWN - BEST_DRAWN, dtype=int)}
 
     @property
     def top_trial(self) -> Trial | None:

@@ -192,8 +192,8 @@ def size_figure(study: StudyFiles) -> Figure | None:
     trials = [t for t in study.finished if t.get(TRAINED_PARAMETERS) and t.get(MAIN_METRIC) is not None]
     if len({t[TRAINED_PARAMETERS] for t in trials}) < 2:
         return None
-    x = [t[TRAINED_PARAMETERS] for t in trials]
-    traces = [cloud(trials, x, measure) for measure in measures_of(trials)]
+    shown = study.drawn(trials)
+    traces = [cloud(shown, [t[TRAINED_PARAMETERS] for t in shown], measure) for measure in measures_of(trials)]
     front = small_front(trials)
     traces.insert(
         0,
@@ -226,7 +226,10 @@ def size_figure(study: StudyFiles) -> Figure | None:
         "Accuracy against trained parameters",
         note,
         traces,
-        {"xaxis": log_axis("trained parameters", x), "yaxis": axis(f"validation {ACCURACY}")},
+        {
+            "xaxis": log_axis("trained parameters", [t[TRAINED_PARAMETERS] for t in trials]),
+            "yaxis": axis(f"validation {ACCURACY}"),
+        },
         rows,
     )
 
@@ -264,9 +267,9 @@ def curve(study: StudyFiles, setting: str, name: str, title: str, note: str) -> 
     x = numbers(trials, setting)
     if len(np.unique(x)) < 2:
         return None
-    traces, param = [], study.space.get(setting, {})
+    traces, param, shown = [], study.space.get(setting, {}), study.drawn(trials)
     for measure in measures_of(trials):
-        traces.append(cloud(trials, x.tolist(), measure))
+        traces.append(cloud(shown, numbers(shown, setting).tolist(), measure))
         y, places = numbers(trials, f"validation/{measure}"), np.unique(x)
         color, _, dash = STYLES[measure]
         if param.get("choices") or param.get("step"):
@@ -406,13 +409,14 @@ def kinds_figure(study: StudyFiles) -> Figure | None:
     by_kind = {kind: [t for t in trials if t["tuner.kind"] == kind] for kind in kinds}
     kinds.sort(key=lambda kind: -float(np.median(numbers(by_kind[kind], metric))))
     scale, title = scale_of(metric)
+    draws_all = study.drawn(trials) == trials
     traces = [
         {
             "type": "box",
             "name": f"{kind} ({len(by_kind[kind])})",
             "x": (scale * numbers(by_kind[kind], metric)).round(4).tolist(),
             "orientation": "h",
-            "boxpoints": "all",
+            "boxpoints": "all" if draws_all else "outliers",  # the box is that of all trials
             "jitter": 0.4,
             "pointpos": 0,
             "text": [describe_trial(t) for t in by_kind[kind]],
@@ -462,7 +466,7 @@ def heavy_figure(study: StudyFiles) -> Figure | None:
         hoverinfo="skip",
     )
     counted = {t["number"] for t in heavy.trials}
-    others = [t for t in sized(study) if t["number"] not in counted]
+    others = study.drawn([t for t in sized(study) if t["number"] not in counted])
     points = cloud(heavy.trials, [t[TRAINED_PARAMETERS] for t in heavy.trials], "few", name="best of its size")
     faint = cloud(
         others,

@@ -40,9 +40,9 @@ def history_figure(study: StudyFiles) -> Figure | None:
     if not trials:
         return None
     scale, title = scale_of(metric)
-    traces = []
-    for state in [s for s in STATES if any(t["state"] == s for t in trials)]:
-        here = [t for t in trials if t["state"] == state]
+    traces, shown = [], study.drawn(trials)
+    for state in [s for s in STATES if any(t["state"] == s for t in shown)]:
+        here = [t for t in shown if t["state"] == state]
         traces.append(
             scatter(
                 "markers",
@@ -96,7 +96,9 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
     names = [*study.settings, metric]
     axes = {name: positions(trials, name, study.space.get(name, {})) for name in names}
     order = np.argsort(np.argsort(numbers(trials, metric) * (1 if mode == "max" else -1)))
-    traces = _polylines(axes, order * len(SHADES) // len(trials))
+    shown = {t["number"] for t in study.drawn(trials)}
+    shade = [k if t["number"] in shown else -1 for t, k in zip(trials, order * len(SHADES) // len(trials), strict=True)]
+    traces = _polylines(axes, np.array(shade))
     note = (
         "Each line is a trial; each row is a setting, from its lowest to its highest value. A setting matters if the strong "
         "lines of the best fifth meet at one value. Lines have a gap at settings that a trial does not have."
@@ -112,7 +114,7 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
 
 
 def _polylines(axes: Mapping[str, Axis], shade: np.ndarray[Any, np.dtype[np.int64]]) -> list[dict[str, Any]]:
-    """Return a trace for the trials of each shade, the best trials on top."""
+    """Return a trace for the trials of each shade, the best trials on top; -1 is not drawn."""
     traces = []
     for k, color in enumerate(SHADES):
         words = {0: "worst fifth", len(SHADES) - 1: "best fifth"}
@@ -244,11 +246,12 @@ def pareto_figure(study: StudyFiles) -> Figure | None:
         return None
     second, second_mode = others[0]
     on_front = {row["trial"] for row in study.about.get("pareto", [])}
+    shown = {t["number"] for t in study.drawn(trials)}
     (y_scale, y_title), (x_scale, x_title) = scale_of(first), scale_of(second)
     x, y = x_scale * numbers(trials, second), y_scale * numbers(trials, first)
     traces = []
     for is_on, label, place in ((False, "dominated", 4), (True, "Pareto-optimal", 2)):
-        here = [i for i, t in enumerate(trials) if (t["number"] in on_front) == is_on]
+        here = [i for i, t in enumerate(trials) if (t["number"] in on_front) == is_on and t["number"] in shown]
         if here:
             traces.append(
                 scatter(
@@ -324,22 +327,26 @@ def by_the_clock(study: StudyFiles) -> dict[int, float]:
 def cost_figure(study: StudyFiles) -> Figure | None:
     """Best value so far against the device time spent on trials."""
     metric, _ = study.objective
-    if not study.finished:
+    finished = study.finished
+    if not finished:
         return None
     spent, unit = spent_on(study)
     at = {t["number"]: round(float(h), 4) for t, h in zip(study.trials, spent, strict=True)}
     scale, title = scale_of(metric)
     so_far = scale * best_so_far(study)
-    x = [at[t["number"]] for t in study.finished]
+    x = [at[t["number"]] for t in finished]
+    shown = {t["number"] for t in study.drawn(finished)}
+    is_better = np.diff(so_far, prepend=np.nan) != 0
+    points = [i for i, t in enumerate(finished) if is_better[i] or t["number"] in shown]
     traces = [
         scatter(
             "lines+markers",
-            x=x,
-            y=so_far.round(4).tolist(),
+            x=[x[i] for i in points],
+            y=so_far[points].round(4).tolist(),
             showlegend=False,
             line={"shape": "hv", "color": COLORS[0]},
             marker={"size": 6},
-            text=[describe_trial(t) for t in study.finished],
+            text=[describe_trial(finished[i]) for i in points],
             hovertemplate="after %{x:.2f} " + unit + ": %{y:.2f}<extra></extra>",
         )
     ]
@@ -351,7 +358,7 @@ def cost_figure(study: StudyFiles) -> Figure | None:
             "minutes by the clock": clock.get(t["number"]),
             f"best {metric} so far": float(b) / scale,
         }
-        for t, h, b in zip(study.finished, x, so_far, strict=True)
+        for t, h, b in zip(finished, x, so_far, strict=True)
     ]
     layout = {"xaxis": axis(f"{unit} spent on trials", rangemode="tozero"), "yaxis": axis(title)}
     return Figure("cost", "Cost of the search", cost_in_words(study), traces, layout, rows)
@@ -381,14 +388,16 @@ def cost_in_words(study: StudyFiles) -> str:
     return words
 
 
-def scaling_figure(law: Law) -> Figure | None:
+def scaling_figure(study: StudyFiles, law: Law) -> Figure | None:
     """Predicted against measured accuracy of the fitted trials and of the larger, held-out trials."""
     if not law.points:
         return None
     ends = [min(p.found for p in law.points), max(p.found for p in law.points)]
+    shown = {t["number"] for t in study.drawn([p.trial for p in law.points])}
+    points = [p for p in law.points if p.trial["number"] in shown]
     traces = [
-        _predicted("fitted", [p for p in law.points if not p.held_out], 0),
-        _predicted("held out", [p for p in law.points if p.held_out], 2),
+        _predicted("fitted", [p for p in points if not p.held_out], 0),
+        _predicted("held out", [p for p in points if p.held_out], 2),
         charts.diagonal("perfect prediction", charts.percents(ends)),
     ]
     rows = [
