@@ -132,15 +132,8 @@ def evaluate(
     with _opened(data, record, split, options, skip_bad) as images:
         dataset, split = images.dataset, images.split
         is_new = data is not None and not same_place(dataset.uri, record.dataset)
-        if gla and any(not_held_out(one, dataset, "validation") for one in records):
-            raise BadInput(
-                "--gla",
-                "requires validation images that the models have not seen",
-                but=f"{checkpoints[0]} was trained on them",
-                remedy="train with train_on=train",
-            )
-        if gla and images.is_temporary:
-            raise BadInput("--gla", "requires a dataset with validation images", data, "leave it out")
+        if gla:
+            _check_gla(images, checkpoints, records)
         if old_test and not is_new:
             raise BadInput(
                 "--old-test", "requires other images", dataset.uri, "leave it out: these have the test split"
@@ -157,29 +150,16 @@ def evaluate(
         found = _evaluated(request, dataset, workers, cpus_per_worker)
         old = None
         if old_dataset is not None:
-            on_old = _evaluated(
-                replace(request, dataset=old_dataset, split="test"), old_dataset, workers, cpus_per_worker
-            )
+            earlier = replace(request, dataset=old_dataset, split="test")
+            on_old = _evaluated(earlier, old_dataset, workers, cpus_per_worker)
             old = _predictions(old_dataset, "test", on_old)
     if per_class is not None:
         from lift_ray.evaluation.metrics import write_per_class
 
         write_per_class(found.rows, per_class)
     confused = None if confusion is None else _write_confusions(found, dataset, split, confusion)
-    new = None
-    if is_new:
-        from lift_ray.reporting.old_test import NewResults
-
-        results = _old_test(request, record, old)
-        new = NewResults.of(_predictions(dataset, split, found), record.groups.names, results)
-    _print(request, dataset, found, new, modes)
-    if note := record.groups.note:
-        say(note)
-    if confused is not None:
-        from lift_ray.terminal.evaluation_tables import confused_table
-        from lift_ray.terminal.tables import console
-
-        console().print(confused_table(confused))
+    new = _new_results(request, dataset, record, found, old) if is_new else None
+    _print(request, dataset, found, new, modes, record.groups.note, confused)
     return {
         "dataset": dataset.uri,
         "split": split,
@@ -195,11 +175,17 @@ def evaluate(
 
 
 def _print(
-    request: EvaluationRequest, dataset: Dataset, found: Evaluated, new: NewResults | None, modes: Sequence[str]
+    request: EvaluationRequest,
+    dataset: Dataset,
+    found: Evaluated,
+    new: NewResults | None,
+    modes: Sequence[str],
+    note: str,
+    confused: list[dict[str, Any]] | None,
 ) -> None:
-    """Print the table of an evaluation, and what new images have beside it."""
-    from lift_ray.terminal.evaluation_tables import print_found
-    from lift_ray.terminal.tables import tte_in_words
+    """Print the table of an evaluation, the comparison of new images with the old, a note, and the most confused pairs."""
+    from lift_ray.terminal.evaluation_tables import confused_table, print_found
+    from lift_ray.terminal.tables import console, tte_in_words
 
     different = dict.fromkeys(modes)
     crops = " or ".join(tte_in_words(mode) or "one crop" for mode in different) if {*modes} != {"off"} else ""
@@ -213,6 +199,10 @@ def _print(
     )
     if new is not None:
         new.print(f"tau {taus[-1]:g}: " if len(taus) > 1 else "")
+    if note:
+        say(note)
+    if confused is not None:
+        console().print(confused_table(confused))
 
 
 def _evaluated(request: EvaluationRequest, dataset: Dataset, workers: int, cpus_per_worker: int) -> Evaluated:
@@ -289,6 +279,31 @@ def _check_shared(images: NewImages, workers: int) -> None:
             workers,
             "leave it out, or convert them to a place that all nodes can read",
         )
+
+
+def _check_gla(images: NewImages, checkpoints: Sequence[str], records: Sequence[Record]) -> None:
+    """Raise BadInput without validation images that the models have not seen, from which GLA estimates their label prior."""
+    from lift_ray.inference.evaluate import not_held_out
+
+    if any(not_held_out(one, images.dataset, "validation") for one in records):
+        raise BadInput(
+            "--gla",
+            "requires validation images that the models have not seen",
+            but=f"{checkpoints[0]} was trained on them",
+            remedy="train with train_on=train",
+        )
+    if images.is_temporary:
+        raise BadInput("--gla", "requires a dataset with validation images", images.dataset.uri, "leave it out")
+
+
+def _new_results(
+    request: EvaluationRequest, dataset: Dataset, record: Record, found: Evaluated, old: Predictions | None
+) -> NewResults:
+    """Return the results on new images, compared with those on the old test split."""
+    from lift_ray.reporting.old_test import NewResults
+
+    predictions = _predictions(dataset, request.split, found)
+    return NewResults.of(predictions, record.groups.names, _old_test(request, record, old))
 
 
 def _old_test(request: EvaluationRequest, record: Record, old: Predictions | None) -> OldTest | str:

@@ -97,9 +97,8 @@ def search(
 
 def run_space(space: SpaceFile, data: Dataset, options: SearchOptions) -> FinishedStudy:
     """Start or join Ray, run the search, write and print the results, and write the report. Exceptions as in `search`."""
-    from lift_ray.ray_runtime.session import check_temporary_folder, connected, machine
+    from lift_ray.ray_runtime.session import check_temporary_folder, connected
     from lift_ray.reporting.report import kept_up_to_date, try_report
-    from lift_ray.reporting.trial_rows import write_json
     from lift_ray.searching.driver import run_search
     from lift_ray.searching.driver_lock import study_in
     from lift_ray.searching.interrupts import Interrupts
@@ -134,22 +133,14 @@ def run_space(space: SpaceFile, data: Dataset, options: SearchOptions) -> Finish
 
         interrupts.listen()
         need, slots = num_slots(space.scale, nodes)
-        num_slots(
-            space.scale.model_copy(update={"workers_per_trial": space.scale.refit_workers}), nodes
-        )  # must fit too
+        of_refits = {"workers_per_trial": space.scale.refit_workers}
+        num_slots(space.scale.model_copy(update=of_refits), nodes)  # must fit too
         started_s = time.monotonic() - began
         _print_started(study, options.resume, min(slots, space.num_trials), need, target)
         if page:
             say(f"live page: {page}")
             tell_job(page)
-        about = {
-            "name": space.name,
-            "dataset": data.uri,
-            "space": space.model_dump(mode="json", by_alias=True),
-            "each_trial": asdict(need),
-            "machine": machine(),
-        }
-        write_json(about, target.folder / SPACE)
+        _write_about(space, data, need, target)
         try:
             with kept_up_to_date(target):
                 found = run_search(
@@ -176,6 +167,21 @@ def run_space(space: SpaceFile, data: Dataset, options: SearchOptions) -> Finish
     if page:
         say(f"report: {page}")
     return FinishedStudy(target.url)
+
+
+def _write_about(space: SpaceFile, data: Dataset, need: Need, out: Output) -> None:
+    """Write OUT/space.json, from which a report on a running search takes what study.json says at the end."""
+    from lift_ray.ray_runtime.session import machine
+    from lift_ray.reporting.trial_rows import write_json
+
+    about = {
+        "name": space.name,
+        "dataset": data.uri,
+        "space": space.model_dump(mode="json", by_alias=True),
+        "each_trial": asdict(need),
+        "machine": machine(),
+    }
+    write_json(about, out.folder / SPACE)
 
 
 def _print_started(study: Study, resume: bool, at_once: int, need: Need, out: Output) -> None:
