@@ -33,7 +33,6 @@ from jobs import (
     PROCESSES,
     Job,
     Row,
-    command,
     file_of,
     final,
     mean_std,
@@ -42,7 +41,7 @@ from jobs import (
     work_through,
 )
 from numpy.typing import NDArray
-from record import record
+from record import record, typed
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
@@ -305,7 +304,7 @@ def main() -> None:
             "trained_parameters": {row["name"]: row["trained_parameters"] for row in used},
             "models": found,
         }
-        print(record("backdoor", command(), figures, seeds=list(range(PER_GROUP * args.groups))))
+        print(record("backdoor", typed(), figures, seeds=list(range(PER_GROUP * args.groups))))
 
 
 if __name__ == "__main__":

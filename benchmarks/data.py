@@ -35,7 +35,6 @@ import importlib.metadata
 import io
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -55,7 +54,7 @@ import rich.table
 import torch
 from data_contenders import CONTENDERS, SEED, STREAM, TRANSFORMS, Sample, Setup
 from PIL import Image
-from record import record
+from record import record, typed, without_place
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as torchvision
 
@@ -83,19 +82,22 @@ class Process:
 
     Args:
         folder: for its temporary files; MosaicML leaves lock files behind.
-        core: index of the core that it runs on.
+        cores: indices of the cores that it runs on, separated by commas.
+        script: what it runs, a file in this folder.
+        env: further variables of its environment.
     """
 
-    def __init__(self, name: str, folder: Path, core: int = -1) -> None:
-        path = Path(__file__).with_name("data_contenders.py")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
+    def __init__(
+        self, name: str, folder: Path, cores: str = "-1", script: str = "data_contenders.py", **env: str
+    ) -> None:
+        own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, str(path), name, str(core)],
+            [sys.executable, str(Path(__file__).with_name(script)), name, cores],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=env,
+            env=os.environ | own | env,
         )
 
     def __enter__(self) -> Process:
@@ -199,7 +201,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], folder: Path) -> dic
             for _ in range(RESUMES)
         ]
     figures |= {
-        "data": args.data,
+        "data": without_place(args.data),
         "images": len(samples),
         "px": args.px,
         "batch": args.batch,
@@ -220,13 +222,13 @@ def measure(args: argparse.Namespace, names: Sequence[str], folder: Path) -> dic
 
 
 def by_processes(numbers: Sequence[int], folder: Path, setup: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """The stream with so many decoding processes, and bare loops on as many cores; medians over rounds in which they take turns."""
+    """Throughput by number of decoding processes, beside bare loops on as many cores; medians over interleaved rounds."""
     found = []
     for number in numbers:
         cores = number or os.cpu_count() or 1
         with ExitStack() as stack:
             stream = stack.enter_context(Process(STREAM, folder))
-            loops = [stack.enter_context(Process("bare", folder, core)) for core in range(cores)]
+            loops = [stack.enter_context(Process("bare", folder, str(core))) for core in range(cores)]
             stream.ask(setup={**setup, "floats": False, "processes": number}, start=0)
             for loop in loops:
                 loop.ask(setup={**setup, "floats": False}, start=0)
@@ -372,7 +374,7 @@ def main() -> None:
         figures = {**measure(args, names, Path(folder)), "left_out": left_out}
     show(figures)
     if args.record:
-        print(record("data", shlex.join(["python", "benchmarks/data.py", *sys.argv[1:]]), figures, seeds=[SEED]))
+        print(record("data", typed(), figures, seeds=[SEED]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from record import record
+from data_contenders import peak_bytes
+from record import record, typed
 
 from lift_ray.methods.world import Ranks
 from lift_ray.settings.overrides import apply_overrides
@@ -96,7 +97,7 @@ class Case:
             for batch in runs[0].batches():
                 runs[0].train_step(batch)
         self.seconds.setdefault(number, []).append(time.monotonic() - began)
-        self.peak_gib.setdefault(number, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
+        self.peak_gib.setdefault(number, peak_bytes() / GIB)
         if number not in self.losses:
             self.losses[number] = [run.losses[:20, 0].tolist() for run in runs]
             self.found[number] = [run.evaluate("validation").metrics for run in runs]
@@ -185,7 +186,8 @@ def search(changed: list[str], rounds: int) -> dict[str, Any]:
         for fused, taken in seconds.items():
             with tempfile.TemporaryDirectory() as folder:
                 words = [SPACE, *changed, f"scale.fused={fused}", "--out", f"{folder}/out"]
-                subprocess.run([sys.executable, "-m", "lift_ray.tune", *words], check=True)
+                env = os.environ | {"LIFT_CACHE": folder}
+                subprocess.run([sys.executable, "-m", "lift_ray.tune", *words], check=True, env=env)
                 table = pq.read_table(Path(folder) / "out" / "trials.parquet")
                 ends = table["ended_at"].to_pylist()
                 taken.append(max(ends) - min(table["began_at"].to_pylist()))
@@ -218,7 +220,7 @@ def main() -> None:
     )
     print(json.dumps(figures))
     if options.record:
-        print(record("fused", f"python benchmarks/fused.py {' '.join(sys.argv[1:])}", figures, seeds=[0]))
+        print(record("fused", typed(), figures, seeds=[0]))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ import io
 import json
 import logging
 import os
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +30,7 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from record import record
+from record import record, typed
 from safetensors.torch import save_file
 from step import NUM_CLASSES, SEED, Plain, Step, difference, new_lift, step_flops
 from torch import Tensor, nn
@@ -262,7 +260,7 @@ def main() -> None:
                 figures[name] = {"error": str(error)[:300]}
             print(name, json.dumps(figures[name]), flush=True)
     if args.record:
-        print(record("gpu", shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]), figures, seeds=[SEED]))
+        print(record("gpu", typed(), figures, seeds=[SEED]))
 
 
 if __name__ == "__main__":

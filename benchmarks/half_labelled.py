@@ -21,9 +21,9 @@ from functools import partial
 from typing import Any
 
 import rich.box
-from jobs import Job, Row, command, file_of, mean_std, parser, plus_minus, work_through
+from jobs import Job, Row, file_of, mean_std, parser, plus_minus, work_through
 from methods import Summary, choose, summarise
-from record import record
+from record import record, typed
 from rich.table import Table
 
 from lift_ray.epoch_metrics import ACCURACIES, MAIN
@@ -168,7 +168,7 @@ def main() -> None:
             "sentences": gains(summaries),
             "methods": summaries,
         }
-        print(record("half_labelled", command(), figures, seeds=args.seeds))
+        print(record("half_labelled", typed(), figures, seeds=args.seeds))
 
 
 if __name__ == "__main__":

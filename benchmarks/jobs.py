@@ -9,7 +9,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -233,8 +232,3 @@ def file_of(args: argparse.Namespace, name: str) -> Path:
         print(f"--out: must hold no {path.name}, but got {path}; give --resume, or another folder", file=sys.stderr)
         sys.exit(2)
     return path
-
-
-def command() -> str:
-    """What was typed, without --resume."""
-    return shlex.join(["python", *(arg for arg in sys.argv if arg != "--resume")])

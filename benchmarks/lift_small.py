@@ -14,7 +14,6 @@ Time and memory of loading are what it adds to a new process that has imported t
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from record import record
+from record import record, typed
 from torch import Tensor
 
 from lift_ray.data.augment import Preprocessing, View
@@ -178,7 +177,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:32s} {value if isinstance(value, str) else round(value, 4)}", flush=True)
     if args.record:
-        print(record("lift_small", shlex.join(["python", *sys.argv]), found, seeds=SEEDS))
+        print(record("lift_small", typed(), found, seeds=SEEDS))
     return None
 
 

@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 import rich.box
-from jobs import Job, Row, command, file_of, final, mean_std, parser, plus_minus, work_through
-from record import record
+from jobs import Job, Row, file_of, final, mean_std, parser, plus_minus, work_through
+from record import record, typed
 from rich.table import Table
 from rich.text import Text
 
@@ -193,7 +193,7 @@ def main() -> None:
             "patch_dropout": args.patch_dropout,
             "optimizer": args.optimizer,
         }
-        print(record("methods", command(), figures, seeds=args.seeds))
+        print(record("methods", typed(), figures, seeds=args.seeds))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from jobs import Job, Row, command, file_of, mean_std, parser, work_through
+from jobs import Job, Row, file_of, mean_std, parser, work_through
 from methods import Summary, choose, summarise, table
-from record import record
+from record import record, typed
 
 from lift_ray.epoch_metrics import MAIN
 from lift_ray.terminal.tables import console
@@ -102,7 +102,7 @@ def compare(title: str, about: str | None, base: Settings, variants: Variants) -
         screen.print(f"{s['method']}: {s['cpu_s']:.0f} s of processor time a run")
     if args.record:
         figures = {"epochs": args.epochs, "base": base, "variants": summaries, "differences": compared}
-        print(record(title, command(), figures, seeds=args.seeds))
+        print(record(title, typed(), figures, seeds=args.seeds))
 
 
 if __name__ == "__main__":

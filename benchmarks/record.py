@@ -6,13 +6,26 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "ray", "optuna", "open_clip_torch", "pyarrow")
+
+
+def typed() -> str:
+    """Return the command of this process as it can be typed anywhere, without --resume."""
+    words = [f"benchmarks/{Path(sys.argv[0]).name}", *(word for word in sys.argv[1:] if word != "--resume")]
+    return shlex.join(["python", *map(without_place, words)])
+
+
+def without_place(word: str) -> str:
+    """Return the last part of an absolute path in capitals, and anything else as it is."""
+    return Path(word).name.upper() if Path(word).is_absolute() else word
 
 
 def record(name: str, command: str, figures: dict[str, Any], *, seeds: list[int], digest: str = "") -> Path:

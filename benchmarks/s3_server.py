@@ -1,21 +1,21 @@
-"""A real S3 server on loopback, and a proxy before it that counts requests and bytes and can make it as far away as a store is."""
+"""A local S3 server, and a proxy that counts requests and bytes and can add latency."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
+from ports import free_ports
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "key",
@@ -40,7 +40,7 @@ def s3_server(kind: str, folder: Path, bucket: str, files: Path) -> Iterator[int
         kind: "seaweedfs", or "moto", which is slower.
         folder: empty, for its data.
     """
-    ports = _free_ports(8)
+    ports = free_ports(8)
     with subprocess.Popen(
         _command(kind, ports, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
@@ -88,14 +88,6 @@ def _fill(process: subprocess.Popen[bytes], port: int, bucket: str, files: Path)
                 raise
             time.sleep(0.2)
     store.put(f"{files}/", f"{bucket}/", recursive=True)
-
-
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as open_until_all_are_found:
-        probes = [open_until_all_are_found.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 class CountingProxy:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ import rich.box
 import torch
 import torch.distributed
 import torch.multiprocessing
+from ports import free_ports
 from record import record
 from rich.table import Table
 
@@ -88,9 +88,7 @@ def work(rank: int, workers: int, port: int, batch: int, steps: int, answers: An
 
 def measure(workers: int, batch: int, steps: int) -> dict[str, Any]:
     """The first worker's figures. Raises SystemExit when a worker fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    (port,) = free_ports(1)
     context = torch.multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     ranks = [context.Process(target=work, args=(rank, workers, port, batch, steps, answers)) for rank in range(workers)]

@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from record import record
+from record import record, typed
 
 Figures = dict[str, Any]
 TESTS = Path(__file__).parents[1] / "tests"
@@ -110,8 +109,7 @@ def main() -> None:
     for found in PARTS[args.part](args):
         print(json.dumps(found), flush=True)
         if args.record:
-            command = shlex.join(["python", "benchmarks/simulation.py", *sys.argv[1:]])
-            record("simulation", command, {"part": args.part, **found}, seeds=[0])
+            record("simulation", typed(), {"part": args.part, **found}, seeds=[0])
 
 
 if __name__ == "__main__":

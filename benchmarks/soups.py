@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from jobs import DATASET, PROCESSES, command, end_with_parent, mean_std, parser, plus_minus
-from record import record
+from jobs import DATASET, PROCESSES, end_with_parent, mean_std, parser, plus_minus
+from record import record, typed
 from rich.table import Table
 from torch import Tensor
 
@@ -158,7 +158,7 @@ def main() -> None:
         gains = ", ".join(f"{name} {plus_minus(value)}" for name, value in row["difference"].items())
         console().print(f"{row['tuned']}, {row['way']}: difference to one model: {gains}")
     if args.record:
-        print(record("soups", command(), {"epochs": args.epochs, "rows": rows}, seeds=args.seeds))
+        print(record("soups", typed(), {"epochs": args.epochs, "rows": rows}, seeds=args.seeds))
 
 
 def _measured(epochs: int, job: tuple[str, float, int]) -> dict[str, Found]:

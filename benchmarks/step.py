@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ import open_clip
 import rich.table
 import torch
 import torch.nn.functional as F
-from record import record
+from record import record, typed
 from torch import Tensor, nn
 
 from lift_ray.methods.lift import Lift
@@ -386,7 +385,7 @@ def main() -> None:
         figures[name] = measure(name, args)
         show(name, figures[name], args.rounds)
     if args.record:
-        print(record("step", shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]), figures, seeds=[SEED]))
+        print(record("step", typed(), figures, seeds=[SEED]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shlex
 import sys
 import time
 from statistics import median
@@ -22,7 +21,7 @@ import rich.box
 import rich.table
 import timm
 import torch
-from record import record
+from record import record, typed
 from step import NUM_CLASSES, SEED, TOLERANCE, Step, difference, seconds_of
 from torch import Tensor, nn
 
@@ -129,7 +128,7 @@ def main() -> None:
     console().print(table)
     if args.record:
         figures = {"threads": args.threads, "batch": args.batch, "rounds": args.rounds, "towers": rows}
-        print(record("step_towers", shlex.join(["python", *sys.argv]), figures, seeds=[SEED]))
+        print(record("step_towers", typed(), figures, seeds=[SEED]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ import argparse
 import importlib.metadata
 import io
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -49,7 +48,7 @@ import rich.table
 from data import Process, samples_of, transform_ms
 from data_contenders import SEED, Sample
 from PIL import Image
-from record import record
+from record import record, typed, without_place
 from s3_server import ENDED_S, KEYS, CountingProxy, s3_server, seaweed
 from stream_s3_contenders import ALL, BUCKET, CONTENDERS, SHARD_BYTES, Source
 
@@ -65,17 +64,8 @@ class Loader(Process):
     """A contender in its own process, on these cores, which has imported its library."""
 
     def __init__(self, name: str, folder: Path, cores: Sequence[int], endpoint: str) -> None:
-        path = Path(__file__).with_name("stream_s3_contenders.py")
-        own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
         urls = {"AWS_ENDPOINT_URL": endpoint, "S3_ENDPOINT_URL": endpoint}
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, str(path), name, ",".join(map(str, cores))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **own, **KEYS, **urls},
-        )
+        super().__init__(name, folder, ",".join(map(str, cores)), "stream_s3_contenders.py", **KEYS, **urls)
         self.answer()
 
     def __enter__(self) -> Loader:
@@ -163,7 +153,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], folder: Path) -> dic
         for _ in range(args.rounds):
             rounds.append({name: two_epochs(name, setup, cores, proxy) for name in names})
     return {
-        "data": args.data,
+        "data": without_place(args.data),
         "images": len(samples),
         "different_images": len(few),
         "image_bytes": sum(len(data) for data, _, _ in samples),
@@ -185,7 +175,7 @@ def measure(args: argparse.Namespace, names: Sequence[str], folder: Path) -> dic
 
 
 def evaluate(rounds: Sequence[dict[str, dict[str, dict[str, Any]]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Medians over the rounds, by contender and epoch, and how often lift_ray's speed in the same epoch of the same round each has."""
+    """Medians over the rounds by contender and epoch, and speeds relative to lift_ray in the same round and epoch."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in rounds[0]:
         found[name] = {}
@@ -252,9 +242,7 @@ def main() -> None:
         figures = {**measure(args, names, Path(folder)), "left_out": left_out}
     show(figures)
     if args.record:
-        print(
-            record("stream_s3", shlex.join(["python", "benchmarks/stream_s3.py", *sys.argv[1:]]), figures, seeds=[SEED])
-        )
+        print(record("stream_s3", typed(), figures, seeds=[SEED]))
 
 
 if __name__ == "__main__":

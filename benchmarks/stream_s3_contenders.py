@@ -31,7 +31,7 @@ BUCKET = "images"
 
 @dataclass(frozen=True)
 class Source(Setup):
-    """What is loaded, from where.
+    """Images to load, and the server that has them.
 
     Args:
         endpoint: URL of the S3 server.
@@ -245,7 +245,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     "mosaicml": Mosaic,
     "litdata": LitData,
 }
-# What reads lift_ray's shards; with --only.
+# Other readers of lift_ray's shards, run only with --only.
 READERS: dict[str, type[Contender]] = {
     "lift_ray_obstore": ByObstore,
     "read_s3fs": Encoded,

@@ -23,8 +23,8 @@ from functools import partial
 from typing import Any
 
 import rich.box
-from jobs import Job, Row, command, file_of, final, mean_std, parser, plus_minus, work_through
-from record import record
+from jobs import Job, Row, file_of, final, mean_std, parser, plus_minus, work_through
+from record import record, typed
 from rich.table import Table
 
 from lift_ray.epoch_metrics import MAIN
@@ -285,7 +285,7 @@ def main() -> None:
             "epochs_grid": args.epochs_grid,
             "sentences": sentences(summaries),
         }
-        print(record("time_to_accuracy", command(), figures, seeds=args.seeds))
+        print(record("time_to_accuracy", typed(), figures, seeds=args.seeds))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from embedded import embedded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from same_batches import assert_same
 
 from lift_ray.data import augment, order
 from lift_ray.data import batches as data_batches
@@ -64,13 +65,6 @@ def train(
             reader, split, sampling, augmentation, epoch=epoch, start_step=start_step, decoders=decoders
         )
         return list(batches)
-
-
-def assert_same(one: list[Batch], other: list[Batch]) -> None:
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
 
 
 def made_up(row_groups: list[list[int]], keep: list[bool]) -> Split:

@@ -17,6 +17,7 @@ import torch
 from embedded import embedded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from same_batches import assert_same
 
 from lift_ray.data.augment import SMALLEST_AREA, Augmentation, Preprocessing, View, square_crop
 from lift_ray.data.batches import ONE_THREAD, Batch, Decoders, evaluation_batches, training_batches, unlabelled_batches
@@ -80,15 +81,6 @@ def pairs(split: Split, decoders: Decoders = ONE_THREAD) -> Iterator[Batch]:
         )
 
 
-def assert_same(one: Iterator[Batch], other: Iterator[Batch]) -> None:
-    pairs = list(zip(one, other, strict=True))
-    assert len(pairs) > 1
-    for a, b in pairs:
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
-        assert (a.patches is None and b.patches is None) or torch.equal(a.patches, b.patches)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("number", [1, 3])  # others here have two
 def test_any_number_of_processes_gives_the_batches_of_threads(small: Split, number: int) -> None:
     here = Decoders(1, DecoderPool(number))
@@ -129,9 +121,8 @@ def test_memory_is_used_again_and_given_back(small: Split, pool: DecoderPool) ->
     for _ in range(5):
         assert sum(len(batch.labels) for batch in train(small, Decoders(1, pool))) == 96
     assert bytes_of_file() <= 2 * first  # the answer to the end of the stream before may be missing still
-    shared = set(os.listdir("/dev/shm"))
-    list(evaluate(small, Decoders(1, pool)))
-    assert set(os.listdir("/dev/shm")) <= shared
+    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in ("self", *(d.process.pid for d in pool._decoders))]
+    assert not any("/dev/shm/psm_" in text for text in maps), "named shared memory"
 
 
 def with_broken(folder: str, good: list[bytes], broken: list[int]) -> Split:

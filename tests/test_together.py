@@ -84,7 +84,7 @@ def test_runs_also_share_parts_of_images_and_growing_images(
         assert_same(one, other)
 
 
-def test_runs_go_on_in_the_middle_of_an_epoch_and_wait_less_than_they_train(
+def test_runs_continue_in_the_middle_of_an_epoch_and_wait_less_than_they_train(
     workspace: Workspace, small_clip: str
 ) -> None:
     (one, _), (other, _) = pairs = [[Run(config(small_clip, own), workspace) for own in TRIALS[:2]] for _ in range(2)]

@@ -75,7 +75,7 @@ def _works() -> bool:
 
 ROWS = 1024  # of the products that the layout is for; those from 16 to 16,384 rows get the same one
 _MKL_BACKWARD = torch.backends.cpu.get_cpu_capability() == "AVX2"
-"""True where oneDNN is up to twice as slow as MKL with a transposed weight that is not packed."""
+"""True where oneDNN takes up to 2.7 times as long as MKL with a transposed weight that is not packed."""
 _PACKS = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 _ONEDNN = _works()
 """True if this build of torch has the product that torch.compile uses for frozen weights; its name is not public."""

@@ -102,9 +102,9 @@ class RandomCropsConfig(Config):
     """Settings that save work with images that change from epoch to epoch."""
 
     views: Annotated[int, Field(ge=1)] | None = None
-    """Number of augmented views of each training image, drawn once and used in turn, one an epoch. Like images that never change, they
-    go through the frozen blocks only once, and their activations are cached, which takes this many times the memory. By default
-    each epoch draws anew."""
+    """Number of augmented views of each training image, drawn once. crop_flip alternates between them from epoch to epoch; mda, whose
+    crops grow, uses each for an equal part of the run. Like images that never change, they go through the frozen blocks only once, and
+    their activations are cached, which takes this many times the memory. By default each epoch draws anew."""
 
     patch_dropout: Share = 0.0
     """Fraction of the patches dropped in training, chosen anew for each image; evaluation uses all (arXiv 2212.00794)."""
