@@ -9,9 +9,9 @@ import torch
 from lift_ray.data.batches import Batch
 
 
-def assert_same(one: Iterable[Batch], other: Iterable[Batch]) -> None:
+def assert_same(one: Iterable[Batch], other: Iterable[Batch], *, at_least: int = 2) -> None:
     pairs = list(zip(one, other, strict=True))
-    assert pairs
+    assert len(pairs) >= at_least
     for a, b in pairs:
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)

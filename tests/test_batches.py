@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def test_an_epoch_holds_the_samples_of_its_order_and_leaves_the_incomplete_batch
 
 @pytest.mark.parametrize("start_step", [1, 4, 6])
 def test_starting_at_a_step_equals_skipping_the_steps_before(small: Split, start_step: int) -> None:
-    assert_same(train(small, start_step=start_step, world_size=2), train(small, world_size=2)[start_step:])
+    rest = train(small, world_size=2)[start_step:]
+    assert_same(train(small, start_step=start_step, world_size=2), rest, at_least=0)
 
 
 def test_images_change_with_seed_and_epoch(small: Split) -> None:
@@ -231,7 +233,7 @@ def patches(batch: Batch) -> torch.Tensor:
 def test_every_image_keeps_its_own_patches_whatever_the_number_of_ranks(small: Split) -> None:
     assert all(batch.patches is None for batch in train(small))
     alone = train(small, patch_dropout=0.5)
-    assert_same(alone, train(small))  # images do not depend on it
+    assert_same([replace(batch, patches=None) for batch in alone], train(small))  # images do not depend on it
     seen = torch.cat([patches(batch) for batch in alone])
     assert seen.shape == (96, 4)
     assert sorted(seen.unique().tolist()) == list(range(9))
