@@ -250,7 +250,7 @@ class View:
         return (3, size_px, size_px) if self.tte == "off" else (self.num_crops, 3, size_px, size_px)
 
     def image(self, encoded: bytes, draw: Draws) -> Pixels:
-        """Return `of` an encoded image. There is nothing to draw."""
+        """Return `of` the decoded image; `draw` is not used."""
         return self.of(decode(encoded))
 
     def of(self, image: Pixels) -> Pixels:

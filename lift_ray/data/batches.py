@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Decoders:
-    """Where images are decoded.
+    """Threads or processes that decode images.
 
     Args:
         num_threads: number of threads of this process.
@@ -220,10 +220,10 @@ def _made_on_threads(
 def _images(reader: RowReader, work: Work, drawn: Drawn, sharing: ThreadPoolExecutor | None) -> Tensor:
     """Decode the samples of a step on these threads, or on the calling one: (b, *maker.shape)."""
     encoded, rows = reader.read(drawn.samples), work.split.rows[drawn.samples]
-    images = np.empty((len(encoded), *work.maker.shape), np.uint8)
+    images, places = np.empty((len(encoded), *work.maker.shape), np.uint8), np.arange(len(encoded))
 
-    def fill(places: range) -> None:
-        if fault := decode_piece(work.split, work.maker, encoded, rows, drawn.draws, images, places):
+    def fill(at: range) -> None:
+        if fault := decode_piece(work.split, work.maker, encoded, rows, drawn.draws, images, at, places):
             raise fault[1] from None
 
     pieces = [range(start, min(start + PIECE, len(rows))) for start in range(0, len(rows), PIECE)]

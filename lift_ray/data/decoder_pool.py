@@ -32,9 +32,9 @@ from torch import Tensor
 from lift_ray.data.augment import Draws
 from lift_ray.data.dataset import Split
 from lift_ray.data.decoder_process import Closed, Coming, Decoded, ImageMaker, Images, Message, Opened, Piece, mapped
-from lift_ray.data.longtail import Int64s
+from lift_ray.data.longtail import Int64s, places_of
 from lift_ray.data.order import READ_AHEAD_SAMPLES
-from lift_ray.errors import RunFailed
+from lift_ray.errors import RunFailed, one_line
 
 AHEAD = 3  # batches that are decoded before they are asked for
 LENT = 2  # batches that the caller may hold at a time without a copy
@@ -78,7 +78,7 @@ class Work:
 
 
 class Division:
-    """Who decodes which images.
+    """Assignment of the images of a batch to decoding processes.
 
     A row group stays with the processes that have read it, so that few read it twice. No process may be ahead of the mean by more than
     twice its share of a batch: what is too much for the readers of a group goes to the process with the least work.
@@ -94,11 +94,9 @@ class Division:
     def divide(self, groups: Int64s) -> Int64s:
         """Return the process for each image of a batch, given its row group: (b,)."""
         given, out = self._given, np.empty(len(groups), np.int64)
-        order = np.argsort(groups, kind="stable")
-        found, starts = np.unique(groups[order], return_index=True)
         # the most that a process may have after this batch: the mean, and twice its share of a batch
         most = (given.sum() + 3 * len(groups)) / len(given)
-        for group, members in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
+        for group, members in places_of(groups):
             readers = self._readers.setdefault(group, [])
             for reader in readers:
                 taken = members[: max(0, int(most - given[reader]))]
@@ -127,17 +125,23 @@ class _Decoder:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
+            # signals that reach the whole group are for the training process, which closes the socket when it ends
             code = (
+                "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN); "
                 f"import sys; sys.path[:] = {sys.path!r}; "
                 f"from lift_ray.data.decoder_process import main; main({theirs.fileno()}, {self._file})"
             )
             one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._file),
-                env={**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": ""},
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), self._file),
+                    env={**os.environ, **one_thread, "CUDA_VISIBLE_DEVICES": ""},
+                )
+            except OSError as error:
+                ours.close()
+                raise _cannot_start(error) from None
         self.connection = Connection(ours.detach())
 
     def send(self, message: Message) -> None:
@@ -244,11 +248,16 @@ class DecoderPool:
         Raises BadInput for an image or a shard that cannot be read, RunFailed if a process dies again and again.
         """
         with self._lock:
-            self.start()
-            stream = self._opened(work, cache_bytes)
+            try:
+                self.start()
+                stream = self._opened(work, cache_bytes)
+            except OSError as error:
+                raise _cannot_start(error) from None
         try:
             while stream.has_steps:
                 with self._lock:
+                    if stream.number not in self._streams:
+                        raise RuntimeError("the pool was closed while a stream was read")
                     stream.send(self._decoders)
                     while not stream.is_ready:
                         self._receive()
@@ -261,6 +270,7 @@ class DecoderPool:
                 stream.is_closed = True
 
     def _opened(self, work: Work, cache_bytes: int) -> _Stream:
+        self._receive(0)  # the ends of earlier streams, whose memory is then free
         slots, self._last = AHEAD + 1 + LENT, self._last + 1
         shape = (slots, work.batch_size, *work.maker.shape)
         offset = self._place(self._last, int(np.prod(shape)))
@@ -302,10 +312,10 @@ class DecoderPool:
         self._file.truncate(max(offset + length for offset, length in self._regions.values()))
         return at
 
-    def _receive(self) -> None:
+    def _receive(self, timeout_s: float | None = None) -> None:
         """Wait for answers, and take all that are there."""
         connections = {decoder.connection: decoder for decoder in self._decoders}
-        for connection in wait(list(connections)):
+        for connection in wait(list(connections), timeout_s):
             decoder = connections[connection]  # type: ignore[index]
             answer = decoder.receive()
             stream = None if answer is None else self._streams.get(answer.stream)
@@ -412,6 +422,12 @@ class _Stream:
         while self._returned:
             self._free.append(self._returned.popleft())
             self._num_lent -= 1
+
+
+def _cannot_start(error: OSError) -> RunFailed:
+    return RunFailed(
+        f"processes that decode images cannot start: {one_line(error)}; set optim.decode_processes=0 to decode in threads"
+    )
 
 
 def _close(decoders: list[_Decoder], file: IO[bytes]) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
-import signal
 import traceback
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -30,6 +29,7 @@ from lift_ray.data.reader import RowReader
 from lift_ray.errors import BadInput, one_line
 
 PIECE = 8  # images that are decoded at a time
+MOST_READERS = 3  # training, validation and test
 
 Images = NDArray[np.uint8]
 
@@ -120,14 +120,14 @@ def decode_piece(
     draws: Draws,
     out: Images,
     at: range,
-    places: Int64s | None = None,
+    places: Int64s,
 ) -> tuple[int, BadInput] | None:
-    """Decode the images number `at` of a batch into their places; by default the places are their numbers.
+    """Decode the images number `at` of a batch into their places.
 
     Returns the place of the first image that cannot be decoded, and the error; None if there is none.
     """
     for index in at:
-        place = index if places is None else int(places[index])
+        place = int(places[index])
         try:
             out[place] = np.moveaxis(maker.image(encoded[index], draws[index]), -1, -3)
         except BadImage as error:
@@ -144,25 +144,41 @@ def broken_image(split: Split, row: int, error: BadImage) -> BadInput:
     return BadInput(where, f"{place} must be a readable image", one_line(error), remedy)
 
 
-class _Stream:
-    """The open files and the mapped slots of a stream."""
+class _Readers:
+    """Readers of the last few splits: footers and row groups that were read stay from one stream to the next."""
 
-    def __init__(self, opened: Opened, file: int) -> None:
+    def __init__(self) -> None:
+        self._readers: OrderedDict[tuple[Any, ...], RowReader] = OrderedDict()
+
+    def of(self, split: Split, cache_bytes: int) -> RowReader:
+        """Return the reader of a split. The one that was least recently asked for may be closed, and then starts from scratch."""
+        key = split.name, split.shards, split.image_column
+        reader = self._readers.pop(key, None) or RowReader(split, cache_bytes)
+        self._readers[key], reader.cache_bytes = reader, cache_bytes
+        if len(self._readers) > MOST_READERS:
+            self._readers.popitem(last=False)[1].close()
+        return reader
+
+
+class _OpenStream:
+    """The reader and the mapped slots of a stream."""
+
+    def __init__(self, opened: Opened, file: int, readers: _Readers) -> None:
         nothing = np.empty(0, np.int64)
         self.split = Split(opened.split, opened.shards, nothing, nothing, opened.image_column)
-        self.maker, self.reader = opened.maker, RowReader(self.split, opened.cache_bytes)
+        self.maker, self.reader = opened.maker, readers.of(self.split, opened.cache_bytes)
         shape = (opened.slots, opened.batch_size, *opened.maker.shape)
         self.slots = mapped(file, opened.offset, shape)
 
 
-class _Work:
-    """A piece that is being decoded."""
+class _PieceInWork:
+    """Progress of a piece: how many of its images are decoded."""
 
     def __init__(self, piece: Piece) -> None:
         self.piece, self.at = piece, 0
         self.encoded: list[bytes] | None = None
 
-    def advance(self, stream: _Stream) -> Decoded | None:
+    def advance(self, stream: _OpenStream) -> Decoded | None:
         """Decode a few images. Returns the answer when all are decoded or one could not be."""
         piece = self.piece
         try:
@@ -192,20 +208,20 @@ def mapped(file: int, offset: int, shape: tuple[int, ...]) -> Images:
 
 def serve(connection: Connection, file: int) -> None:
     """Answer messages until the other end is closed."""
-    streams: dict[int, _Stream] = {}
-    waiting: deque[_Work] = deque()
+    streams: dict[int, _OpenStream] = {}
+    waiting: deque[_PieceInWork] = deque()
+    readers = _Readers()
     while True:
         if connection.poll(0 if waiting else None):
             message: Any = connection.recv()
             if isinstance(message, Opened):
-                streams[message.stream] = _Stream(message, file)
+                streams[message.stream] = _OpenStream(message, file, readers)
             elif isinstance(message, Coming):
                 streams[message.stream].reader.prefetch_rows(message.rows)
             elif isinstance(message, Piece):
-                waiting.append(_Work(message))
+                waiting.append(_PieceInWork(message))
             elif isinstance(message, Closed):
-                if (stream := streams.pop(message.stream, None)) is not None:
-                    stream.reader.close()
+                streams.pop(message.stream, None)
                 waiting = deque(work for work in waiting if work.piece.stream != message.stream)
                 connection.send(message)
         elif (answer := waiting[0].advance(streams[waiting[0].piece.stream])) is not None:
@@ -217,9 +233,8 @@ def main(connection: int, file: int) -> None:
     """Serve at the socket with this number, with the shared file of that number."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process decides
     torch.set_num_threads(1)
     try:
         serve(Connection(connection), file)
-    except (EOFError, OSError):  # the training process has ended
+    except (EOFError, ConnectionError):  # the training process has ended
         os._exit(0)

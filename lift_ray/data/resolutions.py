@@ -33,6 +33,8 @@ def view_batches(
 ) -> Iterator[tuple[Images, Tensor]]:
     """Yield this rank's slice of a split: for each view (b, *view.shape) uint8, and labels (b,).
 
+    Threads decode, also where processes do for a single view: each image is decoded once, for inputs of several shapes.
+
     Raises BadInput for an image that cannot be read.
     """
     mine = np.arange(split.num_samples)[rank_slice(split.num_samples, rank, world_size)]

@@ -31,9 +31,11 @@ def prepack(module: nn.Module) -> None:
     time where gradients pass it. Products of a few rows can differ in the last bits. Where `linear` uses F.linear,
     nothing changes.
     """
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear) and linear.weight.dtype == torch.float32 and linear.weight.is_cpu and _PACKS:
-            linear.weight.packed = {}  # type: ignore[attr-defined]
+    if not _PACKS:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32 and layer.weight.is_cpu:
+            layer.weight.packed = {}  # type: ignore[attr-defined]
 
 
 class _Frozen(torch.autograd.Function):

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lift_ray.ray_runtime.autoscaler import cluster_nodes
 
 LEASE_S = 60.0  # a chunk of which nothing is heard for so long is computed by another node
-ANSWER_S = 30.0
+ANSWER_S, FETCH_S = 30.0, 60.0
 Bytes = NDArray[np.uint8]
 
 
@@ -116,7 +116,7 @@ class FeatureExchange:
         """Return the bytes of a chunk that is there; None if they were lost."""
         try:
             reference = ray.get(self._actor.reference.remote(file, number), timeout=ANSWER_S)
-            found: Bytes | None = ray.get(reference[0], timeout=LEASE_S) if reference else None
+            found: Bytes | None = ray.get(reference[0], timeout=FETCH_S) if reference else None
         except RayError:
             self.drop(file, number)
             return None

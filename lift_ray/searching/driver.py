@@ -60,7 +60,8 @@ def run_search(
         show: called once a second with a line of progress.
         watchers: notified about trials, like the table on the terminal.
         callbacks: callbacks of Ray Tune, for users of the Python API. They are notified about every job of a slot:
-            `trial.config["job"]` is a `jobs.TrainJob` for a trial, and results between epochs have no figures.
+            `trial.config["job"]` is a `jobs.TrainJob` for a trial, whose results have figures at the end of each epoch, or a
+            `jobs.Pack` of several trials, whose results have only `reply`.
         slot_class: Trainable that runs the jobs; tests pass one that trains nothing.
 
     Raises:

@@ -239,6 +239,8 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self.lost += 1
         self._errors[trial.trial_id] = _error_line(trial)
         number = self._numbers[trial.trial_id]
+        with self.errors_kept():
+            self.jobs[trial.trial_id] = job = self.search.interrupted(job)
         if trial.trial_id in self._opening:
             self._failed_starts += 1
         else:
@@ -246,8 +248,6 @@ class Engine(TrialScheduler, tune.Stopper):  # type: ignore[misc]
         self.open_slots.discard(number)
         self._loaded.pop(number, None)
         self._opening.add(trial.trial_id)  # now the job waits for a slot of its own
-        with self.errors_kept():
-            self.jobs[trial.trial_id] = job = self.search.interrupted(job)
         trial.set_config({**trial.config, "slot": replace(self.slot, number=number), "job": job})
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:

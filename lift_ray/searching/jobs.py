@@ -159,12 +159,17 @@ Loaded = tuple[str, str | None, int | None]  # a backbone: its model, weights, a
 FIRST_REPEAT = 1_000_000  # lowest number of the repeats with other seeds
 
 
+def parts(job: Job) -> tuple[Job, ...]:
+    """Return the jobs of a pack, or the job itself."""
+    return job.jobs if isinstance(job, Pack) else (job,)
+
+
 def backbone_of(job: Job) -> Loaded | None:
     """Return the backbone that a job needs; None if it needs none. Members of `method: backdoor` may need others too."""
-    if isinstance(job, IdleJob):
+    first = parts(job)[0]
+    if not isinstance(first, TrainJob | EvaluationJob):
         return None
-    config = job.jobs[0].config if isinstance(job, Pack) else job.config
-    wanted = BackboneConfig.model_validate(config.get("backbone", {}))
+    wanted = BackboneConfig.model_validate(first.config.get("backbone", {}))
     return wanted.model, wanted.pretrained, wanted.resolution_px
 
 

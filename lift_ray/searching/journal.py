@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
+
+from lift_ray.errors import BadInput
 
 Record = dict[str, Any]
 
@@ -62,7 +64,8 @@ class _File(BaseJournalBackend):
     def __init__(self, path: Path) -> None:
         self._path, self._is_read = path, False
         self._unread: deque[Record] = deque()
-        self._held: list[str] | None = None  # lines of the block that is open
+        self._late: list[str] = []  # lines that are in memory and not yet on disk
+        self._is_held = False
 
     def read_logs(self, log_number_from: int) -> Iterator[Record]:
         """Yield the records that were not read yet; at first those of the file."""
@@ -70,38 +73,56 @@ class _File(BaseJournalBackend):
             self._is_read = True
             if self._path.exists():
                 with self._path.open(encoding="utf-8") as file:
-                    yield from map(json.loads, file)
+                    for number, line in enumerate(file, 1):
+                        yield self._record(number, line)
         while self._unread:
             yield self._unread.popleft()
 
     def append_logs(self, logs: list[Record]) -> None:
         """Append records, on disk when this returns or when the block of `held` ends."""
         lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
-        self._unread.extend(map(json.loads, lines))
-        if self._held is None:
-            self._write(lines)
+        if self._is_held:
+            self._late += lines
         else:
-            self._held += lines
+            self._write(lines)  # first, so that memory is never ahead of the disk if it fails
+        self._unread.extend(map(json.loads, lines))
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold records back until the outermost block ends, also by an error: the storage in memory has them already."""
-        if self._held is not None:
+        if self._is_held:
             yield
             return
-        self._held = []
+        self._is_held = True
         try:
             yield
         finally:
-            lines, self._held = self._held, None
-            if lines:
-                self._write(lines)
+            self._is_held = False
+            if self._late:
+                self._write([])
 
-    def _write(self, lines: Iterable[str]) -> None:
-        with self._path.open("ab") as file:
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+    def _write(self, lines: Sequence[str]) -> None:
+        """Write what is late and then these lines; all of them or, where that fails, none, and what is late stays so."""
+        left = memoryview("".join([*self._late, *lines]).encode())
+        with self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
+        self._late = []
+
+    def _record(self, number: int, line: str) -> Record:
+        try:
+            record: Record = json.loads(line)
+        except json.JSONDecodeError as error:
+            place = f"{self._path}, line {number}"
+            raise BadInput(place, "must be a record of a search", str(error), "start without --resume") from None
+        return record
 
 
 def repaired(journal: Path) -> Path:

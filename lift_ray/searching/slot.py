@@ -22,8 +22,8 @@ TICK_S = 2.0  # longest time between two results of an epoch, which bounds the d
 class Slot(tune.Trainable):  # type: ignore[misc]
     """Trainable with the config keys `slot` (SlotSettings) and `job`.
 
-    Each result has a Reply under `reply`, and at the end of an epoch also the epoch's metrics. Nothing is loaded before the first
-    step, because while a new slot starts, Tune may give its job to one that became free and end the new one.
+    Each result has a Reply under `reply`, and at the end of an epoch of a trial that trains alone also its metrics. Nothing is loaded
+    before the first step, because while a new slot starts, Tune may give its job to one that became free and end the new one.
     """
 
     @classmethod

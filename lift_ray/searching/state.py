@@ -15,7 +15,7 @@ from lift_ray.reporting.trial_rows import TrialRow
 from lift_ray.searching import final_comparison, packs
 from lift_ray.searching.confirmation import Choice, candidates, choose, fold_jobs
 from lift_ray.searching.final_comparison import SearchResult
-from lift_ray.searching.jobs import EvaluationJob, Job, Loaded, Pack, TrainJob, first_fitting, trial_checkpoints
+from lift_ray.searching.jobs import EvaluationJob, Job, Loaded, Pack, TrainJob, first_fitting, parts, trial_checkpoints
 from lift_ray.searching.search_data import SearchData
 from lift_ray.searching.stopping import Stopping
 from lift_ray.searching.study import Study
@@ -123,7 +123,7 @@ class Search:
         return continues
 
     def interrupted(self, job: Job) -> Job:
-        """Note that a job has lost its slot. Returns the job that is to wait for another one: of a pack, the first trial.
+        """Note that a job has lost its slot. Returns the job to run on the next slot; of a pack, its first trial.
 
         A trial of a pack may be what ended the slot, so from now on each trains alone.
         """
@@ -139,7 +139,7 @@ class Search:
 
     def put_back(self, job: Job) -> None:
         """Take a job back, to hand it out again."""
-        for each in job.jobs if isinstance(job, Pack) else (job,):
+        for each in parts(job):
             if (row := self._row(each)) is not None and not row.has_ended:
                 row.state = "waiting"
         self._ended(job)
@@ -167,8 +167,8 @@ class Search:
 
     def _training_now(self) -> set[int]:
         """Return the numbers of the trials that slots work on."""
-        jobs = (job.jobs if isinstance(job, Pack) else (job,) for job in self.running.values())
-        return {row.number for job in chain.from_iterable(jobs) if (row := self._row(job)) and not row.has_ended}
+        jobs = chain.from_iterable(map(parts, self.running.values()))
+        return {row.number for job in jobs if (row := self._row(job)) and not row.has_ended}
 
     def _training(self, row: TrialRow) -> TrainJob:
         return TrainJob(row.number, self.space.config(row.values).to_dict())

@@ -81,7 +81,8 @@ def run_jobs(engine: Engine, callbacks: Sequence[tune.Callback] = (), slot_class
     """Run a search's jobs until it is over or is asked to stop.
 
     Args:
-        callbacks: the user's callbacks of Ray Tune, notified about every job: `trial.config["job"]` is a TrainJob for a trial.
+        callbacks: the user's callbacks of Ray Tune, notified about every job: `trial.config["job"]` is a TrainJob for a trial,
+            or a Pack of several.
         slot_class: Trainable that runs the jobs.
 
     Raises:

@@ -90,6 +90,7 @@ class Worker:
     def begin(self, job: Job) -> None:
         """Set the next job, which `next` starts. The previous job must have replied, and is dropped."""
         self._progress = NOWHERE
+        self._trials = {}  # so that its memory is free before the next job loads its own
         self._replies = self._run(job)
 
     def next(self, timeout_s: float) -> Reply:
@@ -118,7 +119,7 @@ class Worker:
         return_freed_memory()  # of the job before
         try:
             workspace = self._view(job.fold)
-            self._trials, self._features_s = {}, workspace.features_s
+            self._features_s = workspace.features_s
             if isinstance(job, IdleJob):
                 yield from self._idle()
             elif isinstance(job, Pack):
@@ -186,7 +187,9 @@ class Worker:
         while True:
             first = min(run.epoch for run in runs.values())
             behind = [number for number, run in runs.items() if run.epoch == first]
-            train_together([run for number in behind if isinstance(run := runs[number], Run)])
+            # a text head without anything to train has no epochs
+            if trained := [run for number in behind if isinstance(run := runs[number], Run) and run.num_epochs]:
+                train_together(trained)
             yield Replies({number: next(trainings[number]) for number in behind})
 
     def _train(self, job: TrainJob, workspace: Workspace) -> Iterator[OfTrial]:

@@ -122,6 +122,8 @@ def check_suits(method: MethodConfig, run: Mapping[str, Any]) -> None:
     for section, setting, refused, wanted, todo in rules:
         if section in run and getattr(run[section], setting) == refused:
             raise ValueError(f"{method.kind} needs {wanted}, but got {section}.{setting} {refused}; {todo}")
+    if "augment" in run and (views := run["augment"].views) is not None:
+        raise ValueError(f"{method.kind} needs images that change, but got augment.views {views}; leave views out")
     if "optim" in run and (parts := run["optim"].accumulate) > 1:
         raise ValueError(
             f"{method.kind} needs all images of a step at once, but got optim.accumulate {parts}; use backbone.checkpointing instead"

@@ -84,8 +84,8 @@ class BackboneConfig(Config):
     """Keep the frozen weights in the layout that a CPU multiplies fastest: faster steps for two to three times the memory of the
     weights. It has no effect on a GPU, and none on results but in the last bits."""
     cache_gib: Annotated[float, Field(ge=0)] = 2.0
-    """Limit of cached activations of frozen blocks, for images that never change; 0 turns the cache off. The slots of a search share
-    files on their node, all of which together it limits; other workers keep theirs in memory, and it limits each."""
+    """Limit of cached activations of frozen blocks, for images that never change; 0 turns the cache off. All searches
+    of a user on a node share files, all of which together it limits; other workers keep theirs in memory, and it limits each."""
 
     @property
     def is_embedded(self) -> bool:
@@ -120,16 +120,14 @@ class RandomCropsConfig(Config):
         return self.views is not None
 
     @model_validator(mode="after")
-    def _views_are_whole(self) -> RandomCropsConfig:
-        own = {
-            "patch_dropout": self.patch_dropout > 0,
-            "start_px": self.start_px is not None,
-            "decode": self.decode == "gpu",
-        }
-        if self.views is not None and (other := next((name for name, is_set in own.items() if is_set), None)):
-            raise ValueError(
-                f"views must be alone, but got {other} too, which changes images in every epoch; remove one"
-            )
+    def _views_stay_the_same(self) -> RandomCropsConfig:
+        others = [
+            ("patch_dropout too, which drops other patches in every epoch", self.patch_dropout > 0),
+            ("start_px too, which changes the size in every epoch", self.start_px is not None),
+            ("decode gpu too, and the images of views are decoded on the CPU", self.decode == "gpu"),
+        ]
+        if self.views is not None and (other := next((why for why, is_set in others if is_set), None)):
+            raise ValueError(f"views must be alone, but got {other}; remove one")
         return self
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]  # comes with Ray
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ MOST_CHUNKS = 64  # of large splits, which would otherwise start a stream of bat
 WAIT_S = 0.1
 SPARE_BYTES = 2**30  # of the disk that stay free for checkpoints
 KEEP_S = 7 * 24 * 3600
+GONE_S = 4 * KEEP_S
 DATA, STATE, MEMBER, USES, BOOT = ".features", ".state", ".member", ".uses", ".boot"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -58,7 +60,7 @@ def chunks_of(num_images: int, batch_size: int) -> list[range]:
 
 
 class Exchange(Protocol):
-    """Other nodes, which compute the same files."""
+    """Connection to the other nodes that compute the same files."""
 
     def choose(self, file: str, lacking: Sequence[int]) -> tuple[int, bool] | None:
         """Return a chunk of these, and whether it is there or is to be computed; None if other nodes compute all of them."""
@@ -112,7 +114,8 @@ class SharedFeatures:
             if not _is_held(member):
                 member.unlink(missing_ok=True)
                 member.with_suffix(USES).unlink(missing_ok=True)
-        boot, mark = BOOT_ID.read_text() if BOOT_ID.exists() else "", self.folder / BOOT
+        boot = BOOT_ID.read_text() if BOOT_ID.exists() else str(round(psutil.boot_time(), -1))
+        mark = self.folder / BOOT
         is_same = mark.exists() and mark.read_text() == boot
         is_first = not any(member.exists() for member in members)
         for state in self.folder.glob(f"*{STATE}"):
@@ -121,6 +124,9 @@ class SharedFeatures:
             if is_old or has_failed or not is_same:
                 _remove(state)
         mark.write_text(boot)
+        for other in self.folder.parent.iterdir():  # of containers and nodes that are gone
+            if time.time() - max(file.stat().st_mtime for file in (other, *other.glob("*"))) > GONE_S:
+                shutil.rmtree(other, ignore_errors=True)
 
     def close(self) -> None:
         """Leave; what was read stays readable."""
@@ -198,6 +204,12 @@ class SharedFeatures:
             removed.append(state)
             excess -= there[state.with_suffix(DATA)]
         if excess > 0:
+            if num_bytes <= limit_bytes:
+                taken = sum(there[file] for file in there if file.stem in used)
+                self.tell(
+                    f"files in use take {taken / 2**30:.1f} of {limit_bytes / 2**30:.1f} GiB",
+                    "raise backbone.cache_gib",
+                )
             return False
         for state in removed:
             _remove(state)
@@ -206,11 +218,11 @@ class SharedFeatures:
     def find(self, name: str, chunks: list[range]) -> FeatureFile | None:
         """Return the file of this name if all of it is computed."""
         path = self.folder / f"{name}{DATA}"
-        with suppress(OSError):
-            if path.with_suffix(STATE).exists() and (found := FeatureFile(self, path, chunks)).is_done:
-                with self.alone():
+        if path.with_suffix(STATE).exists():
+            with suppress(OSError), self.alone():  # somebody may remove it at this moment
+                if (found := FeatureFile(self, path, chunks)).is_done and path.exists():
                     self._use(path)
-                    return found if path.exists() else None
+                    return found
         return None
 
     def fail(self, file: FeatureFile, error: OSError) -> None:
@@ -220,11 +232,9 @@ class SharedFeatures:
             file.path.unlink(missing_ok=True)
         self.tell(str(error))
 
-    def tell(self, why: str) -> None:
+    def tell(self, why: str, remedy: str = "set LIFT_CACHE to a larger disk") -> None:
         """Note why features are not cached, for the first of several problems."""
-        self.problem = self.problem or (
-            f"{self.folder}: features of the frozen blocks are not cached: {why}; set LIFT_CACHE to a larger disk"
-        )
+        self.problem = self.problem or f"{self.folder}: features of the frozen blocks are not cached: {why}; {remedy}"
 
 
 class FeatureFile:
@@ -363,19 +373,24 @@ class FeatureFile:
 
         None if all are done or others work on them.
         """
-        with self.shared.alone():
-            owners = self.state[:, 0]
-            for owner in set(owners.tolist()) - {FREE, DONE, FAILED}:
-                if not self.shared.is_alive(owner):
-                    self.state[owners == owner] = FREE, 0
-            free = np.flatnonzero(owners == FREE)
-            if not len(free):
+        exchange, owners = self.shared.exchange, self.state[:, 0]
+        while True:
+            with self.shared.alone():
+                for owner in set(owners.tolist()) - {FREE, DONE, FAILED}:
+                    if not self.shared.is_alive(owner):
+                        self.state[owners == owner] = FREE, 0
+                if not len(free := np.flatnonzero(owners == FREE)):
+                    return None
+                if exchange is None:
+                    owners[free[0]] = self.shared.number
+                    return int(free[0]), False
+            # other nodes are asked without the lock: the answer may take a while
+            if (found := exchange.choose(self.path.stem, free.tolist())) is None:
                 return None
-            exchange = self.shared.exchange
-            found = (int(free[0]), False) if exchange is None else exchange.choose(self.path.stem, free.tolist())
-            if found is not None:
-                owners[found[0]] = self.shared.number
-            return found
+            with self.shared.alone():
+                if owners[found[0]] == FREE:
+                    owners[found[0]] = self.shared.number
+                    return found
 
     def tensor(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         """Return all features, (N, *shape), mapped from the file: processes share its pages, and changes stay in this one."""

@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -530,9 +531,14 @@ def _content(shard: Shard) -> tuple[int | str, ...]:
 @lru_cache(1)
 def _code() -> str:
     """Return what changes with the code that computes features: a version is not enough for those who change it."""
-    package, digest = Path(__file__).parent.parent, sha256(torch.__version__.encode())
-    for file in sorted([*package.glob("data/*.py"), *package.glob("model/**/*.py")]):
-        digest.update(file.read_bytes())
+    package, installed = Path(__file__).parent.parent, []
+    for name in ("torch", "torchcodec", "pillow", "open_clip_torch", "timm"):
+        with suppress(PackageNotFoundError):
+            installed.append(f"{name} {version(name)}")
+    digest = sha256(" ".join(installed).encode())
+    for folder in ("data", "evaluation", "methods", "model", "training"):
+        for file in sorted(package.glob(f"{folder}/**/*.py")):
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

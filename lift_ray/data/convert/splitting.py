@@ -10,7 +10,7 @@ import numpy as np
 from lift_ray.data.convert.groups import group_numbers
 from lift_ray.data.convert.index import ImageIndex
 from lift_ray.data.layout import SPLITS
-from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, semi_supervised_counts
+from lift_ray.data.longtail import Int64s, keep_first, longtail_counts, places_of, semi_supervised_counts
 from lift_ray.data.stratify import assign_groups
 from lift_ray.errors import BadInput, first_few
 
@@ -179,10 +179,7 @@ def stratified_split(labels: Int64s, validation_frac: float, test_frac: float, s
     """
     rng = np.random.default_rng(seed)
     parts: dict[str, list[Int64s]] = {split: [np.zeros(0, np.int64)] for split in ("train", *DRAWN)}
-    # sorted once, because a pass over all images for each of thousands of classes takes minutes
-    order = np.argsort(labels, kind="stable")
-    _, starts = np.unique(labels[order], return_index=True)
-    for images in np.split(order, starts)[1:]:
+    for _, images in places_of(labels):
         drawn = rng.permutation(images)
         num_validation, num_test = _held_out(len(drawn), validation_frac, test_frac)
         cuts = np.split(drawn, [num_validation, num_validation + num_test])
