@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -123,6 +124,26 @@ def test_memory_is_used_again_and_given_back(small: Split, pool: DecoderPool) ->
     assert bytes_of_file() <= 2 * first  # the answer to the end of the stream before may be missing still
     maps = [Path(f"/proc/{pid}/maps").read_text() for pid in ("self", *(d.process.pid for d in pool._decoders))]
     assert not any("/dev/shm/psm_" in text for text in maps), "named shared memory"
+
+
+def test_a_stream_of_a_closed_pool_gives_no_images(small: Split) -> None:
+    pool = DecoderPool(1)
+    stream = train(small, Decoders(1, pool))
+    next(stream)
+    pool.close()
+    with pytest.raises(RuntimeError, match="the pool was closed"):
+        next(stream)
+
+
+def test_processes_that_cannot_start_are_one_line(small: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    with pytest.raises(
+        RunFailed, match=r"cannot start: .*unavailable; set optim.decode_processes=0 to decode in threads$"
+    ):
+        next(train(small, Decoders(1, DecoderPool(1))))
 
 
 def with_broken(folder: str, good: list[bytes], broken: list[int]) -> Split:

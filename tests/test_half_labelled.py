@@ -143,6 +143,7 @@ def test_a_method_may_be_given_by_its_name(kind: str) -> None:
 def test_the_methods_for_half_labelled_data_refuse_settings_that_do_not_fit_them() -> None:
     trees: dict[str, dict[str, Any]] = {
         "needs images that change, but got augment.kind none; use mda or crop_flip": {"augment": {"kind": "none"}},
+        "needs images that change, but got augment.views 2; leave views out": {"augment": {"views": 2}},
         "needs images decoded on the CPU, but got augment.decode gpu; leave decode out": {"augment": {"decode": "gpu"}},
         "needs a model that is trained, but got tuner.kind zero_shot; use linear_probe": {
             "tuner": {"kind": "zero_shot"}

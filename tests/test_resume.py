@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -351,6 +352,33 @@ def test_records_that_belong_together_are_written_together_also_after_an_error(t
     study.end(study.rows[0], "pruned")
     assert outcome(Study(space(), "d", Journal(journal), resume=True)) == outcome(study)
     assert study.rows[0].state == "pruned"
+
+
+def test_a_write_that_fails_leaves_no_gap_and_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / JOURNAL
+    study = Study(space(), "d", Journal(journal))
+    before = journal.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"), study.at_once():
+            assert study.next()
+    assert journal.read_bytes() == before
+    study.report(study.rows[0], EpochMetrics(1, validation={"mean_class_accuracy": 0.5}))
+    assert outcome(Study(space(), "d", Journal(journal), resume=True)) == outcome(study)
+
+
+def test_a_journal_with_a_broken_line_is_bad_input(tmp_path: Path) -> None:
+    Study(space(), "d", Journal(tmp_path / JOURNAL))
+    lines = (tmp_path / JOURNAL).read_text().splitlines()
+    (tmp_path / JOURNAL).write_text("\n".join([lines[0], "{" + lines[1], *lines[2:], ""]))
+    with pytest.raises(
+        BadInput, match=rf"{JOURNAL}, line 2: must be a record of a search, but got .*; start without --resume$"
+    ):
+        Journal(tmp_path / JOURNAL)
 
 
 def test_optuna_reads_the_journal_and_finds_the_trials_that_wait(tmp_path: Path) -> None:

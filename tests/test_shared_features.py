@@ -292,6 +292,11 @@ def test_all_files_together_stay_within_the_limit(shared: SharedFeatures) -> Non
     assert shared.file("two", chunks, ONE, 2000 * ONE)
     assert shared.file("one", chunks, ONE, 0), "it is there already"
     assert not shared.problem
+    other = SharedFeatures()
+    assert other.file("three", chunks, ONE, 2000 * ONE) is None
+    assert "those of other processes take" in other.problem
+    assert other.problem.endswith("raise backbone.cache_gib")
+    other.close()
 
 
 def test_a_disk_without_room_is_not_filled(shared: SharedFeatures, monkeypatch: pytest.MonkeyPatch) -> None:

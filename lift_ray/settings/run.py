@@ -124,7 +124,10 @@ class RandomCropsConfig(Config):
         others = [
             ("patch_dropout too, which drops other patches in every epoch", self.patch_dropout > 0),
             ("start_px too, which changes the size in every epoch", self.start_px is not None),
-            ("decode gpu too, and the images of views are decoded on the CPU", self.decode == "gpu"),
+            (
+                "decode too, which asks for the GPU, while the images of views are decoded on the CPU",
+                self.decode == "gpu",
+            ),
         ]
         if self.views is not None and (other := next((why for why, is_set in others if is_set), None)):
             raise ValueError(f"views must be alone, but got {other}; remove one")

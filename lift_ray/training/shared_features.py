@@ -102,6 +102,7 @@ class SharedFeatures:
         self.folder = whole / socket.gethostname()  # it may be on storage that several nodes share
         self.folder.mkdir(exist_ok=True)
         self.number = secrets.randbits(62) + 1
+        self._own: set[str] = set()  # names of the files that this process uses
         with self.alone():
             self._tidy()
             self._member = FileLock(self._member_file(self.number), fallback_to_soft=False, thread_local=False)
@@ -155,6 +156,7 @@ class SharedFeatures:
         """Note that this process uses a file now."""
         with self._member_file(self.number).with_suffix(USES).open("a") as uses:
             uses.write(f"{path.stem}\n")
+        self._own.add(path.stem)
         os.utime(path.with_suffix(STATE))
 
     def file(self, name: str, chunks: list[range], image_bytes: int, limit_bytes: float) -> FeatureFile | None:
@@ -204,12 +206,10 @@ class SharedFeatures:
             removed.append(state)
             excess -= there[state.with_suffix(DATA)]
         if excess > 0:
-            if num_bytes <= limit_bytes:
-                taken = sum(there[file] for file in there if file.stem in used)
-                self.tell(
-                    f"files in use take {taken / 2**30:.1f} of {limit_bytes / 2**30:.1f} GiB",
-                    "raise backbone.cache_gib",
-                )
+            taken = sum(there[file] for file in there if file.stem in used - self._own)
+            if taken and num_bytes <= limit_bytes:
+                why = f"those of other processes take {taken / 2**30:.1f} of {limit_bytes / 2**30:.1f} GiB"
+                self.tell(why, "raise backbone.cache_gib")
             return False
         for state in removed:
             _remove(state)
