@@ -39,7 +39,6 @@ def played(out: str, slots: int, trials: int) -> Figures:
 
     from lift_ray.clusters.cost import Work
     from lift_ray.searching.study import Study, open_storage
-    from lift_ray.settings.search import expected_epochs
 
     options = {"slots": slots, "trials": trials, "epochs": EPOCHS, "epoch_s": EPOCH_S}
     options["search"] = {"scheduler": {"kind": "asha"}}
@@ -48,7 +47,7 @@ def played(out: str, slots: int, trials: int) -> Figures:
     ray.shutdown()
     wanted = space(EPOCHS, trials=trials, tte_best=0, scheduler={"kind": "asha"})
     rows = Study(wanted, "d", open_storage(None, Path(out)), resume=True).rows.values()
-    epochs = EPOCHS + (trials - 1) * expected_epochs(wanted.search.scheduler, EPOCHS)  # a baseline is not stopped
+    epochs = wanted.expected_epochs()
     hours = Work(epochs, EPOCHS, 1, 1 / EPOCH_S).hours(slots, 1)
     return {
         "slots": slots,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from lift_ray.clusters.model import Cluster, NodeType
 from lift_ray.errors import BadInput
 from lift_ray.ray_runtime.capacity import Need, need, num_fitting
-from lift_ray.settings.search import expected_epochs
 from lift_ray.settings.space import SpaceFile
 from lift_ray.terminal.tables import PlainTable, titled
 
@@ -60,15 +59,12 @@ class Fleet:
 
 def work(space: SpaceFile) -> Work:
     """Return the work of a search. Data at a URL is not opened: its size is `plan.training_images`."""
-    number, longest = space.num_trials, space.most_epochs()
-    drawn = max(0, number - len(space.baselines))
-    epochs = (number - drawn) * longest + drawn * expected_epochs(space.search.scheduler, longest)
     images = space.plan.training_images
     if images is None and "://" not in space.dataset:
         from lift_ray.data.open import open_dataset
 
         images = open_dataset(space.dataset).split("train").num_samples
-    return Work(epochs, longest, images, space.plan.images_per_s)
+    return Work(space.expected_epochs(), space.most_epochs(), images, space.plan.images_per_s)
 
 
 def fleets(cluster: Cluster, space: SpaceFile, prices: Mapping[str, float]) -> tuple[Need, Work, list[Fleet]]:

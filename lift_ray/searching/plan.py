@@ -9,7 +9,6 @@ from lift_ray.data.dataset import Dataset
 from lift_ray.ray_runtime.capacity import gpus_here, lacking, need, num_fitting
 from lift_ray.searching.final_comparison import further_trainings
 from lift_ray.searching.search_data import SearchData, unseen_line
-from lift_ray.settings.search import expected_epochs
 from lift_ray.settings.space import SpaceFile, backbones
 from lift_ray.text import count
 
@@ -74,8 +73,7 @@ def _trials(space: SpaceFile, num_images: int | None, facts: SearchData | None) 
     if search.seeds_best > 1:
         baseline = ", and for the first baseline" if space.baselines else ""
         yield "seeds", f"{search.seeds_best - 1} more at the end for the best settings{baseline}"
-    drawn = max(0, number - len(space.baselines))
-    epochs = (number - drawn) * most + drawn * expected_epochs(search.scheduler, most)
+    epochs = space.expected_epochs()
     yield "epochs", f"at most {number} x {most} = {number * most}, about {epochs:.0f} with early stopping"
     if further := further_trainings(space, retrains=facts is not None and facts.retrains):
         yield (

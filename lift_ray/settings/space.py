@@ -14,7 +14,7 @@ from lift_ray.registry import SAMPLERS, Config
 from lift_ray.settings.base import Holds, OneOf, dotted
 from lift_ray.settings.overrides import apply_overrides
 from lift_ray.settings.run import RunConfig
-from lift_ray.settings.search import Constraint, PlanConfig, ScaleConfig, SearchConfig
+from lift_ray.settings.search import Constraint, PlanConfig, ScaleConfig, SearchConfig, expected_epochs
 
 if TYPE_CHECKING:
     import optuna
@@ -225,6 +225,11 @@ class SpaceFile(Config):
         if searched is None:
             return self.config({}).optim.epochs
         return int(max(searched.choices or searched.bounds or ()))
+
+    def expected_epochs(self) -> float:
+        """Return the epochs of all trials together: of baselines, which are never stopped early, and on average of the others."""
+        most, drawn = self.most_epochs(), max(0, self.num_trials - len(self.baselines))
+        return (self.num_trials - drawn) * most + drawn * expected_epochs(self.search.scheduler, most)
 
     def settings(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the settings that the values of a trial stand for, by dotted name."""
