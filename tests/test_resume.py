@@ -376,7 +376,7 @@ def test_a_journal_with_a_broken_line_is_bad_input(tmp_path: Path) -> None:
     lines = (tmp_path / JOURNAL).read_text().splitlines()
     (tmp_path / JOURNAL).write_text("\n".join([lines[0], "{" + lines[1], *lines[2:], ""]))
     with pytest.raises(
-        BadInput, match=rf"{JOURNAL}, line 2: must be a record of a search, but got .*; start without --resume$"
+        BadInput, match=rf"{JOURNAL}, line 2: must be a record of a search, but got .*; choose another --out$"
     ):
         Journal(tmp_path / JOURNAL)
 

@@ -254,6 +254,20 @@ def test_files_that_nobody_has_used_for_a_week_are_removed() -> None:
     assert (old.path.exists(), new.path.exists()) == (False, True)
 
 
+def test_folders_of_containers_that_are_gone_are_removed_after_weeks() -> None:
+    shared = SharedFeatures()
+    old, new = (shared.folder.parent / name for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "some.features").write_bytes(bytes(32))
+    long_ago = time.time() - shared_features.GONE_S - 60
+    for path in (old / "some.features", old, new):
+        os.utime(path, (long_ago, long_ago))
+    shared.close()
+    SharedFeatures().close()
+    assert (old.exists(), new.exists()) == (False, True)
+
+
 def test_the_files_used_least_recently_make_room_but_not_those_in_use() -> None:
     chunks, limit = chunks_of(1000, 100), 3000 * ONE
     before = SharedFeatures()

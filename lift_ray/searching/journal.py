@@ -121,7 +121,7 @@ class _File(BaseJournalBackend):
             record: Record = json.loads(line)
         except json.JSONDecodeError as error:
             place = f"{self._path}, line {number}"
-            raise BadInput(place, "must be a record of a search", str(error), "start without --resume") from None
+            raise BadInput(place, "must be a record of a search", str(error), "choose another --out") from None
         return record
 
 

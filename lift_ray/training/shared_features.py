@@ -126,8 +126,9 @@ class SharedFeatures:
                 _remove(state)
         mark.write_text(boot)
         for other in self.folder.parent.iterdir():  # of containers and nodes that are gone
-            if time.time() - max(file.stat().st_mtime for file in (other, *other.glob("*"))) > GONE_S:
-                shutil.rmtree(other, ignore_errors=True)
+            with suppress(OSError):  # another process may be tidying too
+                if time.time() - max(file.stat().st_mtime for file in (other, *other.glob("*"))) > GONE_S:
+                    shutil.rmtree(other)
 
     def close(self) -> None:
         """Leave; what was read stays readable."""
