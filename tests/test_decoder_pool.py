@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from same_batches import assert_same
 
 from lift_ray.data.augment import SMALLEST_AREA, Augmentation, Preprocessing, View, square_crop
+from lift_ray.data.batch_stream import Division
 from lift_ray.data.batches import ONE_THREAD, Batch, Decoders, evaluation_batches, training_batches, unlabelled_batches
 from lift_ray.data.convert.shards import publish, write_split
 from lift_ray.data.dataset import Split
-from lift_ray.data.decoder_pool import MOST_DEATHS, DecoderPool, Division
+from lift_ray.data.decoder_pool import MOST_DEATHS, DecoderPool
 from lift_ray.data.open import open_dataset
 from lift_ray.data.order import Sampling
 from lift_ray.data.reader import RowReader

@@ -29,8 +29,9 @@ from lift_ray.data.augment import (
     training_images_on,
 )
 from lift_ray.data.bad_image import BadImage
+from lift_ray.data.batch_stream import AHEAD, Drawn, Work
 from lift_ray.data.dataset import Split
-from lift_ray.data.decoder_pool import AHEAD, DecoderPool, Drawn, Work
+from lift_ray.data.decoder_pool import DecoderPool
 from lift_ray.data.decoder_process import PIECE, ImageMaker, broken_image, decode_piece
 from lift_ray.data.longtail import Int64s
 from lift_ray.data.order import Sampling, rank_slice, steps_per_epoch

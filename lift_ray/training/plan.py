@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from lift_ray.data.batch_stream import AHEAD
 from lift_ray.data.dataset import Dataset, Split
-from lift_ray.data.decoder_pool import AHEAD
 from lift_ray.data.order import memory_bytes, steps_per_epoch
 from lift_ray.methods.lift import Lift
 from lift_ray.methods.world import Ranks
