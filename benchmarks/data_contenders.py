@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from process_memory import memory
 from torch import Tensor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -345,9 +346,8 @@ def growth(contender: Contender, marks: Sequence[int]) -> dict[str, Any]:
 
 def peak_bytes() -> int:
     """The largest memory that this process had: of its own program, which getrusage does not tell after an exec."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    if Path("/proc/self/status").exists():
+        return memory("VmHWM")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from simulated_search import memory
+from process_memory import memory
 
 Figures = dict[str, Any]
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from process_memory import memory
 
 Figures = dict[str, Any]
 EPOCHS = 3
@@ -56,12 +57,6 @@ class Marks:
             }
             for (n0, w0, c0, _), (n1, w1, c1, rss) in zip(self.found, self.found[1:], strict=False)
         ]
-
-
-def memory(name: str) -> int:
-    """Return bytes of this process: `VmRSS` now, `VmHWM` at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def drive(out: str, slots: int, trials: int, sampler: str, every: int, minutes: float) -> Figures:

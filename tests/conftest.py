@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from processes import free_ports
+from ports import free_ports
 
 if TYPE_CHECKING:
     from flaky_store import Store

@@ -16,7 +16,8 @@ import boto3
 import requests
 import yaml  # type: ignore[import-untyped]
 from fake_cloud import RAY, TOKEN
-from processes import free_ports, wait_for
+from ports import free_ports
+from processes import wait_for
 
 REGION = "us-west-2"
 # What the head's autoscaler does for trials that wait, with the file that `ray up` gives it.

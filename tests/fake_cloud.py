@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import requests
-from processes import free_ports, wait_for
+from ports import free_ports
+from processes import wait_for
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_ID = "f" * 51 + "00000"  # fixed by the provider

@@ -1,24 +1,14 @@
-"""Free ports, and waiting for what other processes do."""
+"""Waiting for what other processes do."""
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import psutil
-
-
-def free_ports(number: int) -> list[int]:
-    with ExitStack() as open_until_all_are_found:
-        probes = [open_until_all_are_found.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def wait_for(what: str, condition: Callable[[], Any], seconds: float = 150, every_s: float = 0.05) -> Any:

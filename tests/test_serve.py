@@ -23,7 +23,7 @@ import pytest
 import torch
 from made_run import predicted_by
 from PIL import Image
-from processes import free_ports
+from ports import free_ports
 
 from lift_ray import serve
 from lift_ray.data.open import open_dataset

@@ -20,7 +20,7 @@ import ray
 from evaluation_json import flat_evaluation
 from made_run import assert_same_tensors, untimed
 from moto.server import ThreadedMotoServer
-from processes import free_ports
+from ports import free_ports
 from pyarrow import fs
 
 from lift_ray import evaluate, train

@@ -20,7 +20,8 @@ import pytest
 import torch
 import torch.multiprocessing
 from made_run import assert_same_tensors, untimed
-from processes import free_ports, wait_for
+from ports import free_ports
+from processes import wait_for
 from ray.cluster_utils import Cluster
 
 from lift_ray import train

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import free_ports
+from ports import free_ports
 
 PROJECT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

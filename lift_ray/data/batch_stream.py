@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -93,13 +92,6 @@ class Division:
         return out
 
 
-class Decoder(Protocol):
-    """A process that decodes, as a stream needs it."""
-
-    def send(self, message: Message) -> None:
-        """Send a message."""
-
-
 class BatchStream:
     """The batches of a stream between the steps that are sent and those that are taken.
 
@@ -138,31 +130,35 @@ class BatchStream:
         self._take_back()
         return self.is_closed and self.closed_by == self._num_decoders and not self._num_lent
 
-    def send(self, decoders: Sequence[Decoder]) -> None:
-        """Give the next steps to the processes, as far as there are slots, and tell them what to read ahead."""
+    def send(self, senders: Sequence[Callable[[Message], None]]) -> None:
+        """Give the next steps to the processes, as far as there are slots, and tell them what to read ahead.
+
+        Args:
+            senders: a function for each process, which sends it a message.
+        """
         self._take_back()
         if self._left == len(self.work.steps):
-            self._read(decoders, self.work.read_ahead)
+            self._read(senders, self.work.read_ahead)
         while self._free and len(self._sent) <= AHEAD and (step := next(self._to_send, None)) is not None:
-            self._read(decoders, 1)
+            self._read(senders, 1)
             drawn, slot, owners = self.work.draw(step), self._free.popleft(), self._divided.pop(step)
             rows = self.work.split.rows[drawn.samples]
             self._sent.append((step, slot, drawn))
             self._missing[step] = 0
-            for number, decoder in enumerate(decoders):
+            for number, send in enumerate(senders):
                 mine = np.flatnonzero(owners == number)
                 if len(mine):
                     self._missing[step] += 1
-                    decoder.send(Piece(self.number, step, slot, rows[mine], drawn.draws[mine], mine))
+                    send(Piece(self.number, step, slot, rows[mine], drawn.draws[mine], mine))
 
-    def _read(self, decoders: Sequence[Decoder], number: int) -> None:
+    def _read(self, senders: Sequence[Callable[[Message], None]], number: int) -> None:
         """Divide further steps between the processes, which begin to read their row groups."""
         for step in islice(self._to_read, number):
             rows = self.work.split.rows[self.work.samples_of(step)]
             self._divided[step] = owners = self._division.divide(self.work.split.row_groups_of(rows))
-            for index, decoder in enumerate(decoders):
+            for index, send in enumerate(senders):
                 if len(mine := rows[owners == index]):
-                    decoder.send(Coming(self.number, mine))
+                    send(Coming(self.number, mine))
 
     def note(self, answer: Decoded) -> None:
         """Take an answer of a process."""

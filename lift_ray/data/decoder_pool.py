@@ -179,7 +179,7 @@ class DecoderPool:
                 with self._lock:
                     if stream.number not in self._streams:
                         raise RuntimeError("the pool was closed while a stream was read")
-                    stream.send(self._decoders)
+                    stream.send([decoder.send for decoder in self._decoders])
                     while not stream.is_ready:
                         self._receive()
                     got = stream.taken()

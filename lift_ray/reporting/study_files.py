@@ -181,12 +181,12 @@ class StudyFiles:
         return [t for t in self.trials if t["state"] == "finished" and t.get(self.objective[0]) is not None]
 
     def drawn(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Return those of the trials that plots draw: all, or of thousands the best, the Pareto front and an even sample."""
-        numbers = self._drawn_numbers
-        return [t for t in trials if t["number"] in numbers]
+        """Return those of the trials that plots draw."""
+        return [t for t in trials if t["number"] in self.drawn_numbers]
 
     @cached_property
-    def _drawn_numbers(self) -> set[int]:
+    def drawn_numbers(self) -> set[int]:
+        """Numbers of the trials that plots draw: all of them or, of thousands, the best, the Pareto front and an even sample."""
         every = [t["number"] for t in self.trials]
         if len(every) <= MOST_DRAWN:
             return set(every)

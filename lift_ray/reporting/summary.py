@@ -149,7 +149,7 @@ def _trials(study: StudyFiles) -> str:
     counts = ", ".join(f"{states.count(s)} {word}" for s, word in names.items() if s in states)
     errors = sorted({t["error"] for t in study.trials if t["state"] == "failed" and t.get("error")})
     noun = "trial" if len(states) == 1 else "trials"
-    drawn = len(study.drawn(study.trials))
+    drawn = len(study.drawn_numbers)
     sample = f" Plots show {drawn:,} of them, the best and an even sample of the others; the CSV files have all."
     return (
         f"{len(states)} {noun}: {counts or 'none yet'}."

@@ -85,8 +85,8 @@ class Search:
     def next_job(self, loaded: Collection[Loaded] = (), num_slots: int = 1) -> Job | None:
         """Return the next job: an interrupted trial, else a new one, else a job of the final comparison; None if there is none.
 
-        Of several that wait, one whose backbone is loaded comes first. What is drawn does not depend on that. With a trial come others
-        that can train in one pass with it, if there are enough for all slots.
+        Of several that wait, one whose backbone is loaded comes first. What is drawn does not depend on that. Trials that can
+        train in one pass with it come along, if there are enough for all slots.
         """
         job: Job | None = self._next_training(loaded, num_slots)
         if job is None and (waiting := self._waiting()):

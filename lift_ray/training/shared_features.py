@@ -102,7 +102,6 @@ class SharedFeatures:
         self.folder = whole / socket.gethostname()  # it may be on storage that several nodes share
         self.folder.mkdir(exist_ok=True)
         self.number = secrets.randbits(62) + 1
-        self._own: set[str] = set()  # names of the files that this process uses
         with self.alone():
             self._tidy()
             self._member = FileLock(self._member_file(self.number), fallback_to_soft=False, thread_local=False)
@@ -135,7 +134,7 @@ class SharedFeatures:
         with suppress(OSError), self.alone():  # somebody may have emptied the temporary folder
             self._member.release()
             self._member_file(self.number).unlink(missing_ok=True)
-            self._member_file(self.number).with_suffix(USES).unlink(missing_ok=True)
+            self._uses.unlink(missing_ok=True)
 
     def alone(self) -> FileLock:
         """Return the lock of the folder: while it is held, nobody joins, leaves, claims or creates."""
@@ -153,11 +152,15 @@ class SharedFeatures:
         living = [path for path in self.folder.glob(f"*{USES}") if _is_held(path.with_suffix(MEMBER))]
         return {name for path in living for name in path.read_text().split()}
 
+    @property
+    def _uses(self) -> Path:
+        """File with the names of the files that this process uses."""
+        return self._member_file(self.number).with_suffix(USES)
+
     def _use(self, path: Path) -> None:
         """Note that this process uses a file now."""
-        with self._member_file(self.number).with_suffix(USES).open("a") as uses:
+        with self._uses.open("a") as uses:
             uses.write(f"{path.stem}\n")
-        self._own.add(path.stem)
         os.utime(path.with_suffix(STATE))
 
     def file(self, name: str, chunks: list[range], image_bytes: int, limit_bytes: float) -> FeatureFile | None:
@@ -207,7 +210,8 @@ class SharedFeatures:
             removed.append(state)
             excess -= there[state.with_suffix(DATA)]
         if excess > 0:
-            taken = sum(there[file] for file in there if file.stem in used - self._own)
+            own = self._uses.read_text().split() if self._uses.exists() else []
+            taken = sum(there[file] for file in there if file.stem in used.difference(own))
             if taken and num_bytes <= limit_bytes:
                 why = f"those of other processes take {taken / 2**30:.1f} of {limit_bytes / 2**30:.1f} GiB"
                 self.tell(why, "raise backbone.cache_gib")

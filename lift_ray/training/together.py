@@ -1,4 +1,4 @@
-"""Steps of several runs on the same batches: what is alike for all of them is computed once."""
+"""Steps of several runs on the same batches: shared work is computed once."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Workspace:
         self._subsets: dict[float, Split] = {}
         self._likes: dict[tuple[Any, ...], torch.Tensor] = {}
         self._weights: dict[tuple[Any, ...], str] = {}  # digests
-        self._pools: dict[int, DecoderPool] = {}  # by number of processes
+        self._pools: dict[int, DecoderPool] = {}  # at most one, by number of processes; views share it
         self.cache, self.shared, self.tunings = FeatureCache(), shared, tunings
         self.watch: Callable[[FeaturesDone | None], None] = lambda done: None
         self._seconds = {"load": time.monotonic() - began, "features": 0.0}  # shared by all views

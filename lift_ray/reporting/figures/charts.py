@@ -409,7 +409,7 @@ def kinds_figure(study: StudyFiles) -> Figure | None:
     by_kind = {kind: [t for t in trials if t["tuner.kind"] == kind] for kind in kinds}
     kinds.sort(key=lambda kind: -float(np.median(numbers(by_kind[kind], metric))))
     scale, title = scale_of(metric)
-    draws_all = study.drawn(trials) == trials
+    draws_all = len(study.drawn(trials)) == len(trials)
     traces = [
         {
             "type": "box",

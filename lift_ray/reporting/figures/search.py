@@ -96,9 +96,8 @@ def parallel_figure(study: StudyFiles) -> Figure | None:
     names = [*study.settings, metric]
     axes = {name: positions(trials, name, study.space.get(name, {})) for name in names}
     order = np.argsort(np.argsort(numbers(trials, metric) * (1 if mode == "max" else -1)))
-    shown = {t["number"] for t in study.drawn(trials)}
-    shade = [k if t["number"] in shown else -1 for t, k in zip(trials, order * len(SHADES) // len(trials), strict=True)]
-    traces = _polylines(axes, np.array(shade))
+    shades = zip(trials, order * len(SHADES) // len(trials), strict=True)
+    traces = _polylines(axes, np.array([k if t["number"] in study.drawn_numbers else -1 for t, k in shades]))
     note = (
         "Each line is a trial; each row is a setting, from its lowest to its highest value. A setting matters if the strong "
         "lines of the best fifth meet at one value. Lines have a gap at settings that a trial does not have."
@@ -246,12 +245,13 @@ def pareto_figure(study: StudyFiles) -> Figure | None:
         return None
     second, second_mode = others[0]
     on_front = {row["trial"] for row in study.about.get("pareto", [])}
-    shown = {t["number"] for t in study.drawn(trials)}
     (y_scale, y_title), (x_scale, x_title) = scale_of(first), scale_of(second)
     x, y = x_scale * numbers(trials, second), y_scale * numbers(trials, first)
     traces = []
     for is_on, label, place in ((False, "dominated", 4), (True, "Pareto-optimal", 2)):
-        here = [i for i, t in enumerate(trials) if (t["number"] in on_front) == is_on and t["number"] in shown]
+        here = [
+            i for i, t in enumerate(trials) if t["number"] in study.drawn_numbers and (t["number"] in on_front) == is_on
+        ]
         if here:
             traces.append(
                 scatter(
@@ -335,9 +335,8 @@ def cost_figure(study: StudyFiles) -> Figure | None:
     scale, title = scale_of(metric)
     so_far = scale * best_so_far(study)
     x = [at[t["number"]] for t in finished]
-    shown = {t["number"] for t in study.drawn(finished)}
     is_better = np.diff(so_far, prepend=np.nan) != 0
-    points = [i for i, t in enumerate(finished) if is_better[i] or t["number"] in shown]
+    points = [i for i, t in enumerate(finished) if is_better[i] or t["number"] in study.drawn_numbers]
     traces = [
         scatter(
             "lines+markers",
@@ -393,8 +392,7 @@ def scaling_figure(study: StudyFiles, law: Law) -> Figure | None:
     if not law.points:
         return None
     ends = [min(p.found for p in law.points), max(p.found for p in law.points)]
-    shown = {t["number"] for t in study.drawn([p.trial for p in law.points])}
-    points = [p for p in law.points if p.trial["number"] in shown]
+    points = [p for p in law.points if p.trial["number"] in study.drawn_numbers]
     traces = [
         _predicted("fitted", [p for p in points if not p.held_out], 0),
         _predicted("held out", [p for p in points if p.held_out], 2),
