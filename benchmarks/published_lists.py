@@ -1,8 +1,8 @@
 """Conversion of the published long-tailed splits: images by split, and classes by group.
 
-The lists of Places-LT are the published ones. The training lists of ImageNet-LT and iNaturalist 2018 are made up, with the
-published number of images and classes; their validation lists are the published ones. All images are made up: hard links to a few
-small JPEGs, since only their number matters here.
+The lists of Places-LT are the published ones. Of ImageNet-LT and iNaturalist 2018, the validation lists are the published ones;
+the training lists, with the published number of images and classes, and ImageNet-LT's test list are made up. All images are made
+up too: hard links to a few small JPEGs, since only their number matters here.
 
     python benchmarks/published_lists.py --lists LISTS --record
 
@@ -89,13 +89,19 @@ def places(lists: Path, folder: Path, images: MadeUp) -> list[str]:
 
 
 def imagenet(lists: Path, folder: Path, images: MadeUp) -> list[str]:
-    """Make ImageNet-LT with a made-up training list; return the arguments of its conversion."""
-    train, validation = folder.with_suffix(".txt"), lists / "imagenet_lt_val.txt"
-    rows = made_up_rows(long_tail(1000, 1280, 5, PUBLISHED["imagenet-lt"]), "train/{0:04d}/{1}.JPEG")
-    train.write_text("".join(f"{path} {label}\n" for path, label in rows))
-    images.make(folder, (path for path, _ in [*rows, *rows_of(validation)]))
-    names = str(lists / "imagenet_lt_classnames.txt")
-    return ["list", "--train", str(train), "--validation", str(validation), "--class-names", names]
+    """Make ImageNet-LT with made-up training and test lists; return the arguments of its conversion."""
+    rows = {
+        "train": made_up_rows(long_tail(1000, 1280, 5, PUBLISHED["imagenet-lt"]), "train/{0:04d}/{1}.JPEG"),
+        "validation": rows_of(lists / "imagenet_lt_val.txt"),
+        "test": made_up_rows([50] * 1000, "test/{0:04d}/{1}.JPEG"),
+    }
+    words = ["list", "--class-names", str(lists / "imagenet_lt_classnames.txt")]
+    for split, pairs in rows.items():
+        file = folder.with_name(f"{folder.name}-{split}.txt")
+        file.write_text("".join(f"{path} {label}\n" for path, label in pairs))
+        images.make(folder, (path for path, _ in pairs))
+        words += [f"--{split}", str(file)]
+    return words
 
 
 def inat(lists: Path, folder: Path, images: MadeUp) -> list[str]:
@@ -108,7 +114,7 @@ def inat(lists: Path, folder: Path, images: MadeUp) -> list[str]:
         labels = [{"id": n, "image_id": n, "category_id": label} for n, (_, label) in enumerate(pairs)]
         annotations = {"images": files, "annotations": labels, "categories": categories}
         (folder / name).write_text(json.dumps(annotations))
-    return ["inat"]
+    return ["inat", "--validation-frac", "0"]  # as published, trained on all training images
 
 
 MAKERS = {"places-lt": places, "imagenet-lt": imagenet, "inat2018": inat}
