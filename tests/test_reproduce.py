@@ -91,7 +91,13 @@ def test_a_claim_inside_the_interval_is_reproduced(values: tuple[float, ...], st
 def test_the_interval_is_that_of_one_more_run() -> None:
     found = measured(77.0, 78.0, 79.0)
     assert found.half_width == pytest.approx(4.303 * (1 + 1 / 3) ** 0.5, rel=1e-3)  # t of 2 degrees, deviation 1
+    assert found.interval == (78.0 - found.half_width, 78.0 + found.half_width)
     assert measured(78.3, seeds=1).status == "not decided (one seed has no interval)"
+
+
+def test_an_interval_of_accuracies_ends_at_0_and_100() -> None:
+    assert measured(2.0, 4.0).interval == (0.0, pytest.approx(3 + 12.706 * 2**0.5 * 1.5**0.5, rel=1e-3))
+    assert measured(98.0, 99.0).cells()[5] == "98.5 (87.5 to 100.0)"
 
 
 def test_a_stand_in_never_verifies_anything() -> None:

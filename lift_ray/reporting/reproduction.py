@@ -136,6 +136,13 @@ class Measured:
         return student(number - 1) * statistics.stdev(self.values) * math.sqrt(1 + 1 / number)
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """Ends of the prediction interval, within 0 and 100 because all that is measured is an accuracy; None without."""
+        if self.mean is None or self.half_width is None:
+            return None
+        return max(0.0, self.mean - self.half_width), min(100.0, self.mean + self.half_width)
+
+    @property
     def difference(self) -> float | None:
         """Measured minus claimed; None if there is none or it means nothing."""
         return None if self.mean is None or self.stand_in else self.mean - self.claim.value
@@ -161,8 +168,8 @@ class Measured:
     def cells(self) -> tuple[str, ...]:
         """Return the texts of a row, as HEADINGS."""
         claim, shown = self.claim, "" if self.mean is None else f"{self.mean:.1f}"
-        if self.half_width is not None and self.mean is not None:
-            shown += f" ({self.mean - self.half_width:.1f} to {self.mean + self.half_width:.1f})"
+        if self.interval is not None:
+            shown += " ({:.1f} to {:.1f})".format(*self.interval)
         if self.mean is not None and self.stand_in:
             shown += " stand-in"
         return (
@@ -176,8 +183,7 @@ class Measured:
 
     def for_json(self) -> dict[str, Any]:
         """Return everything about it, for JSON."""
-        half = self.half_width
-        low, high = (None, None) if half is None or self.mean is None else (self.mean - half, self.mean + half)
+        low, high = self.interval or (None, None)
         found = {"mean": self.mean, "low": low, "high": high, "difference": self.difference, "status": self.status}
         return {**asdict(self), **found}
 
