@@ -235,7 +235,7 @@ knows, and some of timm {timm}, and compares each with ours.
 | photos of things that have names | `ViT-B-16` with `openai` or `laion2b_s34b_b88k`; DFN: `ViT-B-16-quickgelu` with `dfn2b` |
 | class names in other languages | SigLIP 2: `ViT-B-16-SigLIP2-256` with `webli` |
 | species | BioCLIP 2: `hf-hub:imageomics/bioclip-2` |
-| classes without useful names (defects, findings) | DINOv3: `timm:vit_base_patch16_dinov3`; the classifier starts from class means |
+| classes without useful names (defects, findings) | DINOv3: `timm:vit_base_patch16_dinov3` with `head.init: class_mean` |
 | a phone as the target | MobileCLIP 2: `MobileCLIP2-S2` |
 | the best features, at any cost | PE: `PE-Core-L-14-336`; SigLIP 2: `ViT-SO400M-16-SigLIP2-384` |
 
