@@ -315,7 +315,7 @@ def show(figures: dict[str, Any]) -> None:
         for name, d in figures["pictures"].items()
     )
     out.print(
-        f"[bold]{figures['data']}[/bold]: {figures['images']} images at {figures['px']} px in batches of {figures['batch']}",
+        f"{figures['data']}: {figures['images']} images at {figures['px']} px in batches of {figures['batch']}",
         f"medians of {figures['rounds']} rounds; ratios of processor time (lowest to highest); memory (of imports)",
         table,
         "torchvision's transforms, ms an image: "

@@ -345,7 +345,7 @@ def show(name: str, figures: dict[str, Any], rounds: int) -> None:
         )
     out = console()
     out.print(
-        f"[bold]{name}[/bold]: batch {figures['batch']}, bottleneck {figures['bottleneck']}, "
+        f"{name}: batch {figures['batch']}, bottleneck {figures['bottleneck']}, "
         f"{figures['step_gflop']:.1f} GFLOP a step; medians of {rounds} rounds (lowest to highest)",
         table,
         "matmuls, GFLOP/s: " + ", ".join(f"{key} {rate:.1f}" for key, rate in figures["matmul_gflop_per_s"].items()),
